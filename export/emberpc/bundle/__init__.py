@@ -1,0 +1,26 @@
+"""The bundle: a folder that holds a model ready to be served.
+
+It is all that passes between `emberpc.export`, which writes it, and
+`emberpc.server`, which reads it. Needs the standard library and numpy only.
+"""
+
+from emberpc.bundle.errors import BundleError
+from emberpc.bundle.manifest import FileEntry, Manifest, Parity, Prompts, Task, Variant
+from emberpc.bundle.reading import Bundle, read_bundle
+from emberpc.bundle.reference import Reference
+from emberpc.bundle.writing import finish_bundle, staged_folder
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "FileEntry",
+    "Manifest",
+    "Parity",
+    "Prompts",
+    "Reference",
+    "Task",
+    "Variant",
+    "finish_bundle",
+    "read_bundle",
+    "staged_folder",
+]

@@ -1,0 +1,207 @@
+"""The manifest `emberpc.json`: what a bundle says of itself, as a typed object."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from emberpc.bundle.errors import BundleError
+
+MANIFEST_NAME = "emberpc.json"
+#: Grows when an older reader could misunderstand a newer bundle.
+FORMAT_VERSION = 1
+
+T = TypeVar("T")
+
+
+class Task(str, Enum):
+    """What a model does."""
+
+    EMBEDDING = "embedding"
+    CLASSIFICATION = "classification"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle: SHA-256 in hex, and size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near a variant comes to PyTorch's fp32, measured at export on real texts."""
+
+    texts: int
+    max_abs_diff: float
+    cosine_min: float
+    #: Share of texts with the same best label; 1 for an embedder.
+    label_agreement: float = 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One ONNX file of the model, such as `fp32`."""
+
+    name: str
+    path: str
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the server puts before a text; empty where the model wants nothing."""
+
+    query: str = ""
+    passage: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a server needs to know of a model, and where it comes from."""
+
+    task: Task
+    #: Name of the model exported: a hub id, or the name of its folder.
+    base_model: str
+    revision: str
+    #: SHA-256 (hex) of the weights that were converted.
+    weights_sha256: str
+    dimensions: int
+    #: `mean`, `cls` or `max`.
+    pooling: str
+    #: Whether the graph gives vectors of length 1.
+    normalize: bool
+    #: The most tokens of a text, special tokens and prompt included.
+    max_tokens: int
+    pad_token_id: int
+    variants: tuple[Variant, ...]
+    prompts: Prompts = Prompts()
+    matryoshka_dimensions: tuple[int, ...] = ()
+    #: CLASSIFICATION: in the order of the logits.
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    #: Multi-label: the probability from which each label is given. Empty: 0.5.
+    thresholds: tuple[float, ...] = ()
+    #: Divides the logits before they become probabilities.
+    temperature: float = 1.0
+    #: A text whose best probability is below this is out of scope; 0: none is.
+    rejection_threshold: float = 0.0
+    #: Figures measured at export, such as `accuracy`.
+    quality: dict[str, float] = field(default_factory=dict)
+    #: Versions of the tools used.
+    tools: dict[str, str] = field(default_factory=dict)
+    #: When it was made, ISO 8601 in UTC.
+    created: str = ""
+    #: Every file of the bundle but the manifest, by its path.
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Check what types alone do not say.
+
+        Raises:
+            BundleError: a value is out of range or contradicts another.
+        """
+        for name, value in (("dimensions", self.dimensions), ("max_tokens", self.max_tokens)):
+            if value < 1:
+                raise BundleError(f"{MANIFEST_NAME}: {name} is {value}; it must be at least 1")
+        if not self.variants:
+            raise BundleError(f"{MANIFEST_NAME}: variants is empty; a bundle has at least one ONNX file")
+        if self.temperature <= 0:
+            raise BundleError(f"{MANIFEST_NAME}: temperature is {self.temperature}; it must be above 0")
+        if self.task is Task.CLASSIFICATION and len(self.labels) < 2:
+            raise BundleError(f"{MANIFEST_NAME}: a classifier needs at least two labels, labels has {len(self.labels)}")
+        if self.thresholds and len(self.thresholds) != len(self.labels):
+            raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
+
+    def variant(self, name: str = "") -> Variant:
+        """Return the variant of a name, or the first one for an empty name.
+
+        Raises:
+            BundleError: there is none of that name.
+        """
+        for variant in self.variants:
+            if name in ("", variant.name):
+                return variant
+        have = ", ".join(variant.name for variant in self.variants)
+        raise BundleError(f"there is no variant {name!r}; the bundle has: {have}")
+
+    def fingerprint(self, variant: str = "") -> str:
+        """Return a SHA-256 (hex) of all that shapes the model's vectors.
+
+        Two models of one fingerprint give vectors that may stand in one index.
+        The precision counts too: int8 moves vectors enough to change neighbours.
+        """
+        tokenizer = self.files.get("tokenizer.json")
+        parts = {
+            "weights": self.weights_sha256,
+            "tokenizer": tokenizer.sha256 if tokenizer else "",
+            "pooling": self.pooling,
+            "prompts": dataclasses.asdict(self.prompts),
+            "dimensions": self.dimensions,
+            "normalize": self.normalize,
+            "variant": self.variant(variant).name,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the manifest as it is written to the bundle."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            BundleError: the text is not JSON, is of a newer format, or a field is missing or of a wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise BundleError(f"{MANIFEST_NAME} holds no JSON object")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST_NAME}: format_version is {version!r}, this emberpc reads {FORMAT_VERSION}; "
+                "export the model again, or install the emberpc that wrote it"
+            )
+        return _read(cls, data, "")
+
+
+def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Build a dataclass from JSON, checking every type. Unknown fields are left: a newer writer may add some."""
+    hints = get_type_hints(kind)
+    values = {}
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # only ever called with dataclasses
+        path = f"{where}{item.name}"
+        if item.name in data:
+            values[item.name] = _value(hints[item.name], data[item.name], path)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise BundleError(f"{MANIFEST_NAME}: {path} is missing")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """Check one value against its type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return _read(hint, value, f"{path}.")
+    if isinstance(hint, type) and issubclass(hint, Enum) and value in {member.value for member in hint}:
+        return hint(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint in (str, int, bool) and type(value) is hint:
+        return value
+    raise BundleError(f"{MANIFEST_NAME}: {path} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")

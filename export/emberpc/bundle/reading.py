@@ -1,0 +1,100 @@
+"""Read a bundle, trusting nothing in it before it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from emberpc.bundle.errors import BundleError
+from emberpc.bundle.manifest import MANIFEST_NAME, Manifest, Variant
+from emberpc.bundle.reference import Reference
+
+#: A manifest is some kilobytes; one larger than this (bytes) is no manifest.
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+_REEXPORT = "copy the bundle again or export the model again"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder whose manifest was read and whose files were checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    def model_path(self, variant: Variant) -> Path:
+        """Return the ONNX file of a variant."""
+        return self.folder / variant.path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer, in the format of the `tokenizers` library."""
+        return self.folder / "tokenizer.json"
+
+    def reference(self) -> Reference:
+        """Read the reference outputs.
+
+        Raises:
+            BundleError: they are missing or damaged.
+        """
+        return Reference.read(self.folder)
+
+
+def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
+    """Read a bundle and check that it is whole.
+
+    Args:
+        folder: where it is.
+        check_hashes: compare each file's SHA-256 with the manifest, not only its size.
+
+    Raises:
+        BundleError: the folder or a file is missing, changed, or leads out of the folder, or the manifest is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: there is no such folder")
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} has no {MANIFEST_NAME}, so it is no bundle; "
+            "make one with `emberpc export embedding SOURCE -o DIR`"
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    manifest = Manifest.from_json(text)
+    for name, entry in manifest.files.items():
+        _check_file(folder, name, entry.size, entry.sha256 if check_hashes else None)
+    for needed in ("tokenizer.json", *(variant.path for variant in manifest.variants)):
+        if needed not in manifest.files:
+            raise BundleError(f"{path}: {needed} is not among its files; {_REEXPORT}")
+    return Bundle(folder, manifest)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
+    """Raise BundleError unless the file is inside the folder, no link, and as the manifest says."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise BundleError(f"{folder / MANIFEST_NAME}: the path {name!r} leads out of the bundle")
+    path = folder / name
+    if any((folder / part).is_symlink() for part in (pure, *pure.parents)):
+        raise BundleError(f"{path} is or lies behind a symbolic link; a bundle holds plain files only")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; {_REEXPORT}")
+    if path.stat().st_size != size:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}; {_REEXPORT}")
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise BundleError(f"{path} is not the file that was exported (its SHA-256 differs); {_REEXPORT}")

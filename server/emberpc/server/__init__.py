@@ -1,0 +1,1 @@
+"""The gRPC server: serves bundles and an index. Never imports torch, transformers or optimum."""

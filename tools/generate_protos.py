@@ -1,0 +1,87 @@
+"""Generate the Python code of protos/emberpc/v1, or check that it is current.
+
+Runs the pinned generator of tools/requirements-protos.txt in an environment of
+its own, because that generator would hold back grpcio and protobuf in the
+development environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTOS = ROOT / "protos"
+PACKAGE = Path("emberpc/v1")
+REQUIREMENTS = ROOT / "tools" / "requirements-protos.txt"
+ENVIRONMENT = ROOT / ".venv-protos"
+
+
+def generator() -> Path:
+    """Return the Python of the generator's environment, made if it is not there or not current."""
+    python = ENVIRONMENT / "bin" / "python"
+    stamp = ENVIRONMENT / "requirements.txt"
+    wanted = REQUIREMENTS.read_text()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(ENVIRONMENT, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", REQUIREMENTS], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def generate(target: Path) -> None:
+    """Write the generated modules and their type stubs under `target`."""
+    python = generator()
+    files = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / PACKAGE).glob("*.proto"))
+    command = [
+        str(python),
+        "-m",
+        "grpc_tools.protoc",
+        f"--plugin=protoc-gen-mypy={python.parent / 'protoc-gen-mypy'}",
+        f"--plugin=protoc-gen-mypy_grpc={python.parent / 'protoc-gen-mypy_grpc'}",
+        "--proto_path=.",
+        *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
+        *files,
+    ]
+    subprocess.run(command, check=True, cwd=PROTOS)
+    for path in (target / PACKAGE).glob("*_pb2_grpc.py*"):
+        # types.proto and its like have no service: their empty *_grpc modules only clutter.
+        source = PROTOS / PACKAGE / path.name.replace("_pb2_grpc.pyi", ".proto").replace("_pb2_grpc.py", ".proto")
+        if "\nservice " not in source.read_text():
+            path.unlink()
+
+
+def generated(folder: Path) -> set[str]:
+    return {path.name for path in (folder / PACKAGE).glob("*_pb2*.py*")}
+
+
+def drift(fresh: Path) -> list[str]:
+    """Return the names of generated files that are missing, stale or left over."""
+    names = generated(PROTOS) | generated(fresh)
+    _, changed, missing = filecmp.cmpfiles(PROTOS / PACKAGE, fresh / PACKAGE, names, shallow=False)
+    return sorted(changed + missing)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the committed code is stale")
+    if not parser.parse_args().check:
+        for name in generated(PROTOS):
+            (PROTOS / PACKAGE / name).unlink()
+        generate(PROTOS)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        stale = drift(Path(folder))
+    if stale:
+        print(f"generated code is stale, run `make protos`: {', '.join(stale)}", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Make the development environment `.venv`, or bring it up to date.
+
+PyTorch goes in first, at the version of constraints.txt, so that nothing
+installed later can pull in another build of it. hnswlib has no wheel and
+compiles for the very host by default; here it is built for x86-64-v3, so that
+an environment, or pip's cache, can move to another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".venv"
+STAMP = ENVIRONMENT / "installed.sha256"
+INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve())
+
+
+def fingerprint() -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in INPUTS)).hexdigest()
+
+
+def build_environment() -> dict[str, str]:
+    env = dict(os.environ)
+    if platform.machine() == "x86_64":
+        env.setdefault("HNSWLIB_NO_NATIVE", "1")
+        env.setdefault("CXXFLAGS", "-O3 -march=x86-64-v3")
+    return env
+
+
+def main() -> int:
+    if STAMP.exists() and STAMP.read_text() == fingerprint():
+        return 0
+    print("making .venv: downloads about 1 GB the first time", flush=True)
+    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
+    for arguments in (["torch"], ["-e", ".[dev]"]):
+        subprocess.run(pip + arguments, check=True, cwd=ROOT, env=build_environment())
+    STAMP.write_text(fingerprint())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
