@@ -45,10 +45,14 @@ def generate(target: Path) -> None:
         f"--plugin=protoc-gen-mypy={python.parent / 'protoc-gen-mypy'}",
         f"--plugin=protoc-gen-mypy_grpc={python.parent / 'protoc-gen-mypy_grpc'}",
         "--proto_path=.",
-        *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
+        *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy")),
+        # A servicer inherits UNIMPLEMENTED for what it does not override: it is not abstract.
+        f"--mypy_grpc_out=generate_concrete_servicer_stubs:{target}",
         *files,
     ]
-    subprocess.run(command, check=True, cwd=PROTOS)
+    run = subprocess.run(command, check=False, cwd=PROTOS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        raise SystemExit(run.stdout)
     for path in (target / PACKAGE).glob("*_pb2_grpc.py*"):
         # types.proto and its like have no service: their empty *_grpc modules only clutter.
         source = PROTOS / PACKAGE / path.name.replace("_pb2_grpc.pyi", ".proto").replace("_pb2_grpc.py", ".proto")

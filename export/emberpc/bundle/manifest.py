@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -113,10 +115,19 @@ class Manifest:
                 raise BundleError(f"{MANIFEST_NAME}: {name} is {value}; it must be at least 1")
         if not self.variants:
             raise BundleError(f"{MANIFEST_NAME}: variants is empty; a bundle has at least one ONNX file")
+        if self.pad_token_id < 0:
+            raise BundleError(f"{MANIFEST_NAME}: pad_token_id is {self.pad_token_id}; it must be at least 0")
+        for size in self.matryoshka_dimensions:
+            if not 1 <= size <= self.dimensions:
+                raise BundleError(
+                    f"{MANIFEST_NAME}: matryoshka_dimensions has {size}; each must be from 1 to {self.dimensions}"
+                )
         if self.temperature <= 0:
             raise BundleError(f"{MANIFEST_NAME}: temperature is {self.temperature}; it must be above 0")
         if self.task is Task.CLASSIFICATION and len(self.labels) < 2:
             raise BundleError(f"{MANIFEST_NAME}: a classifier needs at least two labels, labels has {len(self.labels)}")
+        if len(set(self.labels)) != len(self.labels):
+            raise BundleError(f"{MANIFEST_NAME}: labels holds the same label twice")
         if self.thresholds and len(self.thresholds) != len(self.labels):
             raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
 
@@ -152,7 +163,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as it is written to the bundle."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -164,13 +175,15 @@ class Manifest:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from error
+            raise BundleError(
+                f"{MANIFEST_NAME} is not JSON; copy the bundle again or export the model again"
+            ) from error
         if not isinstance(data, dict):
             raise BundleError(f"{MANIFEST_NAME} holds no JSON object")
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{MANIFEST_NAME}: format_version is {version!r}, this emberpc reads {FORMAT_VERSION}; "
+                f"{MANIFEST_NAME}: format_version is {reprlib.repr(version)}, this emberpc reads {FORMAT_VERSION}; "
                 "export the model again, or install the emberpc that wrote it"
             )
         return _read(cls, data, "")
@@ -195,13 +208,32 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+        return {
+            _value(arguments[0], key, path): _value(arguments[1], item, f"{path}[{key!r}]")
+            for key, item in value.items()
+        }
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _read(hint, value, f"{path}.")
-    if isinstance(hint, type) and issubclass(hint, Enum) and value in {member.value for member in hint}:
+    if isinstance(hint, type) and issubclass(hint, Enum) and value in [member.value for member in hint]:
         return hint(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float and type(value) in (int, float) and _is_finite(value):
         return float(value)
-    if hint in (str, int, bool) and type(value) is hint:
+    if hint is str and type(value) is str and _is_unicode(value):
         return value
-    raise BundleError(f"{MANIFEST_NAME}: {path} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")
+    if hint in (int, bool) and type(value) is hint:
+        return value
+    kind = getattr(hint, "__name__", hint)
+    raise BundleError(f"{MANIFEST_NAME}: {path} is {reprlib.repr(value)}, which is not of type {kind}")
+
+
+def _is_finite(number: float) -> bool:
+    """Return False for NaN, infinities and integers that no float can hold: JSON as Python reads it has them all."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for a text with half a surrogate pair, which JSON can escape and UTF-8 cannot write."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

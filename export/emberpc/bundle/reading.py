@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from emberpc.bundle.errors import BundleError
-from emberpc.bundle.manifest import MANIFEST_NAME, Manifest, Variant
+from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Variant
 from emberpc.bundle.reference import Reference
 
+TOKENIZER_NAME = "tokenizer.json"
 #: A manifest is some kilobytes; one larger than this (bytes) is no manifest.
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -30,7 +31,7 @@ class Bundle:
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer, in the format of the `tokenizers` library."""
-        return self.folder / "tokenizer.json"
+        return self.folder / TOKENIZER_NAME
 
     def reference(self) -> Reference:
         """Read the reference outputs.
@@ -52,9 +53,23 @@ def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
         BundleError: the folder or a file is missing, changed, or leads out of the folder, or the manifest is wrong.
     """
     folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        check_file(folder, manifest, name, check_hashes=check_hashes)
+    return Bundle(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a bundle, and look at none of its other files.
+
+    Raises:
+        BundleError: there is no such folder or no manifest, or it is wrong.
+    """
     if not folder.is_dir():
         raise BundleError(f"{folder}: there is no such folder")
     path = folder / MANIFEST_NAME
+    if path.is_symlink():
+        raise BundleError(f"{path} is a symbolic link; a bundle holds plain files only")
     if not path.is_file():
         raise BundleError(
             f"{folder} has no {MANIFEST_NAME}, so it is no bundle; "
@@ -65,36 +80,53 @@ def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
+        raise BundleError(f"{path} cannot be read as UTF-8; {_REEXPORT}") from error
     manifest = Manifest.from_json(text)
-    for name, entry in manifest.files.items():
-        _check_file(folder, name, entry.size, entry.sha256 if check_hashes else None)
-    for needed in ("tokenizer.json", *(variant.path for variant in manifest.variants)):
+    for needed in (TOKENIZER_NAME, *(variant.path for variant in manifest.variants)):
         if needed not in manifest.files:
             raise BundleError(f"{path}: {needed} is not among its files; {_REEXPORT}")
-    return Bundle(folder, manifest)
+    return manifest
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def check_file(folder: Path, manifest: Manifest, name: str, *, check_hashes: bool = True) -> None:
+    """Check one of the files that the manifest lists.
 
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        name: the file's path in `manifest.files`.
+        check_hashes: compare its SHA-256, not only its size.
 
-def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
-    """Raise BundleError unless the file is inside the folder, no link, and as the manifest says."""
+    Raises:
+        BundleError: the file leads out of the folder, is a link, is missing, or is not as the manifest says.
+    """
+    entry: FileEntry = manifest.files[name]
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise BundleError(f"{folder / MANIFEST_NAME}: the path {name!r} leads out of the bundle")
     path = folder / name
-    if any((folder / part).is_symlink() for part in (pure, *pure.parents)):
+    # The last of the parents is the bundle itself, which may well be a link.
+    if any((folder / part).is_symlink() for part in (pure, *pure.parents[:-1])):
         raise BundleError(f"{path} is or lies behind a symbolic link; a bundle holds plain files only")
     if not path.is_file():
         raise BundleError(f"{path} is missing; {_REEXPORT}")
-    if path.stat().st_size != size:
-        raise BundleError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}; {_REEXPORT}")
-    if sha256 is not None and sha256_of(path) != sha256:
+    if path.stat().st_size != entry.size:
+        raise BundleError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.size}; {_REEXPORT}")
+    if check_hashes and sha256_of(path) != entry.sha256:
         raise BundleError(f"{path} is not the file that was exported (its SHA-256 differs); {_REEXPORT}")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read; see that this user may read it") from error
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ the ONNX file must get the same numbers.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from emberpc.bundle.errors import BundleError
 
 REFERENCE_NAME = "reference.npz"
+#: Some tens of texts with their outputs are far below this, unpacked (bytes); a few kilobytes can claim to hold more.
+MAX_REFERENCE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Reference:
     """Texts with the outputs that PyTorch's fp32 gave for them.
 
     `embeddings` is float32 (texts, dimensions); `logits` is float32 (texts,
-    labels), or None for an embedder. No prompt was put before the texts.
+    labels), or None for an embedder. No prompt was put before the texts, and
+    those of too many tokens were cut at their end.
     """
 
     texts: tuple[str, ...]
@@ -44,10 +48,19 @@ class Reference:
         Raises:
             BundleError: it is missing or damaged.
         """
+        path = folder / REFERENCE_NAME
         try:
-            with np.load(folder / REFERENCE_NAME, allow_pickle=False) as arrays:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > MAX_REFERENCE_BYTES:
+                raise BundleError(f"{path} unpacks to {size} bytes; it has at most {MAX_REFERENCE_BYTES}")
+            with np.load(path, allow_pickle=False) as arrays:
                 texts = tuple(str(text) for text in arrays["texts"])
+                embeddings = arrays["embeddings"].astype(np.float32)
                 logits = arrays["logits"].astype(np.float32) if "logits" in arrays else None
-                return cls(texts, arrays["embeddings"].astype(np.float32), logits)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{REFERENCE_NAME} cannot be read ({error}); export the model again") from error
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            raise BundleError(f"{path} cannot be read as reference outputs; export the model again") from error
+        for matrix in (embeddings, logits):
+            if matrix is not None and (matrix.ndim != 2 or len(matrix) != len(texts)):
+                raise BundleError(f"{path} has outputs of another number than texts; export the model again")
+        return cls(texts, embeddings, logits)

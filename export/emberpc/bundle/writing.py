@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from emberpc.bundle.errors import BundleError
@@ -24,7 +24,7 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
 
     Raises:
         BundleError: `target` is there and not an empty folder, and `overwrite` is
-            not set; or it holds something that is not a bundle.
+            not set; or it holds something that is not a bundle; or no folder can be made there.
     """
     target = Path(target).absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -34,15 +34,23 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
             raise BundleError(f"{target} holds something that is not a bundle; choose an empty or a new folder")
         if not overwrite:
             raise BundleError(f"{target} holds a bundle already; choose another folder, or replace it with --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise BundleError(f"{target} cannot be made; choose a place where this user may write") from error
     # mkdtemp makes folders for their owner alone; a bundle is as readable as what is beside it.
     staging.chmod(0o755)
     try:
         yield staging
         _replace(staging, target)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # somebody else has put something there by now
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
@@ -51,32 +59,37 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
     Returns:
         The manifest as written.
     """
+    manifest_path = folder / MANIFEST_NAME
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST_NAME:
+        if path.is_file() and path != manifest_path:
             files[path.relative_to(folder).as_posix()] = FileEntry(sha256_of(path), path.stat().st_size)
-            _sync(path)
+        _sync(path)
     manifest = dataclasses.replace(manifest, files=files)
-    path = folder / MANIFEST_NAME
-    path.write_text(manifest.to_json(), encoding="utf-8")
-    _sync(path)
+    manifest_path.write_text(manifest.to_json(), encoding="utf-8")
+    _sync(manifest_path)
     _sync(folder)
     return manifest
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`."""
+    """Put `staging` in the place of `target`; on an exception `target` is what it was."""
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        target.rename(old / "bundle")
-        staging.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            target.rename(old / "bundle")
+            staging.rename(target)
+        finally:
+            if not target.exists():
+                (old / "bundle").rename(target)
+            shutil.rmtree(old, ignore_errors=True)
     else:
         staging.rename(target)
     _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
+    """Write a file, or a folder's list of names, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

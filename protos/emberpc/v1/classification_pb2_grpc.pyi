@@ -82,13 +82,12 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
     SubmitCorrections: _aio.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]  # type: ignore[assignment]
     """Stores the right labels of texts as examples of the classifier."""
 
-class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
+class ClassificationServiceServicer:
     """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
     in the server from label names and examples; a caller of Classify need not
     know which.
     """
 
-    @_abc_1.abstractmethod
     def Classify(
         self,
         request: _classification_pb2.ClassifyRequest,
@@ -96,7 +95,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_classification_pb2.ClassifyResponse, _abc.Awaitable[_classification_pb2.ClassifyResponse]]:
         """Classifies texts. Atomic: one bad text fails the call, naming the text."""
 
-    @_abc_1.abstractmethod
     def ListClassifiers(
         self,
         request: _classification_pb2.ListClassifiersRequest,
@@ -104,7 +102,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_classification_pb2.ListClassifiersResponse, _abc.Awaitable[_classification_pb2.ListClassifiersResponse]]:
         """Lists the classifiers of both kinds, by name."""
 
-    @_abc_1.abstractmethod
     def GetClassifier(
         self,
         request: _classification_pb2.GetClassifierRequest,
@@ -112,7 +109,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_classification_pb2.GetClassifierResponse, _abc.Awaitable[_classification_pb2.GetClassifierResponse]]:
         """Describes one classifier."""
 
-    @_abc_1.abstractmethod
     def CreateClassifier(
         self,
         request: _classification_pb2.CreateClassifierRequest,
@@ -122,7 +118,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
         the labelled records of a collection.
         """
 
-    @_abc_1.abstractmethod
     def UpdateClassifier(
         self,
         request: _classification_pb2.UpdateClassifierRequest,
@@ -130,7 +125,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_classification_pb2.UpdateClassifierResponse, _abc.Awaitable[_classification_pb2.UpdateClassifierResponse]]:
         """Adds, replaces or corrects the labels of a classifier made from examples."""
 
-    @_abc_1.abstractmethod
     def DeleteClassifier(
         self,
         request: _classification_pb2.DeleteClassifierRequest,
@@ -138,7 +132,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_classification_pb2.DeleteClassifierResponse, _abc.Awaitable[_classification_pb2.DeleteClassifierResponse]]:
         """Deletes a classifier made from examples; its collection stays."""
 
-    @_abc_1.abstractmethod
     def FitClassifier(
         self,
         request: _classification_pb2.FitClassifierRequest,
@@ -146,7 +139,6 @@ class ClassificationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_classification_pb2.FitClassifierResponse, _abc.Awaitable[_classification_pb2.FitClassifierResponse]]:
         """Fits a classifier anew to the examples that its collection holds now."""
 
-    @_abc_1.abstractmethod
     def SubmitCorrections(
         self,
         request: _classification_pb2.SubmitCorrectionsRequest,

@@ -68,10 +68,9 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     ComputeSimilarity: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]  # type: ignore[assignment]
     """Gives the cosine similarity of each source to each target."""
 
-class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
+class EmbeddingServiceServicer:
     """Turns texts into vectors."""
 
-    @_abc_1.abstractmethod
     def Embed(
         self,
         request: _embedding_pb2.EmbedRequest,
@@ -81,7 +80,6 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         order of the vectors is the order of the texts.
         """
 
-    @_abc_1.abstractmethod
     def EmbedStream(
         self,
         request_iterator: _MaybeAsyncIterator[_embedding_pb2.EmbedStreamRequest],
@@ -91,7 +89,6 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         order, and a bad text fails alone. The first message must carry `config`.
         """
 
-    @_abc_1.abstractmethod
     def CountTokens(
         self,
         request: _embedding_pb2.CountTokensRequest,
@@ -101,7 +98,6 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         included, without running the model.
         """
 
-    @_abc_1.abstractmethod
     def ComputeSimilarity(
         self,
         request: _embedding_pb2.ComputeSimilarityRequest,

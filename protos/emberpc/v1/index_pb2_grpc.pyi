@@ -130,10 +130,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     ClusterRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]  # type: ignore[assignment]
     """Groups a collection's records into clusters and gives examples of each."""
 
-class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
+class IndexServiceServicer:
     """Keeps collections of records and finds those nearest to a query."""
 
-    @_abc_1.abstractmethod
     def CreateCollection(
         self,
         request: _index_pb2.CreateCollectionRequest,
@@ -141,7 +140,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.CreateCollectionResponse, _abc.Awaitable[_index_pb2.CreateCollectionResponse]]:
         """Creates a collection."""
 
-    @_abc_1.abstractmethod
     def GetCollection(
         self,
         request: _index_pb2.GetCollectionRequest,
@@ -149,7 +147,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.GetCollectionResponse, _abc.Awaitable[_index_pb2.GetCollectionResponse]]:
         """Describes a collection."""
 
-    @_abc_1.abstractmethod
     def ListCollections(
         self,
         request: _index_pb2.ListCollectionsRequest,
@@ -157,7 +154,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.ListCollectionsResponse, _abc.Awaitable[_index_pb2.ListCollectionsResponse]]:
         """Lists the collections, by name."""
 
-    @_abc_1.abstractmethod
     def DeleteCollection(
         self,
         request: _index_pb2.DeleteCollectionRequest,
@@ -165,7 +161,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.DeleteCollectionResponse, _abc.Awaitable[_index_pb2.DeleteCollectionResponse]]:
         """Deletes a collection with all its records."""
 
-    @_abc_1.abstractmethod
     def UpsertRecords(
         self,
         request: _index_pb2.UpsertRecordsRequest,
@@ -175,7 +170,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         Once answered, the records survive a crash of the process or the host.
         """
 
-    @_abc_1.abstractmethod
     def UpsertRecordsStream(
         self,
         request_iterator: _MaybeAsyncIterator[_index_pb2.UpsertRecordsStreamRequest],
@@ -185,7 +179,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         up to which message all is durable, so that a client can resume there.
         """
 
-    @_abc_1.abstractmethod
     def BatchGetRecords(
         self,
         request: _index_pb2.BatchGetRecordsRequest,
@@ -193,7 +186,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.BatchGetRecordsResponse, _abc.Awaitable[_index_pb2.BatchGetRecordsResponse]]:
         """Gets records by id, in the order asked for. Ids not found are listed."""
 
-    @_abc_1.abstractmethod
     def DeleteRecords(
         self,
         request: _index_pb2.DeleteRecordsRequest,
@@ -201,7 +193,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.DeleteRecordsResponse, _abc.Awaitable[_index_pb2.DeleteRecordsResponse]]:
         """Deletes records by id or by filter. Atomic. Ids not found are no error."""
 
-    @_abc_1.abstractmethod
     def ListRecords(
         self,
         request: _index_pb2.ListRecordsRequest,
@@ -211,7 +202,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         there throughout exactly once, whatever is written meanwhile.
         """
 
-    @_abc_1.abstractmethod
     def CountRecords(
         self,
         request: _index_pb2.CountRecordsRequest,
@@ -219,7 +209,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.CountRecordsResponse, _abc.Awaitable[_index_pb2.CountRecordsResponse]]:
         """Counts records."""
 
-    @_abc_1.abstractmethod
     def Search(
         self,
         request: _index_pb2.SearchRequest,
@@ -227,7 +216,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.SearchResponse, _abc.Awaitable[_index_pb2.SearchResponse]]:
         """Finds the records nearest to each query."""
 
-    @_abc_1.abstractmethod
     def ReembedCollection(
         self,
         request: _index_pb2.ReembedCollectionRequest,
@@ -238,7 +226,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         Collection.reembedding tells of its progress.
         """
 
-    @_abc_1.abstractmethod
     def CancelReembedding(
         self,
         request: _index_pb2.CancelReembeddingRequest,
@@ -246,7 +233,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.CancelReembeddingResponse, _abc.Awaitable[_index_pb2.CancelReembeddingResponse]]:
         """Ends a ReembedCollection; the old vectors stay."""
 
-    @_abc_1.abstractmethod
     def VerifyCollection(
         self,
         request: _index_pb2.VerifyCollectionRequest,
@@ -254,7 +240,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_index_pb2.VerifyCollectionResponse], _abc.AsyncIterator[_index_pb2.VerifyCollectionResponse]]:
         """Checks that every record is present, reachable and undamaged."""
 
-    @_abc_1.abstractmethod
     def BackupCollection(
         self,
         request: _index_pb2.BackupCollectionRequest,
@@ -262,7 +247,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_index_pb2.BackupCollectionResponse], _abc.AsyncIterator[_index_pb2.BackupCollectionResponse]]:
         """Sends a consistent snapshot of a collection as one file, in pieces."""
 
-    @_abc_1.abstractmethod
     def RestoreCollection(
         self,
         request_iterator: _MaybeAsyncIterator[_index_pb2.RestoreCollectionRequest],
@@ -270,7 +254,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.RestoreCollectionResponse, _abc.Awaitable[_index_pb2.RestoreCollectionResponse]]:
         """Makes a collection from the pieces of a snapshot."""
 
-    @_abc_1.abstractmethod
     def FindDuplicates(
         self,
         request: _index_pb2.FindDuplicatesRequest,
@@ -278,7 +261,6 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_index_pb2.FindDuplicatesResponse, _abc.Awaitable[_index_pb2.FindDuplicatesResponse]]:
         """Finds pairs of records more alike than a bound."""
 
-    @_abc_1.abstractmethod
     def ClusterRecords(
         self,
         request: _index_pb2.ClusterRecordsRequest,

@@ -64,10 +64,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Stops serving a model once its calls in flight are done."""
 
-class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
+class ModelServiceServicer:
     """Says which models are served, and changes them."""
 
-    @_abc_1.abstractmethod
     def ListModels(
         self,
         request: _model_pb2.ListModelsRequest,
@@ -75,7 +74,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
         """Lists the models served, by name."""
 
-    @_abc_1.abstractmethod
     def GetModel(
         self,
         request: _model_pb2.GetModelRequest,
@@ -83,7 +81,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
         """Describes one model."""
 
-    @_abc_1.abstractmethod
     def LoadModel(
         self,
         request: _model_pb2.LoadModelRequest,
@@ -91,7 +88,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_model_pb2.LoadModelResponse], _abc.AsyncIterator[_model_pb2.LoadModelResponse]]:
         """Loads a bundle under a new name: checked, warmed up, then served."""
 
-    @_abc_1.abstractmethod
     def ReloadModel(
         self,
         request: _model_pb2.ReloadModelRequest,
@@ -101,7 +97,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         calls in flight finish on the old one, which stays if the new one is bad.
         """
 
-    @_abc_1.abstractmethod
     def UnloadModel(
         self,
         request: _model_pb2.UnloadModelRequest,

@@ -7,9 +7,12 @@ and the remedy, and never holds the text of another exception.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+#: Gives the path of item i of a request, such as `texts[3]`.
+FieldPath = Callable[[int], str]
 
 
 class Code(Enum):
@@ -64,6 +67,12 @@ class ServiceError(Exception):
         self.violations = tuple(violations)
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
+
+
+def items_of(field: str, part: str = "") -> FieldPath:
+    """Return the paths of the items of a repeated field, or of a part of each item, such as `records[3].text`."""
+    suffix = f".{part}" if part else ""
+    return lambda i: f"{field}[{i}]{suffix}"
 
 
 def invalid(field: str, description: str) -> ServiceError:

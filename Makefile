@@ -1,0 +1,35 @@
+# Each target is one line into a tool; the logic is in tools/.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+
+.PHONY: help venv demo demo-keep test test-all coverage lint protos protos-check
+
+help:  ## Say what there is
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed 's/:.*##/\t/' | expand -t 16
+
+venv:  ## Make .venv, or bring it up to date
+	@$(PYTHON) tools/make_venv.py
+
+demo: venv  ## The main job on real input: export, serve, index, search, fine-tune, classify
+	@$(BIN)/python examples/stdlib_demo.py
+
+demo-keep: venv  ## The same, and the server stays up until Ctrl-C
+	@$(BIN)/python examples/stdlib_demo.py --keep
+
+test: venv  ## The fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv  ## All tests, those that take minutes too
+	$(BIN)/python -m pytest
+
+coverage: venv  ## The fast tests, with the coverage of server and client
+	$(BIN)/python tools/coverage.py
+
+lint: venv  ## Style, types and import arrows
+	$(BIN)/python tools/lint.py
+
+protos:  ## Generate protos/emberpc/v1/*_pb2* anew
+	$(PYTHON) tools/generate_protos.py
+
+protos-check: venv  ## Is the generated code current, and are the protos in style and compatible?
+	$(BIN)/python tools/check_protos.py

@@ -1,0 +1,111 @@
+"""The commands `emberpc collection …`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated
+
+import typer
+
+from emberpc.cli.connection import with_client
+from emberpc.cli.options import AsJson
+from emberpc.cli.output import Column, note, print_fields, print_json, print_table
+from emberpc.cli.records import WithVectors
+from emberpc.client import Client, Collection
+from emberpc.client.types import Distance, Truncation
+
+app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
+
+
+@app.command()
+@with_client
+def create(
+    client: Client,
+    name: Name,
+    model: Annotated[str, typer.Option(help="The model that embeds its texts; none: it takes vectors only.")] = "",
+    dimensions: Annotated[int, typer.Option(min=0, help="Of its vectors; 0: the model's.")] = 0,
+    distance: Annotated[Distance, typer.Option(help="How vectors compare.")] = "cosine",
+    truncation: Annotated[Truncation, typer.Option(help="What happens to over-long texts.")] = "refuse",
+    m: Annotated[int, typer.Option("--m", min=0, help="Links of a node of the graph; 0: the server's default.")] = 0,
+    ef_construction: Annotated[
+        int, typer.Option(min=0, help="Candidates kept while inserting; 0: the server's default.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Create a collection."""
+    collection = client.create_collection(
+        name,
+        model=model,
+        dimensions=dimensions,
+        distance=distance,
+        truncation=truncation,
+        m=m,
+        ef_construction=ef_construction,
+    )
+    _show(collection, as_json)
+
+
+@app.command("list")
+@with_client
+def list_collections(client: Client, as_json: AsJson = False) -> None:
+    """List the collections."""
+    if as_json:
+        print_json(client.collections())
+        return
+    columns = [
+        Column("name"),
+        Column("records", "right"),
+        Column("model"),
+        Column("dimensions", "right"),
+        Column("distance"),
+        Column("MB", "right"),
+    ]
+    rows = [
+        (c.name, c.record_count, c.model or "(vectors only)", c.dimensions, c.distance, f"{c.size_bytes / 1e6:.1f}")
+        for c in client.collections()
+    ]
+    print_table(columns, rows)
+
+
+@app.command()
+@with_client
+def get(client: Client, name: Name, as_json: AsJson = False) -> None:
+    """Show one collection."""
+    _show(client.get_collection(name), as_json)
+
+
+@app.command()
+@with_client
+def delete(client: Client, name: Name) -> None:
+    """Delete a collection with all its records."""
+    client.delete_collection(name)
+    note(f"deleted the collection {name}")
+
+
+@app.command()
+@with_client
+def records(
+    client: Client,
+    name: Name,
+    limit: Annotated[int, typer.Option(min=0, help="Most records to list; 0: all.")] = 100,
+    with_vectors: WithVectors = False,
+    as_json: AsJson = False,
+) -> None:
+    """List a collection's records, by id; with --json in the form that `upsert` reads."""
+    found = itertools.islice(client.records(name, with_vectors=with_vectors), limit or None)
+    if as_json:
+        print_json(found)
+    else:
+        rows = [(record.id, record.label, record.text) for record in found]
+        print_table([Column("id"), Column("label"), Column("text", wide=True)], rows)
+    if limit and (total := client.count(name)) > limit:
+        note(f"{limit} of {total} records; --limit 0 lists all")
+
+
+def _show(collection: Collection, as_json: bool) -> None:
+    if as_json:
+        print_json([collection])
+    else:
+        print_fields(vars(collection))

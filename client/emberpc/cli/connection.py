@@ -1,0 +1,87 @@
+"""The options of the commands that talk to a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emberpc.cli.errors import CliError
+from emberpc.cli.options import add_options
+from emberpc.client import TLS, Client
+
+_PANEL = "Connection"
+
+_OPTIONS = [
+    Parameter(
+        "target",
+        Parameter.KEYWORD_ONLY,
+        default="localhost:50051",
+        annotation=Annotated[
+            str,
+            typer.Option(envvar="EMBERPC_TARGET", metavar="HOST:PORT", help="The server.", rich_help_panel=_PANEL),
+        ],
+    ),
+    Parameter(
+        "timeout",
+        Parameter.KEYWORD_ONLY,
+        default=30.0,
+        annotation=Annotated[
+            float, typer.Option(metavar="SECONDS", help="How long a request may take.", rich_help_panel=_PANEL)
+        ],
+    ),
+    Parameter(
+        "token",
+        Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            str | None,
+            typer.Option(
+                envvar="EMBERPC_TOKEN",
+                metavar="TOKEN",
+                help="Bearer token; others on this host see one given as an option, so prefer the variable.",
+                rich_help_panel=_PANEL,
+            ),
+        ],
+    ),
+    Parameter(
+        "tls_ca",
+        Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            Path | None,
+            typer.Option(
+                metavar="FILE",
+                help="Encrypt; the PEM file has the certificates that sign the server's.",
+                rich_help_panel=_PANEL,
+            ),
+        ],
+    ),
+]
+
+
+def with_client(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the connection's options, and the client that they make as its first argument."""
+
+    def run(options: dict[str, Any], values: dict[str, Any]) -> None:
+        with connect(**options) as client:
+            command(client, **values)
+
+    return add_options(command, _OPTIONS, run)
+
+
+def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None) -> Client:
+    """Make a client.
+
+    Raises:
+        CliError: the file of certificates cannot be read.
+        InputError: another option is wrong.
+    """
+    try:
+        tls = TLS.from_files(tls_ca) if tls_ca else None
+    except OSError as error:
+        raise CliError(f"--tls-ca: {tls_ca} cannot be read: {error.strerror}") from error
+    return Client(target, timeout=timeout, tls=tls, token=token or None)

@@ -1,0 +1,93 @@
+"""What the command line says of an error, and with which code it exits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from importlib.util import find_spec
+
+from emberpc.client import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    EmberpcError,
+    FailedPrecondition,
+    InputError,
+    InputTypeError,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+
+
+class ExitCode(IntEnum):
+    """What the exit codes mean; the table is in `emberpc.cli.main`."""
+
+    OK = 0
+    INTERNAL = 1
+    INPUT = 2
+    UNAVAILABLE = 3
+    NOT_FOUND = 4
+    CONFLICT = 5
+    REFUSED = 6
+    UNVERIFIED = 7
+    INTERRUPTED = 130
+
+
+class CliError(Exception):
+    """A command cannot do its work; the message is for its user."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.INPUT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+_CODES: dict[type[Exception], ExitCode] = {
+    InvalidArgument: ExitCode.INPUT,
+    InputError: ExitCode.INPUT,
+    InputTypeError: ExitCode.INPUT,
+    Unavailable: ExitCode.UNAVAILABLE,
+    DeadlineExceeded: ExitCode.UNAVAILABLE,
+    NotFound: ExitCode.NOT_FOUND,
+    AlreadyExists: ExitCode.CONFLICT,
+    FailedPrecondition: ExitCode.CONFLICT,
+    Aborted: ExitCode.CONFLICT,
+    Unauthenticated: ExitCode.REFUSED,
+    PermissionDenied: ExitCode.REFUSED,
+    ResourceExhausted: ExitCode.REFUSED,
+    EmberpcError: ExitCode.INTERNAL,
+}
+
+#: What the packages of each extra are imported as, or of the part of it that a command needs.
+SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "grpc_health", "grpc_reflection")
+VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
+EXPORT_PACKAGES = (
+    *("torch", "transformers", "optimum", "onnx", "onnxruntime"),
+    *("tokenizers", "sentence_transformers", "sklearn"),
+)
+
+
+def exit_code(error: Exception) -> ExitCode | None:
+    """Return the code for an error that is told in one line; None for one that is a fault of the program."""
+    if isinstance(error, CliError):
+        return error.code
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+
+
+def require(packages: Sequence[str], extra: str, command: str) -> None:
+    """Make sure that a command's packages are installed, before it starts on its work; they are not imported.
+
+    Args:
+        packages: what it needs.
+        extra: the extra that they come with.
+        command: what needs them, such as `emberpc serve`.
+
+    Raises:
+        CliError: one is missing; the message says how to install it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise CliError(f"`{command}` needs {package}, which is not installed; run: pip install 'emberpc[{extra}]'")

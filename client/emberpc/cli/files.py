@@ -1,0 +1,192 @@
+"""Texts and records from files, with errors that name the line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from emberpc.cli.errors import CliError
+from emberpc.client import InputError, InputTypeError, InvalidArgument
+
+_RECORD_KEYS = ("id", "text", "metadata", "label", "vector")
+#: What `collection records --json` tells besides; the server sets it anew.
+_OUTPUT_KEYS = ("revision", "create_time", "update_time")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+class LineFile:
+    """A file, or stdin for `-`, that knows from which line each of its items came.
+
+    Attributes:
+        name: what messages call it.
+        lines: item i came from line `lines[i]`, counted from 1.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = "stdin" if path == "-" else path
+        self.lines: list[int] = []
+        self._path = path
+
+    def texts(self) -> list[str]:
+        """Return the file's lines, one text each.
+
+        Raises:
+            CliError: the file cannot be read, or a line is empty or not UTF-8.
+        """
+        with self._opened() as file:
+            texts = [line.rstrip("\r\n") for _, line in self._decoded(file)]
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                self._refuse(number, "the line is empty; remove it, so that result i is of line i")
+        self.lines = list(range(1, len(texts) + 1))
+        if not texts:
+            raise CliError(f"{self.name} is empty; give it one text a line")
+        return texts
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Read records as they are taken.
+
+        `.jsonl`, `.ndjson` and stdin hold JSON Lines; `.csv` and `.tsv` a table
+        with the columns `id` and any of `text`, `label` and `metadata` (a JSON
+        object); every other column of it is a metadata field of strings.
+
+        Raises:
+            CliError: the file cannot be read, is of another kind, or a line is no record.
+        """
+        suffix = Path(self._path).suffix.lower()
+        if self._path == "-" or suffix in _JSON_LINES:
+            parse = self._json_records
+        elif suffix in _DELIMITERS:
+            parse = self._table_records
+        else:
+            known = ", ".join((*_JSON_LINES, *_DELIMITERS))
+            raise CliError(f"{self.name}: cannot tell what it holds by its name; name it with one of {known}")
+        with self._opened() as file:
+            for number, record in parse(self._decoded(file)):
+                self.lines.append(number)
+                yield record
+
+    def locate(self, message: str, field: str) -> str:
+        """Return a message with `records[3].text` and the like replaced by file and line."""
+
+        def place(found: re.Match[str]) -> str:
+            item = int(found[1])
+            return f"{self.name}:{self.lines[item]}: " if item < len(self.lines) else found[0]
+
+        return re.sub(rf"\b{field}\[(\d+)\](?:\.|: | )?", place, message)
+
+    @contextmanager
+    def locating(self, field: str) -> Iterator[None]:
+        """Name the line in errors about an item of the field of a request, such as `texts`."""
+        try:
+            yield
+        except (InvalidArgument, InputError, InputTypeError) as error:
+            raise CliError(self.locate(str(error), field)) from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        if self._path == "-":
+            yield sys.stdin.buffer
+            return
+        try:
+            file = Path(self._path).open("rb")  # noqa: SIM115 - closed below; reading must not be inside this `try`
+        except OSError as error:
+            raise CliError(f"{self.name} cannot be read: {error.strerror}") from error
+        with file:
+            yield file
+
+    def _decoded(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
+        """Yield each line with its number."""
+        lines = iter(file)
+        for number in range(1, sys.maxsize):
+            try:
+                line = next(lines, None)
+            except OSError as error:
+                raise CliError(f"{self.name} cannot be read: {error.strerror}") from error
+            if line is None:
+                return
+            try:
+                # Some programs put a byte order mark before the first line.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                self._refuse(number, f"byte {error.start + 1} of the line is not UTF-8; convert the file to it")
+
+    def _json_records(self, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in lines:
+            if line.strip():
+                yield number, self._json_record(number, line)
+
+    def _json_record(self, number: int, line: str) -> dict[str, Any]:
+        record = self._json_object(number, line, "the line")
+        for key in record:
+            if key not in _RECORD_KEYS + _OUTPUT_KEYS:
+                self._refuse(number, f"there is a field {key!r}; a record has {', '.join(_RECORD_KEYS)}")
+        if "id" not in record:
+            self._refuse(number, "there is no id; give each record one")
+        return {key: value for key, value in record.items() if key in _RECORD_KEYS}
+
+    def _table_records(self, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        reader = csv.reader(
+            (line for _, line in lines), delimiter=_DELIMITERS[Path(self._path).suffix.lower()], strict=True
+        )
+        # The default of 128 KiB is less than a text may have.
+        csv.field_size_limit(2**31 - 1)
+        header: list[str] = []
+        before = 0
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                self._refuse(before + 1, f"the table is damaged here ({error}); check the quotes")
+            if row is None:
+                return
+            number, before = before + 1, reader.line_num
+            if not row:
+                continue
+            if not header:
+                header = self._header(number, row)
+                continue
+            yield number, self._table_record(number, header, row)
+
+    def _header(self, number: int, row: list[str]) -> list[str]:
+        header = [title.strip() for title in row]
+        if "id" not in header:
+            self._refuse(number, f"there is no column id; the columns are {', '.join(header)}")
+        if "vector" in header:
+            self._refuse(number, "there is a column vector, and a table has no vectors; write JSON Lines")
+        for title in header:
+            if not title or header.count(title) > 1:
+                self._refuse(number, f"the column {title!r} is there twice, or has no name; give each its own")
+        return header
+
+    def _table_record(self, number: int, header: list[str], row: list[str]) -> dict[str, Any]:
+        if len(row) != len(header):
+            self._refuse(number, f"there are {len(row)} cells for {len(header)} columns; check the delimiters")
+        cells = dict(zip(header, row, strict=True))
+        metadata = cells.pop("metadata", "").strip()
+        record: dict[str, Any] = {key: cells.pop(key) for key in ("id", "text", "label") if key in cells}
+        record["metadata"] = {**cells, **(self._json_object(number, metadata, "metadata") if metadata else {})}
+        return record
+
+    def _json_object(self, number: int, text: str, what: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            self._refuse(number, f"{what} is not JSON")
+        if not isinstance(value, Mapping):
+            self._refuse(number, f"{what} is no JSON object; write {{…}}")
+        return dict(value)
+
+    def _refuse(self, number: int, problem: str) -> NoReturn:
+        raise CliError(f"{self.name}:{number}: {problem}")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")

@@ -1,0 +1,51 @@
+"""The program `emberpc`.
+
+What its exit codes mean:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | something unexpected: the server made an error, or this program did |
+| 2 | wrong usage or wrong input: an argument, a file, a setting; or a part of emberpc that is not installed |
+| 3 | no server answers, it is not ready, or it did not answer in time |
+| 4 | there is no such thing: a model, a collection, a record |
+| 5 | conflict: it exists already, or things are not in the state that this needs |
+| 6 | refused: who you are, what you may, or the server is full |
+| 7 | verification failed |
+| 130 | interrupted |
+
+Results go to stdout and everything else to stderr: one line, `error: …`, for
+what went wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name; None: those that it was started with.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        from emberpc.cli.app import run
+    except ModuleNotFoundError as error:
+        # The base install is the client alone; then this module is all of the command line that can be imported.
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
+            raise
+        sys.stderr.write(
+            f"error: the command line needs {package}, which is not installed; run: pip install 'emberpc[cli]'\n"
+        )
+        return 2
+    return run(sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

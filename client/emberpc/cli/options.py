@@ -1,0 +1,44 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from inspect import Parameter
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines: one object for each result.")]
+
+
+def add_options(
+    command: Callable[..., None],
+    options: Sequence[Parameter],
+    run: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> Callable[..., None]:
+    """Return a command with more options, which Typer reads from its signature.
+
+    Args:
+        command: the command; its first parameter is what `run` makes of the options, and not for the user.
+        options: the options to add, as keyword-only parameters.
+        run: called with the values of the options, and with those of the command's own parameters.
+    """
+    # With all annotations evaluated: Typer could not resolve this module's names in the command's.
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    names = {option.name for option in options}
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        run(
+            {name: value for name, value in values.items() if name in names},
+            {name: value for name, value in values.items() if name not in names},
+        )
+
+    parameters = [*(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own), *options]
+    # What `functools.wraps` took over describes the command without the options.
+    del with_options.__dict__["__wrapped__"]
+    with_options.__dict__["__signature__"] = inspect.Signature(parameters)
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options

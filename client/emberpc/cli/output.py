@@ -1,0 +1,203 @@
+"""What the command line prints: results to stdout, everything else to stderr.
+
+Tables are for people: on a terminal they are fitted to its width; elsewhere
+they are tab-separated and nothing is cut. `--json` is for programs: JSON Lines,
+one object for each result, however many there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import typer
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; a `wide` one is cut where the terminal ends."""
+
+    title: str
+    justify: Literal["left", "right"] = "left"
+    wide: bool = False
+
+
+#: What a wide column is never cut below, however narrow the terminal.
+_LEAST_WIDTH = 16
+_GAP = "  "
+
+
+def print_json(objects: Iterable[Any]) -> None:
+    """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out."""
+    for item in objects:
+        _write(json.dumps(plain(item), ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table."""
+    header = [column.title for column in columns]
+    _print_rows(columns, [header, *([one_line(str(cell)) for cell in row] for row in rows)])
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Print one thing: a line for each field."""
+    columns = [Column("field"), Column("value")]
+    _print_rows(columns, [[name, one_line(_worded(value))] for name, value in fields.items()])
+
+
+def print_gap() -> None:
+    """Print an empty line between two things."""
+    _write("\n")
+
+
+def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    if not sys.stdout.isatty():
+        for row in rows:
+            _write("\t".join(row) + "\n")
+        return
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(columns))]
+    spare = shutil.get_terminal_size().columns - sum(widths) - len(_GAP) * (len(columns) - 1)
+    for i, column in enumerate(columns):
+        if column.wide and spare < 0:
+            cut = max(widths[i] + spare, min(widths[i], _LEAST_WIDTH))
+            spare += widths[i] - cut
+            widths[i] = cut
+    for row in rows:
+        cells = [_fitted(cell, column, width) for cell, column, width in zip(row, columns, widths, strict=True)]
+        _write(_GAP.join(cells).rstrip() + "\n")
+
+
+def _fitted(cell: str, column: Column, width: int) -> str:
+    """Return a cell cut or filled up to a width in terminal cells, of which some characters take two."""
+    if cell_len(cell) > width:
+        cell = set_cell_size(cell, width - 1) + "…"
+    padding = " " * (width - cell_len(cell))
+    return padding + cell if column.justify == "right" else cell + padding
+
+
+def note(message: str) -> None:
+    """Tell the user something that is no result."""
+    sys.stderr.write(one_line(message) + "\n")
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: plain(item) for name, item in fields.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        # By way of str, which is the shortest that names the same float32; as doubles they have twice the digits.
+        return [float(str(item)) for item in value]
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr, if that is a terminal.
+
+    Args:
+        what: what is being done, such as "embedding".
+        total: how many there are to do; None if that is not known.
+
+    Yields:
+        To be called with the number done so far.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+class Stages(Protocol):
+    """Told how far something with stages is."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note that so much of a stage is done."""
+
+
+@contextmanager
+def stages() -> Iterator[Stages]:
+    """Show the progress of something with stages on stderr: a bar each on a terminal, elsewhere a line each."""
+    seen: dict[str, Any] = {}
+    if not sys.stderr.isatty():
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in seen:
+                seen[stage] = None
+                note(f"{stage} …")
+
+        yield tell
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in seen:
+                finish_all()
+                seen[stage] = bar.add_task(stage, total=total)
+            bar.update(seen[stage], completed=done, total=total)
+
+        def finish_all() -> None:
+            for task in bar.tasks:
+                bar.update(task.id, completed=task.total)
+
+        yield show
+        finish_all()
+
+
+def flush() -> None:
+    """Write out what is still held back."""
+    _in_peace(sys.stdout.flush)
+
+
+def _write(text: str) -> None:
+    _in_peace(lambda: sys.stdout.write(text))
+
+
+def _in_peace(action: Callable[[], object]) -> None:
+    """Do what writes to stdout; end the program without complaint if nobody reads on, as after `| head`."""
+    try:
+        action()
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere, or Python would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _worded(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S} UTC"
+    return "" if value is None else str(value)

@@ -1,0 +1,110 @@
+"""The commands about records: upsert, get, delete, search."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from emberpc.cli.connection import with_client
+from emberpc.cli.errors import CliError, ExitCode
+from emberpc.cli.files import LineFile
+from emberpc.cli.options import AsJson
+from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
+from emberpc.client import Client, RecordId
+from emberpc.client.types import Query
+
+CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
+Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
+WithVectors = Annotated[bool, typer.Option("--vectors", help="With --json: the vectors too.")]
+
+
+@with_client
+def upsert(
+    client: Client,
+    collection: CollectionName,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="JSON Lines (.jsonl, .ndjson, or - for stdin) with the fields id, text, metadata, label, vector; or a "
+            "table (.csv, .tsv) with the columns id, text, label, metadata (JSON), others being metadata fields.",
+        ),
+    ],
+    batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Insert the records of a file, or replace those of the same id.
+
+    If it fails on the way, the requests before are written; doing it all again
+    does no harm.
+    """
+    source = LineFile(file)
+    with source.locating("records"), progress("upserting") as done:
+        result = client.upsert(collection, source.records(), batch_size=batch_size, progress=done)
+    if not source.lines:
+        note(f"{source.name} holds no records")
+    if as_json:
+        print_json([result])
+    else:
+        print_fields(plain(result))
+
+
+@with_client
+def get(
+    client: Client, collection: CollectionName, ids: Ids, with_vectors: WithVectors = False, as_json: AsJson = False
+) -> None:
+    """Show records."""
+    records = client.get(collection, ids, with_vectors=with_vectors)
+    if as_json:
+        print_json(records)
+    else:
+        for i, record in enumerate(records):
+            if i:
+                print_gap()
+            print_fields({name: value for name, value in vars(record).items() if name != "vector"})
+    found = {record.id for record in records}
+    missing = [record_id for record_id in ids if record_id not in found]
+    if missing:
+        raise CliError(f"there is no record {', '.join(map(repr, missing))} in {collection!r}", ExitCode.NOT_FOUND)
+
+
+@with_client
+def delete(client: Client, collection: CollectionName, ids: Ids, as_json: AsJson = False) -> None:
+    """Delete records; ids that there are none of are no error."""
+    deleted = client.delete(collection, ids)
+    if as_json:
+        print_json([{"deleted": deleted}])
+    else:
+        print_fields({"deleted": deleted})
+
+
+@with_client
+def search(
+    client: Client,
+    collection: CollectionName,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for, in words.")] = None,
+    record_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Look for the neighbours of this record instead.")
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
+    ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
+    with_vectors: WithVectors = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the records nearest to a query, nearest first."""
+    wanted: Query
+    if query is not None and record_id is None:
+        wanted = query
+    elif record_id is not None and query is None:
+        wanted = RecordId(record_id)
+    else:
+        raise CliError("give a query in words, or a record with --id; one of the two")
+    (result,) = client.search_batch(collection, [wanted], top_k=top_k, ef=ef, with_vectors=with_vectors)
+    if as_json:
+        print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
+    else:
+        rows = [(f"{hit.score:.4f}", hit.record.id, hit.record.text) for hit in result.hits]
+        print_table([Column("score", "right"), Column("id"), Column("text", wide=True)], rows)
+    if result.plan.shortfall_reason:
+        note(f"{len(result.hits)} hits: {result.plan.shortfall_reason}")

@@ -1,0 +1,96 @@
+"""The commands of the server's own host: serve, config."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from emberpc.cli.errors import SERVER_PACKAGES, CliError, require
+from emberpc.cli.options import AsJson, add_options
+from emberpc.cli.output import Column, print_json, print_table
+from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings, SettingsError, load_settings
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
+    """Return the option of a setting; not given, it is None, so that environment and file are asked."""
+    several = hint == tuple[str, ...]
+    default = "" if several else f"; default: {field.default}"
+    option = typer.Option(
+        f"--{field.name.replace('_', '-')}",
+        help=f"{field.metadata['help']} ({ENVIRONMENT_PREFIX}{field.name.upper()}{default})",
+        metavar="[NAME=]DIR" if several else None,
+        show_default=False,
+    )
+    return Parameter(
+        field.name,
+        Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[(list[str] if several else hint) | None, option],
+    )
+
+
+def _options() -> list[Parameter]:
+    """Return an option for each setting, and one for the file."""
+    hints = get_type_hints(Settings)
+    config = typer.Option("--config", metavar="FILE", help=f"TOML file of settings. ({ENVIRONMENT_PREFIX}CONFIG)")
+    return [
+        *(_parameter(field, hints[field.name]) for field in dataclasses.fields(Settings)),
+        Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]),
+    ]
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of the settings, and as its first argument what they, environment and file make."""
+
+    def run(options: dict[str, Any], values: dict[str, Any]) -> None:
+        config_file = options.pop("config_file")
+        try:
+            loaded = load_settings(options, config_file=config_file, environ=os.environ)
+        except SettingsError as error:
+            raise CliError(str(error)) from error
+        command(loaded, **values)
+
+    return add_options(command, _options(), run)
+
+
+@_with_settings
+def serve(loaded: LoadedSettings) -> None:
+    """Serve bundles and collections over gRPC until SIGTERM or Ctrl-C.
+
+    A flag goes before the environment, the environment before the file;
+    `emberpc config` shows what comes of it.
+    """
+    require(SERVER_PACKAGES, "server", "emberpc serve")
+    from emberpc.server.app import StartupError, serve
+
+    try:
+        serve(loaded.settings)
+    except StartupError as error:
+        raise CliError(str(error)) from error
+
+
+@_with_settings
+def config(loaded: LoadedSettings, as_json: AsJson = False) -> None:
+    """Show the settings that `emberpc serve` would have, and where each comes from.
+
+    Takes the flags of `serve`.
+    """
+    names = [field.name for field in dataclasses.fields(Settings)]
+    values = {name: _shown(getattr(loaded.settings, name)) for name in names}
+    if as_json:
+        print_json({"setting": name, "value": values[name], "source": loaded.sources[name]} for name in names)
+        return
+    rows = [(name, ", ".join(v) if isinstance(v := values[name], list) else v, loaded.sources[name]) for name in names]
+    print_table([Column("setting"), Column("value"), Column("source")], rows)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,180 @@
+"""The commands about texts: embed, count-tokens, similarity, classify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from emberpc.cli.connection import with_client
+from emberpc.cli.errors import CliError
+from emberpc.cli.files import LineFile
+from emberpc.cli.options import AsJson
+from emberpc.cli.output import Column, note, print_json, print_table, progress
+from emberpc.client import Client
+from emberpc.client.types import Classification, InputKind, Matrix, Progress, Truncation
+
+Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="The texts.")]
+TextFile = Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text a line; - is stdin.")]
+ModelName = Annotated[str, typer.Option(help="The model; needed if several are served.")]
+Kind = Annotated[InputKind, typer.Option(help="What the texts are for; decides the model's prompt.")]
+Cut = Annotated[Truncation, typer.Option(help="What to do with over-long texts: fail, or cut at one side.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one request.")]
+
+_PREVIEW = 6
+
+
+@with_client
+def embed(
+    client: Client,
+    texts: Texts = None,
+    file: TextFile = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the vectors to this .npy file.")
+    ] = None,
+    model: ModelName = "",
+    input_kind: Kind = "passage",
+    dimensions: Annotated[int, typer.Option(min=0, help="Keep the first so many; 0: all.")] = 0,
+    truncation: Cut = "refuse",
+    batch_size: BatchSize = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Turn texts into vectors."""
+    if output and not output.absolute().parent.is_dir():
+        raise CliError(f"--output: the folder {output.absolute().parent} is not there; make it, or choose another")
+    with _given(texts, file) as listed, _shown("embedding", listed, file) as done:
+        matrix = client.embed(
+            listed,
+            model=model,
+            input_kind=input_kind,
+            dimensions=dimensions,
+            truncation=truncation,
+            priority="bulk" if file else "interactive",
+            batch_size=batch_size,
+            progress=done,
+        )
+    if output:
+        _save(matrix, output)
+        note(f"wrote {matrix.shape[0]} × {matrix.shape[1]} float32 to {output}")
+    elif as_json:
+        print_json({"text": text, "vector": row} for text, row in zip(listed, matrix, strict=True))
+    else:
+        rows = [
+            (text, " ".join(f"{value:+.4f}" for value in row[:_PREVIEW]) + f" … {len(row)} in all")
+            for text, row in zip(listed, matrix, strict=True)
+        ]
+        print_table([Column("text", wide=True), Column("vector")], rows)
+
+
+@with_client
+def count_tokens(
+    client: Client,
+    texts: Texts = None,
+    file: TextFile = None,
+    model: ModelName = "",
+    input_kind: Kind = "passage",
+    as_json: AsJson = False,
+) -> None:
+    """Count the tokens that texts would use, prompt and special tokens included."""
+    with _given(texts, file) as listed:
+        counts = client.count_tokens(listed, model=model, input_kind=input_kind)
+    if as_json:
+        print_json({"text": text, "tokens": count} for text, count in zip(listed, counts, strict=True))
+    else:
+        rows = list(zip(counts, listed, strict=True))
+        print_table([Column("tokens", "right"), Column("text", wide=True)], rows)
+
+
+@with_client
+def similarity(
+    client: Client,
+    source: Annotated[str, typer.Argument(help="A text.")],
+    targets: Annotated[list[str], typer.Argument(metavar="TARGET", help="Texts to compare it with.")],
+    model: ModelName = "",
+    truncation: Cut = "refuse",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a text with others: their cosine similarity, from -1 to 1."""
+    scores = client.similarity([source], targets, model=model, truncation=truncation)[0].tolist()
+    if as_json:
+        print_json({"target": target, "score": score} for target, score in zip(targets, scores, strict=True))
+    else:
+        rows = [(f"{score:.4f}", target) for target, score in zip(targets, scores, strict=True)]
+        print_table([Column("score", "right"), Column("target", wide=True)], rows)
+
+
+@with_client
+def classify(
+    client: Client,
+    texts: Texts = None,
+    file: TextFile = None,
+    classifier: Annotated[str, typer.Option(help="The classifier; needed if there are several.")] = "",
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=0, help="Most labels for each text; 0: all.")] = 3,
+    truncation: Cut = "refuse",
+    batch_size: BatchSize = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Give texts labels."""
+    with _given(texts, file) as listed, _shown("classifying", listed, file) as done:
+        found = client.classify(
+            listed,
+            classifier,
+            top_k=top_k,
+            truncation=truncation,
+            priority="bulk" if file else "interactive",
+            batch_size=batch_size,
+            progress=done,
+        )
+    if as_json:
+        print_json({"text": text, "classification": item} for text, item in zip(listed, found, strict=True))
+    else:
+        columns = [Column("label"), Column("probabilities"), Column("text", wide=True)]
+        rows = [(_label(item), _scores(item), text) for text, item in zip(listed, found, strict=True)]
+        print_table(columns, rows)
+
+
+@contextmanager
+def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
+    """Give the texts of the arguments or the file; errors about one of the file's name its line.
+
+    Raises:
+        CliError: there are none, or both are given.
+    """
+    if bool(texts) == bool(file):
+        raise CliError("give texts as arguments, or a file of them with --file; one of the two")
+    if texts:
+        yield texts
+        return
+    source = LineFile(str(file))
+    listed = source.texts()
+    with source.locating("texts"):
+        yield listed
+
+
+def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:
+    """Show the progress with the texts of a file; those of a command line are done at once."""
+    return progress(what, len(texts)) if file else nullcontext()
+
+
+def _save(matrix: Matrix, path: Path) -> None:
+    """Write vectors to a file, which is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            np.save(file, matrix, allow_pickle=False)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CliError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _label(item: Classification) -> str:
+    return "(none fits)" if item.rejected else ", ".join(item.labels) or "(none)"
+
+
+def _scores(item: Classification) -> str:
+    return ", ".join(f"{score.label} {score.score:.2f}" for score in item.scores)

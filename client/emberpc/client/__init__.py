@@ -1,0 +1,82 @@
+"""The client of an emberpc server; needs grpcio, protobuf and numpy only.
+
+    from emberpc.client import Client
+
+    with Client("localhost:50051") as client:
+        vectors = client.embed(["a text", "another"])
+        for hit in client.search("docs", "what was that again?"):
+            print(hit.score, hit.record.text)
+
+`AsyncClient` has the same methods as coroutines. What can go wrong is drawn in
+`emberpc.client.exceptions`.
+"""
+
+from emberpc.client._aio_client import AsyncClient
+from emberpc.client._client import Client
+from emberpc.client._connection import TLS
+from emberpc.client.exceptions import (
+    Aborted,
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    EmberpcError,
+    FailedPrecondition,
+    InputError,
+    InputTypeError,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+    Violation,
+)
+from emberpc.client.types import (
+    Classification,
+    Collection,
+    Health,
+    Hit,
+    LabelScore,
+    Model,
+    Record,
+    RecordId,
+    SearchPlan,
+    SearchResult,
+    UpsertResult,
+)
+
+__all__ = [
+    "TLS",
+    "Aborted",
+    "AlreadyExists",
+    "AsyncClient",
+    "Cancelled",
+    "Classification",
+    "Client",
+    "Collection",
+    "DeadlineExceeded",
+    "EmberpcError",
+    "FailedPrecondition",
+    "Health",
+    "Hit",
+    "InputError",
+    "InputTypeError",
+    "Internal",
+    "InvalidArgument",
+    "LabelScore",
+    "Model",
+    "NotFound",
+    "PermissionDenied",
+    "Record",
+    "RecordId",
+    "ResourceExhausted",
+    "SearchPlan",
+    "SearchResult",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "UpsertResult",
+    "Violation",
+]

@@ -1,0 +1,278 @@
+"""The client for asyncio: the calls of `Client`, as coroutines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc.aio
+import numpy.typing as npt
+
+from emberpc.client import _embedding, _index, _models
+from emberpc.client._aio_running import AsyncRunner
+from emberpc.client._calls import Call, Page
+from emberpc.client._connection import TLS, Connection
+from emberpc.client.types import (
+    Classification,
+    Collection,
+    Distance,
+    DType,
+    Health,
+    Hit,
+    InputKind,
+    Matrix,
+    Model,
+    Priority,
+    Progress,
+    Query,
+    Record,
+    SearchResult,
+    Truncation,
+    UpsertResult,
+)
+
+
+class AsyncClient:
+    """A connection to an emberpc server, for asyncio; see `Client` for all that the two have in common.
+
+    The connection is made by the first call, and belongs to the event loop
+    that runs it. The arguments are those of `Client`, but `channel` is one of
+    `grpc.aio`.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        timeout: float = 30.0,
+        tls: TLS | None = None,
+        token: str | None = None,
+        in_flight: int = 2,
+        channel: grpc.aio.Channel | None = None,
+    ) -> None:
+        connection = Connection(target, timeout, tls, token, in_flight, own_channel=channel is not None)
+        self._runner = AsyncRunner(connection, channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Do what `Client.close` does."""
+        await self._runner.close()
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        dimensions: int = 0,
+        truncation: Truncation = "refuse",
+        dtype: DType = "float32",
+        normalize: bool | None = None,
+        priority: Priority = "interactive",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Do what `Client.embed` does."""
+        return await self._runner.run(
+            _embedding.embed(
+                texts,
+                model=model,
+                input_kind=input_kind,
+                dimensions=dimensions,
+                truncation=truncation,
+                dtype=dtype,
+                normalize=normalize,
+                priority=priority,
+                batch_size=batch_size,
+                progress=progress,
+            ),
+            timeout,
+        )
+
+    async def count_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        batch_size: int = 256,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Do what `Client.count_tokens` does."""
+        job = _embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size)
+        return await self._runner.run(job, timeout)
+
+    async def similarity(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        model: str = "",
+        source_kind: InputKind = "passage",
+        target_kind: InputKind = "passage",
+        truncation: Truncation = "refuse",
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Do what `Client.similarity` does."""
+        call = _embedding.similarity(
+            sources,
+            targets,
+            model=model,
+            source_kind=source_kind,
+            target_kind=target_kind,
+            truncation=truncation,
+        )
+        return await self._runner.run_one(call, timeout)
+
+    async def classify(
+        self,
+        texts: Sequence[str],
+        classifier: str = "",
+        *,
+        top_k: int = 0,
+        truncation: Truncation = "refuse",
+        priority: Priority = "interactive",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> list[Classification]:
+        """Do what `Client.classify` does."""
+        job = _embedding.classify(
+            texts,
+            classifier,
+            top_k=top_k,
+            truncation=truncation,
+            priority=priority,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return await self._runner.run(job, timeout)
+
+    async def create_collection(
+        self,
+        name: str,
+        *,
+        model: str = "",
+        dimensions: int = 0,
+        distance: Distance = "cosine",
+        truncation: Truncation = "refuse",
+        m: int = 0,
+        ef_construction: int = 0,
+        timeout: float | None = None,
+    ) -> Collection:
+        """Do what `Client.create_collection` does."""
+        call = _index.create_collection(
+            name,
+            model=model,
+            dimensions=dimensions,
+            distance=distance,
+            truncation=truncation,
+            m=m,
+            ef_construction=ef_construction,
+        )
+        return await self._runner.run_one(call, timeout)
+
+    async def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
+        """Do what `Client.get_collection` does."""
+        return await self._runner.run_one(_index.get_collection(name), timeout)
+
+    def collections(self, *, timeout: float | None = None) -> AsyncIterator[Collection]:
+        """Do what `Client.collections` does."""
+        return self._runner.pages(_index.list_collections, timeout)
+
+    async def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
+        """Do what `Client.delete_collection` does."""
+        return await self._runner.run_one(_index.delete_collection(name), timeout)
+
+    async def upsert(
+        self,
+        collection: str,
+        records: Iterable[Record | Mapping[str, Any]],
+        *,
+        vectors: npt.ArrayLike | None = None,
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> UpsertResult:
+        """Do what `Client.upsert` does."""
+        job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
+        return await self._runner.run(job, timeout)
+
+    async def get(
+        self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
+    ) -> list[Record]:
+        """Do what `Client.get` does."""
+        return await self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
+
+    async def delete(self, collection: str, ids: Sequence[str], *, timeout: float | None = None) -> int:
+        """Do what `Client.delete` does."""
+        return await self._runner.run(_index.delete(collection, ids), timeout)
+
+    def records(
+        self,
+        collection: str,
+        *,
+        with_vectors: bool = False,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Record]:
+        """Do what `Client.records` does."""
+
+        def page(token: str) -> Call[Any, Page[Record]]:
+            return _index.list_records(collection, token, with_vectors=with_vectors, page_size=page_size)
+
+        return self._runner.pages(page, timeout)
+
+    async def count(self, collection: str, *, timeout: float | None = None) -> int:
+        """Do what `Client.count` does."""
+        return await self._runner.run_one(_index.count(collection), timeout)
+
+    async def search(
+        self,
+        collection: str,
+        query: Query,
+        *,
+        top_k: int = 10,
+        ef: int = 0,
+        with_vectors: bool = False,
+        timeout: float | None = None,
+    ) -> list[Hit]:
+        """Do what `Client.search` does."""
+        job = _index.search(collection, [query], top_k=top_k, ef=ef, with_vectors=with_vectors, name="query")
+        return list((await self._runner.run(job, timeout))[0].hits)
+
+    async def search_batch(
+        self,
+        collection: str,
+        queries: Iterable[Query],
+        *,
+        top_k: int = 10,
+        ef: int = 0,
+        with_vectors: bool = False,
+        timeout: float | None = None,
+    ) -> list[SearchResult]:
+        """Do what `Client.search_batch` does."""
+        return await self._runner.run(
+            _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
+        )
+
+    async def models(self, *, timeout: float | None = None) -> list[Model]:
+        """Do what `Client.models` does."""
+        return [model async for model in self._runner.pages(_models.list_models, timeout)]
+
+    async def get_model(self, name: str, *, timeout: float | None = None) -> Model:
+        """Do what `Client.get_model` does."""
+        return await self._runner.run_one(_models.get_model(name), timeout)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
+        """Do what `Client.health` does."""
+        return await self._runner.run_one(_models.health(service), timeout)

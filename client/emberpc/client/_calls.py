@@ -1,0 +1,162 @@
+"""What the two clients run: calls, and jobs of several calls. Nothing here does I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from google.protobuf.message import Message
+
+from emberpc.client.exceptions import Internal
+from emberpc.client.types import Progress
+from emberpc.wire.vectors import VectorFormatError
+
+Response = TypeVar("Response", bound=Message)
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+Part = TypeVar("Part")
+Part_contra = TypeVar("Part_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Method(Generic[Response]):
+    """A method of the API: its path, such as `/emberpc.v1.EmbeddingService/Embed`, and what it answers with."""
+
+    path: str
+    response: type[Response]
+
+
+@dataclass(frozen=True)
+class Call(Generic[Response, Result]):
+    """One call, and how to read its answer.
+
+    A call that carries one part of the caller's list says which: `count` items
+    from `first` on, in the repeated field `items` of the request.
+    """
+
+    method: Method[Response]
+    request: Message
+    decode: Callable[[Response], Result]
+    items: str = ""
+    first: int = 0
+    count: int = 1
+
+    def read(self, response: Response) -> Result:
+        """Return what the answer means.
+
+        Raises:
+            Internal: it contradicts itself, or has another number of items than the request.
+        """
+        try:
+            return self.decode(response)
+        except VectorFormatError as error:
+            raise Internal(f"the server's answer to {self.method.path} contradicts itself: {error}") from error
+
+
+@dataclass(frozen=True)
+class Page(Generic[Item]):
+    """One page of a list; an empty token says that it is the last."""
+
+    items: Sequence[Item]
+    next_token: str
+
+
+class Collector(Protocol[Part_contra, Result_co]):
+    """Makes one result of the results of several calls."""
+
+    def add(self, part: Part_contra) -> None:
+        """Take the next call's result, in order."""
+
+    def result(self) -> Result_co:
+        """Return the whole."""
+
+
+class Job(Generic[Part, Result]):
+    """Calls that together make one result.
+
+    Args:
+        calls: the calls; produced as they are needed.
+        collector: takes their results in the order of the calls.
+        progress: told after each call how many items are done.
+        ordered: whether a call may start only when the one before is answered,
+            as writes must; otherwise a few are in flight at a time.
+    """
+
+    def __init__(
+        self,
+        calls: Iterable[Call[Response, Part]],
+        collector: Collector[Part, Result],
+        *,
+        progress: Progress | None = None,
+        ordered: bool = False,
+    ) -> None:
+        self.calls = calls
+        self.ordered = ordered
+        self._collector = collector
+        self._progress = progress
+        self._done = 0
+
+    def take(self, call: Call[Response, Part], part: Part) -> None:
+        """Take the result of the next call."""
+        self._collector.add(part)
+        self._done += call.count
+        if self._progress is not None:
+            self._progress(self._done)
+
+    def result(self) -> Result:
+        """Return the whole."""
+        return self._collector.result()
+
+
+class ListCollector(Generic[Item]):
+    """Joins lists."""
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+
+    def add(self, part: Sequence[Item]) -> None:
+        """Take the next items."""
+        self._items.extend(part)
+
+    def result(self) -> list[Item]:
+        """Return all items."""
+        return self._items
+
+
+def check_count(got: int, wanted: int, what: str) -> None:
+    """Raise Internal unless the answer has as many items as the request."""
+    if got != wanted:
+        raise Internal(f"the server answered with {got} {what} for {wanted}; it is another version, or broken")
+
+
+#: Most bytes (UTF-8) of texts in one request, well below what a server takes.
+_MAX_CHUNK_BYTES = 8 * 2**20
+
+
+def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> Iterator[tuple[int, list[Item]]]:
+    """Cut items into lists of at most `size`, and of at most 8 MiB unless one item alone is larger.
+
+    Args:
+        items: what to cut; taken as needed.
+        size: most items of a list.
+        weigh: gives the bytes of an item.
+
+    Yields:
+        The place of the list's first item in the whole, and the list.
+    """
+    first, chunk, weight = 0, list[Item](), 0
+    for item in items:
+        bytes_of_item = weigh(item)
+        if chunk and weight + bytes_of_item > _MAX_CHUNK_BYTES:
+            yield first, chunk
+            first, chunk, weight = first + len(chunk), [], 0
+        chunk.append(item)
+        weight += bytes_of_item
+        # Given out at once, so that a wrong item behind it does not hold it back.
+        if len(chunk) == size:
+            yield first, chunk
+            first, chunk, weight = first + len(chunk), [], 0
+    if chunk:
+        yield first, chunk

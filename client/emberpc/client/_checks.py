@@ -1,0 +1,128 @@
+"""Checks of what a caller gives, made before anything is sent; every message names the item."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.client.types import Matrix, Vector
+
+
+def text(value: object, name: str) -> str:
+    """Return a text that can be sent.
+
+    Raises:
+        InputTypeError: it is not a str.
+        InputError: it holds a lone surrogate, which UTF-8 cannot.
+    """
+    if not isinstance(value, str):
+        raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a str")
+    # The same str for a subclass such as numpy.str_, which protobuf may not take.
+    value = str(value)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{name} holds a lone surrogate (U+{ord(value[error.start]):04X}) at character {error.start}, which is "
+                "no Unicode text; decode the source with its right encoding"
+            ) from None
+    return value
+
+
+def texts(values: Iterable[str], name: str) -> list[str]:
+    """Return a list of texts that can be sent; at least one.
+
+    Raises:
+        InputTypeError: `values` is one str or not iterable, or an item is not a str.
+        InputError: there are none, or an item cannot be sent.
+    """
+    if isinstance(values, (str, bytes)):
+        raise InputTypeError(f"{name} is one {type(values).__name__}, it must be a list of texts; write [text]")
+    if not isinstance(values, Iterable):
+        raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a list of texts")
+    checked = [text(value, f"{name}[{i}]") for i, value in enumerate(values)]
+    if not checked:
+        raise InputError(f"{name} is empty; give at least one")
+    return checked
+
+
+def count(value: int, name: str, least: int = 0) -> int:
+    """Return a whole number from `least` to the most that an int32 holds.
+
+    Raises:
+        InputTypeError: it is not an int.
+        InputError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be an int")
+    if not least <= value < 2**31:
+        raise InputError(f"{name} is {value}; it must be at least {least} and below 2**31")
+    return int(value)
+
+
+def vector(value: npt.ArrayLike, name: str) -> Vector:
+    """Return a vector that can be sent: float32 (dimensions,).
+
+    Raises:
+        InputTypeError: its elements are not numbers.
+        InputError: it has another shape, or holds NaN or infinity.
+    """
+    array = _numbers(value, name)
+    if array.ndim != 1 or not array.size:
+        raise InputError(f"{name} has shape {array.shape}; it must be one vector, (dimensions,)")
+    row: Vector = _finite(array[None], lambda _: name)[0]
+    return row
+
+
+def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
+    """Return vectors that can be sent: float32 (rows, dimensions).
+
+    Raises:
+        InputTypeError: the elements are not numbers.
+        InputError: the shape is another, or an item holds NaN or infinity.
+    """
+    if isinstance(values, Sequence):
+        _same_length(values, name)
+    array = _numbers(values, name)
+    if array.ndim != 2 or not array.size:
+        raise InputError(f"{name} has shape {array.shape}; it must be ({rows}, dimensions)")
+    if len(array) != rows:
+        raise InputError(f"{name} has {len(array)} vectors for {rows} items; give one for each")
+    return _finite(array, lambda i: f"{name}[{i}]")
+
+
+def _numbers(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise InputError(f"{name} is ragged; it must be an array of numbers") from None
+    if array.dtype.kind not in "fiu":
+        raise InputTypeError(f"{name} has elements of type {array.dtype}; they must be real numbers")
+    return array
+
+
+def _same_length(values: Sequence[Any], name: str) -> None:
+    """Raise InputError for the first vector that is not as long as the one before it."""
+    lengths = [len(item) if isinstance(item, (Sequence, np.ndarray)) else None for item in values]
+    for i, length in enumerate(lengths):
+        if length is None:
+            raise InputTypeError(f"{name}[{i}] is of type {type(values[i]).__name__}; it must be a vector")
+        if length != lengths[0]:
+            raise InputError(f"{name}[{i}] has {length} dimensions and {name}[0] has {lengths[0]}; they must be alike")
+
+
+def _finite(array: npt.NDArray[Any], name_of: Callable[[int], str]) -> Matrix:
+    """Return the rows as float32, all of them finite."""
+    # A double past float32's range becomes infinity, which is found below.
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(array, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if bad.size:
+        raise InputError(f"{name_of(int(bad[0]))} holds NaN, infinity or a number beyond float32; leave it out")
+    return rows

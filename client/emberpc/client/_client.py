@@ -1,0 +1,437 @@
+"""The client for ordinary code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy.typing as npt
+
+from emberpc.client import _embedding, _index, _models
+from emberpc.client._calls import Call, Page
+from emberpc.client._connection import TLS, Connection
+from emberpc.client._running import Runner
+from emberpc.client.types import (
+    Classification,
+    Collection,
+    Distance,
+    DType,
+    Health,
+    Hit,
+    InputKind,
+    Matrix,
+    Model,
+    Priority,
+    Progress,
+    Query,
+    Record,
+    SearchResult,
+    Truncation,
+    UpsertResult,
+)
+
+
+class Client:
+    """A connection to an emberpc server. Any number of threads may use it.
+
+    Every call has a deadline. A call that no server took, or that a stopping
+    one refused (UNAVAILABLE), is repeated up to four times within it, with
+    growing pauses. A repeated write is written once, but what it answers may
+    tell of the first try whose answer was lost: `create_collection` may raise
+    AlreadyExists and `delete_collection` NotFound for what the call itself
+    did, `upsert` may count as updated what it inserted, and `delete` may count
+    fewer.
+
+    Lists longer than `batch_size` are sent in several requests; the results
+    keep the order, and an error names the item by its index in the whole list.
+    Arguments are checked before anything is sent.
+
+    Args:
+        target: HOST:PORT, or any target that gRPC knows; calls are spread over all its addresses.
+        timeout: seconds that one request may take, its repetitions included.
+        tls: how to encrypt; None: plain text.
+        token: sent as `authorization: Bearer`; refused in plain text unless the target is on this host.
+        in_flight: requests that one method call keeps in flight; more is of use where several servers stand behind
+            the target.
+        channel: an open channel to use instead of making one, such as one to a server in a test. It stays open, and
+            its settings are the caller's.
+
+    Raises:
+        InputError: an argument is wrong.
+        InputTypeError: an argument has the wrong type.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        timeout: float = 30.0,
+        tls: TLS | None = None,
+        token: str | None = None,
+        in_flight: int = 2,
+        channel: grpc.Channel | None = None,
+    ) -> None:
+        connection = Connection(target, timeout, tls, token, in_flight, own_channel=channel is not None)
+        self._runner = Runner(connection, channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight fail with Cancelled. A channel given to the constructor stays open."""
+        self._runner.close()
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        dimensions: int = 0,
+        truncation: Truncation = "refuse",
+        dtype: DType = "float32",
+        normalize: bool | None = None,
+        priority: Priority = "interactive",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Turn texts into vectors.
+
+        Args:
+            texts: the texts; at least one, none empty. One str is refused: write `[text]`.
+            model: the embedding model; empty: the only one served.
+            input_kind: what the texts are for; decides the prompt that the server puts before them.
+            dimensions: keep the first so many (Matryoshka); 0: all.
+            truncation: what to do with a text of more tokens than the model takes.
+            dtype: element type on the wire: `float16` halves the bytes, `int8` quarters them, `binary` keeps signs.
+            normalize: whether vectors have length 1; None: as the model was exported.
+            priority: `bulk` lets others go first.
+            batch_size: texts of one request.
+            progress: told how many texts are done.
+            timeout: seconds for each request; None: the client's.
+
+        Returns:
+            float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
+
+        Raises:
+            InputError: an argument is wrong; nothing was sent.
+            InputTypeError: an argument has the wrong type; nothing was sent.
+            EmberpcError: the call failed; see `emberpc.client.exceptions`.
+        """
+        return self._runner.run(
+            _embedding.embed(
+                texts,
+                model=model,
+                input_kind=input_kind,
+                dimensions=dimensions,
+                truncation=truncation,
+                dtype=dtype,
+                normalize=normalize,
+                priority=priority,
+                batch_size=batch_size,
+                progress=progress,
+            ),
+            timeout,
+        )
+
+    def count_tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        batch_size: int = 256,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Count the tokens that texts would use, prompt and special tokens included; the errors are those of `embed`.
+
+        Args:
+            texts: the texts; an empty one counts its special tokens.
+            model: the model; empty: the only one served.
+            input_kind: what the texts are for.
+            batch_size: texts of one request.
+            timeout: seconds for each request; None: the client's.
+
+        Returns:
+            Item i: the tokens of `texts[i]`, before any truncation.
+        """
+        job = _embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size)
+        return self._runner.run(job, timeout)
+
+    def similarity(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        model: str = "",
+        source_kind: InputKind = "passage",
+        target_kind: InputKind = "passage",
+        truncation: Truncation = "refuse",
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Compare each source with each target, in one request; the errors are those of `embed`.
+
+        Args:
+            sources: texts; none empty.
+            targets: texts to compare them with; none empty.
+            model: the embedding model; empty: the only one served.
+            source_kind: what the sources are for.
+            target_kind: what the targets are for.
+            truncation: what to do with over-long texts.
+            timeout: seconds; None: the client's.
+
+        Returns:
+            float32, shape (sources, targets): cosine similarities in [-1, 1].
+        """
+        call = _embedding.similarity(
+            sources,
+            targets,
+            model=model,
+            source_kind=source_kind,
+            target_kind=target_kind,
+            truncation=truncation,
+        )
+        return self._runner.run_one(call, timeout)
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        classifier: str = "",
+        *,
+        top_k: int = 0,
+        truncation: Truncation = "refuse",
+        priority: Priority = "interactive",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> list[Classification]:
+        """Give texts labels; the errors are those of `embed`.
+
+        Args:
+            texts: the texts; at least one, none empty.
+            classifier: the classifier; empty: the only one there is.
+            top_k: most labels to list for a text, best first; 0: all.
+            truncation: what to do with over-long texts.
+            priority: `bulk` lets others go first.
+            batch_size: texts of one request.
+            progress: told how many texts are done.
+            timeout: seconds for each request; None: the client's.
+
+        Returns:
+            Item i: what `texts[i]` is.
+        """
+        job = _embedding.classify(
+            texts,
+            classifier,
+            top_k=top_k,
+            truncation=truncation,
+            priority=priority,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return self._runner.run(job, timeout)
+
+    def create_collection(
+        self,
+        name: str,
+        *,
+        model: str = "",
+        dimensions: int = 0,
+        distance: Distance = "cosine",
+        truncation: Truncation = "refuse",
+        m: int = 0,
+        ef_construction: int = 0,
+        timeout: float | None = None,
+    ) -> Collection:
+        """Create a collection.
+
+        Args:
+            name: 1 to 128 letters, digits, `.`, `_` and `-`.
+            model: the embedding model of its texts; empty: it takes vectors only.
+            dimensions: of its vectors; 0: the model's.
+            distance: how vectors compare.
+            truncation: what happens to over-long texts, of records and queries alike.
+            m: links of a node of its graph, per layer, 4 to 64; 0: the server's default.
+            ef_construction: candidates kept while inserting, 16 to 2000; 0: the server's default.
+            timeout: seconds; None: the client's.
+
+        Raises:
+            AlreadyExists: there is one of that name, perhaps made by a try of this very call whose answer was lost.
+            EmberpcError: the call failed otherwise.
+        """
+        call = _index.create_collection(
+            name,
+            model=model,
+            dimensions=dimensions,
+            distance=distance,
+            truncation=truncation,
+            m=m,
+            ef_construction=ef_construction,
+        )
+        return self._runner.run_one(call, timeout)
+
+    def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
+        """Describe a collection; raises NotFound if there is none of that name."""
+        return self._runner.run_one(_index.get_collection(name), timeout)
+
+    def collections(self, *, timeout: float | None = None) -> Iterator[Collection]:
+        """Walk over the collections, by name; `timeout` is for each page."""
+        return self._runner.pages(_index.list_collections, timeout)
+
+    def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
+        """Delete a collection with all its records; raises NotFound if there is none of that name."""
+        return self._runner.run_one(_index.delete_collection(name), timeout)
+
+    def upsert(
+        self,
+        collection: str,
+        records: Iterable[Record | Mapping[str, Any]],
+        *,
+        vectors: npt.ArrayLike | None = None,
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> UpsertResult:
+        """Insert records, or replace those of the same id.
+
+        Records are taken as they are needed and sent one request after the
+        other. Each request is atomic; if one fails, those before it are
+        written, and doing it all again does no harm.
+
+        Args:
+            collection: name of the collection.
+            records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`.
+            vectors: shape (records, dimensions), if the server is not to embed the texts; then all records are taken
+                at once.
+            batch_size: records of one request.
+            progress: told how many records are written.
+            timeout: seconds for each request; None: the client's.
+
+        Raises:
+            InputError: a record is wrong; the requests before its own were sent.
+            InputTypeError: a record has a wrong type; the requests before its own were sent.
+            EmberpcError: a call failed.
+        """
+        job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
+        return self._runner.run(job, timeout)
+
+    def get(
+        self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
+    ) -> list[Record]:
+        """Get records by id.
+
+        Returns:
+            The records found, in the order asked for; an id that there is none of has none.
+        """
+        return self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
+
+    def delete(self, collection: str, ids: Sequence[str], *, timeout: float | None = None) -> int:
+        """Delete records by id and return how many there were; ids not found are no error.
+
+        Up to 1000 ids go in one request, which is atomic.
+        """
+        return self._runner.run(_index.delete(collection, ids), timeout)
+
+    def records(
+        self,
+        collection: str,
+        *,
+        with_vectors: bool = False,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> Iterator[Record]:
+        """Walk over a collection's records, by id.
+
+        Every record that is there throughout is met exactly once, whatever is
+        written meanwhile.
+
+        Args:
+            collection: name of the collection.
+            with_vectors: whether to get the vectors too.
+            page_size: records of one request, at most 1000; 0: the server's default.
+            timeout: seconds for each page; None: the client's.
+        """
+
+        def page(token: str) -> Call[Any, Page[Record]]:
+            return _index.list_records(collection, token, with_vectors=with_vectors, page_size=page_size)
+
+        return self._runner.pages(page, timeout)
+
+    def count(self, collection: str, *, timeout: float | None = None) -> int:
+        """Count a collection's records."""
+        return self._runner.run_one(_index.count(collection), timeout)
+
+    def search(
+        self,
+        collection: str,
+        query: Query,
+        *,
+        top_k: int = 10,
+        ef: int = 0,
+        with_vectors: bool = False,
+        timeout: float | None = None,
+    ) -> list[Hit]:
+        """Find the records nearest to a query.
+
+        Args:
+            collection: name of the collection.
+            query: a text, which its model embeds; a vector (dimensions,); or `RecordId(id)`, for that record's
+                neighbours.
+            top_k: most hits, at most 10,000.
+            ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
+            with_vectors: whether to get the vectors of the hits too.
+            timeout: seconds; None: the client's.
+
+        Returns:
+            Hits, nearest first.
+        """
+        job = _index.search(collection, [query], top_k=top_k, ef=ef, with_vectors=with_vectors, name="query")
+        return list(self._runner.run(job, timeout)[0].hits)
+
+    def search_batch(
+        self,
+        collection: str,
+        queries: Iterable[Query],
+        *,
+        top_k: int = 10,
+        ef: int = 0,
+        with_vectors: bool = False,
+        timeout: float | None = None,
+    ) -> list[SearchResult]:
+        """Find the records nearest to each query, and say how; the arguments are those of `search`.
+
+        Returns:
+            Item i: what was found for query i.
+        """
+        return self._runner.run(
+            _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
+        )
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """List the models served, by name."""
+        return list(self._runner.pages(_models.list_models, timeout))
+
+    def get_model(self, name: str, *, timeout: float | None = None) -> Model:
+        """Describe a model; raises NotFound if none of that name is served."""
+        return self._runner.run_one(_models.get_model(name), timeout)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> Health:
+        """Ask whether the server takes calls, by the standard grpc.health.v1.
+
+        Args:
+            service: full name of one of its services; empty: the server as a whole.
+            timeout: seconds; None: the client's.
+
+        Raises:
+            NotFound: it has no service of that name.
+            Unavailable: no server answers.
+        """
+        return self._runner.run_one(_models.health(service), timeout)

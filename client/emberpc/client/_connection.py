@@ -1,0 +1,212 @@
+"""How a client reaches its server: target, deadline, TLS, token, and the settings of the channel."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+
+from emberpc.client._calls import Call
+from emberpc.client.exceptions import (
+    Circumstances,
+    EmberpcError,
+    InputError,
+    InputTypeError,
+    RpcFailure,
+    from_rpc,
+)
+
+ChannelOptions = list[tuple[str, "str | int"]]
+
+_MEBIBYTE = 2**20
+#: All that a bearer token may hold (RFC 6750).
+_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+
+#: Spread calls over all addresses of the target, and repeat those that no server took or that a stopping one refused.
+#: gRPC itself repeats: within the call's deadline, after the pause that the server asks for if it asks for one, and
+#: at most four times, the most that it allows.
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+}
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How a connection is encrypted, and who proves what to whom; everything PEM.
+
+    Attributes:
+        root_certificates: those that must have signed the server's; None: those that come with gRPC.
+        private_key: the client's own, if the server asks for one (mTLS).
+        certificate_chain: the certificate of `private_key`.
+        server_name: the name that the server's certificate is for; empty: the target's.
+    """
+
+    root_certificates: bytes | None = None
+    private_key: bytes | None = field(default=None, repr=False)
+    certificate_chain: bytes | None = None
+    server_name: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.private_key is None) != (self.certificate_chain is None):
+            raise InputError("private_key and certificate_chain go together; give both or neither")
+
+    @classmethod
+    def from_files(
+        cls,
+        root_certificates: Path | str | None = None,
+        *,
+        private_key: Path | str | None = None,
+        certificate_chain: Path | str | None = None,
+        server_name: str = "",
+    ) -> TLS:
+        """Read the PEM files.
+
+        Raises:
+            OSError: a file cannot be read.
+            InputError: only one of `private_key` and `certificate_chain` is given.
+        """
+        files = (root_certificates, private_key, certificate_chain)
+        roots, key, chain = (None if file is None else Path(file).read_bytes() for file in files)
+        return cls(roots, key, chain, server_name)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return what gRPC calls it."""
+        return grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The checked arguments of a client's constructor.
+
+    Attributes:
+        target: gRPC's name for the server, such as `localhost:50051` or `dns:///embeddings:50051`.
+        timeout: seconds that a call may take unless it says otherwise.
+        tls: None: the connection is in plain text.
+        token: sent with every call.
+        in_flight: calls that one method call of the client keeps in flight.
+        own_channel: whether the caller brought a channel of its own, and answers for its security.
+    """
+
+    target: str
+    timeout: float
+    tls: TLS | None
+    token: str | None = field(repr=False)
+    in_flight: int
+    own_channel: bool
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            InputTypeError: an argument has the wrong type.
+            InputError: one is out of range, or the token would travel in plain text.
+        """
+        if not isinstance(self.target, str):
+            raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
+        if not self.target:
+            raise InputError("target is empty; give HOST:PORT")
+        if self.target.startswith(("http:", "https:")):
+            raise InputError(f"target is {self.target!r}; give HOST:PORT alone, and tls=TLS(...) for an encrypted one")
+        self.deadline(self.timeout)
+        if not 1 <= self.in_flight <= 1000:
+            raise InputError(f"in_flight is {self.in_flight}; it must be 1 to 1000")
+        if self.token is None:
+            return
+        if not _TOKEN.fullmatch(self.token):
+            raise InputError("token is empty or has characters that a bearer token may not have; check how it was read")
+        if self.tls is None and not self.own_channel and not is_local(self.target):
+            raise InputError(
+                f"the token would travel to {self.target} in plain text; give tls=TLS(...), or connect to this host"
+            )
+
+    def deadline(self, timeout: float | None) -> float:
+        """Return the seconds that a call may take.
+
+        Raises:
+            InputError: it is not above 0 and finite: every call has a deadline.
+        """
+        seconds = self.timeout if timeout is None else timeout
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise InputError(f"timeout is {seconds} seconds; it must be above 0 and finite")
+        return seconds
+
+    def error(self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
+        """Return the exception for a failed call."""
+        circumstances = Circumstances(
+            self.target, call.method.path, self.deadline(timeout), items=call.items, first=call.first
+        )
+        return from_rpc(failure, circumstances)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    @property
+    def options(self) -> ChannelOptions:
+        """The channel's settings."""
+        options: ChannelOptions = [
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            # A request that does not fit in here is not repeated; the default of 256 KiB holds few vectors.
+            ("grpc.per_rpc_retry_buffer_size", 64 * _MEBIBYTE),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # Find a connection that died in silence while a call waits on it. No pings between calls.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            # A server that was restarted is found again soon; gRPC's own pauses grow to two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5000),
+        ]
+        if is_local(self.target):
+            # Nothing for this host goes through a proxy, where a token could be read.
+            options.append(("grpc.enable_http_proxy", 0))
+        if self.tls is not None and self.tls.server_name:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return options
+
+
+def is_local(target: str) -> bool:
+    """Tell whether all addresses of a target are on this host: loopback or a Unix socket."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in ("unix", "unix-abstract"):
+        return True
+    if colon and scheme == "dns":
+        # dns://AUTHORITY/HOST:PORT; the authority is a DNS server, which can answer anything.
+        rest = rest.removeprefix("///")
+        return not rest.startswith("/") and _is_loopback(unquote(rest))
+    if colon and scheme in ("ipv4", "ipv6"):
+        return all(_is_loopback(address) for address in unquote(rest).split(","))
+    return _is_loopback(target)
+
+
+def _is_loopback(address: str) -> bool:
+    """Tell whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is on this host."""
+    host = address[1:].partition("]")[0] if address.startswith("[") else address
+    if host == address and host.count(":") == 1:
+        host = host.partition(":")[0]
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,66 @@
+"""ModelService and the standard health service: requests from arguments, results from answers."""
+
+from __future__ import annotations
+
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from emberpc.client import _checks
+from emberpc.client._calls import Call, Method, Page
+from emberpc.client._plain import moment
+from emberpc.client._words import STATES, TASKS, word_of
+from emberpc.client.types import Health, Model
+from emberpc.v1 import model_pb2
+
+LIST_MODELS = Method("/emberpc.v1.ModelService/ListModels", model_pb2.ListModelsResponse)
+GET_MODEL = Method("/emberpc.v1.ModelService/GetModel", model_pb2.GetModelResponse)
+
+# grpc.health.v1 comes with grpcio-health-checking, which the client does not need: a HealthCheckRequest is a message
+# with one string in field 1, a HealthCheckResponse one with an enum in field 1. The well-known wrappers have the same
+# wire form.
+HEALTH_CHECK = Method("/grpc.health.v1.Health/Check", Int32Value)
+
+
+def list_models(page_token: str) -> Call[model_pb2.ListModelsResponse, Page[Model]]:
+    """Return the call for one page of `Client.models`."""
+    return Call(
+        LIST_MODELS,
+        model_pb2.ListModelsRequest(page_token=page_token),
+        lambda response: Page([_model(message) for message in response.models], response.next_page_token),
+    )
+
+
+def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
+    """Return the call of `Client.get_model`."""
+    request = model_pb2.GetModelRequest(name=_checks.text(name, "name"))
+    return Call(GET_MODEL, request, lambda response: _model(response.model))
+
+
+def health(service: str) -> Call[Int32Value, Health]:
+    """Return the call of `Client.health`."""
+    request = StringValue(value=_checks.text(service, "service"))
+    known = {status.value: status for status in Health}
+    return Call(HEALTH_CHECK, request, lambda response: known.get(response.value, Health.UNKNOWN))
+
+
+def _model(message: model_pb2.Model) -> Model:
+    return Model(
+        name=message.name,
+        task=word_of(message.task, TASKS),
+        state=word_of(message.state, STATES),
+        base_model=message.base_model,
+        revision=message.revision,
+        fingerprint=message.fingerprint,
+        dimensions=message.dimensions,
+        matryoshka_dimensions=tuple(message.matryoshka_dimensions),
+        pooling=message.pooling,
+        normalized=message.normalized,
+        max_tokens=message.max_tokens,
+        query_prompt=message.query_prompt,
+        passage_prompt=message.passage_prompt,
+        labels=tuple(message.labels),
+        multi_label=message.multi_label,
+        variant=message.variant,
+        size_bytes=message.size_bytes,
+        load_time=moment(message.load_time) if message.HasField("load_time") else None,
+        quality=dict(message.quality),
+    )

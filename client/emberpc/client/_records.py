@@ -1,0 +1,128 @@
+"""Records between Python and the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.client import _checks
+from emberpc.client._calls import check_count
+from emberpc.client._plain import mapping, moment, struct
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.client.types import Matrix, Record, Vector
+from emberpc.v1 import index_pb2, types_pb2
+from emberpc.wire import vectors
+
+_KEYS = ("id", "text", "metadata", "label", "vector")
+
+
+@dataclass(frozen=True)
+class NewRecord:
+    """A record ready to be sent; `vector` is float32 (dimensions,), None if the server is to embed the text."""
+
+    message: index_pb2.Record
+    vector: Vector | None
+
+    @property
+    def size(self) -> int:
+        """Its bytes on the wire."""
+        return self.message.ByteSize() + (0 if self.vector is None else self.vector.nbytes)
+
+
+def new_records(
+    records: Iterable[Record | Mapping[str, Any]], matrix: npt.ArrayLike | None = None
+) -> Iterable[NewRecord]:
+    """Check records as they are taken.
+
+    Args:
+        records: the records, or dicts with their fields.
+        matrix: shape (records, dimensions): their vectors, instead of those in the records.
+
+    Raises:
+        InputTypeError: a record, or a part of one, has a wrong type.
+        InputError: a part of a record cannot be sent; there is another number of vectors than of records; or a record
+            and `matrix` both give a vector.
+    """
+    if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
+        raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
+    if matrix is None:
+        return (_new_record(record, f"records[{i}]") for i, record in enumerate(records))
+    listed = list(records)
+    rows = _checks.matrix(matrix, "vectors", len(listed)) if listed else np.empty((0, 0), dtype=np.float32)
+    return (_new_record(record, f"records[{i}]", rows[i]) for i, record in enumerate(listed))
+
+
+def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
+    """Return the vectors of records as one block; None if they have none.
+
+    Raises:
+        InputError: some have a vector and some have none, or one of other dimensions; `first` is the caller's index of
+            the first record.
+    """
+    lead = records[0].vector
+    for i, record in enumerate(records, first):
+        if (record.vector is None) != (lead is None):
+            raise InputError(
+                f"records[{i}] has {'no' if record.vector is None else 'a'} vector and records[{first}] has "
+                f"{'none' if lead is None else 'one'}; give all records vectors, or none"
+            )
+        if record.vector is not None and lead is not None and len(record.vector) != len(lead):
+            raise InputError(
+                f"records[{i}].vector has {len(record.vector)} dimensions and records[{first}].vector has "
+                f"{len(lead)}; they must be alike"
+            )
+    if lead is None:
+        return None
+    return vectors.encode(np.stack([record.vector for record in records if record.vector is not None]))
+
+
+def read_records(messages: Sequence[index_pb2.Record], vectors_of: types_pb2.Vectors) -> list[Record]:
+    """Read records from an answer, and their vectors if it has any."""
+    if not vectors_of.rows:
+        return [read_record(message, None) for message in messages]
+    check_count(vectors_of.rows, len(messages), "vectors")
+    # Copied: the rows of `decode` would keep the whole answer alive, and cannot be written to.
+    matrix: Matrix = vectors.decode(vectors_of).copy()
+    return [read_record(message, row) for message, row in zip(messages, matrix, strict=True)]
+
+
+def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
+    """Read one record from an answer."""
+    return Record(
+        id=message.id,
+        text=message.text,
+        metadata=mapping(message.metadata),
+        label=message.label,
+        vector=vector,
+        revision=message.revision,
+        create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        update_time=moment(message.update_time) if message.HasField("update_time") else None,
+    )
+
+
+def _new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
+    if isinstance(record, Mapping):
+        for key in record:
+            if key not in _KEYS:
+                raise InputError(f"{name} has a field {key!r}; a record has {', '.join(_KEYS)}")
+        if "id" not in record:
+            raise InputError(f"{name} has no id; give each record one")
+        record = Record(**record)
+    if not isinstance(record, Record):
+        raise InputTypeError(f"{name} is of type {type(record).__name__}; it must be a Record or a dict")
+    if record.vector is not None and vector is not None:
+        raise InputError(f"{name} has a vector, and so has `vectors`; give it once")
+    if record.vector is not None:
+        vector = _checks.vector(record.vector, f"{name}.vector")
+    message = index_pb2.Record(
+        id=_checks.text(record.id, f"{name}.id"),
+        text=_checks.text(record.text, f"{name}.text"),
+        label=_checks.text(record.label, f"{name}.label"),
+    )
+    if record.metadata is not None:
+        message.metadata.CopyFrom(struct(record.metadata, f"{name}.metadata"))
+    return NewRecord(message, vector)

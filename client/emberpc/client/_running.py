@@ -1,0 +1,105 @@
+"""Runs calls over a gRPC channel, for `Client`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from emberpc.client._calls import Call, Job, Page, Response
+from emberpc.client._connection import Connection
+from emberpc.client.exceptions import Cancelled
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class Runner:
+    """Runs calls; its methods raise EmberpcError if one fails.
+
+    Args:
+        connection: where to.
+        channel: a channel of the caller's; None: make one.
+    """
+
+    def __init__(self, connection: Connection, channel: grpc.Channel | None) -> None:
+        self._connection = connection
+        self._owns_channel = channel is None
+        self._channel = channel or _open(connection)
+
+    def close(self) -> None:
+        """Close the channel, unless it is the caller's."""
+        if self._owns_channel:
+            self._channel.close()
+
+    def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
+        """Run the calls of a job, a few at a time unless they are ordered, and return what they make together."""
+        pending: deque[tuple[Call[Any, Any], Any]] = deque()
+        width = 1 if job.ordered else self._connection.in_flight
+        try:
+            for call in job.calls:
+                pending.append((call, self._start(call, timeout)))
+                if len(pending) == width:
+                    self._take_oldest(job, pending, timeout)
+            while pending:
+                self._take_oldest(job, pending, timeout)
+        finally:
+            for _, future in pending:
+                future.cancel()
+        return job.result()
+
+    def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
+        """Run one call."""
+        return self._answer(call, self._start(call, timeout), timeout)
+
+    def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> Iterator[Item]:
+        """Walk over the items of all pages; `page_call` makes the call for a page token."""
+        # The first call is made here, not in the generator, so that a wrong argument is known at once.
+        return self._walk(page_call(""), page_call, timeout)
+
+    def _walk(
+        self, call: Call[Any, Page[Item]], page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None
+    ) -> Iterator[Item]:
+        page = self.run_one(call, timeout)
+        yield from page.items
+        while page.next_token:
+            page = self.run_one(page_call(page.next_token), timeout)
+            yield from page.items
+
+    def _take_oldest(
+        self, job: Job[Any, Any], pending: deque[tuple[Call[Any, Any], Any]], timeout: float | None
+    ) -> None:
+        # Taken off only when it is answered: on Ctrl-C, all that are still in flight are cancelled.
+        call, future = pending[0]
+        part = self._answer(call, future, timeout)
+        pending.popleft()
+        job.take(call, part)
+
+    def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
+        """Send a request; return gRPC's future of the answer."""
+        method: Any = self._channel.unary_unary(
+            call.method.path,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.method.response.FromString,
+        )
+        return method.future(
+            call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata
+        )
+
+    def _answer(self, call: Call[Any, Result], future: Any, timeout: float | None) -> Result:
+        """Wait for an answer, and read it."""
+        try:
+            response = future.result()
+        except grpc.FutureCancelledError as error:
+            raise Cancelled("the call was cancelled before its answer came") from error
+        except grpc.RpcError as error:
+            raise self._connection.error(error, call, timeout) from error
+        return call.read(response)
+
+
+def _open(connection: Connection) -> grpc.Channel:
+    if connection.tls is None:
+        return grpc.insecure_channel(connection.target, connection.options)
+    return grpc.secure_channel(connection.target, connection.tls.credentials(), connection.options)

@@ -1,0 +1,60 @@
+"""The words that stand for the API's enums, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.v1 import index_pb2, model_pb2, types_pb2
+
+INPUT_KINDS = {"passage": types_pb2.INPUT_KIND_PASSAGE, "query": types_pb2.INPUT_KIND_QUERY}
+TRUNCATIONS = {
+    "refuse": types_pb2.TRUNCATION_REFUSE,
+    "end": types_pb2.TRUNCATION_END,
+    "start": types_pb2.TRUNCATION_START,
+}
+DTYPES = {
+    "float32": types_pb2.DATA_TYPE_FLOAT32,
+    "float16": types_pb2.DATA_TYPE_FLOAT16,
+    "int8": types_pb2.DATA_TYPE_INT8,
+    "binary": types_pb2.DATA_TYPE_BINARY,
+}
+PRIORITIES = {"interactive": types_pb2.PRIORITY_INTERACTIVE, "bulk": types_pb2.PRIORITY_BULK}
+DISTANCES = {
+    "cosine": index_pb2.DISTANCE_COSINE,
+    "dot_product": index_pb2.DISTANCE_DOT_PRODUCT,
+    "euclidean": index_pb2.DISTANCE_EUCLIDEAN,
+}
+STRATEGIES = {"exact": index_pb2.SEARCH_STRATEGY_EXACT, "hnsw": index_pb2.SEARCH_STRATEGY_HNSW}
+TASKS = {"embedding": model_pb2.MODEL_TASK_EMBEDDING, "classification": model_pb2.MODEL_TASK_CLASSIFICATION}
+STATES = {
+    "loading": model_pb2.MODEL_STATE_LOADING,
+    "ready": model_pb2.MODEL_STATE_READY,
+    "unloading": model_pb2.MODEL_STATE_UNLOADING,
+    "failed": model_pb2.MODEL_STATE_FAILED,
+}
+
+Value = TypeVar("Value", bound=int)
+
+
+def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
+    """Return the enum value of a caller's word.
+
+    Raises:
+        InputError: it is not in the table; the message says what is.
+        InputTypeError: it is not a str.
+    """
+    if not isinstance(word, str):
+        raise InputTypeError(f"{name} is of type {type(word).__name__}; it must be a str")
+    if word not in table:
+        raise InputError(f"{name} is {word!r}; use {' or '.join(map(repr, table))}")
+    return table[word]
+
+
+def word_of(value: Value, table: Mapping[str, Value]) -> str:
+    """Return the word for an enum value; `unknown` for one that a newer server may send."""
+    for word, known in table.items():
+        if known == value:
+            return word
+    return "unknown"

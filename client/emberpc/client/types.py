@@ -1,0 +1,196 @@
+"""What the client takes and gives: frozen dataclasses of plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+#: float32, shape (rows, dimensions).
+Matrix: TypeAlias = npt.NDArray[np.float32]
+#: float32, shape (dimensions,).
+Vector: TypeAlias = npt.NDArray[np.float32]
+
+#: What a text is for; the server puts the model's prompt for it before the text.
+InputKind: TypeAlias = Literal["passage", "query"]
+#: What to do with a text of more tokens than the model takes: fail, or drop what is past the limit at one side.
+Truncation: TypeAlias = Literal["refuse", "end", "start"]
+#: Element type of vectors on the wire; smaller ones are less exact. The client always gives float32.
+DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
+#: How two vectors compare.
+Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
+#: Whether somebody is waiting, or throughput matters and latency does not.
+Priority: TypeAlias = Literal["interactive", "bulk"]
+
+#: Told how many items are done so far.
+Progress: TypeAlias = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A set of records whose vectors may be compared with each other."""
+
+    name: str
+    #: The embedding model of its texts; empty if it takes vectors only.
+    model: str
+    model_fingerprint: str
+    dimensions: int
+    #: `cosine`, `dot_product` or `euclidean`.
+    distance: str
+    #: `refuse`, `end` or `start`.
+    truncation: str
+    #: Links of a node of its HNSW graph, per layer.
+    m: int
+    #: Candidates kept while inserting into the graph.
+    ef_construction: int
+    record_count: int
+    #: Sequence number of its last write.
+    sequence: int
+    #: Bytes on disk.
+    size_bytes: int
+    #: In UTC; None if the server did not say.
+    create_time: datetime | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing that can be found.
+
+    To write one, give the first four fields, and `vector` if the server is not
+    to embed the text. The rest the server fills in. Numbers of `metadata` are
+    doubles on the wire; a whole one comes back as an int.
+    """
+
+    id: str
+    text: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    #: float32 (dimensions,); in an answer None unless asked for.
+    vector: Vector | None = field(default=None, compare=False)
+    #: Sequence number of the write that made it what it is.
+    revision: int = field(default=0, compare=False)
+    create_time: datetime | None = field(default=None, compare=False)
+    update_time: datetime | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class RecordId:
+    """A query for the neighbours of a record, which is not among the hits itself."""
+
+    id: str
+
+
+#: A text, a vector (dimensions,) or a record.
+Query: TypeAlias = "str | RecordId | npt.NDArray[Any] | Sequence[float]"
+
+
+@dataclass(frozen=True)
+class UpsertResult:
+    """What a write came to; `sequence` is the number of the last write, 0 if there was nothing to write."""
+
+    inserted: int
+    updated: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A record found; a greater score is nearer."""
+
+    record: Record
+    score: float
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a query was carried out."""
+
+    #: `exact`: every vector was compared; `hnsw`: the graph was searched.
+    strategy: str
+    #: Candidates that the graph search kept; 0 if the graph was not used.
+    ef: int
+    #: Vectors compared one by one.
+    compared_count: int
+    #: Why there are fewer than `top_k` hits; empty if there are not fewer.
+    shortfall_reason: str
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What was found for one query: hits, nearest first, and how."""
+
+    hits: tuple[Hit, ...]
+    plan: SearchPlan
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """A label with its probability, in [0, 1]."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What one text is."""
+
+    #: The label predicted, or those of a multi-label classifier; empty if `rejected`.
+    labels: tuple[str, ...]
+    #: Best first, at most `top_k`.
+    scores: tuple[LabelScore, ...]
+    #: Whether the text seems to be outside all labels.
+    rejected: bool
+    #: Tokens that went through the model.
+    tokens: int
+    #: Whether the text was cut to fit.
+    truncated: bool
+
+    @property
+    def label(self) -> str | None:
+        """The label predicted, the best one of several; None if there is none."""
+        return self.labels[0] if self.labels else None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it is served."""
+
+    name: str
+    #: `embedding` or `classification`.
+    task: str
+    #: `loading`, `ready`, `unloading` or `failed`.
+    state: str
+    base_model: str
+    revision: str
+    fingerprint: str
+    dimensions: int
+    matryoshka_dimensions: tuple[int, ...]
+    pooling: str
+    normalized: bool
+    #: The most tokens of a text, special tokens and prompt included.
+    max_tokens: int
+    query_prompt: str
+    passage_prompt: str
+    #: Of a classifier, in the order of its scores.
+    labels: tuple[str, ...]
+    multi_label: bool
+    #: Which of the bundle's ONNX files is served, such as `fp32`.
+    variant: str
+    size_bytes: int
+    load_time: datetime | None
+    #: Figures measured at export, such as `accuracy`.
+    quality: Mapping[str, float]
+
+
+class Health(Enum):
+    """Whether a server takes calls; the values are those of grpc.health.v1."""
+
+    UNKNOWN = 0
+    SERVING = 1
+    NOT_SERVING = 2

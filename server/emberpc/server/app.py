@@ -1,0 +1,165 @@
+"""The server as a process: put together, started, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+# gRPC's core would write a line of its own about every failure that is reported here in a better one.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from emberpc.server.cores import usable_cores
+from emberpc.server.engine import Engine, ModelLoadError
+from emberpc.server.errors import ServiceError
+from emberpc.server.index import Index
+from emberpc.server.interceptors import CallInterceptor
+from emberpc.server.services.classification import ClassificationService
+from emberpc.server.services.embedding import EmbeddingService
+from emberpc.server.services.index import IndexService
+from emberpc.server.services.models import ModelService
+from emberpc.server.services.requests import Limits
+from emberpc.server.settings import Settings
+from emberpc.v1 import (
+    classification_pb2,
+    classification_pb2_grpc,
+    embedding_pb2,
+    embedding_pb2_grpc,
+    index_pb2,
+    index_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+
+log = logging.getLogger(__name__)
+
+#: Threads for tokenising, index and disk, beyond one for each worker: a few slow calls must not hold up the others.
+_EXTRA_THREADS = 4
+
+SERVICE_NAMES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (embedding_pb2, "EmbeddingService"),
+        (index_pb2, "IndexService"),
+        (classification_pb2, "ClassificationService"),
+        (model_pb2, "ModelService"),
+    )
+)
+
+
+class StartupError(Exception):
+    """The server cannot start; the message says why and the remedy."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then let calls in flight finish.
+
+    Raises:
+        StartupError: the address is taken, a bundle is wrong, or the data directory cannot be used.
+    """
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    async with AsyncExitStack() as stack:
+        workers = settings.workers or usable_cores()
+        pool = stack.enter_context(ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool"))
+        statuses = health.aio.HealthServicer()
+        server, address = _bind(settings)
+
+        def on_failure() -> None:
+            log.error("no worker is left: not serving any more")
+            asyncio.run_coroutine_threadsafe(_set_health(statuses, serving=False), loop)
+
+        engine = Engine(
+            pool,
+            workers=workers,
+            batch_tokens=settings.batch_tokens,
+            max_queue_tokens=settings.max_queue_tokens,
+            on_failure=on_failure,
+        )
+        stack.callback(engine.close)
+        index = await loop.run_in_executor(pool, _open_index, settings)
+        stack.callback(index.close)
+        await loop.run_in_executor(pool, _load_models, engine, settings)
+
+        _register(server, engine, index, pool, statuses, settings)
+        await server.start()
+        await _set_health(statuses, serving=True)
+        log.info("serving on %s with %d workers", address, workers)
+        await stopping.wait()
+        log.info("stopping: up to %g seconds for calls in flight", settings.drain_seconds)
+        await statuses.enter_graceful_shutdown()
+        await server.stop(settings.drain_seconds)
+
+
+def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
+    """Make the server and take its address, so that a taken one is known before any model is loaded."""
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor()],
+        options=[
+            # Two servers on one port would share its calls at random; the second must fail instead.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+        ],
+    )
+    host = settings.listen.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(settings.listen)
+    except RuntimeError as error:
+        raise StartupError(
+            f"cannot listen on {settings.listen}: it is in use or not an address of this host; choose another --listen"
+        ) from error
+    return server, f"{host}:{port}"
+
+
+def _open_index(settings: Settings) -> Index:
+    try:
+        return Index(settings.data_dir)
+    except ServiceError as error:
+        raise StartupError(error.message) from error
+
+
+def _load_models(engine: Engine, settings: Settings) -> None:
+    for name, folder in settings.named_models().items():
+        try:
+            model = engine.load(name, folder)
+        except ModelLoadError as error:
+            raise StartupError(str(error)) from error
+        log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
+
+
+def _register(
+    server: grpc.aio.Server,
+    engine: Engine,
+    index: Index,
+    pool: ThreadPoolExecutor,
+    statuses: health.aio.HealthServicer,
+    settings: Settings,
+) -> None:
+    limits = Limits(settings.max_texts, settings.max_text_bytes)
+    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(engine, limits), server)
+    index_pb2_grpc.add_IndexServiceServicer_to_server(IndexService(engine, index, pool, limits), server)
+    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationService(engine, limits), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(engine), server)
+    health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+    reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+async def _set_health(statuses: health.aio.HealthServicer, *, serving: bool) -> None:
+    check = health_pb2.HealthCheckResponse
+    for name in ("", *SERVICE_NAMES):
+        await statuses.set(name, check.SERVING if serving else check.NOT_SERVING)

@@ -1,0 +1,162 @@
+"""Which waiting texts go into the next micro-batch.
+
+A CPU is fastest with small batches of like length: padding is work thrown
+away, and a batch of more than some hundred tokens leaves the cache. So the
+texts that wait for a model are kept in order of length, and a micro-batch is a
+run of neighbours in that order whose padded size stays within the budget. It
+is built around one text, the anchor, and anchors are taken from the waiting
+calls in turn: a call of one text is served soon, whatever calls of thousands
+wait beside it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+from time import perf_counter
+from typing import Protocol
+
+from emberpc.server.engine.session import Output
+from emberpc.server.engine.tokenizing import TokenIds
+
+_numbers = count()
+
+
+class Runner(Protocol):
+    """What runs a batch: an `OnnxSession`."""
+
+    def run(self, batch: Sequence[TokenIds]) -> Output:
+        """Run token ids of some texts; float32, shape (texts, width)."""
+        ...
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job gave.
+
+    `rows[i]` is the output for text i, float32 (width,). The seconds are wall
+    time: from submission to the first batch's start, and from there to the
+    last batch's end.
+    """
+
+    rows: list[Output]
+    queue_seconds: float
+    infer_seconds: float
+
+
+@dataclass(eq=False)
+class Job:
+    """One call's texts on their way through one model."""
+
+    runner: Runner
+    texts: Sequence[TokenIds]
+    future: Future[JobResult] = field(default_factory=Future)
+    rows: list[Output | None] = field(init=False)
+    remaining: int = field(init=False)
+    submitted: float = field(default_factory=perf_counter)
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.rows = [None] * len(self.texts)
+        self.remaining = len(self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return sum(len(ids) for ids in self.texts)
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """One text of a job; ordered by length, then by arrival."""
+
+    length: int
+    number: int
+    job: Job = field(compare=False)
+    row: int = field(compare=False)
+
+
+class Backlog:
+    """All that waits. Not thread-safe: the scheduler holds its lock around every call."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self._batch_tokens = batch_tokens
+        self._pools: dict[Runner, list[Item]] = {}
+        #: Calls in turn, each with its waiting texts; those already taken are skipped.
+        self._turns: deque[tuple[Job, Iterator[Item]]] = deque()
+        self._taken: set[int] = set()
+        self.tokens = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._pools)
+
+    def add(self, job: Job) -> None:
+        """Take in a job's texts."""
+        items = [Item(len(ids), next(_numbers), job, row) for row, ids in enumerate(job.texts)]
+        pool = self._pools.setdefault(job.runner, [])
+        if len(items) == 1:
+            insort(pool, items[0])
+        else:
+            pool.extend(items)
+            pool.sort()
+        self._turns.append((job, iter(items)))
+        self.tokens += job.tokens
+
+    def take(self) -> list[Item]:
+        """Take the next micro-batch: texts of one model, at most the budget when padded, at least one text."""
+        anchor = self._next_anchor()
+        pool = self._pools[anchor.job.runner]
+        low, high = self._window(pool, bisect_left(pool, anchor))
+        batch = pool[low:high]
+        del pool[low:high]
+        if not pool:
+            del self._pools[anchor.job.runner]
+        # The anchor's call is past it already; the others are still to be met in their calls' turns.
+        self._taken.update(item.number for item in batch if item is not anchor)
+        self.tokens -= sum(item.length for item in batch)
+        if not self._pools:
+            self._turns.clear()
+            self._taken.clear()
+        return batch
+
+    def drain(self) -> set[Job]:
+        """Take out everything; return the jobs that waited."""
+        jobs = {item.job for pool in self._pools.values() for item in pool}
+        self._pools.clear()
+        self._turns.clear()
+        self._taken.clear()
+        self.tokens = 0
+        return jobs
+
+    def _next_anchor(self) -> Item:
+        """Return the first waiting text of the call whose turn it is, and send the call to the end of the line."""
+        while True:
+            job, items = self._turns.popleft()
+            for item in items:
+                if item.number in self._taken:
+                    self._taken.remove(item.number)
+                    continue
+                self._turns.append((job, items))
+                return item
+
+    def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
+        """Return the run of neighbours around an anchor that fills the budget with the least padding."""
+        low, high, longest = anchor, anchor + 1, pool[anchor].length
+        while True:
+            rows = high - low
+            shorter = pool[low - 1].length if low > 0 else None
+            longer = pool[high].length if high < len(pool) else None
+            if shorter is not None and longest * (rows + 1) > self._batch_tokens:
+                shorter = None
+            if longer is not None and longer * (rows + 1) > self._batch_tokens:
+                longer = None
+            if shorter is None and longer is None:
+                return low, high
+            if longer is None or (shorter is not None and longest - shorter <= (longer - longest) * rows):
+                low -= 1
+            else:
+                high, longest = high + 1, longer

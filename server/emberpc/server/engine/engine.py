@@ -1,0 +1,153 @@
+"""The models that are served, and the way of texts through one of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+
+from emberpc.bundle import Task
+from emberpc.server.engine.model import Model
+from emberpc.server.engine.scheduler import Scheduler
+from emberpc.server.engine.session import Output
+from emberpc.server.engine.tokenizing import Truncation
+from emberpc.server.errors import Code, FieldPath, ServiceError, invalid, not_found
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a model gave for some texts.
+
+    `output` is float32 (texts, width); `tokens[i]` and `truncated[i]` tell of
+    text i; the seconds are wall time.
+    """
+
+    output: Output
+    tokens: list[int]
+    truncated: list[bool]
+    tokenize_seconds: float
+    queue_seconds: float
+    infer_seconds: float
+
+
+class Engine:
+    """Serves models.
+
+    Args:
+        pool: where tokenising runs.
+        workers: threads that run models.
+        batch_tokens: most tokens of a micro-batch, padding included.
+        max_queue_tokens: most tokens that may wait.
+        on_failure: called, on some thread, when no worker is left.
+    """
+
+    def __init__(
+        self,
+        pool: Executor,
+        *,
+        workers: int,
+        batch_tokens: int,
+        max_queue_tokens: int,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._pool = pool
+        self._models: dict[str, Model] = {}
+        self._scheduler = Scheduler(workers, batch_tokens, max_queue_tokens, on_failure)
+
+    def load(self, name: str, folder: Path) -> Model:
+        """Load a bundle and serve it under a name. Takes seconds.
+
+        Raises:
+            ModelLoadError: it cannot be served.
+        """
+        model = Model.load(name, folder)
+        self._models[name] = model
+        return model
+
+    def models(self) -> list[Model]:
+        """Return the models by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def model(self, name: str, task: Task | None = None, field: str = "model") -> Model:
+        """Return a model.
+
+        Args:
+            name: its name; empty: the only one served that does the task.
+            task: what it must do; None: anything.
+            field: what the request calls the name, for errors.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is none of that name, FAILED_PRECONDITION if it does something else or
+                none does the task, INVALID_ARGUMENT if the name is empty and there are several.
+        """
+        if name:
+            model = self._models.get(name)
+            if model is None:
+                raise not_found("model", name, f"served are: {', '.join(sorted(self._models)) or 'none'}")
+            if task not in (None, model.manifest.task):
+                raise ServiceError(
+                    Code.FAILED_PRECONDITION,
+                    f"model {name!r} is for {model.manifest.task.value}, not for {task.value if task else ''}",
+                    reason="WRONG_MODEL_TASK",
+                    metadata={"model": name, "task": model.manifest.task.value},
+                )
+            return model
+        fitting = [model for model in self.models() if task in (None, model.manifest.task)]
+        what = f"{task.value} model" if task else "model"
+        if not fitting:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                f"no {what} is served; start the server with --model NAME=DIR",
+                reason="NO_MODEL",
+            )
+        if len(fitting) > 1:
+            names = ", ".join(model.name for model in fitting)
+            raise invalid(field, f"is empty, and there are several {what}s to choose from; name one of: {names}")
+        return fitting[0]
+
+    async def infer(
+        self, model: Model, texts: Sequence[str], prompt: str, truncation: Truncation, path: FieldPath
+    ) -> Inference:
+        """Run texts through a model.
+
+        Args:
+            model: the model.
+            texts: at least one text, none empty.
+            prompt: what goes before each text.
+            truncation: what to do with over-long ones.
+            path: what the request calls text i, for errors.
+
+        Raises:
+            ServiceError: as `TextTokenizer.tokenize` and `Scheduler.run` say.
+        """
+        start = perf_counter()
+        tokenized = await self._in_pool(lambda: model.tokenizer.tokenize(texts, prompt, truncation, path))
+        tokenize_seconds = perf_counter() - start
+        result = await self._scheduler.run(model.session, [text.ids for text in tokenized])
+        return Inference(
+            output=np.stack(result.rows),
+            tokens=[len(text.ids) for text in tokenized],
+            truncated=[text.truncated for text in tokenized],
+            tokenize_seconds=tokenize_seconds,
+            queue_seconds=result.queue_seconds,
+            infer_seconds=result.infer_seconds,
+        )
+
+    async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
+        """Return the tokens of each text with its prompt, before any truncation."""
+        return await self._in_pool(lambda: model.tokenizer.count(texts, prompt))
+
+    def close(self) -> None:
+        """Stop the workers; what waits fails with UNAVAILABLE."""
+        self._scheduler.close()
+
+    async def _in_pool(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -1,0 +1,130 @@
+"""What goes into the index and what comes out of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.server.errors import invalid
+
+Matrix = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+MAX_DIMENSIONS = 16_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Distance(str, Enum):
+    """How two vectors compare."""
+
+    COSINE = "cosine"
+    DOT_PRODUCT = "dot_product"
+    EUCLIDEAN = "euclidean"
+
+
+class Strategy(str, Enum):
+    """How a result was found."""
+
+    EXACT = "exact"
+    HNSW = "hnsw"
+
+
+@dataclass(frozen=True)
+class CollectionSpec:
+    """What a collection is; fixed at its creation."""
+
+    name: str
+    dimensions: int
+    model: str = ""
+    model_fingerprint: str = ""
+    distance: Distance = Distance.COSINE
+    #: The service's own term for what to do with over-long texts.
+    truncation: str = "refuse"
+    m: int = 16
+    ef_construction: int = 200
+    indexed_fields: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise INVALID_ARGUMENT, naming the field, unless everything is within bounds."""
+        if not _NAME.fullmatch(self.name):
+            raise invalid(
+                "collection.name",
+                f"is {self.name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit",
+            )
+        bounds = {
+            "dimensions": (self.dimensions, 1, MAX_DIMENSIONS),
+            "hnsw.m": (self.m, 4, 64),
+            "hnsw.ef_construction": (self.ef_construction, 16, 2000),
+        }
+        for name, (value, low, high) in bounds.items():
+            if not low <= value <= high:
+                raise invalid(f"collection.{name}", f"is {value}; it must be {low} to {high}")
+
+
+@dataclass(frozen=True)
+class CollectionInfo:
+    """How a collection stands: number of records, of its last write, and bytes on disk."""
+
+    record_count: int
+    sequence: int
+    create_time: datetime
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class NewRecord:
+    """A record to be written; its vector comes beside it."""
+
+    id: str
+    text: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A record as it stands; `vector` is float32 (dimensions,) as it was given, or None where it was not asked for."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+    label: str
+    revision: int
+    create_time: datetime
+    update_time: datetime
+    vector: Matrix | None = None
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """What a write came to."""
+
+    sequence: int
+    inserted: int = 0
+    updated: int = 0
+    deleted: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a query was carried out; `ef` is 0 where the graph was not used."""
+
+    strategy: Strategy
+    ef: int
+    compared_count: int
+    shortfall_reason: str = ""
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What was found for one query, nearest first, each with its score; greater is nearer."""
+
+    hits: list[tuple[StoredRecord, float]]
+    plan: Plan

@@ -1,0 +1,138 @@
+"""What happens around every call of emberpc.v1: a request id, and errors in one form."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.v1 import errors_pb2
+from emberpc.wire import status
+
+log = logging.getLogger(__name__)
+
+_STATUS_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+#: A request id from a caller is logged and sent back: nothing else may hide in it.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_OUR_METHODS = "/emberpc.v1."
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Gives each call a request id and turns what it raises into a status with details.
+
+    A method that is designed but not built, which a generated servicer answers
+    with NotImplementedError, becomes UNIMPLEMENTED. Any exception that is not a
+    `ServiceError` is logged with the request id, and its caller learns the id
+    only.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Response] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Request, Response] | None:
+        """Wrap the handler of a method of ours; health and reflection keep their own ways."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(_OUR_METHODS):
+            return handler
+        request_id = _request_id(handler_call_details)
+        wrapped: grpc.RpcMethodHandler[Request, Response] = (
+            _stream(handler, method, request_id) if handler.response_streaming else _unary(handler, method, request_id)
+        )
+        return wrapped
+
+
+def _unary(handler: Any, method: str, request_id: str) -> Any:
+    """Wrap the handler of a method that answers once."""
+    inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+    async def call(request: Any, context: Context) -> Any:
+        context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
+        try:
+            answer = inner(request, context)
+            return await answer if inspect.isawaitable(answer) else answer
+        except Exception as error:
+            await _abort(error, method, request_id, context)
+
+    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+    return make(call, handler.request_deserializer, handler.response_serializer)
+
+
+def _stream(handler: Any, method: str, request_id: str) -> Any:
+    """Wrap the handler of a method that answers with a stream."""
+    inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
+        try:
+            async for answer in inner(request, context):
+                yield answer
+        except Exception as error:
+            await _abort(error, method, request_id, context)
+
+    make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+    return make(call, handler.request_deserializer, handler.response_serializer)
+
+
+def _request_id(details: grpc.HandlerCallDetails) -> str:
+    """Return the caller's request id if it sent a sane one, else a new one."""
+    for key, value in details.invocation_metadata or ():
+        if key == status.REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
+    """End a call with an error."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, NotImplementedError):
+        name = method.rpartition("/")[2]
+        error = ServiceError(Code.UNIMPLEMENTED, f"{name} is not supported by this version of emberpc")
+    if not isinstance(error, ServiceError):
+        log.error("%s failed, request %s", method, request_id, exc_info=error)
+        error = ServiceError(Code.INTERNAL, "the server made an error")
+    if error.code is Code.INTERNAL:
+        error = ServiceError(Code.INTERNAL, f"{error.message}; its log tells more under request id {request_id}")
+    metadata: list[tuple[str, str | bytes]] = [
+        (status.DETAILS_KEY, status.pack(error.code.value, error.message, _details(error, request_id))),
+        (status.REQUEST_ID_KEY, request_id),
+    ]
+    if error.retry_after is not None:
+        metadata.append((status.PUSHBACK_KEY, str(int(error.retry_after * 1000))))
+    await context.abort(_STATUS_CODES[error.code.value], error.message, tuple(metadata))
+    raise AssertionError("abort always raises")
+
+
+def _details(error: ServiceError, request_id: str) -> list[Message]:
+    details: list[Message] = [
+        errors_pb2.ErrorInfo(reason=error.reason, domain="emberpc", metadata=error.metadata),
+        errors_pb2.RequestInfo(request_id=request_id),
+    ]
+    if error.violations:
+        details.append(
+            errors_pb2.BadRequest(
+                field_violations=[
+                    errors_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
+                    for violation in error.violations
+                ]
+            )
+        )
+    if error.retry_after is not None:
+        retry = errors_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(retry)
+    return details

@@ -1,0 +1,87 @@
+"""ClassificationService: texts to labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.bundle import Manifest, Task
+from emberpc.server.engine import Engine
+from emberpc.server.errors import Code, ServiceError, invalid, items_of
+from emberpc.server.services import replies, requests
+from emberpc.v1 import classification_pb2 as pb
+from emberpc.v1 import classification_pb2_grpc
+
+#: The probability from which a multi-label classifier without thresholds of its own gives a label.
+_DEFAULT_THRESHOLD = 0.5
+
+Scores = npt.NDArray[np.float32]
+
+
+class ClassificationService(classification_pb2_grpc.ClassificationServiceServicer):
+    """Serves the fine-tuned classifiers of an engine."""
+
+    def __init__(self, engine: Engine, limits: requests.Limits) -> None:
+        self._engine = engine
+        self._limits = limits
+
+    async def Classify(self, request: pb.ClassifyRequest, context: requests.Context) -> pb.ClassifyResponse:
+        """Classify texts."""
+        model = self._engine.model(request.classifier, Task.CLASSIFICATION, "classifier")
+        self._limits.check_count(len(request.texts), "texts", "text")
+        self._limits.check_texts(request.texts, items_of("texts"))
+        if request.top_k < 0:
+            raise invalid("top_k", f"is {request.top_k}; it must be 0 (for all labels) or more")
+        if request.nearest_examples:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                f"classifier {model.name!r} is a fine-tuned model and keeps no examples; leave nearest_examples unset",
+                reason="NO_EXAMPLES",
+            )
+        manifest = model.manifest
+        truncation = requests.truncation(request.truncation)
+        inference = await self._engine.infer(
+            model, request.texts, manifest.prompts.passage, truncation, items_of("texts")
+        )
+        response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
+        for row, usage in zip(probabilities(inference.output, manifest), replies.usages(inference), strict=True):
+            classification = _classification(row, manifest, request.top_k)
+            classification.usage.CopyFrom(usage)
+            response.classifications.append(classification)
+        return response
+
+
+def probabilities(logits: Scores, manifest: Manifest) -> Scores:
+    """Turn logits into calibrated probabilities.
+
+    Args:
+        logits: float32, shape (texts, labels).
+        manifest: says the temperature, and whether the labels exclude each other.
+
+    Returns:
+        float32 of the same shape, in [0, 1]; each row adds up to 1 unless multi-label.
+    """
+    scaled = logits / manifest.temperature
+    if manifest.multi_label:
+        # tanh does not overflow, whatever the logit.
+        return np.asarray(0.5 * (1 + np.tanh(scaled / 2)), dtype=np.float32)
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def _classification(scores: Scores, manifest: Manifest, top_k: int) -> pb.Classification:
+    order = np.argsort(-scores, kind="stable")
+    listed = order[: top_k or None]
+    rejected = bool(scores[order[0]] < manifest.rejection_threshold)
+    thresholds = manifest.thresholds or (_DEFAULT_THRESHOLD,) * len(manifest.labels)
+    if rejected:
+        predicted = []
+    elif manifest.multi_label:
+        predicted = [manifest.labels[i] for i in order if scores[i] >= thresholds[i]]
+    else:
+        predicted = [manifest.labels[order[0]]]
+    return pb.Classification(
+        scores=[pb.LabelScore(label=manifest.labels[i], score=float(scores[i])) for i in listed],
+        labels=predicted,
+        rejected=rejected,
+    )

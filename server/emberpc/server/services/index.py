@@ -1,0 +1,215 @@
+"""IndexService: collections of records, and search in them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from emberpc.bundle import Task
+from emberpc.server.engine import Engine, Truncation
+from emberpc.server.errors import invalid, items_of
+from emberpc.server.index import Collection, CollectionSpec, Index
+from emberpc.server.services import replies, requests
+from emberpc.server.services.binding import collection_model
+from emberpc.server.services.embedding import Matrix, check_dimensions, shape
+from emberpc.server.services.records import (
+    DISTANCES,
+    Parts,
+    caller_vectors,
+    collection_message,
+    new_records,
+    record_message,
+    record_vectors,
+)
+from emberpc.server.services.searching import Searcher
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import index_pb2_grpc
+
+_MAX_IDS = 10_000
+
+Result = TypeVar("Result")
+
+
+class IndexService(index_pb2_grpc.IndexServiceServicer):
+    """Serves an index, embedding texts with the models of an engine.
+
+    Args:
+        engine: the models.
+        index: the collections; its calls block, so they run in `pool`.
+        pool: where they run.
+        limits: how large a call may be.
+    """
+
+    def __init__(self, engine: Engine, index: Index, pool: Executor, limits: requests.Limits) -> None:
+        self._engine = engine
+        self._index = index
+        self._pool = pool
+        self._limits = limits
+        self._searcher = Searcher(engine, limits, self._in_pool)
+
+    async def CreateCollection(
+        self, request: pb.CreateCollectionRequest, context: requests.Context
+    ) -> pb.CreateCollectionResponse:
+        """Create a collection."""
+        spec = self._spec(request.collection)
+        collection = await self._in_pool(lambda: self._index.create(spec))
+        return pb.CreateCollectionResponse(collection=await self._describe(collection))
+
+    async def GetCollection(
+        self, request: pb.GetCollectionRequest, context: requests.Context
+    ) -> pb.GetCollectionResponse:
+        """Describe a collection."""
+        collection = await self._collection(request.name)
+        return pb.GetCollectionResponse(collection=await self._describe(collection))
+
+    async def ListCollections(
+        self, request: pb.ListCollectionsRequest, context: requests.Context
+    ) -> pb.ListCollectionsResponse:
+        """List the collections by name."""
+        size = requests.page_size(request.page_size)
+        collections, token = await self._in_pool(lambda: self._index.page(size, request.page_token))
+        return pb.ListCollectionsResponse(
+            collections=[await self._describe(collection) for collection in collections], next_page_token=token
+        )
+
+    async def DeleteCollection(
+        self, request: pb.DeleteCollectionRequest, context: requests.Context
+    ) -> pb.DeleteCollectionResponse:
+        """Delete a collection."""
+        await self._in_pool(lambda: self._index.delete(request.name))
+        return pb.DeleteCollectionResponse()
+
+    async def UpsertRecords(
+        self, request: pb.UpsertRecordsRequest, context: requests.Context
+    ) -> pb.UpsertRecordsResponse:
+        """Insert or replace records."""
+        collection = await self._collection(request.collection)
+        self._limits.check_count(len(request.records), "records", "record")
+        for i, record in enumerate(request.records):
+            if record.HasField("time_to_live"):
+                raise requests.not_yet(f"records[{i}].time_to_live")
+        records = new_records(request.records)
+        response = pb.UpsertRecordsResponse()
+        if request.HasField("vectors"):
+            self._limits.check_texts([record.text for record in records], items_of("records", "text"), allow_empty=True)
+            matrix = caller_vectors(request.vectors, len(records), "vectors")
+        else:
+            matrix = await self._embed_records(collection, [record.text for record in records], response)
+        result = await self._in_pool(
+            lambda: collection.upsert(records, matrix, list(request.expected_revisions) or None)
+        )
+        response.inserted_count = result.inserted
+        response.updated_count = result.updated
+        response.receipt.CopyFrom(_receipt(result.sequence))
+        return response
+
+    async def BatchGetRecords(
+        self, request: pb.BatchGetRecordsRequest, context: requests.Context
+    ) -> pb.BatchGetRecordsResponse:
+        """Get records by id."""
+        collection = await self._collection(request.collection)
+        parts = Parts(request.parts)
+        if not 1 <= len(request.ids) <= _MAX_IDS:
+            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
+        records = await self._in_pool(lambda: collection.get(request.ids, with_vectors=parts.vector))
+        found = {record.id for record in records}
+        return pb.BatchGetRecordsResponse(
+            records=[record_message(record, parts) for record in records],
+            vectors=record_vectors(records, parts),
+            missing_ids=[record_id for record_id in request.ids if record_id not in found],
+        )
+
+    async def DeleteRecords(
+        self, request: pb.DeleteRecordsRequest, context: requests.Context
+    ) -> pb.DeleteRecordsResponse:
+        """Delete records by id."""
+        if request.HasField("filter"):
+            raise requests.not_yet("filter")
+        collection = await self._collection(request.collection)
+        if not 1 <= len(request.ids) <= _MAX_IDS:
+            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
+        result = await self._in_pool(lambda: collection.delete(request.ids))
+        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result.sequence))
+
+    async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
+        """List records by id."""
+        if request.HasField("filter"):
+            raise requests.not_yet("filter")
+        collection = await self._collection(request.collection)
+        parts = Parts(request.parts)
+        size = requests.page_size(request.page_size)
+        records, token = await self._in_pool(
+            lambda: collection.page(size, request.page_token, with_vectors=parts.vector)
+        )
+        return pb.ListRecordsResponse(
+            records=[record_message(record, parts) for record in records],
+            vectors=record_vectors(records, parts),
+            next_page_token=token,
+        )
+
+    async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
+        """Count records."""
+        if request.HasField("filter"):
+            raise requests.not_yet("filter")
+        collection = await self._collection(request.collection)
+        return pb.CountRecordsResponse(count=await self._in_pool(collection.count))
+
+    async def Search(self, request: pb.SearchRequest, context: requests.Context) -> pb.SearchResponse:
+        """Find the records nearest to each query."""
+        return await self._searcher.search(request, await self._collection(request.collection))
+
+    def _spec(self, message: pb.Collection) -> CollectionSpec:
+        """Read what a new collection is to be; the index checks the rest."""
+        distance = message.distance or pb.DISTANCE_COSINE
+        if distance not in DISTANCES:
+            raise invalid("collection.distance", f"is {distance}; use COSINE, DOT_PRODUCT or EUCLIDEAN")
+        dimensions, fingerprint = message.dimensions, ""
+        if message.model:
+            model = self._engine.model(message.model, Task.EMBEDDING, "collection.model")
+            check_dimensions(model, dimensions, "collection.dimensions")
+            dimensions = dimensions or model.manifest.dimensions
+            fingerprint = model.fingerprint
+        defaults = CollectionSpec(name=message.name, dimensions=dimensions or 1)
+        return CollectionSpec(
+            name=message.name,
+            model=message.model,
+            model_fingerprint=fingerprint,
+            dimensions=dimensions,
+            distance=DISTANCES[distance],
+            truncation=requests.truncation(message.truncation, "collection.truncation").value,
+            m=message.hnsw.m or defaults.m,
+            ef_construction=message.hnsw.ef_construction or defaults.ef_construction,
+            indexed_fields=tuple(message.indexed_fields),
+        )
+
+    async def _embed_records(
+        self, collection: Collection, texts: list[str], response: pb.UpsertRecordsResponse
+    ) -> Matrix:
+        """Embed the texts of records, and say in the response how it went."""
+        model = collection_model(self._engine, collection)
+        self._limits.check_texts(texts, items_of("records", "text"))
+        inference = await self._engine.infer(
+            model,
+            texts,
+            model.manifest.prompts.passage,
+            Truncation(collection.spec.truncation),
+            items_of("records", "text"),
+        )
+        response.usages.extend(replies.usages(inference))
+        response.timings.CopyFrom(replies.timings([inference]))
+        return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
+
+    async def _collection(self, name: str) -> Collection:
+        return await self._in_pool(lambda: self._index.get(name))
+
+    async def _describe(self, collection: Collection) -> pb.Collection:
+        return await self._in_pool(lambda: collection_message(collection))
+
+    async def _in_pool(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _receipt(sequence: int) -> pb.WriteReceipt:
+    return pb.WriteReceipt(sequence=sequence, durability=pb.DURABILITY_SYNCED)

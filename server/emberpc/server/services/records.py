@@ -1,0 +1,144 @@
+"""Collections and records: between the messages of index.proto and the index's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from emberpc.server.errors import invalid
+from emberpc.server.index import Collection, Distance, NewRecord, StoredRecord
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import types_pb2
+from emberpc.wire import vectors
+
+Matrix = npt.NDArray[np.float32]
+
+DISTANCES: dict[pb.Distance.ValueType, Distance] = {
+    pb.DISTANCE_COSINE: Distance.COSINE,
+    pb.DISTANCE_DOT_PRODUCT: Distance.DOT_PRODUCT,
+    pb.DISTANCE_EUCLIDEAN: Distance.EUCLIDEAN,
+}
+_DISTANCE_VALUES = {distance: value for value, distance in DISTANCES.items()}
+_CALLER_DTYPES = (types_pb2.DATA_TYPE_UNSPECIFIED, types_pb2.DATA_TYPE_FLOAT32, types_pb2.DATA_TYPE_FLOAT16)
+
+
+class Parts:
+    """Which parts of a record an answer has; with none asked for, text and metadata."""
+
+    def __init__(self, parts: Sequence[pb.RecordPart.ValueType]) -> None:
+        """Read them from a request.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a part that this server does not know.
+        """
+        for i, part in enumerate(parts):
+            if part not in (pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR):
+                raise invalid(f"parts[{i}]", f"is {part}; use TEXT, METADATA or VECTOR")
+        self.text = not parts or pb.RECORD_PART_TEXT in parts
+        self.metadata = not parts or pb.RECORD_PART_METADATA in parts
+        self.vector = pb.RECORD_PART_VECTOR in parts
+
+
+def collection_message(collection: Collection) -> pb.Collection:
+    """Describe a collection."""
+    spec, info = collection.spec, collection.info()
+    return pb.Collection(
+        name=spec.name,
+        model=spec.model,
+        model_fingerprint=spec.model_fingerprint,
+        dimensions=spec.dimensions,
+        distance=_DISTANCE_VALUES[spec.distance],
+        truncation=types_pb2.Truncation.Value(f"TRUNCATION_{spec.truncation.upper()}"),
+        hnsw=pb.HnswParameters(m=spec.m, ef_construction=spec.ef_construction),
+        indexed_fields=spec.indexed_fields,
+        record_count=info.record_count,
+        create_time=_timestamp(info.create_time),
+        sequence=info.sequence,
+        size_bytes=info.size_bytes,
+    )
+
+
+def record_message(record: StoredRecord, parts: Parts) -> pb.Record:
+    """Describe a record by the parts asked for."""
+    message = pb.Record(
+        id=record.id,
+        label=record.label,
+        revision=record.revision,
+        create_time=_timestamp(record.create_time),
+        update_time=_timestamp(record.update_time),
+    )
+    if parts.text:
+        message.text = record.text
+    if parts.metadata and record.metadata:
+        message.metadata.update(record.metadata)
+    return message
+
+
+def record_vectors(records: Sequence[StoredRecord], parts: Parts) -> types_pb2.Vectors | None:
+    """Return the records' vectors as one block, if they are asked for."""
+    if not parts.vector or not records:
+        return None
+    return vectors.encode(np.stack([record.vector for record in records if record.vector is not None]))
+
+
+def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
+    """Read records from a request.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT naming a record whose metadata cannot be JSON.
+    """
+    return [
+        NewRecord(
+            id=message.id,
+            text=message.text,
+            metadata=_metadata(message.metadata, f"records[{i}].metadata"),
+            label=message.label,
+        )
+        for i, message in enumerate(messages)
+    ]
+
+
+def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
+    """Read vectors that a caller gave.
+
+    Args:
+        block: the vectors, FLOAT32 or FLOAT16.
+        rows: how many there must be.
+        field: what the request calls them.
+
+    Returns:
+        float32, shape (rows, dimensions); whether the dimensions are right and the values finite is for the index to
+        check.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if the block contradicts itself or has another number of rows.
+    """
+    if block.dtype not in _CALLER_DTYPES:
+        raise invalid(f"{field}.dtype", f"is {block.dtype}; send FLOAT32 or FLOAT16")
+    if block.rows != rows:
+        raise invalid(f"{field}.rows", f"is {block.rows}; it must be {rows}, one vector for each item")
+    try:
+        return vectors.decode(block)
+    except vectors.VectorFormatError as error:
+        raise invalid(f"{field}.{error.field}", str(error)) from error
+
+
+def _metadata(struct: Struct, field: str) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = json_format.MessageToDict(struct)
+    except (json_format.SerializeToJsonError, ValueError, RecursionError) as error:
+        raise invalid(field, "holds a number that JSON cannot hold, or is nested too deeply") from error
+    return metadata
+
+
+def _timestamp(moment: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(moment)
+    return timestamp

@@ -1,0 +1,110 @@
+"""What the services ask of every request, and how its fields become the engine's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from emberpc.bundle import Prompts
+from emberpc.server.engine import Truncation
+from emberpc.server.errors import Code, FieldPath, ServiceError, Violation, invalid, invalid_fields
+from emberpc.v1 import types_pb2
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+
+#: gRPC's view of a call; the services need none of its type parameters.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_TRUNCATIONS: dict[types_pb2.Truncation.ValueType, Truncation] = {
+    types_pb2.TRUNCATION_UNSPECIFIED: Truncation.REFUSE,
+    types_pb2.TRUNCATION_REFUSE: Truncation.REFUSE,
+    types_pb2.TRUNCATION_END: Truncation.END,
+    types_pb2.TRUNCATION_START: Truncation.START,
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a call may be: texts or records in it, and bytes (UTF-8) of one text."""
+
+    max_texts: int
+    max_text_bytes: int
+
+    def check_count(self, count: int, field: str, what: str) -> None:
+        """Raise INVALID_ARGUMENT unless there is at least one item and at most the limit."""
+        if not count:
+            raise invalid(field, f"is empty; give at least one {what}")
+        if count > self.max_texts:
+            raise invalid(field, f"has {count} {what}s, a call takes at most {self.max_texts}; split it")
+
+    def check_texts(self, texts: Sequence[str], path: FieldPath, *, allow_empty: bool = False) -> None:
+        """Raise INVALID_ARGUMENT, naming each text that is empty or too long.
+
+        Args:
+            texts: the texts.
+            path: what the request calls text i.
+            allow_empty: whether a text may be empty.
+        """
+        violations = []
+        for i, text in enumerate(texts):
+            if not allow_empty and (not text or text.isspace()):
+                violations.append(Violation(path(i), "is empty; leave it out or give it some text"))
+            # A character has at most four bytes: most texts need not be encoded to be known to be short enough.
+            elif len(text) * 4 > self.max_text_bytes and (size := len(text.encode())) > self.max_text_bytes:
+                description = f"has {size} bytes, a text may have at most {self.max_text_bytes}; split it"
+                violations.append(Violation(path(i), description))
+        if violations:
+            raise invalid_fields(violations)
+
+
+def truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation") -> Truncation:
+    """Return the engine's term for a truncation.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT for a value that this server does not know.
+    """
+    if value not in _TRUNCATIONS:
+        raise invalid(field, f"is {value}, which is no Truncation; use REFUSE, END or START")
+    return _TRUNCATIONS[value]
+
+
+def prompt(
+    prompts: Prompts,
+    kind: types_pb2.InputKind.ValueType,
+    field: str = "input_kind",
+) -> str:
+    """Return what goes before a text of a kind; the default is PASSAGE.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT for a kind that this server does not know.
+    """
+    if kind == types_pb2.INPUT_KIND_QUERY:
+        return prompts.query
+    if kind in (types_pb2.INPUT_KIND_PASSAGE, types_pb2.INPUT_KIND_UNSPECIFIED):
+        return prompts.passage
+    raise invalid(field, f"is {kind}, which is no InputKind; use QUERY or PASSAGE")
+
+
+def not_yet(field: str) -> ServiceError:
+    """Return the UNIMPLEMENTED error for a field whose work this version does not do: it is never just ignored."""
+    return ServiceError(
+        Code.UNIMPLEMENTED,
+        f"{field} is not supported by this version of emberpc; leave it unset",
+        reason="FIELD_UNIMPLEMENTED",
+        metadata={"field": field},
+    )
+
+
+def page_size(value: int) -> int:
+    """Return the number of items of a page.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if it is negative or above 1000.
+    """
+    if not 0 <= value <= MAX_PAGE_SIZE:
+        raise invalid("page_size", f"is {value}; it must be 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
+    return value or DEFAULT_PAGE_SIZE

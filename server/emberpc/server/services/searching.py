@@ -1,0 +1,179 @@
+"""Search: from queries of several kinds to the hits of each."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from emberpc.server.engine import Engine, Truncation
+from emberpc.server.errors import invalid, not_found
+from emberpc.server.index import Collection, SearchOutcome, Strategy
+from emberpc.server.services import replies, requests
+from emberpc.server.services.binding import collection_model
+from emberpc.server.services.embedding import Matrix, shape
+from emberpc.server.services.records import Parts, caller_vectors, record_message, record_vectors
+from emberpc.v1 import index_pb2 as pb
+
+_MAX_QUERIES = 1000
+_DEFAULT_TOP_K = 10
+_MAX_TOP_K = 10_000
+
+_STRATEGIES = {
+    Strategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
+    Strategy.HNSW: pb.SEARCH_STRATEGY_HNSW,
+}
+
+InPool = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+class Searcher:
+    """Answers search requests.
+
+    Args:
+        engine: embeds the queries that are texts.
+        limits: how long a text may be.
+        in_pool: runs a blocking call of the index in the pool.
+    """
+
+    def __init__(self, engine: Engine, limits: requests.Limits, in_pool: InPool) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._in_pool = in_pool
+
+    async def search(self, request: pb.SearchRequest, collection: Collection) -> pb.SearchResponse:
+        """Answer one request.
+
+        Raises:
+            ServiceError: a query is wrong, or asks for what this version does not do.
+        """
+        _check(request)
+        parts = Parts(request.parts)
+        response = pb.SearchResponse(results=[pb.SearchResult() for _ in request.queries])
+        matrix = await self._query_vectors(request.queries, collection, response)
+        start = perf_counter()
+        outcomes: list[SearchOutcome] = await self._in_pool(
+            lambda: collection.search(
+                matrix,
+                [query.top_k or request.top_k or _DEFAULT_TOP_K for query in request.queries],
+                ef=request.ef,
+                exclude_ids=[query.record_id or None for query in request.queries],
+                with_vectors=parts.vector,
+            )
+        )
+        response.timings.lookup_seconds += perf_counter() - start
+        for result, outcome in zip(response.results, outcomes, strict=True):
+            _fill(result, outcome, parts)
+        return response
+
+    async def _query_vectors(
+        self, queries: Sequence[pb.SearchQuery], collection: Collection, response: pb.SearchResponse
+    ) -> Matrix:
+        """Return the vector of each query, float32 (queries, dimensions); the response gets what embedding tells."""
+        dimensions = collection.spec.dimensions
+        matrix = np.empty((len(queries), dimensions), dtype=np.float32)
+        kinds = [query.WhichOneof("query") for query in queries]
+        for i, (query, kind) in enumerate(zip(queries, kinds, strict=True)):
+            if kind is None:
+                raise invalid(f"queries[{i}]", "asks for nothing; set text, vector or record_id")
+            if kind == "vector":
+                vector = caller_vectors(query.vector, 1, f"queries[{i}].vector")
+                if vector.shape[1] != dimensions:
+                    raise invalid(
+                        f"queries[{i}].vector.dimensions",
+                        f"is {vector.shape[1]}; collection {collection.spec.name!r} has {dimensions}",
+                    )
+                matrix[i] = vector[0]
+        await self._embed_texts(
+            matrix, queries, [i for i, kind in enumerate(kinds) if kind == "text"], collection, response
+        )
+        await self._get_records(matrix, queries, [i for i, kind in enumerate(kinds) if kind == "record_id"], collection)
+        return matrix
+
+    async def _embed_texts(
+        self,
+        matrix: Matrix,
+        queries: Sequence[pb.SearchQuery],
+        rows: list[int],
+        collection: Collection,
+        response: pb.SearchResponse,
+    ) -> None:
+        """Fill in the vectors of the queries that are texts."""
+        if not rows:
+            return
+        model = collection_model(self._engine, collection)
+        texts = [queries[row].text for row in rows]
+
+        def path(i: int) -> str:
+            return f"queries[{rows[i]}].text"
+
+        self._limits.check_texts(texts, path)
+        inference = await self._engine.infer(
+            model, texts, model.manifest.prompts.query, Truncation(collection.spec.truncation), path
+        )
+        matrix[rows] = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
+        response.model.CopyFrom(replies.model_version(model))
+        response.timings.CopyFrom(replies.timings([inference]))
+        for row, usage in zip(rows, replies.usages(inference), strict=True):
+            response.results[row].usage.CopyFrom(usage)
+
+    async def _get_records(
+        self, matrix: Matrix, queries: Sequence[pb.SearchQuery], rows: list[int], collection: Collection
+    ) -> None:
+        """Fill in the vectors of the queries that are records."""
+        if not rows:
+            return
+        ids = sorted({queries[row].record_id for row in rows})
+        records = await self._in_pool(lambda: collection.get(ids, with_vectors=True))
+        found = {record.id: record.vector for record in records}
+        for row in rows:
+            record_id = queries[row].record_id
+            if record_id not in found:
+                raise not_found("record", record_id, f"queries[{row}] asks for its neighbours; upsert it first")
+            matrix[row] = found[record_id]
+
+
+def _check(request: pb.SearchRequest) -> None:
+    """Raise INVALID_ARGUMENT for what is out of bounds."""
+    if not 1 <= len(request.queries) <= _MAX_QUERIES:
+        raise invalid("queries", f"has {len(request.queries)} queries; it must have 1 to {_MAX_QUERIES}")
+    sizes = {"top_k": request.top_k, **{f"queries[{i}].top_k": query.top_k for i, query in enumerate(request.queries)}}
+    for field, top_k in sizes.items():
+        if not 0 <= top_k <= _MAX_TOP_K:
+            raise invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {_MAX_TOP_K}")
+    if request.ef < 0:
+        raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
+    _refuse_what_is_to_come(request)
+
+
+def _refuse_what_is_to_come(request: pb.SearchRequest) -> None:
+    """Raise UNIMPLEMENTED for the fields whose work this version does not do."""
+    asked = {
+        "mode": request.mode not in (pb.SEARCH_MODE_UNSPECIFIED, pb.SEARCH_MODE_DENSE),
+        "filter": request.HasField("filter"),
+        "min_recall": bool(request.min_recall),
+        "dense_weight": request.HasField("dense_weight"),
+        **{f"queries[{i}].filter": query.HasField("filter") for i, query in enumerate(request.queries)},
+    }
+    for field, is_asked in asked.items():
+        if is_asked:
+            raise requests.not_yet(field)
+
+
+def _fill(result: pb.SearchResult, outcome: SearchOutcome, parts: Parts) -> None:
+    """Put what was found into a result."""
+    for record, score in outcome.hits:
+        result.hits.append(pb.Hit(record=record_message(record, parts), score=score))
+    block = record_vectors([record for record, _ in outcome.hits], parts)
+    if block is not None:
+        result.vectors.CopyFrom(block)
+    result.plan.CopyFrom(
+        pb.SearchPlan(
+            strategy=_STRATEGIES[outcome.plan.strategy],
+            ef=outcome.plan.ef,
+            compared_count=outcome.plan.compared_count,
+            shortfall_reason=outcome.plan.shortfall_reason,
+        )
+    )

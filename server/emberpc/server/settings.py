@@ -1,0 +1,173 @@
+"""The server's settings: declared once, read from flags, environment and one TOML file.
+
+A field `drain_seconds` is the flag `--drain-seconds`, the environment variable
+`EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. A flag goes before the
+environment, the environment before the file, the file before the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT_PREFIX = "EMBERPC_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+#: Names of models and collections alike.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names it, where it was read, and the remedy."""
+
+
+def _setting(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": doc})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server was told. `metadata["help"]` of each field is its help text."""
+
+    model: tuple[str, ...] = _setting(
+        (), "A bundle to serve, as DIR or NAME=DIR; several may be given. In the environment, separated by commas."
+    )
+    data_dir: Path = _setting(  # noqa: RUF009 - `_setting` gives a dataclass field
+        Path("emberpc-data"), "Folder of the collections; made if it is not there."
+    )
+    listen: str = _setting("127.0.0.1:50051", "Address to serve on, HOST:PORT; port 0 takes a free one.")
+    workers: int = _setting(0, "Threads that run models; 0: one for each core this process may use.")
+    batch_tokens: int = _setting(512, "Most tokens of a micro-batch, padding included.")
+    max_queue_tokens: int = _setting(2**20, "Most tokens that may wait; past it, calls get RESOURCE_EXHAUSTED.")
+    max_texts: int = _setting(4096, "Most texts or records of one call.")
+    max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
+    max_message_bytes: int = _setting(64 * 2**20, "Most bytes of one message.")
+    drain_seconds: float = _setting(30.0, "How long a stopping server waits for calls in flight.")
+    log_level: str = _setting("info", f"How much to log: {', '.join(LOG_LEVELS)}.")
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            SettingsError: a value is out of range.
+        """
+        for name in ("batch_tokens", "max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("workers", "drain_seconds"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.log_level not in LOG_LEVELS:
+            raise SettingsError(f"log_level is {self.log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
+        host, colon, port = self.listen.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 2**16):
+            raise SettingsError(f"listen is {self.listen!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
+        if len(self.named_models()) < len(self.model):
+            raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
+
+    def named_models(self) -> dict[str, Path]:
+        """Return the bundles' folders by the names they are served under.
+
+        Raises:
+            SettingsError: a name is empty or has other characters than letters, digits, `.`, `_` and `-`.
+        """
+        models = {}
+        for entry in self.model:
+            name, equals, folder = entry.partition("=")
+            if not equals:
+                name, folder = Path(entry).resolve().name, entry
+            if not NAME.fullmatch(name):
+                raise SettingsError(
+                    f"model: {name!r} of {entry!r} is no name: 1 to 128 letters, digits, '.', '_' and '-'; "
+                    "give one as NAME=DIR"
+                )
+            models[name] = Path(folder)
+        return models
+
+
+@dataclass(frozen=True)
+class LoadedSettings:
+    """Settings, and where each came from: `default`, `flag`, `environment NAME` or `file PATH`."""
+
+    settings: Settings
+    sources: dict[str, str]
+
+
+def load_settings(
+    overrides: Mapping[str, object],
+    *,
+    config_file: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> LoadedSettings:
+    """Put the settings together.
+
+    Args:
+        overrides: the flags given, by field name; None stands for a flag not given.
+        config_file: the TOML file; default: that of `EMBERPC_CONFIG`, if any.
+        environ: the environment.
+
+    Raises:
+        SettingsError: a value is wrong, the file cannot be read or has a key that is no setting.
+    """
+    if config_file is None and environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"):
+        config_file = Path(environ[f"{ENVIRONMENT_PREFIX}CONFIG"])
+    file_values = _read_toml(config_file) if config_file else {}
+    hints = get_type_hints(Settings)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for field in dataclasses.fields(Settings):
+        variable = f"{ENVIRONMENT_PREFIX}{field.name.upper()}"
+        given, source = overrides.get(field.name), "flag"
+        if given is None and variable in environ:
+            given, source = environ[variable], f"environment {variable}"
+        if given is None and field.name in file_values:
+            given, source = file_values[field.name], f"file {config_file}"
+        if given is None:
+            sources[field.name] = "default"
+        else:
+            values[field.name], sources[field.name] = _convert(field.name, hints[field.name], given, source), source
+    return LoadedSettings(Settings(**values), sources)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from error
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for key in values:
+        if key not in known:
+            raise SettingsError(f"{path}: there is no setting {key!r}; there are: {', '.join(known)}")
+    return values
+
+
+def _convert(name: str, hint: Any, value: object, source: str) -> Any:
+    """Turn a flag, a variable or a TOML value into the field's type."""
+    if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            return hint(value)
+        except ValueError:
+            pass
+    elif hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif hint is str and isinstance(value, str):
+        return value
+    elif hint == tuple[str, ...]:
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(item.strip() for item in items if item.strip())
+    kind = {int: "a whole number", float: "a number", Path: "a path", str: "a string"}.get(hint, "a list of strings")
+    raise SettingsError(f"{name} is {value!r} ({source}); it must be {kind}")

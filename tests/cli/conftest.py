@@ -1,0 +1,57 @@
+"""The command line, run in this process against a fake server."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from emberpc.cli.main import main
+from fake_server import FakeServer
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def objects(self) -> list[Any]:
+        """Its JSON Lines."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells of its table."""
+        return [line.split("\t") for line in self.out.splitlines()]
+
+
+Emberpc = Callable[..., Outcome]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        monkeypatch.setenv("EMBERPC_TARGET", server.target)
+        yield server
+
+
+@pytest.fixture
+def emberpc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Emberpc:
+    """Runs `emberpc ARGUMENTS`."""
+
+    def run(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

@@ -1,0 +1,285 @@
+"""Each command: what it prints for people, what for programs, and where its errors point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.v1 import types_pb2
+from fake_server import FakeServer, Fault, vector_of
+
+Emberpc = Any
+
+
+@pytest.fixture
+def books(fake: FakeServer, emberpc: Emberpc, tmp_path: Path) -> Path:
+    """A collection `books` of three records, and the file they came from."""
+    path = tmp_path / "books.jsonl"
+    records = [
+        {"id": "a", "text": "a whale hunt", "metadata": {"year": 1851, "tags": ["sea"]}, "label": "novel"},
+        {"id": "b", "text": "a long\tway\nhome"},
+        {"id": "c", "text": "an island"},
+    ]
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    assert emberpc("collection", "create", "books", "--model", "canned", "--truncation", "end").code == 0
+    assert emberpc("upsert", "books", path).code == 0
+    return path
+
+
+def test_embed_prints_a_line_for_each_text(emberpc: Emberpc, fake: FakeServer) -> None:
+    outcome = emberpc("embed", "a text", "another")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [row[0] for row in outcome.rows] == ["text", "a text", "another"]
+    assert outcome.rows[1][1].startswith(f"{vector_of('a text')[0]:+.4f} ")
+    assert outcome.rows[1][1].endswith("… 8 in all")
+
+
+def test_embed_prints_vectors_as_json(emberpc: Emberpc, fake: FakeServer) -> None:
+    found = emberpc("embed", "é", "b", "--json", "--input-kind", "query", "--truncation", "end").objects
+    assert [item["text"] for item in found] == ["é", "b"]
+    assert np.array_equal(np.array(found[1]["vector"], dtype=np.float32), vector_of("b"))
+    request = fake.asked["Embed"][0].request
+    assert request.input_kind == types_pb2.INPUT_KIND_QUERY
+    assert request.truncation == types_pb2.TRUNCATION_END
+
+
+def test_embed_writes_the_vectors_of_a_file(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(20)]
+    source, target = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_text("\r\n".join(texts) + "\r\n")
+    outcome = emberpc("embed", "--file", source, "-o", target, "--batch-size", 6)
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err == f"wrote 20 × 8 float32 to {target}\n"
+    assert np.array_equal(np.load(target), np.stack([vector_of(text) for text in texts]))
+    assert fake.asked["Embed"][0].request.priority == types_pb2.PRIORITY_BULK
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
+
+
+def test_embed_wants_a_place_for_its_file_before_it_starts(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    outcome = emberpc("embed", "a", "-o", tmp_path / "nowhere" / "out.npy")
+    assert outcome.code == 2
+    assert "nowhere is not there" in outcome.err
+    assert not fake.asked
+
+
+@pytest.mark.parametrize("command", ["embed", "count-tokens", "classify"])
+def test_a_bad_text_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: str) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("one\n\nthree\n")
+    assert emberpc(command, "--file", source).err.startswith(f"error: {source}:2: the line is empty")
+    rpc = {"embed": "Embed", "count-tokens": "CountTokens", "classify": "Classify"}[command]
+    fake.faults[rpc].append(
+        Fault(grpc.StatusCode.INVALID_ARGUMENT, "texts[1]: has 300 tokens", "INVALID_FIELD", [("texts[1]", "too long")])
+    )
+    outcome = emberpc(command, "--file", "-", stdin="one\ntwo\n")
+    assert (outcome.code, outcome.err) == (2, "error: stdin:2: has 300 tokens\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "--file", "-"]])
+def test_texts_come_from_one_place(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
+    outcome = emberpc("embed", *arguments)
+    assert outcome.code == 2
+    assert "give texts as arguments, or a file" in outcome.err
+
+
+def test_count_tokens(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("count-tokens", "one two", "three").rows == [["tokens", "text"], ["4", "one two"], ["3", "three"]]
+    assert emberpc("count-tokens", "one", "--json").objects == [{"text": "one", "tokens": 3}]
+
+
+def test_similarity(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("similarity", "a", "a", "b").rows[:2] == [["score", "target"], ["1.0000", "a"]]
+    assert emberpc("similarity", "a", "b", "--json").objects[0]["target"] == "b"
+
+
+def test_classify(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("classify", "what?", "outside", "-k", 1).rows[1:] == [
+        ["question", "question 0.75", "what?"],
+        ["(none fits)", "statement 0.75", "outside"],
+    ]
+    (found,) = emberpc("classify", "what?", "--json").objects
+    assert found["classification"]["labels"] == ["question"]
+    assert found["classification"]["scores"][1] == {"label": "statement", "score": 0.25}
+
+
+def test_collections(emberpc: Emberpc, fake: FakeServer) -> None:
+    (made,) = emberpc("collection", "create", "c", "--dimensions", 3, "--distance", "euclidean", "--json").objects
+    assert (made["name"], made["dimensions"], made["distance"]) == ("c", 3, "euclidean")
+    assert made["create_time"] == "2023-11-14T22:13:20.500000+00:00"
+    assert emberpc("collection", "create", "d").rows[0] == ["name", "d"]
+    assert [row[:3] for row in emberpc("collection", "list").rows] == [
+        ["name", "records", "model"],
+        ["c", "0", "(vectors only)"],
+        ["d", "0", "(vectors only)"],
+    ]
+    assert ["create_time", "2023-11-14 22:13:20 UTC"] in emberpc("collection", "get", "c").rows
+    outcome = emberpc("collection", "delete", "c")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "deleted the collection c\n")
+    assert [item["name"] for item in emberpc("collection", "list", "--json").objects] == ["d"]
+
+
+def test_records_go_out_in_the_form_that_they_come_in(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    out = emberpc("collection", "records", "books", "--json", "--vectors", "--limit", 0).out
+    assert len(out.splitlines()) == 3
+    assert emberpc("collection", "create", "copy").code == 0
+    outcome = emberpc("upsert", "copy", "-", "--json", stdin=out)
+    assert outcome.objects == [{"inserted": 3, "updated": 0, "sequence": 1}]
+    assert emberpc("collection", "records", "copy", "--json", "--vectors").out == out
+    assert fake.asked["UpsertRecords"][-1].request.HasField("vectors")
+
+
+def test_a_list_that_is_cut_says_so(emberpc: Emberpc, books: Path) -> None:
+    outcome = emberpc("collection", "records", "books", "--limit", 2)
+    assert outcome.rows == [["id", "label", "text"], ["a", "novel", "a whale hunt"], ["b", "", "a long way home"]]
+    assert outcome.err == "2 of 3 records; --limit 0 lists all\n"
+
+
+def test_upsert_tells_what_it_did(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    assert emberpc("upsert", "books", books).rows == [["inserted", "0"], ["updated", "3"], ["sequence", "2"]]
+    outcome = emberpc("upsert", "books", "-", stdin="")
+    assert (outcome.code, outcome.err) == (0, "stdin holds no records\n")
+
+
+def test_upsert_reads_a_table(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text('\ufeffid,text,label,metadata,price\nx,"two\nlines",l,"{""n"": 1}",3.50\n', encoding="utf-8")
+    emberpc("collection", "create", "c")
+    assert emberpc("upsert", "c", table).code == 0
+    (found,) = emberpc("get", "c", "x", "--json").objects
+    assert (found["text"], found["label"]) == ("two\nlines", "l")
+    assert found["metadata"] == {"n": 1, "price": "3.50"}
+
+
+def test_a_bad_record_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    emberpc("collection", "create", "c")
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "text": "t"}\n\n{"id": "b", "text": "t"}\n{"id": "c", "text": 7}\n')
+    outcome = emberpc("upsert", "c", path, "--batch-size", 2)
+    assert (outcome.code, outcome.err) == (2, f"error: {path}:4: text is of type int; it must be a str\n")
+    assert emberpc("collection", "get", "c", "--json").objects[0]["record_count"] == 2
+    fault = Fault(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "records[1].text: is empty",
+        "INVALID_FIELD",
+        [("records[1].text", "is empty")],
+    )
+    fake.faults["UpsertRecords"].append(fault)
+    path.write_text('{"id": "a", "text": "t"}\n\n{"id": "b"}\n')
+    outcome = emberpc("upsert", "c", path)
+    assert (outcome.code, outcome.err) == (2, f"error: {path}:3: text: is empty\n")
+
+
+def test_get_shows_records_and_misses_what_is_not_there(emberpc: Emberpc, books: Path) -> None:
+    outcome = emberpc("get", "books", "b", "a")
+    assert outcome.code == 0
+    assert outcome.rows[0] == ["id", "b"]
+    assert [""] in outcome.rows
+    assert ["metadata", "tags ['sea'], year 1851"] in outcome.rows or [
+        "metadata",
+        "year 1851, tags ['sea']",
+    ] in outcome.rows
+    outcome = emberpc("get", "books", "a", "zz", "--json")
+    assert outcome.code == 4
+    assert outcome.err == "error: there is no record 'zz' in 'books'\n"
+    assert [item["id"] for item in outcome.objects] == ["a"]
+
+
+def test_delete_counts(emberpc: Emberpc, books: Path) -> None:
+    assert emberpc("delete", "books", "a", "zz", "--json").objects == [{"deleted": 1}]
+    assert emberpc("delete", "books", "a").rows == [["deleted", "0"]]
+
+
+def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    outcome = emberpc("search", "books", "an island", "-k", 2, "--ef", 30)
+    assert outcome.rows[:2] == [["score", "id", "text"], ["1.0000", "c", "an island"]]
+    assert outcome.err == ""
+    assert fake.asked["Search"][0].request.ef == 30
+    outcome = emberpc("search", "books", "--id", "c", "--json")
+    assert {item["id"] for item in outcome.objects} == {"a", "b"}
+    assert outcome.err == "2 hits: the collection has 3 records\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["query", "--id", "a"]])
+def test_search_goes_by_one_thing(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
+    assert emberpc("search", "books", *arguments).code == 2
+
+
+def test_models(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert [row[0] for row in emberpc("models").rows] == ["name", "canned", "kinds"]
+    assert ["labels", "question, statement"] in emberpc("models", "kinds").rows
+    assert [item["variant"] for item in emberpc("models", "--json").objects] == ["fp32", "qint8_avx2"]
+
+
+def test_health_is_in_the_exit_code_too(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("health").rows == [["status", "SERVING"]]
+    fake.health.set("", 2)
+    outcome = emberpc("health", "--json")
+    assert (outcome.code, outcome.objects) == (3, [{"status": "NOT_SERVING"}])
+
+
+def test_options_of_the_connection_go_before_the_environment(
+    emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = fake.target
+    monkeypatch.setenv("EMBERPC_TARGET", "127.0.0.1:1")
+    monkeypatch.setenv("EMBERPC_TOKEN", "from-environment")
+    assert emberpc("models", "--target", target, "--timeout", 100).code == 0
+    assert emberpc("models", "--target", target, "--token", "from-option").code == 0
+    first, second = fake.asked["ListModels"]
+    assert first.metadata["authorization"] == "Bearer from-environment"
+    assert second.metadata["authorization"] == "Bearer from-option"
+    assert first.seconds_left > 90
+
+
+def test_a_token_does_not_travel_in_plain_text(emberpc: Emberpc) -> None:
+    outcome = emberpc("models", "--target", "embeddings.example:1", "--token", "secret")
+    assert outcome.code == 2
+    assert "plain text" in outcome.err
+    assert "secret" not in outcome.err
+
+
+def test_a_missing_certificate_is_an_input_error(emberpc: Emberpc, tmp_path: Path) -> None:
+    outcome = emberpc("models", "--tls-ca", tmp_path / "ca.pem")
+    assert outcome.code == 2
+    assert "ca.pem cannot be read: No such file" in outcome.err
+
+
+def test_config_tells_each_setting_with_its_source(
+    emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "emberpc.toml"
+    path.write_text("workers = 2\nbatch_tokens = 256\n")
+    monkeypatch.setenv("EMBERPC_BATCH_TOKENS", "128")
+    arguments = ["config", "--config", path, "--model", "a=x", "--model", "b=y", "--drain-seconds", "5"]
+    found = {item["setting"]: (item["value"], item["source"]) for item in emberpc(*arguments, "--json").objects}
+    assert found["workers"] == (2, f"file {path}")
+    assert found["batch_tokens"] == (128, "environment EMBERPC_BATCH_TOKENS")
+    assert found["model"] == (["a=x", "b=y"], "flag")
+    assert found["drain_seconds"] == (5.0, "flag")
+    assert found["log_level"] == ("info", "default")
+    assert ["model", "a=x, b=y", "flag"] in emberpc(*arguments).rows
+
+
+def test_serve_and_config_take_every_setting_as_a_flag(emberpc: Emberpc) -> None:
+    import dataclasses
+
+    from emberpc.server.settings import Settings
+
+    for command in ("serve", "config"):
+        text = emberpc(command, "--help").out
+        for field in dataclasses.fields(Settings):
+            assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("command", ["serve", "config"])
+def test_a_wrong_setting_is_an_input_error(emberpc: Emberpc, command: str) -> None:
+    outcome = emberpc(command, "--listen", "nowhere")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "error: listen is 'nowhere'; it must be HOST:PORT, such as 127.0.0.1:50051\n",
+    )

@@ -1,0 +1,180 @@
+"""What the exit code and the one line on stderr say of each way to fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from emberpc.cli import main as main_module
+from emberpc.cli.errors import ExitCode
+from fake_server import FakeServer, Fault
+
+Emberpc = Any
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, 2),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 3),
+        (grpc.StatusCode.NOT_FOUND, 4),
+        (grpc.StatusCode.ALREADY_EXISTS, 5),
+        (grpc.StatusCode.FAILED_PRECONDITION, 5),
+        (grpc.StatusCode.ABORTED, 5),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 6),
+        (grpc.StatusCode.UNAUTHENTICATED, 6),
+        (grpc.StatusCode.PERMISSION_DENIED, 6),
+        (grpc.StatusCode.INTERNAL, 1),
+        (grpc.StatusCode.UNIMPLEMENTED, 1),
+        (grpc.StatusCode.DATA_LOSS, 1),
+    ],
+)
+def test_what_the_server_says(emberpc: Emberpc, fake: FakeServer, status: grpc.StatusCode, code: int) -> None:
+    fake.faults["ListModels"].append(Fault(status, "it went\nwrong; do this", "REASON"))
+    outcome = emberpc("models", "--json")
+    assert (outcome.code, outcome.out, outcome.err) == (code, "", "error: it went wrong; do this\n")
+
+
+def test_no_server(emberpc: Emberpc) -> None:
+    with FakeServer() as gone:
+        pass
+    outcome = emberpc("models", "--target", gone.target)
+    assert outcome.code == 3
+    assert outcome.err.startswith(f"error: no emberpc server answers at {gone.target}; ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "No such command 'nonsense'; see emberpc --help"),
+        (["models", "--nonsense"], "No such option: --nonsense; see emberpc models --help"),
+        (["search"], "Missing argument 'COLLECTION'; see emberpc search --help"),
+        (["search", "c", "q", "-k", "0"], "see emberpc search --help"),
+        (["collection", "create", "c", "--distance", "manhattan"], "see emberpc collection create --help"),
+        (["upsert", "c", "no-such-file.jsonl"], "no-such-file.jsonl cannot be read: No such file or directory"),
+        (["upsert", "c", "data.xlsx"], "data.xlsx: cannot tell what it holds by its name"),
+        (["embed", "a\udce9"], "texts[0] holds a lone surrogate"),
+        (["models", "--timeout", "0"], "timeout is 0.0 seconds"),
+    ],
+)
+def test_wrong_usage(emberpc: Emberpc, fake: FakeServer, arguments: list[str], words: str) -> None:
+    outcome = emberpc(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert words in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not fake.asked
+
+
+@pytest.mark.parametrize("arguments", [[], ["collection"]])
+def test_no_command_shows_the_help(emberpc: Emberpc, arguments: list[str]) -> None:
+    outcome = emberpc(*arguments)
+    assert outcome.code == 2
+    assert "Usage:" in outcome.out + outcome.err
+    assert "error" not in outcome.err
+
+
+def test_the_help_tells_the_codes(emberpc: Emberpc) -> None:
+    outcome = emberpc("--help")
+    assert outcome.code == 0
+    shown = " ".join(outcome.out.split())
+    for code in ExitCode:
+        assert f"{int(code)} " in shown.partition("Exit codes:")[2]
+        assert f"| {int(code)} |" in str(main_module.__doc__)
+
+
+def test_the_version_is_that_of_the_package(emberpc: Emberpc) -> None:
+    from importlib.metadata import version
+
+    assert emberpc("--version").out == f"emberpc {version('emberpc')}\n"
+
+
+def test_debug_shows_where_an_error_came_from(
+    emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Traceback" not in emberpc("search", "none", "q").err
+    outcome = emberpc("--debug", "search", "none", "q")
+    assert outcome.code == 4
+    assert "Traceback" in outcome.err
+    assert outcome.err.endswith("error: there is no collection 'none'\n")
+    assert "Traceback" not in emberpc("search", "none", "q").err
+    monkeypatch.setenv("EMBERPC_DEBUG", "1")
+    assert "Traceback" in emberpc("search", "none", "q").err
+
+
+def test_a_fault_of_the_program_itself_is_told_without_its_traceback(
+    emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emberpc.client import Client
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(Client, "models", broken)
+    outcome = emberpc("models")
+    assert (outcome.code, outcome.err) == (1, "error: emberpc made an error (KeyError); see it with --debug\n")
+
+
+def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
+    arrived, done = threading.Event(), threading.Event()
+
+    def hook(_: Any) -> None:
+        arrived.set()
+        done.wait(30)
+
+    fake.hooks["Embed"] = hook
+    process = subprocess.Popen(
+        [sys.executable, "-m", "emberpc.cli.main", "embed", "a"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert arrived.wait(30)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        done.set()
+        process.kill()
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize("json", [True, False])
+def test_a_pipe_that_is_closed_early_is_no_error(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, json: bool
+) -> None:
+    emberpc("collection", "create", "c")
+    path = tmp_path / "r.csv"
+    path.write_text("id,text\n" + "".join(f"{i:05},{'word ' * 40}\n" for i in range(3000)))
+    assert emberpc("upsert", "c", path).code == 0
+    command = [sys.executable, "-m", "emberpc.cli.main", "collection", "records", "c", "--limit", "0"]
+    process = subprocess.Popen(
+        [*command, *(["--json"] if json else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(100)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), err) == (0, b"")
+
+
+def test_a_pipe_that_nobody_reads_at_all_is_no_error_either(fake: FakeServer) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "emberpc.cli.main", "models"],
+        check=False,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (0, b"")

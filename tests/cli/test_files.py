@@ -1,0 +1,153 @@
+"""Records and texts from files: whatever they hold, it is read or refused with its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emberpc.cli.errors import CliError
+from emberpc.cli.files import LineFile
+
+per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+
+# What UTF-8 and JSON can hold; NUL has no place in a table.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+names = st.text(st.characters(categories=["Ll", "Nd"]), min_size=1)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+records = st.fixed_dictionaries(
+    {"id": texts},
+    optional={"text": texts, "label": texts, "metadata": st.dictionaries(texts, json_values, max_size=3)},
+)
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], LineFile]:
+    source = LineFile(str(path))
+    return list(source.records()), source
+
+
+@per_example
+@given(listed=st.lists(records), blank=st.integers(0, 3), newline=st.sampled_from(["\n", "\r\n"]))
+def test_json_lines_come_back_as_they_were_written(
+    tmp_path: Path, listed: list[dict[str, Any]], blank: int, newline: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    gap = newline * (blank + 1)
+    path.write_bytes(gap.join(json.dumps(record) for record in listed).encode())
+    found, source = read(path)
+    assert found == listed
+    assert source.lines == [1 + i * (blank + 1) for i in range(len(listed))]
+
+
+@per_example
+@given(
+    columns=st.lists(names, unique=True, max_size=3).map(lambda found: [f"x{name}" for name in found]),
+    data=st.data(),
+    kind=st.sampled_from([("csv", ","), ("tsv", "\t")]),
+)
+def test_a_table_comes_back_as_it_was_written(
+    tmp_path: Path, columns: list[str], data: st.DataObject, kind: tuple[str, str]
+) -> None:
+    suffix, delimiter = kind
+    header = ["id", "text", *columns]
+    # A row of one empty cell cannot be told from an empty line; ids are not empty anyway.
+    row = st.tuples(texts.filter(bool), *(texts for _ in header[1:])).map(list)
+    rows = data.draw(st.lists(row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=delimiter)
+    writer.writerows([header, *rows])
+    path = tmp_path / f"t.{suffix}"
+    path.write_bytes(buffer.getvalue().encode("utf-8-sig"))
+    found, _ = read(path)
+    assert found == [
+        {"id": cells[0], "text": cells[1], "metadata": dict(zip(columns, cells[2:], strict=True))} for cells in rows
+    ]
+
+
+@per_example
+@given(content=st.binary(max_size=200), suffix=st.sampled_from([".jsonl", ".csv", ".tsv"]))
+def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"r{suffix}"
+    path.write_bytes(content)
+    try:
+        read(path)
+    except CliError as error:
+        line = str(error).removeprefix(f"{path}:").partition(":")[0]
+        assert 1 <= int(line) <= content.count(b"\n") + content.count(b"\r") + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("r.jsonl", '{"id": "a"}\n{"id": "b"\n', ":2: the line is not JSON"),
+        ("r.jsonl", '{"id": "a"}\n\n["a"]\n', ":3: the line is no JSON object"),
+        ("r.jsonl", '{"id": "a", "txt": "t"}\n', ":1: there is a field 'txt'; a record has id, text"),
+        ("r.jsonl", '{"text": "t"}\n', ":1: there is no id"),
+        ("r.jsonl", '{"id": "a", "metadata": {"x": NaN}}\n', ":1: the line is not JSON"),
+        ("r.jsonl", "[" * 100_000, ":1: the line is not JSON"),
+        ("r.jsonl", b'{"id": "a"}\n{"id": "\xff"}\n', ":2: byte 9 of the line is not UTF-8"),
+        ("r.csv", "text,year\na,1\n", ":1: there is no column id; the columns are text, year"),
+        ("r.csv", "id,year,year\na,1,2\n", ":1: the column 'year' is there twice"),
+        ("r.csv", "id,,b\na,1,2\n", ":1: the column '' is there twice, or has no name"),
+        ("r.csv", "id,vector\na,1\n", ":1: there is a column vector"),
+        ("r.csv", 'id,text\na,"two\nlines"\nb\n', ":4: there are 1 cells for 2 columns"),
+        ("r.csv", 'id,text\na,t\nb,"open\nand\nopen\n', ":3: the table is damaged here"),
+        ("r.csv", "id,metadata\na,{}\nb,{x}\n", ":3: metadata is not JSON"),
+        ("r.csv", "id,metadata\na,[1]\n", ":2: metadata is no JSON object"),
+        ("r.tsv", "id,text\n", ":1: there is no column id; the columns are id,text"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CliError) as raised:
+        read(path)
+    assert str(raised.value).startswith(f"{path}{words}")
+
+
+def test_records_before_a_wrong_line_are_given_out(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b"}\nwrong\n')
+    found = LineFile(str(path)).records()
+    assert [next(found)["id"], next(found)["id"]] == ["a", "b"]
+    with pytest.raises(CliError):
+        next(found)
+
+
+def test_a_cell_may_be_as_long_as_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(f"id,text\na,{'x' * 500_000}\n")
+    assert len(read(path)[0][0]["text"]) == 500_000
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CliError, match="cannot be read: Is a directory"):
+        LineFile(str(tmp_path)).texts()
+
+
+def test_an_empty_file_of_texts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("")
+    with pytest.raises(CliError, match="is empty; give it one text a line"):
+        LineFile(str(path)).texts()
+
+
+def test_items_are_located_wherever_a_message_names_them(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('\n{"id": "a"}\n\n{"id": "b"}\n')
+    _, source = read(path)
+    place = f"{path}:"
+    assert source.locate("records[1].text: is empty", "records") == f"{place}4: text: is empty"
+    assert source.locate("records[0]: is wrong (and 1 more)", "records") == f"{place}2: is wrong (and 1 more)"
+    assert source.locate("records[9]: is not there", "records") == "records[9]: is not there"
+    assert source.locate("nothing to place", "records") == "nothing to place"

@@ -1,0 +1,80 @@
+"""What a person sees on a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from fake_server import FakeServer
+
+
+def on_terminal(*arguments: object, columns: int = 60) -> list[str]:
+    """Run a command on a terminal of its own; return the lines that it wrote."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    environment.pop("COLUMNS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "emberpc.cli.main", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(ours)
+    process.wait(30)
+    return written.decode().splitlines()
+
+
+@pytest.fixture
+def collection(fake: FakeServer, tmp_path: Path) -> Path:
+    path = tmp_path / "r.jsonl"
+    path.write_text(
+        '{"id": "short", "text": "a text"}\n'
+        '{"id": "hostile", "text": "\\u001b[2J[bold]x[/bold]\\r\\n\\u0007"}\n'
+        f'{{"id": "wide", "text": "{"漢字" * 60}"}}\n'
+    )
+    on_terminal("collection", "create", "c")
+    on_terminal("upsert", "c", path)
+    return path
+
+
+def test_a_table_fits_the_terminal_and_only_long_texts_are_cut(collection: Path) -> None:
+    header, hostile, short, wide = on_terminal("collection", "records", "c", columns=50)
+    assert header.split() == ["id", "label", "text"]
+    assert short.split() == ["short", "a", "text"]
+    assert wide.startswith("wide ")
+    assert wide.endswith("…")
+    # A Chinese character takes two cells.
+    assert 48 <= len(wide) + wide.count("漢") + wide.count("字") <= 50
+    assert hostile.endswith("�[2J[bold]x[/bold] �")
+
+
+def test_a_narrow_terminal_still_shows_ids_and_scores(collection: Path) -> None:
+    lines = on_terminal("search", "c", "a text", columns=30)
+    assert lines[1].split()[:2] == ["1.0000", "short"]
+
+
+def test_progress_is_shown_and_gone_when_it_is_done(collection: Path) -> None:
+    lines = on_terminal("upsert", "c", collection)
+    assert any("upserting" in line for line in lines)
+    assert [line.split() for line in lines[-3:]][1:] == [["updated", "3"], ["sequence", "2"]]
+    assert not any("embedding" in line for line in on_terminal("embed", "a"))

@@ -1,0 +1,73 @@
+"""Both clients, driven by the same tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from emberpc.client import AsyncClient, Client
+from fake_server import FakeServer
+
+
+class SyncShell:
+    """Calls the methods of a Client."""
+
+    def __init__(self, target: str, **settings: Any) -> None:
+        self.client = Client(target, **settings)
+
+    def __call__(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Return what a method gives, an iterator's items as a list."""
+        result = getattr(self.client, name)(*arguments, **options)
+        return list(result) if isinstance(result, Iterator) else result
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class AsyncShell:
+    """Calls the methods of an AsyncClient, in an event loop of its own."""
+
+    def __init__(self, target: str, **settings: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.client = AsyncClient(target, **settings)
+
+    def __call__(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Return what a method gives, an iterator's items as a list."""
+
+        async def run() -> Any:
+            result = getattr(self.client, name)(*arguments, **options)
+            if isinstance(result, AsyncIterator):
+                return [item async for item in result]
+            return await result
+
+        return self.loop.run_until_complete(run())
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.client.close())
+        self.loop.close()
+
+
+Shell = SyncShell | AsyncShell
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture(params=[SyncShell, AsyncShell], ids=["sync", "async"])
+def shell_type(request: pytest.FixtureRequest) -> type[Shell]:
+    kind: type[Shell] = request.param
+    return kind
+
+
+@pytest.fixture
+def shell(fake: FakeServer, shell_type: type[Shell]) -> Iterator[Shell]:
+    """A client of the fake server."""
+    opened = shell_type(fake.target, timeout=10)
+    yield opened
+    opened.close()

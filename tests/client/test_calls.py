@@ -1,0 +1,296 @@
+"""What the two clients ask, and what they make of the answers."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime, timezone
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import AsyncClient, Client, Health, Internal, LabelScore, NotFound, Record, RecordId, UpsertResult
+from emberpc.v1 import index_pb2, types_pb2
+from fake_server import DIMENSIONS, FakeServer, vector_of
+
+TEXTS = [f"text number {i}" for i in range(1000)]
+Shell = Any
+
+
+def test_embed_keeps_the_order_of_many_requests_in_flight(fake: FakeServer, shell: Shell) -> None:
+    matrix = shell("embed", TEXTS, batch_size=7)
+    assert matrix.dtype == np.float32
+    assert matrix.flags.owndata
+    assert matrix.flags.writeable
+    assert np.array_equal(matrix, np.stack([vector_of(text) for text in TEXTS]))
+    assert {len(asked.request.texts) for asked in fake.asked["Embed"]} == {7, 1000 % 7}
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_just_so_many_requests_are_in_flight(fake: FakeServer, shell_type: Any, in_flight: int) -> None:
+    together = threading.Barrier(in_flight)
+    lock, here, most = threading.Lock(), 0, 0
+
+    def hook(_: Any) -> None:
+        nonlocal here, most
+        with lock:
+            here += 1
+            most = max(most, here)
+        together.wait(10)  # breaks, and fails the call, unless so many are here at once
+        with lock:
+            here -= 1
+
+    fake.hooks["Embed"] = hook
+    shell = shell_type(fake.target, in_flight=in_flight)
+    try:
+        shell("embed", TEXTS[: 6 * in_flight], batch_size=2)
+    finally:
+        shell.close()
+    assert most == in_flight
+
+
+def test_embed_sends_what_it_is_told(fake: FakeServer, shell: Shell) -> None:
+    shell(
+        "embed",
+        ["a"],
+        model="m",
+        input_kind="query",
+        dimensions=4,
+        truncation="end",
+        dtype="float16",
+        normalize=False,
+        priority="bulk",
+    )
+    request = fake.asked["Embed"][0].request
+    assert (request.model, request.dimensions, list(request.texts)) == ("m", 4, ["a"])
+    assert request.input_kind == types_pb2.INPUT_KIND_QUERY
+    assert request.truncation == types_pb2.TRUNCATION_END
+    assert request.dtype == types_pb2.DATA_TYPE_FLOAT16
+    assert request.priority == types_pb2.PRIORITY_BULK
+    assert request.HasField("normalize")
+    assert not request.normalize
+    shell("embed", ["a"])
+    assert not fake.asked["Embed"][1].request.HasField("normalize")
+
+
+def test_long_texts_are_sent_in_requests_that_a_server_takes(fake: FakeServer, shell: Shell) -> None:
+    matrix = shell("embed", ["x" * 2**20] * 6)
+    assert matrix.shape == (6, DIMENSIONS)
+    assert [len(asked.request.texts) for asked in fake.asked["Embed"]] == [2, 2, 2]
+
+
+def test_progress_tells_what_is_done(shell: Shell) -> None:
+    done: list[int] = []
+    shell("embed", TEXTS[:10], batch_size=4, progress=done.append)
+    shell("classify", TEXTS[:3], batch_size=2, progress=done.append)
+    assert done == [4, 8, 10, 2, 3]
+
+
+def test_tokens_are_counted_in_order(shell: Shell) -> None:
+    assert shell("count_tokens", ["one", "one two", ""], batch_size=1) == [3, 4, 2]
+
+
+def test_similarity_is_a_matrix_of_sources_by_targets(fake: FakeServer, shell: Shell) -> None:
+    scores = shell("similarity", ["a", "b"], ["a", "c", "d"], source_kind="query")
+    assert scores.shape == (2, 3)
+    assert scores[0, 0] == pytest.approx(1)
+    assert scores[1, 2] == pytest.approx(float(vector_of("b") @ vector_of("d")))
+    request = fake.asked["ComputeSimilarity"][0].request
+    assert request.source_kind == types_pb2.INPUT_KIND_QUERY
+    assert request.target_kind == types_pb2.INPUT_KIND_PASSAGE
+
+
+def test_classify_gives_labels_scores_and_rejections(shell: Shell) -> None:
+    first, second, third = shell("classify", ["what is it?", "it is", "outside"], "kinds", top_k=1, batch_size=2)
+    assert first.label == "question"
+    assert first.scores == (LabelScore("question", 0.75),)
+    assert second.labels == ("statement",)
+    assert second.tokens == 4
+    assert third.rejected
+    assert third.label is None
+
+
+def test_collections_are_made_listed_over_pages_and_deleted(fake: FakeServer, shell: Shell) -> None:
+    for name in "abcdefg":
+        shell("create_collection", name, dimensions=3, distance="euclidean", truncation="start", m=8)
+    assert [collection.name for collection in shell("collections")] == list("abcdefg")
+    assert len(fake.asked["ListCollections"]) == 3
+    collection = shell("get_collection", "c")
+    assert (collection.dimensions, collection.distance, collection.truncation) == (3, "euclidean", "start")
+    assert (collection.m, collection.ef_construction) == (8, 0)
+    assert collection.create_time == datetime(2023, 11, 14, 22, 13, 20, 500_000, tzinfo=timezone.utc)
+    assert shell("delete_collection", "c") is None
+    with pytest.raises(NotFound, match="there is no collection 'c'"):
+        shell("get_collection", "c")
+
+
+def test_a_record_comes_back_as_it_was_written(shell: Shell) -> None:
+    shell("create_collection", "c")
+    metadata = {"whole": 3, "part": 0.5, "none": None, "yes": True, "deep": {"list": [1, "two", [3.5], {"four": 4}]}}
+    given = Record("a", "a text", metadata, "label")
+    assert shell("upsert", "c", [given]) == UpsertResult(1, 0, 1)
+    (record,) = shell("get", "c", ["a"])
+    assert record == given
+    assert type(record.metadata["whole"]) is int
+    assert record.vector is None
+
+
+def test_upserts_are_sent_in_order_and_added_up(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    taken: list[int] = []
+
+    def records() -> Any:
+        for i in range(10):
+            taken.append(len(fake.asked["UpsertRecords"]))
+            yield {"id": str(i % 9), "text": f"text {i}"}
+
+    done: list[int] = []
+    assert shell("upsert", "c", records(), batch_size=4, progress=done.append) == UpsertResult(9, 1, 3)
+    assert done == [4, 8, 10]
+    assert taken == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]  # each request is answered before the next one's records are taken
+    assert shell("upsert", "c", []) == UpsertResult(0, 0, 0)
+    assert len(fake.asked["UpsertRecords"]) == 3
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["in the records", "beside them"])
+def test_vectors_of_the_callers_own_travel_with_the_records(fake: FakeServer, shell: Shell, own: bool) -> None:
+    shell("create_collection", "c")
+    matrix = np.arange(40, dtype=np.float64).reshape(5, DIMENSIONS)
+    records = [{"id": str(i), **({"vector": row.tolist()} if own else {})} for i, row in enumerate(matrix)]
+    shell("upsert", "c", records, vectors=None if own else matrix, batch_size=2)
+    found = shell("get", "c", [str(i) for i in range(5)], with_vectors=True)
+    assert np.array_equal(np.stack([record.vector for record in found]), matrix)
+    found[0].vector[0] = 7  # the caller's to change
+
+
+def test_records_copied_with_their_vectors_are_not_embedded_again(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "from")
+    shell("create_collection", "to")
+    shell("upsert", "from", [{"id": str(i), "text": f"text {i}"} for i in range(5)])
+    shell("upsert", "to", shell("records", "from", with_vectors=True))
+    assert fake.asked["UpsertRecords"][-1].request.HasField("vectors")
+    assert shell("count", "to") == 5
+
+
+def test_records_are_walked_over_all_pages(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    shell("upsert", "c", [{"id": str(i), "text": "t"} for i in range(8)])
+    assert [record.id for record in shell("records", "c", page_size=2)] == list("01234567")
+    assert len(fake.asked["ListRecords"]) == 4
+
+
+def test_many_ids_are_got_and_deleted_in_several_requests(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    shell("upsert", "c", [{"id": f"{i:04}", "text": "t"} for i in range(1500)])
+    ids = [f"{i:04}" for i in range(0, 3000, 2)]
+    assert [record.id for record in shell("get", "c", ids)] == ids[:750]
+    assert shell("delete", "c", ids) == 750
+    assert len(fake.asked["DeleteRecords"]) == 2
+    assert shell("count", "c") == 750
+
+
+def test_search_goes_by_text_vector_or_record(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    shell("upsert", "c", [{"id": text, "text": text} for text in "abcdef"])
+    by_text = shell("search", "c", "d", top_k=3, ef=50)
+    assert by_text[0].record.id == "d"
+    assert by_text[0].score == pytest.approx(1)
+    by_vector = shell("search", "c", vector_of("d"), top_k=3)
+    assert [hit.record.id for hit in by_vector] == [hit.record.id for hit in by_text]
+    assert shell("search", "c", vector_of("d").tolist(), top_k=3) == by_vector
+    by_record = shell("search", "c", RecordId("d"), top_k=2, with_vectors=True)
+    assert [hit.record.id for hit in by_record] == [hit.record.id for hit in by_text[1:]]
+    assert np.array_equal(by_record[0].record.vector, vector_of(by_record[0].record.id))
+    request = fake.asked["Search"][0].request
+    assert (request.top_k, request.ef) == (3, 50)
+    assert list(request.parts) == [index_pb2.RECORD_PART_TEXT, index_pb2.RECORD_PART_METADATA]
+
+
+def test_a_batch_of_queries_keeps_its_order_and_tells_the_plan(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    shell("upsert", "c", [{"id": text, "text": text} for text in "abc"])
+    results = shell("search_batch", "c", ["a", RecordId("b"), vector_of("c")] * 50)
+    assert len(fake.asked["Search"]) == 2
+    assert [result.hits[0].record.id for result in results[::3]] == ["a"] * 50
+    assert [result.hits[0].record.id for result in results[2::3]] == ["c"] * 50
+    assert all("b" not in [hit.record.id for hit in result.hits] for result in results[1::3])
+    assert results[0].plan.strategy == "exact"
+    assert results[0].plan.shortfall_reason == "the collection has 3 records"
+    assert shell("search_batch", "c", np.stack([vector_of("b")]))[0].hits[0].record.id == "b"
+    assert shell("search_batch", "c", []) == []
+
+
+def test_models_are_described(shell: Shell) -> None:
+    first, second = shell("models")
+    assert (first.name, first.task, first.state, first.dimensions) == ("canned", "embedding", "ready", DIMENSIONS)
+    assert first.quality == {"parity.cosine_min": 0.9999}
+    assert second.labels == ("question", "statement")
+    assert shell("get_model", "kinds") == second
+    with pytest.raises(NotFound):
+        shell("get_model", "other")
+
+
+def test_health_follows_the_standard_service(fake: FakeServer, shell: Shell) -> None:
+    assert shell("health") is Health.SERVING
+    fake.health.set("", 2)
+    assert shell("health") is Health.NOT_SERVING
+    with pytest.raises(NotFound):
+        shell("health", "no.such.Service")
+
+
+def test_a_value_that_only_a_newer_server_knows_is_unknown(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    fake.collections["c"].distance = 77  # type: ignore[assignment]  # as an enum grown later would send
+    assert shell("get_collection", "c").distance == "unknown"
+
+
+def test_every_call_has_a_deadline(fake: FakeServer, shell: Shell) -> None:
+    shell("models")
+    shell("models", timeout=100)
+    first, second = fake.asked["ListModels"]
+    # On the wire a deadline is rounded up.
+    assert 0 < first.seconds_left < 12
+    assert 90 < second.seconds_left < 103
+
+
+def test_the_token_goes_with_every_call(fake: FakeServer, shell_type: Any) -> None:
+    shell = shell_type(fake.target, token="secret-1")
+    try:
+        shell("models")
+        shell("embed", ["a"])
+    finally:
+        shell.close()
+    for asked in (*fake.asked["ListModels"], *fake.asked["Embed"]):
+        assert asked.metadata["authorization"] == "Bearer secret-1"
+
+
+async def test_a_channel_of_the_callers_own_is_used_and_stays_open(fake: FakeServer) -> None:
+    with grpc.insecure_channel(fake.target) as channel:
+        for _ in range(2):
+            with Client(channel=channel) as client:
+                assert client.health() is Health.SERVING
+    async with grpc.aio.insecure_channel(fake.target) as channel:
+        for _ in range(2):
+            async with AsyncClient(channel=channel) as client:
+                assert await client.health() is Health.SERVING
+
+
+def test_an_answer_of_another_size_is_refused(fake: FakeServer, shell: Shell) -> None:
+    def drop_one(request: Any) -> None:
+        del request.texts[0]
+
+    for method, rpc in (("embed", "Embed"), ("count_tokens", "CountTokens"), ("classify", "Classify")):
+        fake.hooks[rpc] = drop_one
+        with pytest.raises(Internal, match=r"answered with 1 .* for 2"):
+            shell(method, ["a", "b"])
+
+
+def test_servers_of_different_dimensions_behind_one_target_are_found_out(fake: FakeServer, shell: Shell) -> None:
+    def shrink(request: Any) -> None:
+        if request.texts[0] == "b":
+            request.dimensions = 3
+
+    fake.hooks["Embed"] = shrink
+    with pytest.raises(Internal, match="of 8 dimensions, then of 3"):
+        shell("embed", ["a", "b"], batch_size=1)

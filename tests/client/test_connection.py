@@ -1,0 +1,175 @@
+"""How the clients reach a server: targets, tokens, TLS."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from emberpc.client import TLS, AsyncClient, Client, Health, InputError, InputTypeError, Unavailable
+from emberpc.client._connection import is_local
+from fake_server import FakeServer
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "localhost:50051",
+        "localhost",
+        "127.0.0.1:1",
+        "127.8.9.1",
+        "[::1]:50051",
+        "::1",
+        "dns:localhost:50051",
+        "dns:///localhost:50051",
+        "dns:///[::1]:50051",
+        "dns:///%5B::1%5D:50051",
+        "ipv4:127.0.0.1:1,127.0.0.2:2",
+        "ipv6:[::1]:1",
+        "ipv6:%5B::1%5D:1",
+        "unix:/run/emberpc.sock",
+        "unix:///run/emberpc.sock",
+    ],
+)
+def test_targets_on_this_host(target: str) -> None:
+    assert is_local(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "embeddings:50051",
+        "localhost.example.com:50051",
+        "127.0.0.1.example.com",
+        "10.0.0.1:50051",
+        "0.0.0.0:50051",
+        "[::2]:50051",
+        "dns:embeddings",
+        "dns://10.0.0.1/localhost:50051",
+        "dns:////localhost",
+        "ipv4:127.0.0.1:1,10.0.0.1:1",
+        "ipv6:[2001:db8::1]:1",
+        "xds:///localhost",
+        "localhost@example.com",
+        "",
+    ],
+)
+def test_targets_elsewhere(target: str) -> None:
+    assert not is_local(target)
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"target": ""}, InputError, "target is empty"),
+        ({"target": 50051}, InputTypeError, "target is of type int"),
+        ({"target": "http://host:1"}, InputError, "give HOST:PORT alone"),
+        ({"timeout": 0}, InputError, "timeout is 0"),
+        ({"in_flight": 0}, InputError, "in_flight is 0"),
+        ({"target": "host:1", "token": "t"}, InputError, "the token would travel to host:1 in plain text"),
+        ({"token": ""}, InputError, "token is empty or has characters"),
+        ({"token": "a b\n"}, InputError, "token is empty or has characters"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(
+    client: Any, settings: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        client(**settings)
+
+
+def test_no_message_or_repr_tells_the_token() -> None:
+    token = "s3cret token"
+    with pytest.raises(InputError) as raised:
+        Client(token=token)
+    assert token not in str(raised.value)
+    with Client("localhost:1", token="s3cret") as client:
+        assert "s3cret" not in repr(client)
+        assert "s3cret" not in repr(client._runner._connection)
+    assert "KEY" not in repr(TLS(private_key=b"KEY", certificate_chain=b"c"))
+
+
+def test_half_a_client_certificate_is_refused() -> None:
+    with pytest.raises(InputError, match="go together"):
+        TLS(private_key=b"key")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate for `embeddings.test`, signed by itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("making certificates needs the program openssl")
+    folder = tmp_path_factory.mktemp("certificates")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", "/CN=embeddings.test", "-addext", "subjectAltName=DNS:embeddings.test"),
+            *("-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def secure(certificates: Path) -> Iterator[FakeServer]:
+    """A server that takes only clients with the certificate."""
+    key, chain = (certificates / "key.pem").read_bytes(), (certificates / "cert.pem").read_bytes()
+    credentials = grpc.ssl_server_credentials([(key, chain)], chain, require_client_auth=True)
+    with FakeServer(credentials) as server:
+        yield server
+
+
+def test_both_sides_prove_who_they_are(secure: FakeServer, certificates: Path, shell_type: Any) -> None:
+    tls = TLS.from_files(
+        certificates / "cert.pem",
+        private_key=certificates / "key.pem",
+        certificate_chain=certificates / "cert.pem",
+        server_name="embeddings.test",
+    )
+    shell = shell_type(secure.target, tls=tls, token="secret")
+    try:
+        assert shell("health") is Health.SERVING
+        shell("models")
+    finally:
+        shell.close()
+    assert secure.asked["ListModels"][0].metadata["authorization"] == "Bearer secret"
+
+
+def test_a_server_of_another_name_is_not_trusted(secure: FakeServer, certificates: Path) -> None:
+    tls = TLS.from_files(
+        certificates / "cert.pem", private_key=certificates / "key.pem", certificate_chain=certificates / "cert.pem"
+    )
+    with Client(secure.target, tls=tls) as client, pytest.raises(Unavailable, match="both sides use TLS"):
+        client.health()
+
+
+def test_a_missing_certificate_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        TLS.from_files(tmp_path / "none.pem")
+
+
+def test_no_proxy_stands_between_a_client_and_its_own_host(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Client(fake.target) as client:
+        assert client.health() is Health.SERVING
+
+
+def test_calls_are_spread_over_all_addresses(fake: FakeServer, shell_type: Any) -> None:
+    with FakeServer() as second:
+        shell = shell_type(f"ipv4:{fake.target},{second.target}")
+        try:
+            for _ in range(20):
+                shell("models")
+        finally:
+            shell.close()
+        assert len(fake.asked["ListModels"]) > 5
+        assert len(second.asked["ListModels"]) > 5

@@ -1,0 +1,77 @@
+"""What must stay true whatever is changed: the two clients are alike, agree with the protos, and need little."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+from grpc_health.v1 import health_pb2
+
+import emberpc.client
+from emberpc.client import AsyncClient, Client, _embedding, _index, _models, exceptions
+from emberpc.client._calls import Method
+from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2
+
+METHODS = [
+    value for module in (_embedding, _index, _models) for value in vars(module).values() if isinstance(value, Method)
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.path))
+def test_methods_are_those_of_the_protos(method: Method) -> None:  # type: ignore[type-arg]  # of any response
+    if method is _models.HEALTH_CHECK:
+        service = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        assert method.path == f"/{service.full_name}/{service.methods_by_name['Check'].name}"
+        return
+    _, service_name, name = method.path.split("/")
+    services = {
+        service.full_name: service
+        for module in (classification_pb2, embedding_pb2, index_pb2, model_pb2)
+        for service in module.DESCRIPTOR.services_by_name.values()
+    }
+    assert services[service_name].methods_by_name[name].output_type is method.response.DESCRIPTOR
+
+
+def test_health_messages_have_the_wire_form_of_the_wrappers() -> None:
+    request = health_pb2.HealthCheckRequest(service="a.b.C")
+    assert StringValue(value="a.b.C").SerializeToString() == request.SerializeToString()
+    response = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+    assert Int32Value.FromString(response.SerializeToString()).value == 2
+
+
+def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
+    def parameters(client: type) -> dict[str, list[str]]:
+        return {
+            name: [str(parameter) for parameter in inspect.signature(method).parameters.values()]
+            for name, method in inspect.getmembers(client, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert parameters(Client) == parameters(AsyncClient)
+
+
+def test_every_exception_is_in_the_tree_that_is_drawn() -> None:
+    kinds: list[type[Exception]] = [exceptions.EmberpcError, exceptions.InputError, exceptions.InputTypeError]
+    for kind in (*kinds, *exceptions.EmberpcError.__subclasses__()):
+        assert kind.__name__ in str(exceptions.__doc__)
+        assert kind.__name__ in emberpc.client.__all__
+
+
+@pytest.mark.parametrize(
+    "heavy", ["onnxruntime", "tokenizers", "hnswlib", "torch", "transformers", "typer", "rich", "emberpc.server"]
+)
+def test_importing_the_client_loads_nothing_heavy(loaded: set[str], heavy: str) -> None:
+    assert heavy not in loaded
+
+
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    """The modules that are loaded after `import emberpc.client` in a new interpreter."""
+    code = "import sys, emberpc.client; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = set(found.stdout.split())
+    assert "emberpc.client" in modules
+    return modules

@@ -1,0 +1,291 @@
+"""What the two clients make of calls that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import (
+    Aborted,
+    AlreadyExists,
+    AsyncClient,
+    Cancelled,
+    Client,
+    DeadlineExceeded,
+    EmberpcError,
+    FailedPrecondition,
+    InputError,
+    InputTypeError,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from fake_server import FakeServer, Fault
+
+Shell = Any
+UNAVAILABLE = Fault(grpc.StatusCode.UNAVAILABLE, "starting", "LOADING")
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_a_call_that_the_server_cannot_take_yet_is_repeated(fake: FakeServer, shell: Shell, failures: int) -> None:
+    fake.faults["Embed"].extend([UNAVAILABLE] * failures)
+    assert shell("embed", ["a"]).shape == (1, 8)
+    assert len(fake.asked["Embed"]) == failures + 1
+
+
+def test_it_is_given_up_after_five_tries(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["Embed"].extend([UNAVAILABLE] * 6)
+    with pytest.raises(Unavailable, match="starting") as raised:
+        shell("embed", ["a"])
+    assert raised.value.reason == "LOADING"
+    assert len(fake.asked["Embed"]) == 5
+
+
+def test_a_request_of_megabytes_is_repeated_too(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    fake.faults["UpsertRecords"].append(UNAVAILABLE)
+    vectors = np.ones((200, 8192), dtype=np.float32)  # 6.5 MB; gRPC's own limit for repeating is 256 KiB
+    shell("upsert", "c", [{"id": str(i)} for i in range(200)], vectors=vectors)
+    assert len(fake.asked["UpsertRecords"]) == 2
+
+
+def test_the_server_says_how_long_to_wait(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["Embed"].append(Fault(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING", pushback_ms=700))
+    start = perf_counter()
+    shell("embed", ["a"])
+    assert perf_counter() - start >= 0.7  # without it, at most 0.12 s
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL])
+def test_nothing_else_is_repeated(fake: FakeServer, shell: Shell, code: grpc.StatusCode) -> None:
+    fake.faults["Embed"].append(Fault(code, "no", "NO"))
+    with pytest.raises(EmberpcError):
+        shell("embed", ["a"])
+    assert len(fake.asked["Embed"]) == 1
+
+
+def test_a_server_that_is_restarted_is_found_again(shell_type: Any) -> None:
+    with FakeServer() as first:
+        shell = shell_type(first.target, timeout=10)
+        shell("models")
+    again = FakeServer(port=first.port)
+    starter = threading.Timer(0.5, again.__enter__)
+    starter.start()
+    try:
+        assert len(shell("models")) == 2
+    finally:
+        shell.close()
+        starter.join()
+        again.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Aborted,
+        AlreadyExists,
+        FailedPrecondition,
+        Internal,
+        InvalidArgument,
+        NotFound,
+        PermissionDenied,
+        ResourceExhausted,
+        Unauthenticated,
+        Unimplemented,
+    ],
+)
+def test_each_code_has_its_exception_with_all_that_the_server_told(
+    fake: FakeServer, shell: Shell, kind: type[EmberpcError]
+) -> None:
+    fault = Fault(kind.code, "it went wrong; do this", "THE_REASON", [("name", "is wrong")], retry_after=1.5)
+    fake.faults["ListModels"].append(fault)
+    with pytest.raises(kind) as raised:
+        shell("models")
+    error = raised.value
+    assert type(error) is kind
+    assert error.code is kind.code
+    assert str(error) == error.message == "it went wrong; do this"
+    assert error.reason == "THE_REASON"
+    assert error.metadata == {"key": "value"}
+    assert error.request_id == "request-7"
+    assert error.retry_after == 1.5
+    assert [(violation.field, violation.description) for violation in error.violations] == [("name", "is wrong")]
+    assert isinstance(error.__cause__, grpc.RpcError)
+
+
+def test_a_code_of_no_exception_of_its_own_is_the_general_one(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["ListModels"].append(Fault(grpc.StatusCode.DATA_LOSS, "gone"))
+    with pytest.raises(EmberpcError, match="gone") as raised:
+        shell("models")
+    assert type(raised.value) is EmberpcError
+    assert raised.value.code is grpc.StatusCode.DATA_LOSS
+
+
+def test_damaged_details_do_not_hide_the_error(fake: FakeServer, shell: Shell) -> None:
+    class Damaged(Fault):
+        def end(self, context: grpc.ServicerContext) -> None:
+            context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))
+            context.abort(self.code, self.message)
+
+    fake.faults["ListModels"].append(Damaged(grpc.StatusCode.NOT_FOUND, "not here"))
+    with pytest.raises(NotFound, match="not here") as raised:
+        shell("models")
+    assert raised.value.violations == ()
+
+
+def test_a_text_is_named_by_its_place_in_the_whole_list(fake: FakeServer, shell: Shell) -> None:
+    fault = Fault(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "texts[3]: is empty; it is alike to texts[0] (and 1 more)",
+        "INVALID_FIELD",
+        [("texts[3]", "is empty; it is alike to texts[0]"), ("texts[12]", "is empty"), ("contexts[1]", "other")],
+    )
+    fake.hooks["Embed"] = lambda request: fake.faults["Embed"].append(fault if "30" in request.texts else None)
+    with pytest.raises(InvalidArgument) as raised:
+        shell("embed", [str(i) for i in range(100)], batch_size=20)
+    assert raised.value.message == "texts[23]: is empty; it is alike to texts[20] (and 1 more)"
+    assert [violation.field for violation in raised.value.violations] == ["texts[23]", "texts[32]", "contexts[1]"]
+    assert raised.value.violations[0].description == "is empty; it is alike to texts[20]"
+
+
+def test_a_record_is_named_by_its_place_too_and_those_before_are_written(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    fault = Fault(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "records[1].text: is empty",
+        "INVALID_FIELD",
+        [("records[1].text", "is empty")],
+    )
+    fake.faults["UpsertRecords"].extend([None, fault])
+    with pytest.raises(InvalidArgument, match=r"^records\[5\]\.text: is empty$") as raised:
+        shell("upsert", "c", ({"id": str(i), "text": "t"} for i in range(12)), batch_size=4)
+    assert raised.value.violations[0].field == "records[5].text"
+    assert shell("count", "c") == 4
+    assert len(fake.asked["UpsertRecords"]) == 2
+
+
+def test_an_error_stops_the_requests_that_follow(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["Embed"].append(Fault(grpc.StatusCode.NOT_FOUND, "no model", "MODEL_NOT_FOUND"))
+    with pytest.raises(NotFound):
+        shell("embed", [str(i) for i in range(100)], batch_size=2)
+    assert len(fake.asked["Embed"]) <= 2
+
+
+def test_a_wrong_record_stops_an_upsert_where_it_stands(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    records = [{"id": str(i), "text": "t"} for i in range(6)]
+    with pytest.raises(InputTypeError, match=r"records\[6\]\.text is of type int"):
+        shell("upsert", "c", [*records, {"id": "6", "text": 6}], batch_size=3)
+    assert shell("count", "c") == 6
+    with pytest.raises(InputError, match=r"records\[0\] has no id"):
+        shell("upsert", "c", [{"text": "t"}])
+
+
+def test_no_answer_in_time_is_a_deadline_exceeded(fake: FakeServer, shell: Shell) -> None:
+    done = threading.Event()
+    fake.hooks["Embed"] = lambda _: done.wait(10)
+    try:
+        with pytest.raises(DeadlineExceeded, match=rf"no answer from {fake.target} within 0\.2 s; give a longer"):
+            shell("embed", ["a"], timeout=0.2)
+    finally:
+        done.set()
+
+
+def test_nobody_there_is_said_with_the_address_and_the_remedy(shell_type: Any) -> None:
+    with FakeServer() as gone:
+        pass
+    shell = shell_type(gone.target)
+    try:
+        with pytest.raises(Unavailable, match=rf"no emberpc server answers at {gone.target}; .*`emberpc serve`"):
+            shell("health")
+    finally:
+        shell.close()
+
+
+def test_another_kind_of_server_is_told_from_ours(shell_type: Any) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        other = grpc.server(pool)
+        port = other.add_insecure_port("127.0.0.1:0")
+        other.start()
+        shell = shell_type(f"127.0.0.1:{port}")
+        try:
+            with pytest.raises(Unimplemented, match=r"does not know /emberpc\.v1\.ModelService/ListModels"):
+                shell("models")
+        finally:
+            shell.close()
+            other.stop(0).wait()
+
+
+def test_closing_a_client_ends_its_calls(fake: FakeServer) -> None:
+    arrived, done = threading.Event(), threading.Event()
+
+    def hook(_: Any) -> None:
+        arrived.set()
+        done.wait(10)
+
+    fake.hooks["Embed"] = hook
+    client = Client(fake.target)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.embed, ["a"])
+        assert arrived.wait(10)
+        client.close()
+        with pytest.raises(Cancelled):
+            answer.result(10)
+        done.set()
+
+
+async def test_a_cancelled_task_cancels_its_requests(fake: FakeServer) -> None:
+    loop = asyncio.get_running_loop()
+    arrived = asyncio.Queue[None]()
+    done = threading.Event()
+    ended = threading.Semaphore(0)
+
+    def hook(_: Any) -> None:
+        loop.call_soon_threadsafe(arrived.put_nowait, None)
+        done.wait(10)
+        ended.release()
+
+    fake.hooks["Embed"] = hook
+    async with AsyncClient(fake.target) as client:
+        task = asyncio.create_task(client.embed(["a", "b", "c"], batch_size=1))
+        for _ in range(2):
+            await asyncio.wait_for(arrived.get(), 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    done.set()
+    for _ in range(2):
+        assert ended.acquire(timeout=10)
+    assert len(fake.asked["Embed"]) == 2  # the third was never sent
+
+
+def test_errors_survive_another_process() -> None:
+    error = NotFound("there is none", reason="MODEL_NOT_FOUND", request_id="r", retry_after=2.0)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is NotFound
+    assert (copy.message, copy.reason, copy.request_id, copy.retry_after) == (
+        "there is none",
+        "MODEL_NOT_FOUND",
+        "r",
+        2,
+    )
+
+
+def test_many_threads_may_use_one_client(fake: FakeServer) -> None:
+    with Client(fake.target) as client, ThreadPoolExecutor(8) as pool:
+        texts = [[f"{i}", f"{i} again"] for i in range(64)]
+        for wanted, got in zip(map(client.embed, texts), pool.map(client.embed, texts), strict=True):
+            assert np.array_equal(wanted, got)

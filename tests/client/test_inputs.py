@@ -1,0 +1,207 @@
+"""What is refused before anything is sent, and how it is named."""
+
+from __future__ import annotations
+
+import decimal
+import math
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberpc.client import Client, InputError, InputTypeError, Record
+from emberpc.client._calls import chunks
+from emberpc.client._plain import mapping, moment, struct
+from fake_server import FakeServer
+
+Shell = Any
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "words"),
+    [
+        ("one str", InputTypeError, r"texts is one str, it must be a list of texts; write \[text\]"),
+        (b"bytes", InputTypeError, "texts is one bytes"),
+        (None, InputTypeError, "texts is of type NoneType"),
+        (7, InputTypeError, "texts is of type int"),
+        ([], InputError, "texts is empty"),
+        (["a", 7], InputTypeError, r"texts\[1\] is of type int; it must be a str"),
+        (["a", "b", None], InputTypeError, r"texts\[2\] is of type NoneType"),
+        (["a", "b\ud83d"], InputError, r"texts\[1\] holds a lone surrogate \(U\+D83D\) at character 1"),
+    ],
+)
+@pytest.mark.parametrize("method", ["embed", "count_tokens", "classify"])
+def test_texts(fake: FakeServer, shell: Shell, method: str, texts: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        shell(method, texts)
+    assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"input_kind": "passages"}, InputError, "input_kind is 'passages'; use 'passage' or 'query'"),
+        ({"truncation": True}, InputTypeError, "truncation is of type bool"),
+        ({"dtype": "float64"}, InputError, "dtype is 'float64'; use 'float32' or 'float16' or"),
+        ({"dimensions": -1}, InputError, "dimensions is -1; it must be at least 0"),
+        ({"dimensions": 2**31}, InputError, "dimensions is 2147483648"),
+        ({"dimensions": 1.5}, InputTypeError, "dimensions is of type float"),
+        ({"batch_size": 0}, InputError, "batch_size is 0; it must be at least 1"),
+        ({"model": 3}, InputTypeError, "model is of type int"),
+        ({"timeout": 0}, InputError, "timeout is 0 seconds"),
+        ({"timeout": math.inf}, InputError, "timeout is inf seconds"),
+    ],
+)
+def test_options(fake: FakeServer, shell: Shell, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        shell("embed", ["a"], **options)
+    assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    ("records", "vectors", "error", "words"),
+    [
+        ({"id": "a"}, None, InputTypeError, "records is of type dict"),
+        ([Record("a", "t"), "b"], None, InputTypeError, r"records\[1\] is of type str"),
+        ([{"text": "t"}], None, InputError, r"records\[0\] has no id"),
+        ([{"id": "a", "txt": "t"}], None, InputError, r"records\[0\] has a field 'txt'; a record has id, text"),
+        ([{"id": 7}], None, InputTypeError, r"records\[0\].id is of type int"),
+        ([{"id": "a", "metadata": [1]}], None, InputTypeError, r"records\[0\].metadata is of type list"),
+        ([{"id": "a", "vector": [[1.0]]}], None, InputError, r"records\[0\].vector has shape \(1, 1\)"),
+        ([{"id": "a", "vector": ["1"]}], None, InputTypeError, r"records\[0\].vector has elements of type"),
+        ([{"id": "a", "vector": [1.0, math.nan]}], None, InputError, r"records\[0\].vector holds NaN"),
+        ([{"id": "a", "vector": [1.0]}, {"id": "b"}], None, InputError, r"records\[1\] has no vector and records\[0\]"),
+        ([{"id": "a"}, {"id": "b", "vector": [1.0]}], None, InputError, r"records\[1\] has a vector and records\[0\]"),
+        (
+            [{"id": "a", "vector": [1.0]}, {"id": "b", "vector": [1.0, 2.0]}],
+            None,
+            InputError,
+            r"records\[1\].vector has 2 dimensions and records\[0\].vector has 1",
+        ),
+        ([{"id": "a", "vector": [1.0]}], [[1.0]], InputError, r"records\[0\] has a vector, and so has `vectors`"),
+        ([{"id": "a"}], [[1.0], [2.0]], InputError, "vectors has 2 vectors for 1 items"),
+        ([{"id": "a"}], [1.0], InputTypeError, r"vectors\[0\] is of type float; it must be a vector"),
+        ([{"id": "a"}, {"id": "b"}], [[1.0, 2.0], [1.0]], InputError, r"vectors\[1\] has 1 dimensions"),
+        ([{"id": "a"}, {"id": "b"}], [[1.0], [math.inf]], InputError, r"vectors\[1\] holds NaN, infinity"),
+        ([{"id": "a"}, {"id": "b"}], np.array([[1.0], [1e300]]), InputError, r"vectors\[1\] holds .* beyond float32"),
+        ([{"id": "a"}], np.array([[True]]), InputTypeError, "vectors has elements of type bool"),
+        ([{"id": "a"}], np.ones((1, 0)), InputError, r"vectors has shape \(1, 0\)"),
+    ],
+)
+def test_records(
+    fake: FakeServer, shell: Shell, records: Any, vectors: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        shell("upsert", "c", records, vectors=vectors)
+    assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    ("query", "error", "words"),
+    [
+        (np.ones((2, 3)), InputError, r"query has shape \(2, 3\); it must be one vector"),
+        ([1.0, math.nan], InputError, "query holds NaN"),
+        (None, InputTypeError, "query has elements of type object"),
+        ("\udc80", InputError, "query holds a lone surrogate"),
+    ],
+)
+def test_a_query(fake: FakeServer, shell: Shell, query: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        shell("search", "c", query)
+    assert not fake.asked
+
+
+def test_a_batch_of_queries(fake: FakeServer, shell: Shell) -> None:
+    with pytest.raises(InputTypeError, match="queries is one str, it must be a list; use `search`"):
+        shell("search_batch", "c", "a query")
+    with pytest.raises(InputError, match=r"queries\[1\] has shape \(0,\)"):
+        shell("search_batch", "c", ["a", []])
+    assert not fake.asked
+
+
+def test_wrong_arguments_of_a_walk_are_known_at_once(fake: FakeServer) -> None:
+    with Client(fake.target) as client, pytest.raises(InputError, match="page_size"):
+        client.records("c", page_size=-1)
+
+
+def nested(depth: int, kind: type) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"k": value} if kind is dict else [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (2**53 + 1, InputError, "m.k is 9007199254740993, and numbers past .* give it as a str"),
+        (math.nan, InputError, "m.k is nan, which JSON cannot hold"),
+        (-math.inf, InputError, "m.k is -inf"),
+        (datetime.now(timezone.utc), InputTypeError, "m.k is of type datetime; metadata holds what JSON does"),
+        (decimal.Decimal(1), InputTypeError, "m.k is of type Decimal"),
+        (b"x", InputTypeError, "m.k is of type bytes"),
+        ({1: "a"}, InputTypeError, "a key of m.k is of type int"),
+        ([1, {"a": {2}}], InputTypeError, r"m.k\[1\].a is of type set"),
+        (nested(40, dict), InputError, "is nested more than 30 levels deep"),
+        (nested(40, list), InputError, "is nested more than 30 levels deep"),
+        ("\ud800", InputError, "m.k holds a lone surrogate"),
+    ],
+)
+def test_metadata(value: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        struct({"k": value}, "m")
+
+
+def test_the_deepest_metadata_allowed_can_be_sent(shell: Shell) -> None:
+    shell("create_collection", "c")
+    deepest = nested(30, dict)
+    shell("upsert", "c", [{"id": "a", "text": "t", "metadata": deepest}])
+    assert shell("get", "c", ["a"])[0].metadata == deepest
+    with pytest.raises(InputError):
+        struct(nested(31, dict), "m")
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers(-(2**53), 2**53),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_metadata_comes_back_as_it_was(metadata: dict[str, Any]) -> None:
+    assert mapping(struct(metadata, "m")) == metadata
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    metadata = {"i": np.int64(3), "f": np.float32(0.5), "b": np.bool_(True), "s": np.str_("x")}
+    back = mapping(struct(metadata, "m"))
+    assert back == {"i": 3, "f": 0.5, "b": True, "s": "x"}
+    assert type(back["b"]) is bool
+
+
+def test_moments_are_in_utc_to_the_microsecond() -> None:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(1_600_000_000_123_456_789)
+    assert moment(timestamp) == datetime(2020, 9, 13, 12, 26, 40, 123456, tzinfo=timezone.utc)
+
+
+@given(st.lists(st.integers(0, 9 * 2**20)), st.integers(1, 10))
+def test_chunks_are_the_whole_in_order_within_both_limits(weights: list[int], size: int) -> None:
+    found = list(chunks(weights, size, lambda weight: weight))
+    assert [weight for _, chunk in found for weight in chunk] == weights
+    place = 0
+    for first, chunk in found:
+        assert first == place
+        assert 1 <= len(chunk) <= size
+        assert sum(chunk) <= 8 * 2**20 or len(chunk) == 1
+        place += len(chunk)

@@ -1,0 +1,179 @@
+"""Embeddings over the wire: those of sentence-transformers, whatever the company a text is in."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from fixtures_bundles import minilm_source
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emberpc.client import Client
+from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.server.engine.model import Model
+from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
+from emberpc.wire import vectors
+from server_process import ServerProcess
+
+TEXTS = 200
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Real texts from a few words to over the model's limit, the short and the long mixed."""
+    docs = [doc.text for doc in read_stdlib()]
+    chosen = random.Random(0).sample(docs, TEXTS - 20)
+    long = [" ".join(docs[i : i + 12]) for i in range(0, 120, 12)]
+    short = [text.split("\n")[0][:12].strip() or "x" for text in docs[:10]]
+    mixed = chosen + long + short
+    random.Random(1).shuffle(mixed)
+    return mixed
+
+
+@pytest.fixture(scope="session")
+def expected(texts: list[str]) -> np.ndarray:
+    """What sentence-transformers gives for them, from the same weights."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm_source()), device="cpu", local_files_only=True)
+    found: np.ndarray = model.encode(texts, normalize_embeddings=True, batch_size=8)
+    return found
+
+
+def cosines(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+    found: np.ndarray = (got * expected).sum(axis=1) / norms
+    return found
+
+
+def test_vectors_are_those_of_sentence_transformers(client: Client, texts: list[str], expected: np.ndarray) -> None:
+    got = client.embed(texts, model="minilm", truncation="end")
+    assert got.shape == (TEXTS, 384)
+    assert got.dtype == np.float32
+    assert cosines(got, expected).min() >= 0.9999
+    assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
+
+
+def test_neither_order_nor_batches_nor_company_change_a_vector(
+    client: Client, texts: list[str], expected: np.ndarray
+) -> None:
+    order = list(range(TEXTS))
+    random.Random(2).shuffle(order)
+    shuffled = client.embed([texts[i] for i in order], model="minilm", truncation="end", batch_size=7)
+    assert cosines(shuffled, expected[order]).min() >= 0.9999
+    alone = np.vstack([client.embed([texts[i]], model="minilm", truncation="end") for i in order[:40]])
+    assert cosines(alone, expected[order[:40]]).min() >= 0.9999
+
+
+def test_concurrent_calls_each_get_their_own_vectors(client: Client, texts: list[str], expected: np.ndarray) -> None:
+    spans = [range(start, min(start + 1 + start % 5, TEXTS)) for start in range(0, TEXTS, 3)]
+
+    def embed(span: range) -> np.ndarray:
+        return client.embed([texts[i] for i in span], model="minilm", truncation="end")
+
+    with ThreadPoolExecutor(16) as pool:
+        for span, got in zip(spans, pool.map(embed, spans), strict=True):
+            assert cosines(got, expected[list(span)]).min() >= 0.9999
+
+
+def test_a_text_of_a_megabyte_does_not_stall_the_others(server: ServerProcess) -> None:
+    huge = "It was the best of times, it was the worst of times. " * 20_000
+    with grpc.insecure_channel(server.address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        slow = [
+            stub.CountTokens.future(embedding_pb2.CountTokensRequest(model="minilm", texts=[huge])) for _ in range(2)
+        ]
+        small = [stub.Embed(embedding_pb2.EmbedRequest(model="minilm", texts=["short"])) for _ in range(3)]
+        # The short calls came later and are answered; whether the long ones still run is what must not matter.
+        assert all(response.embeddings.rows == 1 for response in small)
+        assert all(call.result().token_counts[0] > 250_000 for call in slow)
+
+
+def test_usage_tells_tokens_and_truncation(server: ServerProcess) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        response = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(
+            embedding_pb2.EmbedRequest(
+                model="minilm", texts=["hello world", "word " * 500], truncation=types_pb2.TRUNCATION_END
+            )
+        )
+    assert [(usage.tokens, usage.truncated) for usage in response.usages] == [(4, False), (256, True)]
+    assert response.model.name == "minilm"
+    assert len(response.model.fingerprint) == 64
+    assert response.timings.infer_seconds > 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 1e-3), ("int8", 2e-3)])
+def test_other_element_types_are_the_same_vectors(client: Client, dtype: str, tolerance: float) -> None:
+    exact = client.embed(["a text", "another"], model="minilm")
+    assert np.abs(client.embed(["a text", "another"], model="minilm", dtype=dtype) - exact).max() <= tolerance
+
+
+def test_binary_vectors_are_the_signs(client: Client) -> None:
+    exact = client.embed(["a text"], model="minilm")
+    binary = client.embed(["a text"], model="minilm", dtype="binary")
+    assert np.array_equal(binary, np.where(exact > 0, 1, -1))
+
+
+def test_similarity_is_the_cosine_of_the_vectors(client: Client) -> None:
+    sources, targets = ["a cat", "a car"], ["a kitten", "a truck", "a cat"]
+    scores = client.similarity(sources, targets, model="minilm")
+    left, right = client.embed(sources, model="minilm"), client.embed(targets, model="minilm")
+    assert scores.shape == (2, 3)
+    assert np.abs(scores - left @ right.T).max() < 1e-5
+    assert scores[0].argmax() == 2
+    assert scores[0][0] > scores[0][1]
+
+
+def test_counting_knows_no_limit(client: Client) -> None:
+    assert client.count_tokens(["", "hello world", "word " * 500], model="minilm") == [2, 4, 502]
+
+
+def test_sts_benchmark(client: Client) -> None:
+    """Spearman's rank correlation on the STS benchmark's test pairs; EMBERPC_TEST_DATA is the folder of data sets."""
+    folder = os.environ.get("EMBERPC_TEST_DATA", "")
+    path = Path(folder) / "stsbenchmark" / "test.csv"
+    if not folder or not path.exists():
+        pytest.skip("set EMBERPC_TEST_DATA to a folder with stsbenchmark/test.csv")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    left = client.embed([row["sentence1"] for row in rows], model="minilm")
+    right = client.embed([row["sentence2"] for row in rows], model="minilm")
+    assert len(rows) == 1379
+    assert spearman((left * right).sum(axis=1), np.array([float(row["score"]) for row in rows])) >= 0.815
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Pearson's correlation of the ranks, ties sharing their mean rank."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(left, right).statistic)
+
+
+@given(
+    matrix=st.integers(1, 5).flatmap(
+        lambda rows: st.lists(
+            st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6), min_size=rows, max_size=rows
+        )
+    )
+)
+@settings(max_examples=50)
+def test_vectors_survive_the_wire(matrix: list[list[float]]) -> None:
+    array = np.array(matrix, dtype=np.float32)
+    assert np.array_equal(vectors.decode(vectors.encode(array)), array)
+    int8 = vectors.decode(vectors.encode(array, types_pb2.DATA_TYPE_INT8))
+    assert np.abs(int8 - array).max() <= np.abs(array).max() / 127 / 2 * 1.01 + 1e-6
+    binary = vectors.decode(vectors.encode(array, types_pb2.DATA_TYPE_BINARY))
+    assert np.array_equal(binary, np.where(array > 0, 1, -1))
+
+
+def test_a_model_is_loaded_without_a_server_too(minilm_bundle: Path) -> None:
+    model = Model.load("m", minilm_bundle)
+    assert model.manifest.dimensions == 384
+    assert model.fingerprint == model.manifest.fingerprint("fp32")

@@ -1,0 +1,76 @@
+"""What the documents say and what the code does cannot drift apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from emberpc.server.app import SERVICE_NAMES
+from emberpc.server.settings import Settings
+from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_every_setting_is_documented_with_its_default_and_its_help() -> None:
+    table = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Settings):
+        assert isinstance(field.default, (tuple, int, float, str, Path))
+        default = f"`{field.default}`" if field.default != () else "–"
+        flag = f"--{field.name.replace('_', '-')}"
+        line = f"| `{flag}` | `EMBERPC_{field.name.upper()}` | {default} | {field.metadata['help']} |"
+        assert line in table
+
+
+def test_every_rpc_is_documented_as_built_or_to_come() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = {
+        "EmbedStream", "UpsertRecordsStream", "ReembedCollection", "CancelReembedding", "VerifyCollection",
+        "BackupCollection", "RestoreCollection", "FindDuplicates", "ClusterRecords", "ListClassifiers", "GetClassifier",
+        "CreateClassifier", "UpdateClassifier", "DeleteClassifier", "FitClassifier", "SubmitCorrections", "LoadModel",
+        "ReloadModel", "UnloadModel",
+    }  # fmt: skip
+    for module in (embedding_pb2, index_pb2, classification_pb2, model_pb2):
+        for service in module.DESCRIPTOR.services_by_name.values():
+            assert service.full_name in SERVICE_NAMES
+            for method in service.methods:
+                assert method.name in named or f"`{method.name}`" in text
+
+
+def test_the_namespace_has_no_init_file() -> None:
+    """With one, an editable install would lose the other rooms."""
+    assert list(ROOT.glob("*/emberpc/__init__.py")) == []
+    assert len(list(ROOT.glob("*/emberpc"))) == 4
+
+
+def test_no_module_is_too_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in ("protos", "server", "client", "export", "tests", "tools", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if "_pb2" not in path.name and (lines := len(path.read_text(encoding="utf-8").splitlines())) > 420
+    }
+    assert long == {}
+
+
+def test_every_link_between_documents_leads_somewhere() -> None:
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    broken = []
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            if not (document.parent / link).exists():
+                broken.append(f"{document.name}: {link}")
+    assert broken == []
+
+
+@pytest.mark.parametrize("extra", ["server", "export"])
+def test_the_extras_are_as_promised(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {re.split(r"[><=]", each)[0] for each in project["dependencies"]} == {"grpcio", "protobuf", "numpy"}
+    needs = " ".join(project["optional-dependencies"][extra])
+    assert ("torch" in needs) is (extra == "export")
+    assert ("hnswlib" in needs) is (extra == "server")

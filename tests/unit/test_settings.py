@@ -1,0 +1,91 @@
+"""Settings: one declaration, three places, one order."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberpc.server.settings import Settings, SettingsError, load_settings
+
+
+def test_a_flag_goes_before_the_environment_the_environment_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "emberpc.toml"
+    file.write_text('workers = 1\nbatch_tokens = 100\nlisten = "0.0.0.0:1"\nmodel = ["a=x", "y"]\n')
+    loaded = load_settings(
+        {"workers": 3, "listen": None},
+        config_file=file,
+        environ={"EMBERPC_WORKERS": "2", "EMBERPC_BATCH_TOKENS": "200", "EMBERPC_DRAIN_SECONDS": "1.5"},
+    )
+    assert loaded.settings.workers == 3
+    assert loaded.settings.batch_tokens == 200
+    assert loaded.settings.listen == "0.0.0.0:1"
+    assert loaded.settings.drain_seconds == 1.5
+    assert loaded.settings.named_models() == {"a": Path("x"), "y": Path("y")}
+    assert loaded.sources["workers"] == "flag"
+    assert loaded.sources["batch_tokens"] == "environment EMBERPC_BATCH_TOKENS"
+    assert loaded.sources["listen"] == f"file {file}"
+    assert loaded.sources["log_level"] == "default"
+    assert set(loaded.sources) == {field.name for field in dataclasses.fields(Settings)}
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "emberpc.toml"
+    file.write_text("workers = 7\n")
+    assert load_settings({}, environ={"EMBERPC_CONFIG": str(file)}).settings.workers == 7
+
+
+def test_models_in_the_environment_are_separated_by_commas() -> None:
+    loaded = load_settings({}, environ={"EMBERPC_MODEL": "a=x, b=y"})
+    assert loaded.settings.named_models() == {"a": Path("x"), "b": Path("y")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"workers": "many"}, "whole number"),
+        ({"workers": -1}, "not be negative"),
+        ({"workers": True}, "whole number"),
+        ({"batch_tokens": 0}, "at least 1"),
+        ({"drain_seconds": "soon"}, "a number"),
+        ({"log_level": "loud"}, "one of debug"),
+        ({"listen": "50051"}, "HOST:PORT"),
+        ({"listen": "localhost:99999"}, "HOST:PORT"),
+        ({"listen": 5}, "a string"),
+        ({"model": ["x/a", "y/a"]}, "same name"),
+        ({"model": ["=x"]}, "no name"),
+        ({"model": ["a b=x"]}, "no name"),
+        ({"model": [1]}, "list of strings"),
+        ({"data_dir": 1}, "a path"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name(overrides: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as refused:
+        load_settings(overrides, environ={})
+    assert next(iter(overrides)) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("workrs = 1", "no setting 'workrs'"), ("workers = ", "is not TOML"), (None, "cannot be read")]
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    file = tmp_path / "emberpc.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SettingsError, match=words) as refused:
+        load_settings({}, config_file=file, environ={})
+    assert str(file) in str(refused.value)
+
+
+@given(listen=st.text(max_size=30))
+def test_an_address_is_taken_or_refused_never_more(listen: str) -> None:
+    try:
+        settings = Settings(listen=listen)
+    except SettingsError:
+        return
+    host, _, port = settings.listen.rpartition(":")
+    assert host
+    assert 0 <= int(port) < 2**16

@@ -1,0 +1,31 @@
+"""Run every check of style, types and imports; all of them, so that one run tells all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+CHECKS = (
+    ("ruff", "check"),
+    ("ruff", "format", "--check"),
+    ("mypy",),
+    ("lint-imports", "--no-cache"),
+)
+
+
+def main() -> int:
+    failed = [
+        " ".join(check)
+        for check in CHECKS
+        if subprocess.run([BIN / check[0], *check[1:]], check=False, cwd=ROOT).returncode
+    ]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
