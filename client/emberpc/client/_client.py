@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# What the methods have in common is said once, in the docstring of the class.
+# ruff: noqa: D417
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -44,9 +46,11 @@ class Client:
     did, `upsert` may count as updated what it inserted, and `delete` may count
     fewer.
 
-    Lists longer than `batch_size` are sent in several requests; the results
-    keep the order, and an error names the item by its index in the whole list.
-    Arguments are checked before anything is sent.
+    What the methods have in common: `timeout` is in seconds, for each request;
+    None: that of the constructor. A list longer than `batch_size` is sent in
+    several requests; results keep the order, and an error names the item by its
+    index in the whole list. `progress` is told how many items are done. Arguments
+    are checked before anything is sent.
 
     Args:
         target: HOST:PORT, or any target that gRPC knows; calls are spread over all its addresses.
@@ -114,9 +118,6 @@ class Client:
             dtype: element type on the wire: `float16` halves the bytes, `int8` quarters them, `binary` keeps signs.
             normalize: whether vectors have length 1; None: as the model was exported.
             priority: `bulk` lets others go first.
-            batch_size: texts of one request.
-            progress: told how many texts are done.
-            timeout: seconds for each request; None: the client's.
 
         Returns:
             float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
@@ -151,14 +152,9 @@ class Client:
         batch_size: int = 256,
         timeout: float | None = None,
     ) -> list[int]:
-        """Count the tokens that texts would use, prompt and special tokens included; the errors are those of `embed`.
+        """Count the tokens that texts would use, prompt and special tokens included.
 
-        Args:
-            texts: the texts; an empty one counts its special tokens.
-            model: the model; empty: the only one served.
-            input_kind: what the texts are for.
-            batch_size: texts of one request.
-            timeout: seconds for each request; None: the client's.
+        Arguments and errors are those of `embed`, but a text may be empty.
 
         Returns:
             Item i: the tokens of `texts[i]`, before any truncation.
@@ -177,16 +173,13 @@ class Client:
         truncation: Truncation = "refuse",
         timeout: float | None = None,
     ) -> Matrix:
-        """Compare each source with each target, in one request; the errors are those of `embed`.
+        """Compare each source with each target, in one request; other arguments and errors are those of `embed`.
 
         Args:
             sources: texts; none empty.
             targets: texts to compare them with; none empty.
-            model: the embedding model; empty: the only one served.
             source_kind: what the sources are for.
             target_kind: what the targets are for.
-            truncation: what to do with over-long texts.
-            timeout: seconds; None: the client's.
 
         Returns:
             float32, shape (sources, targets): cosine similarities in [-1, 1].
@@ -213,17 +206,12 @@ class Client:
         progress: Progress | None = None,
         timeout: float | None = None,
     ) -> list[Classification]:
-        """Give texts labels; the errors are those of `embed`.
+        """Give texts labels; other arguments and errors are those of `embed`.
 
         Args:
             texts: the texts; at least one, none empty.
             classifier: the classifier; empty: the only one there is.
             top_k: most labels to list for a text, best first; 0: all.
-            truncation: what to do with over-long texts.
-            priority: `bulk` lets others go first.
-            batch_size: texts of one request.
-            progress: told how many texts are done.
-            timeout: seconds for each request; None: the client's.
 
         Returns:
             Item i: what `texts[i]` is.
@@ -261,7 +249,6 @@ class Client:
             truncation: what happens to over-long texts, of records and queries alike.
             m: links of a node of its graph, per layer, 4 to 64; 0: the server's default.
             ef_construction: candidates kept while inserting, 16 to 2000; 0: the server's default.
-            timeout: seconds; None: the client's.
 
         Raises:
             AlreadyExists: there is one of that name, perhaps made by a try of this very call whose answer was lost.
@@ -283,7 +270,7 @@ class Client:
         return self._runner.run_one(_index.get_collection(name), timeout)
 
     def collections(self, *, timeout: float | None = None) -> Iterator[Collection]:
-        """Walk over the collections, by name; `timeout` is for each page."""
+        """Walk over the collections, by name."""
         return self._runner.pages(_index.list_collections, timeout)
 
     def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
@@ -311,9 +298,6 @@ class Client:
             records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`.
             vectors: shape (records, dimensions), if the server is not to embed the texts; then all records are taken
                 at once.
-            batch_size: records of one request.
-            progress: told how many records are written.
-            timeout: seconds for each request; None: the client's.
 
         Raises:
             InputError: a record is wrong; the requests before its own were sent.
@@ -357,7 +341,6 @@ class Client:
             collection: name of the collection.
             with_vectors: whether to get the vectors too.
             page_size: records of one request, at most 1000; 0: the server's default.
-            timeout: seconds for each page; None: the client's.
         """
 
         def page(token: str) -> Call[Any, Page[Record]]:
@@ -388,7 +371,6 @@ class Client:
             top_k: most hits, at most 10,000.
             ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
             with_vectors: whether to get the vectors of the hits too.
-            timeout: seconds; None: the client's.
 
         Returns:
             Hits, nearest first.
@@ -428,7 +410,6 @@ class Client:
 
         Args:
             service: full name of one of its services; empty: the server as a whole.
-            timeout: seconds; None: the client's.
 
         Raises:
             NotFound: it has no service of that name.

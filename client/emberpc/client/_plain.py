@@ -84,7 +84,8 @@ def _plain(value: Value) -> Any:
     kind = value.WhichOneof("kind")
     if kind == "number_value":
         number = value.number_value
-        return int(number) if number.is_integer() else number
+        # Past the bound a double stays one, so that what was read can be written again.
+        return int(number) if number.is_integer() and abs(number) <= _MAX_WHOLE else number
     if kind == "struct_value":
         return mapping(value.struct_value)
     if kind == "list_value":

@@ -54,7 +54,7 @@ class StdlibDoc:
 
     `name` is qualified (`itertools.chain.from_iterable`), `module` is the
     top-level module, `kind` is `function`, `method` or `class`, and `text` is
-    the name in words followed by the docstring's first paragraphs.
+    the docstring, its indentation removed.
     """
 
     name: str
@@ -124,7 +124,7 @@ def _from_c() -> Iterator[StdlibDoc]:
     for module_name in _IN_C:
         module = importlib.import_module(module_name)
         for name, member in sorted(vars(module).items()):
-            if _hidden(name) or not callable(member) or (inspect.isclass(member) and issubclass(member, BaseException)):
+            if _hidden(name) or not callable(member) or getattr(member, "__name__", name) != name:
                 continue
             qualified = f"{module_name}.{name}"
             if member.__doc__:

