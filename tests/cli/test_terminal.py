@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import struct
@@ -78,3 +79,14 @@ def test_progress_is_shown_and_gone_when_it_is_done(collection: Path) -> None:
     assert any("upserting" in line for line in lines)
     assert [line.split() for line in lines[-3:]][1:] == [["updated", "3"], ["sequence", "2"]]
     assert not any("embedding" in line for line in on_terminal("embed", "a"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_terminal_that_knows_no_unicode_is_served_too(collection: Path, flags: list[str]) -> None:
+    command = [sys.executable, "-m", "emberpc.cli.main", "get", "c", "wide", *flags]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    outcome = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=30)
+    if flags:
+        assert json.loads(outcome.stdout)["text"] == "漢字" * 60
+    else:
+        assert "??" in outcome.stdout

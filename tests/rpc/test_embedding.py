@@ -7,11 +7,11 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import grpc
 import numpy as np
 import pytest
-from fixtures_bundles import minilm_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +20,7 @@ from emberpc.export.stdlib_texts import read_stdlib
 from emberpc.server.engine.model import Model
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
 from emberpc.wire import vectors
+from fixtures_bundles import minilm_source
 from server_process import ServerProcess
 
 TEXTS = 200
@@ -110,7 +111,9 @@ def test_usage_tells_tokens_and_truncation(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 1e-3), ("int8", 2e-3)])
-def test_other_element_types_are_the_same_vectors(client: Client, dtype: str, tolerance: float) -> None:
+def test_other_element_types_are_the_same_vectors(
+    client: Client, dtype: Literal["float32", "float16", "int8"], tolerance: float
+) -> None:
     exact = client.embed(["a text", "another"], model="minilm")
     assert np.abs(client.embed(["a text", "another"], model="minilm", dtype=dtype) - exact).max() <= tolerance
 

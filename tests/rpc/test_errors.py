@@ -49,18 +49,18 @@ class Failure:
 
     def __init__(self, error: grpc.RpcError) -> None:
         assert isinstance(error, grpc.Call)
-        self.code = error.code()
-        self.message = error.details() or ""
-        trailing = dict(error.trailing_metadata())
-        self.request_id = trailing[status.REQUEST_ID_KEY]
+        self.code: grpc.StatusCode = error.code()
+        self.message: str = error.details() or ""
+        trailing: dict[str, str | bytes] = dict(error.trailing_metadata())
+        self.request_id: str | bytes = trailing[status.REQUEST_ID_KEY]
         packed = trailing[status.DETAILS_KEY]
         assert isinstance(packed, bytes)
-        self.status = status.unpack(packed)
+        self.status: errors_pb2.ErrorStatus = status.unpack(packed)
         bad = status.detail(self.status, errors_pb2.BadRequest)
-        self.fields = [violation.field for violation in bad.field_violations] if bad else []
+        self.fields: list[str] = [violation.field for violation in bad.field_violations] if bad else []
         info = status.detail(self.status, errors_pb2.ErrorInfo)
         assert info is not None
-        self.reason = info.reason
+        self.reason: str = info.reason
 
 
 def failure(call: Callable[[Any], Any], request: Any) -> Failure:
@@ -185,7 +185,10 @@ SEARCH_CASES = [
         "queries[1].vector.data",
     ),
     ({"queries": query(vector=types_pb2.Vectors(rows=-1, dimensions=384))}, "queries[1].vector.rows"),
-    ({"queries": query(vector=vectors.encode(np.ones((1, 384), np.float32), 3))}, "queries[1].vector.dtype"),
+    (
+        {"queries": query(vector=vectors.encode(np.ones((1, 384), np.float32), types_pb2.DATA_TYPE_INT8))},
+        "queries[1].vector.dtype",
+    ),
     ({"queries": query(text="x", top_k=-1)}, "queries[1].top_k"),
     ({"queries": query(text="x"), "top_k": 10**6}, "top_k"),
     ({"queries": query(text="x"), "ef": -5}, "ef"),
@@ -342,13 +345,14 @@ def test_what_is_designed_but_not_built_says_so(channel: grpc.Channel) -> None:
 def test_a_field_that_is_designed_but_not_built_is_never_just_ignored(channel: grpc.Channel) -> None:
     stub = index_pb2_grpc.IndexServiceStub(channel)
     queries = [index_pb2.SearchQuery(text="x")]
-    for fields in (
+    cases: tuple[dict[str, Any], ...] = (
         {"mode": index_pb2.SEARCH_MODE_HYBRID},
         {"min_recall": 0.9},
         {"dense_weight": 0.0},
         {"filter": {}},
-    ):
-        request = index_pb2.SearchRequest(collection="errors", queries=queries, **fields)  # type: ignore[arg-type]
+    )
+    for fields in cases:
+        request = index_pb2.SearchRequest(collection="errors", queries=queries, **fields)
         assert failure(stub.Search, request).code is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -357,7 +361,7 @@ def test_a_callers_request_id_comes_back_and_a_strange_one_does_not(channel: grp
     request = embedding_pb2.EmbedRequest(model="minilm", texts=[])
     for sent, kept in (("call-17", True), ("x" * 129, False), ("with space", False)):
         with pytest.raises(grpc.RpcError) as raised:
-            stub.Embed(request, metadata=[(status.REQUEST_ID_KEY, sent)])
+            stub.Embed(request, metadata=((status.REQUEST_ID_KEY, sent),))
         assert (Failure(raised.value).request_id == sent) is kept
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from emberpc.client import Client, FailedPrecondition, Unavailable
 from emberpc.server.app import SERVICE_NAMES
@@ -98,11 +98,19 @@ def harm(folder: Path, damage: str) -> None:
 
 def test_health_and_reflection_answer(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
         for name in ("", *SERVICE_NAMES):
-            assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
+            assert check(health_pb2.HealthCheckRequest(service=name)).status == 1
+        reflect = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        (answer,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         assert set(SERVICE_NAMES) < {service.name for service in answer.list_services_response.service}
 
 

@@ -7,6 +7,7 @@ one object for each result, however many there are.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import os
@@ -42,8 +43,10 @@ _GAP = "  "
 
 def print_json(objects: Iterable[Any]) -> None:
     """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out."""
+    # Where stdout cannot take every character, they are written as JSON's escapes, which say the same.
+    ensure_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for item in objects:
-        _write(json.dumps(plain(item), ensure_ascii=False) + "\n")
+        _write(json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n")
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
@@ -178,7 +181,9 @@ def flush() -> None:
 
 
 def _write(text: str) -> None:
-    _in_peace(lambda: sys.stdout.write(text))
+    encoding = sys.stdout.encoding or "utf-8"
+    writable = text.encode(encoding, "replace").decode(encoding)
+    _in_peace(lambda: sys.stdout.write(writable))
 
 
 def _in_peace(action: Callable[[], object]) -> None:

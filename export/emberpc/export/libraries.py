@@ -49,7 +49,7 @@ def _silence() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers gives it no types
+    transformers_logging.disable_progress_bar()
     disable_progress_bars()
     try:
         with warnings.catch_warnings():
@@ -60,6 +60,6 @@ def _silence() -> Iterator[None]:
             logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers gives it no types
+            transformers_logging.enable_progress_bar()
         if hub_bars:
             enable_progress_bars()
