@@ -220,7 +220,7 @@ def suggest(server: ServerProcess, *, keep: bool) -> None:
     console.print(f"  export EMBERPC_TARGET={server.address}", highlight=False)
     for command in (
         f'search {COLLECTION} "send an e-mail with an attachment"',
-        'classify --classifier modules "Return the arc tangent of x."',
+        'classify --classifier modules "Write a record to the log file."',
         "collection list",
     ):
         console.print(f"  {program} {command}", soft_wrap=True, highlight=False)

@@ -8,6 +8,7 @@
 const path = require("node:path");
 const grpc = require("@grpc/grpc-js");
 const protoLoader = require("@grpc/proto-loader");
+const protobuf = require("protobufjs");
 
 const PROTOS = path.join(__dirname, "..", "..", "protos");
 const definition = protoLoader.loadSync(
@@ -48,7 +49,9 @@ function violations(error) {
 }
 
 function decode(message, bytes) {
-  return definition[`emberpc.v1.${message}`].deserialize(bytes);
+  const root = new protobuf.Root();
+  root.resolvePath = (origin, target) => (target.startsWith("google/") ? null : path.join(PROTOS, target));
+  return root.loadSync("emberpc/v1/errors.proto", { keepCase: true }).lookupType(`emberpc.v1.${message}`).decode(bytes);
 }
 
 const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
@@ -80,7 +83,7 @@ async function main() {
   const { models } = await call(stub("ModelService"), "ListModels", {});
   const classifier = models.find((model) => model.task === "MODEL_TASK_CLASSIFICATION");
   if (classifier) {
-    const request = { classifier: classifier.name, texts: ["return the square root of x"], top_k: 3 };
+    const request = { classifier: classifier.name, texts: ["write a record to the log file"], top_k: 3 };
     const { classifications } = await call(stub("ClassificationService"), "Classify", request);
     console.log(`Classify: "${request.texts[0]}" by ${classifier.name}`);
     for (const { label, score } of classifications[0].scores) console.log(`  ${score.toFixed(3)}  ${label}`);
