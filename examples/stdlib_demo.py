@@ -25,10 +25,10 @@ from time import perf_counter
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from emberpc.client import Client, NotFound
+from emberpc.client import Client, NotFound, Record
 from emberpc.export.classifier import export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.stdlib_texts import StdlibDoc, read_stdlib
@@ -48,7 +48,8 @@ MODULES, TRAIN_PER_MODULE, TEST_PER_MODULE = 10, 50, 15
 UPSERT_BATCH = 128
 SHOWN = 3
 
-console = Console()
+# Wide enough for a name and what it does, also where the output is a file.
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
@@ -118,7 +119,7 @@ def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
     except NotFound:
         console.print(f"[dim]making the collection {COLLECTION!r}[/dim]")
     client.create_collection(COLLECTION, model="minilm", truncation="end")
-    records = [{"id": doc.name, "text": doc.text, "metadata": {"module": doc.module, "kind": doc.kind}} for doc in docs]
+    records = [Record(doc.name, in_words(doc), {"module": doc.module, "kind": doc.kind}) for doc in docs]
     starts = range(0, len(records), UPSERT_BATCH)
     with report.timed(f"index {len(records)} docstrings"):
         for start in track(starts, "  embedding", console=console, transient=True):
@@ -139,12 +140,10 @@ def search(client: Client, report: Report) -> None:
     with report.timed("ask five questions"):
         answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
     for question, hits in zip(QUESTIONS, answers, strict=True):
-        table = Table("", "", "", title=f"“{question}”", title_justify="left", title_style="bold cyan", box=None)
-        table.show_header = False
-        for column in table.columns:
-            column.no_wrap = True
+        console.print(f"[bold cyan]“{question}”[/bold cyan]")
+        table = Table.grid(Column(), Column(no_wrap=True), Column(no_wrap=True), padding=(0, 1))
         for hit in hits:
-            table.add_row(f"{hit.score:.3f}", hit.record.id, Text(hit.record.text.partition(": ")[2][:60], style="dim"))
+            table.add_row(f"{hit.score:.3f}", hit.record.id, Text(hit.record.text.partition(": ")[2][:64], style="dim"))
         console.print(table)
         report.answers[question] = [hit.record.id for hit in hits]
     console.print()
@@ -198,7 +197,7 @@ def show(report: Report, folder: Path) -> None:
         table.add_row(step, f"{seconds:.1f} s")
     table.add_section()
     for name, value in report.figures.items():
-        table.add_row(name, f"{value:g}")
+        table.add_row(name, f"{value:.7g}")
     console.print(table)
     path = folder / "report.json"
     path.write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")

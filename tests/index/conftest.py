@@ -1,0 +1,23 @@
+"""An index in a temporary folder, with a buffer so small that the graph is used early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.index import Collection, CollectionSpec, Index
+from index_helpers import DIMENSIONS
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    opened = Index(tmp_path, buffer_limit=8)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def collection(index: Index) -> Collection:
+    return index.create(CollectionSpec("c", DIMENSIONS))

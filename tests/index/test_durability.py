@@ -1,0 +1,195 @@
+"""What is acknowledged stays, and what is not is not half there; whatever becomes of the process or its files."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from index_helpers import DIMENSIONS, records, true_scores, vectors
+
+# Writes batches of a size that tells of half-written ones, and says of each before and after.
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from emberpc.server.index import CollectionSpec, Index, NewRecord
+index = Index(Path(sys.argv[1]), buffer_limit=16)
+rng = np.random.default_rng(int(sys.argv[2]))
+try:
+    collection = index.create(CollectionSpec("c", 16))
+except Exception:
+    collection = index.get("c")
+start = collection.info().sequence
+for number in range(start + 1, start + 100_000):
+    if number % 5 == 0:
+        group = int(rng.integers(0, 12))
+        print("try", number, "delete", group, flush=True)
+        collection.delete([f"{group}-{i}" for i in range(5)])
+    else:
+        group = int(rng.integers(0, 12))
+        print("try", number, "upsert", group, flush=True)
+        new = [NewRecord(f"{group}-{i}", str(number)) for i in range(5)]
+        matrix = rng.normal(size=(5, 16)).astype(np.float32)
+        matrix[:, 0] = number
+        collection.upsert(new, matrix)
+    print("done", number, flush=True)
+"""
+
+
+def crash(folder: Path, seed: int, lines: int) -> list[str]:
+    """Run the writer, kill it with SIGKILL after so many lines, and return all that it said."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(seed)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    said = [writer.stdout.readline() for _ in range(lines)]
+    writer.kill()
+    said += writer.stdout.readlines()
+    writer.wait(30)
+    writer.stdout.close()
+    return said
+
+
+def replay(said: list[str], state: dict[int, str]) -> list[dict[int, str]]:
+    """Return the states that may be on disk: that of all acknowledged writes, and that with the one under way."""
+    pending: tuple[str, int, str] | None = None
+    for line in said:
+        words = line.split()
+        if words[:1] == ["try"] and len(words) == 4:
+            pending = (words[2], int(words[3]), words[1])
+        elif words[:1] == ["done"] and len(words) == 2 and pending and line.endswith("\n"):
+            apply(state, *pending)
+            pending = None
+    possible = [dict(state)]
+    if pending:
+        apply(state, *pending)
+        possible.append(dict(state))
+    return possible
+
+
+def apply(state: dict[int, str], action: str, group: int, number: str) -> None:
+    if action == "upsert":
+        state[group] = number
+    else:
+        state.pop(group, None)
+
+
+def check(collection: Collection, possible: list[dict[int, str]]) -> dict[int, str]:
+    """Check that the store holds one of the possible states, whole, and that search finds it; return which."""
+    page, token = collection.page(1000, "", with_vectors=True)
+    assert token == ""
+    groups: dict[int, set[str]] = {}
+    for record in page:
+        groups.setdefault(int(record.id.partition("-")[0]), set()).add(record.text)
+        assert record.vector is not None
+        assert record.vector[0] == float(record.text)
+    assert all(len(texts) == 1 for texts in groups.values()), "a batch is half there"
+    state = {group: texts.pop() for group, texts in groups.items()}
+    assert len(page) == 5 * len(state)
+    assert state in possible
+    if page:
+        matrix = np.stack([record.vector for record in page if record.vector is not None])
+        queries = vectors(20, seed=1)
+        found = 0.0
+        for query, outcome in zip(queries, collection.search(queries, [10] * 20), strict=True):
+            best = {page[i].id for i in np.argsort(-true_scores(query, matrix, Distance.COSINE))[:10]}
+            found += len(best & {record.id for record, _ in outcome.hits}) / len(best)
+        assert found / 20 >= 0.98
+    return state
+
+
+def crash_repeatedly(folder: Path, rounds: int, seed: int) -> None:
+    chance = random.Random(seed)
+    state: dict[int, str] = {}
+    for number in range(rounds):
+        possible = replay(crash(folder, seed * 1000 + number, chance.randint(1, 120)), state)
+        index = Index(folder, buffer_limit=16)
+        try:
+            collection = index.get("c")
+        except ServiceError:
+            assert possible[0] == {}, "the collection was acknowledged and is gone"
+            state = {}
+        else:
+            collection.maintain()
+            state = check(collection, possible)
+        index.close()
+
+
+def test_fifteen_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    crash_repeatedly(tmp_path, rounds=15, seed=1)
+
+
+@pytest.mark.slow
+def test_two_hundred_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    crash_repeatedly(tmp_path, rounds=200, seed=2)
+
+
+def filled(folder: Path) -> np.ndarray:
+    """Make an index of 200 records whose graph has been saved twice; return the vectors."""
+    matrix = vectors(200)
+    for half in (range(100), range(100, 200)):
+        index = Index(folder, buffer_limit=8)
+        try:
+            collection = index.get("c")
+        except ServiceError:
+            collection = index.create(CollectionSpec("c", DIMENSIONS))
+        collection.upsert(records(*(str(i) for i in half)), matrix[half.start : half.stop])
+        collection.maintain()
+        index.close()
+    return matrix
+
+
+@pytest.mark.parametrize("which", ["newest", "both"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "missing graph", "missing sidecar", "other sidecar"])
+def test_a_damaged_snapshot_is_left_aside(
+    tmp_path: Path, harm: str, which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    matrix = filled(tmp_path)
+    snapshots = sorted(tmp_path.rglob("graph-*.bin"))
+    assert len(snapshots) == 2
+    for path in snapshots[-1:] if which == "newest" else snapshots:
+        data = path.read_bytes()
+        sidecar = path.with_suffix(".json")
+        if harm == "cut":
+            path.write_bytes(data[:-7])
+        elif harm == "flipped":
+            middle = len(data) // 2
+            path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        elif harm == "empty":
+            path.write_bytes(b"")
+        elif harm == "missing graph":
+            path.unlink()
+        elif harm == "missing sidecar":
+            sidecar.unlink()
+        else:
+            sidecar.write_text(sidecar.read_text().replace('"dimensions": 16', '"dimensions": 17'))
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.get("c")
+    assert collection.count() == 200
+    for maintained in (False, True):
+        if maintained:
+            collection.maintain()
+        for i, outcome in enumerate(collection.search(matrix, [1] * 200)):
+            assert outcome.hits[0][0].id == str(i)
+    if harm != "missing sidecar":
+        assert "left aside" in caplog.text
+    index.close()
+
+
+def test_a_full_disk_is_said_and_changes_nothing(collection: Collection) -> None:
+    collection.upsert(records("a"), vectors(1))
+    pages = collection._store._writer.execute("PRAGMA page_count").fetchone()[0]
+    # SQLite reports the same as on a disk without room once a database may not grow.
+    collection._store._writer.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(ServiceError) as refused:
+        collection.upsert(records(*(str(i) for i in range(500)), text="x" * 100), vectors(500))
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED
+    assert "disk is full" in refused.value.message
+    assert collection.count() == 1
+    assert [record.id for record, _ in collection.search(vectors(1), [10])[0].hits] == ["a"]
+    collection._store._writer.execute("PRAGMA max_page_count = 1000000")
+    assert collection.upsert(records("b"), vectors(1)).inserted == 1

@@ -1,0 +1,133 @@
+"""The data directory: collections by name, and one server at a time."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from index_helpers import DIMENSIONS, records, vectors
+
+
+def test_a_collection_is_there_again_with_its_spec(tmp_path: Path) -> None:
+    spec = CollectionSpec(
+        "c", DIMENSIONS, model="m", model_fingerprint="f", distance=Distance.EUCLIDEAN, truncation="end", m=8,
+        ef_construction=50, indexed_fields=("lang",),
+    )  # fmt: skip
+    index = Index(tmp_path)
+    created = index.create(spec).info().create_time
+    index.close()
+    index = Index(tmp_path)
+    assert index.get("c").spec == spec
+    assert index.get("c").info().create_time == created
+    index.close()
+
+
+def test_names_page_in_order(index: Index) -> None:
+    for name in ("b", "a", "d", "c", "e"):
+        index.create(CollectionSpec(name, 3))
+    first, token = index.page(2, "")
+    rest, end = index.page(10, token)
+    assert [each.spec.name for each in (*first, *rest)] == list("abcde")
+    assert end == ""
+
+
+def test_a_name_is_taken_until_it_is_deleted(index: Index, collection: Collection, tmp_path: Path) -> None:
+    collection.upsert(records("a"), vectors(1))
+    with pytest.raises(ServiceError) as refused:
+        index.create(CollectionSpec("c", 3))
+    assert refused.value.code is Code.ALREADY_EXISTS
+    index.delete("c")
+    with pytest.raises(ServiceError) as missing:
+        index.get("c")
+    assert missing.value.code is Code.NOT_FOUND
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert index.create(CollectionSpec("c", 3)).count() == 0
+
+
+def test_calls_on_a_deleted_collection_are_unavailable(index: Index, collection: Collection) -> None:
+    index.delete("c")
+    for call in (
+        collection.count,
+        lambda: collection.get(["a"]),
+        lambda: collection.search(vectors(1), [1]),
+        lambda: collection.upsert(records("a"), vectors(1)),
+        lambda: collection.page(10, ""),
+        collection.maintain,
+    ):
+        with pytest.raises(ServiceError) as refused:
+            call()
+        assert refused.value.code is Code.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"name": ""}, "collection.name"),
+        ({"name": "-a"}, "collection.name"),
+        ({"name": "a" * 129}, "collection.name"),
+        ({"name": "a\n"}, "collection.name"),
+        ({"dimensions": 0}, "collection.dimensions"),
+        ({"dimensions": 16_001}, "collection.dimensions"),
+        ({"m": 3}, "collection.hnsw.m"),
+        ({"ef_construction": 2001}, "collection.hnsw.ef_construction"),
+    ],
+)
+def test_a_wrong_spec_is_refused_by_field(index: Index, changes: dict[str, object], field: str) -> None:
+    fields: dict[str, object] = {"name": "c", "dimensions": 3, **changes}
+    with pytest.raises(ServiceError) as refused:
+        index.create(CollectionSpec(**fields))  # type: ignore[arg-type]  # that is the point
+    assert refused.value.violations[0].field == field
+
+
+def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys; from emberpc.server.index import Index; index = Index(pathlib.Path(sys.argv[1])); "
+        "print('in', flush=True); sys.stdin.read()"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdin is not None
+    assert first.stdout.readline() == "in\n"
+    with pytest.raises(ServiceError, match="another server") as refused:
+        Index(tmp_path)
+    assert refused.value.code is Code.FAILED_PRECONDITION
+    assert str(tmp_path) in refused.value.message
+    first.kill()
+    first.wait(30)
+    first.stdout.close()
+    first.stdin.close()
+    Index(tmp_path).close()
+
+
+def test_a_folder_that_the_catalogue_does_not_name_is_removed(tmp_path: Path) -> None:
+    """It is what a crash leaves between making a collection's folder and naming it, or while deleting one."""
+    Index(tmp_path).close()
+    (tmp_path / "0123abcd").mkdir()
+    (tmp_path / "0123abcd" / "records.db").write_bytes(b"half")
+    Index(tmp_path).close()
+    assert not (tmp_path / "0123abcd").exists()
+
+
+def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ServiceError, match="--data-dir"):
+        Index(file)
+    Index(tmp_path / "data").close()
+    with sqlite3.connect(tmp_path / "data" / "catalogue.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(ServiceError, match="newer emberpc"):
+        Index(tmp_path / "data")
+    (tmp_path / "data" / "catalogue.db").write_bytes(os.urandom(8192))
+    with pytest.raises(ServiceError, match="damaged"):
+        Index(tmp_path / "data")

@@ -1,0 +1,82 @@
+"""An index against a plain dict and a full comparison, through any sequence of writes, restarts and maintenance."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from emberpc.server.index import CollectionSpec, Distance, Index, NewRecord
+from index_helpers import DIMENSIONS, true_scores
+
+ids = st.lists(st.sampled_from([f"r{i}" for i in range(40)]), min_size=1, max_size=12, unique=True)
+
+
+class IndexAgainstDict(RuleBasedStateMachine):
+    """The buffer takes four vectors, so that graph, tombstones and rebuilds all come into play."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.index = Index(self.folder, buffer_limit=4)
+        self.collection = self.index.create(CollectionSpec("c", DIMENSIONS))
+        self.model: dict[str, np.ndarray] = {}
+        self.rng = np.random.default_rng(0)
+
+    @rule(chosen=ids)
+    def upsert(self, chosen: list[str]) -> None:
+        matrix = self.rng.normal(size=(len(chosen), DIMENSIONS)).astype(np.float32)
+        result = self.collection.upsert([NewRecord(each, each) for each in chosen], matrix)
+        assert result.updated == len(set(chosen) & set(self.model))
+        assert result.inserted == len(chosen) - result.updated
+        self.model.update(zip(chosen, matrix, strict=True))
+
+    @rule(chosen=ids)
+    def delete(self, chosen: list[str]) -> None:
+        assert self.collection.delete(chosen).deleted == len(set(chosen) & set(self.model))
+        for each in chosen:
+            self.model.pop(each, None)
+
+    @rule()
+    def maintain(self) -> None:
+        self.collection.maintain()
+
+    @rule()
+    def restart(self) -> None:
+        self.index.close()
+        self.index = Index(self.folder, buffer_limit=4)
+        self.collection = self.index.get("c")
+
+    @rule(top_k=st.integers(1, 60))
+    def search(self, top_k: int) -> None:
+        query = self.rng.normal(size=(1, DIMENSIONS)).astype(np.float32)
+        (outcome,) = self.collection.search(query, [top_k])
+        assert len(outcome.hits) == min(top_k, len(self.model))
+        if not self.model:
+            return
+        names = list(self.model)
+        scores = true_scores(query[0], np.stack([self.model[name] for name in names]), Distance.COSINE)
+        expected = np.sort(scores)[::-1][: len(outcome.hits)]
+        # With 40 vectors and 128 candidates the graph's search reaches every node: it must be exact.
+        assert np.allclose([score for _, score in outcome.hits], expected, atol=1e-4)
+        by_name = dict(zip(names, scores, strict=True))
+        for record, score in outcome.hits:
+            assert abs(by_name[record.id] - score) < 1e-4
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        assert self.collection.count() == len(self.model)
+        assert [record.id for record in self.collection.page(1000, "")[0]] == sorted(self.model)
+
+    def teardown(self) -> None:
+        self.index.close()
+        shutil.rmtree(self.folder)
+
+
+IndexAgainstDict.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestIndexAgainstDict = IndexAgainstDict.TestCase
