@@ -74,3 +74,18 @@ def test_the_extras_are_as_promised(extra: str) -> None:
     needs = " ".join(project["optional-dependencies"][extra])
     assert ("torch" in needs) is (extra == "export")
     assert ("hnswlib" in needs) is (extra == "server")
+
+
+def test_every_command_and_exit_code_is_documented() -> None:
+    from typer.main import get_command
+
+    from emberpc.cli.app import app
+
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    commands = get_command(app).commands  # type: ignore[attr-defined]  # Typer's group has it, its base has not
+    for name, command in commands.items():
+        for sub in getattr(command, "commands", {"": None}):
+            assert f"emberpc {name}" in text
+            assert f" {sub}" in text or f"`{sub}`" in text
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130):
+        assert f"| {code} |" in text

@@ -16,11 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ENVIRONMENT_PREFIX = "EMBERPC_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 #: Names of models and collections alike.
@@ -140,6 +135,12 @@ def load_settings(
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    # Here, for on Python 3.10 tomli comes with the server extra only, and the command line reads the fields above.
+    if sys.version_info >= (3, 11):
+        import tomllib  # noqa: PLC0415
+    else:
+        import tomli as tomllib  # noqa: PLC0415
+
     try:
         with path.open("rb") as file:
             values = tomllib.load(file)
