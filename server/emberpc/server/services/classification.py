@@ -45,7 +45,7 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         )
         response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
         for row, usage in zip(probabilities(inference.output, manifest), replies.usages(inference), strict=True):
-            classification = _classification(row, manifest, request.top_k)
+            classification = classify_row(row, manifest, request.top_k)
             classification.usage.CopyFrom(usage)
             response.classifications.append(classification)
         return response
@@ -69,7 +69,8 @@ def probabilities(logits: Scores, manifest: Manifest) -> Scores:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def _classification(scores: Scores, manifest: Manifest, top_k: int) -> pb.Classification:
+def classify_row(scores: Scores, manifest: Manifest, top_k: int) -> pb.Classification:
+    """Decide by one text's probabilities, float32 (labels,), and list the best `top_k` of them; 0 lists all."""
     order = np.argsort(-scores, kind="stable")
     listed = order[: top_k or None]
     rejected = bool(scores[order[0]] < manifest.rejection_threshold)

@@ -1,0 +1,138 @@
+"""Collections over the wire: records in, records and hits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import Client, NotFound, Record, RecordId
+from emberpc.v1 import index_pb2, index_pb2_grpc
+from server_process import ServerProcess
+
+TEXTS = {
+    "whale": "A captain hunts a white whale across the oceans.",
+    "ring": "A small folk carries a ring to a volcano to destroy it.",
+    "spice": "On a desert planet houses fight over a spice.",
+    "bees": "How to keep bees in your garden and harvest honey.",
+    "bread": "Flour, water, salt and patience: baking sourdough bread.",
+}
+
+
+@pytest.fixture
+def books(client: Client) -> Iterator[str]:
+    client.create_collection("books", model="minilm")
+    client.upsert("books", [Record(key, text, {"length": len(text), "tags": [key]}) for key, text in TEXTS.items()])
+    yield "books"
+    client.delete_collection("books")
+
+
+def test_search_by_text_finds_what_is_meant(client: Client, books: str) -> None:
+    for query, best in (("making loaves at home", "bread"), ("sea adventure", "whale"), ("insects", "bees")):
+        hits = client.search(books, query, top_k=3)
+        assert hits[0].record.id == best
+        assert hits[0].record.text == TEXTS[best]
+        assert hits[0].record.metadata == {"length": len(TEXTS[best]), "tags": [best]}
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_search_by_vector_and_by_record_agree_with_search_by_text(client: Client, books: str) -> None:
+    vector = client.embed(["sea adventure"], model="minilm", input_kind="query")[0]
+    by_text, by_vector = client.search_batch(books, ["sea adventure", vector], top_k=5)
+    assert [hit.record.id for hit in by_text.hits] == [hit.record.id for hit in by_vector.hits]
+    assert np.allclose([hit.score for hit in by_text.hits], [hit.score for hit in by_vector.hits], atol=1e-5)
+    neighbours = client.search(books, RecordId("whale"), top_k=10)
+    assert len(neighbours) == 4
+    assert "whale" not in {hit.record.id for hit in neighbours}
+
+
+def test_a_search_for_the_neighbours_of_a_missing_record_is_not_found(client: Client, books: str) -> None:
+    with pytest.raises(NotFound) as missing:
+        client.search(books, RecordId("none"))
+    assert missing.value.reason == "RECORD_NOT_FOUND"
+
+
+def test_a_result_tells_its_plan(client: Client, books: str) -> None:
+    (result,) = client.search_batch(books, ["sea"], top_k=50)
+    assert result.plan.strategy == "exact"
+    assert result.plan.compared_count == 5
+    assert result.plan.shortfall_reason == "the collection holds 5 records"
+
+
+def test_stored_vectors_are_those_of_embed(client: Client, books: str) -> None:
+    stored = client.get(books, list(TEXTS), with_vectors=True)
+    embedded = client.embed(list(TEXTS.values()), model="minilm")
+    assert np.allclose(np.stack([record.vector for record in stored if record.vector is not None]), embedded, atol=1e-5)
+    (hit,) = client.search(books, "bees", top_k=1, with_vectors=True)
+    assert hit.record.vector is not None
+    assert hit.record.vector.shape == (384,)
+
+
+def test_records_are_listed_counted_and_deleted(client: Client, books: str) -> None:
+    assert [record.id for record in client.records(books)] == sorted(TEXTS)
+    assert client.count(books) == 5
+    assert client.delete(books, ["ring", "none"]) == 1
+    assert [record.id for record in client.get(books, ["ring", "spice"])] == ["spice"]
+    assert "ring" not in {hit.record.id for hit in client.search(books, TEXTS["ring"], top_k=10)}
+
+
+def test_a_collection_describes_itself(client: Client, books: str) -> None:
+    found = client.get_collection(books)
+    assert (found.model, found.dimensions, found.record_count, found.distance) == ("minilm", 384, 5, "cosine")
+    assert found.model_fingerprint == client.get_model("minilm").fingerprint
+    assert found.size_bytes > 0
+    assert books in [each.name for each in client.collections()]
+
+
+def test_a_collection_of_vectors_needs_no_model(client: Client) -> None:
+    client.create_collection("points", dimensions=2, distance="euclidean")
+    try:
+        result = client.upsert("points", [{"id": "a"}, {"id": "b"}], vectors=np.array([[0, 0], [3, 4]], np.float32))
+        assert (result.inserted, result.updated) == (2, 0)
+        hits = client.search("points", np.array([0, 0], np.float32), top_k=2)
+        assert [(hit.record.id, hit.score) for hit in hits] == [("a", 0.0), ("b", -5.0)]
+    finally:
+        client.delete_collection("points")
+
+
+def test_over_long_texts_follow_the_collections_policy(client: Client) -> None:
+    client.create_collection("long", model="minilm", truncation="end")
+    try:
+        client.upsert("long", [{"id": "a", "text": "honey bees " * 1000}])
+        (hit,) = client.search("long", "bees " * 1000, top_k=1)
+        assert hit.record.id == "a"
+    finally:
+        client.delete_collection("long")
+
+
+def test_parts_of_a_record_come_as_asked_for(server: ServerProcess, books: str) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+        request = index_pb2.BatchGetRecordsRequest(
+            collection=books, ids=["bees", "none"], parts=[index_pb2.RECORD_PART_METADATA]
+        )
+        response = stub.BatchGetRecords(request)
+        assert response.missing_ids == ["none"]
+        (record,) = response.records
+        assert record.text == ""
+        assert record.metadata["length"] == len(TEXTS["bees"])
+        assert not response.HasField("vectors")
+
+
+def test_a_write_tells_its_number_and_that_it_is_on_disk(server: ServerProcess, books: str) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+        request = index_pb2.UpsertRecordsRequest(collection=books, records=[index_pb2.Record(id="new", text="new")])
+        first, second = stub.UpsertRecords(request), stub.UpsertRecords(request)
+        assert (first.inserted_count, second.updated_count) == (1, 1)
+        assert second.receipt.sequence > first.receipt.sequence
+        assert second.receipt.durability == index_pb2.DURABILITY_SYNCED
+        assert second.usages[0].tokens == 3
+        assert second.timings.infer_seconds > 0
+        request.expected_revisions.append(first.receipt.sequence)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.UpsertRecords(request)
+    assert isinstance(refused.value, grpc.Call)
+    assert refused.value.code() is grpc.StatusCode.ABORTED
