@@ -111,7 +111,7 @@ def export_classifier(
         progress("fitting the head", 0, 1)
         numbers = np.array([labels.index(label) for label in data.labels], dtype=np.int64)
         head = fit_head(vectors, numbers, seed)
-        temperature = fit_temperature(_unseen_logits(vectors, numbers, head.c, seed), numbers)
+        temperature = fit_temperature(*_unseen_logits(vectors, numbers, head.c, seed))
         quality = {"train_texts": float(len(data.texts)), "labels": float(len(labels)), "regularisation_c": head.c}
         quality["embed_seconds"], quality["fit_seconds"] = embedded, perf_counter() - start - embedded
         if held_out:
@@ -152,8 +152,9 @@ def fit_head(vectors: Matrix, labels: Labels, seed: int, *, c: float | None = No
     if c is None:
         losses = {}
         for candidate in _GRID:
-            unseen = softmax(_unseen_logits(vectors, labels, candidate, seed))
-            losses[candidate] = -np.log(np.maximum(unseen[np.arange(len(labels)), labels], 1e-12)).mean()
+            logits, right = _unseen_logits(vectors, labels, candidate, seed)
+            chosen = softmax(logits)[np.arange(len(right)), right]
+            losses[candidate] = -np.log(np.maximum(chosen, 1e-12)).sum()
         c = min(losses, key=lambda candidate: losses[candidate])
     model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(vectors, labels)
     weights, bias = model.coef_.T, model.intercept_
@@ -163,26 +164,22 @@ def fit_head(vectors: Matrix, labels: Labels, seed: int, *, c: float | None = No
     return Head(np.ascontiguousarray(weights, dtype=np.float32), bias.astype(np.float32), c)
 
 
-def _unseen_logits(vectors: Matrix, labels: Labels, c: float, seed: int) -> Matrix:
-    """Return logits of each text by a head that did not see it: float32 (texts, labels)."""
-    from sklearn.model_selection import KFold, StratifiedKFold
+def _unseen_logits(vectors: Matrix, labels: Labels, c: float, seed: int) -> tuple[Matrix, Labels]:
+    """Return logits by heads that did not see the text: float32 (some texts, labels), and those texts' labels.
 
-    least = int(np.bincount(labels).min())
-    folds = min(_FOLDS, least)
-    splitter = (
-        StratifiedKFold(folds, shuffle=True, random_state=seed)
-        if folds > 1
-        else KFold(2, shuffle=True, random_state=seed)
-    )
-    logits = np.zeros((len(labels), int(labels.max()) + 1), dtype=np.float32)
-    for seen, unseen in splitter.split(vectors, labels):
-        present, numbers = np.unique(labels[seen], return_inverse=True)
-        head = fit_head(vectors[seen], numbers, seed, c=c)
-        # A label of one example is not there when that example is left out; it is then the least likely.
-        found = head.logits(vectors[unseen])
-        logits[unseen] = found.min(axis=1, keepdims=True)
-        logits[np.ix_(unseen, present)] = found
-    return logits
+    An only example of its label is always seen, and so is not among them.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    counts = np.bincount(labels)
+    several = np.flatnonzero(counts[labels] > 1)
+    logits = np.zeros((len(several), len(counts)), dtype=np.float32)
+    if len(several):
+        splitter = StratifiedKFold(min(_FOLDS, int(counts[counts > 1].min())), shuffle=True, random_state=seed)
+        for _, chosen in splitter.split(several, labels[several]):
+            seen = np.delete(np.arange(len(labels)), several[chosen])
+            logits[chosen] = fit_head(vectors[seen], labels[seen], seed, c=c).logits(vectors[several[chosen]])
+    return logits, labels[several]
 
 
 def measure(logits: Matrix, labels: Labels, temperature: float) -> dict[str, float]:
@@ -207,7 +204,7 @@ def _measure_split(vectors: Matrix, labels: Labels, seed: int) -> dict[str, floa
         return {}
     seen, unseen = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, stratify=labels, random_state=seed)
     head = fit_head(vectors[seen], labels[seen], seed)
-    temperature = fit_temperature(_unseen_logits(vectors[seen], labels[seen], head.c, seed), labels[seen])
+    temperature = fit_temperature(*_unseen_logits(vectors[seen], labels[seen], head.c, seed))
     return measure(head.logits(vectors[unseen]), labels[unseen], temperature)
 
 
