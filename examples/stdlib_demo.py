@@ -194,7 +194,7 @@ def write_csv(path: Path, docs: Sequence[StdlibDoc]) -> None:
 def show(report: Report, folder: Path) -> None:
     table = Table(title="Report", title_justify="left", box=None, show_header=False)
     for step, seconds in report.seconds.items():
-        table.add_row(step, f"{seconds:.1f} s")
+        table.add_row(step, f"{seconds:.2f} s")
     table.add_section()
     for name, value in report.figures.items():
         table.add_row(name, f"{value:.7g}")
