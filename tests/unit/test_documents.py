@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from emberpc.server.app import SERVICE_NAMES
 from emberpc.server.settings import Settings
 from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

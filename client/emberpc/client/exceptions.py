@@ -203,7 +203,8 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     as `texts[3]`, are renamed to their place in the caller's list.
     """
     code = failure.code() or grpc.StatusCode.UNKNOWN
-    trailing: dict[str, str | bytes] = dict(failure.trailing_metadata() or ())
+    # A tuple first: older grpc's metadata of asyncio calls iterates over pairs, and looks like a mapping to dict().
+    trailing: dict[str, str | bytes] = dict(tuple(failure.trailing_metadata() or ()))
     packed = trailing.get(wire_status.DETAILS_KEY, b"")
     status = wire_status.unpack(packed if isinstance(packed, bytes) else packed.encode())
     info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
