@@ -21,3 +21,10 @@ def index(tmp_path: Path) -> Iterator[Index]:
 @pytest.fixture
 def collection(index: Index) -> Collection:
     return index.create(CollectionSpec("c", DIMENSIONS))
+
+
+@pytest.fixture(autouse=True)
+def memory_agrees_with_the_store(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A search that finds them apart answers from the store, rightly; only the log tells that it had to."""
+    yield
+    assert not [record.message for record in caplog.get_records("call") if "disagree" in record.message]

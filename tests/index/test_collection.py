@@ -118,7 +118,7 @@ def test_a_graph_with_many_deleted_nodes_is_built_anew(collection: Collection) -
     for _ in range(5):
         collection.upsert(records(*(str(i) for i in range(100))), matrix)
         collection.maintain()
-    assert collection._graph.dead_share <= 0.25
+    assert collection._neighbours.dead_share <= 0.25
     for i, outcome in enumerate(collection.search(matrix, [1] * 100)):
         assert outcome.hits[0][1] >= 0.999
         assert true_scores(matrix[i], matrix, Distance.COSINE)[int(outcome.hits[0][0].id)] >= 0.999
@@ -234,8 +234,9 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
     assert errors == []
 
 
-def test_default_recall_on_clustered_vectors(tmp_path: Path) -> None:
-    count, dimensions = 20_000, 64
+@pytest.mark.parametrize("dimensions", [64, pytest.param(384, marks=pytest.mark.slow)])
+def test_default_recall_on_clustered_vectors(tmp_path: Path, dimensions: int) -> None:
+    count = 20_000
     index = Index(tmp_path)
     collection = index.create(CollectionSpec("c", dimensions))
     matrix = vectors(count, dimensions=dimensions)

@@ -19,7 +19,7 @@ WRITER = """
 import sys, numpy as np
 from pathlib import Path
 from emberpc.server.index import CollectionSpec, Index, NewRecord
-index = Index(Path(sys.argv[1]), buffer_limit=16)
+index = Index(Path(sys.argv[1]), buffer_limit=16, snapshot_every=40)
 rng = np.random.default_rng(int(sys.argv[2]))
 try:
     collection = index.create(CollectionSpec("c", 16))

@@ -47,7 +47,7 @@ def test_a_name_is_taken_until_it_is_deleted(index: Index, collection: Collectio
     with pytest.raises(ServiceError) as missing:
         index.get("c")
     assert missing.value.code is Code.NOT_FOUND
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert list((tmp_path / "collections").iterdir()) == []
     assert index.create(CollectionSpec("c", 3)).count() == 0
 
 
@@ -111,10 +111,11 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) ->
 def test_a_folder_that_the_catalogue_does_not_name_is_removed(tmp_path: Path) -> None:
     """It is what a crash leaves between making a collection's folder and naming it, or while deleting one."""
     Index(tmp_path).close()
-    (tmp_path / "0123abcd").mkdir()
-    (tmp_path / "0123abcd" / "records.db").write_bytes(b"half")
+    orphan = tmp_path / "collections" / ("0123abcd" * 4)
+    orphan.mkdir(parents=True)
+    (orphan / "records.db").write_bytes(b"half")
     Index(tmp_path).close()
-    assert not (tmp_path / "0123abcd").exists()
+    assert not orphan.exists()
 
 
 def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class Reference:
                 logits = arrays["logits"].astype(np.float32) if "logits" in arrays else None
         except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(f"{path} cannot be read as reference outputs; export the model again") from error
+        if not texts:
+            raise BundleError(f"{path} holds no texts; export the model again")
         for matrix in (embeddings, logits):
             if matrix is not None and (matrix.ndim != 2 or len(matrix) != len(texts)):
                 raise BundleError(f"{path} has outputs of another number than texts; export the model again")

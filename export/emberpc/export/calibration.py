@@ -23,10 +23,8 @@ def fit_temperature(logits: Scores, labels: Labels) -> float:
 
     Args:
         logits: float (texts, labels), of texts that the model was not fitted to.
-        labels: int (texts,), the right label of each; with none, the temperature is 1.
+        labels: int (texts,), the right label of each.
     """
-    if not len(labels):
-        return 1.0
 
     def loss(log_temperature: float) -> float:
         chosen = softmax(logits, float(np.exp(log_temperature)))[np.arange(len(labels)), labels]

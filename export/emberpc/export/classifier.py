@@ -7,6 +7,8 @@ folded into the graph. One pass gives logits and embedding.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +33,7 @@ from emberpc.export.errors import ExportError
 from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.runner import Matrix, Runner
+from emberpc.export.stdlib_texts import sample_texts
 
 #: Inverse strengths of regularisation to choose from: few examples want a large one, many a small one.
 _GRID = (1.0, 10.0, 100.0, 1000.0)
@@ -38,6 +41,10 @@ _FOLDS = 5
 #: Share of the texts that is held out to measure on where no validation file is given.
 _HELD_OUT = 0.2
 _MAX_ITERATIONS = 1000
+#: Where every label has one example, nothing can be chosen by measuring; large ones were the best for few examples.
+_FEW_EXAMPLES_C = 100.0
+
+_LOGGER = logging.getLogger(__name__)
 
 Labels = npt.NDArray[np.int64]
 
@@ -71,9 +78,11 @@ def export_classifier(
     """Fine-tune a single-label classifier, export it, and check it against PyTorch.
 
     The figures in `quality` are measured on the validation file or, without
-    one, on a stratified fifth of the texts that a first head does not see; the
+    one, on a fifth of each label's texts that a first head does not see; the
     head that is exported is then fitted to all of them. The temperature is
     fitted to logits of texts that their head did not see (cross-validation).
+    A label may have a single example; it is then not measured. Texts that are there
+    with several labels are counted (`conflicting_texts`) and logged as a warning.
 
     Args:
         train: CSV, TSV, JSONL or Parquet with texts and labels.
@@ -96,6 +105,15 @@ def export_classifier(
     """
     data = read_labelled(train, text_column=text_column, label_column=label_column)
     labels = _labels(data)
+    if conflicts := data.conflicts():
+        text, given = next(iter(conflicts.items()))
+        _LOGGER.warning(
+            "%s: %d texts have several labels, such as %s for %.60r; the head cannot get them all right",
+            data.path,
+            len(conflicts),
+            " and ".join(sorted(given)),
+            text,
+        )
     held_out = read_labelled(validation, text_column=text_column, label_column=label_column) if validation else None
     if held_out:
         _check_known(held_out, labels)
@@ -111,8 +129,13 @@ def export_classifier(
         progress("fitting the head", 0, 1)
         numbers = np.array([labels.index(label) for label in data.labels], dtype=np.int64)
         head = fit_head(vectors, numbers, seed)
-        temperature = fit_temperature(*_unseen_logits(vectors, numbers, head.c, seed))
-        quality = {"train_texts": float(len(data.texts)), "labels": float(len(labels)), "regularisation_c": head.c}
+        temperature = _temperature(vectors, numbers, head, seed)
+        quality = {
+            "train_texts": float(len(data.texts)),
+            "labels": float(len(labels)),
+            "conflicting_texts": float(len(data.conflicts())),
+            "regularisation_c": head.c,
+        }
         quality["embed_seconds"], quality["fit_seconds"] = embedded, perf_counter() - start - embedded
         if held_out:
             numbers_out = np.array([labels.index(label) for label in held_out.labels], dtype=np.int64)
@@ -126,9 +149,7 @@ def export_classifier(
         progress("comparing with PyTorch", 0, 1)
         manifest = Manifest(
             task=Task.CLASSIFICATION,
-            variants=(
-                _compare(folder, data.texts, head, encoder.max_tokens, str(encoder.folder), converted.pad_token_id),
-            ),
+            variants=(_compare(folder, head, encoder.max_tokens, str(encoder.folder), converted.pad_token_id),),
             labels=tuple(labels),
             temperature=temperature,
             quality=quality,
@@ -147,39 +168,70 @@ def fit_head(vectors: Matrix, labels: Labels, seed: int, *, c: float | None = No
         seed: of the cross-validation.
         c: inverse strength of regularisation; default: chosen by cross-validated likelihood.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     if c is None:
-        losses = {}
-        for candidate in _GRID:
-            logits, right = _unseen_logits(vectors, labels, candidate, seed)
-            chosen = softmax(logits)[np.arange(len(right)), right]
-            losses[candidate] = -np.log(np.maximum(chosen, 1e-12)).sum()
-        c = min(losses, key=lambda candidate: losses[candidate])
-    model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(vectors, labels)
-    weights, bias = model.coef_.T, model.intercept_
+        c = _choose_c(vectors, labels, seed)
+    # The grid is for vectors of about length 1; others are fitted as if they were, and the weights scaled back.
+    length = float(np.linalg.norm(vectors, axis=1).mean())
+    with warnings.catch_warnings():
+        # A weakly regularised head goes on improving for ever; cross-validation has the last word on it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(vectors / length, labels)
+    weights, bias = model.coef_.T / length, model.intercept_
     if weights.shape[1] == 1:
         # Of two labels scikit-learn gives one column, the logit of the second against the first.
         weights, bias = np.hstack([-weights / 2, weights / 2]), np.concatenate([-bias / 2, bias / 2])
     return Head(np.ascontiguousarray(weights, dtype=np.float32), bias.astype(np.float32), c)
 
 
-def _unseen_logits(vectors: Matrix, labels: Labels, c: float, seed: int) -> tuple[Matrix, Labels]:
-    """Return logits by heads that did not see the text: float32 (some texts, labels), and those texts' labels.
+def _choose_c(vectors: Matrix, labels: Labels, seed: int) -> float:
+    """Return the C under which texts that the head did not see have the likeliest labels."""
+    losses = {}
+    for candidate in _GRID:
+        rows, logits = _unseen_logits(vectors, labels, candidate, seed)
+        if not len(rows):
+            return _FEW_EXAMPLES_C
+        likelihood = softmax(logits)[np.arange(len(rows)), labels[rows]]
+        losses[candidate] = -np.log(np.maximum(likelihood, 1e-12)).mean()
+    return min(losses, key=lambda candidate: losses[candidate])
 
-    An only example of its label is always seen, and so is not among them.
+
+def _unseen_logits(vectors: Matrix, labels: Labels, c: float, seed: int) -> tuple[Labels, Matrix]:
+    """Give texts logits by heads that did not see them, in cross-validation.
+
+    The only example of a label is never left out, so that every head knows every label.
+
+    Returns:
+        The texts' indexes, and float32 (those texts, labels); both empty if every label has one example only.
     """
-    from sklearn.model_selection import StratifiedKFold
+    folds = _stratify(labels, seed)
+    rows, parts = [], []
+    for fold in range(int(folds.max()) + 1):
+        unseen = np.flatnonzero(folds == fold)
+        seen = folds != fold
+        rows.append(unseen)
+        parts.append(fit_head(vectors[seen], labels[seen], seed, c=c).logits(vectors[unseen]))
+    if not rows:
+        return np.zeros(0, dtype=np.int64), np.zeros((0, int(labels.max()) + 1), dtype=np.float32)
+    return np.concatenate(rows), np.concatenate(parts)
 
-    counts = np.bincount(labels)
-    several = np.flatnonzero(counts[labels] > 1)
-    logits = np.zeros((len(several), len(counts)), dtype=np.float32)
-    if len(several):
-        splitter = StratifiedKFold(min(_FOLDS, int(counts[counts > 1].min())), shuffle=True, random_state=seed)
-        for _, chosen in splitter.split(several, labels[several]):
-            seen = np.delete(np.arange(len(labels)), several[chosen])
-            logits[chosen] = fit_head(vectors[seen], labels[seen], seed, c=c).logits(vectors[several[chosen]])
-    return logits, labels[several]
+
+def _stratify(labels: Labels, seed: int) -> Labels:
+    """Divide texts into folds, each label's as evenly as may be; -1 for the only example of a label."""
+    generator = np.random.default_rng(seed)
+    folds = np.full(len(labels), -1, dtype=np.int64)
+    start = 0
+    for label in range(int(labels.max()) + 1):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        if len(rows) > 1:
+            folds[rows] = (start + np.arange(len(rows))) % _FOLDS
+            start += len(rows)  # else the first folds would get the odd ones of every label
+    # Few texts may leave a fold empty: number those that there are.
+    used = np.unique(folds[folds >= 0])
+    folds[folds >= 0] = np.searchsorted(used, folds[folds >= 0])
+    return folds
 
 
 def measure(logits: Matrix, labels: Labels, temperature: float) -> dict[str, float]:
@@ -197,27 +249,42 @@ def measure(logits: Matrix, labels: Labels, temperature: float) -> dict[str, flo
 
 
 def _measure_split(vectors: Matrix, labels: Labels, seed: int) -> dict[str, float]:
-    """Measure a head on a stratified fifth of the texts that it does not see; nothing where they are too few."""
-    from sklearn.model_selection import train_test_split
+    """Measure a head on a fifth of each label's texts, which it does not see.
 
-    if np.bincount(labels).min() < 2 or len(labels) * _HELD_OUT < labels.max() + 1:
+    Labels of fewer than five texts are not measured; nothing is if all are such.
+    """
+    unseen = np.zeros(len(labels), dtype=bool)
+    generator = np.random.default_rng(seed)
+    for label in range(int(labels.max()) + 1):
+        rows = np.flatnonzero(labels == label)
+        unseen[generator.permutation(rows)[: int(len(rows) * _HELD_OUT)]] = True
+    if not unseen.any():
         return {}
-    seen, unseen = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, stratify=labels, random_state=seed)
-    head = fit_head(vectors[seen], labels[seen], seed)
-    temperature = fit_temperature(*_unseen_logits(vectors[seen], labels[seen], head.c, seed))
-    return measure(head.logits(vectors[unseen]), labels[unseen], temperature)
+    head = fit_head(vectors[~unseen], labels[~unseen], seed)
+    return measure(
+        head.logits(vectors[unseen]), labels[unseen], _temperature(vectors[~unseen], labels[~unseen], head, seed)
+    )
 
 
-def _compare(folder: Path, texts: list[str], head: Head, max_tokens: int, source: str, pad_token_id: int) -> Variant:
-    """Compare the exported classifier with PyTorch on some of the texts, and keep them as its reference."""
-    chosen = texts[:: max(1, len(texts) // PARITY_TEXTS)][:PARITY_TEXTS]
-    embeddings = torch_embeddings(source, chosen, max_tokens)
+def _temperature(vectors: Matrix, labels: Labels, head: Head, seed: int) -> float:
+    """Fit the temperature to logits of texts that their head did not see; 1 where there are none."""
+    rows, logits = _unseen_logits(vectors, labels, head.c, seed)
+    return fit_temperature(logits, labels[rows]) if len(rows) else 1.0
+
+
+def _compare(folder: Path, head: Head, max_tokens: int, source: str, pad_token_id: int) -> Variant:
+    """Compare the exported classifier with PyTorch, and keep some texts with their outputs as its reference.
+
+    None of the user's texts: what they trained on is not to travel in the bundle.
+    """
+    texts = sample_texts(PARITY_TEXTS)
+    embeddings = torch_embeddings(source, texts, max_tokens)
     logits = head.logits(embeddings)
     runner = Runner(folder / MODEL_PATH, folder / "tokenizer.json", max_tokens, pad_token_id)
-    parity = compare(logits, runner.run(chosen, "logits"), labels=True)
+    parity = compare(logits, runner.run(texts, "logits"), labels=True)
     require("the classifier", parity, logits)
     kept = slice(REFERENCE_TEXTS)
-    Reference(tuple(chosen[kept]), embeddings[kept], logits[kept]).write(folder)
+    Reference(tuple(texts[kept]), embeddings[kept], logits[kept]).write(folder)
     return Variant("fp32", MODEL_PATH, parity)
 
 
@@ -236,12 +303,14 @@ def _check_known(validation: LabelledTexts, labels: list[str]) -> None:
 
 def _write_config(folder: Path, config: dict[str, object], labels: list[str]) -> None:
     """Write config.json so that others load the bundle as a classifier."""
-    architecture = str(config.get("model_type", "")).title().replace("-", "") + "ForSequenceClassification"
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
+
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
     write_json(
         folder / "config.json",
         {
             **config,
-            "architectures": [architecture],
+            "architectures": [architecture] if architecture else config.get("architectures"),
             "id2label": {str(i): label for i, label in enumerate(labels)},
             "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": "single_label_classification",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 
 
@@ -25,6 +26,7 @@ def convert(folder: Path, target: Path) -> Path:
     ):
         from optimum.exporters.onnx import main_export
 
+        _check_weights(folder)
         main_export(
             str(folder),
             str(target),
@@ -36,3 +38,16 @@ def convert(folder: Path, target: Path) -> Path:
             local_files_only=True,
         )
     return target / "model.onnx"
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that lack some of the model's: transformers would make up random ones, and only warn."""
+    from transformers import AutoModel
+
+    _, info = AutoModel.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    # The pooler of BERT and its like plays no part in `last_hidden_state`, and is mostly missing.
+    missing = [key for key in info["missing_keys"] if "pooler" not in key.split(".")]
+    if missing:
+        raise ExportError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}; get them again")

@@ -55,6 +55,11 @@ def read_labelled(path: Path | str, *, text_column: str = "text", label_column: 
                 value = row[column]
                 if value is None or not str(value).strip():
                     raise ExportError(f"{path}, {where}: {column} is empty; fill it in or remove the row")
+                if type(value) not in (str, int):
+                    kind = type(value).__name__
+                    raise ExportError(
+                        f"{path}, {where}: {column} is of type {kind}; it must be a text, or a whole number"
+                    )
                 values.append(str(value))
             texts.append(values[0])
             labels.append(values[1])
@@ -80,7 +85,10 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
                     )
                 yield where, row
         except csv.Error as error:
-            raise ExportError(f"{path}, line {reader.line_num}: {error}; mend the quotes there") from error
+            raise ExportError(
+                f"{path}, line {reader.line_num}: it cannot be read, nor what follows it; "
+                f"mend the quotes there, and let no text have more than {csv.field_size_limit()} characters"
+            ) from error
 
 
 def _tsv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -94,7 +102,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ExportError(f"{path}, line {number}: it is not JSON; write one object a line") from error
             if not isinstance(row, dict):
                 raise ExportError(f"{path}, line {number}: it is not a JSON object; write one object a line")

@@ -25,6 +25,8 @@ MODEL_PATH = "onnx/model.onnx"
 #: Texts that an export is compared with PyTorch on; and how many of them go into the bundle for later checks.
 PARITY_TEXTS = 64
 REFERENCE_TEXTS = 16
+#: Where transformers notes what tokenizer.json said of truncation and padding; some readers obey it.
+_BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
 
@@ -96,12 +98,14 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
         graph = GraphEditor(convert(encoder.folder, Path(raw)))
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copyfile(Path(raw) / name, folder / name)
-    dimensions = int(encoder.config["hidden_size"])
+    dimensions = graph.hidden_size
     graph.pool(encoder.pooling, dimensions, normalize=encoder.normalize)
     # A text is cut on request and padded with its batch: by the server, not by what the file says.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer.json", {**tokenizer, "truncation": None, "padding": None})
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for key in _BAKED_IN:
+        tokenizer_config.pop(key, None)
     write_json(folder / "tokenizer_config.json", {**tokenizer_config, "model_max_length": encoder.max_tokens})
     return Converted(graph, dimensions, int(encoder.config.get("pad_token_id") or 0))
 

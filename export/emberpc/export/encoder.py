@@ -19,6 +19,7 @@ _POOLING_KEYS = {
     "pooling_mode_max_tokens": "max",
 }
 _SUPPORTED = ("mean", "cls", "max")
+_MODULES = ("Transformer", "Pooling", "Normalize")
 #: Of models that state no limit, tokenizers give an absurdly large one.
 _MOST_TOKENS = 100_000
 
@@ -64,8 +65,11 @@ def read_encoder(
             f"{folder} has no config.json, so it is no Hugging Face encoder; name the folder that has one"
         )
     weights = _weights_sha256(folder)
-    pooling, normalize = _modules(folder)
     sentence_transformers = _json(folder / "config_sentence_transformers.json")
+    kind = sentence_transformers.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise ExportError(f"{folder} is a {kind}, which gives no text one vector; choose a SentenceTransformer")
+    pooling, normalize = _modules(folder)
     return Encoder(
         folder=folder,
         name=name or found.name,
@@ -82,14 +86,17 @@ def read_encoder(
 
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if the file is missing."""
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} is not JSON; get the model again") from error
+    data = _parse(path) if path.exists() else {}
     if not isinstance(data, dict):
         raise ExportError(f"{path} holds no JSON object; get the model again")
+    return data
+
+
+def _parse(path: Path) -> object:
+    try:
+        data: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is not JSON; get the model again") from error
     return data
 
 
@@ -111,33 +118,35 @@ def _modules(folder: Path) -> tuple[str, bool]:
     path = folder / "modules.json"
     if not path.exists():
         return "mean", False
-    pooling, normalize = "mean", False
-    for module in json.loads(path.read_text(encoding="utf-8")):
-        kind = str(module["type"]).rpartition(".")[2]
-        if kind == "Pooling":
-            pooling = _pooling(folder / module["path"] / "config.json")
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer" or module["path"]:
+    modules = _parse(path)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ExportError(f"{path} is no list of modules; get the model again")
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    places = [str(module.get("path") or "") for module in modules]
+    for i, (kind, place) in enumerate(zip(kinds, places, strict=True)):
+        # In this order only; and the transformer's files are looked for in the folder itself.
+        if kind not in _MODULES[i : i + 1] or (kind == "Transformer" and place):
             raise ExportError(
-                f"{path}: the module {kind} in {module['path'] or 'the folder itself'!r} cannot be exported yet; "
-                "supported are Transformer, Pooling and Normalize"
+                f"{path}: the module {kind} in {place or 'the folder itself'!r} cannot be exported yet; "
+                f"supported are {', '.join(_MODULES)}, in this order"
             )
-    return pooling, normalize
+    if len(kinds) < 2:
+        raise ExportError(f"{path} has no Pooling, so its model gives no text one vector; choose one that has it")
+    return _pooling(folder / places[1] / "config.json"), len(kinds) > 2
 
 
 def _pooling(path: Path) -> str:
     """Read how token vectors become a text's, in the older form of the file or the newer."""
     config = _json(path)
-    modes = [mode for key, mode in _POOLING_KEYS.items() if config.get(key)]
-    modes += [
-        key for key, value in config.items() if value and key.startswith("pooling_mode_") and key not in _POOLING_KEYS
-    ]
-    stated = config.get("pooling_mode", [])
-    modes += [stated] if isinstance(stated, str) else stated
+    older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
+    stated = config.get("pooling_mode", older or "mean")  # the newer key goes before the older ones
+    modes = [stated] if isinstance(stated, str) else [str(mode) for mode in stated]
     if len(modes) != 1 or modes[0] not in _SUPPORTED:
-        raise ExportError(f"{path}: the pooling {' + '.join(modes)} cannot be exported yet; supported are {_SUPPORTED}")
-    return str(modes[0])
+        supported = ", ".join(_SUPPORTED)
+        raise ExportError(f"{path}: the pooling {' + '.join(modes)} cannot be exported yet; supported are {supported}")
+    if not config.get("include_prompt", True):
+        raise ExportError(f"{path}: a pooling that leaves the prompt out cannot be exported yet; choose another model")
+    return modes[0]
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
@@ -162,5 +171,8 @@ def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int
 
 
 def _prompts(config: dict[str, Any]) -> Prompts:
+    """Return the prompts by the names in use for queries and for passages, else the one that is the default for all."""
     prompts = config.get("prompts") or {}
-    return Prompts(query=prompts.get("query") or "", passage=prompts.get("passage") or prompts.get("document") or "")
+    default = prompts.get(config.get("default_prompt_name")) or ""
+    passage = prompts.get("passage") or prompts.get("document") or default
+    return Prompts(query=prompts.get("query") or default, passage=passage)

@@ -12,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 #: What sentence-transformers and torch divide by where a mask or a vector is empty.
 _MIN_TOKENS = 1e-9
 _MIN_NORM = 1e-12
+#: An ONNX file is one protobuf message, of 2 GiB at most; some room is left for what is not weights.
+_MOST_BYTES = 2**31 - 2**24
 
 
 class GraphEditor:
@@ -25,6 +27,12 @@ class GraphEditor:
         self.model = onnx.load(str(path))
         self._constant("axis_1", np.array([1], dtype=np.int64))
         self._constant("axis_last", np.array([-1], dtype=np.int64))
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of a token's vector; not every config.json calls it by the same name."""
+        output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
+        return int(output.type.tensor_type.shape.dim[2].dim_value)
 
     def pool(self, pooling: str, dimensions: int, *, normalize: bool) -> None:
         """Add the output `sentence_embedding`, fp32 (texts, dimensions), as sentence-transformers computes it.
@@ -57,10 +65,17 @@ class GraphEditor:
         self.model.graph.output.extend([outputs["logits"], outputs["sentence_embedding"]])
 
     def save(self, path: Path) -> None:
-        """Check the graph and write it."""
-        onnx.checker.check_model(self.model)
+        """Write the graph and check it; weights that do not fit into the file go to `<name>_data` beside it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(self.model, str(path))
+        data = path.with_name(f"{path.name}_data")
+        if self.model.ByteSize() <= _MOST_BYTES:
+            onnx.save(self.model, str(path))
+        else:
+            data.unlink(missing_ok=True)  # it would be appended to
+            copy = onnx.ModelProto()  # which loses its weights to that file
+            copy.CopyFrom(self.model)
+            onnx.save(copy, str(path), save_as_external_data=True, location=data.name)
+        onnx.checker.check_model(str(path))
 
     def _mean(self) -> str:
         mask = self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)

@@ -12,7 +12,7 @@ from emberpc.export.runner import Matrix
 
 #: What fp32 must keep to: both sides compute the same in another order.
 MIN_COSINE = 0.9999
-MAX_ABS_DIFF = 1e-3
+MAX_ABS_DIFF = 1e-4
 
 
 def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
@@ -46,6 +46,8 @@ def faults(parity: Parity, scale: float = 1.0) -> list[str]:
         found.append(f"a cosine of {parity.cosine_min:.6f}, it must be at least {MIN_COSINE}")
     if not parity.max_abs_diff <= MAX_ABS_DIFF * scale:
         found.append(f"a difference of {parity.max_abs_diff:.2g}, it must be at most {MAX_ABS_DIFF * scale:.2g}")
+    if not parity.label_agreement >= 1:
+        found.append(f"the same label for {parity.label_agreement:.1%} of the texts, it must be for all")
     return found
 
 

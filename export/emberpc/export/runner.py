@@ -10,10 +10,12 @@ import numpy.typing as npt
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
 #: Small batches of like length are the fastest on a CPU.
 _BATCH = 16
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 Matrix = npt.NDArray[np.float32]
 
@@ -26,17 +28,28 @@ class Runner:
         tokenizer: its `tokenizer.json`.
         max_tokens: longer texts are cut.
         pad_token_id: what fills up the shorter texts of a batch.
+
+    Raises:
+        ExportError: a file does not load, or the graph wants inputs that a text does not give.
     """
 
     def __init__(self, model: Path, tokenizer: Path, max_tokens: int, pad_token_id: int) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        self._tokenizer.enable_truncation(max_tokens)
-        self._tokenizer.enable_padding(pad_id=pad_token_id)
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._tokenizer = Tokenizer.from_file(str(tokenizer))
+            self._tokenizer.enable_truncation(max_tokens)
+            self._tokenizer.enable_padding(pad_id=pad_token_id)
+        except Exception as error:  # neither ONNX Runtime nor tokenizers has a base class for what it raises
+            raise ExportError(
+                f"{model} cannot be loaded with {tokenizer.name} and {max_tokens} tokens ({type(error).__name__}); "
+                "export the model again"
+            ) from error
         self._inputs = [node.name for node in self._session.get_inputs()]
+        if not {"input_ids", "attention_mask"} <= set(self._inputs) <= _INPUTS:
+            raise ExportError(f"{model} has the inputs {', '.join(self._inputs)}; it must have a text encoder's")
         #: The graph's outputs, in order.
         self.outputs = [node.name for node in self._session.get_outputs()]
 
@@ -53,6 +66,9 @@ class Runner:
 
         Returns:
             float32, shape (texts, width).
+
+        Raises:
+            ExportError: the model loads, but does not run.
         """
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows: list[Matrix | None] = [None] * len(texts)
@@ -68,5 +84,10 @@ class Runner:
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        result = self._session.run([output], {name: feeds[name] for name in self._inputs})
+        try:
+            result = self._session.run([output], {name: feeds[name] for name in self._inputs})
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise ExportError(
+                f"the ONNX model does not run on {ids.shape[0]} texts of {ids.shape[1]} tokens; export it again"
+            ) from error
         return np.asarray(result[0], dtype=np.float32)

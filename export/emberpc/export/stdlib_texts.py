@@ -39,6 +39,7 @@ _IN_C = (
     "functools",
     "collections",
     "time",
+    "datetime",
     "zlib",
     "operator",
     "array",

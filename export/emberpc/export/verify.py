@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
+
+from tokenizers import Tokenizer
 
 from emberpc.bundle import Bundle, BundleError, Reference, Task, Variant, read_bundle
+from emberpc.export.errors import ExportError
 from emberpc.export.parity import compare, faults
 from emberpc.export.runner import Runner
+
+T = TypeVar("T")
+
+#: The outputs of a graph, in order.
+_OUTPUTS = {
+    Task.EMBEDDING: ["last_hidden_state", "sentence_embedding"],
+    Task.CLASSIFICATION: ["logits", "sentence_embedding"],
+}
 
 
 @dataclass(frozen=True)
@@ -43,47 +56,101 @@ def verify_bundle(folder: Path | str) -> VerifyReport:
 
     Returns:
         The report; its checks end at the first one that leaves nothing more to check.
+        A bad bundle makes a report that is not `ok`, never an exception.
     """
     report = VerifyReport(Path(folder))
-    try:
-        bundle = read_bundle(folder)
-        reference = bundle.reference()
-    except BundleError as error:
-        report.checks.append(Check("files", ok=False, detail=str(error)))
-        return report
-    count = len(bundle.manifest.files)
-    report.checks.append(Check("files", ok=True, detail=f"{count} files with the hashes of the manifest"))
-    for variant in bundle.manifest.variants:
-        report.checks.extend(_check_variant(bundle, variant, reference, report))
+    bundle = _attempt(report, "files", lambda: _read(report.folder))
+    if bundle is not None:
+        tokenizer = _attempt(report, "tokenizer", lambda: _tokenizer(bundle))
+        reference = _attempt(report, "reference", lambda: _reference(bundle))
+        if tokenizer is not None and reference is not None:
+            for variant in bundle.manifest.variants:
+                _check_variant(bundle, variant, reference, report)
     return report
 
 
-def _check_variant(bundle: Bundle, variant: Variant, reference: Reference, report: VerifyReport) -> Iterator[Check]:
-    """Load a variant and run the reference texts, each alone and all together."""
-    manifest = bundle.manifest
-    start = perf_counter()
+def _attempt(report: VerifyReport, name: str, look: Callable[[], tuple[T, str]]) -> T | None:
+    """Make one check.
+
+    Args:
+        report: where its result goes.
+        name: its name.
+        look: returns what later checks need and what was found, or raises BundleError or ExportError.
+
+    Returns:
+        What `look` returned, or None if it raised.
+    """
     try:
-        runner = Runner(bundle.model_path(variant), bundle.tokenizer_path, manifest.max_tokens, manifest.pad_token_id)
-    except Exception as error:  # neither ONNX Runtime nor tokenizers has a base class for what it raises
-        yield Check(f"{variant.name} loads", ok=False, detail=f"{type(error).__name__}; export the model again")
+        value, detail = look()
+    except (BundleError, ExportError) as error:
+        report.checks.append(Check(name, ok=False, detail=str(error)))
+        return None
+    report.checks.append(Check(name, ok=True, detail=detail))
+    return value
+
+
+def _read(folder: Path) -> tuple[Bundle, str]:
+    bundle = read_bundle(folder)
+    return bundle, f"{len(bundle.manifest.files)} files with the hashes of the manifest"
+
+
+def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, str]:
+    try:
+        tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot parse
+        raise ExportError(f"{bundle.tokenizer_path} is no tokenizer; export the model again") from error
+    if tokenizer.truncation or tokenizer.padding:
+        raise ExportError(f"{bundle.tokenizer_path} truncates or pads by itself; export the model again")
+    special, most = tokenizer.num_special_tokens_to_add(is_pair=False), bundle.manifest.max_tokens
+    if most <= special:
+        raise ExportError(f"max_tokens is {most}, and {special} special tokens are added; export the model again")
+    return tokenizer, f"{tokenizer.get_vocab_size()} tokens, no truncation or padding of its own"
+
+
+def _reference(bundle: Bundle) -> tuple[Reference, str]:
+    reference, manifest = bundle.reference(), bundle.manifest
+    matrices = [reference.embeddings] if reference.logits is None else [reference.embeddings, reference.logits]
+    widths = [matrix.shape[1] for matrix in matrices]
+    expected = [manifest.dimensions, *([len(manifest.labels)] if manifest.task is Task.CLASSIFICATION else [])]
+    if widths != expected:
+        raise ExportError(f"the reference has outputs of {widths} values, not {expected}; export the model again")
+    return reference, f"{len(reference.texts)} texts"
+
+
+def _check_variant(bundle: Bundle, variant: Variant, reference: Reference, report: VerifyReport) -> None:
+    """Load a variant and run the reference texts, each alone and all together."""
+    start = perf_counter()
+    runner = _attempt(report, f"{variant.name} loads", lambda: _load(bundle, variant))
+    if runner is None:
         return
     report.figures[f"{variant.name}.load_seconds"] = perf_counter() - start
-    output, expected = "sentence_embedding", reference.embeddings
-    if manifest.task is Task.CLASSIFICATION and reference.logits is not None:
-        output, expected = "logits", reference.logits
-    if output not in runner.outputs:
-        yield Check(f"{variant.name} loads", ok=False, detail=f"it has no output {output!r}, only {runner.outputs}")
-        return
-    yield Check(f"{variant.name} loads", ok=True, detail=f"outputs {', '.join(runner.outputs)}")
-    scale = max(1.0, float(abs(expected).max()))
+    report.figures[f"{variant.name}.size_bytes"] = bundle.manifest.files[variant.path].size
     for how, batch_size in (("one by one", 1), ("in one batch", len(reference.texts))):
         start = perf_counter()
-        got = runner.run(reference.texts, output, batch_size=batch_size)
+        _attempt(report, f"{variant.name} {how}", partial(_run, runner, reference, batch_size))
         report.figures[f"{variant.name}.texts_per_second"] = len(reference.texts) / (perf_counter() - start)
-        if got.shape != expected.shape:
-            yield Check(f"{variant.name} {how}", ok=False, detail=f"outputs of shape {got.shape}, not {expected.shape}")
+
+
+def _load(bundle: Bundle, variant: Variant) -> tuple[Runner, str]:
+    manifest = bundle.manifest
+    runner = Runner(bundle.model_path(variant), bundle.tokenizer_path, manifest.max_tokens, manifest.pad_token_id)
+    expected = _OUTPUTS[manifest.task]
+    if runner.outputs != expected:
+        raise ExportError(f"its outputs are {', '.join(runner.outputs)}, not {', '.join(expected)}; export it again")
+    return runner, f"outputs {', '.join(runner.outputs)}"
+
+
+def _run(runner: Runner, reference: Reference, batch_size: int) -> tuple[None, str]:
+    """Run the reference texts, and compare every output that was kept."""
+    words = []
+    for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):
+        if expected is None:
             continue
+        got = runner.run(reference.texts, output, batch_size=batch_size)
+        if got.shape != expected.shape:
+            raise ExportError(f"{output} has the shape {got.shape}, not {expected.shape}; export the model again")
         parity = compare(expected, got, labels=output == "logits")
-        found = faults(parity, scale)
-        detail = "; ".join(found) or f"cosine at least {parity.cosine_min:.6f} on {parity.texts} texts"
-        yield Check(f"{variant.name} {how}", ok=not found, detail=detail)
+        if found := faults(parity, scale=max(1.0, float(abs(expected).max()))):
+            raise ExportError(f"{output}: {'; '.join(found)}; export the model again")
+        words.append(f"{output} with a cosine of at least {parity.cosine_min:.6f}")
+    return None, f"{', '.join(words)} on {len(reference.texts)} texts"

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import fcntl
-import json
 import logging
+import re
 import shutil
 import sqlite3
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO
 
 from emberpc.server.errors import Code, ServiceError, not_found
-from emberpc.server.index.collection import BUFFER_LIMIT, Collection
-from emberpc.server.index.types import CollectionSpec, Distance
+from emberpc.server.index.collection import BUFFER_LIMIT, SNAPSHOT_EVERY, Collection
+from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.files import synchronise
+from emberpc.server.index.maintenance import Maintainer
+from emberpc.server.index.types import CollectionSpec, check_page_size
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS collections (
+_CATALOGUE = "catalogue.db"
+_COLLECTIONS = "collections"
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+_WHAT = "the catalogue"
+_SCHEMA = f"""
+BEGIN;
+CREATE TABLE collections (
     name TEXT PRIMARY KEY,
     folder TEXT NOT NULL UNIQUE,
     spec TEXT NOT NULL,
     created REAL NOT NULL
 );
+PRAGMA user_version = {_FORMAT};
+COMMIT;
 """
 
 
@@ -40,35 +51,47 @@ class Index:
     while the files of a deleted collection are still going. The catalogue is the
     truth: a folder that it does not name was never finished, or is deleted.
 
+    Every method may raise `ServiceError`: UNAVAILABLE once the index is closed,
+    INTERNAL if a database fails.
+
     Args:
         data_dir: the directory; made if it is not there.
         buffer_limit: vectors of a collection that may wait for its graph.
+        snapshot_every: vectors that a graph takes in between snapshots.
 
     Raises:
         ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
     """
 
-    def __init__(self, data_dir: Path, *, buffer_limit: int = BUFFER_LIMIT) -> None:
+    def __init__(
+        self, data_dir: Path, *, buffer_limit: int = BUFFER_LIMIT, snapshot_every: int = SNAPSHOT_EVERY
+    ) -> None:
         self._data_dir = Path(data_dir)
+        self._folder = self._data_dir / _COLLECTIONS
         self._buffer_limit = buffer_limit
+        self._snapshot_every = snapshot_every
         self._lock = threading.RLock()
+        self._closed = False
         self._open: dict[str, Collection] = {}
-        self._lock_file = _lock(self._data_dir)
-        self._database = self._connect()
-        self._remove_orphans()
-        self._work: SimpleQueue[Collection | None] = SimpleQueue()
-        self._queued: set[Collection] = set()
-        self._thread: threading.Thread | None = None
+        self._maintainer = Maintainer()
+        with ExitStack() as stack:
+            stack.enter_context(_lock(self._data_dir))
+            self._database = _open_catalogue(self._data_dir)
+            stack.callback(self._database.close)
+            self._remove_orphans()
+            #: Gives up everything again, the directory last.
+            self._resources = stack.pop_all()
 
     def create(self, spec: CollectionSpec) -> Collection:
         """Create a collection.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the spec is wrong, ALREADY_EXISTS if there is one of its name.
+            ServiceError: INVALID_ARGUMENT if the spec is wrong, ALREADY_EXISTS if there is one of its name,
+                RESOURCE_EXHAUSTED if the disk is full.
         """
         spec.check()
-        folder, created = uuid.uuid4().hex, datetime.now(timezone.utc)
-        with self._lock:
+        created = datetime.now(timezone.utc)
+        with self._use():
             if self._row(spec.name):
                 raise ServiceError(
                     Code.ALREADY_EXISTS,
@@ -76,141 +99,174 @@ class Index:
                     reason="COLLECTION_EXISTS",
                     metadata={"collection": spec.name},
                 )
-            (self._data_dir / folder).mkdir()
-            collection = Collection(spec, self._data_dir / folder, created, self._wake, self._buffer_limit)
-            self._database.execute(
-                "INSERT INTO collections VALUES (?, ?, ?, ?)",
-                (spec.name, folder, json.dumps(dataclasses.asdict(spec)), created.timestamp()),
-            )
+            folder = self._folder / uuid.uuid4().hex
+            try:
+                folder.mkdir(parents=True)
+                collection = self._collection(spec, folder, created, create=True)
+                with ExitStack() as undo:
+                    undo.callback(collection.drop)
+                    # The folder must be as lasting as the row that names it.
+                    for path in (folder, self._folder, self._data_dir):
+                        synchronise(path)
+                    with translated(_WHAT), transaction(self._database):
+                        self._database.execute(
+                            "INSERT INTO collections VALUES (?, ?, ?, ?)",
+                            (spec.name, folder.name, spec.to_json(), created.timestamp()),
+                        )
+                    undo.pop_all()
+            except OSError as error:
+                log.exception("no folder for collection %s", spec.name)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    message = "the disk is full; no collection was made, make room and try again"
+                    raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
+                message = "the data directory cannot be written to; see to its permissions"
+                raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
             self._open[spec.name] = collection
         return collection
 
     def get(self, name: str) -> Collection:
-        """Return a collection.
+        """Return a collection; the first call for it reads its graph.
 
         Raises:
             ServiceError: NOT_FOUND if there is none of that name.
         """
-        with self._lock:
+        with self._use():
             if name not in self._open:
-                row = self._row(name)
-                if row is None:
-                    raise not_found("collection", name, "see ListCollections, or create it")
-                folder, text, created = row
-                spec = json.loads(text)
-                spec["distance"] = Distance(spec["distance"])
-                spec["indexed_fields"] = tuple(spec["indexed_fields"])
-                self._open[name] = Collection(
-                    CollectionSpec(**spec),
-                    self._data_dir / folder,
+                folder, spec, created = self._existing_row(name)
+                self._open[name] = self._collection(
+                    CollectionSpec.from_json(spec),
+                    self._folder / folder,
                     datetime.fromtimestamp(created, timezone.utc),
-                    self._wake,
-                    self._buffer_limit,
                 )
             return self._open[name]
 
     def page(self, page_size: int, page_token: str) -> tuple[list[Collection], str]:
         """Return a page of collections by name, and the token of the next page, empty after the last."""
+        check_page_size(page_size)
         after = decode_token(page_token)
-        with self._lock:
-            rows = self._database.execute(
-                "SELECT name FROM collections WHERE name > ? ORDER BY name LIMIT ?", (after, page_size + 1)
-            ).fetchall()
+        with self._use():
+            with translated(_WHAT):
+                rows = self._database.execute(
+                    "SELECT name FROM collections WHERE name > ? ORDER BY name LIMIT ?", (after, page_size + 1)
+                ).fetchall()
             names = [row[0] for row in rows]
             token = encode_token(names[page_size - 1]) if len(names) > page_size else ""
             return [self.get(name) for name in names[:page_size]], token
 
     def delete(self, name: str) -> None:
-        """Delete a collection; searches under way finish first.
+        """Delete a collection; calls under way finish first.
 
         Raises:
             ServiceError: NOT_FOUND if there is none of that name.
         """
-        with self._lock:
-            collection = self.get(name)
-            self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
-            del self._open[name]
-        collection.drop()
+        with self._use():
+            folder = self._folder / self._existing_row(name)[0]
+            with translated(_WHAT), transaction(self._database):
+                self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
+            collection = self._open.pop(name, None)
+        if collection:
+            collection.drop()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Save snapshots, close every collection, and give up the directory."""
+        """Let calls under way finish, save snapshots, close every collection, and give up the directory."""
         with self._lock:
-            collections = list(self._open.values())
-        for collection in collections:
-            collection.close()
-        self._work.put(None)
-        if self._thread:
-            self._thread.join()
-        with self._lock:
-            self._database.close()
-            self._lock_file.close()
+            if self._closed:
+                return
+            self._closed = True
+        with self._resources as stack:
+            stack.callback(self._maintainer.close)
+            for collection in self._open.values():
+                stack.callback(collection.close)
 
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._data_dir / "catalogue.db", isolation_level=None, check_same_thread=False)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version > _FORMAT:
-                raise _unusable(self._data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
-            database.executescript(_SCHEMA)
-            database.execute(f"PRAGMA user_version = {_FORMAT}")
-        except (sqlite3.Error, ServiceError) as error:
-            database.close()
-            self._lock_file.close()
-            if isinstance(error, ServiceError):
-                raise
-            raise _unusable(self._data_dir, "has a damaged catalogue.db; restore it from a copy") from error
-        return database
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """Hold the lock for a call; UNAVAILABLE if the index is closed."""
+        with self._lock:
+            if self._closed:
+                raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
+            yield
+
+    def _collection(self, spec: CollectionSpec, folder: Path, created: datetime, *, create: bool = False) -> Collection:
+        return Collection(
+            spec,
+            folder,
+            created,
+            self._maintainer.wake,
+            buffer_limit=self._buffer_limit,
+            snapshot_every=self._snapshot_every,
+            create=create,
+        )
 
     def _row(self, name: str) -> tuple[str, str, float] | None:
-        row: tuple[str, str, float] | None = self._database.execute(
-            "SELECT folder, spec, created FROM collections WHERE name = ?", (name,)
-        ).fetchone()
+        with translated(_WHAT):
+            row: tuple[str, str, float] | None = self._database.execute(
+                "SELECT folder, spec, created FROM collections WHERE name = ?", (name,)
+            ).fetchone()
+        return row
+
+    def _existing_row(self, name: str) -> tuple[str, str, float]:
+        row = self._row(name)
+        if row is None:
+            raise not_found("collection", name, "see ListCollections, or create it")
         return row
 
     def _remove_orphans(self) -> None:
+        """Remove what a crash left of collections that were being made or deleted; nothing that is not ours."""
         known = {row[0] for row in self._database.execute("SELECT folder FROM collections")}
-        for path in self._data_dir.iterdir():
-            if path.is_dir() and path.name not in known:
+        for path in _collection_folders(self._data_dir):
+            if path.name not in known:
+                log.info("removing %s: no collection has it", path)
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _wake(self, collection: Collection) -> None:
-        """Have a collection maintained; the thread for it starts when it is first needed."""
-        with self._lock:
-            if collection in self._queued:
-                return
-            self._queued.add(collection)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._maintain, name="index-maintenance", daemon=True)
-                self._thread.start()
-        self._work.put(collection)
 
-    def _maintain(self) -> None:
-        while (collection := self._work.get()) is not None:
-            with self._lock:
-                self._queued.discard(collection)
-            try:
-                collection.maintain()
-            except ServiceError as error:
-                log.warning("collection %s: not maintained: %s", collection.spec.name, error.message)
-            except Exception:  # one bad collection must not keep the others from being maintained
-                log.exception("collection %s: not maintained", collection.spec.name)
+def _collection_folders(data_dir: Path) -> list[Path]:
+    folder = data_dir / _COLLECTIONS
+    return [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def _lock(data_dir: Path) -> IO[bytes]:
     """Take the directory for this process alone; closing the file, or dying, gives it up."""
+    if data_dir.exists() and not data_dir.is_dir():
+        raise _unusable(data_dir, "is not a directory; choose another --data-dir")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / "lock").open("wb")
     except OSError as error:
-        raise _unusable(data_dir, f"cannot be used ({error.strerror}); choose another --data-dir") from error
+        raise _unusable(data_dir, f"cannot be written to ({error.strerror}); choose another --data-dir") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise _unusable(data_dir, "is in use by another server; stop it, or choose another --data-dir") from error
     return file
+
+
+def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
+    path = data_dir / _CATALOGUE
+    with ExitStack() as stack:
+        try:
+            database = connect(path, create=True)
+            stack.callback(database.close)
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version > _FORMAT:
+                raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
+            if version == 0:
+                # Without this, a lost catalogue would make orphans of all collections.
+                if _collection_folders(data_dir):
+                    raise _unusable(data_dir, f"has collections but no {_CATALOGUE}; restore it from a copy")
+                database.executescript(_SCHEMA)
+        except sqlite3.OperationalError as error:
+            log.exception("%s cannot be opened", path)
+            raise _unusable(
+                data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            log.exception("%s cannot be read", path)
+            raise _unusable(data_dir, f"has a damaged {_CATALOGUE}; restore it from a copy") from error
+        stack.pop_all()
+    return database
 
 
 def _unusable(data_dir: Path, why: str) -> ServiceError:

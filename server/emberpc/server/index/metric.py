@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from emberpc.server.errors import FieldPath, Violation, invalid_fields
-from emberpc.server.index.types import Distance, Matrix
+from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
+from emberpc.server.index.types import Distance, Labels, Matrix
 
 #: hnswlib's name of the space. Vectors are normalised here, so cosine is an inner product too.
 SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
+#: Longest vector: the square of a distance between two of them, scaled, is still a float32.
+_MAX_LENGTH = 1e14
+#: hnswlib works with 1 - product in float32, which swallows small products. Under DOT_PRODUCT both sides are scaled by
+#: this power of two, which changes no digit, so that vectors much shorter than 1 can be told apart.
+_DOT_SCALE = np.float32(2**14)
+#: Scores computed at a time, so that a long buffer and many queries do not fill the memory (16 MB).
+_BLOCK = 4 * 2**20
 
 
 def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
@@ -22,17 +30,18 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
         distance: under COSINE, a vector needs a direction.
         path: what the request calls vector i.
     """
+    if matrix.dtype != np.float32:
+        raise invalid(path(0), f"is of type {matrix.dtype}; it must be float32")
     if matrix.ndim != 2 or matrix.shape[1] != dimensions:
         width = matrix.shape[1] if matrix.ndim == 2 else 0
-        raise invalid_fields([Violation(path(0), f"has {width} dimensions, the collection has {dimensions}")])
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->i", matrix, matrix)
+        raise invalid(path(0), f"has {width} dimensions, the collection has {dimensions}")
+    lengths = _lengths(matrix)
     violations = []
-    for i in np.flatnonzero(~np.isfinite(squares) | (squares == 0)):
-        if not np.isfinite(matrix[i]).all():
+    for i in np.flatnonzero(~np.isfinite(lengths) | (lengths == 0) | (lengths > _MAX_LENGTH)):
+        if not np.isfinite(lengths[i]):
             violations.append(Violation(path(int(i)), "holds NaN or infinity; every value must be a finite number"))
-        elif not np.isfinite(squares[i]):
-            violations.append(Violation(path(int(i)), "is too large: its length is beyond float32; scale it down"))
+        elif lengths[i]:
+            violations.append(Violation(path(int(i)), f"is longer than {_MAX_LENGTH:g}; scale the vectors down"))
         elif distance is Distance.COSINE:
             violations.append(Violation(path(int(i)), "has length zero, so no direction; cosine cannot compare it"))
     if violations:
@@ -42,19 +51,70 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
 def prepare(matrix: Matrix, distance: Distance) -> Matrix:
     """Return vectors as graph and buffer hold them: of length 1 under COSINE; float32, contiguous."""
     if distance is Distance.COSINE:
-        matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+        matrix = (matrix / _lengths(matrix)[:, None]).astype(np.float32)
+    elif distance is Distance.DOT_PRODUCT:
+        matrix = matrix * _DOT_SCALE
     return np.ascontiguousarray(matrix, dtype=np.float32)
 
 
-def scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
-    """Score prepared vectors against prepared queries: float32 (queries, vectors); greater is nearer."""
-    products = queries @ vectors.T
-    if distance is not Distance.EUCLIDEAN:
-        return products
-    squares = np.einsum("ij,ij->i", queries, queries)[:, None] + np.einsum("ij,ij->i", vectors, vectors)[None, :]
-    return np.asarray(-np.sqrt(np.maximum(squares - 2 * products, 0)), dtype=np.float32)
+def nearest(
+    queries: Matrix, vectors: Matrix, k: int, distance: Distance, among: npt.NDArray[np.bool_] | None = None
+) -> tuple[Labels, Matrix]:
+    """Compare prepared queries with every one of some prepared vectors.
+
+    Args:
+        queries: float32 (queries, dimensions).
+        vectors: float32 (vectors, dimensions).
+        k: most vectors to return for each query.
+        distance: how they compare.
+        among: bool (vectors,), which of the vectors count; None: all.
+
+    Returns:
+        Rows of `vectors`, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+    """
+    k = min(k, len(vectors) if among is None else int(among.sum()))
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    best = np.empty((len(queries), k), dtype=np.float32)
+    step = max(1, _BLOCK // max(1, len(vectors)))
+    for start in range(0, len(queries) if k else 0, step):
+        part = slice(start, start + step)
+        found = _scores(queries[part], vectors, distance)
+        if among is not None:
+            found[:, ~among] = -np.inf
+        chosen = np.argpartition(-found, k - 1, axis=1)[:, :k]
+        chosen_scores = np.take_along_axis(found, chosen, axis=1)
+        order = np.argsort(-chosen_scores, axis=1, kind="stable")
+        rows[part] = np.take_along_axis(chosen, order, axis=1)
+        best[part] = np.take_along_axis(chosen_scores, order, axis=1)
+    return rows, best
 
 
 def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
     """Turn what hnswlib gives into scores; greater is nearer."""
-    return -np.sqrt(np.maximum(distances, 0)) if distance is Distance.EUCLIDEAN else 1 - distances
+    if distance is Distance.EUCLIDEAN:
+        return -np.sqrt(np.maximum(distances, 0))
+    return _unscaled(1 - distances, distance)
+
+
+def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
+    """Score prepared vectors against prepared queries: float32 (queries, vectors); greater is nearer."""
+    if distance is not Distance.EUCLIDEAN:
+        return _unscaled(queries @ vectors.T, distance)
+    # Not by |a|² + |b|² - 2ab: that loses the distances that are small against the lengths.
+    found = np.empty((len(queries), len(vectors)), dtype=np.float32)
+    step = max(1, _BLOCK // max(1, queries.shape[1]))
+    for row, query in enumerate(queries):
+        for start in range(0, len(vectors), step):
+            difference = vectors[start : start + step] - query
+            found[row, start : start + step] = -np.sqrt(np.einsum("ij,ij->i", difference, difference))
+    return found
+
+
+def _unscaled(products: Matrix, distance: Distance) -> Matrix:
+    return products / _DOT_SCALE**2 if distance is Distance.DOT_PRODUCT else products
+
+
+def _lengths(matrix: Matrix) -> npt.NDArray[np.float64]:
+    """Return the vectors' lengths; in float64, where the square of a float32 neither overflows nor vanishes."""
+    lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
+    return lengths

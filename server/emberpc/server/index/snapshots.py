@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 
-from emberpc.server.index.graph import Graph
+from emberpc.server.index.files import sha256_of, synchronise
+from emberpc.server.index.graph import Graph, GraphError
 from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
 
+_FORMAT = 1
 _KEPT = 2
 
 
@@ -30,43 +31,66 @@ def save(graph: Graph, spec: CollectionSpec, folder: Path) -> None:
         OSError: it cannot be written; those that were there still are.
     """
     number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
-    path, sidecar = folder / f"graph-{number:08}.bin", folder / f"graph-{number:08}.json"
-    dead = graph.save(path)
-    _sync(path)
-    facts = {**_facts(spec), "size": path.stat().st_size, "sha256": _sha256(path), "dead": dead.tolist()}
-    temporary = sidecar.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts), encoding="utf-8")
-    _sync(temporary)
-    temporary.rename(sidecar)
-    _sync(folder)
-    _clean(folder)
+    path = folder / f"graph-{number:08}.bin"
+    try:
+        dead = graph.save(path)
+        synchronise(path)
+        facts = {
+            **_facts(spec),
+            "size": path.stat().st_size,
+            "sha256": sha256_of(path),
+            "count": graph.live,
+            "dead": dead.tolist(),
+        }
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"facts": facts, "facts_sha256": _digest(facts)}), encoding="utf-8")
+        synchronise(temporary)
+        temporary.rename(path.with_suffix(".json"))
+        synchronise(folder)
+    finally:
+        _clean(folder)
 
 
 def load(spec: CollectionSpec, folder: Path) -> Graph | None:
     """Return the newest snapshot that is whole and fits the collection, or None."""
     for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
-        path = sidecar.with_suffix(".bin")
         try:
-            facts = json.loads(sidecar.read_text(encoding="utf-8"))
-            expected = {**_facts(spec), "size": path.stat().st_size, "sha256": _sha256(path)}
-            if {key: facts[key] for key in expected} == expected:
-                return Graph.load(spec, path, np.array(facts["dead"], dtype=np.int64))
-            why = "it is not what was written, or of another kind of collection"
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            why = type(error).__name__
-        log.warning("collection %s: snapshot %s is left aside: %s", spec.name, sidecar.name, why)
+            return _load(spec, sidecar)
+        except (OSError, ValueError, KeyError, TypeError, GraphError) as error:
+            log.warning("collection %s: %s is left aside: %s", spec.name, sidecar.name, error or type(error).__name__)
     return None
+
+
+def _load(spec: CollectionSpec, sidecar: Path) -> Graph:
+    """Read one snapshot; any of several errors if anything about it is wrong."""
+    path = sidecar.with_suffix(".bin")
+    document = json.loads(sidecar.read_text(encoding="utf-8"))
+    facts = document["facts"]
+    if document["facts_sha256"] != _digest(facts):
+        raise ValueError("its facts are not what was written")
+    if {key: facts[key] for key in _facts(spec)} != _facts(spec):
+        raise ValueError("it is of another kind of collection")
+    if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
+        raise ValueError("its graph is not what was written")
+    graph = Graph.load(spec, path, np.array(facts["dead"], dtype=np.int64))
+    if graph.live != facts["count"]:
+        raise ValueError(f"it holds {graph.live} vectors, not {facts['count']}")
+    return graph
 
 
 def _facts(spec: CollectionSpec) -> dict[str, object]:
     """What must be the same for a graph to be this collection's."""
     return {
-        "format": 1,
+        "format": _FORMAT,
         "dimensions": spec.dimensions,
         "distance": spec.distance.value,
         "m": spec.m,
         "ef_construction": spec.ef_construction,
     }
+
+
+def _digest(facts: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _clean(folder: Path) -> None:
@@ -80,19 +104,3 @@ def _clean(folder: Path) -> None:
 def _number(path: Path) -> int:
     digits = path.stem.removeprefix("graph-")
     return int(digits) if digits.isdigit() else 0
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ Matrix = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 MAX_DIMENSIONS = 16_000
+MAX_PAGE_SIZE = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -66,6 +69,18 @@ class CollectionSpec:
         for name, (value, low, high) in bounds.items():
             if not low <= value <= high:
                 raise invalid(f"collection.{name}", f"is {value}; it must be {low} to {high}")
+
+    def to_json(self) -> str:
+        """Return the spec as the catalogue keeps it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CollectionSpec:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        values["distance"] = Distance(values["distance"])
+        values["indexed_fields"] = tuple(values["indexed_fields"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -128,3 +143,9 @@ class SearchOutcome:
 
     hits: list[tuple[StoredRecord, float]]
     plan: Plan
+
+
+def check_page_size(page_size: int) -> None:
+    """Raise INVALID_ARGUMENT unless a page can have so many items."""
+    if not 1 <= page_size <= MAX_PAGE_SIZE:
+        raise invalid("page_size", f"is {page_size}; it must be 1 to {MAX_PAGE_SIZE}")

@@ -1,0 +1,87 @@
+"""SQLite as the index uses it: synchronised at every commit, its errors in the server's terms."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from emberpc.server.errors import Code, ServiceError
+
+log = logging.getLogger(__name__)
+
+#: SQLite's message; its code is in the exception only from Python 3.11 on.
+_DISK_FULL = "database or disk is full"
+#: Seconds to wait for another connection's lock; there is none but while a connection opens or a log is merged.
+_TIMEOUT = 30
+
+
+def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+    """Open a database; its connections may go from thread to thread.
+
+    Args:
+        path: its file.
+        create: make it if it is not there; else that is an error, lest lost data look like none.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    mode = "rwc" if create else "rw"
+    connection = sqlite3.connect(
+        f"file:{quote(str(path.absolute()))}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=_TIMEOUT,
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode anything less than FULL may lose what was acknowledged.
+        connection.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Write everything of the block, or nothing; on disk when it ends."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # SQLite rolls back by itself after some errors.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn SQLite's errors into the server's.
+
+    Args:
+        what: whose database it is, for the message.
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full, else INTERNAL; the log says more.
+    """
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if str(error) == _DISK_FULL:
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                f"the disk is full; nothing was written to {what}, make room and try again",
+                reason="DISK_FULL",
+            ) from error
+        log.exception("%s: the database failed", what)
+        raise ServiceError(Code.INTERNAL, f"the database of {what} failed", reason="DATABASE_FAILED") from error
+    except sqlite3.DatabaseError as error:
+        log.exception("%s: the database is damaged", what)
+        raise ServiceError(Code.INTERNAL, f"the database of {what} is damaged", reason="DATABASE_DAMAGED") from error

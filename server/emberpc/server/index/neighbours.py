@@ -1,0 +1,170 @@
+"""All vectors of a collection in memory, as the graph and the buffer before it; derived from the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from emberpc.server.index.buffer import Buffer
+from emberpc.server.index.graph import Graph, GraphError
+from emberpc.server.index.locks import ReadWriteLock
+from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Strategy
+
+#: Rows that the graph takes in while searches are kept out; some 5 to 15 ms.
+_SLICE = 16
+#: Queries answered before a writer gets its turn.
+_QUERIES_PER_TURN = 32
+_READ_BATCH = 2000
+
+#: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).
+ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Labels near a query with their scores, nearest first; `complete` if there are no other labels at all."""
+
+    labels: list[int]
+    scores: list[float]
+    complete: bool
+    plan: Plan
+
+
+class Neighbours:
+    """Finds the labels nearest to a query. Safe to use from several threads.
+
+    Every write is seen by a search as a whole or not at all: graph and buffer
+    change under one lock.
+
+    Args:
+        spec: the collection's.
+        graph: what a snapshot held, or an empty one.
+    """
+
+    def __init__(self, spec: CollectionSpec, graph: Graph) -> None:
+        self._spec = spec
+        self._graph = graph
+        self._buffer = Buffer(spec.dimensions, spec.distance)
+        self._lock = ReadWriteLock()
+
+    @property
+    def waiting(self) -> int:
+        """Number of vectors that the graph has not taken in."""
+        return len(self._buffer)
+
+    @property
+    def dead_share(self) -> float:
+        """Share of the graph's nodes that are deleted."""
+        return self._graph.dead_share
+
+    def catch_up(self, stored: Labels, read: ReadVectors) -> None:
+        """Hold exactly the labels that are stored, ascending: what a snapshot misses waits in the buffer."""
+        here = self._graph.labels()
+        with self._lock.write():
+            self._graph.remove(here - set(stored.tolist()))
+            missing = [label for label in stored.tolist() if label not in here]
+            for start in range(0, len(missing), _READ_BATCH):
+                self._buffer.add(*read(missing[start : start + _READ_BATCH]))
+
+    def change(self, added: Labels, vectors: Matrix, removed: set[int]) -> None:
+        """Take over what one write of the store did; writes must come in the store's order.
+
+        Args:
+            added: new labels, int64 (n,), ascending.
+            vectors: their prepared vectors, float32 (n, dimensions).
+            removed: labels that are gone.
+        """
+        with self._lock.write():
+            self._buffer.add(added, vectors)
+            self._forget(removed)
+
+    def remove(self, labels: set[int]) -> None:
+        """Take over that labels are gone from the store."""
+        with self._lock.write():
+            self._forget(labels)
+
+    def search(self, queries: Matrix, k: int, ef: int) -> list[Candidates | None]:
+        """Search for prepared queries, float32 (queries, dimensions).
+
+        Args:
+            queries: the queries.
+            k: how many labels to find for each.
+            ef: candidates that the graph search keeps, at least k.
+
+        Returns:
+            What was found for each; None where the graph cannot tell and vectors must be compared one by one.
+        """
+        found: list[Candidates | None] = []
+        for start in range(0, len(queries), _QUERIES_PER_TURN):
+            part = queries[start : start + _QUERIES_PER_TURN]
+            try:
+                found += self._search(part, k, ef)
+            except GraphError:
+                found += [None] * len(part)
+        return found
+
+    def drain(self, most: int, stop: Callable[[], bool]) -> int:
+        """Move what waits now to the graph, at most so many, slice by slice; return how many were moved."""
+        moved, goal = 0, min(most, len(self._buffer))
+        while moved < goal and not stop():
+            with self._lock.write():
+                labels, vectors = self._buffer.oldest(min(_SLICE, goal - moved))
+                if not len(labels):
+                    break
+                self._graph.add(labels, vectors)
+                self._buffer.remove(set(labels.tolist()))
+            moved += len(labels)
+        return moved
+
+    def rebuild(self, read: ReadVectors, stop: Callable[[], bool]) -> bool:
+        """Build a graph of what is live, beside the one that answers, and put it in its place.
+
+        Must not run beside `drain`. Returns whether it was finished.
+        """
+        with self._lock.read():
+            labels = sorted(self._graph.labels())
+        graph = Graph(self._spec, len(labels))
+        for start in range(0, len(labels), _READ_BATCH):
+            found, vectors = read(labels[start : start + _READ_BATCH])
+            for first in range(0, len(found), _SLICE):
+                if stop():
+                    return False
+                graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
+        with self._lock.write():
+            graph.remove(graph.labels() - self._graph.labels())
+            self._graph = graph
+        return True
+
+    def save(self, write: Callable[[Graph], None]) -> None:
+        """Have the graph written while nothing changes it."""
+        with self._lock.read():
+            write(self._graph)
+
+    def _forget(self, labels: set[int]) -> None:
+        if labels:
+            self._buffer.remove(labels)
+            self._graph.remove(labels)
+
+    def _search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
+        with self._lock.read():
+            # An empty graph needs no ef; without this its first search would set one for nothing.
+            if not self._graph.live or self._graph.ef == ef:
+                return self._search_both(queries, k, ef)
+        # ef belongs to the whole graph: with the lock held alone, nobody else finds less, or waits longer, than asked.
+        with self._lock.write():
+            self._graph.set_ef(ef)
+            return self._search_both(queries, k, ef)
+
+    def _search_both(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
+        """Search graph and buffer, and merge what they found; the caller holds the lock."""
+        old_labels, old_scores = self._graph.search(queries, k)
+        new_labels, new_scores = self._buffer.search(queries, k)
+        labels, scores = np.hstack([old_labels, new_labels]), np.hstack([old_scores, new_scores])
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        labels, scores = np.take_along_axis(labels, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        complete = labels.shape[1] == self._graph.live + len(self._buffer)
+        used = bool(self._graph.live)
+        plan = Plan(Strategy.HNSW if used else Strategy.EXACT, ef if used else 0, len(self._buffer))
+        return [Candidates(labels[i].tolist(), scores[i].tolist(), complete, plan) for i in range(len(queries))]

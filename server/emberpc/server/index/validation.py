@@ -1,0 +1,78 @@
+"""What a record must be to be stored."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from emberpc.server.errors import Violation, invalid, invalid_fields
+from emberpc.server.index.types import NewRecord
+
+_MAX_ID_BYTES = 512
+_MAX_METADATA_BYTES = 64 * 1024
+
+
+def check_records(records: Sequence[NewRecord]) -> list[str]:
+    """Check the records of one write.
+
+    Returns:
+        The metadata of each, as JSON.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, naming every record that is not fit to be stored.
+    """
+    if not records:
+        raise invalid("records", "is empty; give at least one record")
+    violations = []
+    documents = []
+    seen: dict[str, int] = {}
+    for i, record in enumerate(records):
+        document, wrong_metadata = _document(record)
+        documents.append(document)
+        wrong = {"id": _wrong_id(record.id), "metadata": wrong_metadata}
+        for name, text in (("text", record.text), ("label", record.label)):
+            wrong[name] = "" if _size(text) is not None else "has half a surrogate pair; send Unicode text"
+        if not wrong["id"] and record.id in seen:
+            wrong["id"] = f"is {record.id!r} as that of records[{seen[record.id]}]; leave one out"
+        seen.setdefault(record.id, i)
+        violations += [Violation(f"records[{i}].{name}", why) for name, why in wrong.items() if why]
+    if violations:
+        raise invalid_fields(violations)
+    return documents
+
+
+def _wrong_id(record_id: str) -> str:
+    """Say what is wrong with an id; empty: nothing."""
+    size = _size(record_id)
+    if size is None:
+        return "has half a surrogate pair; send Unicode text"
+    if not size:
+        return "is empty; give every record an id"
+    if size > _MAX_ID_BYTES:
+        return f"has {size} bytes, an id has at most {_MAX_ID_BYTES}; shorten it"
+    if any(unicodedata.category(character) == "Cc" for character in record_id):
+        return "has a control character; leave it out"
+    return ""
+
+
+def _document(record: NewRecord) -> tuple[str, str]:
+    """Return metadata as JSON, and what is wrong with it; empty: nothing."""
+    if not isinstance(record.metadata, Mapping):
+        return "", "is no JSON object; give one"
+    try:
+        document = json.dumps(dict(record.metadata), ensure_ascii=False, allow_nan=False)
+        size = len(document.encode())
+    except (TypeError, ValueError, RecursionError):
+        return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
+    if size > _MAX_METADATA_BYTES:
+        return "", f"has {size} bytes as JSON, it may have {_MAX_METADATA_BYTES}; shorten it"
+    return document, ""
+
+
+def _size(text: str) -> int | None:
+    """Return the number of bytes as UTF-8, or None if the text cannot be written so."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return None

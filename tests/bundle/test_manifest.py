@@ -1,0 +1,163 @@
+"""The manifest: what is written is read, and what is wrong is refused in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberpc.bundle import BundleError, FileEntry, Manifest, Parity, Prompts, Task, Variant
+
+TEXT = st.text(max_size=20)
+SHARE = st.floats(0, 1)
+COUNT = st.integers(1, 2**40)
+PARITY = st.builds(Parity, texts=COUNT, max_abs_diff=SHARE, cosine_min=SHARE, label_agreement=SHARE)
+COMMON = {
+    "base_model": TEXT,
+    "revision": TEXT,
+    "weights_sha256": TEXT,
+    "dimensions": st.integers(4096, 8192),
+    "pooling": st.sampled_from(["mean", "cls", "max"]),
+    "normalize": st.booleans(),
+    "max_tokens": COUNT,
+    "pad_token_id": st.integers(0, 2**31),
+    "variants": st.lists(st.builds(Variant, name=TEXT, path=TEXT, parity=PARITY), min_size=1, max_size=3).map(tuple),
+    "prompts": st.builds(Prompts, query=TEXT, passage=TEXT),
+    "matryoshka_dimensions": st.lists(st.integers(1, 4096), max_size=3).map(tuple),
+    "temperature": st.floats(1e-6, 1e6),
+    "rejection_threshold": SHARE,
+    "quality": st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+    "tools": st.dictionaries(TEXT, TEXT, max_size=3),
+    "created": TEXT,
+    "files": st.dictionaries(TEXT, st.builds(FileEntry, sha256=TEXT, size=st.integers(0, 2**40)), max_size=3),
+}
+LABELS = st.lists(TEXT, min_size=2, max_size=5, unique=True).map(tuple)
+MANIFESTS = st.one_of(
+    st.builds(Manifest, task=st.just(Task.EMBEDDING), **COMMON),
+    st.builds(Manifest, task=st.just(Task.CLASSIFICATION), labels=LABELS, multi_label=st.booleans(), **COMMON),
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("\ud800")),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@given(MANIFESTS)
+def test_what_is_written_is_read(manifest: Manifest) -> None:
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@given(st.sampled_from([field.name for field in dataclasses.fields(Manifest)]), JSON)
+def test_any_json_in_any_field_is_read_or_refused_in_words(field: str, value: object) -> None:
+    data = json.loads(_manifest().to_json()) | {field: value}
+    try:
+        read = Manifest.from_json(json.dumps(data))
+    except BundleError as error:
+        assert "emberpc.json" in str(error)
+    else:
+        # What was let in can be written, hashed and read again.
+        assert read.fingerprint()
+        assert Manifest.from_json(read.to_json()) == read
+
+
+@given(JSON)
+def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
+    with pytest.raises(BundleError, match=r"emberpc\.json"):
+        Manifest.from_json(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "translation"}, "task is 'translation'"),
+        ({"task": ["embedding"]}, "task is"),
+        ({"dimensions": "384"}, "dimensions is '384', which is not of type int"),
+        ({"dimensions": True}, "not of type int"),
+        ({"dimensions": 384.0}, "not of type int"),
+        ({"dimensions": 0}, "must be at least 1"),
+        ({"max_tokens": -1}, "must be at least 1"),
+        ({"pad_token_id": -1}, "must be at least 0"),
+        ({"normalize": 1}, "not of type bool"),
+        ({"variants": []}, "at least one ONNX file"),
+        ({"variants": [{"name": "fp32", "path": "x"}]}, r"variants\[0\]\.parity is missing"),
+        ({"labels": "ab"}, "labels is 'ab'"),
+        ({"labels": ["a", 1]}, r"labels\[1\] is 1"),
+        ({"labels": ["a", "a"]}, "the same label twice"),
+        ({"task": "classification", "labels": ["a"]}, "at least two labels"),
+        ({"task": "classification", "labels": ["a", "b"], "thresholds": [0.5]}, "1 thresholds for 2 labels"),
+        ({"temperature": 0}, "must be above 0"),
+        ({"temperature": float("nan")}, "not of type float"),
+        ({"temperature": 10**400}, "not of type float"),
+        ({"matryoshka_dimensions": [99]}, "from 1 to 3"),
+        ({"quality": {"accuracy": "good"}}, "quality.*not of type float"),
+        ({"base_model": "half a pair: \ud800"}, "not of type str"),
+        ({"files": {"a": {"sha256": "0", "size": "1"}}}, "size"),
+        ({"format_version": 2}, "export the model again"),
+        ({"format_version": None}, "export the model again"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], words: str) -> None:
+    data = json.loads(_manifest().to_json()) | change
+    with pytest.raises(BundleError, match=words):
+        Manifest.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format_version": 1}'])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match=r"emberpc\.json"):
+        Manifest.from_json(text)
+
+
+def test_fields_of_a_newer_writer_are_left() -> None:
+    manifest = _manifest()
+    data = json.loads(manifest.to_json()) | {"licence": "MIT"}
+    assert Manifest.from_json(json.dumps(data)) == manifest
+
+
+def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
+    assert _manifest().variant("").name == "fp32"
+    with pytest.raises(BundleError, match="'qint8'; the bundle has: fp32"):
+        _manifest().variant("qint8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights_sha256": "11"},
+        {"pooling": "cls"},
+        {"normalize": False},
+        {"dimensions": 4},
+        {"prompts": Prompts(query="query: ")},
+        {"files": {"tokenizer.json": FileEntry("11", 1)}},
+    ],
+)
+def test_all_that_shapes_vectors_changes_the_fingerprint(change: dict[str, Any]) -> None:
+    manifest = _manifest()
+    assert dataclasses.replace(manifest, **change).fingerprint() != manifest.fingerprint()
+
+
+@pytest.mark.parametrize("change", [{"created": "now"}, {"quality": {"x": 1.0}}, {"revision": "def"}])
+def test_nothing_else_changes_the_fingerprint(change: dict[str, Any]) -> None:
+    manifest = _manifest()
+    assert dataclasses.replace(manifest, **change).fingerprint() == manifest.fingerprint()
+
+
+def _manifest() -> Manifest:
+    """Not the fixture: hypothesis calls a test many times and would share it."""
+    return Manifest(
+        task=Task.EMBEDDING,
+        base_model="some/model",
+        revision="abc",
+        weights_sha256="00",
+        dimensions=3,
+        pooling="mean",
+        normalize=True,
+        max_tokens=16,
+        pad_token_id=0,
+        variants=(Variant("fp32", "onnx/model.onnx", Parity(2, 1e-6, 0.99999)),),
+    )

@@ -1,0 +1,111 @@
+"""A bundle is whole or not there, whatever happens while it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emberpc.bundle import BundleError, Manifest, finish_bundle, read_bundle, staged_folder
+
+
+def entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_folder_is_there_once_the_block_has_ended(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "bundle"
+    with staged_folder(target) as staging:
+        assert not target.exists()
+        (staging / "file").write_text("x")
+    assert (target / "file").read_text() == "x"
+    assert entries(target.parent) == {"bundle"}
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing_not_even_parents(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), staged_folder(tmp_path / "deep" / "er" / "bundle") as staging:
+        (staging / "file").write_text("x")
+        raise error
+    assert entries(tmp_path) == set()
+
+
+def test_parents_that_somebody_else_uses_by_now_stay(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), staged_folder(tmp_path / "models" / "mine"):
+        (tmp_path / "models" / "theirs").mkdir()
+        raise ValueError("stop")
+    assert entries(tmp_path / "models") == {"theirs"}
+
+
+def test_an_exception_leaves_the_bundle_that_was_there(folder: Path) -> None:
+    before = read_bundle(folder).manifest
+    with pytest.raises(KeyboardInterrupt), staged_folder(folder, overwrite=True) as staging:
+        (staging / "file").write_text("x")
+        raise KeyboardInterrupt
+    assert read_bundle(folder).manifest == before
+    assert entries(folder.parent) == {folder.name}
+
+
+def test_an_exception_while_it_is_put_in_place_leaves_the_bundle_that_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_bundle(folder).manifest
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if Path(target) == folder and self.name != "bundle":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_folder(folder, overwrite=True):
+        pass
+    monkeypatch.undo()
+    assert read_bundle(folder).manifest == before
+    assert entries(folder.parent) == {folder.name}
+
+
+def test_a_bundle_is_replaced_only_if_asked(folder: Path) -> None:
+    with pytest.raises(BundleError, match="replace it with --overwrite"), staged_folder(folder):
+        pass
+    with staged_folder(folder, overwrite=True) as staging:
+        (staging / "new").write_text("x")
+    assert entries(folder) == {"new"}
+    assert entries(folder.parent) == {folder.name}
+
+
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters").write_text("dear")
+    with pytest.raises(BundleError, match="not a bundle"), staged_folder(tmp_path / "home", overwrite=True):
+        pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="no folder"), staged_folder(tmp_path / "file", overwrite=True):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    with pytest.raises(BundleError, match="no folder"), staged_folder(tmp_path / "link", overwrite=True):
+        pass
+    assert (tmp_path / "home" / "letters").read_text() == "dear"
+
+
+def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with staged_folder(tmp_path / "empty") as staging:
+        (staging / "file").write_text("x")
+    assert entries(tmp_path / "empty") == {"file"}
+
+
+def test_a_place_below_a_file_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match="cannot be made"), staged_folder(tmp_path / "file" / "bundle"):
+        pass
+
+
+def test_a_finished_bundle_lists_every_file_but_the_manifest(tmp_path: Path, manifest: Manifest) -> None:
+    (tmp_path / "onnx").mkdir()
+    for name in ("onnx/model.onnx", "tokenizer.json", "onnx/emberpc.json"):
+        (tmp_path / name).write_text(name)
+    written = finish_bundle(tmp_path, manifest)
+    assert set(written.files) == {"onnx/model.onnx", "tokenizer.json", "onnx/emberpc.json"}
+    assert read_bundle(tmp_path).manifest == written

@@ -1,0 +1,46 @@
+"""What several tests of the index need: the share of hits that are right, and the error expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import Collection, NewRecord
+from emberpc.server.index.types import Matrix
+from index_helpers import records, true_scores
+
+
+def gaussian(count: int, dimensions: int, seed: int = 0) -> Matrix:
+    return np.random.default_rng(seed).standard_normal((count, dimensions), dtype=np.float32)
+
+
+def numbered(count: int, first: int = 0) -> list[NewRecord]:
+    return records(*(f"r{i:05}" for i in range(first, first + count)))
+
+
+def recall(collection: Collection, truth: Mapping[str, Matrix], queries: Matrix, k: int) -> float:
+    """The share of the true k nearest that a search finds; a hit as near as the k-th counts."""
+    vectors = np.stack(list(truth.values()))
+    found = 0
+    for query, outcome in zip(queries, collection.search(queries, k), strict=True):
+        scores = true_scores(query, vectors, collection.spec.distance)
+        bound = np.sort(scores)[-min(k, len(scores))]
+        by_id = dict(zip(truth, scores.tolist(), strict=True))
+        found += sum(by_id[record.id] >= bound - 1e-5 for record, _ in outcome.hits)
+    return found / (len(queries) * min(k, len(vectors)))
+
+
+@contextmanager
+def refused(code: Code, *words: str, field: str = "") -> Iterator[None]:
+    """Expect a ServiceError of a code, whose message has the words, about a field."""
+    with pytest.raises(ServiceError) as caught:
+        yield
+    assert caught.value.code is code, caught.value.message
+    for word in words:
+        assert word in caught.value.message
+    if field:
+        assert field in [violation.field for violation in caught.value.violations]

@@ -1,0 +1,53 @@
+"""The buffer against a dict."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberpc.server.index import Distance
+from emberpc.server.index.buffer import Buffer
+from emberpc.server.index.types import Matrix
+from index.support import gaussian
+from index_helpers import true_scores
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 100)),
+        st.tuples(st.just("remove"), st.sets(st.integers(0, 300))),
+        st.tuples(st.just("take"), st.integers(0, 50)),
+    ),
+    max_size=12,
+)
+
+
+@given(steps=STEPS, k=st.integers(1, 40))
+def test_it_holds_what_was_added_and_not_removed(steps: list[tuple[str, int | set[int]]], k: int) -> None:
+    buffer = Buffer(4, Distance.EUCLIDEAN)
+    truth: dict[int, Matrix] = {}
+    last = 0
+    for action, argument in steps:
+        if action == "add" and isinstance(argument, int):
+            # Labels have gaps: a failed write uses some up.
+            labels = last + 1 + 2 * np.arange(argument, dtype=np.int64)
+            vectors = gaussian(argument, 4, seed=last)
+            buffer.add(labels, vectors)
+            truth.update(zip(labels.tolist(), vectors, strict=True))
+            last = max([last, *labels.tolist()])
+        elif action == "take" and isinstance(argument, int):
+            labels, vectors = buffer.oldest(argument)
+            assert labels.tolist() == sorted(truth)[:argument]
+            assert all((truth[label] == vector).all() for label, vector in zip(labels.tolist(), vectors, strict=True))
+            buffer.remove(set(labels.tolist()))
+            truth = {label: vector for label, vector in truth.items() if label not in set(labels.tolist())}
+        elif isinstance(argument, set):
+            buffer.remove(argument)
+            truth = {label: vector for label, vector in truth.items() if label not in argument}
+        assert len(buffer) == len(truth)
+    found, scores = buffer.search(gaussian(2, 4, seed=1), k)
+    assert found.shape == (2, min(k, len(truth)))
+    for row, query in enumerate(gaussian(2, 4, seed=1) if truth else ()):
+        expected = true_scores(query, np.stack(list(truth.values())), Distance.EUCLIDEAN)
+        np.testing.assert_allclose(scores[row], np.sort(expected)[::-1][:k], rtol=1e-5)
+        assert set(found[row].tolist()) <= set(truth)

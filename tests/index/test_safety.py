@@ -1,0 +1,191 @@
+"""Nobody's data is lost by a mistake: not what lies beside ours, and not ours when a file of it is gone."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Index, Strategy
+from index.support import gaussian, numbered, refused
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the system cut off every file at so many bytes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def folder_of(data_dir: Path) -> Path:
+    (folder,) = (data_dir / "collections").iterdir()
+    return folder
+
+
+def make(data_dir: Path, count: int) -> None:
+    index = Index(data_dir, buffer_limit=8)
+    collection = index.create(CollectionSpec("c", 8))
+    collection.upsert(numbered(count), gaussian(count, 8))
+    collection.maintain()
+    index.close()
+
+
+def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+    """A user may well point the data directory at a folder that has others in it."""
+    strangers = [tmp_path / "photos", tmp_path / ("0" * 32), tmp_path / "collections" / "notes"]
+    for path in strangers:
+        path.mkdir(parents=True)
+        (path / "file").write_text("precious")
+    make(tmp_path, 3)
+    Index(tmp_path).close()
+    assert [(path / "file").read_text() for path in strangers] == ["precious"] * 3
+
+
+def test_collections_without_their_catalogue_are_kept_and_the_server_does_not_start(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    catalogue = tmp_path / "catalogue.db"
+    copy = tmp_path / "copy"
+    catalogue.rename(copy)
+    with refused(Code.FAILED_PRECONDITION, "no catalogue.db", str(tmp_path)):
+        Index(tmp_path)
+    for leftover in tmp_path.glob("catalogue.db*"):
+        leftover.unlink()
+    copy.rename(catalogue)
+    index = Index(tmp_path)
+    assert index.get("c").count() == 3
+    index.close()
+
+
+def test_a_collection_without_its_database_is_an_error_and_not_empty(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    folder = folder_of(tmp_path)
+    for path in folder.glob("records.db*"):
+        path.unlink()
+    index = Index(tmp_path)
+    with refused(Code.INTERNAL, "'c'"):
+        index.get("c")
+    assert not list(folder.glob("records.db*"))
+    # It does not keep anybody from deleting it and starting again.
+    index.delete("c")
+    assert not folder.exists()
+    assert index.create(CollectionSpec("c", 8)).count() == 0
+    index.close()
+
+
+def test_a_damaged_database_is_said_without_sqlites_own_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, 3)
+    (folder_of(tmp_path) / "records.db").write_bytes(b"no database at all" * 1000)
+    index = Index(tmp_path)
+    with refused(Code.INTERNAL, "damaged"):
+        index.get("c")
+    assert "file is not a database" in caplog.text
+    index.close()
+
+
+def test_a_snapshot_cut_off_by_a_full_disk_never_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """hnswlib reports that it was saved; what there is of it would pass for a graph."""
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.create(CollectionSpec("c", 64))
+    vectors = gaussian(1000, 64)
+    collection.upsert(numbered(1000), vectors)
+    collection.maintain()
+    with largest_file(100_000):
+        collection._snapshot()
+    assert "no snapshot" in caplog.text
+    assert not list(folder_of(tmp_path).glob("graph-*"))
+    collection._snapshot()
+    assert len(list(folder_of(tmp_path).glob("graph-*"))) == 2
+    index.close()
+
+
+def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.create(CollectionSpec("c", 64))
+    collection.upsert(numbered(5), gaussian(5, 64))
+    with largest_file(100_000), refused(Code.INTERNAL, "'c'"):
+        collection.upsert(numbered(2000), gaussian(2000, 64))
+    assert collection.count() == 5
+    assert len(collection.search(gaussian(1, 64), 100)[0].hits) == 5
+    assert collection.upsert(numbered(1, first=10), gaussian(1, 64)).sequence == 2
+    index.close()
+
+
+def test_a_snapshot_is_used_so_that_nothing_waits_for_the_graph_again(tmp_path: Path) -> None:
+    make(tmp_path, 200)
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.get("c")
+    assert collection._neighbours.waiting == 0
+    assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.HNSW
+    index.close()
+
+
+def test_a_snapshot_is_made_on_the_way_and_two_are_kept(tmp_path: Path) -> None:
+    index = Index(tmp_path, buffer_limit=8, snapshot_every=50)
+    collection = index.create(CollectionSpec("c", 8))
+    for first in range(0, 400, 100):
+        collection.upsert(numbered(100, first), gaussian(100, 8))
+        collection.maintain()
+    assert len(list(folder_of(tmp_path).glob("graph-*.json"))) == 2
+    assert len(list(folder_of(tmp_path).glob("graph-*.bin"))) == 2
+    index.close()
+
+
+def test_a_graph_of_another_collection_is_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the same dimensions hnswlib would load it: only what the sidecar says tells them apart."""
+    index = Index(tmp_path, buffer_limit=8)
+    mine = index.create(CollectionSpec("mine", 8, m=8))
+    other = index.create(CollectionSpec("other", 8, m=32))
+    for collection in (mine, other):
+        collection.upsert(numbered(100), gaussian(100, 8, seed=len(collection.spec.name)))
+        collection.maintain()
+    target, source = mine._folder, other._folder
+    index.close()
+    for path in target.glob("graph-*"):
+        path.unlink()
+    for path in source.glob("graph-*"):
+        shutil.copy(path, target)
+    index = Index(tmp_path, buffer_limit=1000)
+    assert index.get("mine").search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.EXACT
+    assert "another kind of collection" in caplog.text
+    index.close()
+
+
+def test_a_call_after_close_is_unavailable(tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    collection: Collection = index.create(CollectionSpec("c", 8))
+    index.close()
+    index.close()
+    for call in (
+        lambda: index.get("c"),
+        lambda: index.get("nobody"),
+        lambda: index.create(CollectionSpec("d", 8)),
+        lambda: index.page(10, ""),
+        lambda: index.delete("c"),
+        lambda: collection.search(gaussian(1, 8), 1),
+        collection.info,
+    ):
+        with refused(Code.UNAVAILABLE, "closed"):
+            call()
+
+
+def test_a_refused_directory_is_free_again_for_the_next_try(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    catalogue = tmp_path / "catalogue.db"
+    kept = catalogue.read_bytes()
+    catalogue.write_bytes(b"damage" * 1000)
+    with refused(Code.FAILED_PRECONDITION, "damaged"):
+        Index(tmp_path)
+    catalogue.write_bytes(kept)
+    Index(tmp_path).close()

@@ -1,0 +1,234 @@
+"""Many callers at once: each sees every write whole, and none waits for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import pytest
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.index.locks import ReadWriteLock
+from index.support import gaussian, numbered
+
+
+def together(*calls: Callable[[], None]) -> None:
+    """Run calls on threads of their own, and raise the first error of any."""
+    errors: list[BaseException] = []
+
+    def guarded(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:  # told below, on the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("limit", [1000, 8], ids=["buffer", "graph"])
+def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: int) -> None:
+    """Between an old version that is gone and a new one that has not come there must be no gap."""
+    collection = index.create(CollectionSpec("c", 8))
+    collection._buffer_limit = limit
+    query = gaussian(1, 8)
+    collection.upsert([*numbered(200), NewRecord("wanted")], gaussian(201, 8, seed=1))
+    collection.upsert([NewRecord("wanted", "0")], query)
+    collection.maintain()
+    done = threading.Event()
+
+    def update() -> None:
+        try:
+            for version in range(1, 400):
+                collection.upsert([NewRecord("wanted", str(version))], query)
+        finally:
+            done.set()
+
+    def search() -> None:
+        latest = 0
+        while not done.is_set():
+            (hit, score), *_ = collection.search(query, 3)[0].hits
+            assert hit.id == "wanted"
+            assert score > 0.999
+            assert int(hit.text) >= latest
+            latest = int(hit.text)
+
+    together(update, search, search)
+
+
+def test_a_batch_is_seen_whole_or_not_at_all(index: Index) -> None:
+    """Though it is more than one statement takes to read."""
+    collection = index.create(CollectionSpec("c", 4))
+    ids, vectors = [f"r{i:04}" for i in range(1000)], gaussian(1000, 4)
+    done = threading.Event()
+
+    def write() -> None:
+        try:
+            for version in range(25):
+                collection.upsert([NewRecord(record_id, str(version)) for record_id in ids], vectors)
+                if version % 3 == 0:
+                    collection.delete(ids)
+        finally:
+            done.set()
+
+    def read() -> None:
+        while not done.is_set():
+            found = collection.get(ids)
+            assert len(found) in (0, 1000)
+            assert len({record.text for record in found}) <= 1
+            assert len(collection.page(1000, "")[0]) in (0, 1000)
+
+    together(write, read, read)
+
+
+def test_a_search_finds_what_its_own_thread_has_written(index: Index) -> None:
+    """Through drains, rebuilds and snapshots of the graph."""
+    collection = index.create(CollectionSpec("c", 16))
+    collection._snapshot_every = 100
+
+    def work(number: int) -> Callable[[], None]:
+        def run() -> None:
+            vectors = gaussian(120, 16, seed=number)
+            for i in range(120):
+                collection.upsert([NewRecord(f"{number}-{i % 40}", str(i))], vectors[i : i + 1])
+                hit, _ = collection.search(vectors[i : i + 1], 1)[0].hits[0]
+                assert (hit.id, hit.text) == (f"{number}-{i % 40}", str(i))
+                if i % 10 == 9:
+                    collection.delete([f"{number}-{i % 40}"])
+                    assert collection.search(vectors[i : i + 1], 1)[0].hits[0][0].text != str(i)
+
+        return run
+
+    together(*(work(number) for number in range(4)), *([collection.maintain] * 2))
+
+
+def test_a_collection_can_be_deleted_and_made_again_under_searches(index: Index) -> None:
+    done = threading.Event()
+
+    def refill() -> None:
+        try:
+            for _ in range(15):
+                made = index.create(CollectionSpec("c", 8))
+                made.upsert(numbered(60), gaussian(60, 8))
+                index.delete("c")
+        finally:
+            done.set()
+
+    def search() -> None:
+        while not done.is_set():
+            try:
+                hits = index.get("c").search(gaussian(1, 8), 5)[0].hits
+                assert len(hits) in (0, 5)
+            except ServiceError as error:
+                if error.code not in (Code.NOT_FOUND, Code.UNAVAILABLE):
+                    raise
+
+    together(refill, search, search)
+
+
+def test_close_waits_for_calls_and_ends_maintenance(index: Index) -> None:
+    collection = index.create(CollectionSpec("c", 128))
+    started = threading.Event()
+
+    def call(work: Callable[[Collection], object]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                while True:
+                    work(collection)
+                    started.set()
+            except ServiceError as error:
+                if error.code is not Code.UNAVAILABLE:
+                    raise
+
+        return run
+
+    def close() -> None:
+        assert started.wait(30)
+        index.close()
+
+    works: Sequence[Callable[[Collection], object]] = (
+        lambda each: each.upsert(numbered(300), gaussian(300, 128)),
+        lambda each: each.search(gaussian(5, 128), 10),
+        lambda each: each.maintain(),
+    )
+    together(*(call(work) for work in works), close)
+
+
+def test_a_reader_that_waited_for_one_writer_goes_before_the_next() -> None:
+    """The thread that fills the graph asks again at once, slice by slice; a search must get in between."""
+    lock = ReadWriteLock()
+    order: list[str] = []
+
+    def enter(how: Callable[[], AbstractContextManager[None]], name: str) -> None:
+        with how():
+            order.append(name)
+
+    with lock.write():
+        reader = threading.Thread(target=enter, args=(lock.read, "reader"))
+        writer = threading.Thread(target=enter, args=(lock.write, "writer"))
+        for thread in (reader, writer):
+            thread.start()
+        deadline = time.monotonic() + 30
+        while not (lock._waiting_readers and lock._waiting_writers):
+            assert not order
+            assert time.monotonic() < deadline
+            time.sleep(0)  # lets the threads come so far
+    for thread in (reader, writer):
+        thread.join(30)
+    assert order == ["reader", "writer"]
+
+
+def test_readers_that_overlap_for_ever_let_a_writer_in() -> None:
+    lock = ReadWriteLock()
+    stop = threading.Event()
+    inside = threading.Barrier(2)
+
+    def read() -> None:
+        while not stop.is_set():
+            with lock.read():
+                try:
+                    # Each reader stays until another is in too, so that the lock is never free by itself.
+                    inside.wait(0.01)
+                except threading.BrokenBarrierError:
+                    inside.reset()
+
+    def write() -> None:
+        for _ in range(20):
+            with lock.write():
+                pass
+        stop.set()
+
+    together(read, read, read, write)
+
+
+def test_the_lock_lets_no_reader_in_beside_a_writer() -> None:
+    lock = ReadWriteLock()
+    state = {"writers": 0, "value": 0}
+
+    def write() -> None:
+        for _ in range(300):
+            with lock.write():
+                state["writers"] += 1
+                assert state["writers"] == 1
+                state["value"] += 1
+                state["writers"] -= 1
+
+    def read() -> None:
+        for _ in range(300):
+            with lock.read():
+                before = state["value"]
+                assert state["writers"] == 0
+                assert state["value"] == before
+
+    together(write, write, read, read)
+    assert state["value"] == 600
