@@ -37,8 +37,8 @@ def build_environment() -> dict[str, str]:
 def main() -> int:
     if STAMP.exists() and STAMP.read_text() == fingerprint():
         return 0
-    print("making .venv: downloads about 1 GB the first time", flush=True)
-    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    print("making .venv, or bringing it up to date: downloads about 1 GB the first time", flush=True)
+    venv.create(ENVIRONMENT, with_pip=True)
     pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
     for arguments in (["torch"], ["-e", ".[dev]"]):
         subprocess.run(pip + arguments, check=True, cwd=ROOT, env=build_environment())
