@@ -1089,7 +1089,9 @@ class SearchRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection."""
     top_k: _builtins.int
-    """Most hits per query, at most 10,000. 0: 10."""
+    """Most hits per query, at most 10,000, and 100,000 of all queries together.
+    0: 10.
+    """
     ef: _builtins.int
     """Candidates that the graph search keeps; more is slower and finds more.
     0: the server chooses by `top_k`. Exclusive with `min_recall`.

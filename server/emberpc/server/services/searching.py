@@ -20,6 +20,8 @@ from emberpc.v1 import index_pb2 as pb
 _MAX_QUERIES = 1000
 _DEFAULT_TOP_K = 10
 _MAX_TOP_K = 10_000
+#: Hits of all queries of a call together: an answer of more would be hundreds of megabytes.
+_MAX_HITS = 100_000
 
 _STRATEGIES = {
     Strategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
@@ -57,7 +59,7 @@ class Searcher:
         outcomes: list[SearchOutcome] = await self._in_pool(
             lambda: collection.search(
                 matrix,
-                [query.top_k or request.top_k or _DEFAULT_TOP_K for query in request.queries],
+                [_top_k(request, query) for query in request.queries],
                 ef=request.ef,
                 exclude_ids=[query.record_id or None for query in request.queries],
                 with_vectors=parts.vector,
@@ -143,9 +145,16 @@ def _check(request: pb.SearchRequest) -> None:
     for field, top_k in sizes.items():
         if not 0 <= top_k <= _MAX_TOP_K:
             raise invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {_MAX_TOP_K}")
+    total = sum(_top_k(request, query) for query in request.queries)
+    if total > _MAX_HITS:
+        raise invalid("queries", f"ask for {total} hits in all; a call gives at most {_MAX_HITS}, split it")
     if request.ef < 0:
         raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
     _refuse_what_is_to_come(request)
+
+
+def _top_k(request: pb.SearchRequest, query: pb.SearchQuery) -> int:
+    return query.top_k or request.top_k or _DEFAULT_TOP_K
 
 
 def _refuse_what_is_to_come(request: pb.SearchRequest) -> None:
