@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -116,3 +120,47 @@ def tiny_bundle(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     export_embedding(str(tiny_source), folder)
     return folder
+
+
+class MakeSource(Protocol):
+    """Gives a copy of the tiny encoder, with files added or replaced: text as it is, all else as JSON."""
+
+    def __call__(self, files: Mapping[str, object] | None = None, *, name: str = "source") -> Path: ...
+
+
+@pytest.fixture
+def make_source(tiny_source: Path, tmp_path: Path) -> MakeSource:
+    """Copies of the tiny encoder to lay out in other ways, and to damage."""
+
+    def make(files: Mapping[str, object] | None = None, *, name: str = "source") -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tiny_source, folder)
+        for path, content in (files or {}).items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(content if isinstance(content, str) else json.dumps(content))
+        return folder
+
+    return make
+
+
+def modules_json(*kinds: str) -> list[dict[str, object]]:
+    """Return the content of a modules.json."""
+    return [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def pooling_json(mode: str) -> dict[str, object]:
+    """Return the content of a 1_Pooling/config.json, in its older form."""
+    return {
+        "word_embedding_dimension": 32,
+        "pooling_mode_cls_token": mode == "cls",
+        "pooling_mode_mean_tokens": mode == "mean",
+        "pooling_mode_max_tokens": mode == "max",
+    }

@@ -55,10 +55,13 @@ def test_what_is_written_is_read(manifest: Manifest) -> None:
 @given(st.sampled_from([field.name for field in dataclasses.fields(Manifest)]), JSON)
 def test_any_json_in_any_field_is_read_or_refused_in_words(field: str, value: object) -> None:
     data = json.loads(_manifest().to_json()) | {field: value}
+    refusal = ""
     try:
         read = Manifest.from_json(json.dumps(data))
     except BundleError as error:
-        assert "emberpc.json" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "emberpc.json" in refusal
     else:
         # What was let in can be written, hashed and read again.
         assert read.fingerprint()

@@ -23,28 +23,34 @@ def test_the_folder_is_there_once_the_block_has_ended(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o755
 
 
+def write_until(error: BaseException, target: Path, *, overwrite: bool = False) -> None:
+    """Begin to write, and raise an error in the midst of it."""
+    with staged_folder(target, overwrite=overwrite) as staging:
+        (staging / "file").write_text("x")
+        (target.parent / "beside").mkdir()
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_leaves_nothing_not_even_parents(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), staged_folder(tmp_path / "deep" / "er" / "bundle") as staging:
-        (staging / "file").write_text("x")
+    target = tmp_path / "deep" / "er" / "bundle"
+    with pytest.raises(error), staged_folder(target):
         raise error
     assert entries(tmp_path) == set()
 
 
 def test_parents_that_somebody_else_uses_by_now_stay(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stop"), staged_folder(tmp_path / "models" / "mine"):
-        (tmp_path / "models" / "theirs").mkdir()
-        raise ValueError("stop")
-    assert entries(tmp_path / "models") == {"theirs"}
+    with pytest.raises(ValueError, match="stop"):
+        write_until(ValueError("stop"), tmp_path / "models" / "mine")
+    assert entries(tmp_path / "models") == {"beside"}
 
 
 def test_an_exception_leaves_the_bundle_that_was_there(folder: Path) -> None:
     before = read_bundle(folder).manifest
-    with pytest.raises(KeyboardInterrupt), staged_folder(folder, overwrite=True) as staging:
-        (staging / "file").write_text("x")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_until(KeyboardInterrupt(), folder, overwrite=True)
     assert read_bundle(folder).manifest == before
-    assert entries(folder.parent) == {folder.name}
+    assert entries(folder.parent) == {folder.name, "beside"}
 
 
 def test_an_exception_while_it_is_put_in_place_leaves_the_bundle_that_was_there(

@@ -64,7 +64,7 @@ class Head:
 
 def export_classifier(
     train: Path | str,
-    base: str,
+    base: str | Path,
     target: Path | str,
     *,
     validation: Path | str | None = None,

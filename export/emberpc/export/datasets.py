@@ -86,7 +86,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
                 yield where, row
         except csv.Error as error:
             raise ExportError(
-                f"{path}, line {reader.line_num}: it cannot be read, nor what follows it; "
+                f"{path}, line {reader.line_num + 1}: it cannot be read, nor what follows it; "
                 f"mend the quotes there, and let no text have more than {csv.field_size_limit()} characters"
             ) from error
 

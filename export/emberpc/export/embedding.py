@@ -11,10 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.export.card import model_card
 from emberpc.export.convert import convert
 from emberpc.export.encoder import Encoder, read_encoder
+from emberpc.export.errors import ExportError
 from emberpc.export.graph import GraphEditor
 from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
@@ -31,7 +34,7 @@ _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxrunti
 
 
 def export_embedding(
-    source: str,
+    source: str | Path,
     target: Path | str,
     *,
     overwrite: bool = False,
@@ -104,6 +107,11 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer.json", {**tokenizer, "truncation": None, "padding": None})
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    least = Tokenizer.from_file(str(folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False) + 1
+    if encoder.max_tokens < least:
+        raise ExportError(
+            f"max_tokens is {encoder.max_tokens}; {encoder.name} needs at least {least} for a text of one token"
+        )
     for key in _BAKED_IN:
         tokenizer_config.pop(key, None)
     write_json(folder / "tokenizer_config.json", {**tokenizer_config, "model_max_length": encoder.max_tokens})

@@ -87,6 +87,7 @@ def _in_package(name: str) -> Source | None:
     models = [folder for folder in configs if any(folder.glob("*.safetensors"))]
     # A sentence-transformers folder may keep the encoder in a folder of its own.
     models = [folder.parent if (folder.parent / "modules.json").is_file() else folder for folder in models]
+    models = list(dict.fromkeys(models))
     if len(models) > 1:
         listed = ", ".join(str(folder) for folder in models)
         raise ExportError(f"the package {module} holds several models; give the folder of one of them: {listed}")

@@ -10,10 +10,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 #: Not for those who look for something to call.
@@ -66,10 +69,16 @@ class StdlibDoc:
 
 def read_stdlib() -> list[StdlibDoc]:
     """Read the docstrings of all public functions, methods and classes, each name once, by name."""
+    return list(_read_once())
+
+
+@cache
+def _read_once() -> tuple[StdlibDoc, ...]:
+    """Read them once a process: it takes seconds, and every export asks for some."""
     found: dict[str, StdlibDoc] = {}
     for doc in (*_from_source(), *_from_c()):
         found.setdefault(doc.name, doc)
-    return [found[name] for name in sorted(found)]
+    return tuple(found[name] for name in sorted(found))
 
 
 def sample_texts(count: int) -> list[str]:
@@ -94,17 +103,26 @@ def sample_texts(count: int) -> list[str]:
 def _from_source() -> Iterator[StdlibDoc]:
     """Parse the modules that are written in Python."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
-        if not parts or parts[0] not in sys.stdlib_module_names or any(_hidden(part) for part in parts):
-            continue
-        try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # an odd escape in some regular expression
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
         yield from _walk(tree, ".".join(parts), parts[0], inside_class=False)
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Find the sources of public modules, and go into no folder that has none, such as site-packages."""
+    for folder, folders, files in os.walk(root):
+        if folder == str(root):
+            folders[:] = [name for name in folders if name in sys.stdlib_module_names]
+            files = [name for name in files if name.removesuffix(".py") in sys.stdlib_module_names]  # noqa: PLW2901
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        for name in sorted(files):
+            if name.endswith(".py") and (name == "__init__.py" or not _hidden(name.removesuffix(".py"))):
+                yield Path(folder, name)
 
 
 def _walk(node: ast.Module | ast.ClassDef, prefix: str, module: str, *, inside_class: bool) -> Iterator[StdlibDoc]:
@@ -142,4 +160,4 @@ def _hidden(name: str) -> bool:
 
 
 def _doc(name: str, module: str, kind: str, docstring: str) -> StdlibDoc:
-    return StdlibDoc(name, module, kind, inspect.cleandoc(docstring))
+    return StdlibDoc(name, module, kind, inspect.cleandoc(docstring).strip())

@@ -1,0 +1,158 @@
+"""What a source says of itself, and what is refused by name because it cannot be exported yet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emberpc.bundle import Prompts
+from emberpc.export.embedding import export_embedding
+from emberpc.export.encoder import read_encoder
+from emberpc.export.errors import ExportError
+from fixtures_bundles import MakeSource, modules_json, pooling_json
+
+MEAN = pooling_json("mean")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (pooling_json("mean"), "mean"),
+        (pooling_json("cls"), "cls"),
+        (pooling_json("max"), "max"),
+        ({"word_embedding_dimension": 32}, "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": "cls"}, "cls"),
+        ({"embedding_dimension": 32, "pooling_mode": ["max"], "include_prompt": True}, "max"),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
+    ],
+)
+def test_the_pooling_is_read_in_every_form(make_source: MakeSource, config: object, expected: str) -> None:
+    source = make_source({"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": config})
+    assert read_encoder(source).pooling == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+        ({"pooling_mode": ["mean", "max"]}, r"mean \+ max"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"cls \+ mean"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": False}, "leaves the prompt out"),
+        ("{", "is not JSON"),
+        ([], "holds no JSON object"),
+    ],
+)
+def test_a_pooling_that_cannot_be_exported_is_named(make_source: MakeSource, config: object, words: str) -> None:
+    source = make_source({"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": config})
+    with pytest.raises(ExportError, match=words):
+        read_encoder(source)
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        (modules_json("Transformer", "Pooling", "Dense"), "the module Dense in '2_Dense' cannot be exported yet"),
+        (modules_json("Transformer", "Pooling", "Normalize", "Dense"), "the module Dense"),
+        (modules_json("WordEmbeddings", "Pooling"), "the module WordEmbeddings"),
+        (modules_json("Transformer", "Normalize", "Pooling"), "the module Normalize .* in this order"),
+        (modules_json("Transformer"), "has no Pooling"),
+        ([], "has no Pooling"),
+        ({}, "is no list of modules"),
+        (["Transformer"], "is no list of modules"),
+        ([{"path": ""}], "the module"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_module_that_cannot_be_exported_is_named(make_source: MakeSource, modules: object, words: str) -> None:
+    source = make_source({"modules.json": modules, "1_Pooling/config.json": MEAN})
+    with pytest.raises(ExportError, match=words):
+        read_encoder(source)
+
+
+def test_a_refusal_leaves_nothing_behind(make_source: MakeSource, tmp_path: Path) -> None:
+    source = make_source({"modules.json": modules_json("Transformer", "Pooling", "Dense")})
+    with pytest.raises(ExportError, match="Dense"):
+        export_embedding(source, tmp_path / "deep" / "bundle")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder"])
+def test_another_kind_of_model_is_named(make_source: MakeSource, kind: str) -> None:
+    source = make_source({"config_sentence_transformers.json": {"model_type": kind}})
+    with pytest.raises(ExportError, match=kind):
+        read_encoder(source)
+
+
+def test_weights_that_are_not_safetensors_are_refused(make_source: MakeSource) -> None:
+    source = make_source()
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(ExportError, match=r"has no .*safetensors"):
+        read_encoder(source)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"has no config\.json"):
+        read_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, Prompts()),
+        ({"prompts": {"query": "q: ", "document": "d: "}}, Prompts("q: ", "d: ")),
+        ({"prompts": {"query": "q: ", "passage": "p: ", "document": "d: "}}, Prompts("q: ", "p: ")),
+        ({"prompts": {"query": None, "document": None}}, Prompts()),
+        ({"prompts": {"query": "q: "}, "default_prompt_name": "query"}, Prompts("q: ", "q: ")),
+        ({"prompts": {"any": "a: "}, "default_prompt_name": "any"}, Prompts("a: ", "a: ")),
+    ],
+)
+def test_prompts_are_read_by_every_name(make_source: MakeSource, stated: object, expected: Prompts) -> None:
+    assert read_encoder(make_source({"config_sentence_transformers.json": stated})).prompts == expected
+
+
+def test_the_least_of_the_stated_limits_counts(make_source: MakeSource) -> None:
+    assert read_encoder(make_source(name="a")).max_tokens == 32
+    source = make_source({"sentence_bert_config.json": {"max_seq_length": 20}}, name="b")
+    assert read_encoder(source).max_tokens == 20
+    assert read_encoder(source, max_tokens=24).max_tokens == 24
+
+
+@pytest.mark.parametrize("wanted", [-1, 0, 2, 33])
+def test_a_limit_that_the_model_cannot_keep_is_refused(make_source: MakeSource, tmp_path: Path, wanted: int) -> None:
+    with pytest.raises(ExportError, match=str(wanted)):
+        export_embedding(make_source(), tmp_path / "bundle", max_tokens=wanted)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_model_that_states_no_limit_must_be_told_one(make_source: MakeSource) -> None:
+    source = make_source()
+    config = json.loads((source / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (source / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 10**30}))
+    with pytest.raises(ExportError, match="--max-tokens"):
+        read_encoder(source)
+    assert read_encoder(source, max_tokens=8).max_tokens == 8
+
+
+def test_robertas_first_positions_do_not_count(make_source: MakeSource) -> None:
+    source = make_source({"tokenizer_config.json": {"model_max_length": 512}})
+    config = json.loads((source / "config.json").read_text())
+    changed = {**config, "model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    (source / "config.json").write_text(json.dumps(changed))
+    assert read_encoder(source).max_tokens == 512
+
+
+def test_the_hash_is_of_the_weights_alone(make_source: MakeSource, tiny_source: Path) -> None:
+    with_prompt = make_source({"config_sentence_transformers.json": {"prompts": {"query": "q"}}}, name="a")
+    assert read_encoder(with_prompt).weights_sha256 == read_encoder(tiny_source).weights_sha256
+    other = make_source(name="b")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    assert read_encoder(other).weights_sha256 != read_encoder(tiny_source).weights_sha256
