@@ -131,9 +131,12 @@ def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
         done.wait(30)
 
     fake.hooks["Embed"] = hook
-    process = subprocess.Popen(
-        [sys.executable, "-m", "emberpc.cli.main", "embed", "a"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    # Where the tests run in the background, SIGINT is ignored, and a child inherits that.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from emberpc.cli.main import main; sys.exit(main(['embed', 'a']))"
     )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert arrived.wait(30)
         process.send_signal(signal.SIGINT)

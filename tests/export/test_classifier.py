@@ -166,6 +166,16 @@ def test_two_labels_get_two_logits_of_the_right_probability() -> None:
     np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_head_learns_what_can_be_learnt(labels: int) -> None:
+    random = np.random.default_rng(0)
+    numbers = random.integers(0, labels, 200)
+    vectors = (random.normal(size=(labels, 16))[numbers] + 0.3 * random.normal(size=(200, 16))).astype(np.float32)
+    head = fit_head(vectors, numbers, seed=0)
+    assert head.weights.shape == (16, labels)
+    assert (head.logits(vectors).argmax(axis=1) == numbers).mean() > 0.95
+
+
 def test_a_head_does_not_depend_on_the_length_of_the_vectors() -> None:
     random = np.random.default_rng(0)
     labels = np.arange(90) % 3

@@ -51,10 +51,13 @@ def test_whatever_json_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]
 def test_any_bytes_are_read_or_refused_in_words(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"data{suffix}"
     path.write_bytes(b"text,label\n" + content if suffix == ".csv" else content)
+    refusal = ""
     try:
         data = read_labelled(path)
     except ExportError as error:
-        assert str(path) in str(error)
+        refusal = str(error)
+    if refusal:
+        assert str(path) in refusal
     else:
         assert len(data.texts) == len(data.labels) >= 1
 

@@ -94,6 +94,12 @@ def test_weights_that_are_not_safetensors_are_refused(make_source: MakeSource) -
         read_encoder(source)
 
 
+@pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
+def test_a_file_that_is_not_json_is_named(make_source: MakeSource, name: str) -> None:
+    with pytest.raises(ExportError, match=f"{name} is not JSON"):
+        read_encoder(make_source({name: "{"}))
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"has no config\.json"):
         read_encoder(tmp_path)

@@ -136,13 +136,12 @@ class LineFile:
         reader = csv.reader(
             (line for _, line in lines), delimiter=_DELIMITERS[Path(self._path).suffix.lower()], strict=True
         )
-        # The default of 128 KiB is less than a text may have.
-        csv.field_size_limit(2**31 - 1)
         header: list[str] = []
         before = 0
         while True:
             try:
-                row = next(reader, None)
+                with _long_cells():
+                    row = next(reader, None)
             except csv.Error as error:
                 self._refuse(before + 1, f"the table is damaged here ({error}); check the quotes")
             if row is None:
@@ -190,3 +189,13 @@ class LineFile:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let a cell of a table have more than the 128 KiB that are the default: a text may have more."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
