@@ -117,7 +117,7 @@ def test_a_collection_can_be_deleted_and_made_again_under_searches(index: Index)
 
     def refill() -> None:
         try:
-            for _ in range(15):
+            for _ in range(4):
                 made = index.create(CollectionSpec("c", 8))
                 made.upsert(numbered(60), gaussian(60, 8))
                 index.delete("c")
