@@ -10,6 +10,9 @@ import binascii
 
 from emberpc.server.errors import invalid
 
+#: Most items of a page of any list.
+MAX_PAGE_SIZE = 1000
+
 
 def encode_token(last: str) -> str:
     """Return the token of the page that starts behind an item."""

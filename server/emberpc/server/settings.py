@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from emberpc.server.names import NAME
+
 ENVIRONMENT_PREFIX = "EMBERPC_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-#: Names of models and collections alike.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class SettingsError(ValueError):

@@ -1,7 +1,7 @@
 """Collections of vectors on one machine: durable, searchable. Knows nothing of gRPC or of models."""
 
 from emberpc.server.index.catalogue import Index
-from emberpc.server.index.collection import Collection
+from emberpc.server.index.collection import MAX_TOP_K, Collection
 from emberpc.server.index.types import (
     CollectionSpec,
     Distance,
@@ -14,6 +14,7 @@ from emberpc.server.index.types import (
 )
 
 __all__ = [
+    "MAX_TOP_K",
     "Collection",
     "CollectionSpec",
     "Distance",

@@ -43,7 +43,7 @@ _MAX_DEAD_SHARE = 0.25
 #: Candidates that a search keeps: so many, or so many times top_k. Measured on 20,000 clustered 384-d vectors:
 #: recall@10 of 1.00 for queries near them and 0.95 for queries anywhere, at 0.2 ms a query.
 _MIN_EF, _EF_PER_HIT = 200, 2
-_MAX_TOP_K = 10_000
+MAX_TOP_K = 10_000
 _MAX_EF = 1_000_000
 
 
@@ -280,7 +280,7 @@ def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) ->
     if excluded != queries:
         raise invalid("exclude_ids", f"has {excluded} items for {queries} queries; give one for each")
     for i, size in enumerate(top_k):
-        if not 1 <= size <= _MAX_TOP_K:
-            raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {_MAX_TOP_K}")
+        if not 1 <= size <= MAX_TOP_K:
+            raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
     if not 0 <= ef <= _MAX_EF:
         raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")

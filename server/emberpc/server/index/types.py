@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.server.errors import invalid
+from emberpc.server.names import NAME
+from emberpc.server.paging import MAX_PAGE_SIZE
 
 Matrix = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 MAX_DIMENSIONS = 16_000
-MAX_PAGE_SIZE = 1000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Distance(str, Enum):
@@ -56,7 +55,7 @@ class CollectionSpec:
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT, naming the field, unless everything is within bounds."""
-        if not _NAME.fullmatch(self.name):
+        if not NAME.fullmatch(self.name):
             raise invalid(
                 "collection.name",
                 f"is {self.name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit",

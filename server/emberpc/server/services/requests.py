@@ -11,10 +11,10 @@ import grpc.aio
 from emberpc.bundle import Prompts
 from emberpc.server.engine import Truncation
 from emberpc.server.errors import Code, FieldPath, ServiceError, Violation, invalid, invalid_fields
+from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.v1 import types_pb2
 
 DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
 
 #: gRPC's view of a call; the services need none of its type parameters.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -10,7 +10,7 @@ import numpy as np
 
 from emberpc.server.engine import Engine, Truncation
 from emberpc.server.errors import invalid, not_found
-from emberpc.server.index import Collection, SearchOutcome, Strategy
+from emberpc.server.index import MAX_TOP_K, Collection, SearchOutcome, Strategy
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.embedding import Matrix, shape
@@ -19,7 +19,6 @@ from emberpc.v1 import index_pb2 as pb
 
 _MAX_QUERIES = 1000
 _DEFAULT_TOP_K = 10
-_MAX_TOP_K = 10_000
 #: Hits of all queries of a call together: an answer of more would be hundreds of megabytes.
 _MAX_HITS = 100_000
 
@@ -143,8 +142,8 @@ def _check(request: pb.SearchRequest) -> None:
         raise invalid("queries", f"has {len(request.queries)} queries; it must have 1 to {_MAX_QUERIES}")
     sizes = {"top_k": request.top_k, **{f"queries[{i}].top_k": query.top_k for i, query in enumerate(request.queries)}}
     for field, top_k in sizes.items():
-        if not 0 <= top_k <= _MAX_TOP_K:
-            raise invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {_MAX_TOP_K}")
+        if not 0 <= top_k <= MAX_TOP_K:
+            raise invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {MAX_TOP_K}")
     total = sum(_top_k(request, query) for query in request.queries)
     if total > _MAX_HITS:
         raise invalid("queries", f"ask for {total} hits in all; a call gives at most {_MAX_HITS}, split it")

@@ -1,0 +1,8 @@
+"""What models and collections may be called."""
+
+from __future__ import annotations
+
+import re
+
+#: 1 to 128 letters, digits, `.`, `_` and `-`, the first a letter or digit.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
