@@ -29,7 +29,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from emberpc.client import Client, NotFound, Record
-from emberpc.export.classifier import export_classifier
+from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.stdlib_texts import StdlibDoc, read_stdlib
 from server_process import ServerProcess
@@ -94,7 +94,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
     train, test = split(docs)
     write_csv(folder / "train.csv", train)
     with report.timed(f"fine-tune a classifier of {MODULES} modules on {len(train)} docstrings"):
-        export_classifier(folder / "train.csv", SOURCE, bundles["modules"], overwrite=True)
+        export_classifier(Data(folder / "train.csv"), SOURCE, bundles["modules"], overwrite=True)
 
     with report.timed("start the server"):
         server = ServerProcess(bundles, folder / "data", listen=listen)

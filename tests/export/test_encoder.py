@@ -22,6 +22,7 @@ MEAN = pooling_json("mean")
         (pooling_json("mean"), "mean"),
         (pooling_json("cls"), "cls"),
         (pooling_json("max"), "max"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
         ({"word_embedding_dimension": 32}, "mean"),
         ({"embedding_dimension": 32, "pooling_mode": "cls"}, "cls"),
         ({"embedding_dimension": 32, "pooling_mode": ["max"], "include_prompt": True}, "max"),
@@ -36,7 +37,6 @@ def test_the_pooling_is_read_in_every_form(make_source: MakeSource, config: obje
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"pooling_mode_lasttoken": True}, "lasttoken"),
         ({"pooling_mode": "weightedmean"}, "weightedmean"),
         ({"pooling_mode": ["mean", "max"]}, r"mean \+ max"),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"cls \+ mean"),
@@ -55,7 +55,8 @@ def test_a_pooling_that_cannot_be_exported_is_named(make_source: MakeSource, con
 @pytest.mark.parametrize(
     ("modules", "words"),
     [
-        (modules_json("Transformer", "Pooling", "Dense"), "the module Dense in '2_Dense' cannot be exported yet"),
+        (modules_json("Transformer", "Pooling", "LSTM"), "the module LSTM in '2_LSTM' cannot be exported yet"),
+        (modules_json("Transformer", "Pooling", "Dense"), "2_Dense/model.safetensors is missing"),
         (modules_json("Transformer", "Pooling", "Normalize", "Dense"), "the module Dense"),
         (modules_json("WordEmbeddings", "Pooling"), "the module WordEmbeddings"),
         (modules_json("Transformer", "Normalize", "Pooling"), "the module Normalize .* in this order"),
@@ -74,8 +75,8 @@ def test_a_module_that_cannot_be_exported_is_named(make_source: MakeSource, modu
 
 
 def test_a_refusal_leaves_nothing_behind(make_source: MakeSource, tmp_path: Path) -> None:
-    source = make_source({"modules.json": modules_json("Transformer", "Pooling", "Dense")})
-    with pytest.raises(ExportError, match="Dense"):
+    source = make_source({"modules.json": modules_json("Transformer", "Pooling", "LSTM")})
+    with pytest.raises(ExportError, match="LSTM"):
         export_embedding(source, tmp_path / "deep" / "bundle")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from emberpc.bundle import Manifest, Parity, Reference, Task, Variant, read_bundle
 from emberpc.client import Client
-from emberpc.server.services.classification import classify_row, probabilities
+from emberpc.server.services.classification import classify_row, outside, probabilities
 
 MANIFEST = Manifest(
     task=Task.CLASSIFICATION,
@@ -79,11 +79,14 @@ def test_probabilities_are_probabilities_whatever_the_logits(logits: np.ndarray,
     assert ((multi >= 0) & (multi <= 1)).all()
 
 
-def test_a_text_below_the_threshold_is_rejected() -> None:
+def test_a_text_whose_best_logit_is_below_the_threshold_is_rejected() -> None:
+    logits = np.array([[1.0, 4.0, 1.0], [1.0, 3.0, -9.0]], dtype=np.float32)
+    assert outside(logits, replace(MANIFEST, rejection_logit=3.5)).tolist() == [False, True]
+    assert outside(logits, MANIFEST).tolist() == [False, False]
     scores = np.array([0.3, 0.4, 0.3], dtype=np.float32)
-    kept = classify_row(scores, replace(MANIFEST, rejection_threshold=0.39), 0)
+    kept = classify_row(scores, MANIFEST, 0, rejected=False)
     assert (list(kept.labels), kept.rejected) == (["b"], False)
-    rejected = classify_row(scores, replace(MANIFEST, rejection_threshold=0.41), 0)
+    rejected = classify_row(scores, MANIFEST, 0, rejected=True)
     assert (list(rejected.labels), rejected.rejected) == ([], True)
     assert [each.label for each in rejected.scores] == ["b", "a", "c"]
 
@@ -91,5 +94,5 @@ def test_a_text_below_the_threshold_is_rejected() -> None:
 def test_a_multi_label_classifier_gives_every_label_above_its_threshold() -> None:
     scores = np.array([0.3, 0.8, 0.7], dtype=np.float32)
     manifest = replace(MANIFEST, multi_label=True, thresholds=(0.2, 0.9, 0.6))
-    assert list(classify_row(scores, manifest, 0).labels) == ["c", "a"]
-    assert list(classify_row(scores, replace(manifest, thresholds=()), 1).labels) == ["b", "c"]
+    assert list(classify_row(scores, manifest, 0, rejected=False).labels) == ["c", "a"]
+    assert list(classify_row(scores, replace(manifest, thresholds=()), 1, rejected=False).labels) == ["b", "c"]

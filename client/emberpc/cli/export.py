@@ -60,28 +60,77 @@ def classifier(
     train: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")],
     base: Annotated[str, typer.Option(metavar="SOURCE", help="The encoder; as for `export embedding`.")],
     output: Target,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="zero-shot, centroids or linear leave the encoder as it is; top-layers, contrastive and full tune it."
+        ),
+    ] = "linear",
     validation: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A file like --train, only to measure on; default: a fifth of --train."),
+        typer.Option(
+            metavar="FILE", help="A file like --train, to stop early by and to calibrate on; default: some of --train."
+        ),
+    ] = None,
+    out_of_scope: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts that have none of the labels: says from where on to reject."),
+    ] = None,
+    rejection_rate: Annotated[
+        float, typer.Option(help="Without --out-of-scope: the share of texts with labels that may be rejected.")
+    ] = 0.01,
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What labels mean: columns label, description; default: their names."),
+    ] = None,
+    label_texts: Annotated[
+        bool, typer.Option(help="Learn from the labels' descriptions or names, too, if they tell texts apart.")
+    ] = True,
+    label_separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="A text may have several labels, with this between them.", show_default=False
+        ),
+    ] = None,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Every label counts alike, however rare.")] = False,
+    min_examples: Annotated[int, typer.Option(min=1, help="Fewest texts that a label must have.")] = 2,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the texts; default: by their number.", show_default=False)
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where a training keeps what it needs to be resumed.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="The column with the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
     max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of splits and order.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a classifier, export it, and check it against PyTorch."""
+    """Fine-tune a classifier, calibrate it, export it, and check it against PyTorch."""
     with _exporting() as progress:
-        from emberpc.export.classifier import export_classifier
+        from emberpc.export.classifier import Data, export_classifier
 
-        manifest = export_classifier(
-            train,
-            base,
-            output,
+        data = Data(
+            train=train,
             validation=validation,
+            outside=out_of_scope,
+            descriptions=descriptions,
             text_column=text_column,
             label_column=label_column,
+            separator=label_separator,
+            min_examples=min_examples,
+        )
+        manifest = export_classifier(
+            data,
+            base,
+            output,
+            strategy=strategy,
+            label_texts=label_texts,
+            balanced=balanced,
+            epochs=epochs,
+            rejection_rate=rejection_rate,
+            checkpoints=checkpoints,
             overwrite=overwrite,
             max_tokens=max_tokens,
             seed=seed,
@@ -123,6 +172,9 @@ def _exporting() -> Iterator[Stages]:
         raise CliError(str(error)) from error
     except BundleError as error:
         raise CliError(str(error), ExitCode.CONFLICT) from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise CliError(f"{where}{error.strerror}; nothing was written; is there room on the disk?") from error
 
 
 def _show(manifest: Manifest, folder: Path, as_json: bool) -> None:
@@ -137,6 +189,7 @@ def _show(manifest: Manifest, folder: Path, as_json: bool) -> None:
             "dimensions": manifest.dimensions,
             "max tokens": manifest.max_tokens,
             "labels": manifest.labels,
+            "strategy": manifest.strategy,
             **{
                 f"variant {variant.name}": f"cosine to PyTorch at least {variant.parity.cosine_min:.6f}"
                 for variant in manifest.variants

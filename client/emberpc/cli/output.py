@@ -141,8 +141,8 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 class Stages(Protocol):
     """Told how far something with stages is."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note that so much of a stage is done."""
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Take note that so much of a stage is done, and of what else there is to know."""
 
 
 @contextmanager
@@ -151,25 +151,31 @@ def stages() -> Iterator[Stages]:
     seen: dict[str, Any] = {}
     if not sys.stderr.isatty():
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def tell(stage: str, done: int, total: int, detail: str = "") -> None:
             if stage not in seen:
                 seen[stage] = None
                 note(f"{stage} …")
 
         yield tell
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
 
-        def show(stage: str, done: int, total: int) -> None:
+        def show(stage: str, done: int, total: int, detail: str = "") -> None:
             if stage not in seen:
                 finish_all()
-                seen[stage] = bar.add_task(stage, total=total)
-            bar.update(seen[stage], completed=done, total=total)
+                seen[stage] = bar.add_task(stage, total=total, detail="")
+            bar.update(seen[stage], completed=done, total=total, detail=detail)
 
         def finish_all() -> None:
             for task in bar.tasks:
-                bar.update(task.id, completed=task.total)
+                bar.update(task.id, completed=task.total, detail="")
 
         yield show
         finish_all()

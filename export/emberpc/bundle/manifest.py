@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from emberpc.bundle.errors import BundleError
@@ -75,7 +76,7 @@ class Manifest:
     #: SHA-256 (hex) of the weights that were converted.
     weights_sha256: str
     dimensions: int
-    #: `mean`, `cls` or `max`.
+    #: `mean`, `cls`, `max` or `lasttoken`.
     pooling: str
     #: Whether the graph gives vectors of length 1.
     normalize: bool
@@ -92,8 +93,10 @@ class Manifest:
     thresholds: tuple[float, ...] = ()
     #: Divides the logits before they become probabilities.
     temperature: float = 1.0
-    #: A text whose best probability is below this is out of scope; 0: none is.
-    rejection_threshold: float = 0.0
+    #: A text whose best logit, before the temperature, is below this is out of scope; None: none is.
+    rejection_logit: float | None = None
+    #: How a classifier was fine-tuned, such as `linear`.
+    strategy: str = ""
     #: Figures measured at export, such as `accuracy`.
     quality: dict[str, float] = field(default_factory=dict)
     #: Versions of the tools used.
@@ -205,6 +208,8 @@ def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 def _value(hint: Any, value: Any, path: str) -> Any:
     """Check one value against its type."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:  # what may be None
+        return None if value is None else _value(arguments[0], value, path)
     if origin is tuple and isinstance(value, list):
         return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):

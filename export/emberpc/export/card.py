@@ -20,7 +20,10 @@ def model_card(manifest: Manifest) -> str:
     }
     if classifier:
         facts["Labels"] = ", ".join(manifest.labels)
+        facts["Strategy"] = manifest.strategy or "not stated"
         facts["Temperature"] = f"{manifest.temperature:.4g}"
+        if manifest.rejection_logit is not None:
+            facts["Out of scope"] = f"texts whose best logit is below {manifest.rejection_logit:.4g}"
     lines = [
         f"---\npipeline_tag: {tag}\nlibrary_name: emberpc\ntags:\n- onnx\n- emberpc\n---\n",
         f"# {manifest.base_model}, exported for emberpc\n",

@@ -16,60 +16,112 @@ _FORMATS = ".csv, .tsv, .jsonl or .parquet"
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with their labels, one for each, from a file."""
+    """Texts from a file, the labels of each, and where each stands there, such as `line 17`."""
 
     path: Path
     texts: list[str]
-    labels: list[str]
+    labels: list[tuple[str, ...]]
+    places: list[str]
 
-    def conflicts(self) -> dict[str, set[str]]:
-        """Return the texts that stand there with different labels."""
-        seen: dict[str, set[str]] = {}
-        for text, label in zip(self.texts, self.labels, strict=True):
-            seen.setdefault(text, set()).add(label)
-        return {text: labels for text, labels in seen.items() if len(labels) > 1}
+    def conflicts(self) -> dict[str, list[str]]:
+        """Return the texts that stand there with different labels, with where and which: `line 17: cancel`."""
+        seen: dict[str, dict[tuple[str, ...], str]] = {}
+        for text, labels, place in zip(self.texts, self.labels, self.places, strict=True):
+            seen.setdefault(text, {}).setdefault(labels, f"{place}: {', '.join(labels) or 'no label'}")
+        return {text: list(places.values()) for text, places in seen.items() if len(places) > 1}
 
 
-def read_labelled(path: Path | str, *, text_column: str = "text", label_column: str = "label") -> LabelledTexts:
+def read_labelled(
+    path: Path | str,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    separator: str | None = None,
+) -> LabelledTexts:
     """Read a file of labelled texts.
 
     Args:
         path: CSV or TSV with a header, JSONL, or Parquet (needs pyarrow); UTF-8.
         text_column: the column with the texts.
         label_column: the column with the labels.
+        separator: what stands between the labels of a text that has several; in JSONL and Parquet they
+            may also be a list, and may be missing. Default: every text has one label.
 
     Raises:
         ExportError: the file cannot be read, has no such column, or a row has no text or no label.
     """
     path = Path(path)
+    texts: list[str] = []
+    labels: list[tuple[str, ...]] = []
+    places: list[str] = []
+    for place, row in read_rows(path):
+        texts.append(text_of(path, place, row, text_column))
+        if separator is None:
+            labels.append((text_of(path, place, row, label_column),))
+        else:
+            labels.append(_several(path, place, row, label_column, separator))
+        places.append(place)
+    return LabelledTexts(path, texts, labels, places)
+
+
+def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
+    """Read a file of texts without labels, as `read_labelled` does.
+
+    Raises:
+        ExportError: the file cannot be read, has no such column, or a row has no text.
+    """
+    path = Path(path)
+    return [text_of(path, place, row, text_column) for place, row in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the rows of a file, each with its place there.
+
+    Raises:
+        ExportError: the file cannot be read, or has no rows.
+    """
     readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix not in readers:
         raise ExportError(f"{path}: its name must end in {_FORMATS}")
-    texts, labels = [], []
     try:
-        for where, row in readers[path.suffix](path):
-            values = []
-            for column in (text_column, label_column):
-                if column not in row:
-                    raise ExportError(f"{path}, {where}: there is no column {column!r}; there are: {', '.join(row)}")
-                value = row[column]
-                if value is None or not str(value).strip():
-                    raise ExportError(f"{path}, {where}: {column} is empty; fill it in or remove the row")
-                if type(value) not in (str, int):
-                    kind = type(value).__name__
-                    raise ExportError(
-                        f"{path}, {where}: {column} is of type {kind}; it must be a text, or a whole number"
-                    )
-                values.append(str(value))
-            texts.append(values[0])
-            labels.append(values[1])
+        rows = list(readers[path.suffix](path))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExportError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    if not texts:
+    if not rows:
         raise ExportError(f"{path} has no rows")
-    return LabelledTexts(path, texts, labels)
+    return rows
+
+
+def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
+    """Return a cell that must hold a text.
+
+    Raises:
+        ExportError: there is no such column, or it is empty or holds something else.
+    """
+    value = _cell(path, place, row, column)
+    if value is None or not str(value).strip():
+        raise ExportError(f"{path}, {place}: {column} is empty; fill it in or remove the row")
+    if type(value) not in (str, int):
+        kind = type(value).__name__
+        raise ExportError(f"{path}, {place}: {column} is of type {kind}; it must be a text, or a whole number")
+    return str(value)
+
+
+def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:
+    """Return the labels of a cell that may hold several, each once, in alphabetical order."""
+    value = _cell(path, place, row, column)
+    parts = value if isinstance(value, list) else [] if value is None else str(value).split(separator)
+    if wrong := [part for part in parts if type(part) not in (str, int)]:
+        raise ExportError(f"{path}, {place}: {column} holds {wrong[0]!r}, which is no label; write texts")
+    return tuple(sorted({str(part).strip() for part in parts} - {""}))
+
+
+def _cell(path: Path, place: str, row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise ExportError(f"{path}, {place}: there is no column {column!r}; there are: {', '.join(row)}")
+    return row[column]
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:

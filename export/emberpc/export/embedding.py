@@ -101,8 +101,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
         graph = GraphEditor(convert(encoder.folder, Path(raw)))
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copyfile(Path(raw) / name, folder / name)
-    dimensions = graph.hidden_size
-    graph.pool(encoder.pooling, dimensions, normalize=encoder.normalize)
+    dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
     # A text is cut on request and padded with its batch: by the server, not by what the file says.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer.json", {**tokenizer, "truncation": None, "padding": None})
@@ -138,7 +137,8 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
 
 def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
     """Write the files by which sentence-transformers, TEI and others load the folder."""
-    kinds = ["Transformer", "Pooling", *(["Normalize"] if encoder.normalize else [])]
+    dense = ["Dense" for _ in encoder.dense]
+    kinds = ["Transformer", "Pooling", *dense, *(["Normalize"] if encoder.normalize else [])]
     modules = [
         {
             "idx": i,
@@ -150,15 +150,18 @@ def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path)
     ]
     write_json(folder / "modules.json", modules)
     pooling = {
-        "word_embedding_dimension": dimensions,
+        "word_embedding_dimension": len(encoder.dense[0].weights) if encoder.dense else dimensions,
         "pooling_mode_cls_token": encoder.pooling == "cls",
         "pooling_mode_mean_tokens": encoder.pooling == "mean",
         "pooling_mode_max_tokens": encoder.pooling == "max",
         "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_lasttoken": encoder.pooling == "lasttoken",
     }
     write_json(folder / "1_Pooling" / "config.json", pooling)
+    for i, layer in enumerate(encoder.dense, 2):
+        shutil.copytree(encoder.folder / layer.path, folder / f"{i}_Dense")
     if encoder.normalize:
-        (folder / "2_Normalize").mkdir()
+        (folder / f"{len(kinds) - 1}_Normalize").mkdir()
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_tokens, "do_lower_case": False})
     prompts = {kind: text for kind, text in vars(encoder.prompts).items() if text}
     write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": None})

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from emberpc.bundle import Prompts
 from emberpc.export.errors import ExportError
@@ -17,11 +21,29 @@ _POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
 }
-_SUPPORTED = ("mean", "cls", "max")
-_MODULES = ("Transformer", "Pooling", "Normalize")
+_SUPPORTED = ("mean", "cls", "max", "lasttoken")
+#: In this order; Dense may be there several times, or not.
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+_ACTIVATIONS = {"Tanh": "Tanh", "ReLU": "Relu", "Sigmoid": "Sigmoid", "Identity": ""}
 #: Of models that state no limit, tokenizers give an absurdly large one.
 _MOST_TOKENS = 100_000
+_DENSE_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A layer behind the pooling: activation(vector @ weights + bias).
+
+    `path` is its folder in the encoder's; `weights` is float32 (inputs, outputs), `bias` float32 (outputs,);
+    `activation` is ONNX's operator, empty for none.
+    """
+
+    path: str
+    weights: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+    activation: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,7 @@ class Encoder:
     revision: str
     weights_sha256: str
     pooling: str
+    dense: tuple[Dense, ...]
     normalize: bool
     max_tokens: int
     prompts: Prompts
@@ -64,18 +87,19 @@ def read_encoder(
         raise ExportError(
             f"{folder} has no config.json, so it is no Hugging Face encoder; name the folder that has one"
         )
-    weights = _weights_sha256(folder)
+    pooling, dense, normalize = _modules(folder)
+    weights = _weights_sha256(folder, dense)
     sentence_transformers = _json(folder / "config_sentence_transformers.json")
     kind = sentence_transformers.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise ExportError(f"{folder} is a {kind}, which gives no text one vector; choose a SentenceTransformer")
-    pooling, normalize = _modules(folder)
     return Encoder(
         folder=folder,
         name=name or found.name,
         revision=found.revision or weights[:12],
         weights_sha256=weights,
         pooling=pooling,
+        dense=tuple(_dense(folder, path) for path in dense),
         normalize=normalize,
         max_tokens=_max_tokens(folder, config, max_tokens),
         prompts=_prompts(sentence_transformers),
@@ -100,39 +124,69 @@ def _parse(path: Path) -> object:
     return data
 
 
-def _weights_sha256(folder: Path) -> str:
+def _weights_sha256(folder: Path, dense: Sequence[str]) -> str:
     """Return the SHA-256 (hex) of the weights; of several files, of them all in the order of their names."""
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if files:
+        files += [folder / path / _DENSE_WEIGHTS for path in dense]
+    else:
         raise ExportError(f"{folder} has no *.safetensors; other formats can run code when they are read: convert it")
     digest = hashlib.sha256()
     for path in files:
+        if not path.is_file():
+            raise ExportError(f"{path} is missing; other formats can run code when they are read: convert it")
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def _modules(folder: Path) -> tuple[str, bool]:
-    """Return the pooling and whether vectors are normalised; of a plain encoder, what sentence-transformers does."""
+def _modules(folder: Path) -> tuple[str, list[str], bool]:
+    """Return the pooling, the folders of Dense modules, and whether vectors are normalised.
+
+    Of a plain encoder, what sentence-transformers does: the mean, and nothing more.
+    """
     path = folder / "modules.json"
     if not path.exists():
-        return "mean", False
+        return "mean", [], False
     modules = _parse(path)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ExportError(f"{path} is no list of modules; get the model again")
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
     places = [str(module.get("path") or "") for module in modules]
+    stage = 0
     for i, (kind, place) in enumerate(zip(kinds, places, strict=True)):
         # In this order only; and the transformer's files are looked for in the folder itself.
-        if kind not in _MODULES[i : i + 1] or (kind == "Transformer" and place):
+        wanted = _MODULES[stage : stage + 1] if i < 2 else _MODULES[stage:]
+        if kind not in wanted or (kind == "Transformer" and place):
             raise ExportError(
                 f"{path}: the module {kind} in {place or 'the folder itself'!r} cannot be exported yet; "
                 f"supported are {', '.join(_MODULES)}, in this order"
             )
+        stage = _MODULES.index(kind) + (kind != "Dense")
     if len(kinds) < 2:
         raise ExportError(f"{path} has no Pooling, so its model gives no text one vector; choose one that has it")
-    return _pooling(folder / places[1] / "config.json"), len(kinds) > 2
+    dense = [place for kind, place in zip(kinds, places, strict=True) if kind == "Dense"]
+    return _pooling(folder / places[1] / "config.json"), dense, kinds[-1] == "Normalize"
+
+
+def _dense(folder: Path, path: str) -> Dense:
+    """Read a layer behind the pooling."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    config = _json(folder / path / "config.json")
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+    if activation not in _ACTIVATIONS:
+        supported = ", ".join(_ACTIVATIONS)
+        raise ExportError(f"{folder / path}: the activation {activation} cannot be exported; supported are {supported}")
+    try:
+        tensors = load_file(folder / path / _DENSE_WEIGHTS)
+        weights = np.ascontiguousarray(tensors["linear.weight"].astype(np.float32).T)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ExportError(f"{folder / path / _DENSE_WEIGHTS} cannot be read; get the model again") from error
+    bias = tensors.get("linear.bias", np.zeros(weights.shape[1])).astype(np.float32)
+    return Dense(path, weights, bias, _ACTIVATIONS[activation])
 
 
 def _pooling(path: Path) -> str:

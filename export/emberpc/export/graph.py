@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,16 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from emberpc.export.encoder import Dense
+
 #: What sentence-transformers and torch divide by where a mask or a vector is empty.
 _MIN_TOKENS = 1e-9
 _MIN_NORM = 1e-12
 #: An ONNX file is one protobuf message, of 2 GiB at most; some room is left for what is not weights.
 _MOST_BYTES = 2**31 - 2**24
+
+
+Matrix = npt.NDArray[np.float32]
 
 
 class GraphEditor:
@@ -26,6 +32,7 @@ class GraphEditor:
     def __init__(self, path: Path) -> None:
         self.model = onnx.load(str(path))
         self._constant("axis_1", np.array([1], dtype=np.int64))
+        self._constant("axis_1_scalar", np.array(1, dtype=np.int64))
         self._constant("axis_last", np.array([-1], dtype=np.int64))
 
     @property
@@ -34,35 +41,55 @@ class GraphEditor:
         output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
         return int(output.type.tensor_type.shape.dim[2].dim_value)
 
-    def pool(self, pooling: str, dimensions: int, *, normalize: bool) -> None:
+    def pool(self, pooling: str, dense: Sequence[Dense], *, normalize: bool) -> int:
         """Add the output `sentence_embedding`, fp32 (texts, dimensions), as sentence-transformers computes it.
 
         Args:
-            pooling: `mean`, `cls` or `max`.
-            dimensions: size of a vector.
+            pooling: `mean`, `cls`, `max` or `lasttoken`.
+            dense: layers behind the pooling.
             normalize: whether to give vectors length 1.
-        """
-        pooled = {"mean": self._mean, "cls": self._cls, "max": self._max}[pooling]()
-        if normalize:
-            squares = self._node("Mul", [pooled, pooled])
-            norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
-            pooled = self._node("Div", [pooled, self._at_least(norm, _MIN_NORM)])
-        self._output("sentence_embedding", pooled, dimensions)
 
-    def classify(self, weights: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]) -> None:
-        """Put a linear head on `sentence_embedding`, and make the outputs `logits` and `sentence_embedding`.
+        Returns:
+            The dimensions.
+        """
+        poolings = {"mean": self._mean, "cls": self._cls, "max": self._max, "lasttoken": self._last}
+        pooled = poolings[pooling]()
+        dimensions = self.hidden_size
+        for i, layer in enumerate(dense):
+            self._constant(f"dense_{i}_weights", layer.weights)
+            self._constant(f"dense_{i}_bias", layer.bias)
+            pooled = self._node("Gemm", [pooled, f"dense_{i}_weights", f"dense_{i}_bias"])
+            pooled = self._node(layer.activation, [pooled]) if layer.activation else pooled
+            dimensions = len(layer.bias)
+        if normalize:
+            pooled = self._unit(pooled)
+        self._output("sentence_embedding", pooled, dimensions)
+        return dimensions
+
+    def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
+        """Put a linear head on the direction of `sentence_embedding`.
+
+        The outputs are then `logits`, `sentence_embedding` and `probabilities`,
+        fp32 (texts, labels), (texts, dimensions) and (texts, labels).
 
         Args:
             weights: float32, shape (dimensions, labels).
             bias: float32, shape (labels,).
+            temperature: divides the logits before they become probabilities.
+            multi_label: whether each label has a probability of its own.
         """
         self._constant("head_weights", weights)
         self._constant("head_bias", bias)
-        logits = self._node("Gemm", ["sentence_embedding", "head_weights", "head_bias"])
+        self._constant("temperature", np.array(temperature, dtype=np.float32))
+        unit = self._unit("sentence_embedding")
+        logits = self._node("Gemm", [unit, "head_weights", "head_bias"])
         self._output("logits", logits, weights.shape[1])
+        scaled = self._node("Div", [logits, "temperature"])
+        found = self._node("Sigmoid", [scaled]) if multi_label else self._node("Softmax", [scaled], axis=1)
+        self._output("probabilities", found, weights.shape[1])
         outputs = {output.name: output for output in self.model.graph.output}
         del self.model.graph.output[:]
-        self.model.graph.output.extend([outputs["logits"], outputs["sentence_embedding"]])
+        self.model.graph.output.extend(outputs[name] for name in ("logits", "sentence_embedding", "probabilities"))
 
     def save(self, path: Path) -> None:
         """Write the graph and check it; weights that do not fit into the file go to `<name>_data` beside it."""
@@ -93,6 +120,22 @@ class GraphEditor:
         present = self._node("Cast", ["attention_mask"], to=TensorProto.BOOL)
         masked = self._node("Where", [self._node("Unsqueeze", [present, "axis_last"]), "last_hidden_state", "lowest"])
         return self._node("ReduceMax", [masked, "axis_1"], keepdims=0)
+
+    def _last(self) -> str:
+        """Take the vector of each text's last token: where as many tokens are counted as there are."""
+        counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
+        count = self._node("ReduceSum", ["attention_mask", "axis_1"], keepdims=1)
+        here = self._node("Cast", [self._node("Equal", [counted, count])], to=TensorProto.FLOAT)
+        # Padding behind the last token counts as many, too.
+        here = self._node("Mul", [here, self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)])
+        chosen = self._node("Mul", ["last_hidden_state", self._node("Unsqueeze", [here, "axis_last"])])
+        return self._node("ReduceSum", [chosen, "axis_1"], keepdims=0)
+
+    def _unit(self, vectors: str) -> str:
+        """Give vectors length 1."""
+        squares = self._node("Mul", [vectors, vectors])
+        norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
+        return self._node("Div", [vectors, self._at_least(norm, _MIN_NORM)])
 
     def _at_least(self, name: str, bound: float) -> str:
         constant = f"{name}_bound"

@@ -21,7 +21,7 @@ T = TypeVar("T")
 #: The outputs of a graph, in order.
 _OUTPUTS = {
     Task.EMBEDDING: ["last_hidden_state", "sentence_embedding"],
-    Task.CLASSIFICATION: ["logits", "sentence_embedding"],
+    Task.CLASSIFICATION: ["logits", "sentence_embedding", "probabilities"],
 }
 
 

@@ -141,6 +141,7 @@ class Classifier(_message.Message):
     REJECTION_THRESHOLD_FIELD_NUMBER: _builtins.int
     FIT_TIME_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    REJECTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: letters, digits, `.`, `_` and `-`."""
     kind: Global___ClassifierKind.ValueType
@@ -156,7 +157,11 @@ class Classifier(_message.Message):
     temperature: _builtins.float
     """Divides the scores before they become probabilities. 1: as trained."""
     rejection_threshold: _builtins.float
-    """A text whose best probability is below this is rejected. 0: none is."""
+    """If `rejects`: a text whose best logit, before the temperature, is below
+    this is rejected.
+    """
+    rejects: _builtins.bool
+    """Whether texts that seem to be outside all labels are rejected."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
         """The model behind it."""
@@ -188,10 +193,11 @@ class Classifier(_message.Message):
         rejection_threshold: _builtins.float = ...,
         fit_time: _timestamp_pb2.Timestamp | None = ...,
         quality: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        rejects: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fit_time", b"fit_time", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "example_count", b"example_count", "fit_time", b"fit_time", "kind", b"kind", "labels", b"labels", "model", b"model", "multi_label", b"multi_label", "name", b"name", "quality", b"quality", "rejection_threshold", b"rejection_threshold", "strategy", b"strategy", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "example_count", b"example_count", "fit_time", b"fit_time", "kind", b"kind", "labels", b"labels", "model", b"model", "multi_label", b"multi_label", "name", b"name", "quality", b"quality", "rejection_threshold", b"rejection_threshold", "rejects", b"rejects", "strategy", b"strategy", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

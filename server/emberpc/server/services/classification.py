@@ -44,8 +44,10 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
             model, request.texts, manifest.prompts.passage, truncation, items_of("texts")
         )
         response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
-        for row, usage in zip(probabilities(inference.output, manifest), replies.usages(inference), strict=True):
-            classification = classify_row(row, manifest, request.top_k)
+        scores = probabilities(inference.output, manifest)
+        rejected = outside(inference.output, manifest)
+        for row, reject, usage in zip(scores, rejected, replies.usages(inference), strict=True):
+            classification = classify_row(row, manifest, request.top_k, rejected=bool(reject))
             classification.usage.CopyFrom(usage)
             response.classifications.append(classification)
         return response
@@ -69,11 +71,17 @@ def probabilities(logits: Scores, manifest: Manifest) -> Scores:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def classify_row(scores: Scores, manifest: Manifest, top_k: int) -> pb.Classification:
+def outside(logits: Scores, manifest: Manifest) -> npt.NDArray[np.bool_]:
+    """Say of each text, by its logits (texts, labels), whether it seems to be outside all labels."""
+    if manifest.rejection_logit is None:
+        return np.zeros(len(logits), dtype=bool)
+    return np.asarray(logits.max(axis=1) < manifest.rejection_logit)
+
+
+def classify_row(scores: Scores, manifest: Manifest, top_k: int, *, rejected: bool) -> pb.Classification:
     """Decide by one text's probabilities, float32 (labels,), and list the best `top_k` of them; 0 lists all."""
     order = np.argsort(-scores, kind="stable")
     listed = order[: top_k or None]
-    rejected = bool(scores[order[0]] < manifest.rejection_threshold)
     thresholds = manifest.thresholds or (_DEFAULT_THRESHOLD,) * len(manifest.labels)
     if rejected:
         predicted = []

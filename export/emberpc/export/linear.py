@@ -1,0 +1,208 @@
+"""Linear heads on vectors: logistic regression, its strength of regularisation chosen by cross-validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.export.examples import Rows, Targets
+from emberpc.export.progress import Progress, no_progress
+
+#: Inverse strengths of regularisation to choose from: few examples want a large one, many a small one.
+GRID = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+#: Where every label has one example, nothing can be chosen by measuring; this was good for few examples.
+FEW_EXAMPLES_C = 10.0
+_FOLDS = 5
+_MAX_ITERATIONS = 300
+#: Stop where no entry of the gradient of the mean loss is larger; smaller ones changed no figure's third digit.
+_TOLERANCE = 3e-5
+#: A C beyond the best of so many before it is not tried: accuracy rises and then falls along the grid.
+_PATIENCE = 2
+
+Matrix = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head on vectors of length 1: logits = vectors @ weights + bias.
+
+    `weights` is float32 (dimensions, labels), `bias` float32 (labels,).
+    """
+
+    weights: Matrix
+    bias: Matrix
+
+    def logits(self, vectors: Matrix) -> Matrix:
+        """Return float32 (texts, labels) for float32 (texts, dimensions) of any length."""
+        return np.asarray(unit(vectors) @ self.weights + self.bias, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """A head, and the logits that heads like it gave texts that they had not seen.
+
+    `rows` are the indexes of those texts, int; `logits` is float32 (rows,
+    labels). Both are empty where every label has one text only.
+    """
+
+    head: Head
+    c: float
+    rows: Rows
+    logits: Matrix
+
+
+def unit(vectors: Matrix) -> Matrix:
+    """Give vectors length 1; (texts, dimensions)."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+
+
+def fit_head(
+    vectors: Matrix,
+    targets: Targets,
+    c: float,
+    *,
+    multi_label: bool = False,
+    weights: Matrix | None = None,
+    start: Head | None = None,
+) -> Head:
+    """Fit logistic regression: multinomial, or one for each label if multi-label; by L-BFGS.
+
+    Args:
+        vectors: float32 (texts, dimensions); only their direction counts.
+        targets: bool (texts, labels).
+        c: inverse strength of the L2 regularisation, as scikit-learn's `LogisticRegression` has it.
+        multi_label: whether labels do not exclude each other.
+        weights: how much each text counts, float32 (texts,) with a mean of 1; default: all alike.
+        start: a head to begin with, which saves time if it is for a similar `c`.
+    """
+    import torch
+    from torch.nn import functional
+
+    inputs = torch.from_numpy(unit(vectors))
+    wanted = torch.from_numpy(targets.astype(np.float32))
+    counts = torch.ones(len(vectors)) if weights is None else torch.from_numpy(weights)
+    coefficients = torch.zeros(vectors.shape[1] + 1, targets.shape[1])
+    if start is not None:
+        coefficients[:-1], coefficients[-1] = torch.from_numpy(start.weights), torch.from_numpy(start.bias)
+    coefficients.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [coefficients],
+        max_iter=_MAX_ITERATIONS,
+        tolerance_grad=_TOLERANCE,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = inputs @ coefficients[:-1] + coefficients[-1]
+        if multi_label:
+            losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)
+        else:
+            losses = functional.cross_entropy(logits, wanted, reduction="none")
+        penalty = 0.5 * coefficients[:-1].square().sum() / (c * len(inputs))
+        loss: torch.Tensor = (losses * counts).mean() + penalty
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    found = coefficients.detach().numpy()
+    return Head(np.ascontiguousarray(found[:-1]), found[-1].copy())
+
+
+def cross_validate(
+    vectors: Matrix,
+    targets: Targets,
+    *,
+    multi_label: bool = False,
+    weights: Matrix | None = None,
+    always: int = 0,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> CrossValidated:
+    """Fit a head with the C that gets the most texts right which the head did not see.
+
+    Of several within one standard error of the best, the smallest: the more
+    regularised head (Hastie et al., The Elements of Statistical Learning, 7.10).
+
+    Args:
+        vectors: float32 (texts, dimensions).
+        targets: bool (texts, labels).
+        multi_label: whether labels do not exclude each other.
+        weights: how much each text counts; default: all alike.
+        always: so many of the last texts are learnt from in every fold and never measured on, such as
+            descriptions of labels.
+        seed: of the folds.
+        progress: told how far it is.
+    """
+    folds = stratify(targets, seed)
+    folds[len(folds) - always :] = -1
+    rows = np.flatnonzero(folds >= 0)
+    if not len(rows):
+        head = fit_head(vectors, targets, FEW_EXAMPLES_C, multi_label=multi_label, weights=weights)
+        return CrossValidated(head, FEW_EXAMPLES_C, rows, np.zeros((0, targets.shape[1]), dtype=np.float32))
+    tried: dict[float, Matrix] = {}
+    hits: dict[float, npt.NDArray[np.float64]] = {}
+    numbers = np.unique(folds[rows])
+    heads: dict[int, Head] = {}
+    for step, c in enumerate(GRID):
+        logits = np.zeros((len(folds), targets.shape[1]), dtype=np.float32)
+        for done, fold in enumerate(numbers):
+            progress("cross-validating", step * len(numbers) + done, len(GRID) * len(numbers))
+            seen, unseen = folds != fold, folds == fold
+            kept = None if weights is None else weights[seen]
+            start = heads.get(int(fold))
+            head = fit_head(vectors[seen], targets[seen], c, multi_label=multi_label, weights=kept, start=start)
+            heads[int(fold)] = head
+            logits[unseen] = head.logits(vectors[unseen])
+        tried[c], hits[c] = logits[rows], right(logits[rows], targets[rows], multi_label)
+        best = max(hits, key=lambda known: hits[known].mean())
+        if GRID.index(c) - GRID.index(best) >= _PATIENCE:
+            break
+    error = float(hits[best].std() / len(rows) ** 0.5)
+    # Neighbours on the grid get the same texts right: a quarter of the unpaired error is near that of the difference.
+    chosen = min(c for c in hits if hits[c].mean() >= hits[best].mean() - error / 4)
+    head = fit_head(vectors, targets, chosen, multi_label=multi_label, weights=weights)
+    return CrossValidated(head, chosen, rows, tried[chosen])
+
+
+def balanced_weights(targets: Targets) -> Matrix:
+    """Return weights under which every label counts alike, float32 (texts,) with a mean of 1.
+
+    A text of several labels takes the weight of its rarest; one of none that of a label of mean size.
+    """
+    counts = np.maximum(targets.sum(axis=0), 1)
+    rarity = counts.mean() / counts
+    weights = np.where(targets.any(axis=1), (targets * rarity).max(axis=1), 1.0)
+    return np.asarray(weights / weights.mean(), dtype=np.float32)
+
+
+def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
+    """Divide texts into folds, each label's as evenly as may be.
+
+    A text of several labels goes by its rarest. The only text of a label is in
+    no fold (-1), so that every head knows every label.
+
+    Returns:
+        The fold of each text, int (texts,).
+    """
+    generator = np.random.default_rng(seed)
+    counts = targets.sum(axis=0)
+    group = np.where(targets.any(axis=1), np.where(targets, counts, np.inf).argmin(axis=1), targets.shape[1])
+    found = np.full(len(targets), -1, dtype=np.int64)
+    start = 0
+    for label in np.unique(group):
+        rows = generator.permutation(np.flatnonzero(group == label))
+        if len(rows) > 1:
+            found[rows] = (start + np.arange(len(rows))) % folds
+            start += len(rows)  # else the first folds would get the odd ones of every label
+    return found
+
+
+def right(logits: Matrix, targets: Targets, multi_label: bool) -> npt.NDArray[np.float64]:
+    """Return how right each text's labels are, in [0, 1]: if multi-label, the share of labels that are."""
+    if multi_label:
+        return np.asarray(((logits > 0) == targets).mean(axis=1))
+    return np.asarray(targets[np.arange(len(logits)), logits.argmax(axis=1)], dtype=np.float64)

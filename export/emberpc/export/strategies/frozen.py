@@ -1,0 +1,142 @@
+"""Strategies that leave the encoder as it is: label descriptions alone, nearest examples, centroids, a linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from emberpc.export.errors import ExportError
+from emberpc.export.evaluation import HeldOut
+from emberpc.export.examples import Examples
+from emberpc.export.linear import Head, Matrix, balanced_weights, cross_validate, stratify, unit
+from emberpc.export.strategies.base import Fitted, Options
+from emberpc.export.workbench import Workbench
+
+#: A cosine is in [-1, 1]; so many times that, softmax can tell. The temperature has the last word.
+COSINE_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The label whose description is nearest to the text; learns nothing from the texts."""
+
+    name: str = "zero-shot"
+    exportable: bool = True
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Make the descriptions' vectors a head."""
+        if not examples.descriptions:
+            raise ExportError("zero-shot goes by the labels' descriptions, and there are none; give some")
+        head = prototypes(workbench.vectors(examples.descriptions))
+        held_out = options.validation or examples  # all are texts that it did not learn from
+        logits = head.logits(workbench.vectors(held_out.texts))
+        return Fitted(_by(head, workbench), HeldOut(logits, held_out.targets), head)
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """The label whose examples' mean is nearest to the text."""
+
+    name: str = "centroids"
+    exportable: bool = True
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Make the means of the labels' vectors a head."""
+
+        def fit_head(known: Examples) -> Head:
+            return prototypes(class_means(workbench.vectors(known.texts), known))
+
+        head = fit_head(examples.described())
+
+        def classify(known: Examples, texts: Sequence[str]) -> Matrix:
+            return fit_head(known.described()).logits(workbench.vectors(texts))
+
+        return Fitted(_by(head, workbench), _hold_out(classify, examples, options), head)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The label of the nearest example; no linear head can do that, so it is not for export."""
+
+    name: str = "nearest"
+    exportable: bool = False
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Keep the examples' vectors; there is nothing to fit."""
+
+        def classify(known: Examples, texts: Sequence[str]) -> Matrix:
+            kept, vectors = unit(workbench.vectors(known.texts)), unit(workbench.vectors(texts))
+            # Examples sorted by label, so that each label's best is one reduction; -1 where a label has none.
+            found = np.full((len(texts), len(known.labels)), -1.0, dtype=np.float32)
+            for label in range(len(known.labels)):
+                own = known.targets[:, label]
+                if own.any():
+                    found[:, label] = (vectors @ kept[own].T).max(axis=1)
+            return COSINE_SCALE * found
+
+        described = examples.described()
+        return Fitted(
+            lambda texts: classify(described, texts),
+            _hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Logistic regression on the encoder's vectors, with the strength of regularisation chosen by cross-validation."""
+
+    name: str = "linear"
+    exportable: bool = True
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Fit the head."""
+        described = examples.described()
+        found = cross_validate(
+            workbench.vectors(described.texts),
+            described.targets,
+            multi_label=examples.multi_label,
+            weights=balanced_weights(described.targets) if options.balanced else None,
+            always=len(described.texts) - len(examples.texts),
+            seed=options.seed,
+            progress=options.progress,
+        )
+        held_out = HeldOut(found.logits, described.targets[found.rows])
+        if options.validation is not None:
+            logits = found.head.logits(workbench.vectors(options.validation.texts))
+            held_out = HeldOut(logits, options.validation.targets)
+        return Fitted(_by(found.head, workbench), held_out, found.head, figures={"regularisation_c": found.c})
+
+
+def class_means(vectors: Matrix, examples: Examples) -> Matrix:
+    """Return the mean of each label's vectors, float32 (labels, dimensions), of length 1; zeros for one without any."""
+    counts = np.maximum(examples.targets.sum(axis=0), 1)[:, None]
+    return unit(np.asarray(examples.targets.T.astype(np.float32) @ unit(vectors) / counts, dtype=np.float32))
+
+
+def prototypes(vectors: Matrix) -> Head:
+    """Return the head that gives the cosine to each label's vector, (labels, dimensions), times the scale."""
+    return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
+
+
+def _by(head: Head, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
+    return lambda texts: head.logits(workbench.vectors(texts))
+
+
+def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:
+    """Give texts logits by examples that they are not among: the validation texts, or all in turn."""
+    if options.validation is not None:
+        return HeldOut(classify(examples, options.validation.texts), options.validation.targets)
+    folds = stratify(examples.targets, options.seed)
+    rows, parts = [np.zeros(0, dtype=np.int64)], [np.zeros((0, len(examples.labels)), dtype=np.float32)]
+    for fold in np.unique(folds[folds >= 0]):
+        unseen = np.flatnonzero(folds == fold)
+        rows.append(unseen)
+        known = examples.take(np.flatnonzero(folds != fold))
+        parts.append(classify(known, [examples.texts[row] for row in unseen]))
+    return HeldOut(np.concatenate(parts), examples.targets[np.concatenate(rows)])

@@ -1,0 +1,181 @@
+"""Strategies that tune the encoder's layers together with a head: the upper ones, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log2
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emberpc.export.examples import Examples
+from emberpc.export.linear import Head, Matrix, balanced_weights
+from emberpc.export.strategies.base import Fitted, Options, Tuned, accuracy, fit_and_hold_out, no_texts, standard_error
+from emberpc.export.strategies.frozen import COSINE_SCALE, class_means
+from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
+from emberpc.export.tuning.loop import Recipe, shuffled, train
+from emberpc.export.workbench import Workbench
+
+
+class _CosineHead(nn.Module):
+    """Logits = scale × cosine(vector, the label's own vector) + bias; a linear head once it is trained.
+
+    Started from the means of the labels' vectors it knows what centroids know
+    before its first step, which few examples need (docs/decisions/0010).
+    """
+
+    def __init__(self, means: Matrix, *, multi_label: bool) -> None:
+        super().__init__()
+        self.labels = nn.Parameter(torch.from_numpy(means))
+        # Labels that do not exclude each other each need a cosine of their own from which they are given.
+        self.bias = nn.Parameter(torch.full((len(means),), -COSINE_SCALE / 2 if multi_label else 0.0))
+        self.bias.requires_grad_(multi_label)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        cosines = functional.normalize(vectors, dim=1) @ functional.normalize(self.labels, dim=1).T
+        return COSINE_SCALE * cosines + self.bias
+
+    def linear(self) -> Head:
+        weights = COSINE_SCALE * functional.normalize(self.labels.detach(), dim=1)
+        return Head(np.ascontiguousarray(weights.T.numpy()), self.bias.detach().numpy().copy())
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Tunes layers and head together."""
+
+    name: str
+    encoder_rate: float
+    exportable: bool = True
+    tunes: bool = True
+
+    def top(self, layers: int) -> int:
+        """Return how many of an encoder's layers are tuned."""
+        raise NotImplementedError
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Train, stopping early by texts that are held out."""
+
+        def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
+            return self._train(known.described(), held_out, epochs, stage, workbench, options)
+
+        return fit_and_hold_out(fit, examples, options)
+
+    def _train(
+        self,
+        examples: Examples,
+        held_out: Examples | None,
+        epochs: int | None,
+        stage: str,
+        workbench: Workbench,
+        options: Options,
+    ) -> tuple[Fitted, int]:
+        backbone = workbench.backbone
+        top = self.top(backbone.layers)
+        tokens, states = workbench.tokens(examples.texts), workbench.states(examples.texts, top)
+        if held_out is not None:
+            workbench.states(held_out.texts, top)  # before the training: the lower layers run with the original weights
+        parameters = backbone.train_top(top)
+        means = class_means(workbench.vectors(examples.texts), examples)
+        head = _CosineHead(means, multi_label=examples.multi_label)
+        recipe = Recipe(epochs or default_epochs(examples.per_label), self.encoder_rate)
+        loss = loss_by_targets(examples, balanced=options.balanced)
+        lengths = [len(ids) for ids in tokens]
+
+        def loss_of(rows: list[int]) -> torch.Tensor:
+            vectors = backbone.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
+            return loss(head(vectors), rows)
+
+        def score() -> float:
+            texts = held_out.texts if held_out else ()
+            logits = head.linear().logits(backbone.embed(workbench.tokens(texts), workbench.states(texts, top)))
+            return accuracy(logits, held_out) if held_out else 0.0
+
+        log = train(
+            parameters,
+            {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad},
+            lambda epoch: shuffled(lengths, recipe.batch, options.seed, epoch),
+            loss_of,
+            recipe,
+            score=score if held_out is not None else None,
+            tolerance=standard_error(held_out),
+            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, workbench, options),
+            stage=stage,
+            progress=options.progress,
+        )
+        tuned, linear = Tuned(backbone.weights(), top, backbone), head.linear()
+        figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
+        return Fitted(by_tuned(linear, tuned, workbench), no_texts(examples), linear, tuned, figures), log.best_epoch
+
+
+class TopLayers(_Layers):
+    """Tunes the upper third of the layers; what the lower ones give is computed once."""
+
+    def __init__(self) -> None:
+        super().__init__("top-layers", 2e-4)
+
+    def top(self, layers: int) -> int:
+        """Return a third of the layers, at least one."""
+        return max(1, layers // 3)
+
+
+class FullTuning(_Layers):
+    """Tunes all there is."""
+
+    def __init__(self) -> None:
+        super().__init__("full", 1e-4)
+
+    def top(self, layers: int) -> int:
+        """Return all layers."""
+        return layers
+
+
+def by_tuned(head: Head, tuned: Tuned, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
+    """Return what gives texts their logits by a tuned encoder, whatever the encoder was tuned to since."""
+
+    def classify(texts: Sequence[str]) -> Matrix:
+        tokens, states = workbench.tokens(texts), workbench.states(texts, tuned.top)
+        workbench.backbone.train_top(tuned.top)
+        workbench.backbone.load(tuned.weights)
+        return head.logits(workbench.backbone.embed(tokens, states, workbench.progress))
+
+    return classify
+
+
+def checkpoint_of(
+    strategy: str, examples: Examples, held_out: Examples | None, recipe: Recipe, workbench: Workbench, options: Options
+) -> Checkpoint:
+    """Return the checkpoint of one training, found again by all that its outcome depends on."""
+    return Checkpoints(options.checkpoints).of(
+        strategy=strategy,
+        encoder=workbench.encoder.weights_sha256,
+        texts=examples.texts,
+        targets=examples.targets.tolist(),
+        held_out=held_out and held_out.texts,
+        recipe=repr(recipe),
+        seed=options.seed,
+        balanced=options.balanced,
+    )
+
+
+def default_epochs(per_label: float) -> int:
+    """Return how often to go over the texts: 10 times with 4 a label, 8 with 16, 6 with 64, 5 with more, at most 12."""
+    return max(5, min(12, round(12 - log2(max(per_label, 1)))))
+
+
+def loss_by_targets(examples: Examples, *, balanced: bool) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """Return the loss of a batch's logits: cross-entropy, or of each label by itself if multi-label."""
+    wanted = torch.from_numpy(examples.targets.astype(np.float32))
+    weights = torch.from_numpy(balanced_weights(examples.targets)) if balanced else torch.ones(len(wanted))
+
+    def loss(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if examples.multi_label:
+            losses = functional.binary_cross_entropy_with_logits(logits, wanted[rows], reduction="none").sum(dim=1)
+        else:
+            losses = functional.cross_entropy(logits, wanted[rows], reduction="none")
+        return (losses * weights[rows]).mean()
+
+    return loss

@@ -1,0 +1,128 @@
+"""Encoders of other architectures: exported and tuned as BERT is, each with faithful but random weights.
+
+They differ in what they take and in how they know where a token stands:
+DistilBERT has no token types, RoBERTa and XLM-RoBERTa count positions from
+behind the padding token's, MPNet has a relative bias, ModernBERT rotates.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import (
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModel
+
+from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.embedding import export_embedding
+from emberpc.export.encoder import read_encoder
+from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.verify import verify_bundle
+from fixtures_bundles import tiny_tokenizer
+
+WORDS = 39
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+PADDED: dict[str, Any] = {"vocab_size": WORDS, "pad_token_id": 1, "max_position_embeddings": 34}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "distilbert": DistilBertConfig(
+        vocab_size=WORDS, dim=32, n_layers=3, n_heads=2, hidden_dim=64, max_position_embeddings=32
+    ),
+    "roberta": RobertaConfig(**PADDED, **SIZES, type_vocab_size=1),
+    "xlm-roberta": XLMRobertaConfig(**PADDED, **SIZES, type_vocab_size=1),
+    "mpnet": MPNetConfig(**PADDED, **SIZES),
+    "modernbert": ModernBertConfig(
+        **SIZES,
+        vocab_size=WORDS,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+        reference_compile=False,
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An encoder of each architecture, of three small layers."""
+    config = CONFIGS[request.param]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated parts of PyTorch that transformers uses
+        model: PreTrainedModel = AutoModel.from_config(config)
+    folder = tmp_path / str(request.param)
+    model.save_pretrained(folder)
+    tiny_tokenizer(int(config.pad_token_id or 0), token_types=False).save_pretrained(folder)
+    return folder
+
+
+def test_it_is_exported_and_gives_what_pytorch_gives(source: Path, tmp_path: Path) -> None:
+    manifest = export_embedding(str(source), tmp_path / "bundle")
+    assert manifest.variant().parity.cosine_min >= 0.9999
+    assert manifest.max_tokens == 32
+    assert verify_bundle(tmp_path / "bundle").ok
+    inputs = {node.name for node in onnx.load(tmp_path / "bundle" / "onnx" / "model.onnx").graph.input}
+    assert inputs == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_last_tokens_and_dense_layers_are_in_the_graph(tiny_source: Path, tmp_path: Path, pooling: str) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    torch.manual_seed(0)
+    layers = [Dense(32, 24), Dense(24, 16, bias=False, activation_function=torch.nn.Identity())]
+    model = SentenceTransformer(
+        modules=[Transformer(str(tiny_source)), Pooling(32, pooling_mode=pooling), *layers, Normalize()], device="cpu"
+    )
+    model.save_pretrained(str(tmp_path / "source"))
+    manifest = export_embedding(str(tmp_path / "source"), tmp_path / "bundle")
+    assert (manifest.pooling, manifest.dimensions, manifest.normalize) == (pooling, 16, True)
+    texts = ["a", "some words of a text", "others"]
+    served = SentenceTransformer(str(tmp_path / "bundle"), backend="onnx", device="cpu", local_files_only=True)
+    np.testing.assert_allclose(served.encode(texts), model.encode(texts), atol=1e-5)
+    train = write(tmp_path / "train.csv")
+    tuned = export_classifier(
+        Data(train), str(tmp_path / "source"), tmp_path / "tuned", strategy="top-layers", epochs=1
+    )
+    assert tuned.dimensions == 16
+
+
+def write(path: Path) -> Path:
+    """Write a few texts of two labels."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *[("aaa a", "x"), ("bbb b", "y"), ("aa", "x"), ("bb", "y")] * 3])
+    return path
+
+
+def test_its_lower_layers_can_be_run_once(source: Path) -> None:
+    backbone = Backbone(read_encoder(source))
+    tokens = backbone.tokenize(["a", "some words of a text", "others"])
+    whole = backbone.embed(tokens)
+    states = backbone.lower_states(tokens, 1)
+    backbone.train_top(1)
+    assert abs(backbone.embed(tokens, states) - whole).max() < 5e-3
+
+
+def test_it_can_be_tuned(source: Path, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv")
+    for strategy in ("top-layers", "full"):
+        manifest = export_classifier(Data(train), str(source), tmp_path / strategy, strategy=strategy, epochs=1)
+        assert manifest.variant().parity.label_agreement == 1

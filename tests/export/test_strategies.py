@@ -1,0 +1,264 @@
+"""The strategies: each learns, is exported as what it is in PyTorch, and can be interrupted."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from emberpc.bundle import Manifest, read_bundle
+from emberpc.export.calibration import probabilities
+from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.encoder import read_encoder
+from emberpc.export.errors import ExportError
+from emberpc.export.examples import Examples, label_names
+from emberpc.export.runner import Runner
+from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Options
+from emberpc.export.strategies.contrastive import paired, supervised_contrastive
+from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.verify import verify_bundle
+from emberpc.export.workbench import Workbench
+from fixtures_bundles import MODULES, minilm_source
+
+TUNING = [name for name, strategy in STRATEGIES.items() if strategy.tunes]
+WORDS = {"fruit": ["apple", "pear", "plum", "cherry", "lemon"], "beast": ["horse", "goat", "sheep", "camel", "mouse"]}
+
+
+def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    """Twenty texts of two labels that single words tell apart."""
+    rows = [(f"{a} {b}", label) for label, words in WORDS.items() for a in words for b in words[:2]]
+    return write(tmp_path / "train.csv", rows)
+
+
+@pytest.fixture
+def workbench(minilm_bundle: Path) -> Workbench:
+    runner = Runner(minilm_bundle / "onnx" / "model.onnx", minilm_bundle / "tokenizer.json", 256, 0)
+    return Workbench(read_encoder(minilm_source()), runner)
+
+
+def of_modules(training_file: Path, per_label: int) -> tuple[Examples, Examples]:
+    """Return docstrings to learn from, so many of each module, and the rest to measure on."""
+    with training_file.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    labels = tuple(sorted(MODULES))
+    targets = np.array([[row["label"] == label for label in labels] for row in rows])
+    everything = Examples(tuple(row["text"] for row in rows), targets, labels, False, label_names(labels))
+    first = np.concatenate([np.flatnonzero(targets[:, label])[:per_label] for label in range(len(labels))])
+    return everything.take(first), everything.take(np.setdiff1d(np.arange(len(rows)), first))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_it_tells_texts_apart_that_it_has_not_seen(workbench: Workbench, training_file: Path, name: str) -> None:
+    known, unseen = of_modules(training_file, 8)
+    fitted = STRATEGIES[name].fit(known, workbench, Options(epochs=3))
+    right = fitted.classify(unseen.texts).argmax(axis=1) == unseen.classes
+    assert right.mean() > (0.4 if name == "zero-shot" else 0.6)
+    assert len(fitted.held_out) > 0
+    assert (fitted.head is not None) == STRATEGIES[name].exportable
+    assert (fitted.tuned is not None) == STRATEGIES[name].tunes
+
+
+def test_one_outcome_is_not_changed_by_another_fit(workbench: Workbench, training_file: Path) -> None:
+    known, unseen = of_modules(training_file, 4)
+    first = STRATEGIES["top-layers"].fit(known, workbench, Options(epochs=1))
+    before = first.classify(unseen.texts)
+    second = STRATEGIES["full"].fit(known, workbench, Options(epochs=1))
+    assert not np.allclose(before, second.classify(unseen.texts), atol=1e-3)
+    np.testing.assert_array_equal(first.classify(unseen.texts), before)
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_its_bundle_gives_what_pytorch_gives(tiny_source: Path, train: Path, tmp_path: Path, name: str) -> None:
+    manifest = export_classifier(Data(train), str(tiny_source), tmp_path / "bundle", strategy=name, epochs=2)
+    assert manifest.strategy == name
+    assert verify_bundle(tmp_path / "bundle").ok
+    untouched = read_encoder(tiny_source).weights_sha256
+    assert (manifest.weights_sha256 != untouched) == (name in TUNING)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.csv", "bundle"}
+
+
+def test_the_graph_gives_calibrated_probabilities(tiny_source: Path, train: Path, tmp_path: Path) -> None:
+    manifest = export_classifier(Data(train), str(tiny_source), tmp_path / "bundle")
+    session = ort.InferenceSession(tmp_path / "bundle" / "onnx" / "model.onnx")
+    ids = np.array([[2, 7, 8, 9, 3]])
+    feeds = {node.name: ids if node.name == "input_ids" else np.ones_like(ids) for node in session.get_inputs()}
+    feeds["token_type_ids"] = np.zeros_like(ids)
+    logits, _, found = session.run(["logits", "sentence_embedding", "probabilities"], feeds)
+    np.testing.assert_allclose(found, probabilities(logits, manifest.temperature), atol=1e-5)
+
+
+def test_texts_may_have_several_labels(tiny_source: Path, tmp_path: Path) -> None:
+    rows = [("aaa", "a"), ("bbb", "b"), ("aaa bbb", "a|b"), ("ccc", "")] * 6
+    train = write(tmp_path / "train.csv", rows)
+    for name in ("linear", "top-layers"):
+        manifest = export_classifier(
+            Data(train, separator="|"), str(tiny_source), tmp_path / name, strategy=name, label_texts=False
+        )
+        assert manifest.multi_label
+        assert manifest.labels == ("a", "b")
+        assert len(manifest.thresholds) == 2
+        assert manifest.quality["micro_f1"] > 0.6
+        assert verify_bundle(tmp_path / name).ok
+        operators = [node.op_type for node in onnx.load(tmp_path / name / "onnx" / "model.onnx").graph.node]
+        assert "Sigmoid" in operators
+
+
+def test_lower_layers_run_once_give_what_they_give_each_time(minilm_bundle: Path) -> None:
+    backbone = Backbone(read_encoder(minilm_source()))
+    tokens = backbone.tokenize(["one", "a text of several words", "and\nanother, longer still, of two lines"])
+    whole = backbone.embed(tokens)
+    states = backbone.lower_states(tokens, 2)
+    backbone.train_top(2)
+    np.testing.assert_allclose(backbone.embed(tokens, states), whole, atol=2e-3)  # the states are in half precision
+    backbone.reset()
+    np.testing.assert_array_equal(backbone.embed(tokens), whole)
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_an_interrupted_training_goes_on_where_it_was(
+    tiny_source: Path, train: Path, tmp_path: Path, name: str
+) -> None:
+    class StopError(Exception):
+        pass
+
+    steps: list[int] = []
+
+    def export(folder: str, stop_at: int | None = None, checkpoints: Path | None = None) -> Manifest:
+        steps.clear()
+
+        def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+            if stage == "training on all texts":
+                steps.append(done)
+                if done == stop_at:
+                    raise StopError
+
+        return export_classifier(
+            Data(train),
+            str(tiny_source),
+            tmp_path / folder,
+            strategy=name,
+            epochs=4,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+
+    kept = tmp_path / "kept"
+    plain = export("plain")
+    total = steps[-1]
+    with pytest.raises(StopError):
+        export("resumed", stop_at=total // 2 + 1, checkpoints=kept)
+    assert len(list(kept.iterdir())) == 1
+    assert not (tmp_path / "resumed").exists()
+    resumed = export("resumed", checkpoints=kept)
+    assert steps[0] > 1
+    assert resumed.weights_sha256 == plain.weights_sha256
+    assert list(kept.iterdir()) == []
+
+
+def test_a_checkpoint_that_is_damaged_is_begun_anew(tiny_source: Path, train: Path, tmp_path: Path) -> None:
+    from emberpc.export.tuning.checkpoint import Checkpoint, TrainingState
+
+    checkpoint = Checkpoint(tmp_path / "kept" / "a.safetensors")
+    checkpoint.write(TrainingState({"value.a": torch.ones(2)}, 3, [0.5]))
+    state = checkpoint.read()
+    assert state is not None
+    assert (state.epoch, state.scores, state.tensors["value.a"].tolist()) == (3, [0.5], [1, 1])
+    (tmp_path / "kept" / "a.safetensors").write_bytes(b"no tensors")
+    assert checkpoint.read() is None
+
+
+def test_names_that_say_nothing_are_not_learnt_from(tiny_source: Path, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", [("aaa", "7"), ("bbb", "9"), ("aab", "7"), ("bba", "9")] * 3)
+    assert export_classifier(Data(train), str(tiny_source), tmp_path / "bundle").quality["label_texts"] == 0
+
+
+def test_descriptions_are_learnt_from(tiny_source: Path, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", [("aaa", "x"), ("bbb", "y")] * 2)
+    (tmp_path / "labels.csv").write_text("label,description\nx,all of a\ny,all of b\n")
+    data = Data(train, descriptions=tmp_path / "labels.csv")
+    manifest = export_classifier(data, str(tiny_source), tmp_path / "bundle", strategy="zero-shot")
+    assert manifest.quality["label_texts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x,all of a\n", "does not describe 1 labels, such as 'y'"),
+        ("x,all of a\ny,b\nz,c\n", "line 4: no training text has the label 'z'"),
+        ("x,all of a\ny,b\nx,c\n", "line 4: the label 'x' is described twice"),
+    ],
+)
+def test_descriptions_that_do_not_fit_are_named(tiny_source: Path, tmp_path: Path, text: str, words: str) -> None:
+    train = write(tmp_path / "train.csv", [("aaa", "x"), ("bbb", "y")] * 2)
+    (tmp_path / "labels.csv").write_text("label,description\n" + text)
+    with pytest.raises(ExportError, match=words):
+        export_classifier(Data(train, descriptions=tmp_path / "labels.csv"), str(tiny_source), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strategy": "nearest"}, "no strategy 'nearest' to export; there are: zero-shot, centroids, linear"),
+        ({"rejection_rate": 1.0}, "the rejection rate is 1.0"),
+        ({"strategy": "zero-shot", "label_texts": False}, "leave their texts in"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(
+    tiny_source: Path, train: Path, tmp_path: Path, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ExportError, match=words):
+        export_classifier(Data(train), str(tiny_source), tmp_path / "bundle", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_out_of_scope_texts_set_the_threshold(training_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside.csv").write_text(
+        "text\nwhat is for dinner tonight\nbook a table for two\nrain is coming\n" * 5
+    )
+    data = Data(training_file, outside=tmp_path / "outside.csv")
+    quality = export_classifier(data, minilm_source(), tmp_path / "bundle").quality
+    assert quality["out_of_scope_auroc"] > 0.9
+    assert quality["rejected_out_of_scope"] > 0.8
+    assert quality["rejected_in_scope"] < 0.2
+    assert read_bundle(tmp_path / "bundle").manifest.rejection_logit is not None
+
+
+def test_labels_as_words() -> None:
+    assert label_names(["card_arrival", "cardArrival", "A/B-test", "7", "__"]) == (
+        "card arrival",
+        "card arrival",
+        "a b test",
+        "7",
+        "__",
+    )
+
+
+def test_each_text_of_a_contrastive_batch_has_a_fellow() -> None:
+    targets = np.eye(3, dtype=bool)[[0] * 5 + [1] * 2 + [2]]
+    examples = Examples(tuple("abcdefgh"), targets, ("x", "y", "z"))
+    seen: set[int] = set()
+    for batch in paired(examples, 4, seed=0, epoch=0):
+        assert len(batch) == len(set(batch)) <= 4
+        seen |= set(batch)
+    assert seen == set(range(8))
+
+
+def test_the_contrastive_loss_is_less_where_fellows_are_near() -> None:
+    targets = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    near = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    assert supervised_contrastive(near, targets) < supervised_contrastive(near[[0, 2, 1, 3]], targets)
+    alone = supervised_contrastive(near[:2], torch.eye(2))
+    assert alone.item() == 0
