@@ -126,6 +126,7 @@ def cross_validate(
 
     Of several within one standard error of the best, the smallest: the more
     regularised head (Hastie et al., The Elements of Statistical Learning, 7.10).
+    The error is that of the difference, text by text: all see the same texts.
 
     Args:
         vectors: float32 (texts, dimensions).
@@ -161,11 +162,15 @@ def cross_validate(
         best = max(hits, key=lambda known: hits[known].mean())
         if GRID.index(c) - GRID.index(best) >= _PATIENCE:
             break
-    error = float(hits[best].std() / len(rows) ** 0.5)
-    # Neighbours on the grid get the same texts right: a quarter of the unpaired error is near that of the difference.
-    chosen = min(c for c in hits if hits[c].mean() >= hits[best].mean() - error / 4)
+    chosen = min(c for c in hits if _as_good(hits[c], hits[best]))
     head = fit_head(vectors, targets, chosen, multi_label=multi_label, weights=weights)
     return CrossValidated(head, chosen, rows, tried[chosen])
+
+
+def _as_good(hits: npt.NDArray[np.float64], best: npt.NDArray[np.float64]) -> bool:
+    """Return whether one head's hits, (texts,), are within one standard error of another's on the same texts."""
+    behind = best - hits
+    return bool(behind.mean() <= behind.std() / len(behind) ** 0.5)
 
 
 def balanced_weights(targets: Targets) -> Matrix:
