@@ -5,15 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from emberpc.bundle import Manifest, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.export.card import model_card
 from emberpc.export.datasets import read_labelled, read_texts
+from emberpc.export.describing import described_examples
 from emberpc.export.embedding import (
     MODEL_PATH,
     PARITY_TEXTS,
@@ -26,7 +25,7 @@ from emberpc.export.embedding import (
 from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.evaluation import Calibration, calibrate, measure, measure_scope
-from emberpc.export.examples import Examples, held_out_examples, label_names, read_descriptions, training_examples
+from emberpc.export.examples import Examples, held_out_examples, training_examples
 from emberpc.export.linear import Head, Matrix
 from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
@@ -34,9 +33,6 @@ from emberpc.export.runner import Runner
 from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
 from emberpc.export.workbench import Cost, Workbench
-
-#: Label names are learnt from only if going by them alone beats always giving the most frequent label by this much.
-_TELLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -110,14 +106,14 @@ def export_classifier(
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
     if not 0 <= rejection_rate < 1:
         raise ExportError(f"the rejection rate is {rejection_rate}; it must be at least 0 and less than 1")
-    examples, validation, outside = _read(data)
+    examples, validation, outside = read_data(data)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     with staged_folder(target, overwrite=overwrite) as folder:
         converted = convert_encoder(encoder, folder, progress)
         converted.graph.save(folder / MODEL_PATH)
         workbench = Workbench(encoder, _runner(folder, encoder, converted), progress)
         if label_texts:
-            examples = _with_descriptions(examples, data, workbench)
+            examples = described_examples(examples, data.descriptions, workbench)
         elif strategy == "zero-shot":
             raise ExportError("zero-shot goes by what labels are called; leave their texts in")
         options = Options(seed, balanced, validation, epochs, checkpoints, progress)
@@ -140,7 +136,7 @@ def export_classifier(
         return _write(folder, encoder, converted, fitted, examples, calibration, quality, strategy, progress)
 
 
-def _read(data: Data) -> tuple[Examples, Examples | None, list[str]]:
+def read_data(data: Data) -> tuple[Examples, Examples | None, list[str]]:
     """Read the training texts, those to validate on, and those outside all labels."""
     read = partial(
         read_labelled, text_column=data.text_column, label_column=data.label_column, separator=data.separator
@@ -150,21 +146,6 @@ def _read(data: Data) -> tuple[Examples, Examples | None, list[str]]:
     validation = held_out_examples(read(data.validation), examples) if data.validation is not None else None
     outside = read_texts(data.outside, text_column=data.text_column) if data.outside is not None else []
     return examples, validation, outside
-
-
-def _with_descriptions(examples: Examples, data: Data, workbench: Workbench) -> Examples:
-    """Say what the labels mean: by the file, or by their names if those tell the texts apart."""
-    if data.descriptions is not None:
-        return replace(examples, descriptions=read_descriptions(data.descriptions, examples.labels))
-    named = replace(examples, descriptions=label_names(examples.labels))
-    return named if telling(named, workbench) else examples
-
-
-def telling(named: Examples, workbench: Workbench) -> bool:
-    """Return whether the descriptions alone tell the texts apart far better than the most frequent label does."""
-    best = STRATEGIES["zero-shot"].fit(named, workbench, Options()).classify(named.texts).argmax(axis=1)
-    right = named.targets[np.arange(len(best)), best].mean()
-    return bool(right > named.targets.mean(axis=0).max() + _TELLING)
 
 
 def _conflicts(examples: Examples) -> int:
@@ -200,7 +181,7 @@ def _write(
     """Put the head on the graph, compare it with PyTorch, and write what else belongs to the bundle."""
     if fitted.head is None:
         raise ExportError(f"the outcome of {strategy} is no linear head; choose another strategy")
-    with _tuned(encoder, fitted, folder) as (source, tuned):
+    with tuned_encoder(encoder, fitted, folder) as (source, tuned):
         if tuned is not None:
             converted = convert_encoder(tuned, folder, progress)
         converted.graph.classify(
@@ -227,7 +208,7 @@ def _write(
 
 
 @contextmanager
-def _tuned(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
+def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
     """Give the encoder whose vectors the head is for, and that again if it was tuned, written to a temporary folder."""
     if fitted.tuned is None:
         yield encoder, None

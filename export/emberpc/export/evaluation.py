@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,16 +16,20 @@ from emberpc.export.calibration import (
     probabilities,
     scope_scores,
 )
-from emberpc.export.examples import Targets
+from emberpc.export.examples import Rows, Targets
 from emberpc.export.linear import Matrix
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Logits that a classifier gave texts that it was not fitted to, (texts, labels), and what they are, bool."""
+    """Logits that a classifier gave texts that it was not fitted to, (texts, labels), and what they are, bool.
+
+    `rows` says which of the training texts they are, int (texts,); empty if they are those of a validation file.
+    """
 
     logits: Matrix
     targets: Targets
+    rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.logits)

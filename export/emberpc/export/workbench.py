@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING
@@ -35,6 +36,17 @@ class Cost:
         self.cpu_seconds += process_time() - self._cpu
 
 
+@dataclass
+class Account:
+    """What a piece of work asked of a workbench, texts by what was computed of each, and what it had to wait for.
+
+    A text that was computed before costs nothing then; `Workbench.price` says what it would have cost.
+    """
+
+    asked: dict[str, set[str]] = field(default_factory=dict)
+    waited: Cost = field(default_factory=Cost)
+
+
 class Workbench:
     """Gives texts' vectors by the encoder as it is, and their states in its lower layers; each text is run once.
 
@@ -53,14 +65,35 @@ class Workbench:
         self._vectors: dict[str, Matrix] = {}
         self._tokens: dict[str, TokenIds] = {}
         self._states: dict[int, dict[str, States]] = {}
+        self._spent: dict[str, Cost] = {}
+        self._account = Account()
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """Keep account of what is asked for meanwhile."""
+        before, self._account = self._account, Account()
+        try:
+            yield self._account
+        finally:
+            self._account = before
+
+    def price(self, account: Account) -> Cost:
+        """Return what all that was asked for costs if nothing is there yet: by the mean over all texts run so far."""
+        total = Cost()
+        for kind, texts in account.asked.items():
+            known = self._vectors if kind == "vectors" else self._states[int(kind)]
+            total.seconds += self._spent[kind].seconds * len(texts) / len(known)
+            total.cpu_seconds += self._spent[kind].cpu_seconds * len(texts) / len(known)
+        return total
 
     def vectors(self, texts: Sequence[str]) -> Matrix:
         """Return the texts' vectors by the encoder as it is, float32 (texts, dimensions)."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
-        if new:
-            prompt = self.encoder.prompts.passage
-            found = self._runner.run([prompt + text for text in new], "sentence_embedding", progress=self.progress)
-            self._vectors.update(zip(new, found, strict=True))
+        with self._accounted("vectors", texts):
+            if new:
+                prompt = self.encoder.prompts.passage
+                found = self._runner.run([prompt + text for text in new], "sentence_embedding", progress=self.progress)
+                self._vectors.update(zip(new, found, strict=True))
         return np.stack([self._vectors[text] for text in texts])
 
     @cached_property
@@ -84,7 +117,17 @@ class Workbench:
             return None
         known = self._states.setdefault(top, {})
         new = [text for text in dict.fromkeys(texts) if text not in known]
-        if new:
-            found = self.backbone.lower_states(self.tokens(new), top, self.progress)
-            known.update(zip(new, found, strict=True))
+        with self._accounted(str(top), texts):
+            if new:
+                known.update(zip(new, self.backbone.lower_states(self.tokens(new), top, self.progress), strict=True))
         return [known[text] for text in texts]
+
+    @contextmanager
+    def _accounted(self, kind: str, texts: Sequence[str]) -> Iterator[None]:
+        """Note that something is asked for of texts, and what it takes."""
+        self._account.asked.setdefault(kind, set()).update(texts)
+        with Cost() as cost:
+            yield
+        for total in (self._spent.setdefault(kind, Cost()), self._account.waited):
+            total.seconds += cost.seconds
+            total.cpu_seconds += cost.cpu_seconds

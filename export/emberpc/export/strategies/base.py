@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -143,7 +143,7 @@ def fit_and_hold_out(
     """
     if options.validation is not None:
         fitted, _ = fit(examples, options.validation, options.epochs, "training")
-        return _with_held_out(fitted, fitted, options.validation)
+        return _with_held_out(fitted, fitted, options.validation, np.zeros(0, dtype=np.int64))
     seen, unseen = split(examples, options.seed)
     if not len(unseen):
         fitted, _ = fit(examples, None, options.epochs, "training")
@@ -153,12 +153,12 @@ def fit_and_hold_out(
     stage = "training to see when to stop" if refit else "training"
     first, epochs = fit(examples.take(seen), held_out, options.epochs, stage)
     if not refit:
-        return _with_held_out(first, first, held_out)
+        return _with_held_out(first, first, held_out, unseen)
     fitted, _ = fit(examples, None, epochs, "training on all texts")
-    return _with_held_out(fitted, first, held_out)
+    return _with_held_out(fitted, first, held_out, unseen)
 
 
-def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples) -> Fitted:
+def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -> Fitted:
     """Return what was fitted, with the logits that another fit gave texts that it had not seen."""
     logits = by.classify(held_out.texts)
-    return Fitted(fitted.classify, HeldOut(logits, held_out.targets), fitted.head, fitted.tuned, fitted.figures)
+    return replace(fitted, held_out=HeldOut(logits, held_out.targets, rows))

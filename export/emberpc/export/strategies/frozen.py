@@ -11,7 +11,7 @@ from emberpc.export.errors import ExportError
 from emberpc.export.evaluation import HeldOut
 from emberpc.export.examples import Examples
 from emberpc.export.linear import Head, Matrix, balanced_weights, cross_validate, stratify, unit
-from emberpc.export.strategies.base import Fitted, Options
+from emberpc.export.strategies.base import Fitted, Options, no_texts
 from emberpc.export.workbench import Workbench
 
 #: A cosine is in [-1, 1]; so many times that, softmax can tell. The temperature has the last word.
@@ -32,8 +32,11 @@ class ZeroShot:
             raise ExportError("zero-shot goes by the labels' descriptions, and there are none; give some")
         head = prototypes(workbench.vectors(examples.descriptions))
         held_out = options.validation or examples  # all are texts that it did not learn from
+        if not held_out.texts:
+            return Fitted(_by(head, workbench), no_texts(examples), head)
         logits = head.logits(workbench.vectors(held_out.texts))
-        return Fitted(_by(head, workbench), HeldOut(logits, held_out.targets), head)
+        rows = np.arange(0 if options.validation else len(examples.texts))
+        return Fitted(_by(head, workbench), HeldOut(logits, held_out.targets, rows), head)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Nearest:
             return COSINE_SCALE * found
 
         described = examples.described()
+        workbench.vectors(described.texts)  # kept from now on
         return Fitted(
             lambda texts: classify(described, texts),
             _hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
@@ -106,7 +110,7 @@ class Linear:
             seed=options.seed,
             progress=options.progress,
         )
-        held_out = HeldOut(found.logits, described.targets[found.rows])
+        held_out = HeldOut(found.logits, described.targets[found.rows], found.rows)
         if options.validation is not None:
             logits = found.head.logits(workbench.vectors(options.validation.texts))
             held_out = HeldOut(logits, options.validation.targets)
@@ -139,4 +143,4 @@ def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: E
         rows.append(unseen)
         known = examples.take(np.flatnonzero(folds != fold))
         parts.append(classify(known, [examples.texts[row] for row in unseen]))
-    return HeldOut(np.concatenate(parts), examples.targets[np.concatenate(rows)])
+    return HeldOut(np.concatenate(parts), examples.targets[np.concatenate(rows)], np.concatenate(rows))
