@@ -40,7 +40,7 @@ def embedding(
     prompts = None
     if query_prompt is not None or passage_prompt is not None:
         prompts = Prompts(query=query_prompt or "", passage=passage_prompt or "")
-    with _exporting() as progress:
+    with exporting() as progress:
         from emberpc.export.embedding import export_embedding
 
         manifest = export_embedding(
@@ -108,7 +108,7 @@ def classifier(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a classifier, calibrate it, export it, and check it against PyTorch."""
-    with _exporting() as progress:
+    with exporting() as progress:
         from emberpc.export.classifier import Data, export_classifier
 
         data = Data(
@@ -160,9 +160,9 @@ def verify(
 
 
 @contextmanager
-def _exporting() -> Iterator[Stages]:
-    """Show the progress of an export, and turn its errors into ours."""
-    require(EXPORT_PACKAGES, "export", "emberpc export")
+def exporting(command: str = "emberpc export") -> Iterator[Stages]:
+    """Show the progress of a command of the export room, and turn its errors into ours."""
+    require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.errors import ExportError
 
     try:

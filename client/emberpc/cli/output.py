@@ -61,6 +61,12 @@ def print_fields(fields: Mapping[str, object]) -> None:
     _print_rows(columns, [[name, one_line(_worded(value))] for name, value in fields.items()])
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print sentences, a line each."""
+    for line in lines:
+        _write(one_line(line) + "\n")
+
+
 def print_gap() -> None:
     """Print an empty line between two things."""
     _write("\n")

@@ -58,6 +58,8 @@ class Wanted:
 class Compared:
     """What a comparison found out."""
 
+    #: What to call the data: the name of the folder that the training texts are in.
+    title: str
     train: Examples
     test: Examples
     outcomes: tuple[Outcome, ...]
@@ -100,6 +102,7 @@ def run(wanted: Wanted, folder: Path, progress: Progress = no_progress) -> Compa
         comparison = _Comparison(wanted, train, test, outside, bases, store, folder, start, progress)
         done, skipped = comparison.run()
     return Compared(
+        Path(wanted.data.train).resolve().parent.name,
         train,
         test,
         tuple(done[cell] for cell in sorted(done)),

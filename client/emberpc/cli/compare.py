@@ -1,0 +1,177 @@
+"""The command that tells which road to take to a label: compare."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emberpc.cli.errors import CliError
+from emberpc.cli.export import MaxTokens, exporting
+from emberpc.cli.options import AsJson
+from emberpc.cli.output import Column, note, print_gap, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from emberpc.export.comparing.summary import Summary
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_EVERYTHING = "1,2,4,8,16,32,all"
+_BYTES_PER_MB = 1e6
+
+
+def compare(
+    train: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")],
+    test: Annotated[Path, typer.Option(metavar="FILE", help="A file like --train, to measure on.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Where the report goes, and what was measured: a later run goes on."
+        ),
+    ],
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="An encoder, as for `export embedding`; may be given several times.  "
+            "[default: sentence-transformers/all-MiniLM-L6-v2]",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[str, typer.Option(metavar="N,…", help="Training texts of each label.")] = _EVERYTHING,
+    strategy: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="Which to compare; default: all.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each is fitted, to other texts of the budget.")] = 3,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Such as 90s, 30m or 2h; what there is no time for is listed.", show_default=False
+        ),
+    ] = None,
+    out_of_scope: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts that have none of the labels, to measure on.")
+    ] = None,
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What labels mean: columns label, description; default: their names."),
+    ] = None,
+    label_texts: Annotated[
+        bool, typer.Option(help="Learn from the labels' descriptions or names, too, if they tell texts apart.")
+    ] = True,
+    label_separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="A text may have several labels, with this between them.", show_default=False
+        ),
+    ] = None,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Every label counts alike, however rare.")] = False,
+    min_examples: Annotated[int, typer.Option(min=1, help="Fewest texts that a label must have.")] = 2,
+    worth: Annotated[
+        float, typer.Option(min=0, help="Points of accuracy that a dearer training must gain to be recommended.")
+    ] = 0.5,
+    export_winner: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Fit the winner to all texts, and export it there as a bundle.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="The column with the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
+    max_tokens: MaxTokens = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of --export-winner.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tuning or embedding? Compare all strategies on your own data, and say which one to take."""
+    with exporting("emberpc compare") as progress:
+        from emberpc.export import compare as room
+        from emberpc.export.classifier import Data
+        from emberpc.export.comparing.running import Wanted
+        from emberpc.export.strategies import STRATEGIES
+
+        wanted = Wanted(
+            data=Data(
+                train=train,
+                outside=out_of_scope,
+                descriptions=descriptions,
+                text_column=text_column,
+                label_column=label_column,
+                separator=label_separator,
+                min_examples=min_examples,
+            ),
+            test=test,
+            bases=tuple(base or ["sentence-transformers/all-MiniLM-L6-v2"]),
+            budgets=_budgets(budget),
+            strategies=tuple(strategy.split(",") if strategy else STRATEGIES),
+            seeds=seeds,
+            time_limit=_seconds(time_limit),
+            label_texts=label_texts,
+            balanced=balanced,
+            max_tokens=max_tokens,
+        )
+        if export_winner is not None and export_winner.exists() and not overwrite:
+            raise CliError(f"{export_winner} is there already; give another folder, or --overwrite")
+        summary = room.compare(wanted, output, worth=worth / 100, progress=progress)
+        if export_winner is not None:
+            room.export_winner(summary, wanted, export_winner, overwrite=overwrite, progress=progress)
+    _show(summary, output, as_json)
+
+
+def _budgets(text: str) -> tuple[int, ...]:
+    """Read a list of budgets."""
+    from emberpc.export.comparing.cells import ALL
+
+    found = []
+    for part in text.split(","):
+        if not (part.strip() == "all" or part.strip().isdecimal()):
+            raise CliError(f"--budget has {part!r}; give numbers with commas between them, and all for all texts")
+        found.append(ALL if part.strip() == "all" else int(part))
+    return tuple(found)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Read a time, such as 30m."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if match is None:
+        raise CliError(f"--time-limit is {text!r}; give a number and s, m or h, such as 30m")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _show(summary: Summary, folder: Path, as_json: bool) -> None:
+    from emberpc.export.comparing.cells import ALL, NO_TEXTS
+    from emberpc.export.comparing.report import content
+    from emberpc.export.comparing.summary import crossover, recommendation, skipped_lines
+
+    if as_json:
+        print_json([content(summary)])
+        return
+    budgets = sorted({point.budget for point in summary.points} - {NO_TEXTS}, key=summary.per_label)
+    several = len(summary.compared.sources) > 1
+    columns = [
+        Column("strategy"),
+        *([Column("base")] if several else []),
+        *(Column("all" if budget == ALL else str(budget), "right") for budget in budgets),
+        *(Column(title, "right") for title in ("ECE", "training, CPU-s", "ms a text", "size, MB")),
+    ]
+    rows = []
+    for way in summary.ways:
+        curve = {point.budget: point for point in summary.curve(way)}
+        last, serving = list(curve.values())[-1], summary.serving(way)
+        accuracies = [curve.get(budget, curve.get(NO_TEXTS)) for budget in budgets]
+        rows.append(
+            [
+                way.strategy,
+                *([way.base] if several else []),
+                *("" if point is None else f"{point.accuracy:.3f}" for point in accuracies),
+                f"{last.means['ece']:.3f}",
+                f"{last.means['cpu_seconds']:.1f}",
+                f"{serving.milliseconds:.1f}" if serving else "",
+                f"{serving.size_bytes / _BYTES_PER_MB:.1f}" if serving else "",
+            ]
+        )
+    print_table(columns, rows)
+    print_gap()
+    print_lines([recommendation(summary), crossover(summary)])
+    for line in skipped_lines(summary):
+        note(f"not measured: {line}")
+    note(f"the report is in {folder / 'report.html'}")

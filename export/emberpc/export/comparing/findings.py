@@ -1,0 +1,115 @@
+"""What to look at in the data: labels that are mixed up, and texts whose label is likely wrong."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from emberpc.export.comparing.cells import Decisions
+from emberpc.export.comparing.summary import Point, Summary
+from emberpc.export.examples import Examples
+
+_MOST_PAIRS = 12
+_MOST_TEXTS = 4
+_MOST_SUSPECTS = 40
+#: A label is doubted if the ways that disagree with it are this sure of another, in the mean.
+_LEAST_CONFIDENCE = 0.5
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Test texts of one label (or set of labels) that were given another, by how often over the seeds."""
+
+    label: str
+    given: str
+    #: Share of the label's test texts, in [0, 1].
+    share: float
+    #: How many, the mean over the seeds.
+    count: float
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A text whose label is likely wrong: different ways agree on another."""
+
+    #: `train` or `test`.
+    part: str
+    #: Index in the file, from 0.
+    row: int
+    text: str
+    label: str
+    suggested: str
+    #: Mean confidence of those that suggest it.
+    confidence: float
+    #: How many suggest it, of how many that were asked.
+    votes: int
+    voters: int
+
+
+def confusions(summary: Summary, point: Point) -> list[Confusion]:
+    """Return what a way mixes up most on the test texts, the most frequent first."""
+    test = summary.compared.test
+    names = [_name(test, np.flatnonzero(row).tolist()) for row in test.targets]
+    sizes = Counter(names)
+    counts: Counter[tuple[str, str]] = Counter()
+    texts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for outcome in point.outcomes:
+        for row, labels in zip(outcome.test.rows, outcome.test.labels, strict=True):
+            given = _name(test, labels)
+            if given != names[row]:
+                counts[names[row], given] += 1
+                texts[names[row], given][test.texts[row]] += 1
+    return [
+        Confusion(
+            label,
+            given,
+            count / point.seeds / sizes[label],
+            count / point.seeds,
+            tuple(text for text, _ in texts[label, given].most_common(_MOST_TEXTS)),
+        )
+        for (label, given), count in counts.most_common(_MOST_PAIRS)
+    ]
+
+
+def suspects(summary: Summary) -> list[Suspect]:
+    """Return texts whose label is likely wrong, the surest first.
+
+    On a text that it was not fitted to, the label that each way gives at the
+    largest budget is a vote, the most frequent over its seeds. A text is
+    suspect if most votes are for one other label, and these are confident:
+    disagreement with the label in confidence, as in Northcutt et al.,
+    "Confident Learning", 2021, but by several models.
+    """
+    points = [point for point in summary.at(summary.largest) if point.budget == summary.largest]
+    parts = (("test", summary.compared.test), ("train", summary.compared.train))
+    found = [suspect for part, examples in parts for suspect in _suspects(part, examples, points)]
+    return sorted(found, key=lambda suspect: (-suspect.votes / suspect.voters, -suspect.confidence))[:_MOST_SUSPECTS]
+
+
+def _suspects(part: str, examples: Examples, points: list[Point]) -> list[Suspect]:
+    votes: dict[int, list[tuple[str, float]]] = defaultdict(list)
+    for point in points:
+        given: dict[int, list[tuple[str, float]]] = defaultdict(list)
+        for outcome in point.outcomes:
+            decisions: Decisions = outcome.test if part == "test" else outcome.held_out
+            for row, labels, confidence in zip(decisions.rows, decisions.labels, decisions.confidence, strict=True):
+                given[row].append((_name(examples, labels), confidence))
+        for row, answers in given.items():
+            label, _ = Counter(name for name, _ in answers).most_common(1)[0]
+            votes[row].append((label, float(np.mean([c for name, c in answers if name == label]))))
+    found = []
+    for row, cast in votes.items():
+        label = _name(examples, np.flatnonzero(examples.targets[row]).tolist())
+        suggested, count = Counter(name for name, _ in cast).most_common(1)[0]
+        confidence = float(np.mean([c for name, c in cast if name == suggested]))
+        agreed = len(cast) > 1 and count > len(cast) / 2
+        if suggested != label and agreed and confidence >= _LEAST_CONFIDENCE:
+            found.append(Suspect(part, row, examples.texts[row], label, suggested, confidence, count, len(cast)))
+    return found
+
+
+def _name(examples: Examples, labels: list[int]) -> str:
+    return ", ".join(examples.labels[label] for label in labels) or "(none)"

