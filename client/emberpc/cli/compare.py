@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emberpc.cli.errors import CliError
-from emberpc.cli.export import MaxTokens, exporting
+from emberpc.cli.export import (
+    Balanced,
+    Descriptions,
+    LabelColumn,
+    LabelSeparator,
+    LabelTexts,
+    MaxTokens,
+    MinExamples,
+    TextColumn,
+    Train,
+    exporting,
+)
 from emberpc.cli.options import AsJson
 from emberpc.cli.output import Column, note, print_gap, print_json, print_lines, print_table
 
@@ -22,7 +33,7 @@ _BYTES_PER_MB = 1e6
 
 
 def compare(
-    train: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")],
+    train: Train,
     test: Annotated[Path, typer.Option(metavar="FILE", help="A file like --train, to measure on.")],
     output: Annotated[
         Path,
@@ -53,29 +64,19 @@ def compare(
     out_of_scope: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Texts that have none of the labels, to measure on.")
     ] = None,
-    descriptions: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What labels mean: columns label, description; default: their names."),
-    ] = None,
-    label_texts: Annotated[
-        bool, typer.Option(help="Learn from the labels' descriptions or names, too, if they tell texts apart.")
-    ] = True,
-    label_separator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="A text may have several labels, with this between them.", show_default=False
-        ),
-    ] = None,
-    balanced: Annotated[bool, typer.Option("--balanced", help="Every label counts alike, however rare.")] = False,
-    min_examples: Annotated[int, typer.Option(min=1, help="Fewest texts that a label must have.")] = 2,
+    descriptions: Descriptions = None,
+    label_texts: LabelTexts = True,
+    label_separator: LabelSeparator = None,
+    balanced: Balanced = False,
+    min_examples: MinExamples = 2,
     worth: Annotated[
         float, typer.Option(min=0, help="Points of accuracy that a dearer training must gain to be recommended.")
     ] = 0.5,
     export_winner: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Fit the winner to all texts, and export it there as a bundle.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="The column with the texts.")] = "text",
-    label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
     max_tokens: MaxTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of --export-winner.")] = False,
     as_json: AsJson = False,

@@ -22,6 +22,24 @@ MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of a text; default: what the source says.", show_default=False)
 ]
 
+#: Of data with labels, for `compare` too.
+Descriptions = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What labels mean: columns label, description; default: their names."),
+]
+LabelTexts = Annotated[
+    bool, typer.Option(help="Learn from the labels' descriptions or names, too, if they tell texts apart.")
+]
+LabelSeparator = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="A text may have several labels, with this between them.", show_default=False),
+]
+Balanced = Annotated[bool, typer.Option("--balanced", help="Every label counts alike, however rare.")]
+MinExamples = Annotated[int, typer.Option(min=1, help="Fewest texts that a label must have.")]
+TextColumn = Annotated[str, typer.Option(help="The column with the texts.")]
+LabelColumn = Annotated[str, typer.Option(help="The column with the labels.")]
+Train = Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")]
+
 
 @app.command()
 def embedding(
@@ -57,7 +75,7 @@ def embedding(
 
 @app.command()
 def classifier(
-    train: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")],
+    train: Train,
     base: Annotated[str, typer.Option(metavar="SOURCE", help="The encoder; as for `export embedding`.")],
     output: Target,
     strategy: Annotated[
@@ -79,29 +97,19 @@ def classifier(
     rejection_rate: Annotated[
         float, typer.Option(help="Without --out-of-scope: the share of texts with labels that may be rejected.")
     ] = 0.01,
-    descriptions: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What labels mean: columns label, description; default: their names."),
-    ] = None,
-    label_texts: Annotated[
-        bool, typer.Option(help="Learn from the labels' descriptions or names, too, if they tell texts apart.")
-    ] = True,
-    label_separator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="A text may have several labels, with this between them.", show_default=False
-        ),
-    ] = None,
-    balanced: Annotated[bool, typer.Option("--balanced", help="Every label counts alike, however rare.")] = False,
-    min_examples: Annotated[int, typer.Option(min=1, help="Fewest texts that a label must have.")] = 2,
+    descriptions: Descriptions = None,
+    label_texts: LabelTexts = True,
+    label_separator: LabelSeparator = None,
+    balanced: Balanced = False,
+    min_examples: MinExamples = 2,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the texts; default: by their number.", show_default=False)
     ] = None,
     checkpoints: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where a training keeps what it needs to be resumed.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="The column with the texts.")] = "text",
-    label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
     max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option(help="Of splits and order.")] = 0,
     overwrite: Overwrite = False,
