@@ -45,8 +45,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="An encoder, as for `export embedding`; may be given several times.  "
-            "[default: sentence-transformers/all-MiniLM-L6-v2]",
+            help="An encoder, as for `export embedding`; may be given several times; "
+            "default: sentence-transformers/all-MiniLM-L6-v2.",
             show_default=False,
         ),
     ] = None,

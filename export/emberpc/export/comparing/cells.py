@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -139,7 +140,9 @@ def take_budget(examples: Examples, budget: int, seed: int) -> Examples:
         return examples
     taken = np.zeros(len(examples.labels) + 1, dtype=np.int64)
     rows: list[int] = []
-    for row in np.random.default_rng(seed).permutation(len(examples.texts)).tolist():
+    order = list(range(len(examples.texts)))
+    random.Random(seed).shuffle(order)  # noqa: S311 - a draw that can be repeated, not a secret
+    for row in order:
         own: Rows = np.flatnonzero(examples.targets[row])
         own = own if len(own) else np.array([len(examples.labels)])
         if (taken[own] < budget).any():
