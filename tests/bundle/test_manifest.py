@@ -6,16 +6,34 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.bundle import BundleError, FileEntry, Manifest, Parity, Prompts, Task, Variant
+from emberpc.bundle import Bound, BundleError, FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
 
 TEXT = st.text(max_size=20)
 SHARE = st.floats(0, 1)
 COUNT = st.integers(1, 2**40)
 PARITY = st.builds(Parity, texts=COUNT, max_abs_diff=SHARE, cosine_min=SHARE, label_agreement=SHARE)
+BOUND = st.builds(Bound, SHARE, SHARE, SHARE, SHARE, SHARE, SHARE)
+MEASURED = st.builds(
+    Measured,
+    texts=COUNT,
+    cosine_min=SHARE,
+    cosine_mean=SHARE,
+    neighbour_agreement=SHARE,
+    texts_per_cpu_second=SHARE,
+    speedup=SHARE,
+    load_seconds=SHARE,
+    size_bytes=COUNT,
+    label_agreement=SHARE,
+    accuracy=st.none() | SHARE,
+)
+VARIANT = st.builds(
+    Variant, name=TEXT, path=TEXT, parity=PARITY, bound=st.none() | BOUND, measured=st.none() | MEASURED
+)
 COMMON = {
     "base_model": TEXT,
     "revision": TEXT,
@@ -25,7 +43,8 @@ COMMON = {
     "normalize": st.booleans(),
     "max_tokens": COUNT,
     "pad_token_id": st.integers(0, 2**31),
-    "variants": st.lists(st.builds(Variant, name=TEXT, path=TEXT, parity=PARITY), min_size=1, max_size=3).map(tuple),
+    "variants": st.lists(VARIANT, min_size=1, max_size=3, unique_by=lambda variant: variant.name).map(tuple),
+    "dropped": st.dictionaries(TEXT, TEXT, max_size=3),
     "prompts": st.builds(Prompts, query=TEXT, passage=TEXT),
     "matryoshka_dimensions": st.lists(st.integers(1, 4096), max_size=3).map(tuple),
     "temperature": st.floats(1e-6, 1e6),
@@ -164,3 +183,24 @@ def _manifest() -> Manifest:
         pad_token_id=0,
         variants=(Variant("fp32", "onnx/model.onnx", Parity(2, 1e-6, 0.99999)),),
     )
+
+
+def test_two_variants_of_one_name_are_refused() -> None:
+    data = json.loads(_manifest().to_json())
+    data["variants"] *= 2
+    with pytest.raises(BundleError, match="two variants have the same name"):
+        Manifest.from_json(json.dumps(data))
+
+
+def test_a_bound_that_is_no_share_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"cosine_min of a variant is 1\.5"):
+        Bound(cosine_min=1.5, difference_max=0.1)
+
+
+def test_a_bound_finds_what_is_too_far_off_nan_included() -> None:
+    bound = Bound(cosine_min=0.9, difference_max=0.5)
+    expected = np.eye(3, 4, dtype=np.float32)
+    assert bound.faults(expected, expected + np.float32(0.1)) == []
+    assert "a cosine of 0.000000, its bound is 0.9" in bound.faults(expected, np.roll(expected, 1, axis=1))
+    assert bound.faults(expected, expected * 2) == ["a difference of 1.0000 of the largest value, its bound is 0.5"]
+    assert len(bound.faults(expected, np.full_like(expected, np.nan))) == 2

@@ -81,3 +81,28 @@ def test_both_kinds_are_exported_and_pass(emberpc: Emberpc, tmp_path: Path) -> N
     assert manifest["labels"] == ["answer", "question"]
     assert manifest["quality"]["accuracy"] > 0.9
     assert emberpc("verify", tmp_path / "classifier").code == 0
+
+
+def test_an_export_prints_its_variants_and_what_was_not_kept(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path
+) -> None:
+    outcome = emberpc("export", "embedding", tiny_source, "-o", tmp_path / "bundle", "--variants", "auto")
+    assert outcome.code == 0, outcome.err
+    table = outcome.rows[[row[0] for row in outcome.rows].index("variant") :]
+    assert table[0][:3] == ["variant", "least cosine to PyTorch", "mean cosine to fp32"]
+    assert table[1][0] == "fp32"
+    assert all(len(row) == len(table[0]) for row in table)
+    names = {row[0] for row in table[1:]}
+    reported = {line.partition(" was not kept: ")[0] for line in outcome.err.splitlines() if " was not kept: " in line}
+    assert names | reported == {"fp32", "optimized", "int8", "int8-fast", "fp16"}
+    outcome = emberpc("export", "embedding", tiny_source, "-o", tmp_path / "other", "--variants", "int4")
+    assert outcome.code == 2
+    assert "'int4'" in outcome.err
+
+
+def test_the_help_names_every_variant(emberpc: Emberpc) -> None:
+    from emberpc.export.variants import CANDIDATES
+
+    for kind in ("embedding", "classifier"):
+        text = " ".join(emberpc("export", kind, "--help").out.replace("│", " ").split())
+        assert all(candidate.name in text for candidate in CANDIDATES)

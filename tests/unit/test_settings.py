@@ -43,9 +43,18 @@ def test_models_in_the_environment_are_separated_by_commas() -> None:
     assert loaded.settings.named_models() == {"a": Path("x"), "b": Path("y")}
 
 
+def test_variants_are_chosen_by_the_names_of_their_models() -> None:
+    environ = {"EMBERPC_MODEL": "a=x,b=x", "EMBERPC_VARIANT": "b=int8"}
+    assert load_settings({}, environ=environ).settings.named_variants() == {"b": "int8"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        ({"variant": ["int8"], "model": ["a"]}, "NAME=VARIANT"),
+        ({"variant": ["a="], "model": ["a"]}, "NAME=VARIANT"),
+        ({"variant": ["b=int8"], "model": ["a"]}, "no model 'b'.*there are: a"),
+        ({"variant": ["a=int8", "a=fp16"], "model": ["a"]}, "has two"),
         ({"workers": "many"}, "whole number"),
         ({"workers": -1}, "not be negative"),
         ({"workers": True}, "whole number"),

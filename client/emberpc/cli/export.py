@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from emberpc.bundle import BundleError, Manifest, Prompts
+from emberpc.bundle import BundleError, Manifest, Prompts, Task
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
 from emberpc.cli.options import AsJson
-from emberpc.cli.output import Column, Stages, plain, print_fields, print_json, print_table, stages
+from emberpc.cli.output import Column, Stages, note, plain, print_fields, print_gap, print_json, print_table, stages
 
 app = typer.Typer(help="Make bundles from PyTorch models, offline.", no_args_is_help=True)
 
@@ -39,6 +39,14 @@ MinExamples = Annotated[int, typer.Option(min=1, help="Fewest texts that a label
 TextColumn = Annotated[str, typer.Option(help="The column with the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="The column with the labels.")]
 Train = Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")]
+Variants = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="What to write beside fp32: optimized, int8, int8-fast, fp16, several with commas; or auto: "
+        "those that are faster or smaller and near enough to fp32.",
+    ),
+]
 
 
 @app.command()
@@ -52,6 +60,14 @@ def embedding(
     name: Annotated[str, typer.Option(help="What to call the base model; default: as the source is called.")] = "",
     query_prompt: Annotated[str | None, typer.Option(help="Goes before queries.", show_default=False)] = None,
     passage_prompt: Annotated[str | None, typer.Option(help="Goes before passages.", show_default=False)] = None,
+    variants: Variants = "fp32",
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts like those to be served, in a column `text`, to measure variants on; default: docstrings.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Export an encoder as an embedding model, and check it against PyTorch."""
@@ -68,6 +84,8 @@ def embedding(
             name=name,
             max_tokens=max_tokens,
             prompts=prompts,
+            variants=_names(variants),
+            validation=validation,
             progress=progress,
         )
     _show(manifest, output, as_json)
@@ -110,6 +128,7 @@ def classifier(
     ] = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
+    variants: Variants = "fp32",
     max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option(help="Of splits and order.")] = 0,
     overwrite: Overwrite = False,
@@ -139,6 +158,7 @@ def classifier(
             epochs=epochs,
             rejection_rate=rejection_rate,
             checkpoints=checkpoints,
+            variants=_names(variants),
             overwrite=overwrite,
             max_tokens=max_tokens,
             seed=seed,
@@ -198,10 +218,33 @@ def _show(manifest: Manifest, folder: Path, as_json: bool) -> None:
             "max tokens": manifest.max_tokens,
             "labels": manifest.labels,
             "strategy": manifest.strategy,
-            **{
-                f"variant {variant.name}": f"cosine to PyTorch at least {variant.parity.cosine_min:.6f}"
-                for variant in manifest.variants
-            },
             **{name: f"{value:.4g}" for name, value in manifest.quality.items()},
         }
     )
+    print_gap()
+    _show_variants(manifest)
+
+
+def _show_variants(manifest: Manifest) -> None:
+    """Print what each variant is worth, then what was tried and not kept."""
+    classifier = manifest.task is Task.CLASSIFICATION
+    agreement = "same label" if classifier else "same 10 nearest"
+    titles = ["least cosine to PyTorch", "mean cosine to fp32", agreement, *(["accuracy"] if classifier else [])]
+    titles += ["texts per CPU-s", "times fp32", "MB", "load s"]
+    rows = []
+    for variant in manifest.variants:
+        found = variant.measured
+        if found is None:
+            continue
+        share = found.label_agreement if classifier else found.neighbour_agreement
+        cells = [variant.name, f"{variant.parity.cosine_min:.6f}", f"{found.cosine_mean:.4f}", f"{share:.3f}"]
+        cells += [f"{found.accuracy:.4f}"] if found.accuracy is not None else []
+        cells += [f"{found.texts_per_cpu_second:.1f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
+        rows.append([*cells, f"{found.load_seconds:.2f}"])
+    print_table([Column("variant"), *(Column(title, "right") for title in titles)], rows)
+    for name, reason in manifest.dropped.items():
+        note(f"{name} was not kept: {reason}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -24,7 +24,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
     option = typer.Option(
         f"--{field.name.replace('_', '-')}",
         help=f"{field.metadata['help']} ({ENVIRONMENT_PREFIX}{field.name.upper()}{default})",
-        metavar="[NAME=]DIR" if several else None,
+        metavar=field.metadata["form"] or None,
         show_default=False,
     )
     return Parameter(

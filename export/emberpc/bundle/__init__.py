@@ -4,17 +4,20 @@ It is all that passes between `emberpc.export`, which writes it, and
 `emberpc.server`, which reads it. Needs the standard library and numpy only.
 """
 
+from emberpc.bundle.bounds import Bound
 from emberpc.bundle.errors import BundleError
-from emberpc.bundle.manifest import FileEntry, Manifest, Parity, Prompts, Task, Variant
+from emberpc.bundle.manifest import FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
 from emberpc.bundle.reading import Bundle, read_bundle
 from emberpc.bundle.reference import Reference
 from emberpc.bundle.writing import finish_bundle, staged_folder
 
 __all__ = [
+    "Bound",
     "Bundle",
     "BundleError",
     "FileEntry",
     "Manifest",
+    "Measured",
     "Parity",
     "Prompts",
     "Reference",

@@ -13,6 +13,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from emberpc.bundle.bounds import Bound
 from emberpc.bundle.errors import BundleError
 
 MANIFEST_NAME = "emberpc.json"
@@ -49,12 +50,36 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a variant is worth, measured at export against fp32 on real texts, on one core of the exporting host."""
+
+    texts: int
+    cosine_min: float
+    cosine_mean: float
+    #: Mean share of a text's 10 nearest that are among fp32's 10 nearest.
+    neighbour_agreement: float
+    texts_per_cpu_second: float
+    #: Texts per CPU-second as a multiple of fp32's: the median of runs in turns.
+    speedup: float
+    load_seconds: float
+    size_bytes: int
+    #: Share of texts with the same best label as fp32 gives; 1 for an embedder.
+    label_agreement: float = 1.0
+    #: Share of texts with the right label (multi-label: exactly the right ones); None for an embedder.
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
 class Variant:
     """One ONNX file of the model, such as `fp32`."""
 
     name: str
     path: str
     parity: Parity
+    #: What it keeps to against fp32; None: it is fp32, and comes as near to PyTorch as float32 allows.
+    bound: Bound | None = None
+    #: None: the bundle is of a time before it was measured.
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,8 @@ class Manifest:
     strategy: str = ""
     #: Figures measured at export, such as `accuracy`.
     quality: dict[str, float] = field(default_factory=dict)
+    #: Variants that were tried and not kept, each with the reason.
+    dropped: dict[str, str] = field(default_factory=dict)
     #: Versions of the tools used.
     tools: dict[str, str] = field(default_factory=dict)
     #: When it was made, ISO 8601 in UTC.
@@ -118,6 +145,9 @@ class Manifest:
                 raise BundleError(f"{MANIFEST_NAME}: {name} is {value}; it must be at least 1")
         if not self.variants:
             raise BundleError(f"{MANIFEST_NAME}: variants is empty; a bundle has at least one ONNX file")
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) != len(names):
+            raise BundleError(f"{MANIFEST_NAME}: two variants have the same name: {', '.join(names)}")
         if self.pad_token_id < 0:
             raise BundleError(f"{MANIFEST_NAME}: pad_token_id is {self.pad_token_id}; it must be at least 0")
         for size in self.matryoshka_dimensions:

@@ -38,6 +38,7 @@ def model_card(manifest: Manifest) -> str:
             f"| {variant.name} | `{variant.path}` | {parity.texts} | {parity.cosine_min:.6f} | "
             f"{parity.max_abs_diff:.2g} | {parity.label_agreement:.3f} |"
         )
+    lines += _variants(manifest)
     if manifest.quality:
         lines += ["\n## Measured at export\n", "| figure | value |\n|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in manifest.quality.items()]
@@ -49,3 +50,24 @@ def model_card(manifest: Manifest) -> str:
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _variants(manifest: Manifest) -> list[str]:
+    """Return what each variant is worth, and what was tried and not kept."""
+    rows = [(variant, variant.measured) for variant in manifest.variants if variant.measured is not None]
+    if len(rows) < 2 and not manifest.dropped:
+        return []
+    classifier = manifest.task is Task.CLASSIFICATION
+    share = "same label" if classifier else "same 10 nearest"
+    titles = ["variant", "mean cosine", "least cosine", share, *(["accuracy"] if classifier else [])]
+    titles += ["texts per CPU-second", "times fp32", "MB", "seconds to load"]
+    lines = ["\n## Variants, against fp32\n", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for variant, found in rows:
+        agreement = found.label_agreement if classifier else found.neighbour_agreement
+        cells = [variant.name, f"{found.cosine_mean:.4f}", f"{found.cosine_min:.4f}", f"{agreement:.3f}"]
+        cells += [f"{found.accuracy:.4f}"] if found.accuracy is not None else []
+        cells += [f"{found.texts_per_cpu_second:.0f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
+        lines.append(f"| {' | '.join([*cells, f'{found.load_seconds:.2f}'])} |")
+    lines.append("\nServe one with `--variant NAME=VARIANT`. Never mix variants in one collection.")
+    lines += [f"\nTried and not kept: {name}: {reason}." for name, reason in manifest.dropped.items()]
+    return lines

@@ -32,6 +32,7 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.runner import Runner
 from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
+from emberpc.export.variants import FP32, add_variants, check_names
 from emberpc.export.workbench import Cost, Workbench
 
 
@@ -67,6 +68,7 @@ def export_classifier(
     epochs: int | None = None,
     rejection_rate: float = 0.01,
     checkpoints: Path | None = None,
+    variants: Sequence[str] = (FP32,),
     overwrite: bool = False,
     max_tokens: int | None = None,
     seed: int = 0,
@@ -90,6 +92,8 @@ def export_classifier(
         rejection_rate: the share of texts with labels that may be rejected as out of scope, in [0, 1), where there
             are no texts that have none of the labels; 0: nothing is rejected.
         checkpoints: where a training keeps what it needs to go on after an interruption.
+        variants: what to write beside fp32: names, or `auto`; see `emberpc.export.variants`. They are measured on the
+            validation file, or on training texts if there is none.
         overwrite: whether to replace a bundle that is there.
         max_tokens: the most tokens of a text, longer ones are cut in training; default: what the base says.
         seed: of splits and order.
@@ -106,6 +110,7 @@ def export_classifier(
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
     if not 0 <= rejection_rate < 1:
         raise ExportError(f"the rejection rate is {rejection_rate}; it must be at least 0 and less than 1")
+    check_names(variants)
     examples, validation, outside = read_data(data)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     with staged_folder(target, overwrite=overwrite) as folder:
@@ -133,7 +138,17 @@ def export_classifier(
             **fitted.figures,
             **_measured(fitted, calibration, beyond),
         }
-        return _write(folder, encoder, converted, fitted, examples, calibration, quality, strategy, progress)
+        manifest = _write(folder, encoder, converted, fitted, examples, calibration, quality, strategy, progress)
+        manifest = add_variants(
+            folder,
+            manifest,
+            variants,
+            model_type=str(encoder.config.get("model_type", "")),
+            examples=validation or examples,
+            progress=progress,
+        )
+        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        return finish_bundle(folder, manifest)
 
 
 def read_data(data: Data) -> tuple[Examples, Examples | None, list[str]]:
@@ -178,7 +193,7 @@ def _write(
     strategy: str,
     progress: Progress,
 ) -> Manifest:
-    """Put the head on the graph, compare it with PyTorch, and write what else belongs to the bundle."""
+    """Put the head on the graph, compare it with PyTorch, write what else belongs to it, and say what it is."""
     if fitted.head is None:
         raise ExportError(f"the outcome of {strategy} is no linear head; choose another strategy")
     with tuned_encoder(encoder, fitted, folder) as (source, tuned):
@@ -191,7 +206,7 @@ def _write(
         _write_config(folder, encoder.config, examples)
         progress("comparing with PyTorch", 0, 1)
         variant = _compare(folder, fitted.head, source, _runner(folder, encoder, converted))
-    manifest = Manifest(
+    return Manifest(
         task=Task.CLASSIFICATION,
         variants=(variant,),
         labels=examples.labels,
@@ -203,8 +218,6 @@ def _write(
         quality=quality,
         **{**common_fields(encoder, converted), "weights_sha256": source.weights_sha256},
     )
-    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    return finish_bundle(folder, manifest)
 
 
 @contextmanager

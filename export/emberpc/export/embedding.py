@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.export.card import model_card
 from emberpc.export.convert import convert
+from emberpc.export.datasets import read_texts
 from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.graph import GraphEditor
@@ -23,6 +25,7 @@ from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.runner import Runner
 from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.variants import FP32, add_variants, check_names
 
 MODEL_PATH = "onnx/model.onnx"
 #: Texts that an export is compared with PyTorch on; and how many of them go into the bundle for later checks.
@@ -41,6 +44,8 @@ def export_embedding(
     name: str = "",
     max_tokens: int | None = None,
     prompts: Prompts | None = None,
+    variants: Sequence[str] = (FP32,),
+    validation: Path | str | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Export an encoder as an embedding bundle, and check it against PyTorch.
@@ -52,6 +57,8 @@ def export_embedding(
         name: what to call the base model; default: as the source is called.
         max_tokens: the most tokens of a text; default: what the source says.
         prompts: what the server puts before texts; default: what the source says.
+        variants: what to write beside fp32: names, or `auto`; see `emberpc.export.variants`.
+        validation: a file of texts like those to be served, to measure variants on; default: docstrings.
         progress: told what is being done.
 
     Returns:
@@ -61,6 +68,8 @@ def export_embedding(
         ExportError: the source cannot be exported, or the outcome does not give what PyTorch gives.
         BundleError: `target` is taken.
     """
+    check_names(variants)
+    texts_to_try = read_texts(validation) if validation is not None else []
     encoder = read_encoder(source, name=name, max_tokens=max_tokens, progress=progress)
     if prompts is not None:
         encoder = replace(encoder, prompts=prompts)
@@ -80,6 +89,10 @@ def export_embedding(
             task=Task.EMBEDDING,
             variants=(Variant("fp32", MODEL_PATH, parity),),
             **common_fields(encoder, converted),
+        )
+        model_type = str(encoder.config.get("model_type", ""))
+        manifest = add_variants(
+            folder, manifest, variants, model_type=model_type, texts=texts_to_try, progress=progress
         )
         (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
         return finish_bundle(folder, manifest)

@@ -11,7 +11,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from emberpc.export.encoder import Dense
+from emberpc.export.errors import ExportError
 
+#: How the names of nodes begin that are added to a converted graph.
+ADDED = "emberpc_"
 #: What sentence-transformers and torch divide by where a mask or a vector is empty.
 _MIN_TOKENS = 1e-9
 _MIN_NORM = 1e-12
@@ -93,16 +96,7 @@ class GraphEditor:
 
     def save(self, path: Path) -> None:
         """Write the graph and check it; weights that do not fit into the file go to `<name>_data` beside it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.with_name(f"{path.name}_data")
-        if self.model.ByteSize() <= _MOST_BYTES:
-            onnx.save(self.model, str(path))
-        else:
-            data.unlink(missing_ok=True)  # it would be appended to
-            copy = onnx.ModelProto()  # which loses its weights to that file
-            copy.CopyFrom(self.model)
-            onnx.save(copy, str(path), save_as_external_data=True, location=data.name)
-        onnx.checker.check_model(str(path))
+        save_model(self.model, path)
 
     def _mean(self) -> str:
         mask = self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)
@@ -147,11 +141,31 @@ class GraphEditor:
 
     def _node(self, operator: str, inputs: list[str], **attributes: int) -> str:
         """Add a node; return the name of its one output."""
-        name = f"emberpc_{operator.lower()}_{len(self.model.graph.node)}"
+        name = f"{ADDED}{operator.lower()}_{len(self.model.graph.node)}"
         self.model.graph.node.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
     def _output(self, name: str, source: str, width: int) -> None:
-        self.model.graph.node.append(helper.make_node("Identity", [source], [name], name=f"emberpc_{name}"))
+        self.model.graph.node.append(helper.make_node("Identity", [source], [name], name=f"{ADDED}{name}"))
         shape: list[str | int | None] = [self.model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, width]
         self.model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph and check it; weights that do not fit into the file go to `<name>_data` beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(f"{path.name}_data")
+    if model.ByteSize() <= _MOST_BYTES:
+        onnx.save(model, str(path))
+    else:
+        data.unlink(missing_ok=True)  # it would be appended to
+        copy = onnx.ModelProto()  # which loses its weights to that file
+        copy.CopyFrom(model)
+        onnx.save(copy, str(path), save_as_external_data=True, location=data.name)
+    onnx.checker.check_model(str(path))
+
+
+def check_size(model: onnx.ModelProto) -> None:
+    """Raise ExportError for a graph that does not fit into one file: the quantiser and the optimiser cannot take it."""
+    if model.ByteSize() > _MOST_BYTES:
+        raise ExportError("the model is larger than 2 GiB; variants of such ones are not made yet")

@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from emberpc.export.errors import ExportError
 
-#: Loggers that tell of their inner workings on every export.
-_CHATTERERS = ("optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
+#: Loggers that tell of their inner workings on every export; ONNX Runtime's quantiser uses the root ("") itself.
+_CHATTERERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
 
 
 @contextmanager
@@ -48,6 +48,9 @@ def _silence() -> Iterator[None]:
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    # Without a handler, `logging.warning` would put one there for good that prints to stderr.
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
@@ -56,6 +59,7 @@ def _silence() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.getLogger().removeHandler(handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)

@@ -18,6 +18,8 @@ _BATCH = 16
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 Matrix = npt.NDArray[np.float32]
+#: What a graph takes for a batch of texts: int64 (texts, tokens) by the input's name.
+Feeds = dict[str, npt.NDArray[np.int64]]
 
 
 class Runner:
@@ -28,13 +30,15 @@ class Runner:
         tokenizer: its `tokenizer.json`.
         max_tokens: longer texts are cut.
         pad_token_id: what fills up the shorter texts of a batch.
+        threads: how many threads run the model; 0: one for each core.
 
     Raises:
         ExportError: a file does not load, or the graph wants inputs that a text does not give.
     """
 
-    def __init__(self, model: Path, tokenizer: Path, max_tokens: int, pad_token_id: int) -> None:
+    def __init__(self, model: Path, tokenizer: Path, max_tokens: int, pad_token_id: int, *, threads: int = 0) -> None:
         options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
@@ -79,15 +83,32 @@ class Runner:
             progress("embedding", start + len(chosen), len(texts))
         return np.stack([row for row in rows if row is not None])
 
+    def prepare(self, texts: Sequence[str]) -> list[Feeds]:
+        """Return the batches that `run` makes of texts, tokenised, for `infer`."""
+        ordered = sorted(texts, key=len)
+        return [self._feeds(ordered[start : start + _BATCH]) for start in range(0, len(ordered), _BATCH)]
+
     def _batch(self, texts: Sequence[str], output: str) -> Matrix:
+        return self.infer(self._feeds(texts), output)
+
+    def _feeds(self, texts: Sequence[str]) -> Feeds:
         encodings = self._tokenizer.encode_batch(list(texts))
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64)
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        return {name: feeds[name] for name in self._inputs}
+
+    def infer(self, feeds: Feeds, output: str) -> Matrix:
+        """Compute one output for a batch of texts that `prepare` made, in its order; float32 (texts, width).
+
+        Raises:
+            ExportError: the model loads, but does not run.
+        """
         try:
-            result = self._session.run([output], {name: feeds[name] for name in self._inputs})
+            result = self._session.run([output], feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            rows, width = feeds["input_ids"].shape
             raise ExportError(
-                f"the ONNX model does not run on {ids.shape[0]} texts of {ids.shape[1]} tokens; export it again"
+                f"the ONNX model does not run on {rows} texts of {width} tokens; export it again"
             ) from error
         return np.asarray(result[0], dtype=np.float32)

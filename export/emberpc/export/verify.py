@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer
 
-from emberpc.bundle import Bundle, BundleError, Reference, Task, Variant, read_bundle
+from emberpc.bundle import Bundle, BundleError, Parity, Reference, Task, Variant, read_bundle
 from emberpc.export.errors import ExportError
 from emberpc.export.parity import compare, faults
-from emberpc.export.runner import Runner
+from emberpc.export.runner import Matrix, Runner
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ def _check_variant(bundle: Bundle, variant: Variant, reference: Reference, repor
     report.figures[f"{variant.name}.size_bytes"] = bundle.manifest.files[variant.path].size
     for how, batch_size in (("one by one", 1), ("in one batch", len(reference.texts))):
         start = perf_counter()
-        _attempt(report, f"{variant.name} {how}", partial(_run, runner, reference, batch_size))
+        _attempt(report, f"{variant.name} {how}", partial(_run, runner, variant, reference, batch_size))
         report.figures[f"{variant.name}.texts_per_second"] = len(reference.texts) / (perf_counter() - start)
 
 
@@ -140,7 +140,7 @@ def _load(bundle: Bundle, variant: Variant) -> tuple[Runner, str]:
     return runner, f"outputs {', '.join(runner.outputs)}"
 
 
-def _run(runner: Runner, reference: Reference, batch_size: int) -> tuple[None, str]:
+def _run(runner: Runner, variant: Variant, reference: Reference, batch_size: int) -> tuple[None, str]:
     """Run the reference texts, and compare every output that was kept."""
     words = []
     for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):
@@ -150,7 +150,14 @@ def _run(runner: Runner, reference: Reference, batch_size: int) -> tuple[None, s
         if got.shape != expected.shape:
             raise ExportError(f"{output} has the shape {got.shape}, not {expected.shape}; export the model again")
         parity = compare(expected, got, labels=output == "logits")
-        if found := faults(parity, scale=max(1.0, float(abs(expected).max()))):
+        if found := _faults(variant, parity, expected, got):
             raise ExportError(f"{output}: {'; '.join(found)}; export the model again")
         words.append(f"{output} with a cosine of at least {parity.cosine_min:.6f}")
     return None, f"{', '.join(words)} on {len(reference.texts)} texts"
+
+
+def _faults(variant: Variant, parity: Parity, expected: Matrix, got: Matrix) -> list[str]:
+    """Hold a variant to the bound that it states; fp32, which states none, to what float32 allows."""
+    if variant.bound is not None:
+        return variant.bound.faults(expected, got)
+    return faults(parity, scale=max(1.0, float(abs(expected).max())))

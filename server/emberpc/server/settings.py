@@ -25,8 +25,9 @@ class SettingsError(ValueError):
     """A setting is wrong; the message names it, where it was read, and the remedy."""
 
 
-def _setting(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": doc})
+def _setting(default: Any, doc: str, form: str = "") -> Any:
+    """Return a field; `form` is what a value looks like, where the type does not say it."""
+    return dataclasses.field(default=default, metadata={"help": doc, "form": form})
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class Settings:
     """What the server was told. `metadata["help"]` of each field is its help text."""
 
     model: tuple[str, ...] = _setting(
-        (), "A bundle to serve, as DIR or NAME=DIR; several may be given. In the environment, separated by commas."
+        (),
+        "A bundle to serve, as DIR or NAME=DIR; several may be given. In the environment, separated by commas.",
+        "[NAME=]DIR",
+    )
+    variant: tuple[str, ...] = _setting(
+        (), "Which of a model's ONNX files to serve, as NAME=VARIANT; default: its first, fp32.", "NAME=VARIANT"
     )
     data_dir: Path = _setting(  # noqa: RUF009 - `_setting` gives a dataclass field
         Path("emberpc-data"), "Folder of the collections; made if it is not there."
@@ -69,6 +75,8 @@ class Settings:
         if len(self.named_models()) < len(self.model):
             raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
 
+        self.named_variants()
+
     def named_models(self) -> dict[str, Path]:
         """Return the bundles' folders by the names they are served under.
 
@@ -87,6 +95,26 @@ class Settings:
                 )
             models[name] = Path(folder)
         return models
+
+    def named_variants(self) -> dict[str, str]:
+        """Return the variants chosen by the names of their models.
+
+        Raises:
+            SettingsError: one is not NAME=VARIANT, or no model has its name, or one has it twice.
+        """
+        models, variants = self.named_models(), {}
+        for entry in self.variant:
+            name, equals, variant = entry.partition("=")
+            if not (name and equals and variant):
+                raise SettingsError(f"variant is {entry!r}; it must be NAME=VARIANT, such as minilm=int8")
+            if name not in models:
+                raise SettingsError(
+                    f"variant: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
+                )
+            if name in variants:
+                raise SettingsError(f"variant: model {name!r} has two; give it one, or serve the bundle by two names")
+            variants[name] = variant
+        return variants
 
 
 @dataclass(frozen=True)

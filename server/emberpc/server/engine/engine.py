@@ -62,13 +62,18 @@ class Engine:
         self._models: dict[str, Model] = {}
         self._scheduler = Scheduler(workers, batch_tokens, max_queue_tokens, on_failure)
 
-    def load(self, name: str, folder: Path) -> Model:
+    def load(self, name: str, folder: Path, variant: str = "") -> Model:
         """Load a bundle and serve it under a name. Takes seconds.
+
+        Args:
+            name: the name.
+            folder: the bundle.
+            variant: which of its ONNX files; empty: the first.
 
         Raises:
             ModelLoadError: it cannot be served.
         """
-        model = Model.load(name, folder)
+        model = Model.load(name, folder, variant)
         self._models[name] = model
         return model
 

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
-
-from emberpc.bundle import Bundle, BundleError, Manifest, Task, Variant, read_bundle
+from emberpc.bundle import Bound, Bundle, BundleError, Manifest, Task, Variant, read_bundle
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
 
-#: How far the outputs for the bundle's reference texts may be from PyTorch's, as a share of the largest magnitude
-#: among them. Other processors round otherwise; a wrong tokenizer or graph is off by far more.
-_REFERENCE_TOLERANCE = 1e-2
+#: How far the outputs of fp32 for the bundle's reference texts may be from PyTorch's. Other processors round
+#: otherwise; a wrong tokenizer or graph is off by far more. Other variants state a bound of their own.
+_FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
 #: Enough to tell a wrong model from a right one without holding up the start.
 _REFERENCE_TEXTS = 4
 
@@ -85,18 +83,15 @@ class Model:
             got = self.session.run([text.ids for text in texts])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise ModelLoadError(f"model {self.name!r}: {bundle.folder} loads but does not run") from error
-        if not _alike(got, expected[: len(texts)]):
+        if not _alike(got, expected[: len(texts)], self.variant.bound or _FP32_BOUND):
             raise ModelLoadError(
                 f"model {self.name!r}: {bundle.folder} does not give the outputs that it gave at export; "
                 "see `emberpc verify`, and export the model again"
             )
 
 
-def _alike(got: Output, expected: Output) -> bool:
-    if got.shape != expected.shape:
-        return False
-    scale = float(np.abs(expected).max(initial=1e-6))
-    return bool(np.abs(got - expected).max(initial=0.0) <= _REFERENCE_TOLERANCE * scale)
+def _alike(got: Output, expected: Output, bound: Bound) -> bool:
+    return got.shape == expected.shape and not bound.faults(expected, got)
 
 
 def _tokenizer(bundle: Bundle) -> TextTokenizer:

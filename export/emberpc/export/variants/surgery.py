@@ -1,0 +1,261 @@
+"""What makes a variant of a bundle's graph: fusion, int8 weights, fp16 storage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from emberpc.export.errors import ExportError
+from emberpc.export.graph import ADDED
+from emberpc.export.libraries import calling_libraries
+
+#: Tables and matrices from this size on (values) are worth storing in fewer bits.
+_WORTH_IT = 4096
+_INT8_MAX = 127
+_FP16_MAX = float(np.finfo(np.float16).max)
+#: Architectures whose attention ONNX Runtime's optimiser knows by the name of BERT.
+_LIKE_BERT = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
+
+#: How the names of nodes begin that compute outliers apart.
+_OUTLIERS = "outliers_"
+
+Weights = npt.NDArray[np.float32]
+Columns = npt.NDArray[np.int64]
+
+
+def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
+    """Fuse attention, GELU (the exact one) and normalisation into single nodes, by ONNX Runtime's own optimiser.
+
+    The encoder is taken out of the graph for it, and pooling and head are put
+    back: with them the optimiser finds no attention.
+
+    Args:
+        model: a bundle's graph.
+        model_type: of the encoder's config.json.
+
+    Raises:
+        ExportError: the optimiser does not know the architecture, or finds no attention in it.
+    """
+    if model_type not in _LIKE_BERT:
+        raise ExportError(f"ONNX Runtime's optimiser does not know {model_type or 'this architecture'}")
+    encoder, added = _split(model)
+    with calling_libraries("ONNX Runtime's optimiser cannot read the graph", "leave this variant out"):
+        from onnxruntime.transformers.optimizer import optimize_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "encoder.onnx"
+            onnx.save(encoder, str(path))
+            # 1: what ONNX Runtime does beyond that depends on the host, and it does it at load anyway.
+            optimizer = optimize_model(str(path), model_type="bert", opt_level=1, use_gpu=False)
+    fused: onnx.ModelProto = optimizer.model
+    if not any(node.op_type in ("Attention", "MultiHeadAttention") for node in fused.graph.node):
+        raise ExportError("ONNX Runtime's optimiser finds no attention in the graph")
+    have = {tensor.name for tensor in fused.graph.initializer}
+    wanted = {name for node in added for name in node.input} - have
+    fused.graph.node.extend(added)
+    fused.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
+    del fused.graph.output[:]
+    fused.graph.output.extend(model.graph.output)
+    return fused
+
+
+def products(model: onnx.ModelProto) -> list[NodeProto]:
+    """Return the encoder's matrix products with constant weights, which are what a forward pass spends its time on."""
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in matrices and not node.name.startswith((ADDED, _OUTLIERS))
+    ]
+
+
+def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> None:
+    """Compute a few columns of products' inputs apart, in place, so that they can stay in fp32.
+
+    x @ W becomes (x, those columns 0) @ W + x[those columns] @ W[those rows]: the same in exact arithmetic. The idea
+    is that of LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), with the columns chosen once.
+
+    Args:
+        model: a bundle's graph.
+        columns: by the name of a product's input, the indexes of its columns to take out.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    wanted: dict[str, list[NodeProto]] = {}
+    for node in products(model):
+        if node.input[0] in columns:
+            wanted.setdefault(node.input[0], []).append(node)
+    before: dict[str, list[NodeProto]] = {}
+    after: dict[str, list[NodeProto]] = {}
+    for number, (name, nodes) in enumerate(wanted.items()):
+        rest, few, mask, indexes = (f"{_OUTLIERS}{number}_{part}" for part in ("rest", "few", "mask", "columns"))
+        before[nodes[0].output[0]] = [
+            helper.make_node("Mul", [name, mask], [rest], name=rest),
+            helper.make_node("Gather", [name, indexes], [few], name=few, axis=-1),
+        ]
+        kept = np.ones(tensors[nodes[0].input[1]].dims[0], dtype=np.float32)
+        kept[columns[name]] = 0
+        model.graph.initializer.append(numpy_helper.from_array(kept, mask))
+        model.graph.initializer.append(numpy_helper.from_array(columns[name], indexes))
+        for i, node in enumerate(nodes):
+            weights = numpy_helper.to_array(tensors[node.input[1]])
+            rows, apart, most = (f"{few}_{i}_{part}" for part in ("weights", "product", "most"))
+            model.graph.initializer.append(numpy_helper.from_array(weights[columns[name]], rows))
+            output = node.output[0]
+            node.input[0], node.output[0] = rest, most
+            after[most] = [
+                helper.make_node("MatMul", [few, rows], [apart], name=apart),
+                helper.make_node("Add", [most, apart], [output], name=f"{apart}_sum"),
+            ]
+            before[most] = before.pop(output, [])
+    ordered = []
+    for node in model.graph.node:
+        output = node.output[0]
+        ordered += [*before.get(output, []), node, *after.get(output, [])]
+    _set_nodes(model, ordered)
+
+
+def quantize(model: onnx.ModelProto) -> None:
+    """Make the encoder's matrix products int8, in place: weights once, for each column; activations as they come.
+
+    Weights are signed and of 7 bits: with 8, processors without VNNI add up two
+    products into 16 bits and saturate, so that vectors would depend on the
+    processor (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
+    Pooling, layers behind it, the head and outliers that were taken out stay as they are.
+
+    Args:
+        model: a bundle's graph.
+
+    Raises:
+        ExportError: there is nothing to quantise, or ONNX Runtime's quantiser cannot do it.
+    """
+    names = [node.name for node in products(model)]
+    if not names:
+        raise ExportError("the graph has no matrix products with constant weights to quantise")
+    with calling_libraries("ONNX Runtime cannot quantise the graph", "leave this variant out"):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "quantized.onnx"
+            quantize_dynamic(
+                model,
+                path,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_quantize=names,
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+                extra_options={"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT},
+            )
+            quantized = onnx.load(str(path))
+    model.CopyFrom(quantized)
+
+
+def quantize_tables(model: onnx.ModelProto) -> None:
+    """Store embedding tables as int8 with a scale for each row, in place; a row is made fp32 when it is looked up."""
+
+    def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
+        scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / _INT8_MAX
+        tensors = [
+            numpy_helper.from_array(np.rint(table / scales).astype(np.int8), f"{name}_int8"),
+            numpy_helper.from_array(scales.astype(np.float32), f"{name}_scales"),
+        ]
+
+        def look_up(node: NodeProto) -> list[NodeProto]:
+            row, scale, real = (f"{node.output[0]}_{part}" for part in ("int8", "scale", "real"))
+            return [
+                helper.make_node("Gather", [f"{name}_int8", node.input[1]], [row], name=row),
+                helper.make_node("Gather", [f"{name}_scales", node.input[1]], [scale], name=scale),
+                helper.make_node("Cast", [row], [real], name=real, to=TensorProto.FLOAT),
+                helper.make_node("Mul", [real, scale], [node.output[0]], name=f"{node.output[0]}_row"),
+            ]
+
+        return tensors, look_up
+
+    _replace_tables(model, stored)
+
+
+def store_as_fp16(model: onnx.ModelProto) -> None:
+    """Store weights as fp16, in place; they are made fp32 at load, and tables when they are looked up.
+
+    ONNX Runtime folds a Cast of a constant when it loads a graph, so that it computes as with fp32.
+    A tensor with a value that fp16 cannot hold stays as it is.
+    """
+
+    def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
+        def look_up(node: NodeProto) -> list[NodeProto]:
+            row = f"{node.output[0]}_fp16"
+            return [
+                helper.make_node("Gather", [f"{name}_fp16", node.input[1]], [row], name=row),
+                helper.make_node("Cast", [row], [node.output[0]], name=f"{row}_cast", to=TensorProto.FLOAT),
+            ]
+
+        return [numpy_helper.from_array(table.astype(np.float16), f"{name}_fp16")], look_up
+
+    _replace_tables(model, stored)
+    casts = []
+    for tensor in list(model.graph.initializer):
+        if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < _WORTH_IT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if np.abs(values).max() > _FP16_MAX:
+            continue
+        name = f"{tensor.name}_fp16"
+        casts.append(helper.make_node("Cast", [name], [tensor.name], name=f"{name}_cast", to=TensorProto.FLOAT))
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), name))
+    _set_nodes(model, [*casts, *model.graph.node])
+
+
+def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[NodeProto]]:
+    """Return the encoder alone, and the nodes that were added to it: pooling, normalisation, head."""
+    added = [node for node in model.graph.node if node.name.startswith(ADDED)]
+    encoder = onnx.ModelProto()
+    encoder.CopyFrom(model)
+    del encoder.graph.node[:], encoder.graph.output[:], encoder.graph.initializer[:]
+    kept = [node for node in model.graph.node if not node.name.startswith(ADDED)]
+    wanted = {name for node in kept for name in node.input}
+    encoder.graph.node.extend(kept)
+    encoder.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
+    shape = ["batch_size", "sequence_length", None]
+    encoder.graph.output.append(helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, shape))
+    return encoder, added
+
+
+def _replace_tables(
+    model: onnx.ModelProto,
+    store: Callable[[str, Weights], tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]],
+) -> None:
+    """Replace large tables that rows are looked up in, and nothing else uses; `store` gives tensors and look-up."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        name = node.input[0] if node.op_type == "Gather" else ""
+        table = tensors.get(name)
+        uses = sum(list(other.input).count(name) for other in model.graph.node) if name else 0
+        whole_rows = all(attribute.name != "axis" or attribute.i == 0 for attribute in node.attribute)
+        if (
+            table is None
+            or uses != 1
+            or not whole_rows
+            or table.data_type != TensorProto.FLOAT
+            or len(table.dims) != 2
+            or table.dims[0] * table.dims[1] < _WORTH_IT
+        ):
+            nodes.append(node)
+            continue
+        stored, look_up = store(name, numpy_helper.to_array(table))
+        nodes += look_up(node)
+        model.graph.initializer.remove(table)
+        model.graph.initializer.extend(stored)
+    _set_nodes(model, nodes)
+
+
+def _set_nodes(model: onnx.ModelProto, nodes: Sequence[NodeProto]) -> None:
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # for deleting empties the originals
+    del model.graph.node[:]
+    model.graph.node.extend(copies)

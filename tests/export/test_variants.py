@@ -1,0 +1,322 @@
+"""Variants: what is written keeps to its bound, what does not is not written, and what is written can be served."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from emberpc.bundle import Bound, Manifest, Variant, finish_bundle, read_bundle
+from emberpc.client import Client
+from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.embedding import export_embedding
+from emberpc.export.errors import ExportError
+from emberpc.export.runner import Runner
+from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.variants import CANDIDATES, choosing
+from emberpc.export.variants.measuring import neighbour_agreement
+from emberpc.export.variants.outliers import COLUMNS, find_outliers
+from emberpc.export.variants.surgery import split_outliers
+from emberpc.export.verify import VerifyReport, verify_bundle
+from emberpc.server.engine import Model, ModelLoadError
+from fixtures_bundles import minilm_source
+from server_process import ServerProcess
+
+#: Of MiniLM; fusing it takes a while, and a tiny model shows the same.
+NAMES = ("int8", "int8-fast", "fp16")
+ALL = {"fp32", "optimized", *NAMES}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 with variants, measured on fewer and shorter texts than by default."""
+    folder = tmp_path_factory.mktemp("bundles")
+    texts = [text for text in sample_texts(400) if len(text) < 200][:96]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    export_embedding(str(minilm_source()), folder / "minilm", variants=NAMES, validation=folder / "texts.jsonl")
+    return folder / "minilm"
+
+
+def failed(report: VerifyReport) -> list[str]:
+    return [check.name for check in report.checks if not check.ok]
+
+
+def vectors(folder: Path, variant: Variant, texts: list[str]) -> np.ndarray:
+    manifest = read_bundle(folder, check_hashes=False).manifest
+    runner = Runner(folder / variant.path, folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id)
+    return runner.run(texts, "sentence_embedding")
+
+
+def test_fp32_comes_first_and_what_was_asked_for_follows_within_its_bound(bundle: Path) -> None:
+    manifest = read_bundle(bundle).manifest
+    assert [variant.name for variant in manifest.variants] == ["fp32", *NAMES]
+    assert manifest.variant().bound is None
+    for variant in manifest.variants[1:]:
+        found, bound = variant.measured, variant.bound
+        assert found is not None
+        assert bound is not None
+        assert found.cosine_min >= bound.cosine_min
+        assert found.cosine_mean >= bound.cosine_mean
+        assert found.neighbour_agreement >= bound.neighbour_agreement
+        assert found.size_bytes == (bundle / variant.path).stat().st_size
+        assert found.texts_per_cpu_second > 0
+        assert found.load_seconds > 0
+    sizes = {variant.name: variant.measured.size_bytes for variant in manifest.variants if variant.measured}
+    assert sizes["int8"] < 0.3 * sizes["fp32"]
+    assert sizes["fp16"] < 0.51 * sizes["fp32"]
+
+
+def test_the_names_of_the_files_are_those_of_peers() -> None:
+    paths = {candidate.name: candidate.path for candidate in CANDIDATES}
+    assert paths["optimized"] == "onnx/model_O2.onnx"
+    assert paths["int8"] == "onnx/model_qint8_avx2.onnx"
+    assert paths["fp16"] == "onnx/model_fp16.onnx"
+
+
+def test_the_fingerprints_differ_so_that_no_collection_mixes_them(bundle: Path) -> None:
+    manifest = read_bundle(bundle).manifest
+    assert len({manifest.fingerprint(variant.name) for variant in manifest.variants}) == len(manifest.variants)
+
+
+@pytest.mark.parametrize(("name", "least"), [("fp16", 0.9999), ("int8", 0.97), ("int8-fast", 0.95)])
+def test_a_variant_gives_the_vectors_of_fp32_on_other_texts(bundle: Path, name: str, least: float) -> None:
+    manifest = read_bundle(bundle).manifest
+    texts = sample_texts(40)[8:]
+    cosines = (vectors(bundle, manifest.variant(), texts) * vectors(bundle, manifest.variant(name), texts)).sum(axis=1)
+    assert cosines.min() >= least
+
+
+def test_outliers_are_taken_out_exactly_and_bring_int8_nearer(bundle: Path) -> None:
+    manifest = read_bundle(bundle).manifest
+    model = onnx.load(str(bundle / "onnx" / "model.onnx"))
+    runner = Runner(bundle / "onnx" / "model.onnx", bundle / "tokenizer.json", 64, manifest.pad_token_id)
+    texts = sample_texts(24)
+    columns = find_outliers(model, [batch for text in texts for batch in runner.prepare([text])])
+    assert len(columns) >= 6
+    assert all(len(each) == COLUMNS and (np.diff(each) > 0).all() for each in columns.values())
+    split_outliers(model, columns)
+    onnx.checker.check_model(model)
+    feeds = runner.prepare(texts)[0]
+    whole = runner.infer(feeds, "sentence_embedding")
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(["sentence_embedding"], feeds)[0], whole, atol=1e-5)
+    near, fast = manifest.variant("int8").measured, manifest.variant("int8-fast").measured
+    assert near is not None
+    assert fast is not None
+    assert near.cosine_mean > fast.cosine_mean
+
+
+def test_weights_are_kept_as_the_variant_says(bundle: Path) -> None:
+    graphs = {v.name: onnx.load(str(bundle / v.path)).graph for v in read_bundle(bundle).manifest.variants}
+    bytes_of: dict[str, dict[int, int]] = {}
+    for name, graph in graphs.items():
+        kinds = bytes_of.setdefault(name, {})
+        for tensor in graph.initializer:
+            kinds[tensor.data_type] = kinds.get(tensor.data_type, 0) + numpy_helper.to_array(tensor).nbytes
+    assert bytes_of["fp16"][TensorProto.FLOAT16] > 20 * bytes_of["fp16"][TensorProto.FLOAT]
+    assert bytes_of["int8"][TensorProto.INT8] > 10 * bytes_of["int8"][TensorProto.FLOAT]
+    # Weights of 7 bits: the sum of two products fits into 16 bits, on every processor.
+    for tensor in graphs["int8"].initializer:
+        if tensor.data_type == TensorProto.INT8 and tensor.name.endswith("_quantized"):
+            assert np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 64
+
+
+def test_a_fused_graph_has_the_exact_gelu_and_gives_the_same(tiny_source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    manifest = export_embedding(str(tiny_source), folder, variants=["optimized"])
+    operators = {node.op_type for node in onnx.load(str(folder / "onnx" / "model_O2.onnx")).graph.node}
+    assert operators >= {"Attention", "BiasGelu", "SkipLayerNormalization"}
+    assert "FastGelu" not in operators
+    texts = sample_texts(20)
+    fused, plain = (vectors(folder, manifest.variant(name), texts) for name in ("optimized", "fp32"))
+    np.testing.assert_allclose(fused, plain, atol=1e-4)
+
+
+def test_the_bundle_is_verified_and_its_card_names_the_variants(bundle: Path) -> None:
+    report = verify_bundle(bundle)
+    assert failed(report) == []
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in card for name in ("fp32", *NAMES))
+
+
+def test_sentence_transformers_loads_a_variant_by_its_file_name(bundle: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    variant = read_bundle(bundle).manifest.variant("int8")
+    name = Path(variant.path).name
+    model = SentenceTransformer(
+        str(bundle), backend="onnx", model_kwargs={"file_name": name, "provider": "CPUExecutionProvider"}
+    )
+    text = "How do I flatten nested lists?"
+    theirs = model.encode([text], show_progress_bar=False)
+    np.testing.assert_allclose(theirs, vectors(bundle, variant, [text]), atol=1e-4)
+
+
+def scale_a_table(graph: onnx.GraphProto) -> None:
+    """Look every row up as another one's: the vectors are of other texts."""
+    scales = next(tensor for tensor in graph.initializer if tensor.name.endswith("word_embeddings.weight_int8"))
+    values = numpy_helper.to_array(scales)[::-1].copy()
+    scales.CopyFrom(numpy_helper.from_array(values, scales.name))
+
+
+def forget_a_layer(graph: onnx.GraphProto) -> None:
+    """Make the weights of some products nothing."""
+    for tensor in [tensor for tensor in graph.initializer if tensor.name.endswith("_quantized")][:6]:
+        values = np.zeros_like(numpy_helper.to_array(tensor))
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+@pytest.mark.parametrize("damage", [scale_a_table, forget_a_layer])
+def test_a_broken_int8_is_found_by_verify_and_refused_by_the_server(
+    bundle: Path, tmp_path: Path, damage: Callable[[onnx.GraphProto], None]
+) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = read_bundle(folder).manifest
+    path = folder / manifest.variant("int8").path
+    model = onnx.load(str(path))
+    damage(model.graph)
+    onnx.save(model, str(path))
+    finish_bundle(folder, manifest)
+    assert failed(verify_bundle(folder)) == ["int8 one by one", "int8 in one batch"]
+    with pytest.raises(ModelLoadError, match="does not give the outputs"):
+        Model.load("m", folder, "int8")
+    assert Model.load("m", folder, "int8-fast").variant.name == "int8-fast"
+
+
+def test_a_server_serves_the_variant_that_is_chosen(bundle: Path, tmp_path: Path) -> None:
+    manifest = read_bundle(bundle).manifest
+    texts = ["merge two dictionaries", "read a file line by line"]
+    flags = ("--variant", "small=int8")
+    with (
+        ServerProcess({"small": bundle, "full": bundle}, tmp_path / "data", *flags) as server,
+        Client(server.address) as client,
+    ):
+        small = client.embed(texts, model="small")
+        full = client.embed(texts, model="full")
+        assert {model.name: model.fingerprint for model in client.models()} == {
+            "small": manifest.fingerprint("int8"),
+            "full": manifest.fingerprint("fp32"),
+        }
+    np.testing.assert_allclose(full, vectors(bundle, manifest.variant("fp32"), texts), atol=1e-5)
+    # Activations have one scale for a whole batch, so the batches must be alike to compare int8 with int8.
+    assert (np.asarray(small) * np.asarray(full)).sum(axis=1).min() > 0.95
+    assert np.abs(np.asarray(small) - np.asarray(full)).max() > 1e-4
+
+
+def test_auto_keeps_what_gains_something_and_says_why_the_rest_went(tiny_source: Path, tmp_path: Path) -> None:
+    manifest = export_embedding(str(tiny_source), tmp_path / "bundle", variants=["auto"])
+    kept = {variant.name for variant in manifest.variants}
+    assert "fp32" in kept
+    assert kept | set(manifest.dropped) == ALL
+    assert not kept & set(manifest.dropped)
+    # Of this model hardly anything is worth quantising, and nothing is faster.
+    assert manifest.dropped
+    assert all(len(reason) > 10 for reason in manifest.dropped.values())
+    files = {path.name for path in (tmp_path / "bundle" / "onnx").iterdir()}
+    assert files == {Path(variant.path).name for variant in manifest.variants}
+    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert all(f"Tried and not kept: {name}: {reason}" in card for name, reason in manifest.dropped.items())
+    assert verify_bundle(tmp_path / "bundle").ok
+
+
+def test_one_outside_its_bound_is_not_written(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = Bound(cosine_min=1.0, difference_max=0.0, cosine_mean=1.0)
+    candidates = tuple(dataclasses.replace(candidate, bound=strict) for candidate in CANDIDATES)
+    monkeypatch.setattr(choosing, "CANDIDATES", candidates)
+    with pytest.raises(ExportError, match=r"the variant int8: a cosine of [01]\.\d+, its bound is 1\.0.*nothing was"):
+        export_embedding(str(tiny_source), tmp_path / "asked", variants=["int8"])
+    assert not (tmp_path / "asked").exists()
+    manifest = export_embedding(str(tiny_source), tmp_path / "auto", variants=["auto"])
+    assert "its bound is" in manifest.dropped["int8"]
+    assert not (tmp_path / "auto" / "onnx" / "model_qint8_avx2.onnx").exists()
+
+
+def test_what_cannot_be_made_of_a_model_is_said(tiny_source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    from transformers import ModernBertConfig, ModernBertModel
+
+    size = json.loads((source / "config.json").read_text())["vocab_size"]
+    config = ModernBertConfig(
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    ModernBertModel(config).save_pretrained(source)
+    with pytest.raises(ExportError, match="the variant optimized: .* does not know modernbert"):
+        export_embedding(source, tmp_path / "bundle", variants=["optimized"])
+    manifest = export_embedding(source, tmp_path / "bundle", variants=["auto"])
+    assert "modernbert" in manifest.dropped["optimized"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["int4"], "no variant 'int4'; there are: fp32, optimized"), (["auto", "int8"], "alone")]
+)
+def test_unknown_names_are_refused_at_once(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_embedding("./nothing", tmp_path / "bundle", variants=names)
+
+
+def test_an_embedder_is_measured_on_the_users_texts(tiny_source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text("text\n" + "".join(f"text number {i}\n" for i in range(20)))
+    manifest = export_embedding(str(tiny_source), tmp_path / "b", variants=["fp16"], validation=path)
+    found = manifest.variant("fp16").measured
+    assert found is not None
+    assert found.texts == 20
+    path.write_text("text\nonly one\n")
+    with pytest.raises(ExportError, match="at least 2"):
+        export_embedding(str(tiny_source), tmp_path / "c", variants=["fp16"], validation=path)
+
+
+def test_a_classifier_is_measured_by_its_labels(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
+    source = str(minilm_source())
+    folder = tmp_path / "bundle"
+    manifest = export_classifier(Data(training_file), source, folder, variants=["int8", "fp16"])
+    assert [variant.name for variant in manifest.variants] == ["fp32", "int8", "fp16"]
+    for variant in manifest.variants:
+        assert variant.measured is not None
+        assert variant.measured.accuracy is not None
+        assert variant.measured.accuracy > 0.8
+        assert variant.measured.label_agreement > 0.95
+    assert verify_bundle(folder).ok
+    assert Model.load("m", folder, "int8").variant.name == "int8"
+    outputs = [node.name for node in ort.InferenceSession(str(folder / "onnx" / "model_qint8_avx2.onnx")).get_outputs()]
+    assert outputs == ["logits", "sentence_embedding", "probabilities"]
+
+
+def test_the_manifest_keeps_it_all_and_one_without_it_is_still_read(bundle: Path) -> None:
+    manifest = read_bundle(bundle).manifest
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    older = json.loads(manifest.to_json())
+    del older["dropped"]
+    for variant in older["variants"]:
+        del variant["bound"], variant["measured"]
+    read = Manifest.from_json(json.dumps(older))
+    assert read.variant("int8").bound is None
+    assert read.variant().measured is None
+
+
+def test_neighbours_agree_where_the_order_of_similarity_is_kept() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(60, 16)).astype(np.float32)
+    assert neighbour_agreement(rows, rows * 3) == 1.0
+    other = generator.normal(size=(60, 16)).astype(np.float32)
+    assert neighbour_agreement(rows, other) < 0.5
