@@ -168,16 +168,29 @@ def classifier(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle, or another folder with an ONNX file.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="The PyTorch model to run beside it; as for `export embedding`."),
+    ] = None,
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPTION=VALUE", help="What a model that emberpc did not export leaves unsaid; as for `serve`."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a bundle is whole and gives what PyTorch gave; the exit code is 7 if not."""
+    """Check that a model is whole and gives what PyTorch gave; the exit code is 7 if not."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder; give that of a bundle")
     require(VERIFY_PACKAGES, "server", "emberpc verify")
+    if against is not None:
+        require(EXPORT_PACKAGES, "export", "emberpc verify --against")
+    options = dict(_option(text) for text in model_option or ())
     from emberpc.export.verify import verify_bundle
 
-    report = verify_bundle(folder)
+    report = verify_bundle(folder, options=options, against=against)
     if as_json:
         print_json([{"ok": report.ok, **plain(report)}])
     else:
@@ -185,6 +198,13 @@ def verify(
         print_table([Column("result"), Column("check"), Column("detail")], rows)
     if not report.ok:
         raise CliError(f"{folder} failed the verification; do not serve it", ExitCode.UNVERIFIED)
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise CliError(f"--model-option is {text!r}; it must be OPTION=VALUE, such as pooling=mean")
+    return name, value
 
 
 @contextmanager

@@ -5,25 +5,35 @@ It is all that passes between `emberpc.export`, which writes it, and
 """
 
 from emberpc.bundle.bounds import Bound
-from emberpc.bundle.errors import BundleError
+from emberpc.bundle.errors import BundleError, UnstatedError
+from emberpc.bundle.foreign import PROBES, Stated, open_bundle
+from emberpc.bundle.interface import Graph, Interface, Tensor, find_inputs
 from emberpc.bundle.manifest import FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
 from emberpc.bundle.reading import Bundle, read_bundle
 from emberpc.bundle.reference import Reference
 from emberpc.bundle.writing import finish_bundle, staged_folder
 
 __all__ = [
+    "PROBES",
     "Bound",
     "Bundle",
     "BundleError",
     "FileEntry",
+    "Graph",
+    "Interface",
     "Manifest",
     "Measured",
     "Parity",
     "Prompts",
     "Reference",
+    "Stated",
     "Task",
+    "Tensor",
+    "UnstatedError",
     "Variant",
+    "find_inputs",
     "finish_bundle",
+    "open_bundle",
     "read_bundle",
     "staged_folder",
 ]

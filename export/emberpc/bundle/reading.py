@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from emberpc.bundle.errors import BundleError
-from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Variant
+from emberpc.bundle.errors import BundleError, UnstatedError
+from emberpc.bundle.interface import Graph, Interface, find_inputs
+from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Task, Variant
 from emberpc.bundle.reference import Reference
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -19,10 +20,15 @@ _REEXPORT = "copy the bundle again or export the model again"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose manifest was read and whose files were checked."""
+    """A folder whose manifest was read and whose files were checked.
+
+    `foreign` is how to call the graph if emberpc did not write the folder: see
+    `emberpc.bundle.foreign`. Such a bundle has no reference outputs.
+    """
 
     folder: Path
     manifest: Manifest
+    foreign: Interface | None = None
 
     def model_path(self, variant: Variant) -> Path:
         """Return the ONNX file of a variant."""
@@ -32,6 +38,23 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         """The tokenizer, in the format of the `tokenizers` library."""
         return self.folder / TOKENIZER_NAME
+
+    def interface(self, graph: Graph) -> Interface:
+        """Return how to call the graph of a variant.
+
+        Raises:
+            BundleError: it lacks an input or output that a bundle's has.
+        """
+        if self.foreign is not None:
+            return self.foreign
+        output = "logits" if self.manifest.task is Task.CLASSIFICATION else "sentence_embedding"
+        outputs = [tensor.name for tensor in graph.outputs]
+        if output not in outputs:
+            raise BundleError(f"the graph's outputs are {', '.join(outputs)}; it must have {output!r}; {_REEXPORT}")
+        try:
+            return Interface(find_inputs(graph), output)
+        except UnstatedError as error:  # a bundle is not to be explained, but to be whole
+            raise BundleError(f"{error}; {_REEXPORT}") from error
 
     def reference(self) -> Reference:
         """Read the reference outputs.

@@ -10,16 +10,18 @@ import numpy.typing as npt
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+from emberpc.bundle import BundleError, Graph, Interface, Tensor, find_inputs
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
 #: Small batches of like length are the fastest on a CPU.
 _BATCH = 16
-_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 Matrix = npt.NDArray[np.float32]
-#: What a graph takes for a batch of texts: int64 (texts, tokens) by the input's name.
-Feeds = dict[str, npt.NDArray[np.int64]]
+
+
+#: What a graph takes for a batch of texts, (texts, tokens) by the input's name.
+Feeds = dict[str, npt.NDArray[np.integer]]
 
 
 class Runner:
@@ -31,12 +33,22 @@ class Runner:
         max_tokens: longer texts are cut.
         pad_token_id: what fills up the shorter texts of a batch.
         threads: how many threads run the model; 0: one for each core.
+        interface: how to call a graph that emberpc did not make; its one output is then made a vector for each text.
 
     Raises:
         ExportError: a file does not load, or the graph wants inputs that a text does not give.
     """
 
-    def __init__(self, model: Path, tokenizer: Path, max_tokens: int, pad_token_id: int, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: Path,
+        max_tokens: int,
+        pad_token_id: int,
+        *,
+        threads: int = 0,
+        interface: Interface | None = None,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -51,11 +63,14 @@ class Runner:
                 f"{model} cannot be loaded with {tokenizer.name} and {max_tokens} tokens ({type(error).__name__}); "
                 "export the model again"
             ) from error
-        self._inputs = [node.name for node in self._session.get_inputs()]
-        if not {"input_ids", "attention_mask"} <= set(self._inputs) <= _INPUTS:
-            raise ExportError(f"{model} has the inputs {', '.join(self._inputs)}; it must have a text encoder's")
+        graph = graph_of(self._session)
         #: The graph's outputs, in order.
-        self.outputs = [node.name for node in self._session.get_outputs()]
+        self.outputs = [output.name for output in graph.outputs]
+        self._interface = interface
+        try:
+            self._inputs = interface.inputs if interface else find_inputs(graph)
+        except BundleError as error:
+            raise ExportError(f"{model}: {error}; export it again") from error
 
     def run(
         self, texts: Sequence[str], output: str, *, batch_size: int = _BATCH, progress: Progress = no_progress
@@ -95,8 +110,7 @@ class Runner:
         encodings = self._tokenizer.encode_batch(list(texts))
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64)
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        return {name: feeds[name] for name in self._inputs}
+        return self._inputs.feeds(ids, mask)
 
     def infer(self, feeds: Feeds, output: str) -> Matrix:
         """Compute one output for a batch of texts that `prepare` made, in its order; float32 (texts, width).
@@ -105,10 +119,36 @@ class Runner:
             ExportError: the model loads, but does not run.
         """
         try:
-            result = self._session.run([output], feeds)
+            (found,) = self._session.run([output], feeds)
+            if self._interface is not None:
+                ids = feeds[self._inputs.input_ids]
+                return self._interface.finish(found, feeds.get(self._inputs.attention_mask, np.ones_like(ids)))
+        except BundleError as error:
+            raise ExportError(str(error)) from error
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            rows, width = feeds["input_ids"].shape
+            rows, width = feeds[self._inputs.input_ids].shape
             raise ExportError(
                 f"the ONNX model does not run on {rows} texts of {width} tokens; export it again"
             ) from error
-        return np.asarray(result[0], dtype=np.float32)
+        return np.asarray(found, dtype=np.float32)
+
+
+def graph_of(session: ort.InferenceSession) -> Graph:
+    """Return what a model takes and gives."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    return Graph(
+        [Tensor(node.name, node.type, node.shape) for node in inputs],
+        [Tensor(node.name, node.type, node.shape) for node in outputs],
+    )
+
+
+def look(path: Path) -> Graph:
+    """Load an ONNX file, and return what it takes and gives.
+
+    Raises:
+        ExportError: it does not load.
+    """
+    try:
+        return graph_of(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise ExportError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}; get the model again") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,20 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer
 
-from emberpc.bundle import Bundle, BundleError, Parity, Reference, Task, Variant, read_bundle
+from emberpc.bundle import (
+    PROBES,
+    Bundle,
+    BundleError,
+    Parity,
+    Reference,
+    Task,
+    UnstatedError,
+    Variant,
+    open_bundle,
+)
 from emberpc.export.errors import ExportError
 from emberpc.export.parity import compare, faults
-from emberpc.export.runner import Matrix, Runner
+from emberpc.export.runner import Matrix, Runner, look
 
 T = TypeVar("T")
 
@@ -48,24 +58,38 @@ class VerifyReport:
         return all(check.ok for check in self.checks)
 
 
-def verify_bundle(folder: Path | str) -> VerifyReport:
+def verify_bundle(
+    folder: Path | str, *, options: Mapping[str, str] | None = None, against: str | Path | None = None
+) -> VerifyReport:
     """Check that a bundle is whole and gives what PyTorch gave when it was exported.
 
+    A folder that emberpc did not write has nothing to be held to but itself: a
+    text must give the same alone and in a batch.
+
     Args:
-        folder: the bundle.
+        folder: the bundle, or another folder with an ONNX file.
+        options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
+        against: the PyTorch model to run beside it, as for an export; needs the export extra.
 
     Returns:
         The report; its checks end at the first one that leaves nothing more to check.
         A bad bundle makes a report that is not `ok`, never an exception.
     """
     report = VerifyReport(Path(folder))
-    bundle = _attempt(report, "files", lambda: _read(report.folder))
-    if bundle is not None:
-        tokenizer = _attempt(report, "tokenizer", lambda: _tokenizer(bundle))
-        reference = _attempt(report, "reference", lambda: _reference(bundle))
-        if tokenizer is not None and reference is not None:
-            for variant in bundle.manifest.variants:
-                _check_variant(bundle, variant, reference, report)
+    bundle = _attempt(report, "files", lambda: _read(report.folder, options or {}))
+    if bundle is None:
+        return report
+    tokenizer = _attempt(report, "tokenizer", lambda: _tokenizer(bundle))
+    reference = None if bundle.foreign else _attempt(report, "reference", lambda: _reference(bundle))
+    if tokenizer is None or (reference is None and not bundle.foreign):
+        return report
+    runners = {variant.name: _check_variant(bundle, variant, reference, report) for variant in bundle.manifest.variants}
+    if against is not None:
+        from emberpc.export.against import compare_with_source
+
+        for name, runner in runners.items():
+            if runner is not None:
+                _attempt(report, f"{name} against PyTorch", partial(compare_with_source, bundle, name, runner, against))
     return report
 
 
@@ -89,8 +113,13 @@ def _attempt(report: VerifyReport, name: str, look: Callable[[], tuple[T, str]])
     return value
 
 
-def _read(folder: Path) -> tuple[Bundle, str]:
-    bundle = read_bundle(folder)
+def _read(folder: Path, options: Mapping[str, str]) -> tuple[Bundle, str]:
+    try:
+        bundle = open_bundle(folder, options, look)
+    except UnstatedError as error:
+        raise ExportError(f"{error}; state it with --model-option {error.option}") from error
+    if bundle.foreign:
+        return bundle, f"not written by emberpc; called with {bundle.foreign}"
     return bundle, f"{len(bundle.manifest.files)} files with the hashes of the manifest"
 
 
@@ -99,12 +128,12 @@ def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, str]:
         tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
     except Exception as error:  # the library raises plain Exception for whatever it cannot parse
         raise ExportError(f"{bundle.tokenizer_path} is no tokenizer; export the model again") from error
-    if tokenizer.truncation or tokenizer.padding:
+    if not bundle.foreign and (tokenizer.truncation or tokenizer.padding):  # others' are switched off when it is served
         raise ExportError(f"{bundle.tokenizer_path} truncates or pads by itself; export the model again")
     special, most = tokenizer.num_special_tokens_to_add(is_pair=False), bundle.manifest.max_tokens
     if most <= special:
         raise ExportError(f"max_tokens is {most}, and {special} special tokens are added; export the model again")
-    return tokenizer, f"{tokenizer.get_vocab_size()} tokens, no truncation or padding of its own"
+    return tokenizer, f"{tokenizer.get_vocab_size()} tokens, at most {most} of a text"
 
 
 def _reference(bundle: Bundle) -> tuple[Reference, str]:
@@ -117,27 +146,54 @@ def _reference(bundle: Bundle) -> tuple[Reference, str]:
     return reference, f"{len(reference.texts)} texts"
 
 
-def _check_variant(bundle: Bundle, variant: Variant, reference: Reference, report: VerifyReport) -> None:
-    """Load a variant and run the reference texts, each alone and all together."""
+def _check_variant(
+    bundle: Bundle, variant: Variant, reference: Reference | None, report: VerifyReport
+) -> Runner | None:
+    """Load a variant and run some texts, each alone and all together."""
     start = perf_counter()
     runner = _attempt(report, f"{variant.name} loads", lambda: _load(bundle, variant))
     if runner is None:
-        return
+        return None
     report.figures[f"{variant.name}.load_seconds"] = perf_counter() - start
     report.figures[f"{variant.name}.size_bytes"] = bundle.manifest.files[variant.path].size
+    if reference is None:
+        _attempt(report, f"{variant.name} alone and in a batch", lambda: _run_foreign(bundle, runner))
+        return runner
     for how, batch_size in (("one by one", 1), ("in one batch", len(reference.texts))):
         start = perf_counter()
         _attempt(report, f"{variant.name} {how}", partial(_run, runner, variant, reference, batch_size))
         report.figures[f"{variant.name}.texts_per_second"] = len(reference.texts) / (perf_counter() - start)
+    return runner
 
 
 def _load(bundle: Bundle, variant: Variant) -> tuple[Runner, str]:
     manifest = bundle.manifest
-    runner = Runner(bundle.model_path(variant), bundle.tokenizer_path, manifest.max_tokens, manifest.pad_token_id)
-    expected = _OUTPUTS[manifest.task]
+    runner = Runner(
+        bundle.model_path(variant),
+        bundle.tokenizer_path,
+        manifest.max_tokens,
+        manifest.pad_token_id,
+        interface=bundle.foreign,
+    )
+    expected = runner.outputs if bundle.foreign else _OUTPUTS[manifest.task]
     if runner.outputs != expected:
         raise ExportError(f"its outputs are {', '.join(runner.outputs)}, not {', '.join(expected)}; export it again")
     return runner, f"outputs {', '.join(runner.outputs)}"
+
+
+def _run_foreign(bundle: Bundle, runner: Runner) -> tuple[None, str]:
+    """Run texts alone and in a batch with padding: the outcome must be the same, and of the width that was stated."""
+    manifest, interface = bundle.manifest, bundle.foreign
+    output = interface.output if interface else ""
+    width = len(manifest.labels) or manifest.dimensions
+    alone = runner.run(PROBES, output, batch_size=1)
+    together = runner.run(PROBES, output, batch_size=len(PROBES))
+    if alone.shape[1] != width:
+        raise ExportError(f"{output} has {alone.shape[1]} values for a text, not {width}; state what is right")
+    parity = compare(alone, together)
+    if found := faults(parity, scale=max(1.0, float(abs(alone).max()))):
+        raise ExportError(f"{output} in a batch: {'; '.join(found)}; is its padding masked?")
+    return None, f"{output} with a cosine of at least {parity.cosine_min:.6f} on {len(PROBES)} texts"
 
 
 def _run(runner: Runner, variant: Variant, reference: Reference, batch_size: int) -> tuple[None, str]:

@@ -134,10 +134,10 @@ def _open_index(settings: Settings) -> Index:
 
 
 def _load_models(engine: Engine, settings: Settings) -> None:
-    variants = settings.named_variants()
+    variants, options = settings.named_variants(), settings.named_options()
     for name, folder in settings.named_models().items():
         try:
-            model = engine.load(name, folder, variants.get(name, ""))
+            model = engine.load(name, folder, variants.get(name, ""), options.get(name, {}))
         except ModelLoadError as error:
             raise StartupError(str(error)) from error
         log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)

@@ -42,6 +42,11 @@ class Settings:
     variant: tuple[str, ...] = _setting(
         (), "Which of a model's ONNX files to serve, as NAME=VARIANT; default: its first, fp32.", "NAME=VARIANT"
     )
+    model_option: tuple[str, ...] = _setting(
+        (),
+        "What a model that emberpc did not export leaves unsaid, as NAME.OPTION=VALUE, such as minilm.pooling=mean.",
+        "NAME.OPTION=VALUE",
+    )
     data_dir: Path = _setting(  # noqa: RUF009 - `_setting` gives a dataclass field
         Path("emberpc-data"), "Folder of the collections; made if it is not there."
     )
@@ -76,6 +81,7 @@ class Settings:
             raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
 
         self.named_variants()
+        self.named_options()
 
     def named_models(self) -> dict[str, Path]:
         """Return the bundles' folders by the names they are served under.
@@ -115,6 +121,27 @@ class Settings:
                 raise SettingsError(f"variant: model {name!r} has two; give it one, or serve the bundle by two names")
             variants[name] = variant
         return variants
+
+    def named_options(self) -> dict[str, dict[str, str]]:
+        """Return the options of models by the names of these; see `emberpc.bundle.Stated`.
+
+        Raises:
+            SettingsError: one is not NAME.OPTION=VALUE, or no model has its name.
+        """
+        models: dict[str, dict[str, str]] = {name: {} for name in self.named_models()}
+        for entry in self.model_option:
+            left, equals, value = entry.partition("=")
+            name, dot, option = left.rpartition(".")  # a name may have dots itself
+            if not (equals and dot and name and option):
+                raise SettingsError(
+                    f"model_option is {entry!r}; it must be NAME.OPTION=VALUE, such as minilm.pooling=mean"
+                )
+            if name not in models:
+                raise SettingsError(
+                    f"model_option: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
+                )
+            models[name][option] = value
+        return models
 
 
 @dataclass(frozen=True)

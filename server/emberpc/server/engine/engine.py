@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,18 +62,19 @@ class Engine:
         self._models: dict[str, Model] = {}
         self._scheduler = Scheduler(workers, batch_tokens, max_queue_tokens, on_failure)
 
-    def load(self, name: str, folder: Path, variant: str = "") -> Model:
+    def load(self, name: str, folder: Path, variant: str = "", options: Mapping[str, str] | None = None) -> Model:
         """Load a bundle and serve it under a name. Takes seconds.
 
         Args:
             name: the name.
             folder: the bundle.
             variant: which of its ONNX files; empty: the first.
+            options: what is stated of a model that emberpc did not export.
 
         Raises:
             ModelLoadError: it cannot be served.
         """
-        model = Model.load(name, folder, variant)
+        model = Model.load(name, folder, variant, options)
         self._models[name] = model
         return model
 
@@ -136,7 +137,7 @@ class Engine:
         start = perf_counter()
         tokenized = await self._in_pool(lambda: model.tokenizer.tokenize(texts, prompt, truncation, path))
         tokenize_seconds = perf_counter() - start
-        result = await self._scheduler.run(model.session, [text.ids for text in tokenized])
+        result = await self._scheduler.run(model, [text.ids for text in tokenized])
         return Inference(
             output=np.stack(result.rows),
             tokens=[len(text.ids) for text in tokenized],

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from emberpc.bundle import Bound, Bundle, BundleError, Manifest, Task, Variant, read_bundle
+import numpy as np
+
+from emberpc.bundle import (
+    PROBES,
+    Bound,
+    Bundle,
+    BundleError,
+    Interface,
+    Manifest,
+    UnstatedError,
+    Variant,
+    open_bundle,
+)
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
-from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
+from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds, Truncation
 from emberpc.server.errors import items_of
 
 #: How far the outputs of fp32 for the bundle's reference texts may be from PyTorch's. Other processors round
@@ -31,6 +44,7 @@ class Model:
     variant: Variant
     tokenizer: TextTokenizer
     session: OnnxSession
+    interface: Interface
     size_bytes: int
     loaded: datetime
 
@@ -39,55 +53,91 @@ class Model:
         """SHA-256 (hex) of all that shapes the model's vectors."""
         return self.manifest.fingerprint(self.variant.name)
 
+    def run(self, batch: Sequence[TokenIds]) -> Output:
+        """Run texts' token ids as one batch; float32 (texts, dimensions or labels)."""
+        return self.session.run(batch, self.interface, self.manifest.pad_token_id)
+
     @classmethod
-    def load(cls, name: str, folder: Path, variant_name: str = "") -> Model:
+    def load(cls, name: str, folder: Path, variant_name: str = "", options: Mapping[str, str] | None = None) -> Model:
         """Read a bundle, check it, load it, and see that it gives what it gave when it was exported.
+
+        A folder that emberpc did not write is served by what it says of itself,
+        and checked for giving a text the same alone and in a batch.
 
         Args:
             name: the name to serve it under.
             folder: the bundle.
             variant_name: which of its ONNX files; empty: the first.
+            options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
 
         Raises:
-            ModelLoadError: the bundle is damaged or does not do what it did at export.
+            ModelLoadError: the bundle is damaged or does not do what it did at export, or something has to be stated.
         """
+        sessions: dict[Path, OnnxSession] = {}
+
+        def load(path: Path) -> OnnxSession:
+            if path not in sessions:
+                sessions[path] = OnnxSession(path)
+            return sessions[path]
+
         try:
-            bundle = read_bundle(folder)
+            bundle = open_bundle(folder, options or {}, lambda path: load(path).graph)
             manifest = bundle.manifest
             variant = manifest.variant(variant_name)
-            output = "logits" if manifest.task is Task.CLASSIFICATION else "sentence_embedding"
+            session = load(bundle.model_path(variant))
             model = cls(
                 name=name,
                 manifest=manifest,
                 variant=variant,
                 tokenizer=_tokenizer(bundle),
-                session=OnnxSession(bundle.model_path(variant), output, manifest.pad_token_id),
+                session=session,
+                interface=bundle.interface(session.graph),
                 size_bytes=manifest.files[variant.path].size,
                 loaded=datetime.now(timezone.utc),
             )
             model._check(bundle)
+        except UnstatedError as error:
+            raise ModelLoadError(
+                f"model {name!r}: {error}; state it with --model-option {name}.{error.option}"
+            ) from error
         except (BundleError, SessionError) as error:
             raise ModelLoadError(f"model {name!r}: {error}") from error
         return model
 
     def _check(self, bundle: Bundle) -> None:
-        """Run some of the reference texts, which warms the model up too.
+        """Run some texts, which warms the model up too.
 
         Raises:
-            ModelLoadError: the outputs are not those of the export.
+            ModelLoadError: the outputs are not those of the export, or of a foreign model, those of other batches.
+            BundleError: the output is of no shape that can be served.
         """
-        reference = bundle.reference()
-        expected = reference.embeddings if reference.logits is None else reference.logits
-        texts = self.tokenizer.tokenize(reference.texts[:_REFERENCE_TEXTS], "", Truncation.END, items_of("texts"))
+        reference = None if bundle.foreign else bundle.reference()
+        texts = PROBES if reference is None else reference.texts[:_REFERENCE_TEXTS]
+        tokens = [text.ids for text in self.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))]
         try:
-            got = self.session.run([text.ids for text in texts])
+            got = self.run(tokens)
+            if reference is None:
+                expected = np.concatenate([self.run([ids]) for ids in tokens])
+            else:
+                expected = reference.embeddings if reference.logits is None else reference.logits
+        except BundleError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise ModelLoadError(f"model {self.name!r}: {bundle.folder} loads but does not run") from error
-        if not _alike(got, expected[: len(texts)], self.variant.bound or _FP32_BOUND):
+        width = len(self.manifest.labels) or self.manifest.dimensions
+        if got.shape[1] != width:
+            raise BundleError(f"the output {self.interface.output} has {got.shape[1]} values for a text, not {width}")
+        if _alike(got, expected[: len(tokens)], self.variant.bound or _FP32_BOUND):
+            return
+        if reference is None:
             raise ModelLoadError(
-                f"model {self.name!r}: {bundle.folder} does not give the outputs that it gave at export; "
-                "see `emberpc verify`, and export the model again"
+                f"model {self.name!r}: {bundle.folder} gives a text another vector in a batch than alone; "
+                "is its padding masked? see `emberpc verify`, and export the model again"
             )
+        raise ModelLoadError(
+            f"model {self.name!r}: {bundle.folder} does not give the outputs that it gave at export; "
+            "see `emberpc verify`, and export the model again"
+        )
 
 
 def _alike(got: Output, expected: Output, bound: Bound) -> bool:

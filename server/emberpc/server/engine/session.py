@@ -9,15 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from emberpc.bundle import Graph, Interface, Tensor
 from emberpc.server.engine.tokenizing import TokenIds
 
 Output = npt.NDArray[np.float32]
 
-_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
-
 
 class SessionError(Exception):
-    """An ONNX file is not one that can be served; the message says why."""
+    """An ONNX file cannot be loaded; the message says which."""
 
 
 class OnnxSession:
@@ -25,48 +24,42 @@ class OnnxSession:
 
     Args:
         path: the ONNX file.
-        output: the name of the one output to compute, of shape (texts, width).
-        pad_token_id: what fills up the shorter texts of a batch.
 
     Raises:
-        SessionError: the file does not load, or lacks what is asked of it.
+        SessionError: the file does not load.
     """
 
-    def __init__(self, path: Path, output: str, pad_token_id: int) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             self._session = ort.InferenceSession(str(path), _options(), providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
-        self._inputs = {node.name for node in self._session.get_inputs()}
-        if "input_ids" not in self._inputs or not self._inputs <= _INPUTS:
-            raise SessionError(
-                f"{path} has the inputs {', '.join(sorted(self._inputs))}; it must take input_ids, "
-                "and may take attention_mask and token_type_ids"
-            )
-        outputs = {node.name: node.shape for node in self._session.get_outputs()}
-        if output not in outputs:
-            raise SessionError(f"{path} has the outputs {', '.join(outputs)}; it must have {output!r}")
-        self._output = output
-        self._pad_token_id = pad_token_id
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        #: What the model takes and gives.
+        self.graph = Graph(
+            [Tensor(node.name, node.type, node.shape) for node in inputs],
+            [Tensor(node.name, node.type, node.shape) for node in outputs],
+        )
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
+    def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
         """Run texts as one batch, padded to the longest.
 
         Args:
             batch: token ids of each text, at least one text.
+            interface: how to call the model.
+            pad_token_id: what fills up the shorter texts.
 
         Returns:
             float32, shape (texts, width of the output).
         """
         longest = max(len(ids) for ids in batch)
-        input_ids = np.full((len(batch), longest), self._pad_token_id, dtype=np.int64)
+        input_ids = np.full((len(batch), longest), pad_token_id, dtype=np.int64)
         mask = np.zeros((len(batch), longest), dtype=np.int64)
         for row, ids in enumerate(batch):
             input_ids[row, : len(ids)] = ids
             mask[row, : len(ids)] = 1
-        feeds = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": np.zeros_like(mask)}
-        outputs = self._session.run([self._output], {name: feeds[name] for name in self._inputs})
-        return np.asarray(outputs[0], dtype=np.float32)
+        (output,) = self._session.run([interface.output], interface.inputs.feeds(input_ids, mask))
+        return interface.finish(output, mask)
 
 
 def _options() -> ort.SessionOptions:

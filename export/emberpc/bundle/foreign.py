@@ -1,0 +1,305 @@
+"""Read a folder that emberpc did not write: what its files and its graph say, and what its user states.
+
+Such folders are written by sentence-transformers, optimum and others: an ONNX
+file in `onnx/` or beside `tokenizer.json`, `config.json`, and for embedders
+often `modules.json`, `1_Pooling/config.json` and
+`config_sentence_transformers.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from emberpc.bundle.errors import BundleError, UnstatedError
+from emberpc.bundle.interface import POOLINGS, Graph, Interface, Tensor, find_inputs, find_output
+from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
+from emberpc.bundle.reading import MAX_MANIFEST_BYTES, TOKENIZER_NAME, Bundle, read_bundle, sha256_of
+
+#: Of different lengths, so that a batch of them is padded.
+PROBES = (
+    "a kitten asleep on the sofa",
+    "Interest rates rose again this spring, and lenders expect another rise before the year is out.",
+    "yes",
+)
+#: What the one ONNX file of a foreign folder is called as a variant.
+VARIANT = "onnx"
+_MODULES = ("Transformer", "Pooling", "Normalize")
+_POOLING_KEYS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+#: Of models that state no limit, tokenizers give an absurdly large one.
+_MOST_TOKENS = 100_000
+#: Architectures whose first positions, up to the padding token's, are never used.
+_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the user states of a foreign model, for want of it there or against it; empty: it says so itself."""
+
+    #: The ONNX file, as a path in the folder.
+    file: str = ""
+    #: The names of the inputs for token ids, mask and token types, in this order, with colons between.
+    inputs: str = ""
+    output: str = ""
+    pooling: str = ""
+    #: `yes` or `no`: whether vectors are given length 1.
+    normalize: str = ""
+    max_tokens: str = ""
+    dimensions: str = ""
+    query_prompt: str = ""
+    passage_prompt: str = ""
+
+    @classmethod
+    def parse(cls, options: Mapping[str, str]) -> Stated:
+        """Read options by their names.
+
+        Raises:
+            BundleError: there is no such option, or a value is none of those it takes.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise BundleError(f"there is no model option {unknown[0]!r}; there are: {', '.join(known)}")
+        takes = {"pooling": POOLINGS, "normalize": ("yes", "no")}
+        for name, values in takes.items():
+            if options.get(name, values[0]) not in values:
+                raise BundleError(f"the model option {name} is {options[name]!r}; it is one of {', '.join(values)}")
+        for name in ("max_tokens", "dimensions"):
+            if not options.get(name, "1").isdecimal() or int(options.get(name, "1")) < 1:
+                raise BundleError(f"the model option {name} is {options[name]!r}; it is a whole number from 1")
+        return cls(**options)
+
+
+def open_bundle(folder: Path, options: Mapping[str, str], look: Callable[[Path], Graph]) -> Bundle:
+    """Read a bundle, or a folder that emberpc did not write.
+
+    Args:
+        folder: where it is.
+        options: what the user states of a foreign model: fields of `Stated`.
+        look: loads an ONNX file and tells what it takes and gives; not called for a bundle.
+
+    Raises:
+        BundleError: it is neither, or something has to be stated.
+    """
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+        bundle = read_bundle(folder)
+        if options:
+            raise BundleError(f"{folder} is a bundle, which says all of itself; leave out the model options")
+        return bundle
+    return read_foreign(folder, Stated.parse(options), look)
+
+
+def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) -> Bundle:
+    """Read a folder without a manifest as if it had one.
+
+    Args:
+        folder: where it is.
+        stated: what its user states.
+        look: loads an ONNX file and tells what it takes and gives; may raise an error of its own.
+
+    Returns:
+        The bundle; it has no reference outputs, and its hashes are those of now.
+
+    Raises:
+        BundleError: a file is missing, leads out of the folder or cannot be read, or something has to be stated.
+    """
+    _plain(folder, TOKENIZER_NAME)
+    if not (folder / TOKENIZER_NAME).is_file():
+        raise BundleError(
+            f"{folder} has no {TOKENIZER_NAME}; save the model's tokenizer there, with transformers: "
+            "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)"
+        )
+    model = _model_file(folder, stated.file)
+    graph = look(folder / model)
+    config = _json(folder / "config.json")
+    labels = _labels(config)
+    # Encoders, too, have labels in config.json: those that transformers makes up.
+    classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
+    task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
+    output = find_output(graph, task, stated.output)
+    interface, pooling = _interface(folder, graph, task, output, stated)
+    data = sorted((folder / model).parent.glob(f"{Path(model).name}_data*"))  # weights beyond 2 GiB
+    for path in data:
+        _plain(folder, str(path.relative_to(folder)))
+    names = [TOKENIZER_NAME, model, *(str(path.relative_to(folder)) for path in data)]
+    entries = {name: FileEntry(sha256_of(folder / name), (folder / name).stat().st_size) for name in names}
+    weights = hashlib.sha256("".join(entries[name].sha256 for name in names[1:]).encode())
+    weights.update(f"{interface}".encode())
+    settings = _json(folder / "config_sentence_transformers.json")
+    manifest = Manifest(
+        task=task,
+        base_model=str(config.get("_name_or_path") or folder.resolve().name),
+        revision=weights.hexdigest()[:12],
+        weights_sha256=weights.hexdigest(),
+        dimensions=_dimensions(config, output, task, stated),
+        pooling=pooling,
+        normalize=interface.normalize,
+        max_tokens=int(stated.max_tokens) if stated.max_tokens else _max_tokens(folder, config),
+        pad_token_id=int(config.get("pad_token_id") or 0),
+        variants=(Variant(VARIANT, model, Parity(0, 0.0, 1.0)),),
+        prompts=_prompts(settings, stated),
+        labels=_checked_labels(labels, output, folder) if task is Task.CLASSIFICATION else (),
+        multi_label=config.get("problem_type") == "multi_label_classification",
+        files=entries,
+    )
+    return Bundle(folder, manifest, interface)
+
+
+def _interface(folder: Path, graph: Graph, task: Task, output: Tensor, stated: Stated) -> tuple[Interface, str]:
+    """Return how to call the graph, and what the manifest says of the pooling."""
+    inputs = find_inputs(graph, [name for name in stated.inputs.split(":") if name])
+    if task is Task.CLASSIFICATION:
+        return Interface(inputs, output.name), "none"
+    by_tokens = len(output.shape) == 3
+    pooling, normalize = _modules(folder)
+    pooling = stated.pooling or pooling
+    if by_tokens and not pooling:
+        raise UnstatedError(
+            f"{folder} does not say how the vectors of the tokens ({output.name}) become one of the text",
+            f"pooling={'|'.join(POOLINGS)}",
+        )
+    if stated.normalize:
+        normalize = stated.normalize == "yes"
+    found = Interface(inputs, output.name, pooling if by_tokens else "", normalize)
+    return found, pooling or "in the graph"
+
+
+def _is_embedder(folder: Path) -> bool:
+    return (folder / "modules.json").exists()
+
+
+def _modules(folder: Path) -> tuple[str, bool]:
+    """Return the pooling that the folder states, empty if none, and whether vectors are normalised."""
+    path = folder / "modules.json"
+    if not path.exists():
+        return "", False
+    modules = _parse(path)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise BundleError(f"{path} is no list of modules; copy the model again")
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    if other := [kind for kind in kinds if kind not in _MODULES]:
+        raise BundleError(
+            f"{path}: the module {other[0]} is not run by the server; put it into the graph: "
+            "`emberpc export embedding` does"
+        )
+    places = [str(module.get("path") or "") for module in modules]
+    pooling = ""
+    if "Pooling" in kinds:
+        config_path = folder / places[kinds.index("Pooling")] / "config.json"
+        _plain(folder, str(config_path.relative_to(folder)))
+        config = _json(config_path)
+        older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
+        given = config.get("pooling_mode", older)
+        modes = [given] if isinstance(given, str) else [str(mode) for mode in given]
+        if len(modes) != 1 or modes[0] not in POOLINGS:
+            raise BundleError(
+                f"{config_path}: the pooling {' + '.join(modes) or '(none)'} is not one of {', '.join(POOLINGS)}; "
+                "put it into the graph"
+            )
+        pooling = modes[0]
+    return pooling, "Normalize" in kinds
+
+
+def _model_file(folder: Path, stated: str) -> str:
+    """Return the path of the ONNX file in the folder."""
+    if stated:
+        _plain(folder, stated)
+        if not (folder / stated).is_file():
+            raise BundleError(f"{folder} has no {stated}, which the model option file names")
+        return stated
+    found = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+    for usual in ("onnx/model.onnx", "model.onnx"):
+        if usual in found:
+            found = [usual]
+    if not found:
+        raise BundleError(f"{folder} has neither emberpc.json nor an ONNX file; export the model first")
+    if len(found) > 1:
+        raise UnstatedError(f"{folder} has the ONNX files {', '.join(found)}", f"file={found[0]}")
+    _plain(folder, found[0])
+    return found[0]
+
+
+def _plain(folder: Path, name: str) -> None:
+    """Refuse a file that is not inside the folder."""
+    if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
+
+
+def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stated) -> int:
+    """Return the width of a text's vector, or of the vectors that a classifier does not give, 1."""
+    if task is Task.CLASSIFICATION:
+        return 1
+    width = output.shape[-1] if output.shape else None
+    for known in (stated.dimensions, width, config.get("hidden_size"), config.get("dim"), config.get("d_model")):
+        if known and str(known).isdecimal():
+            return int(known)
+    raise UnstatedError(f"how many dimensions the output {output.name} has is not stated", "dimensions=NUMBER")
+
+
+def _max_tokens(folder: Path, config: dict[str, Any]) -> int:
+    """Return the least of the limits that are stated."""
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.get("model_type") in _OFFSET:
+        positions -= int(config.get("pad_token_id") or 1) + 1
+    stated = [
+        positions,
+        _json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _json(folder / "tokenizer_config.json").get("model_max_length"),
+    ]
+    limits = [int(limit) for limit in stated if isinstance(limit, (int, float)) and 0 < limit < _MOST_TOKENS]
+    if not limits:
+        raise UnstatedError(f"{folder} does not say how many tokens it takes", "max_tokens=NUMBER")
+    return min(limits)
+
+
+def _prompts(settings: dict[str, Any], stated: Stated) -> Prompts:
+    """Return the prompts by the names in use for queries and for passages."""
+    prompts = settings.get("prompts") or {}
+    default = prompts.get(settings.get("default_prompt_name")) or ""
+    return Prompts(
+        query=stated.query_prompt or prompts.get("query") or default,
+        passage=stated.passage_prompt or prompts.get("passage") or prompts.get("document") or default,
+    )
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    given = config.get("id2label")
+    if not isinstance(given, dict) or not all(str(key).isdecimal() for key in given):
+        return ()
+    return tuple(str(given[key]) for key in sorted(given, key=int))
+
+
+def _checked_labels(labels: tuple[str, ...], output: Tensor, folder: Path) -> tuple[str, ...]:
+    width = output.shape[-1] if output.shape else None
+    if not labels or (isinstance(width, int) and width != len(labels)):
+        raise BundleError(
+            f"{folder / 'config.json'} names {len(labels)} labels in id2label, and the graph's {output.name} has "
+            f"{width}; correct it"
+        )
+    return labels
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing."""
+    data = _parse(path) if path.exists() else {}
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds no JSON object; copy the model again")
+    return data
+
+
+def _parse(path: Path) -> object:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read")
+        data: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as JSON; copy the model again") from error
+    return data

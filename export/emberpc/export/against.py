@@ -1,0 +1,81 @@
+"""Hold what is served to the PyTorch model that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from emberpc.bundle import Bundle, Task
+from emberpc.export.errors import ExportError
+from emberpc.export.libraries import calling_libraries
+from emberpc.export.parity import compare, faults, torch_embeddings
+from emberpc.export.runner import Matrix, Runner
+from emberpc.export.sources import find_source
+from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.variants.measuring import neighbour_agreement
+
+#: Enough for a text to have 10 nearest among them.
+_TEXTS = 64
+
+
+def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: str | Path) -> tuple[None, str]:
+    """Compare a variant with PyTorch on real texts, docstrings of the standard library.
+
+    What is compared is the vectors; of a classifier that emberpc did not make,
+    the logits. A classifier that emberpc tuned has an encoder of its own:
+    compare it with that, not with its base.
+
+    Args:
+        bundle: the bundle, or foreign folder.
+        variant: name of the variant.
+        runner: what runs it.
+        source: the PyTorch model: a folder, an installed package that holds one, or a hub id.
+
+    Returns:
+        Nothing, and what was found in words.
+
+    Raises:
+        ExportError: the source cannot be run, or they differ by more than the variant's bound.
+    """
+    folder = find_source(source).folder
+    texts = sample_texts(_TEXTS)
+    logits = bundle.foreign is not None and bundle.manifest.task is Task.CLASSIFICATION
+    output = bundle.foreign.output if bundle.foreign else "sentence_embedding"
+    if logits:
+        expected = _torch_logits(folder, texts, bundle.manifest.max_tokens)
+    else:
+        expected = torch_embeddings(str(folder), texts, bundle.manifest.max_tokens)
+    got = runner.run(texts, output)
+    if got.shape != expected.shape:
+        raise ExportError(f"{output} has the shape {got.shape}, and {source} gives {expected.shape}; is it the source?")
+    parity = compare(expected, got, labels=logits)
+    agreement = neighbour_agreement(expected, got)
+    words = (
+        f"{output} on {len(texts)} texts: least cosine {parity.cosine_min:.6f}, greatest difference "
+        f"{parity.max_abs_diff:.2g}, {agreement:.1%} of the 10 nearest"
+    )
+    bound = bundle.manifest.variant(variant).bound
+    found = bound.faults(expected, got) if bound else faults(parity, scale=max(1.0, float(np.abs(expected).max())))
+    if found:
+        raise ExportError(f"{words}; {'; '.join(found)}; export the model again")
+    return None, words
+
+
+def _torch_logits(folder: Path, texts: Sequence[str], max_tokens: int) -> Matrix:
+    """Classify texts with transformers in fp32; float32 (texts, labels)."""
+    with calling_libraries(f"{folder} cannot be run by transformers", "is it a text classifier?"):
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True
+        ).eval()
+        with torch.inference_mode():
+            rows = [
+                model(**tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")).logits
+                for text in texts
+            ]
+        return np.asarray(torch.cat(rows).numpy(), dtype=np.float32)

@@ -1,0 +1,362 @@
+"""Folders that emberpc did not write are served by what they say, or with the one option that the error names."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from optimum.exporters.onnx import main_export
+from sentence_transformers import SentenceTransformer
+
+from emberpc.client import Client
+from emberpc.export.verify import verify_bundle
+from emberpc.server.engine import Model, ModelLoadError
+from emberpc.server.engine.tokenizing import Truncation
+from emberpc.server.errors import items_of
+from fixtures_bundles import MakeSource, modules_json, pooling_json, tiny_tokenizer
+from server_process import ServerProcess
+
+TEXTS = ["a kitten", "interest rates rose again", "x", "the rain in spain stays mainly"]
+
+Edit = Callable[[onnx.ModelProto], None]
+
+
+Vectors = npt.NDArray[np.float32]
+
+
+@contextmanager
+def their_warnings() -> Iterator[None]:
+    """Leave what other libraries warn of to them, temporary folders that they forget included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+        gc.collect()
+
+
+def by_sentence_transformers(source: Path, folder: Path) -> None:
+    """Write what sentence-transformers makes of an encoder for ONNX."""
+    with their_warnings():
+        model = SentenceTransformer(str(source), backend="onnx", model_kwargs={"export": True}, device="cpu")
+        model.save_pretrained(str(folder))
+        del model
+
+
+def by_optimum(source: Path, folder: Path, task: str, library: str) -> None:
+    """Write what optimum makes of a model."""
+    with their_warnings():
+        main_export(str(source), str(folder), task=task, library_name=library)
+
+
+def encoded(source: Path) -> Vectors:
+    """Return what sentence-transformers makes of the texts in PyTorch, without a prompt."""
+    found = SentenceTransformer(str(source), device="cpu").encode(TEXTS, prompt="", convert_to_numpy=True)
+    return np.asarray(found, dtype=np.float32)
+
+
+def served(folder: Path, options: Mapping[str, str] | None = None) -> Vectors:
+    """Return what the server's engine makes of the texts: all in one batch, so that there is padding."""
+    model = Model.load("m", folder, options=options)
+    tokens = model.tokenizer.tokenize(TEXTS, "", Truncation.END, items_of("texts"))
+    return model.run([text.ids for text in tokens])
+
+
+def refused(folder: Path, options: Mapping[str, str] | None = None) -> str:
+    with pytest.raises(ModelLoadError) as error:
+        Model.load("m", folder, options=options)
+    return str(error.value)
+
+
+@pytest.fixture(scope="session")
+def peer(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What sentence-transformers makes of the tiny encoder for ONNX: token vectors in the graph, the rest in JSON."""
+    folder = tmp_path_factory.mktemp("peers") / "sentence-transformers"
+    by_sentence_transformers(tiny_source, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_source: Path) -> Vectors:
+    return encoded(tiny_source)
+
+
+@pytest.fixture
+def edited(peer: Path, tmp_path: Path) -> Callable[[Edit], Path]:
+    """Gives a copy of the peer's folder without JSON that tells the pooling, its graph edited."""
+
+    def edit(change: Edit) -> Path:
+        folder = tmp_path / "edited"
+        shutil.copytree(peer, folder)
+        model = onnx.load(str(folder / "onnx" / "model.onnx"))
+        change(model)
+        onnx.checker.check_model(model)
+        onnx.save(model, str(folder / "onnx" / "model.onnx"))
+        return folder
+
+    return edit
+
+
+def rename(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
+    """Give inputs and outputs other names."""
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = names.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+
+
+def test_a_folder_by_sentence_transformers_is_served_as_it_is(peer: Path, expected: Vectors) -> None:
+    assert not (peer / "emberpc.json").exists()
+    np.testing.assert_allclose(served(peer), expected, atol=1e-5)
+    report = verify_bundle(peer)
+    assert report.ok, report.checks
+
+
+@pytest.mark.parametrize("pooling", ["cls", "max"])
+def test_its_pooling_and_normalisation_are_done(make_source: MakeSource, tmp_path: Path, pooling: str) -> None:
+    source = make_source(
+        {
+            "modules.json": modules_json("Transformer", "Pooling", "Normalize"),
+            "1_Pooling/config.json": pooling_json(pooling),
+            "config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": "d: "}},
+        }
+    )
+    folder = tmp_path / "peer"
+    by_sentence_transformers(source, folder)
+    np.testing.assert_allclose(served(folder), encoded(source), atol=1e-5)
+    prompts = Model.load("m", folder).manifest.prompts
+    assert (prompts.query, prompts.passage) == ("q: ", "d: ")
+
+
+def test_a_folder_by_optimum_is_served_as_it_is(make_source: MakeSource, expected: Vectors, tmp_path: Path) -> None:
+    source = make_source(
+        {"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": pooling_json("mean")}
+    )
+    whole, plain = tmp_path / "whole", tmp_path / "plain"
+    by_optimum(source, whole, "feature-extraction", "sentence_transformers")
+    names = [output.name for output in onnx.load(str(whole / "model.onnx")).graph.output]
+    assert names == ["token_embeddings", "sentence_embedding"]  # pooled in the graph, and the file beside the JSON
+    np.testing.assert_allclose(served(whole), expected, atol=1e-5)
+
+    by_optimum(source, plain, "feature-extraction", "transformers")
+    said = refused(plain)
+    assert "does not say how the vectors of the tokens (last_hidden_state) become one of the text" in said
+    assert said.endswith("state it with --model-option m.pooling=mean|cls|max|lasttoken")
+    np.testing.assert_allclose(served(plain, {"pooling": "mean"}), expected, atol=1e-5)
+
+
+def two_inputs(model: onnx.ModelProto) -> None:
+    """Leave the token types out: they are zeros."""
+    model.graph.input.remove(next(each for each in model.graph.input if each.name == "token_type_ids"))
+    model.graph.node.insert(0, helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"]))
+
+
+def int32_inputs(model: onnx.ModelProto) -> None:
+    for i, value in enumerate(model.graph.input):
+        value.type.tensor_type.elem_type = TensorProto.INT32
+        inside, value.name = value.name, f"narrow_{value.name}"
+        model.graph.node.insert(i, helper.make_node("Cast", [value.name], [inside], to=TensorProto.INT64))
+
+
+def a_second_output(model: onnx.ModelProto) -> None:
+    """Add what BERT's pooler gives, which is no vector of the text."""
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "zero"))
+    model.graph.node.append(helper.make_node("Gather", ["last_hidden_state", "zero"], ["pooler_output"], axis=1))
+    model.graph.output.append(helper.make_tensor_value_info("pooler_output", TensorProto.FLOAT, ["batch_size", 32]))
+
+
+@pytest.mark.parametrize("change", [two_inputs, int32_inputs, a_second_output])
+def test_graphs_of_other_forms_are_served_as_they_are(
+    edited: Callable[[Edit], Path], expected: Vectors, change: Edit
+) -> None:
+    np.testing.assert_allclose(served(edited(change)), expected, atol=1e-5)
+
+
+def test_inputs_are_known_by_their_names_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+    known = {"input_ids": "tokens", "attention_mask": "padding_mask", "token_type_ids": "segments"}
+    folder = edited(lambda model: rename(model, known))
+    np.testing.assert_allclose(served(folder), expected, atol=1e-5)
+    shutil.rmtree(folder)
+
+    unknown = {"input_ids": "first", "attention_mask": "second", "token_type_ids": "third"}
+    folder = edited(lambda model: rename(model, unknown))
+    said = refused(folder)
+    option = said.rpartition("--model-option m.")[2]
+    assert "cannot be told" in said
+    assert sorted(option.removeprefix("inputs=").split(":")) == ["first", "second", "third"]
+    np.testing.assert_allclose(served(folder, {"inputs": "first:second:third"}), expected, atol=1e-5)
+    assert "the option inputs names first; the inputs are" in refused(folder, {"inputs": "first"})
+
+
+def test_outputs_are_known_by_their_form_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+    folder = edited(lambda model: rename(model, {"last_hidden_state": "out"}))
+    np.testing.assert_allclose(served(folder), expected, atol=1e-5)
+    shutil.rmtree(folder)
+
+    def several(model: onnx.ModelProto) -> None:
+        rename(model, {"last_hidden_state": "a"})
+        model.graph.node.append(helper.make_node("Neg", ["a"], ["b"]))
+        model.graph.output.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, ["batch_size", "seq", 32]))
+
+    folder = edited(several)
+    said = refused(folder)
+    assert "which of the outputs a, b holds the vectors cannot be told" in said
+    assert said.endswith("state it with --model-option m.output=NAME")
+    np.testing.assert_allclose(served(folder, {"output": "a"}), expected, atol=1e-5)
+    assert "the option output is c; the outputs are a, b" in refused(folder, {"output": "c"})
+
+
+def test_a_pooled_output_of_another_name_is_found(edited: Callable[[Edit], Path]) -> None:
+    def pooled(model: onnx.ModelProto) -> None:
+        a_second_output(model)
+        rename(model, {"pooler_output": "vector"})
+        del model.graph.output[0]
+
+    folder = edited(pooled)
+    shutil.rmtree(folder / "1_Pooling")
+    (folder / "modules.json").unlink()
+    found = served(folder)
+    assert found.shape == (len(TEXTS), 32)
+    np.testing.assert_allclose(np.linalg.norm(served(folder, {"normalize": "yes"}), axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        served(folder, {"normalize": "yes"}), found / np.linalg.norm(found, axis=1, keepdims=True), atol=1e-5
+    )
+
+
+def test_a_file_of_another_name_is_found_and_of_several_one_is_stated(peer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(peer, folder)
+    (folder / "onnx" / "model.onnx").rename(folder / "encoder_O3.onnx")
+    assert served(folder).shape == (len(TEXTS), 32)
+    shutil.copy(folder / "encoder_O3.onnx", folder / "encoder_O4.onnx")
+    said = refused(folder)
+    assert "encoder_O3.onnx, encoder_O4.onnx; state it with --model-option m.file=encoder_O3.onnx" in said
+    assert served(folder, {"file": "encoder_O4.onnx"}).shape == (len(TEXTS), 32)
+
+
+def test_each_model_has_a_fingerprint_of_all_that_shapes_its_vectors(peer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(peer, folder)
+    first = Model.load("m", peer)
+    assert Model.load("other", folder).fingerprint == first.fingerprint
+    assert Model.load("m", peer, options={"pooling": "cls"}).fingerprint != first.fingerprint
+    assert Model.load("m", peer, options={"normalize": "yes"}).fingerprint != first.fingerprint
+    assert Model.load("m", peer, options={"query_prompt": "q: "}).fingerprint != first.fingerprint
+
+
+@pytest.fixture(scope="session")
+def foreign_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sequence classifier with random weights as optimum exports it; its PyTorch form is in `torch` beside it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("peers") / "classifier"
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        id2label={0: "good", 1: "bad", 2: "ugly"},
+    )
+    BertForSequenceClassification(config).save_pretrained(folder / "torch")
+    tokenizer.save_pretrained(folder / "torch")
+    by_optimum(folder / "torch", folder, "text-classification", "transformers")
+    return folder
+
+
+def test_a_classifier_is_served_with_its_labels(foreign_classifier: Path) -> None:
+    model = Model.load("m", foreign_classifier)
+    assert model.manifest.labels == ("good", "bad", "ugly")
+    assert served(foreign_classifier).shape == (len(TEXTS), 3)
+    report = verify_bundle(foreign_classifier, against=foreign_classifier / "torch")
+    assert report.ok, report.checks
+    assert "logits on 64 texts" in report.checks[-1].detail
+
+
+@pytest.fixture
+def foreign_server(peer: Path, foreign_classifier: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    plain = tmp_path / "plain.v1"
+    shutil.copytree(peer, plain)
+    (plain / "modules.json").unlink()
+    models = {"plain.v1": plain, "mood": foreign_classifier}
+    with ServerProcess(models, tmp_path / "data", "--model-option", "plain.v1.pooling=mean") as server:
+        yield server
+
+
+def test_a_real_server_serves_them_and_binds_collections_to_them(
+    foreign_server: ServerProcess, expected: Vectors
+) -> None:
+    with Client(foreign_server.address) as client:
+        np.testing.assert_allclose(client.embed(TEXTS, model="plain.v1", normalize=False), expected, atol=1e-5)
+        assert client.classify(TEXTS, "mood")[0].label in ("good", "bad", "ugly")
+        client.create_collection("notes", model="plain.v1")
+        client.upsert("notes", [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)])
+        assert client.search("notes", TEXTS[2], top_k=1)[0].record.id == "2"
+
+
+def test_verify_against_the_source_tells_a_wrong_one(tiny_bundle: Path, tiny_source: Path, peer: Path) -> None:
+    report = verify_bundle(tiny_bundle, against=tiny_source)
+    assert report.ok
+    assert report.checks[-1].name == "fp32 against PyTorch"
+    assert "100.0% of the 10 nearest" in report.checks[-1].detail
+    assert verify_bundle(peer, against=tiny_source).ok
+    wrong = verify_bundle(peer, options={"pooling": "max"}, against=tiny_source)
+    assert [check.name for check in wrong.checks if not check.ok] == ["onnx against PyTorch"]
+    assert not verify_bundle(tiny_bundle, against="./nothing").ok
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "said"),
+    [
+        ({"tokenizer.json": None}, {}, "has no tokenizer.json; save the model's tokenizer there"),
+        ({"onnx/model.onnx": None}, {}, "has neither emberpc.json nor an ONNX file"),
+        ({"onnx/model.onnx": "no graph"}, {}, "cannot be loaded by ONNX Runtime"),
+        ({"modules.json": "{"}, {}, "modules.json cannot be read as JSON"),
+        ({"1_Pooling/config.json": {"pooling_mode": "weightedmean"}}, {}, "the pooling weightedmean is not one of"),
+        ({"modules.json": modules_json("Transformer", "Pooling", "Dense")}, {}, "the module Dense is not run"),
+        ({}, {"file": "other.onnx"}, "has no other.onnx, which the model option file names"),
+        ({}, {"file": "../edited/onnx/model.onnx"}, "leads out of the model's folder"),
+        ({}, {"colour": "red"}, "there is no model option 'colour'; there are: file, inputs"),
+        ({}, {"pooling": "middle"}, "the model option pooling is 'middle'; it is one of mean, cls"),
+        ({}, {"max_tokens": "many"}, "the model option max_tokens is 'many'; it is a whole number"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_its_reason(
+    peer: Path, tmp_path: Path, files: Mapping[str, object], options: Mapping[str, str], said: str
+) -> None:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(peer, folder)
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert said in refused(folder, options)
+    report = verify_bundle(folder, options=options)
+    assert not report.ok
+    assert said.partition(" cannot be loaded")[0] in report.checks[-1].detail
+
+
+def test_a_link_out_of_the_folder_is_not_followed(peer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "linked"
+    shutil.copytree(peer, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(peer / "tokenizer.json")
+    assert "leads out of the model's folder; copy the files there" in refused(folder)
+
+
+def test_a_bundle_needs_no_options(tiny_bundle: Path) -> None:
+    assert "which says all of itself; leave out the model options" in refused(tiny_bundle, {"pooling": "mean"})
