@@ -9,7 +9,8 @@ scifact (https://github.com/beir-cellar/beir); with `--labelled`, the accuracy
 on test.csv of a linear head fitted to fp32's vectors of train.csv (columns text
 and label), such as banking77.
 
-    python benchmarks/variants.py [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER] [--bundle FOLDER]
+    python benchmarks/variants.py [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER]
+        [--bundle FOLDER] [--only fp32 int8]
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Labelled:
         return float(self._targets[np.arange(len(best)), best].mean())
 
 
-def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | None) -> None:
+def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | None, only: list[str]) -> None:
     try:
         manifest = read_bundle(bundle).manifest
     except BundleError:
@@ -100,7 +101,7 @@ def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | No
     data = None
     for variant in manifest.variants:
         found = variant.measured
-        if found is None:
+        if found is None or variant.name not in only:
             continue
         cells = [variant.name, f"{found.cosine_min:.4f}", f"{found.cosine_mean:.4f}"]
         cells += [f"{found.neighbour_agreement:.3f}", f"{found.speedup:.2f}", f"{found.texts_per_cpu_second:.1f}"]
@@ -109,7 +110,7 @@ def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | No
         if retrieval:
             cells.append(f"{ndcg_at_10(runner, manifest, retrieval):.4f}")
         if labelled:
-            data = data or Labelled(runner, manifest, labelled)
+            data = data or Labelled(runner_of(bundle, manifest, manifest.variant()), manifest, labelled)
             cells.append(f"{data.accuracy(runner):.4f}")
         Console(stderr=True).print(*cells)
         table.add_row(*cells)
@@ -122,10 +123,12 @@ def main() -> None:
     parser.add_argument("--retrieval", type=Path, help="a folder in BEIR's form")
     parser.add_argument("--labelled", type=Path, help="a folder with train.csv and test.csv")
     parser.add_argument("--bundle", type=Path, help="keep the bundle here, or take the one that is there")
+    names = ["fp32", *(candidate.name for candidate in CANDIDATES)]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="variants to print (default: all)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         bundle = arguments.bundle or Path(name) / "bundle"
-        measure(bundle, arguments.base, arguments.retrieval, arguments.labelled)
+        measure(bundle, arguments.base, arguments.retrieval, arguments.labelled, arguments.only)
 
 
 if __name__ == "__main__":
