@@ -111,13 +111,13 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
     Raises:
         BundleError: a file is missing, leads out of the folder or cannot be read, or something has to be stated.
     """
+    model = _model_file(folder, stated.file)
     _plain(folder, TOKENIZER_NAME)
     if not (folder / TOKENIZER_NAME).is_file():
         raise BundleError(
             f"{folder} has no {TOKENIZER_NAME}; save the model's tokenizer there, with transformers: "
             "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)"
         )
-    model = _model_file(folder, stated.file)
     graph = look(folder / model)
     config = _json(folder / "config.json")
     labels = _labels(config)
