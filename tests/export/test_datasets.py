@@ -131,5 +131,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ExportError, match="pip install pyarrow"):
+    with pytest.raises(ExportError, match=r"pip install 'emberpc\[parquet\]'"):
         read_labelled(write(tmp_path, "data.parquet", "PAR1"))
+
+
+def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1, 2, 1]}), path)
+    assert read_labelled(path).labels == [("1",), ("2",), ("1",)]
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [["x", "y"], []]}), path)
+    assert read_labelled(path, separator="|").labels == [("x", "y"), ()]
+    pq.write_table(pa.table({"text": ["a", None], "label": ["x", "y"]}), path)
+    with pytest.raises(ExportError, match=r"data\.parquet, row 2"):
+        read_labelled(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ExportError, match=r"data\.parquet"):
+        read_labelled(path)

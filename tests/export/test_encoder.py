@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from emberpc.bundle import Prompts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
+from emberpc.export.parity import torch_embeddings
+from emberpc.export.runner import Runner
+from emberpc.export.tuning.backbone import Backbone
 from fixtures_bundles import MakeSource, modules_json, pooling_json
 
 MEAN = pooling_json("mean")
@@ -163,3 +167,25 @@ def test_the_hash_is_of_the_weights_alone(make_source: MakeSource, tiny_source: 
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     assert read_encoder(other).weights_sha256 != read_encoder(tiny_source).weights_sha256
+
+
+def test_a_model_that_is_fed_lower_case_is_so_in_its_bundle(make_source: MakeSource, tmp_path: Path) -> None:
+    """sentence-transformers lower-cases outside the tokenizer; here with a tokenizer that keeps the case."""
+    source = make_source(
+        {
+            "modules.json": modules_json("Transformer", "Pooling"),
+            "1_Pooling/config.json": pooling_json("mean"),
+            "sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": True},
+        }
+    )
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = None
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    export_embedding(str(source), tmp_path / "bundle")
+    runner = Runner(tmp_path / "bundle/onnx/model.onnx", tmp_path / "bundle/tokenizer.json", 32, 0)
+    small, large = runner.run(["a kitten", "A Kitten"], "sentence_embedding")
+    np.testing.assert_allclose(small, large)
+    expected = torch_embeddings(str(source), ["A Kitten"], 32)
+    np.testing.assert_allclose(large, expected[0], atol=1e-5)
+    tokens = Backbone(read_encoder(source)).tokenize(["A Kitten", "a kitten"])
+    assert tokens[0] == tokens[1]

@@ -41,7 +41,7 @@ def read_labelled(
     """Read a file of labelled texts.
 
     Args:
-        path: CSV or TSV with a header, JSONL, or Parquet (needs pyarrow); UTF-8.
+        path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8.
         text_column: the column with the texts.
         label_column: the column with the labels.
         separator: what stands between the labels of a text that has several; in JSONL and Parquet they
@@ -166,7 +166,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ExportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+        raise ExportError(
+            f"{path}: reading Parquet needs pyarrow, which is not installed; run: pip install 'emberpc[parquet]'"
+        ) from error
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:

@@ -117,6 +117,11 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
     # A text is cut on request and padded with its batch: by the server, not by what the file says.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if encoder.lower_case:
+        # sentence-transformers does it outside the tokenizer; whoever serves the bundle has the tokenizer alone.
+        own = tokenizer.get("normalizer")
+        before = [{"type": "Lowercase"}, *([own] if own else [])]
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": before}
     write_json(folder / "tokenizer.json", {**tokenizer, "truncation": None, "padding": None})
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     least = Tokenizer.from_file(str(folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False) + 1

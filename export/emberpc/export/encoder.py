@@ -62,6 +62,8 @@ class Encoder:
     max_tokens: int
     prompts: Prompts
     matryoshka_dimensions: tuple[int, ...]
+    #: Whether texts are lower-cased before they are tokenised, whatever the tokenizer does.
+    lower_case: bool
     #: Its config.json.
     config: dict[str, Any]
 
@@ -104,6 +106,7 @@ def read_encoder(
         max_tokens=_max_tokens(folder, config, max_tokens),
         prompts=_prompts(sentence_transformers),
         matryoshka_dimensions=tuple(sentence_transformers.get("matryoshka_dims") or ()),
+        lower_case=bool(_json(folder / "sentence_bert_config.json").get("do_lower_case")),
         config=config,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
 
     Raises:
         ExportError: they raised something; its class is named, and it is the error's `__cause__`.
+        OSError: the disk is full, which is no fault of what they were given.
     """
     try:
         with _silence():
@@ -36,6 +39,9 @@ def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
     except ExportError:
         raise
     except Exception as error:  # they raise all kinds, with no base class in common
+        # Those that write from Rust or C++ say so in words alone.
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise ExportError(f"{problem} ({type(error).__name__}); {remedy}") from error
 
 

@@ -87,8 +87,9 @@ class Backbone:
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenIds]:
         """Return the token ids of texts, cut at the encoder's most tokens; no prompt is added."""
+        given = [text.lower() for text in texts] if self.encoder.lower_case else list(texts)
         found: list[TokenIds] = self.model.tokenizer(
-            list(texts), truncation=True, max_length=self.encoder.max_tokens, return_attention_mask=False
+            given, truncation=True, max_length=self.encoder.max_tokens, return_attention_mask=False
         )["input_ids"]
         return found
 
