@@ -230,3 +230,12 @@ def test_the_prompt_of_passages_goes_before_what_it_learns_from(
     assert manifest.prompts.passage == "zzzz "  # the server puts it before what it classifies
     plain = export_classifier(Data(training_file), str(tiny_source), tmp_path / "plain")
     assert manifest.files["onnx/model.onnx"] != plain.files["onnx/model.onnx"]
+
+
+def test_labels_that_nothing_tells_apart_make_a_classifier_all_the_same(tiny_source: Path, tmp_path: Path) -> None:
+    """Its head is all but zero, and so are the logits, of which the direction means nothing."""
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
+    manifest = export_classifier(Data(path), str(tiny_source), tmp_path / "bundle")
+    assert manifest.variant().parity.cosine_min > 0.9999
+    assert verify_bundle(tmp_path / "bundle").ok

@@ -4,7 +4,7 @@ It is all that passes between `emberpc.export`, which writes it, and
 `emberpc.server`, which reads it. Needs the standard library and numpy only.
 """
 
-from emberpc.bundle.bounds import Bound
+from emberpc.bundle.bounds import Bound, cosines
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.foreign import PROBES, Stated, open_bundle
 from emberpc.bundle.interface import Graph, Interface, Tensor, find_inputs
@@ -31,6 +31,7 @@ __all__ = [
     "Tensor",
     "UnstatedError",
     "Variant",
+    "cosines",
     "find_inputs",
     "finish_bundle",
     "open_bundle",

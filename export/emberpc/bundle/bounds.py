@@ -10,7 +10,14 @@ import numpy.typing as npt
 from emberpc.bundle.errors import BundleError
 
 #: Below this (a vector's length) there is no direction to compare.
-_TINY = 1e-12
+_TINY = 1e-6
+
+
+def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the cosine of each row to that of the other, float32 (rows,); two rows of nothing are alike: 1."""
+    lengths = np.stack([np.linalg.norm(expected, axis=1), np.linalg.norm(got, axis=1)])
+    found = (expected * got).sum(axis=1) / np.maximum(lengths.prod(axis=0), _TINY**2)
+    return np.asarray(np.where((lengths < _TINY).all(axis=0), 1.0, found), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,7 @@ class Bound:
             expected: what fp32 gave, float32 (texts, width).
             got: what the variant gives for the same texts, of that shape.
         """
-        lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(got, axis=1)
-        cosine = float(((expected * got).sum(axis=1) / np.maximum(lengths, _TINY)).min(initial=1.0))
+        cosine = float(cosines(expected, got).min(initial=1.0))
         scale = float(np.abs(expected).max(initial=_TINY))
         difference = float(np.abs(expected - got).max(initial=0.0)) / scale
         found = []
