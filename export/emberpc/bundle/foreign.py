@@ -9,7 +9,6 @@ often `modules.json`, `1_Pooling/config.json` and
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.interface import POOLINGS, Graph, Interface, Tensor, find_inputs, find_output
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
-from emberpc.bundle.reading import MAX_MANIFEST_BYTES, TOKENIZER_NAME, Bundle, read_bundle, sha256_of
+from emberpc.bundle.peers import read_json, read_max_tokens, read_modules, read_pooling, read_prompts
+from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 
 #: Of different lengths, so that a batch of them is padded.
 PROBES = (
@@ -29,16 +29,6 @@ PROBES = (
 #: What the one ONNX file of a foreign folder is called as a variant.
 VARIANT = "onnx"
 _MODULES = ("Transformer", "Pooling", "Normalize")
-_POOLING_KEYS = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-#: Of models that state no limit, tokenizers give an absurdly large one.
-_MOST_TOKENS = 100_000
-#: Architectures whose first positions, up to the padding token's, are never used.
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
             "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)"
         )
     graph = look(folder / model)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     labels = _labels(config)
     # Encoders, too, have labels in config.json: those that transformers makes up.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
@@ -133,7 +123,6 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
     entries = {name: FileEntry(sha256_of(folder / name), (folder / name).stat().st_size) for name in names}
     weights = hashlib.sha256("".join(entries[name].sha256 for name in names[1:]).encode())
     weights.update(f"{interface}".encode())
-    settings = _json(folder / "config_sentence_transformers.json")
     manifest = Manifest(
         task=task,
         base_model=str(config.get("_name_or_path") or folder.resolve().name),
@@ -142,10 +131,10 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         dimensions=_dimensions(config, output, task, stated),
         pooling=pooling,
         normalize=interface.normalize,
-        max_tokens=int(stated.max_tokens) if stated.max_tokens else _max_tokens(folder, config),
+        max_tokens=_max_tokens(folder, config, stated),
         pad_token_id=int(config.get("pad_token_id") or 0),
         variants=(Variant(VARIANT, model, Parity(0, 0.0, 1.0)),),
-        prompts=_prompts(settings, stated),
+        prompts=_prompts(folder, stated),
         labels=_checked_labels(labels, output, folder) if task is Task.CLASSIFICATION else (),
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
@@ -178,34 +167,17 @@ def _is_embedder(folder: Path) -> bool:
 
 def _modules(folder: Path) -> tuple[str, bool]:
     """Return the pooling that the folder states, empty if none, and whether vectors are normalised."""
-    path = folder / "modules.json"
-    if not path.exists():
-        return "", False
-    modules = _parse(path)
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise BundleError(f"{path} is no list of modules; copy the model again")
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
-    if other := [kind for kind in kinds if kind not in _MODULES]:
+    modules = dict(read_modules(folder))
+    if other := [kind for kind in modules if kind not in _MODULES]:
         raise BundleError(
-            f"{path}: the module {other[0]} is not run by the server; put it into the graph: "
+            f"{folder / 'modules.json'}: the module {other[0]} is not run by the server; put it into the graph: "
             "`emberpc export embedding` does"
         )
-    places = [str(module.get("path") or "") for module in modules]
-    pooling = ""
-    if "Pooling" in kinds:
-        config_path = folder / places[kinds.index("Pooling")] / "config.json"
-        _plain(folder, str(config_path.relative_to(folder)))
-        config = _json(config_path)
-        older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
-        given = config.get("pooling_mode", older)
-        modes = [given] if isinstance(given, str) else [str(mode) for mode in given]
-        if len(modes) != 1 or modes[0] not in POOLINGS:
-            raise BundleError(
-                f"{config_path}: the pooling {' + '.join(modes) or '(none)'} is not one of {', '.join(POOLINGS)}; "
-                "put it into the graph"
-            )
-        pooling = modes[0]
-    return pooling, "Normalize" in kinds
+    if "Pooling" not in modules:
+        return "", "Normalize" in modules
+    config = f"{modules['Pooling']}/config.json"
+    _plain(folder, config)
+    return read_pooling(folder / config), "Normalize" in modules
 
 
 def _model_file(folder: Path, stated: str) -> str:
@@ -244,30 +216,16 @@ def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stat
     raise UnstatedError(f"how many dimensions the output {output.name} has is not stated", "dimensions=NUMBER")
 
 
-def _max_tokens(folder: Path, config: dict[str, Any]) -> int:
-    """Return the least of the limits that are stated."""
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and config.get("model_type") in _OFFSET:
-        positions -= int(config.get("pad_token_id") or 1) + 1
-    stated = [
-        positions,
-        _json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _json(folder / "tokenizer_config.json").get("model_max_length"),
-    ]
-    limits = [int(limit) for limit in stated if isinstance(limit, (int, float)) and 0 < limit < _MOST_TOKENS]
-    if not limits:
+def _max_tokens(folder: Path, config: dict[str, Any], stated: Stated) -> int:
+    found = int(stated.max_tokens) if stated.max_tokens else read_max_tokens(folder, config)
+    if found is None:
         raise UnstatedError(f"{folder} does not say how many tokens it takes", "max_tokens=NUMBER")
-    return min(limits)
+    return found
 
 
-def _prompts(settings: dict[str, Any], stated: Stated) -> Prompts:
-    """Return the prompts by the names in use for queries and for passages."""
-    prompts = settings.get("prompts") or {}
-    default = prompts.get(settings.get("default_prompt_name")) or ""
-    return Prompts(
-        query=stated.query_prompt or prompts.get("query") or default,
-        passage=stated.passage_prompt or prompts.get("passage") or prompts.get("document") or default,
-    )
+def _prompts(folder: Path, stated: Stated) -> Prompts:
+    own = read_prompts(read_json(folder / "config_sentence_transformers.json"))
+    return Prompts(query=stated.query_prompt or own.query, passage=stated.passage_prompt or own.passage)
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:
@@ -285,21 +243,3 @@ def _checked_labels(labels: tuple[str, ...], output: Tensor, folder: Path) -> tu
             f"{width}; correct it"
         )
     return labels
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing."""
-    data = _parse(path) if path.exists() else {}
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} holds no JSON object; copy the model again")
-    return data
-
-
-def _parse(path: Path) -> object:
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read")
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read as JSON; copy the model again") from error
-    return data

@@ -1,0 +1,113 @@
+"""What a folder of sentence-transformers or transformers says of its model, in JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from emberpc.bundle.errors import BundleError
+from emberpc.bundle.interface import POOLINGS
+from emberpc.bundle.manifest import Prompts
+
+#: Such files are some kilobytes; one larger than this (bytes) is something else.
+MAX_JSON_BYTES = 16 * 2**20
+_POOLING_KEYS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+#: Of models that state no limit, tokenizers give an absurdly large one.
+_MOST_TOKENS = 100_000
+#: Architectures whose first positions, up to the padding token's, are never used.
+_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing.
+
+    Raises:
+        BundleError: it holds something else.
+    """
+    data = _parse(path) if path.exists() else {}
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds no JSON object; get the model again")
+    return data
+
+
+def _parse(path: Path) -> object:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
+        data: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON; get the model again") from error
+    return data
+
+
+def read_modules(folder: Path) -> list[tuple[str, str]]:
+    """Return the kinds of the modules that `modules.json` lists, such as `Pooling`, and their folders; none without it.
+
+    Raises:
+        BundleError: it is no list of modules.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        return []
+    modules = _parse(path)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise BundleError(f"{path} is no list of modules; get the model again")
+    return [(str(module.get("type")).rpartition(".")[2], str(module.get("path") or "")) for module in modules]
+
+
+def read_pooling(path: Path) -> str:
+    """Read how token vectors become a text's, in the older form of the file or the newer.
+
+    Raises:
+        BundleError: in a way that is none of `POOLINGS`, or without the prompt's tokens.
+    """
+    config = read_json(path)
+    older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
+    stated = config.get("pooling_mode", older or "mean")  # the newer key goes before the older ones
+    modes = [stated] if isinstance(stated, str) else [str(mode) for mode in stated]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise BundleError(
+            f"{path}: the pooling {' + '.join(modes)} is not supported yet; supported are {', '.join(POOLINGS)}"
+        )
+    if not config.get("include_prompt", True):
+        raise BundleError(f"{path}: a pooling that leaves the prompt out is not supported yet; choose another model")
+    return modes[0]
+
+
+def read_positions(config: dict[str, Any]) -> int | None:
+    """Return how many tokens the model has positions for; None if it does not say."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or not positions:
+        return None
+    if config.get("model_type") in _OFFSET:
+        positions -= int(config.get("pad_token_id", 1)) + 1
+    return positions
+
+
+def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
+    """Return the least of the limits that are stated of the tokens of a text; None if none is."""
+    stated = [
+        read_positions(config),
+        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        read_json(folder / "tokenizer_config.json").get("model_max_length"),
+    ]
+    limits = [int(limit) for limit in stated if isinstance(limit, (int, float)) and 0 < limit < _MOST_TOKENS]
+    return min(limits, default=None)
+
+
+def read_prompts(settings: dict[str, Any]) -> Prompts:
+    """Return the prompts by the names in use for queries and for passages, else the one that is the default for all.
+
+    Args:
+        settings: what `config_sentence_transformers.json` holds.
+    """
+    prompts = settings.get("prompts") or {}
+    default = prompts.get(settings.get("default_prompt_name")) or ""
+    passage = prompts.get("passage") or prompts.get("document") or default
+    return Prompts(query=prompts.get("query") or default, passage=passage)
