@@ -1,0 +1,210 @@
+"""Queries and the passages that answer them: from files, and split by query."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emberpc.export.datasets import read_rows, text_of
+from emberpc.export.errors import ExportError
+
+#: Share of the queries, and the most of them, held out where no validation file is given.
+_HELD_OUT = 0.2
+_MOST_HELD_OUT = 500
+_FEWEST_QUERIES = 10
+
+_FORMS = "query, passage and perhaps negative; or text, label"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the data is, as CSV, TSV, JSONL or Parquet.
+
+    `train` has pairs (columns query, passage), triplets (a column negative,
+    too) or labelled texts (text, label), of which those of a label answer each
+    other. `validation` and `test` are of the same form; `corpus` (text, and
+    perhaps title) has more passages to search among and to mine from.
+    """
+
+    train: Path | str
+    validation: Path | str | None = None
+    test: Path | str | None = None
+    corpus: Path | str | None = None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries, and by the indexes of passages what is known to answer each, and what is known not to.
+
+    Passages neither here nor there may do either. `own` is the passage that is
+    the query itself, which is not looked for: -1 unless texts have labels.
+    """
+
+    texts: tuple[str, ...]
+    relevant: tuple[frozenset[int], ...]
+    negatives: tuple[frozenset[int], ...]
+    own: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Iterable[int]) -> Queries:
+        """Return some of the queries."""
+        rows = list(rows)
+        return Queries(
+            tuple(self.texts[row] for row in rows),
+            tuple(self.relevant[row] for row in rows),
+            tuple(self.negatives[row] for row in rows),
+            tuple(self.own[row] for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """All passages, each text once, and the queries to learn from, to choose by and to measure on, in this order."""
+
+    passages: tuple[str, ...]
+    train: Queries
+    held_out: Queries
+    test: Queries | None
+
+
+def read_data(files: Files, seed: int) -> Data:
+    """Read the files; without a validation file a fifth of the queries is held out, 500 at most.
+
+    No query is both in `train` and elsewhere. Of labelled texts, none that is
+    held out is an answer in `train` either: it would be drawn to its label.
+
+    Raises:
+        ExportError: a file cannot be read, the data contradicts itself, or there are too few queries; row and remedy
+            are named.
+    """
+    passages: dict[str, int] = {}
+    train = _read(Path(files.train), passages)
+    others = {Path(path): _read(Path(path), passages) for path in (files.validation, files.test) if path is not None}
+    for path, queries in others.items():
+        _require_apart(path, queries, train)
+    if files.corpus is not None:
+        for place, row in read_rows(Path(files.corpus)):
+            _index(passages, _passage(Path(files.corpus), place, row))
+    test = others[Path(files.test)].queries if files.test is not None else None
+    if files.validation is not None:
+        return Data(tuple(passages), train.queries, others[Path(files.validation)].queries, test)
+    learnt, held_out = _split(train.queries, Path(files.train), seed)
+    return Data(tuple(passages), learnt, held_out, test)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The queries of a file, and where each stands there first."""
+
+    queries: Queries
+    places: dict[str, str]
+
+
+def _read(path: Path, passages: dict[str, int]) -> _Read:
+    rows = read_rows(path)
+    columns = rows[0][1]
+    if "query" in columns and "passage" in columns:
+        return _read_pairs(path, rows, passages)
+    if "text" in columns and "label" in columns:
+        return _read_labelled(path, rows, passages)
+    raise ExportError(f"{path}, {rows[0][0]}: the columns are {', '.join(columns)}; they must be {_FORMS}")
+
+
+def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
+    """Read pairs or triplets; rows of one query come together."""
+    triplets = "negative" in rows[0][1]
+    places: dict[str, str] = {}
+    relevant: dict[str, set[int]] = defaultdict(set)
+    negatives: dict[str, dict[int, str]] = defaultdict(dict)
+    for place, row in rows:
+        query, passage = text_of(path, place, row, "query"), text_of(path, place, row, "passage")
+        if query == passage:
+            raise ExportError(f"{path}, {place}: query and passage are the same text; remove the row")
+        places.setdefault(query, place)
+        relevant[query].add(_index(passages, passage))
+        if triplets:
+            negatives[query].setdefault(_index(passages, text_of(path, place, row, "negative")), place)
+    for query, stated in negatives.items():
+        if both := relevant[query] & stated.keys():
+            raise ExportError(
+                f"{path}, {stated[min(both)]}: the negative is a passage of the same query elsewhere "
+                f"({places[query]} or later); correct one of them"
+            )
+    queries = Queries(
+        tuple(places),
+        tuple(frozenset(relevant[query]) for query in places),
+        tuple(frozenset(negatives[query]) for query in places),
+        tuple(-1 for _ in places),
+    )
+    return _Read(queries, places)
+
+
+def _read_labelled(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
+    """Read texts with labels; each is a query, and the others of its label answer it."""
+    places: dict[str, str] = {}
+    labels: dict[str, set[str]] = defaultdict(set)
+    members: dict[str, set[int]] = defaultdict(set)
+    for place, row in rows:
+        text, label = text_of(path, place, row, "text"), text_of(path, place, row, "label")
+        places.setdefault(text, place)
+        labels[text].add(label)
+        members[label].add(_index(passages, text))
+    for label, texts in members.items():
+        if len(texts) < 2:
+            text = next(text for text in places if label in labels[text])
+            raise ExportError(
+                f"{path}, {places[text]}: no other text has the label {label!r}, so nothing belongs to this one; "
+                "give it more texts or remove the row"
+            )
+    own = tuple(passages[text] for text in places)
+    queries = Queries(
+        tuple(places),
+        tuple(frozenset().union(*(members[label] for label in labels[text])) - {passages[text]} for text in places),
+        tuple(frozenset() for _ in places),
+        own,
+    )
+    return _Read(queries, places)
+
+
+def _passage(path: Path, place: str, row: dict[str, Any]) -> str:
+    """Return a passage of a corpus: its title, if it has one, and its text."""
+    text = text_of(path, place, row, "text")
+    title = row.get("title")
+    return f"{title} {text}" if isinstance(title, str) and title.strip() else text
+
+
+def _index(passages: dict[str, int], text: str) -> int:
+    return passages.setdefault(text, len(passages))
+
+
+def _require_apart(path: Path, others: _Read, train: _Read) -> None:
+    both = others.places.keys() & train.places.keys()
+    if both:
+        first = min(both, key=lambda query: list(others.places).index(query))
+        raise ExportError(
+            f"{path}, {others.places[first]}: the query is among those to learn from, too "
+            f"({train.places[first]}); {len(both)} are; remove them from one of the files"
+        )
+
+
+def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
+    """Hold some queries out, at random."""
+    if len(queries) < _FEWEST_QUERIES:
+        raise ExportError(
+            f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or a validation file beside it"
+        )
+    order = np.random.default_rng(seed).permutation(len(queries))
+    unseen = np.sort(order[: min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])
+    learnt = queries.take(np.setdiff1d(order, unseen).tolist())
+    hidden = frozenset(queries.own[row] for row in unseen) - {-1}
+    relevant = tuple(known - hidden for known in learnt.relevant)
+    learnt = Queries(learnt.texts, relevant, learnt.negatives, learnt.own)
+    # A text whose fellows are all held out has nothing left to be drawn to.
+    return learnt.take(row for row in range(len(learnt)) if relevant[row]), queries.take(unseen.tolist())
