@@ -119,7 +119,7 @@ def test_texts_of_a_label_answer_each_other_and_none_that_is_held_out_is_learnt_
 
 def test_a_corpus_adds_passages_with_their_titles(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", pairs(10))
-    rows = [{"_id": 7, "title": "A title", "text": "and text"}, {"text": "passage 3"}]
+    rows: Rows = [{"_id": 7, "title": "A title", "text": "and text"}, {"text": "passage 3"}]
     data = read_data(Files(train, corpus=write(tmp_path / "corpus.jsonl", rows)), 0)
     assert data.passages[10:] == ("A title and text",)
 

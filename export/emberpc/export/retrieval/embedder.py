@@ -72,20 +72,20 @@ class Embedder:
         with self._backbone.all_layers():
             return self._backbone.forward(tokens)
 
-    def embed(self, texts: Sequence[str], stage: str = "") -> Matrix:
+    def embed(self, texts: Sequence[str], name: str = "") -> Matrix:
         """Return texts' vectors, float32 (texts, dimensions).
 
         Args:
             texts: at least one.
-            stage: what to call it in the progress; empty: nothing is told.
+            name: what to call it in the progress; empty: nothing is told.
         """
         kept = [text for text in dict.fromkeys(texts) if text in self._states]
         rest = [text for text in dict.fromkeys(texts) if text not in self._states]
 
-        def tell(done: int) -> Progress:
-            def progress(_stage: str, so_far: int, _total: int, _detail: str = "") -> None:
-                if stage:
-                    self._progress(stage, done + so_far, len(kept) + len(rest))
+        def tell(before: int) -> Progress:
+            def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+                if name:
+                    self._progress(name, before + done, len(kept) + len(rest), detail)
 
             return progress
 

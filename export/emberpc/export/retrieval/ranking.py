@@ -174,7 +174,9 @@ class _Tuning:
 
     def _loss(self, rows: Sequence[int], negatives: Sequence[Sequence[int]]) -> torch.Tensor:
         queries = self._data.train
-        asked, answers, hard = [], [], []
+        asked: list[int] = []
+        answers: list[int] = []
+        hard: list[int] = []
         for row in rows:
             epoch, query = divmod(row, len(queries))
             generator = np.random.default_rng((self._options.seed, epoch, query))
