@@ -117,6 +117,22 @@ def test_texts_of_a_label_answer_each_other_and_none_that_is_held_out_is_learnt_
         assert {data.passages[i] for i in known} == {f"{text[0]}{i}" for i in range(8)} - {text}
 
 
+def test_texts_of_a_label_answer_those_of_other_files_that_are_measured(tmp_path: Path) -> None:
+    train = write(tmp_path / "t.csv", [{"text": f"{label}{i}", "label": label} for label in "ab" for i in range(3)])
+    validation = write(tmp_path / "v.csv", [{"text": "a7", "label": "a"}, {"text": "b7", "label": "b"}])
+    test = write(tmp_path / "e.csv", [{"text": "a9", "label": "a"}])
+    data = read_data(Files(train, validation, test), 0)
+    assert data.test is not None
+    assert {data.passages[i] for i in data.held_out.relevant[0]} == {"a0", "a1", "a2", "a9"}
+    assert {data.passages[i] for i in data.test.relevant[0]} == {"a0", "a1", "a2", "a7"}
+    # Nothing that is measured on is learnt from.
+    assert {data.passages[i] for known in data.train.relevant for i in known} == {
+        f"{a}{i}" for a in "ab" for i in range(3)
+    }
+    with pytest.raises(ExportError, match=r"v\.csv, line 2: the query is in .*v\.csv"):
+        read_data(Files(train, validation, validation), 0)
+
+
 def test_a_corpus_adds_passages_with_their_titles(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", pairs(10))
     rows: Rows = [{"_id": 7, "title": "A title", "text": "and text"}, {"text": "passage 3"}]
@@ -149,7 +165,9 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path, rows: Rows, problem: str
 
 def test_a_query_to_validate_on_must_not_be_learnt_from(tmp_path: Path) -> None:
     train, validation = write(tmp_path / "t.csv", pairs(10)), write(tmp_path / "v.csv", [*pairs(11)[9:]])
-    with pytest.raises(ExportError, match=r"v\.csv, line 2: the query is among those to learn from"):
+    with pytest.raises(
+        ExportError, match=r"v\.csv, line 2: the query is in .*t\.csv, too \(line 11\); both files have 1 of them"
+    ):
         read_data(Files(train, validation), 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Data:
 def read_data(files: Files, seed: int) -> Data:
     """Read the files; without a validation file a fifth of the queries is held out, 500 at most.
 
-    No query is both in `train` and elsewhere. Of labelled texts, none that is
+    No query is in two of them. Of labelled texts, none that is
     held out is an answer in `train` either: it would be drawn to its label.
 
     Raises:
@@ -85,35 +85,43 @@ def read_data(files: Files, seed: int) -> Data:
             are named.
     """
     passages: dict[str, int] = {}
-    train = _read(Path(files.train), passages)
-    others = {Path(path): _read(Path(path), passages) for path in (files.validation, files.test) if path is not None}
-    for path, queries in others.items():
-        _require_apart(path, queries, train)
+    members: dict[str, set[int]] = defaultdict(set)
+    train = _read(Path(files.train), passages, members)
+    # Before the other files are read, of which nothing is to be learnt.
+    known = train.queries()
+    validation, test = (
+        None if path is None else _read(Path(path), passages, members) for path in (files.validation, files.test)
+    )
+    for one, other in ((validation, train), (test, train), (test, validation)):
+        if one is not None and other is not None:
+            _require_apart(one, other)
     if files.corpus is not None:
         for place, row in read_rows(Path(files.corpus)):
             _index(passages, _passage(Path(files.corpus), place, row))
-    test = others[Path(files.test)].queries if files.test is not None else None
-    if files.validation is not None:
-        return Data(tuple(passages), train.queries, others[Path(files.validation)].queries, test)
-    learnt, held_out = _split(train.queries, Path(files.train), seed)
-    return Data(tuple(passages), learnt, held_out, test)
+    tested = test.queries() if test is not None else None
+    if validation is not None:
+        return Data(tuple(passages), known, validation.queries(), tested)
+    learnt, held_out = _split(known, Path(files.train), seed)
+    return Data(tuple(passages), learnt, held_out, tested)
 
 
 @dataclass(frozen=True)
 class _Read:
-    """The queries of a file, and where each stands there first."""
+    """A file's queries, where each stands there first, and what gives them what answers them by all read so far."""
 
-    queries: Queries
+    path: Path
     places: dict[str, str]
+    queries: Callable[[], Queries]
 
 
-def _read(path: Path, passages: dict[str, int]) -> _Read:
+def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) -> _Read:
+    """Read a file of one of the forms, and add its passages and the members of its labels to those known."""
     rows = read_rows(path)
     columns = rows[0][1]
     if "query" in columns and "passage" in columns:
         return _read_pairs(path, rows, passages)
     if "text" in columns and "label" in columns:
-        return _read_labelled(path, rows, passages)
+        return _read_labelled(path, rows, passages, members)
     raise ExportError(f"{path}, {rows[0][0]}: the columns are {', '.join(columns)}; they must be {_FORMS}")
 
 
@@ -143,34 +151,35 @@ def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages
         tuple(frozenset(negatives[query]) for query in places),
         tuple(-1 for _ in places),
     )
-    return _Read(queries, places)
+    return _Read(path, places, lambda: queries)
 
 
-def _read_labelled(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
-    """Read texts with labels; each is a query, and the others of its label answer it."""
+def _read_labelled(
+    path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int], members: dict[str, set[int]]
+) -> _Read:
+    """Read texts with labels; each is a query, and the others of its label answer it, of whichever file."""
     places: dict[str, str] = {}
     labels: dict[str, set[str]] = defaultdict(set)
-    members: dict[str, set[int]] = defaultdict(set)
     for place, row in rows:
         text, label = text_of(path, place, row, "text"), text_of(path, place, row, "label")
         places.setdefault(text, place)
         labels[text].add(label)
         members[label].add(_index(passages, text))
-    for label, texts in members.items():
-        if len(texts) < 2:
-            text = next(text for text in places if label in labels[text])
-            raise ExportError(
-                f"{path}, {places[text]}: no other text has the label {label!r}, so nothing belongs to this one; "
-                "give it more texts or remove the row"
-            )
-    own = tuple(passages[text] for text in places)
-    queries = Queries(
-        tuple(places),
-        tuple(frozenset().union(*(members[label] for label in labels[text])) - {passages[text]} for text in places),
-        tuple(frozenset() for _ in places),
-        own,
-    )
-    return _Read(queries, places)
+
+    def queries() -> Queries:
+        for text, place in places.items():
+            if alone := [label for label in sorted(labels[text]) if len(members[label]) < 2]:
+                raise ExportError(
+                    f"{path}, {place}: no other text has the label {alone[0]!r}, so nothing belongs to this one; "
+                    "give the label more texts or remove the row"
+                )
+        own = tuple(passages[text] for text in places)
+        relevant = tuple(
+            frozenset(i for label in labels[text] for i in members[label]) - {passages[text]} for text in places
+        )
+        return Queries(tuple(places), relevant, tuple(frozenset() for _ in places), own)
+
+    return _Read(path, places, queries)
 
 
 def _passage(path: Path, place: str, row: dict[str, Any]) -> str:
@@ -184,13 +193,13 @@ def _index(passages: dict[str, int], text: str) -> int:
     return passages.setdefault(text, len(passages))
 
 
-def _require_apart(path: Path, others: _Read, train: _Read) -> None:
-    both = others.places.keys() & train.places.keys()
+def _require_apart(one: _Read, other: _Read) -> None:
+    """Refuse a query that is in two files: what is learnt from or chosen by cannot be measured on."""
+    both = [query for query in one.places if query in other.places]
     if both:
-        first = min(both, key=lambda query: list(others.places).index(query))
         raise ExportError(
-            f"{path}, {others.places[first]}: the query is among those to learn from, too "
-            f"({train.places[first]}); {len(both)} are; remove them from one of the files"
+            f"{one.path}, {one.places[both[0]]}: the query is in {other.path}, too ({other.places[both[0]]}); "
+            f"both files have {len(both)} of them; remove them from one"
         )
 
 
