@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from emberpc.cli import collections, compare, export, models, output, records, server, texts
+from emberpc.cli import collections, compare, export, finetune, models, output, records, server, texts
 from emberpc.cli.errors import ExitCode, exit_code
 
 _EPILOG = (
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 
 _MAKING, _SERVING, _ASKING = "Make a model", "On the server's host", "Ask a server"
+export.app.command("finetune-embedding")(finetune.finetune_embedding)
 app.add_typer(export.app, name="export", rich_help_panel=_MAKING)
 app.command(rich_help_panel=_MAKING)(compare.compare)
 app.command(rich_help_panel=_MAKING)(export.verify)

@@ -66,7 +66,7 @@ SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "grpc_health", "grpc_
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 EXPORT_PACKAGES = (
     *("torch", "transformers", "optimum", "onnx", "onnxruntime"),
-    *("tokenizers", "sentence_transformers", "sklearn", "matplotlib", "jinja2"),
+    *("tokenizers", "sentence_transformers", "sklearn", "matplotlib", "jinja2", "hnswlib"),
 )
 
 

@@ -22,6 +22,10 @@ MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of a text; default: what the source says.", show_default=False)
 ]
 
+Checkpoints = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where a training keeps what it needs to be resumed.")
+]
+
 #: Of data with labels, for `compare` too.
 Descriptions = Annotated[
     Path | None,
@@ -84,11 +88,11 @@ def embedding(
             name=name,
             max_tokens=max_tokens,
             prompts=prompts,
-            variants=_names(variants),
+            variants=variant_names(variants),
             validation=validation,
             progress=progress,
         )
-    _show(manifest, output, as_json)
+    show_bundle(manifest, output, as_json)
 
 
 @app.command()
@@ -123,9 +127,7 @@ def classifier(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the texts; default: by their number.", show_default=False)
     ] = None,
-    checkpoints: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where a training keeps what it needs to be resumed.")
-    ] = None,
+    checkpoints: Checkpoints = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     variants: Variants = "fp32",
@@ -158,13 +160,13 @@ def classifier(
             epochs=epochs,
             rejection_rate=rejection_rate,
             checkpoints=checkpoints,
-            variants=_names(variants),
+            variants=variant_names(variants),
             overwrite=overwrite,
             max_tokens=max_tokens,
             seed=seed,
             progress=progress,
         )
-    _show(manifest, output, as_json)
+    show_bundle(manifest, output, as_json)
 
 
 def verify(
@@ -225,7 +227,8 @@ def exporting(command: str = "emberpc export") -> Iterator[Stages]:
         raise CliError(f"{where}{error.strerror}; nothing was written; is there room on the disk?") from error
 
 
-def _show(manifest: Manifest, folder: Path, as_json: bool) -> None:
+def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
+    """Print what a bundle that was just made is worth."""
     if as_json:
         print_json([manifest])
         return
@@ -266,5 +269,6 @@ def _show_variants(manifest: Manifest) -> None:
         note(f"{name} was not kept: {reason}")
 
 
-def _names(text: str) -> list[str]:
+def variant_names(text: str) -> list[str]:
+    """Read the value of --variants."""
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -18,6 +18,8 @@ def model_card(manifest: Manifest) -> str:
         "Most tokens": str(manifest.max_tokens),
         "Prompts": ", ".join(prompts) or "none",
     }
+    if manifest.strategy and not classifier:
+        facts["Fine-tuned by"] = manifest.strategy
     if classifier:
         facts["Labels"] = ", ".join(manifest.labels)
         facts["Strategy"] = manifest.strategy or "not stated"

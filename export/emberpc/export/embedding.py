@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -74,28 +74,55 @@ def export_embedding(
     if prompts is not None:
         encoder = replace(encoder, prompts=prompts)
     with staged_folder(target, overwrite=overwrite) as folder:
-        converted = convert_encoder(encoder, folder, progress)
-        converted.graph.save(folder / MODEL_PATH)
-        write_sentence_transformers(encoder, converted.dimensions, folder)
-        write_json(folder / "config.json", encoder.config)
-        progress("comparing with PyTorch", 0, 1)
-        texts = sample_texts(PARITY_TEXTS)
-        expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens)
-        runner = Runner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
-        parity = compare(expected, runner.run(texts, "sentence_embedding"))
-        require(encoder.name, parity, expected)
-        Reference(tuple(texts[:REFERENCE_TEXTS]), expected[:REFERENCE_TEXTS]).write(folder)
-        manifest = Manifest(
-            task=Task.EMBEDDING,
-            variants=(Variant("fp32", MODEL_PATH, parity),),
-            **common_fields(encoder, converted),
-        )
-        model_type = str(encoder.config.get("model_type", ""))
-        manifest = add_variants(
-            folder, manifest, variants, model_type=model_type, texts=texts_to_try, progress=progress
-        )
-        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-        return finish_bundle(folder, manifest)
+        return write_embedding(encoder, folder, variants=variants, texts_to_try=texts_to_try, progress=progress)
+
+
+def write_embedding(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    variants: Sequence[str],
+    texts_to_try: Sequence[str],
+    strategy: str = "",
+    quality: Mapping[str, float] | None = None,
+    progress: Progress,
+) -> Manifest:
+    """Write an encoder into a staged folder as an embedding bundle, and check it against PyTorch.
+
+    Args:
+        encoder: the encoder.
+        folder: as `staged_folder` gave it.
+        variants: as for `export_embedding`.
+        texts_to_try: to measure variants on; none: docstrings.
+        strategy: how it was tuned, if it was.
+        quality: what was measured of it.
+        progress: told what is being done.
+
+    Raises:
+        ExportError: it cannot be exported, or the outcome does not give what PyTorch gives.
+    """
+    converted = convert_encoder(encoder, folder, progress)
+    converted.graph.save(folder / MODEL_PATH)
+    write_sentence_transformers(encoder, converted.dimensions, folder)
+    write_json(folder / "config.json", encoder.config)
+    progress("comparing with PyTorch", 0, 1)
+    texts = sample_texts(PARITY_TEXTS)
+    expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens)
+    runner = Runner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
+    parity = compare(expected, runner.run(texts, "sentence_embedding"))
+    require(encoder.name, parity, expected)
+    Reference(tuple(texts[:REFERENCE_TEXTS]), expected[:REFERENCE_TEXTS]).write(folder)
+    manifest = Manifest(
+        task=Task.EMBEDDING,
+        variants=(Variant("fp32", MODEL_PATH, parity),),
+        strategy=strategy,
+        quality=dict(quality or {}),
+        **common_fields(encoder, converted),
+    )
+    model_type = str(encoder.config.get("model_type", ""))
+    manifest = add_variants(folder, manifest, variants, model_type=model_type, texts=texts_to_try, progress=progress)
+    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    return finish_bundle(folder, manifest)
 
 
 @dataclass(frozen=True)

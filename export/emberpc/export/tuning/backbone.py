@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ class Backbone:
         self._frozen = self.layers - top
         upper = self._layers[self._frozen :]
         setattr(self._owner, self._name, nn.ModuleList([self._kept, *upper] if self._frozen else upper))
+
+    @contextmanager
+    def all_layers(self) -> Iterator[None]:
+        """Run all layers meanwhile, the trained ones as they now are: for texts whose lower states are not at hand."""
+        top = self.layers - self._frozen
+        self._freeze(self.layers)
+        try:
+            yield
+        finally:
+            self._freeze(top)
 
     def lower_states(self, tokens: Sequence[TokenIds], top: int, progress: Progress = no_progress) -> list[States]:
         """Run the layers below the upper `top` once over texts, and return what they give for each."""

@@ -1,0 +1,84 @@
+"""The command that fine-tunes an embedding model: export finetune-embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emberpc.cli.export import (
+    Checkpoints,
+    MaxTokens,
+    Overwrite,
+    Target,
+    Variants,
+    exporting,
+    show_bundle,
+    variant_names,
+)
+from emberpc.cli.options import AsJson
+from emberpc.cli.output import note
+
+
+def finetune_embedding(
+    train: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="CSV, TSV, JSONL or Parquet with columns query, passage and perhaps negative; or text, label.",
+        ),
+    ],
+    base: Annotated[str, typer.Option(metavar="SOURCE", help="The encoder; as for `export embedding`.")],
+    output: Target,
+    validation: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file like --train, to choose by; default: some queries of --train."),
+    ] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file like --train, to measure on before and after; nothing is chosen."),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="More passages to search among, and to find hard negatives in: text, perhaps title."
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the queries.")] = 3,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Upper layers to tune; default: a third.", show_default=False)
+    ] = None,
+    hard_negatives: Annotated[
+        int, typer.Option(min=0, help="Passages near a query that do not answer it, for each query of a batch.")
+    ] = 1,
+    checkpoints: Checkpoints = None,
+    variants: Variants = "fp32",
+    max_tokens: MaxTokens = None,
+    seed: Annotated[int, typer.Option(help="Of split, order and draws.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune an embedding model for search, and export it if it became better on held-out queries."""
+    with exporting() as progress:
+        from emberpc.export.finetune import finetune_embedding as finetune
+        from emberpc.export.retrieval.data import Files
+
+        manifest = finetune(
+            Files(train, validation, test, corpus),
+            base,
+            output,
+            epochs=epochs,
+            layers=layers,
+            hard_negatives=hard_negatives,
+            checkpoints=checkpoints,
+            variants=variant_names(variants),
+            overwrite=overwrite,
+            max_tokens=max_tokens,
+            seed=seed,
+            progress=progress,
+        )
+    show_bundle(manifest, output, as_json)
+    quality = manifest.quality
+    if test is not None and quality["test_ndcg_at_10_after"] <= quality["test_ndcg_at_10_before"]:
+        note("warning: it became better on the held-out queries, but not on those of --test; do not rely on it")

@@ -1,0 +1,112 @@
+"""Fine-tune an embedding model on queries and their passages, and export it if it became better."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from emberpc.bundle import Manifest, staged_folder
+from emberpc.export.embedding import write_embedding
+from emberpc.export.encoder import read_encoder
+from emberpc.export.errors import ExportError
+from emberpc.export.progress import Progress, no_progress
+from emberpc.export.retrieval.data import Files, read_data
+from emberpc.export.retrieval.measures import DECIDING
+from emberpc.export.retrieval.ranking import Options, tune
+from emberpc.export.variants import FP32, check_names
+from emberpc.export.workbench import Cost
+
+#: What the manifest calls it.
+STRATEGY = "multiple-negatives-ranking"
+
+
+def finetune_embedding(
+    files: Files,
+    base: str | Path,
+    target: Path | str,
+    *,
+    epochs: int = 3,
+    layers: int | None = None,
+    hard_negatives: int = 1,
+    checkpoints: Path | None = None,
+    variants: Sequence[str] = (FP32,),
+    overwrite: bool = False,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Manifest:
+    """Fine-tune an embedding model, export it, and check it against PyTorch.
+
+    Args:
+        files: where the data is.
+        base: the encoder: a folder, an installed package that holds one, or a hub id.
+        target: the bundle's folder; whole at the end, or not there.
+        epochs: most passes over the queries; the best one on the held-out queries is kept.
+        layers: upper layers to tune; default: a third of them.
+        hard_negatives: passages near a query that do not answer it, for each query of a batch; 0: none.
+        checkpoints: where a training keeps what it needs to go on after an interruption.
+        variants: what to write beside fp32: names, or `auto`; they are measured on the held-out queries.
+        overwrite: whether to replace a bundle that is there.
+        max_tokens: the most tokens of a text, longer ones are cut; default: what the base says.
+        seed: of split, order and draws.
+        progress: told what is being done.
+
+    Returns:
+        The manifest; `quality` has the figures before and after, see `emberpc.export.retrieval.ranking.tune`.
+
+    Raises:
+        ExportError: data or base cannot be used, the held-out queries' nDCG@10 did not grow, or the outcome does not
+            give what PyTorch gives.
+        BundleError: `target` is taken.
+    """
+    for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
+        if value is not None and value < least:
+            raise ExportError(f"{name} is {value}; it must be at least {least}")
+    check_names(variants)
+    data = read_data(files, seed)
+    encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
+    options = Options(seed, epochs, layers, hard_negatives, checkpoints=checkpoints, progress=progress)
+    with staged_folder(target, overwrite=overwrite) as folder:
+        with Cost() as cost:
+            outcome = tune(data, encoder, options)
+        quality = {
+            "train_queries": float(len(data.train)),
+            "held_out_queries": float(len(data.held_out)),
+            **({"test_queries": float(len(data.test))} if data.test else {}),
+            "passages": float(len(data.passages)),
+            "fit_seconds": cost.seconds,
+            "fit_cpu_seconds": cost.cpu_seconds,
+            **outcome.figures,
+        }
+        _require_gain(quality)
+        # Not in the bundle's own folder: all that is there becomes part of it.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tuned-") as raw:
+            outcome.save(Path(raw))
+            tuned = replace(
+                read_encoder(raw, name=encoder.name, max_tokens=encoder.max_tokens),
+                revision=encoder.revision,
+                prompts=encoder.prompts,
+            )
+            return write_embedding(
+                tuned,
+                folder,
+                variants=variants,
+                texts_to_try=data.held_out.texts,
+                strategy=STRATEGY,
+                quality=quality,
+                progress=progress,
+            )
+
+
+def _require_gain(quality: dict[str, float]) -> None:
+    """Refuse a model that finds no more than before."""
+    before, after = (quality[f"held_out_{DECIDING}_{when}"] for when in ("before", "after"))
+    if after <= before:
+        tried = "; no epoch was better than none" if not quality["share"] else f", after {after:.4f}"
+        raise ExportError(
+            f"fine-tuning did not help: nDCG@10 of {quality['held_out_queries']:.0f} held-out queries was {before:.4f} "
+            f"before{tried}; nothing was written; give more data, or export the model as it is with "
+            "`emberpc export embedding`"
+        )

@@ -1,0 +1,219 @@
+"""Queries and the passages that answer them: from files, and split by query."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emberpc.export.datasets import read_rows, text_of
+from emberpc.export.errors import ExportError
+
+#: Share of the queries, and the most of them, held out where no validation file is given.
+_HELD_OUT = 0.2
+_MOST_HELD_OUT = 500
+_FEWEST_QUERIES = 10
+
+_FORMS = "query, passage and perhaps negative; or text, label"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the data is, as CSV, TSV, JSONL or Parquet.
+
+    `train` has pairs (columns query, passage), triplets (a column negative,
+    too) or labelled texts (text, label), of which those of a label answer each
+    other. `validation` and `test` are of the same form; `corpus` (text, and
+    perhaps title) has more passages to search among and to mine from.
+    """
+
+    train: Path | str
+    validation: Path | str | None = None
+    test: Path | str | None = None
+    corpus: Path | str | None = None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries, and by the indexes of passages what is known to answer each, and what is known not to.
+
+    Passages neither here nor there may do either. `own` is the passage that is
+    the query itself, which is not looked for: -1 unless texts have labels.
+    """
+
+    texts: tuple[str, ...]
+    relevant: tuple[frozenset[int], ...]
+    negatives: tuple[frozenset[int], ...]
+    own: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Iterable[int]) -> Queries:
+        """Return some of the queries."""
+        rows = list(rows)
+        return Queries(
+            tuple(self.texts[row] for row in rows),
+            tuple(self.relevant[row] for row in rows),
+            tuple(self.negatives[row] for row in rows),
+            tuple(self.own[row] for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """All passages, each text once, and the queries to learn from, to choose by and to measure on, in this order."""
+
+    passages: tuple[str, ...]
+    train: Queries
+    held_out: Queries
+    test: Queries | None
+
+
+def read_data(files: Files, seed: int) -> Data:
+    """Read the files; without a validation file a fifth of the queries is held out, 500 at most.
+
+    No query is in two of them. Of labelled texts, none that is
+    held out is an answer in `train` either: it would be drawn to its label.
+
+    Raises:
+        ExportError: a file cannot be read, the data contradicts itself, or there are too few queries; row and remedy
+            are named.
+    """
+    passages: dict[str, int] = {}
+    members: dict[str, set[int]] = defaultdict(set)
+    train = _read(Path(files.train), passages, members)
+    # Before the other files are read, of which nothing is to be learnt.
+    known = train.queries()
+    validation, test = (
+        None if path is None else _read(Path(path), passages, members) for path in (files.validation, files.test)
+    )
+    for one, other in ((validation, train), (test, train), (test, validation)):
+        if one is not None and other is not None:
+            _require_apart(one, other)
+    if files.corpus is not None:
+        for place, row in read_rows(Path(files.corpus)):
+            _index(passages, _passage(Path(files.corpus), place, row))
+    tested = test.queries() if test is not None else None
+    if validation is not None:
+        return Data(tuple(passages), known, validation.queries(), tested)
+    learnt, held_out = _split(known, Path(files.train), seed)
+    return Data(tuple(passages), learnt, held_out, tested)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A file's queries, where each stands there first, and what gives them what answers them by all read so far."""
+
+    path: Path
+    places: dict[str, str]
+    queries: Callable[[], Queries]
+
+
+def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) -> _Read:
+    """Read a file of one of the forms, and add its passages and the members of its labels to those known."""
+    rows = read_rows(path)
+    columns = rows[0][1]
+    if "query" in columns and "passage" in columns:
+        return _read_pairs(path, rows, passages)
+    if "text" in columns and "label" in columns:
+        return _read_labelled(path, rows, passages, members)
+    raise ExportError(f"{path}, {rows[0][0]}: the columns are {', '.join(columns)}; they must be {_FORMS}")
+
+
+def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
+    """Read pairs or triplets; rows of one query come together."""
+    triplets = "negative" in rows[0][1]
+    places: dict[str, str] = {}
+    relevant: dict[str, set[int]] = defaultdict(set)
+    negatives: dict[str, dict[int, str]] = defaultdict(dict)
+    for place, row in rows:
+        query, passage = text_of(path, place, row, "query"), text_of(path, place, row, "passage")
+        if query == passage:
+            raise ExportError(f"{path}, {place}: query and passage are the same text; remove the row")
+        places.setdefault(query, place)
+        relevant[query].add(_index(passages, passage))
+        if triplets:
+            negatives[query].setdefault(_index(passages, text_of(path, place, row, "negative")), place)
+    for query, stated in negatives.items():
+        if both := relevant[query] & stated.keys():
+            raise ExportError(
+                f"{path}, {stated[min(both)]}: the negative is a passage of the same query elsewhere "
+                f"({places[query]} or later); correct one of them"
+            )
+    queries = Queries(
+        tuple(places),
+        tuple(frozenset(relevant[query]) for query in places),
+        tuple(frozenset(negatives[query]) for query in places),
+        tuple(-1 for _ in places),
+    )
+    return _Read(path, places, lambda: queries)
+
+
+def _read_labelled(
+    path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int], members: dict[str, set[int]]
+) -> _Read:
+    """Read texts with labels; each is a query, and the others of its label answer it, of whichever file."""
+    places: dict[str, str] = {}
+    labels: dict[str, set[str]] = defaultdict(set)
+    for place, row in rows:
+        text, label = text_of(path, place, row, "text"), text_of(path, place, row, "label")
+        places.setdefault(text, place)
+        labels[text].add(label)
+        members[label].add(_index(passages, text))
+
+    def queries() -> Queries:
+        for text, place in places.items():
+            if alone := [label for label in sorted(labels[text]) if len(members[label]) < 2]:
+                raise ExportError(
+                    f"{path}, {place}: no other text has the label {alone[0]!r}, so nothing belongs to this one; "
+                    "give the label more texts or remove the row"
+                )
+        own = tuple(passages[text] for text in places)
+        relevant = tuple(
+            frozenset(i for label in labels[text] for i in members[label]) - {passages[text]} for text in places
+        )
+        return Queries(tuple(places), relevant, tuple(frozenset() for _ in places), own)
+
+    return _Read(path, places, queries)
+
+
+def _passage(path: Path, place: str, row: dict[str, Any]) -> str:
+    """Return a passage of a corpus: its title, if it has one, and its text."""
+    text = text_of(path, place, row, "text")
+    title = row.get("title")
+    return f"{title} {text}" if isinstance(title, str) and title.strip() else text
+
+
+def _index(passages: dict[str, int], text: str) -> int:
+    return passages.setdefault(text, len(passages))
+
+
+def _require_apart(one: _Read, other: _Read) -> None:
+    """Refuse a query that is in two files: what is learnt from or chosen by cannot be measured on."""
+    both = [query for query in one.places if query in other.places]
+    if both:
+        raise ExportError(
+            f"{one.path}, {one.places[both[0]]}: the query is in {other.path}, too ({other.places[both[0]]}); "
+            f"both files have {len(both)} of them; remove them from one"
+        )
+
+
+def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
+    """Hold some queries out, at random."""
+    if len(queries) < _FEWEST_QUERIES:
+        raise ExportError(
+            f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or a validation file beside it"
+        )
+    order = np.random.default_rng(seed).permutation(len(queries))
+    unseen = np.sort(order[: min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])
+    learnt = queries.take(np.setdiff1d(order, unseen).tolist())
+    hidden = frozenset(queries.own[row] for row in unseen) - {-1}
+    relevant = tuple(known - hidden for known in learnt.relevant)
+    learnt = Queries(learnt.texts, relevant, learnt.negatives, learnt.own)
+    # A text whose fellows are all held out has nothing left to be drawn to.
+    return learnt.take(row for row in range(len(learnt)) if relevant[row]), queries.take(unseen.tolist())
