@@ -72,6 +72,9 @@ class Data:
     train: Queries
     held_out: Queries
     test: Queries | None
+    #: Indexes, ascending, of the passages that hard negatives may be: those of the queries to learn from and of the
+    #: corpus. Others are held out, and may answer a query that does not know of it: texts of its own label.
+    minable: tuple[int, ...]
 
 
 def read_data(files: Files, seed: int) -> Data:
@@ -95,14 +98,20 @@ def read_data(files: Files, seed: int) -> Data:
     for one, other in ((validation, train), (test, train), (test, validation)):
         if one is not None and other is not None:
             _require_apart(one, other)
+    corpus: set[int] = set()
     if files.corpus is not None:
         for place, row in read_rows(Path(files.corpus)):
-            _index(passages, _passage(Path(files.corpus), place, row))
+            corpus.add(_index(passages, _passage(Path(files.corpus), place, row)))
     tested = test.queries() if test is not None else None
     if validation is not None:
-        return Data(tuple(passages), known, validation.queries(), tested)
+        return Data(tuple(passages), known, validation.queries(), tested, _minable(known, corpus))
     learnt, held_out = _split(known, Path(files.train), seed)
-    return Data(tuple(passages), learnt, held_out, tested)
+    return Data(tuple(passages), learnt, held_out, tested, _minable(learnt, corpus))
+
+
+def _minable(learnt: Queries, corpus: set[int]) -> tuple[int, ...]:
+    found = corpus.union(*learnt.relevant, *learnt.negatives, learnt.own) - {-1}
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import hnswlib
 import numpy as np
 
@@ -56,7 +58,9 @@ class Neighbours:
         return labels.astype(np.int64), np.asarray(1 - distances, dtype=np.float32)
 
 
-def mine(asked: Matrix, found: Matrix, queries: Queries, count: int) -> list[list[int]]:
+def mine(
+    asked: Matrix, found: Matrix, queries: Queries, count: int, minable: Sequence[int] | None = None
+) -> list[list[int]]:
     """Find hard negatives for each query, the nearest first.
 
     Args:
@@ -64,6 +68,7 @@ def mine(asked: Matrix, found: Matrix, queries: Queries, count: int) -> list[lis
         found: the passages', float32 (passages, dimensions).
         queries: what is known to answer them; none of it, nor the query itself, is given.
         count: how many are wanted for each; fewer are given if fewer are near.
+        minable: indexes of the passages to choose from; default: all.
 
     Returns:
         Indexes of passages for each query.
@@ -72,7 +77,9 @@ def mine(asked: Matrix, found: Matrix, queries: Queries, count: int) -> list[lis
         return [[] for _ in range(len(queries))]
     # What answers a query is mostly near it, and is passed over.
     most = max(len(known) for known in queries.relevant) + 1
-    best, scores = Neighbours(found).nearest(asked, min(len(found), _NEAREST + min(most, _NEAREST)))
+    rows = np.arange(len(found)) if minable is None else np.array(minable, dtype=np.int64)
+    best, scores = Neighbours(found[rows]).nearest(asked, min(len(rows), _NEAREST + min(most, _NEAREST)))
+    best = rows[best]
     units, asked_units = unit(found), unit(asked)
     mined = []
     for row, (nearest, near) in enumerate(zip(best, scores, strict=True)):

@@ -152,7 +152,7 @@ class _Tuning:
         """Return the hard negatives of each training query: those stated, else those mined."""
         queries = self._data.train
         count = _MINED if self._options.hard_negatives else 0
-        mined = mine(self._vectors(queries), found, queries, count)
+        mined = mine(self._vectors(queries), found, queries, count, self._data.minable)
         return [sorted(stated) or near for stated, near in zip(queries.negatives, mined, strict=True)]
 
     def _pool(self, found: Matrix) -> np.ndarray:
