@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,59 @@ def test_a_finished_bundle_lists_every_file_but_the_manifest(tmp_path: Path, man
     written = finish_bundle(tmp_path, manifest)
     assert set(written.files) == {"onnx/model.onnx", "tokenizer.json", "onnx/emberpc.json"}
     assert read_bundle(tmp_path).manifest == written
+
+
+_KILLED = """
+import os, signal, sys
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from emberpc.bundle import staged_folder
+target = Path(sys.argv[1])
+rename = Path.rename
+def die(self, to):
+    if self.name.endswith(".emberpc-partial"):  # it would now become the target
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, to)
+Path.rename = die
+with staged_folder(target, overwrite=True) as staging:
+    (staging / "file").write_text("x")
+"""
+
+
+def killed(target: Path) -> None:
+    """Write to a target in a process that is killed at the last moment."""
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(target)], check=False, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def test_what_a_killed_process_left_goes_at_the_next_try(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    killed(target)
+    (left,) = entries(tmp_path)
+    others = {".bundle-mine", f"{left.replace('bundle', 'bundle-2')}", ".bundle-new-x"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    with staged_folder(target):
+        assert not (tmp_path / left).exists()
+    assert entries(tmp_path) == {"bundle", *others}
+
+
+def test_a_bundle_that_a_killed_process_had_moved_away_is_put_back(folder: Path) -> None:
+    before = read_bundle(folder).manifest
+    killed(folder)
+    assert not folder.exists()
+    with pytest.raises(BundleError, match="holds a bundle already"), staged_folder(folder):
+        pass
+    assert read_bundle(folder).manifest == before
+    assert entries(folder.parent) == {folder.name}
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "bundle") as first:
+        (first / "file").write_text("first")
+        code = "import sys; from emberpc.bundle import staged_folder\nwith staged_folder(sys.argv[1]): pass"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "bundle")], check=True)
+        assert (first / "file").read_text() == "first"
+    assert entries(tmp_path) == {"bundle"}

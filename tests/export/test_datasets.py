@@ -120,7 +120,7 @@ def test_what_is_wrong_is_named_with_its_row(tmp_path: Path, name: str, content:
 
 def test_another_encoding_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "data.csv", "text,label\ncafé,x\n", "latin-1")
-    with pytest.raises(ExportError, match="not UTF-8 at byte 14"):
+    with pytest.raises(ExportError, match="line 2, byte 4: it is not UTF-8"):
         read_labelled(path)
 
 

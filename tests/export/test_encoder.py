@@ -115,7 +115,10 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     [
         ({}, Prompts()),
         ({"prompts": {"query": "q: ", "document": "d: "}}, Prompts("q: ", "d: ")),
-        ({"prompts": {"query": "q: ", "passage": "p: ", "document": "d: "}}, Prompts("q: ", "p: ")),
+        ({"prompts": {"query": "q: ", "passage": "p: ", "document": "d: "}}, Prompts("q: ", "d: ")),
+        ({"prompts": {"query": "query: ", "passage": "passage: "}}, Prompts("query: ", "passage: ")),
+        ({"prompts": {"query": "q: ", "document": None, "corpus": "c: "}}, Prompts("q: ", "c: ")),
+        ({"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "query"}, Prompts("q: ", "")),
         ({"prompts": {"query": None, "document": None}}, Prompts()),
         ({"prompts": {"query": "q: "}, "default_prompt_name": "query"}, Prompts("q: ", "q: ")),
         ({"prompts": {"any": "a: "}, "default_prompt_name": "any"}, Prompts("a: ", "a: ")),

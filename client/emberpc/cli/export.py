@@ -64,6 +64,15 @@ def embedding(
     name: Annotated[str, typer.Option(help="What to call the base model; default: as the source is called.")] = "",
     query_prompt: Annotated[str | None, typer.Option(help="Goes before queries.", show_default=False)] = None,
     passage_prompt: Annotated[str | None, typer.Option(help="Goes before passages.", show_default=False)] = None,
+    matryoshka: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="DIMENSIONS",
+            help="Vectors may be cut to these; may be repeated; default: what the source says.",
+            show_default=False,
+        ),
+    ] = None,
     variants: Variants = "fp32",
     validation: Annotated[
         Path | None,
@@ -88,6 +97,7 @@ def embedding(
             name=name,
             max_tokens=max_tokens,
             prompts=prompts,
+            matryoshka=matryoshka,
             variants=variant_names(variants),
             validation=validation,
             progress=progress,

@@ -20,6 +20,9 @@ _POOLING_KEYS = {
 }
 #: Of models that state no limit, tokenizers give an absurdly large one.
 _MOST_TOKENS = 100_000
+#: Names of prompts, in the order in which sentence-transformers 5 looks for them (`encode_query`, `encode_document`).
+_QUERY_NAMES = ("query",)
+_PASSAGE_NAMES = ("document", "passage", "corpus")
 #: Architectures whose first positions, up to the padding token's, are never used.
 _OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
@@ -58,7 +61,12 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
     modules = _parse(path)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise BundleError(f"{path} is no list of modules; get the model again")
-    return [(str(module.get("type")).rpartition(".")[2], str(module.get("path") or "")) for module in modules]
+    return [(_kind(str(module.get("type"))), str(module.get("path") or "")) for module in modules]
+
+
+def _kind(path: str) -> str:
+    """Return the class of a module; with its package if it is not of sentence-transformers, whatever it is called."""
+    return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
 
 def read_pooling(path: Path) -> str:
@@ -104,10 +112,20 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
 def read_prompts(settings: dict[str, Any]) -> Prompts:
     """Return the prompts by the names in use for queries and for passages, else the one that is the default for all.
 
+    A prompt that is stated to be empty counts; one that is null is not stated.
+
     Args:
         settings: what `config_sentence_transformers.json` holds.
+
+    Raises:
+        BundleError: the prompts are not texts by name.
     """
     prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) or text is None for text in prompts.values()):
+        raise BundleError("config_sentence_transformers.json: prompts must be texts by name; get the model again")
     default = prompts.get(settings.get("default_prompt_name")) or ""
-    passage = prompts.get("passage") or prompts.get("document") or default
-    return Prompts(query=prompts.get("query") or default, passage=passage)
+
+    def first(names: tuple[str, ...]) -> str:
+        return next((text for name in names if (text := prompts.get(name)) is not None), default)
+
+    return Prompts(query=first(_QUERY_NAMES), passage=first(_PASSAGE_NAMES))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
+from emberpc.bundle.peers import read_json
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 
@@ -21,8 +23,11 @@ def convert(folder: Path, target: Path) -> Path:
     Raises:
         ExportError: it cannot be converted.
     """
+    _check_tokenizer(folder)
+    model_type = read_json(folder / "config.json").get("model_type")
     with calling_libraries(
-        f"{folder} cannot be converted to ONNX", "is it a text encoder of an architecture that optimum supports?"
+        f"{folder} cannot be converted to ONNX",
+        f"is {model_type!r} an architecture of text encoders that optimum {version('optimum-onnx')} supports?",
     ):
         from optimum.exporters.onnx import main_export
 
@@ -38,6 +43,21 @@ def convert(folder: Path, target: Path) -> Path:
             local_files_only=True,
         )
     return target / "model.onnx"
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer that no tokenizer.json can be made of: the server reads nothing else."""
+    with calling_libraries(
+        f"{folder} has no tokenizer that can be read", "get the model again, with its tokenizer.json"
+    ):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ExportError(
+                f"{folder} has no tokenizer.json, and transformers can make none of its {type(tokenizer).__name__}; "
+                "choose a model that has one"
+            )
 
 
 def _check_weights(folder: Path) -> None:

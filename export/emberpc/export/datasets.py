@@ -88,7 +88,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ExportError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        raise ExportError(f"{path}, {_undecodable(path)}: it is not UTF-8; save the file as UTF-8") from error
     if not rows:
         raise ExportError(f"{path} has no rows")
     return rows
@@ -103,10 +103,23 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
     value = _cell(path, place, row, column)
     if value is None or not str(value).strip():
         raise ExportError(f"{path}, {place}: {column} is empty; fill it in or remove the row")
+    if "\0" in str(value):
+        raise ExportError(f"{path}, {place}: {column} holds a NUL character, which no text has; remove it")
     if type(value) not in (str, int):
         kind = type(value).__name__
         raise ExportError(f"{path}, {place}: {column} is of type {kind}; it must be a text, or a whole number")
     return str(value)
+
+
+def _undecodable(path: Path) -> str:
+    """Return the line, and the byte in it, where a file stops being UTF-8; both count from 1."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {error.start + 1}"
+    return "its end"
 
 
 def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from emberpc.export.datasets import read_texts
 from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.graph import GraphEditor
+from emberpc.export.matryoshka import check_matryoshka
 from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.runner import Runner
@@ -44,6 +45,7 @@ def export_embedding(
     name: str = "",
     max_tokens: int | None = None,
     prompts: Prompts | None = None,
+    matryoshka: Sequence[int] | None = None,
     variants: Sequence[str] = (FP32,),
     validation: Path | str | None = None,
     progress: Progress = no_progress,
@@ -57,6 +59,7 @@ def export_embedding(
         name: what to call the base model; default: as the source is called.
         max_tokens: the most tokens of a text; default: what the source says.
         prompts: what the server puts before texts; default: what the source says.
+        matryoshka: to which dimensions vectors may be cut; default: what the source says.
         variants: what to write beside fp32: names, or `auto`; see `emberpc.export.variants`.
         validation: a file of texts like those to be served, to measure variants on; default: docstrings.
         progress: told what is being done.
@@ -73,6 +76,8 @@ def export_embedding(
     encoder = read_encoder(source, name=name, max_tokens=max_tokens, progress=progress)
     if prompts is not None:
         encoder = replace(encoder, prompts=prompts)
+    if matryoshka is not None:
+        encoder = replace(encoder, matryoshka_dimensions=tuple(sorted(set(matryoshka), reverse=True)))
     with staged_folder(target, overwrite=overwrite) as folder:
         return write_embedding(encoder, folder, variants=variants, texts_to_try=texts_to_try, progress=progress)
 
@@ -141,7 +146,9 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
         graph = GraphEditor(convert(encoder.folder, Path(raw)))
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copyfile(Path(raw) / name, folder / name)
+    graph.take_tokens_alone(encoder.name)
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
+    check_matryoshka(encoder.matryoshka_dimensions, dimensions, encoder.name)
     # A text is cut on request and padded with its batch: by the server, not by what the file says.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if encoder.lower_case:

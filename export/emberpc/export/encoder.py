@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,10 @@ from emberpc.bundle.peers import (
     read_prompts,
 )
 from emberpc.export.errors import ExportError
+from emberpc.export.matryoshka import read_matryoshka
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.sources import Source, find_source
+from emberpc.export.weights import find_weights, sha256_of_all
 
 #: In this order; Dense may be there several times, or not.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -94,8 +94,9 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
         raise ExportError(
             f"{folder} has no config.json, so it is no Hugging Face encoder; name the folder that has one"
         )
+    _refuse_own_code(folder, config)
     pooling, dense, normalize = _modules(folder)
-    weights = _weights_sha256(folder, dense)
+    weights = sha256_of_all([*find_weights(folder), *(folder / path / _DENSE_WEIGHTS for path in dense)])
     sentence_transformers = read_json(folder / "config_sentence_transformers.json")
     kind = sentence_transformers.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
@@ -110,27 +111,24 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
         normalize=normalize,
         max_tokens=_max_tokens(folder, config, max_tokens),
         prompts=read_prompts(sentence_transformers),
-        matryoshka_dimensions=tuple(sentence_transformers.get("matryoshka_dims") or ()),
+        matryoshka_dimensions=read_matryoshka(folder, config),
         lower_case=bool(read_json(folder / "sentence_bert_config.json").get("do_lower_case")),
         config=config,
     )
 
 
-def _weights_sha256(folder: Path, dense: Sequence[str]) -> str:
-    """Return the SHA-256 (hex) of the weights; of several files, of them all in the order of their names."""
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        files += [folder / path / _DENSE_WEIGHTS for path in dense]
-    else:
-        raise ExportError(f"{folder} has no *.safetensors; other formats can run code when they are read: convert it")
-    digest = hashlib.sha256()
-    for path in files:
-        if not path.is_file():
-            raise ExportError(f"{path} is missing; other formats can run code when they are read: convert it")
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a model that is Python code of its own: its weights in a like-named architecture would be another model.
+
+    Such are gte v1.5 (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which says "bert".
+    """
+    own = config.get("auto_map")
+    if isinstance(own, dict) and "AutoModel" in own:
+        raise ExportError(
+            f"{folder} is run by Python code of its own ({own['AutoModel']}, which needs trust_remote_code); "
+            "emberpc runs no code of a model: choose a model of an architecture that transformers has, or serve "
+            "the ONNX file that its publisher may offer"
+        )
 
 
 def _modules(folder: Path) -> tuple[str, list[str], bool]:

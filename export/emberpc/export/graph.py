@@ -15,6 +15,7 @@ from emberpc.export.errors import ExportError
 
 #: How the names of nodes begin that are added to a converted graph.
 ADDED = "emberpc_"
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 #: What sentence-transformers and torch divide by where a mask or a vector is empty.
 _MIN_TOKENS = 1e-9
 _MIN_NORM = 1e-12
@@ -37,6 +38,35 @@ class GraphEditor:
         self._constant("axis_1", np.array([1], dtype=np.int64))
         self._constant("axis_1_scalar", np.array(1, dtype=np.int64))
         self._constant("axis_last", np.array([-1], dtype=np.int64))
+
+    def take_tokens_alone(self, name: str) -> None:
+        """Make the graph take nothing but token ids, mask and token types.
+
+        `position_ids`, which decoders take, are computed from the mask: the place of a token among those that count.
+
+        Args:
+            name: what the model is called.
+
+        Raises:
+            ExportError: it takes something else, as an encoder with a decoder does.
+        """
+        inputs = self.model.graph.input
+        for given in [given for given in inputs if given.name == "position_ids"]:
+            inputs.remove(given)
+            self._constant("one", np.array(1, dtype=np.int64))
+            self._constant("zero", np.array(0, dtype=np.int64))
+            before = len(self.model.graph.node)
+            counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
+            places = self._node("Max", [self._node("Sub", [counted, "one"]), "zero"])
+            self.model.graph.node.append(helper.make_node("Identity", [places], [given.name], name=f"{ADDED}positions"))
+            # A graph's nodes stand in the order in which they are computed.
+            nodes = list(self.model.graph.node)
+            del self.model.graph.node[:]
+            self.model.graph.node.extend(nodes[before:] + nodes[:before])
+        if others := [given.name for given in inputs if given.name not in _TOKENS]:
+            raise ExportError(
+                f"{name} takes {', '.join(others)} besides its tokens, so it is more than a text encoder; choose one"
+            )
 
     @property
     def hidden_size(self) -> int:

@@ -1,0 +1,67 @@
+"""To which dimensions a model's vectors may be cut: what a Matryoshka model's files say.
+
+There is no one place for it. Read are, in this order:
+
+- `matryoshka_dimensions` in `config.json`, which vLLM and SGLang go by;
+- `matryoshka_dims` in the model card (`README.md`), which sentence-transformers writes there with the
+  parameters of its `MatryoshkaLoss`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emberpc.export.errors import ExportError
+
+#: The parameters are an indented JSON object in a code block; only the list is needed of it.
+_IN_CARD = re.compile(r'"matryoshka_dims":\s*(\[[\d\s,]*\])')
+_MAX_CARD_BYTES = 4 * 2**20
+
+
+def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Return the dimensions that a model's files state, the largest first; none if they state none.
+
+    Args:
+        folder: the encoder's.
+        config: its config.json.
+
+    Raises:
+        ExportError: config.json states something else than whole numbers above 0.
+    """
+    stated = config.get("matryoshka_dimensions")
+    if stated is None:
+        stated = _in_card(folder / "README.md")
+    if not isinstance(stated, list) or any(type(size) is not int or size < 1 for size in stated):
+        raise ExportError(
+            f"{folder / 'config.json'}: matryoshka_dimensions is {stated!r}; it must be a list of whole numbers above 0"
+        )
+    return tuple(sorted(set(stated), reverse=True))
+
+
+def check_matryoshka(sizes: Sequence[int], dimensions: int, name: str) -> None:
+    """Raise ExportError if a model's vectors are shorter than what they are to be cut to."""
+    if sizes and max(sizes) > dimensions:
+        raise ExportError(
+            f"{name} gives vectors of {dimensions} dimensions, which cannot be cut to {max(sizes)}; "
+            "state those that it was trained for with --matryoshka"
+        )
+
+
+def _in_card(path: Path) -> list[int]:
+    """Return the dimensions that the last `MatryoshkaLoss` in a model card was given; a card is no reason to fail."""
+    try:
+        if path.stat().st_size > _MAX_CARD_BYTES:
+            return []
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    found = _IN_CARD.findall(text)
+    try:
+        sizes = json.loads(found[-1]) if found else []
+    except ValueError:
+        return []
+    return [size for size in sizes if size > 0]

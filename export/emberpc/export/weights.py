@@ -1,0 +1,62 @@
+"""The weights of an encoder: safetensors alone, all of them there, and whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from emberpc.bundle.peers import read_json
+from emberpc.export.errors import ExportError
+
+_INDEX = "model.safetensors.index.json"
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Return the files with an encoder's weights, in the order of their names.
+
+    Raises:
+        ExportError: there are none, one that the index names is missing, or one is damaged.
+        BundleError: the index is not JSON.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    shards = read_json(folder / _INDEX).get("weight_map")
+    if isinstance(shards, dict):
+        missing = sorted({str(name) for name in shards.values()} - {path.name for path in files})
+        if missing:
+            raise ExportError(f"{folder / missing[0]} is missing, which {_INDEX} names; get the model again")
+    if not files:
+        raise ExportError(
+            f"{folder} has no *.safetensors; other formats can run code when they are read: convert it, "
+            "by loading it with transformers on a machine that may run that code, and saving it"
+        )
+    for path in files:
+        _check(path)
+    return files
+
+
+def sha256_of_all(files: Sequence[Path]) -> str:
+    """Return the SHA-256 (hex) of files one after another.
+
+    Raises:
+        ExportError: one is missing.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise ExportError(f"{path} is missing; other formats can run code when they are read: convert it")
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check(path: Path) -> None:
+    """Raise ExportError for a file whose header cannot be read or that is not as long as it says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ExportError(f"{path} is damaged ({type(error).__name__}); get it again") from error

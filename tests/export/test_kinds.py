@@ -1,0 +1,251 @@
+"""The kinds of embedding models that people have: each, with faithful but random weights, is exported or refused.
+
+E5, BGE and GTE are BERTs that differ in what is around them; Qwen3-Embedding is a decoder; gte v1.5, nomic and
+jina are code of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertModel, PretrainedConfig, Qwen2Config, Qwen3Config, T5Config
+from transformers.models.auto.modeling_auto import AutoModel
+
+from emberpc.bundle import Prompts
+from emberpc.export.embedding import export_embedding
+from emberpc.export.encoder import read_encoder
+from emberpc.export.errors import ExportError
+from emberpc.export.runner import Runner
+from emberpc.export.verify import verify_bundle
+from fixtures_bundles import MakeSource, modules_json, pooling_json, tiny_tokenizer
+
+TEXTS = ["a", "some words of a text", "others, and more of them"]
+DECODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "vocab_size": 39,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+NORMALIZED = modules_json("Transformer", "Pooling", "Normalize")
+
+
+def save(config: PretrainedConfig, folder: Path, padding_side: str = "right") -> Path:
+    """Save a model of random weights, with a tokenizer."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated parts of PyTorch that transformers uses
+        AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer = tiny_tokenizer(token_types=False)
+    tokenizer.padding_side = padding_side
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def lay_out(folder: Path, files: dict[str, object]) -> Path:
+    """Write JSON files into a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def served(bundle: Path, texts: list[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return Runner(bundle / "onnx/model.onnx", bundle / "tokenizer.json", 32, 0).run(texts, "sentence_embedding")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "prompts"),
+    [
+        ("mean", {"query": "query: ", "passage": "passage: "}),  # E5
+        ("cls", {"query": "find: "}),  # BGE
+        ("mean", {}),  # GTE
+    ],
+)
+def test_e5_bge_and_gte_give_what_sentence_transformers_gives_with_their_prompts(
+    make_source: MakeSource, tmp_path: Path, pooling: str, prompts: dict[str, str]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    source = make_source(
+        {
+            "modules.json": NORMALIZED,
+            "1_Pooling/config.json": pooling_json(pooling),
+            "config_sentence_transformers.json": {"prompts": prompts},
+        }
+    )
+    manifest = export_embedding(source, tmp_path / "bundle")
+    assert (manifest.pooling, manifest.normalize) == (pooling, True)
+    assert manifest.prompts == Prompts(prompts.get("query", ""), prompts.get("passage", ""))
+    theirs = SentenceTransformer(str(source), device="cpu", local_files_only=True)
+    for prompt in (manifest.prompts.query, manifest.prompts.passage):
+        ours = served(tmp_path / "bundle", [prompt + text for text in TEXTS])
+        np.testing.assert_allclose(ours, theirs.encode(TEXTS, prompt=prompt), atol=1e-5)
+
+
+def test_weights_stored_as_fp16_are_exported_as_fp32(make_source: MakeSource, tmp_path: Path) -> None:
+    """GTE's are; config.json says so, too."""
+    source = make_source()
+    BertModel.from_pretrained(source).half().save_pretrained(source)
+    assert json.loads((source / "config.json").read_text())["dtype"] == "float16"
+    assert export_embedding(source, tmp_path / "bundle").variant().parity.cosine_min >= 0.9999
+    assert served(tmp_path / "bundle", TEXTS).dtype == np.float32
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize(
+    "config", [Qwen3Config(**DECODER, head_dim=16), Qwen2Config(**DECODER)], ids=lambda config: config.model_type
+)
+def test_a_decoder_with_last_token_pooling_is_exported(
+    config: PretrainedConfig, padding_side: str, tmp_path: Path
+) -> None:
+    source = lay_out(
+        save(config, tmp_path / "source", padding_side),
+        {
+            "modules.json": NORMALIZED,
+            "1_Pooling/config.json": {"word_embedding_dimension": 32, "pooling_mode_lasttoken": True},
+        },
+    )
+    manifest = export_embedding(source, tmp_path / "bundle")
+    assert manifest.pooling == "lasttoken"
+    assert manifest.variant().parity.cosine_min >= 0.9999
+    assert verify_bundle(tmp_path / "bundle").ok
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    source = save(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=39), tmp_path / "source")
+    with pytest.raises(ExportError, match="takes decoder_input_ids besides its tokens"):
+        export_embedding(source, tmp_path / "bundle", max_tokens=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("model_type", ["new", "nomic_bert", "bert"])
+def test_code_of_its_own_is_refused_even_where_it_calls_itself_bert(make_source: MakeSource, model_type: str) -> None:
+    source = make_source()
+    config = json.loads((source / "config.json").read_text())
+    own = {"AutoConfig": "configuration.NewConfig", "AutoModel": "modeling.NewModel"}
+    lay_out(source, {"config.json": {**config, "model_type": model_type, "auto_map": own}})
+    with pytest.raises(ExportError, match=r"modeling\.NewModel, which needs trust_remote_code.*choose a model"):
+        read_encoder(source)
+
+
+def test_a_module_of_ones_own_is_not_taken_for_that_of_the_same_name(make_source: MakeSource) -> None:
+    modules = modules_json("Transformer", "Pooling")
+    modules[0]["type"] = "custom_st.Transformer"
+    source = make_source({"modules.json": modules, "1_Pooling/config.json": pooling_json("mean")})
+    with pytest.raises(ExportError, match=r"the module custom_st\.Transformer .* cannot be exported"):
+        read_encoder(source)
+
+
+def test_weights_in_pieces_are_exported(make_source: MakeSource, tmp_path: Path) -> None:
+    whole, source = make_source(name="whole"), make_source()
+    (source / "model.safetensors").unlink()
+    BertModel.from_pretrained(whole).save_pretrained(source, max_shard_size="50KB")
+    pieces = sorted(source.glob("model-*.safetensors"))
+    assert len(pieces) > 1
+    export_embedding(source, tmp_path / "bundle")
+    export_embedding(whole, tmp_path / "other")
+    np.testing.assert_array_equal(served(tmp_path / "bundle", TEXTS), served(tmp_path / "other", TEXTS))
+    pieces[-1].unlink()
+    with pytest.raises(ExportError, match=rf"{pieces[-1].name} is missing, which .*index\.json names"):
+        read_encoder(source)
+
+
+def test_a_tokenizer_json_is_made_of_a_vocabulary(make_source: MakeSource, tmp_path: Path) -> None:
+    whole, source = make_source(name="whole"), make_source()
+    words = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (source / name).unlink()
+    (source / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)))
+    export_embedding(source, tmp_path / "bundle")
+    export_embedding(whole, tmp_path / "other")
+    np.testing.assert_allclose(served(tmp_path / "bundle", TEXTS), served(tmp_path / "other", TEXTS), atol=1e-6)
+
+
+def without_tokenizer(source: Path) -> None:
+    for path in [*source.glob("tokenizer*"), source / "special_tokens_map.json"]:
+        path.unlink()
+
+
+def with_slow_tokenizer(source: Path) -> None:
+    """A tokenizer of characters, which is code in transformers and nothing else."""
+    without_tokenizer(source)
+    lay_out(source, {"tokenizer_config.json": {"tokenizer_class": "CanineTokenizer", "model_max_length": 32}})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_tokenizer, r"no tokenizer that can be read .*tokenizer\.json"),
+        (with_slow_tokenizer, r"has no tokenizer\.json, and transformers can make none of its CanineTokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_served_is_refused(
+    make_source: MakeSource, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    source = make_source()
+    spoil(source)
+    with pytest.raises(ExportError, match=words):
+        export_embedding(source, tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+CARD = """# A model
+* Loss: `MatryoshkaLoss` with these parameters:
+  ```json
+  {
+      "loss": "MultipleNegativesRankingLoss",
+      "matryoshka_dims": [
+          32,
+          16
+      ],
+      "matryoshka_weights": [1, 1]
+  }
+  ```
+"""
+
+
+@pytest.mark.parametrize(
+    ("in_config", "card", "expected"),
+    [
+        ({}, "", ()),
+        ({}, "matryoshka_dims: of all kinds", ()),
+        ({}, CARD, (32, 16)),
+        ({"matryoshka_dimensions": [8, 16, 8]}, "", (16, 8)),
+        ({"matryoshka_dimensions": [8]}, CARD, (8,)),
+    ],
+)
+def test_matryoshka_dimensions_are_read_and_may_be_stated(
+    make_source: MakeSource, in_config: dict[str, object], card: str, expected: tuple[int, ...]
+) -> None:
+    source = make_source({"README.md": card})
+    config = json.loads((source / "config.json").read_text())
+    lay_out(source, {"config.json": {**config, **in_config}})
+    assert read_encoder(source).matryoshka_dimensions == expected
+
+
+def test_stated_dimensions_go_before_those_of_the_source(make_source: MakeSource, tmp_path: Path) -> None:
+    source = make_source({"README.md": CARD})
+    assert export_embedding(source, tmp_path / "bundle").matryoshka_dimensions == (32, 16)
+    manifest = export_embedding(source, tmp_path / "bundle", matryoshka=[4, 8], overwrite=True)
+    assert manifest.matryoshka_dimensions == (8, 4)
+    with pytest.raises(ExportError, match=r"32 dimensions, which cannot be cut to 64; .*--matryoshka"):
+        export_embedding(source, tmp_path / "bundle", matryoshka=[64], overwrite=True)
+
+
+@pytest.mark.parametrize("stated", ["16", [0], [1.5], [True]])
+def test_wrong_dimensions_are_named(make_source: MakeSource, stated: object) -> None:
+    source = make_source()
+    config = json.loads((source / "config.json").read_text())
+    lay_out(source, {"config.json": {**config, "matryoshka_dimensions": stated}})
+    with pytest.raises(ExportError, match="must be a list of whole numbers above 0"):
+        read_encoder(source)
