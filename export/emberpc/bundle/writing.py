@@ -16,7 +16,6 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from emberpc.bundle.reading import sha256_of
 
-
 #: How the names of temporary folders end, so that none is taken for one that holds something else.
 _SUFFIX = ".emberpc-partial"
 
