@@ -14,6 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from emberpc.export.errors import ExportError
 
+#: What a write fails with where there is no room: the disk, the user's share of it, or the largest file allowed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Loggers that tell of their inner workings on every export; ONNX Runtime's quantiser uses the root ("") itself.
 _CHATTERERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
 
@@ -40,8 +42,9 @@ def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # they raise all kinds, with no base class in common
         # Those that write from Rust or C++ say so in words alone.
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        for code in _FULL:
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code)) from error
         raise ExportError(f"{problem} ({type(error).__name__}); {remedy}") from error
 
 

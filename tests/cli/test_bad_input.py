@@ -1,0 +1,214 @@
+"""Bad input through the real command line: what the message says, the exit code, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emberpc.bundle import read_bundle
+from fixtures_bundles import MakeSource
+
+Emberpc = Any
+
+TEXTS = "text,label\n" + "".join(f"{'ab'[i % 2] * (i // 2 + 1)},{'xy'[i % 2]}\n" for i in range(16))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder for the bundle: whatever is in it afterwards was left there."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def refused(outcome: Any, out: Path, *words: str) -> None:
+    """Check that the command failed for its input, in one line that holds the words, and left nothing."""
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    message = outcome.err.splitlines()[-1]
+    assert message.startswith("error: ")
+    for word in words:
+        assert word in message
+    assert "Traceback" not in outcome.err
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'text,label\na,x\n"b,y\nc,x\nd,y\n', ["line 3: ", "mend the quotes"]),
+        (b"text,label\na,x\nb, c,y\n", ["line 3: ", "2 columns", "not in quotes?"]),
+        (b"text,label\na,x\ncaf\xe9,y\n", ["line 3", "not UTF-8", "save the file as UTF-8"]),
+        (b"text,label\na,x\nb\0c,y\n", ["line 3: ", "NUL", "remove"]),
+        (b"text,label\na,x\n ,y\n", ["line 3: text is empty", "fill it in or remove the row"]),
+        (b"text,label\na,x\nb,y\nc,x\n", ["'y' (line 3)", "misspelt?", "--min-examples 1"]),
+    ],
+    ids=["open quote", "columns", "encoding", "NUL", "empty text", "one example"],
+)
+def test_a_bad_row_is_named_with_its_remedy(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, content: bytes, words: list[str]
+) -> None:
+    train = tmp_path / "train.csv"
+    train.write_bytes(content)
+    outcome = emberpc("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle")
+    refused(outcome, out, str(train), *words)
+
+
+def test_a_validation_label_that_was_never_trained_is_named(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path
+) -> None:
+    (train := tmp_path / "train.csv").write_text(TEXTS)
+    (validation := tmp_path / "validation.csv").write_text("text,label\naa,x\nbb,z\n")
+    outcome = emberpc(
+        *("export", "classifier", "--train", train, "--validation", validation),
+        *("--base", tiny_source, "-o", out / "bundle"),
+    )
+    refused(outcome, out, f"{validation}, line 3: no training text has the label 'z'", "remove the row")
+
+
+def command(*arguments: object) -> list[str]:
+    """Return a command line that runs emberpc in a process of its own, where Ctrl-C has its usual meaning.
+
+    Tests that run in the background have SIGINT ignored, and a child inherits that.
+    """
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from emberpc.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def test_duplicates_with_different_labels_are_a_warning(tiny_source: Path, tmp_path: Path, out: Path) -> None:
+    (train := tmp_path / "train.csv").write_text(TEXTS + "a,y\n")
+    run = subprocess.run(
+        command("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle"),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (warning,) = [line for line in run.stderr.splitlines() if "different labels" in line]
+    assert f"{train}: 1 texts" in warning
+    assert "'a' (line 2: x, line 18: y)" in warning
+    assert "correct them" in warning
+    assert read_bundle(out / "bundle").manifest.quality["conflicting_texts"] == 1
+
+
+@pytest.fixture
+def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, too small for a bundle."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no small disk can be mounted here; that needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+# It is full while PyTorch's model is converted, or later, when the graph with the pooling is written.
+@pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
+@pytest.mark.parametrize("kind", ["embedding", "classifier"])
+def test_a_full_disk(emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, kind: str) -> None:
+    (train := tmp_path / "train.csv").write_text(TEXTS)
+    arguments = [tiny_source] if kind == "embedding" else ["--base", tiny_source, "--train", train]
+    outcome = emberpc("export", kind, *arguments, "-o", full_disk / "bundle")
+    refused(outcome, full_disk, "room on the disk")
+
+
+def test_files_that_may_not_grow(tiny_source: Path, out: Path) -> None:
+    """As with a full disk, without root: writing more than so much to a file fails, with EFBIG."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    run = subprocess.run(
+        command("export", "embedding", tiny_source, "-o", out / "bundle"),
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "room on the disk" in run.stderr.splitlines()[-1]
+    assert list(out.iterdir()) == []
+
+
+def unknown(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    changed = {**config, "model_type": "never-heard-of", "architectures": ["NeverModel"]}
+    (source / "config.json").write_text(json.dumps(changed))
+
+
+def missing(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+
+
+def corrupt(source: Path) -> None:
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("kind", ["embedding", "classifier"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (unknown, ["'never-heard-of'", "architecture"]),
+        (missing, ["has no *.safetensors"]),
+        (corrupt, ["model.safetensors", "get it again"]),
+    ],
+)
+def test_a_base_that_cannot_be_exported(
+    emberpc: Emberpc, make_source: MakeSource, tmp_path: Path, out: Path, kind: str, damage: Any, words: list[str]
+) -> None:
+    damage(source := make_source())
+    (train := tmp_path / "train.csv").write_text(TEXTS)
+    arguments = [source] if kind == "embedding" else ["--base", source, "--train", train]
+    outcome = emberpc("export", kind, *arguments, "-o", out / "deep" / "bundle")
+    refused(outcome, out, str(source), *words)
+
+
+def test_ctrl_c_in_a_training(tiny_source: Path, tmp_path: Path, out: Path) -> None:
+    (train := tmp_path / "train.csv").write_text(TEXTS)
+    process = subprocess.Popen(
+        command(
+            *("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle"),
+            *("--strategy", "full", "--epochs", 100_000),
+        ),
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch := tmp_path / "scratch")},
+    )
+    scratch.mkdir()
+    try:
+        assert process.stderr is not None
+        seen = []
+        for line in process.stderr:
+            seen.append(line)
+            if line.startswith("training"):
+                break
+        assert seen[-1].startswith("training"), seen
+        assert len(list(out.iterdir())) == 1  # there is something to clean up
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert list(out.iterdir()) == []
+    assert [path for path in scratch.iterdir() if path.is_dir()] == []

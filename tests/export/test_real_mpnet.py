@@ -1,0 +1,40 @@
+"""all-mpnet-base-v2 itself: the real weights of an architecture with a relative bias and no token types."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.export.embedding import export_embedding
+from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.verify import verify_bundle
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def source() -> Path:
+    """The folder of all-mpnet-base-v2."""
+    folder = os.environ.get("EMBERPC_TEST_MPNET")
+    if not folder:
+        pytest.skip("EMBERPC_TEST_MPNET does not name the folder of all-mpnet-base-v2")
+    return Path(folder)
+
+
+def test_it_gives_what_sentence_transformers_gives(source: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    manifest = export_embedding(source, tmp_path / "bundle")
+    parity = manifest.variant().parity
+    print(parity)  # noqa: T201 - with -s, the figures
+    assert parity.cosine_min >= 0.9999
+    assert (manifest.dimensions, manifest.max_tokens, manifest.pooling, manifest.normalize) == (768, 384, "mean", True)
+    report = verify_bundle(tmp_path / "bundle")
+    assert report.ok, report
+    texts = sample_texts(40)[-16:]
+    served = SentenceTransformer(str(tmp_path / "bundle"), backend="onnx", device="cpu", local_files_only=True)
+    original = SentenceTransformer(str(source), device="cpu", local_files_only=True)
+    np.testing.assert_allclose(served.encode(texts), original.encode(texts), atol=1e-4)
