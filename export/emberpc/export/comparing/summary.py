@@ -219,6 +219,8 @@ def crossover(summary: Summary) -> str:
     budgets = sorted({p.budget for p in summary.points if p.way.tunes}, key=summary.per_label)
     if not budgets:
         return "No fine-tuning was measured."
+    if summary.tuned is None or summary.frozen is None:
+        return "Fine-tuning and frozen vectors were not both measured at the largest budget."
     if summary.crossover is None:
         return f"Fine-tuning was surely ahead of frozen vectors at no budget up to {budget_name(budgets[-1])}."
     if summary.crossover == budgets[0]:
