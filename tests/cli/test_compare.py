@@ -37,17 +37,23 @@ def sentences(words: slice) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.fixture(params=["tiny", pytest.param("minilm", marks=pytest.mark.slow)])
+def base(request: pytest.FixtureRequest, tiny_source: Path) -> str:
+    """An encoder: of random weights, which is quick, or one that knows what it is about."""
+    return str(tiny_source) if request.param == "tiny" else BASE
+
+
 @pytest.fixture
-def files(tmp_path: Path) -> list[object]:
+def files(base: str, tmp_path: Path) -> list[object]:
     """Options that say where the data is; one of the test labels is wrong."""
     train = write(tmp_path / "train.csv", sentences(slice(5)))
     test = write(tmp_path / "test.csv", [*sentences(slice(5, 8)), ("a ripe banana", "tool")])
     outside = write(tmp_path / "outside.csv", [("what time is it in Lima", ""), ("interest rates rose", "")])
-    return ["--train", train, "--test", test, "--out-of-scope", outside, "--base", BASE]
+    return ["--train", train, "--test", test, "--out-of-scope", outside, "--base", base]
 
 
 def test_a_comparison_is_reported_resumed_and_its_winner_exported(
-    emberpc: Emberpc, files: list[object], tmp_path: Path
+    emberpc: Emberpc, files: list[object], base: str, tmp_path: Path
 ) -> None:
     folder, bundle = tmp_path / "report", tmp_path / "winner"
     few = ["compare", *files, "--strategy", "zero-shot,nearest,centroids,linear", "-o", folder]
@@ -67,13 +73,14 @@ def test_a_comparison_is_reported_resumed_and_its_winner_exported(
     (report,) = outcome.objects
     assert json.loads((folder / "report.json").read_text())["recommendation"] == report["recommendation"]
     best = {(p["strategy"], p["budget"]): p for p in report["points"]}
-    assert best["linear", "all texts"]["accuracy"] > 0.8
-    assert best["top-layers", "all texts"]["accuracy"] > 0.8
     assert 0 <= best["linear", "all texts"]["out_of_scope_auroc"] <= 1
     assert best["linear", "all texts"]["accuracy_band"] is not None
     assert {cost["agreement"] for cost in report["serving"]} == {1.0}
-    assert all(cost["milliseconds"] > 0 and cost["size_bytes"] > 80e6 for cost in report["serving"])
-    assert ("a ripe banana", "fruit") in {(s["text"], s["suggested"]) for s in report["suspects"]}
+    assert all(cost["milliseconds"] > 0 and cost["size_bytes"] > 1e5 for cost in report["serving"])
+    if base == BASE:
+        assert best["linear", "all texts"]["accuracy"] > 0.8
+        assert best["top-layers", "all texts"]["accuracy"] > 0.8
+        assert ("a ripe banana", "fruit") in {(s["text"], s["suggested"]) for s in report["suspects"]}
     assert report["skipped"] == []
     assert emberpc("verify", bundle).code == 0
     assert report["winner"]["strategy"] == json.loads((bundle / "emberpc.json").read_text())["strategy"]
@@ -92,16 +99,14 @@ def shows_itself(folder: Path) -> None:
 
 def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
     outcome = emberpc(
-        "compare", *files, "--strategy", "linear,full", "--budget", "1,4,all", "-o", tmp_path / "report",
-        "--time-limit", "30s", "--seeds", "40",
+        "compare", *files, "--strategy", "centroids,full", "--budget", "1,4,all", "-o", tmp_path / "report",
+        "--time-limit", "25s", "--seeds", "900",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    left_out = [line for line in outcome.err.splitlines() if line.startswith("not measured: ")]
-    assert left_out
-    assert all("full, " in line for line in left_out)  # the cheap ones came first
+    assert any(line.startswith("not measured: full, ") for line in outcome.err.splitlines())
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     counted = sum(int(number) for line in report["skipped"] for number in re.findall(r"(\d+) seed", line))
-    assert counted + len(report["cells"]) == 2 * 3 * 40
+    assert counted + len(report["cells"]) == 2 * 3 * 900
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,7 @@ def test_an_embedder_is_measured_on_the_users_texts(tiny_source: Path, tmp_path:
         export_embedding(str(tiny_source), tmp_path / "c", variants=["fp16"], validation=path)
 
 
+@pytest.mark.slow
 def test_a_classifier_is_measured_by_its_labels(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
     source = str(minilm_source())
     folder = tmp_path / "bundle"
