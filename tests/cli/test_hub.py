@@ -18,7 +18,8 @@ class NotFound(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(404)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
