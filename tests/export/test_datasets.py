@@ -122,6 +122,9 @@ def test_another_encoding_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "data.csv", "text,label\ncafé,x\n", "latin-1")
     with pytest.raises(ExportError, match="line 2, byte 4: it is not UTF-8"):
         read_labelled(path)
+    path.write_bytes(b"text,label\n" + b"a,x\n" * 9000 + b"caf\xe9,x\n")  # more than is decoded at once
+    with pytest.raises(ExportError, match="line 9002, byte 4: it is not UTF-8"):
+        read_labelled(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         ({"prompts": {"query": "q: ", "passage": "p: ", "document": "d: "}}, Prompts("q: ", "d: ")),
         ({"prompts": {"query": "query: ", "passage": "passage: "}}, Prompts("query: ", "passage: ")),
         ({"prompts": {"query": "q: ", "document": None, "corpus": "c: "}}, Prompts("q: ", "c: ")),
+        ({"prompts": {"query": "q: ", "document": "", "passage": "p: "}}, Prompts("q: ", "p: ")),
         ({"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "query"}, Prompts("q: ", "")),
         ({"prompts": {"query": None, "document": None}}, Prompts()),
         ({"prompts": {"query": "q: "}, "default_prompt_name": "query"}, Prompts("q: ", "q: ")),

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.client import Client
+from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.verify import verify_bundle
+from server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +38,17 @@ def test_it_gives_what_sentence_transformers_gives(source: Path, tmp_path: Path)
     report = verify_bundle(tmp_path / "bundle")
     assert report.ok, report
     texts = sample_texts(40)[-16:]
-    served = SentenceTransformer(str(tmp_path / "bundle"), backend="onnx", device="cpu", local_files_only=True)
-    original = SentenceTransformer(str(source), device="cpu", local_files_only=True)
-    np.testing.assert_allclose(served.encode(texts), original.encode(texts), atol=1e-4)
+    theirs = SentenceTransformer(str(tmp_path / "bundle"), backend="onnx", device="cpu", local_files_only=True)
+    original = SentenceTransformer(str(source), device="cpu", local_files_only=True).encode(texts)
+    np.testing.assert_allclose(theirs.encode(texts), original, atol=1e-4)
+    with ServerProcess({"mpnet": tmp_path / "bundle"}, tmp_path / "data") as server, Client(server.address) as client:
+        served = client.embed(texts, model="mpnet", truncation="end")
+    np.testing.assert_allclose(served, original, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["linear", "top-layers"])
+def test_a_classifier_over_it_is_exported(source: Path, training_file: Path, tmp_path: Path, strategy: str) -> None:
+    manifest = export_classifier(Data(training_file), source, tmp_path / "bundle", strategy=strategy)
+    assert manifest.variant().parity.label_agreement == 1
+    assert manifest.quality["accuracy"] > 0.8
+    assert verify_bundle(tmp_path / "bundle").ok

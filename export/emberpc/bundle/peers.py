@@ -112,7 +112,8 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
 def read_prompts(settings: dict[str, Any]) -> Prompts:
     """Return the prompts by the names in use for queries and for passages, else the one that is the default for all.
 
-    A prompt that is stated to be empty counts; one that is null is not stated.
+    Of several names for one thing the first counts that is not empty, as sentence-transformers 5 writes an empty
+    `document` beside a `passage`. If all are stated and empty, there is no prompt, whatever the default is.
 
     Args:
         settings: what `config_sentence_transformers.json` holds.
@@ -126,6 +127,7 @@ def read_prompts(settings: dict[str, Any]) -> Prompts:
     default = prompts.get(settings.get("default_prompt_name")) or ""
 
     def first(names: tuple[str, ...]) -> str:
-        return next((text for name in names if (text := prompts.get(name)) is not None), default)
+        stated = [text for name in names if (text := prompts.get(name)) is not None]
+        return next(filter(None, stated), "" if stated else default)
 
     return Prompts(query=first(_QUERY_NAMES), passage=first(_PASSAGE_NAMES))

@@ -98,7 +98,8 @@ def _on_hub(name: str, progress: Progress) -> Source:
     if not _HUB_ID.fullmatch(name):
         raise ExportError(f"there is no folder {name!r}, and it is no package's name nor a hub id; check the spelling")
     # These take seconds to import, and only this road needs them.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     from emberpc.export.libraries import calling_libraries
 
@@ -107,6 +108,21 @@ def _on_hub(name: str, progress: Progress) -> Source:
         f"{name!r} is no folder here and no installed package, and the Hugging Face hub did not give it",
         "check the spelling and the network, or download the model and give its folder",
     ):
-        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_REST)))
+        cached = False
+        try:
+            # snapshot_download asks the same first, but waits for ever for an answer.
+            HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except HfHubHTTPError:
+            pass  # an answer, if not the one hoped for
+        except OSError:
+            cached = True
+        folder = Path(
+            snapshot_download(
+                name,
+                local_files_only=cached,
+                allow_patterns=list(_HUB_FILES),
+                ignore_patterns=list(_HUB_REST),
+            )
+        )
     progress("download", 1, 1)
     return Source(name, folder, folder.name if _COMMIT.fullmatch(folder.name) else "")

@@ -1,0 +1,64 @@
+"""Exports in a process of their own that are stopped while a model is converted: by Ctrl-C, or killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Emberpc = Any
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder for bundles alone."""
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    return folder
+
+
+#: Where the tests run in the background, SIGINT is ignored, and a child inherits that.
+_MAIN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from emberpc.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def stopped(arguments: list[object], stage: str, number: int) -> tuple[int, str]:
+    """Run a command until it says that it does something, and send it a signal; return its code and what it said."""
+    command = [sys.executable, "-c", _MAIN, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if stage in line:
+                process.send_signal(number)
+                break
+        else:
+            pytest.fail(f"{stage!r} was never done: {said}")
+        said += process.communicate(timeout=120)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("stage", ["converting to ONNX", "comparing with PyTorch"])
+def test_ctrl_c_while_a_model_is_converted_leaves_nothing(tiny_source: Path, place: Path, stage: str) -> None:
+    code, said = stopped(["export", "embedding", tiny_source, "-o", place / "bundle"], stage, signal.SIGINT)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert list(place.iterdir()) == []
+
+
+def test_what_a_killed_export_leaves_is_gone_after_the_next(emberpc: Emberpc, tiny_source: Path, place: Path) -> None:
+    arguments = ["export", "embedding", tiny_source, "-o", place / "bundle"]
+    code, said = stopped([*arguments], "comparing with PyTorch", signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    (left,) = place.iterdir()
+    assert left.name.startswith(".bundle-new-")
+    assert emberpc(*arguments).code == 0
+    assert [path.name for path in place.iterdir()] == ["bundle"]
+    assert emberpc("verify", place / "bundle").code == 0
