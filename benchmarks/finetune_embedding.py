@@ -13,37 +13,15 @@ out. The exit code is 1 if nDCG@10 of the test queries did not grow, 2 if no mod
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from beir import write_pairs
+
 FIGURES = ("ndcg_at_10", "recall_at_10", "recall_at_100")
-
-
-def write_pairs(folder: Path, target: Path) -> tuple[Path, Path]:
-    """Write the relevant pairs to learn from and to test on as files that the command takes."""
-
-    def texts(name: str) -> dict[str, str]:
-        rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-        # As the command reads a corpus, so that a passage is the same text here and there.
-        return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
-
-    def pairs(split: str) -> list[dict[str, str]]:
-        with (folder / "qrels" / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
-            judged = [row for row in csv.DictReader(file, delimiter="\t") if float(row["score"]) > 0]
-        return [{"query": queries[row["query-id"]], "passage": passages[row["corpus-id"]]} for row in judged]
-
-    queries, passages = texts("queries.jsonl"), texts("corpus.jsonl")
-    test = pairs("test")
-    tested = {pair["query"] for pair in test}
-    train = [pair for pair in pairs("train") if pair["query"] not in tested]
-    files = (target / "train.jsonl", target / "test.jsonl")
-    for path, rows in zip(files, (train, test), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return files
 
 
 def main() -> int:

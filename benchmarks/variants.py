@@ -16,8 +16,6 @@ and label), such as banking77.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import tempfile
 from pathlib import Path
 
@@ -25,12 +23,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from beir import write_pairs
 from emberpc.bundle import BundleError, Manifest, Variant, read_bundle
 from emberpc.export.datasets import read_labelled
 from emberpc.export.embedding import export_embedding
 from emberpc.export.examples import targets_of
 from emberpc.export.linear import Head, fit_head
-from emberpc.export.runner import Matrix, Runner
+from emberpc.export.retrieval.data import Judged, read_judged
+from emberpc.export.retrieval.measures import DECIDING
+from emberpc.export.retrieval.measures import measure as measure_search
+from emberpc.export.runner import Runner
 from emberpc.export.variants import CANDIDATES
 
 #: Inverse strength of the linear head's regularisation; the comparison is between variants, not between heads.
@@ -43,34 +45,19 @@ def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> Runner:
     )
 
 
-def ndcg_at_10(runner: Runner, manifest: Manifest, folder: Path) -> float:
-    """Return nDCG@10 (linear gain) of exact search by cosine, the mean over the test queries."""
-
-    def rows(name: str) -> list[dict[str, str]]:
-        return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-
-    judged: dict[str, dict[str, float]] = {}
-    with (folder / "qrels" / "test.tsv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            judged.setdefault(row["query-id"], {})[row["corpus-id"]] = float(row["score"])
-    corpus = rows("corpus.jsonl")
-    queries = [row for row in rows("queries.jsonl") if row["_id"] in judged]
-    passages = [f"{manifest.prompts.passage}{row.get('title', '')} {row['text']}".strip() for row in corpus]
-    documents = runner.run(passages, "sentence_embedding")
-    asked = runner.run([manifest.prompts.query + row["text"] for row in queries], "sentence_embedding")
-    best = np.argsort(-(unit(asked) @ unit(documents).T), axis=1)[:, :10]
-    discounts = 1 / np.log2(np.arange(2, 12))
-    found = []
-    for query, order in zip(queries, best, strict=True):
-        gains = judged[query["_id"]]
-        ideal = np.sort(list(gains.values()))[::-1][:10]
-        got = np.array([gains.get(corpus[place]["_id"], 0.0) for place in order])
-        found.append((got * discounts).sum() / (ideal * discounts[: len(ideal)]).sum())
-    return float(np.mean(found))
+def ndcg_at_10(runner: Runner, manifest: Manifest, judged: Judged) -> float:
+    """Return nDCG@10 of exact search by cosine, the mean over the queries."""
+    prompts = manifest.prompts
+    found = runner.run([prompts.passage + text for text in judged.passages], "sentence_embedding")
+    asked = runner.run([prompts.query + text for text in judged.queries.texts], "sentence_embedding")
+    return measure_search(asked, found, judged.queries)[DECIDING]
 
 
-def unit(vectors: Matrix) -> Matrix:
-    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+def read_retrieval(folder: Path) -> Judged:
+    """Return the test queries among all passages."""
+    with tempfile.TemporaryDirectory() as raw:
+        _, test = write_pairs(folder, Path(raw))
+        return read_judged(test, folder / "corpus.jsonl")
 
 
 class Labelled:
@@ -98,6 +85,7 @@ def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | No
     titles = ["variant", "least cosine", "mean cosine", "same 10", "times fp32", "texts/CPU-s", "MB", "load s"]
     titles += ["nDCG@10"] if retrieval else []
     table = Table(*titles, *(["accuracy"] if labelled else []))
+    judged = read_retrieval(retrieval) if retrieval else None
     data = None
     for variant in manifest.variants:
         found = variant.measured
@@ -107,8 +95,8 @@ def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | No
         cells += [f"{found.neighbour_agreement:.3f}", f"{found.speedup:.2f}", f"{found.texts_per_cpu_second:.1f}"]
         cells += [f"{found.size_bytes / 1e6:.1f}", f"{found.load_seconds:.2f}"]
         runner = runner_of(bundle, manifest, variant)
-        if retrieval:
-            cells.append(f"{ndcg_at_10(runner, manifest, retrieval):.4f}")
+        if judged:
+            cells.append(f"{ndcg_at_10(runner, manifest, judged):.4f}")
         if labelled:
             data = data or Labelled(runner_of(bundle, manifest, manifest.variant()), manifest, labelled)
             cells.append(f"{data.accuracy(runner):.4f}")

@@ -21,7 +21,7 @@ from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.finetune import finetune_embedding
 from emberpc.export.linear import Matrix
-from emberpc.export.retrieval.data import Data, Files, Queries, read_data
+from emberpc.export.retrieval.data import Data, Files, Judged, Queries, read_data
 from emberpc.export.retrieval.embedder import Embedder
 from emberpc.export.retrieval.measures import measure
 from emberpc.export.retrieval.mining import Neighbours, mine
@@ -302,6 +302,22 @@ def test_an_interrupted_training_goes_on_where_it_was(tiny: Encoder, tmp_path: P
     assert resumed.figures == plain.figures
     assert same(resumed, plain)
     assert list(kept.iterdir()) == []
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_of_judged_queries_few_are_taken_with_what_answers_them(most_queries: int, most: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    relevant = [set(generator.choice(20, generator.integers(1, 4), replace=False).tolist()) for _ in range(12)]
+    judged = Judged(tuple(f"passage {i}" for i in range(20)), queries(relevant))
+    few = judged.few(most_queries, most)
+    assert len(few.passages) == len(set(few.passages)) == min(most, 20)
+    assert len(few.queries) <= min(most_queries, 12)
+    for text, found in zip(few.queries.texts, few.queries.relevant, strict=True):
+        known = relevant[judged.queries.texts.index(text)]
+        assert found
+        assert {few.passages[i] for i in found} == {f"passage {i}" for i in known} & set(few.passages)
+    if most == 20:
+        assert len(few.queries) == min(most_queries, 12)
 
 
 @pytest.mark.parametrize("room", [0, 2000, 10**9])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from emberpc.bundle import Bound, Manifest, Variant, finish_bundle, read_bundle
+from emberpc.bundle import Bound, Manifest, Measured, Variant, finish_bundle, read_bundle
 from emberpc.client import Client
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.runner import Runner
 from emberpc.export.stdlib_texts import sample_texts
-from emberpc.export.variants import CANDIDATES, choosing, surgery
+from emberpc.export.variants import CANDIDATES, Candidate, choosing, surgery
+from emberpc.export.variants.candidates import Material
 from emberpc.export.variants.measuring import neighbour_agreement
 from emberpc.export.variants.outliers import COLUMNS, find_outliers
 from emberpc.export.variants.surgery import split_outliers
@@ -269,6 +271,47 @@ def test_an_embedder_is_measured_on_the_users_texts(tiny_source: Path, tmp_path:
     path.write_text("text\nonly one\n")
     with pytest.raises(ExportError, match="at least 2"):
         export_embedding(str(tiny_source), tmp_path / "c", variants=["fp16"], validation=path)
+
+
+def test_an_embedder_is_measured_by_what_queries_find(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, corpus = tmp_path / "queries.csv", tmp_path / "corpus.csv"
+    letters = "abcdefghijklmnopqrst"  # what the tiny model has words for
+    queries.write_text("query,passage\n" + "".join(f"{x} {x} {x},{x} {x} {x} {x}\n" for x in letters))
+    corpus.write_text("text\n" + "".join(f"{x} {y}\n" for x, y in pairwise(letters)))
+
+    def export(name: str) -> Measured | None:
+        manifest = export_embedding(
+            str(tiny_source), tmp_path / name, variants=["fp16"], validation=queries, corpus=corpus
+        )
+        assert "| nDCG@10 |" in (tmp_path / name / "README.md").read_text()
+        return manifest.variant("fp16").measured
+
+    found = export("b")
+    assert found is not None
+    assert found.texts == 39
+    assert found.ndcg_at_10 is not None
+    assert 0.5 < found.ndcg_at_10 <= 1
+
+    def broken(material: Material) -> onnx.ModelProto:
+        """Forget all words."""
+        table = next(t for t in material.model.graph.initializer if t.name.endswith("word_embeddings.weight"))
+        table.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(table)), table.name))
+        return material.model
+
+    loose = Bound(cosine_min=0, difference_max=1, ndcg_share=0.99)
+    monkeypatch.setattr(choosing, "CANDIDATES", (Candidate("fp16", "onnx/model_fp16.onnx", loose, broken),))
+    with pytest.raises(ExportError, match="nDCG@10 as a share of fp32's"):
+        export("c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_corpus_without_queries_is_refused(tiny_source: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.csv"
+    corpus.write_text("text\na passage\n")
+    with pytest.raises(ExportError, match="columns query and passage"):
+        export_embedding(str(tiny_source), tmp_path / "b", corpus=corpus)
 
 
 @pytest.mark.slow

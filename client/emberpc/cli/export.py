@@ -78,8 +78,13 @@ def embedding(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Texts like those to be served, in a column `text`, to measure variants on; default: docstrings.",
+            help="Measure variants on these: texts like those to be served, in a column `text`; or queries and what "
+            "answers them, in columns `query` and `passage`. Default: docstrings.",
         ),
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With queries: more passages to search among; text, perhaps title."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -100,6 +105,7 @@ def embedding(
             matryoshka=matryoshka,
             variants=variant_names(variants),
             validation=validation,
+            corpus=corpus,
             progress=progress,
         )
     show_bundle(manifest, output, as_json)
@@ -262,7 +268,9 @@ def _show_variants(manifest: Manifest) -> None:
     """Print what each variant is worth, then what was tried and not kept."""
     classifier = manifest.task is Task.CLASSIFICATION
     agreement = "same label" if classifier else "same 10 nearest"
+    first = manifest.variant().measured
     titles = ["least cosine to PyTorch", "mean cosine to fp32", agreement, *(["accuracy"] if classifier else [])]
+    titles += ["nDCG@10"] if first is not None and first.ndcg_at_10 is not None else []
     titles += ["texts per CPU-s", "times fp32", "MB", "load s"]
     rows = []
     for variant in manifest.variants:
@@ -271,7 +279,7 @@ def _show_variants(manifest: Manifest) -> None:
             continue
         share = found.label_agreement if classifier else found.neighbour_agreement
         cells = [variant.name, f"{variant.parity.cosine_min:.6f}", f"{found.cosine_mean:.4f}", f"{share:.3f}"]
-        cells += [f"{found.accuracy:.4f}"] if found.accuracy is not None else []
+        cells += [f"{figure:.4f}" for figure in (found.accuracy, found.ndcg_at_10) if figure is not None]
         cells += [f"{found.texts_per_cpu_second:.1f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
         rows.append([*cells, f"{found.load_seconds:.2f}"])
     print_table([Column("variant"), *(Column(title, "right") for title in titles)], rows)

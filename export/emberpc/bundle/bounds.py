@@ -40,6 +40,8 @@ class Bound:
     #: Classifiers only: least share of texts with the same best label, and least accuracy as a share of fp32's.
     label_agreement: float = 0.0
     accuracy_share: float = 0.0
+    #: Least nDCG@10 as a share of fp32's, where there are queries to measure it with.
+    ndcg_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Check that every figure is a share.

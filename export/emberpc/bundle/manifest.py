@@ -67,6 +67,8 @@ class Measured:
     label_agreement: float = 1.0
     #: Share of texts with the right label (multi-label: exactly the right ones); None for an embedder.
     accuracy: float | None = None
+    #: nDCG@10 of the validation file's queries; None: it had none.
+    ndcg_at_10: float | None = None
 
 
 @dataclass(frozen=True)

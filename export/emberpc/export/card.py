@@ -61,13 +61,15 @@ def _variants(manifest: Manifest) -> list[str]:
         return []
     classifier = manifest.task is Task.CLASSIFICATION
     share = "same label" if classifier else "same 10 nearest"
-    titles = ["variant", "mean cosine", "least cosine", share, *(["accuracy"] if classifier else [])]
+    searched = rows[0][1].ndcg_at_10 is not None
+    titles = ["variant", "mean cosine", "least cosine", share]
+    titles += [*(["accuracy"] if classifier else []), *(["nDCG@10"] if searched else [])]
     titles += ["texts per CPU-second", "times fp32", "MB", "seconds to load"]
     lines = ["\n## Variants, against fp32\n", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant, found in rows:
         agreement = found.label_agreement if classifier else found.neighbour_agreement
         cells = [variant.name, f"{found.cosine_mean:.4f}", f"{found.cosine_min:.4f}", f"{agreement:.3f}"]
-        cells += [f"{found.accuracy:.4f}"] if found.accuracy is not None else []
+        cells += [f"{figure:.4f}" for figure in (found.accuracy, found.ndcg_at_10) if figure is not None]
         cells += [f"{found.texts_per_cpu_second:.0f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{found.load_seconds:.2f}'])} |")
     lines.append("\nServe one with `--variant NAME=VARIANT`. Never mix variants in one collection.")

@@ -24,6 +24,7 @@ from emberpc.export.graph import GraphEditor
 from emberpc.export.matryoshka import check_matryoshka
 from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.retrieval.data import Judged, has_queries, read_judged
 from emberpc.export.runner import Runner
 from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.variants import FP32, add_variants, check_names
@@ -48,6 +49,7 @@ def export_embedding(
     matryoshka: Sequence[int] | None = None,
     variants: Sequence[str] = (FP32,),
     validation: Path | str | None = None,
+    corpus: Path | str | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Export an encoder as an embedding bundle, and check it against PyTorch.
@@ -61,7 +63,9 @@ def export_embedding(
         prompts: what the server puts before texts; default: what the source says.
         matryoshka: to which dimensions vectors may be cut; default: what the source says.
         variants: what to write beside fp32: names, or `auto`; see `emberpc.export.variants`.
-        validation: a file of texts like those to be served, to measure variants on; default: docstrings.
+        validation: a file of texts like those to be served, or of queries with passages that answer them, to measure
+            variants on; default: docstrings.
+        corpus: with queries, a file of more passages to search among.
         progress: told what is being done.
 
     Returns:
@@ -72,14 +76,28 @@ def export_embedding(
         BundleError: `target` is taken.
     """
     check_names(variants)
-    texts_to_try = read_texts(validation) if validation is not None else []
+    texts_to_try, judged = _validation(validation, corpus)
     encoder = read_encoder(source, name=name, max_tokens=max_tokens, progress=progress)
     if prompts is not None:
         encoder = replace(encoder, prompts=prompts)
     if matryoshka is not None:
         encoder = replace(encoder, matryoshka_dimensions=tuple(sorted(set(matryoshka), reverse=True)))
     with staged_folder(target, overwrite=overwrite) as folder:
-        return write_embedding(encoder, folder, variants=variants, texts_to_try=texts_to_try, progress=progress)
+        return write_embedding(
+            encoder, folder, variants=variants, texts_to_try=texts_to_try, judged=judged, progress=progress
+        )
+
+
+def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[list[str], Judged | None]:
+    """Read what variants are measured on: texts, or queries and what answers them."""
+    if path is not None and has_queries(path):
+        return [], read_judged(path, corpus)
+    if corpus is not None:
+        raise ExportError(
+            f"{corpus} is to be searched, but there are no queries; give a validation file with the columns query and "
+            "passage, or no corpus"
+        )
+    return (read_texts(path) if path is not None else []), None
 
 
 def write_embedding(
@@ -87,7 +105,8 @@ def write_embedding(
     folder: Path,
     *,
     variants: Sequence[str],
-    texts_to_try: Sequence[str],
+    texts_to_try: Sequence[str] = (),
+    judged: Judged | None = None,
     strategy: str = "",
     quality: Mapping[str, float] | None = None,
     progress: Progress,
@@ -99,6 +118,7 @@ def write_embedding(
         folder: as `staged_folder` gave it.
         variants: as for `export_embedding`.
         texts_to_try: to measure variants on; none: docstrings.
+        judged: to measure them on instead, by what its queries find.
         strategy: how it was tuned, if it was.
         quality: what was measured of it.
         progress: told what is being done.
@@ -125,7 +145,9 @@ def write_embedding(
         **common_fields(encoder, converted),
     )
     model_type = str(encoder.config.get("model_type", ""))
-    manifest = add_variants(folder, manifest, variants, model_type=model_type, texts=texts_to_try, progress=progress)
+    manifest = add_variants(
+        folder, manifest, variants, model_type=model_type, texts=texts_to_try, judged=judged, progress=progress
+    )
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     return finish_bundle(folder, manifest)
 

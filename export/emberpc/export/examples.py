@@ -22,6 +22,11 @@ Rows = npt.NDArray[np.int64]
 _LOGGER = logging.getLogger(__name__)
 
 
+def evenly(count: int, most: int) -> Rows:
+    """Return the indexes of so many of so many, evenly apart."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Examples:
     """Texts with their labels.

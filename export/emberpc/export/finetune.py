@@ -12,7 +12,7 @@ from emberpc.export.embedding import write_embedding
 from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.retrieval.data import Files, read_data
+from emberpc.export.retrieval.data import Files, Judged, read_data
 from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.ranking import Options, tune
 from emberpc.export.variants import FP32, check_names
@@ -47,7 +47,7 @@ def finetune_embedding(
         layers: upper layers to tune; default: a third of them.
         hard_negatives: passages near a query that do not answer it, for each query of a batch; 0: none.
         checkpoints: where a training keeps what it needs to go on after an interruption.
-        variants: what to write beside fp32: names, or `auto`; they are measured on the held-out queries.
+        variants: what to write beside fp32: names, or `auto`; they are measured by what the held-out queries find.
         overwrite: whether to replace a bundle that is there.
         max_tokens: the most tokens of a text, longer ones are cut; default: what the base says.
         seed: of split, order and draws.
@@ -93,7 +93,7 @@ def finetune_embedding(
                 tuned,
                 folder,
                 variants=variants,
-                texts_to_try=data.held_out.texts,
+                judged=Judged(data.passages, data.held_out),
                 strategy=STRATEGY,
                 quality=quality,
                 progress=progress,

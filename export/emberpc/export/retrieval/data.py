@@ -12,12 +12,14 @@ import numpy as np
 
 from emberpc.export.datasets import read_rows, text_of
 from emberpc.export.errors import ExportError
+from emberpc.export.examples import evenly
 
 #: Share of the queries, and the most of them, held out where no validation file is given.
 _HELD_OUT = 0.2
 _MOST_HELD_OUT = 500
 _FEWEST_QUERIES = 10
 
+_PAIR = {"query", "passage"}
 _FORMS = "query, passage and perhaps negative; or text, label"
 
 
@@ -77,6 +79,66 @@ class Data:
     minable: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Queries, and the passages that are searched for what answers them."""
+
+    passages: tuple[str, ...]
+    queries: Queries
+
+    def few(self, most_queries: int, most_passages: int) -> Judged:
+        """Return so many of the queries at most, evenly taken, among so many passages: those that answer them first.
+
+        A query none of whose answers finds room is left out.
+        """
+        rows = evenly(len(self.queries), most_queries)
+        taken = self.queries.take(rows)
+        answers = [sorted(known) for known in taken.relevant]
+        # A first answer for every query, then a second one: labelled texts have many.
+        by_turn = [known[turn] for turn in range(max(map(len, answers))) for known in answers if len(known) > turn]
+        chosen = list(dict.fromkeys(by_turn))[:most_passages]
+        others = np.setdiff1d(np.arange(len(self.passages)), chosen)
+        chosen += others[evenly(len(others), most_passages - len(chosen))].tolist()
+        place = {passage: i for i, passage in enumerate(chosen)}
+
+        def moved(known: frozenset[int]) -> frozenset[int]:
+            return frozenset(place[i] for i in known if i in place)
+
+        queries = Queries(
+            taken.texts,
+            tuple(moved(known) for known in taken.relevant),
+            tuple(moved(known) for known in taken.negatives),
+            tuple(place.get(own, -1) for own in taken.own),
+        )
+        answered = (row for row in range(len(queries)) if queries.relevant[row])
+        return Judged(tuple(self.passages[i] for i in chosen), queries.take(answered))
+
+
+def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
+    """Read a file of pairs, triplets or labelled texts, as those of `Files`, to measure with.
+
+    Args:
+        path: the file.
+        corpus: more passages to search among.
+
+    Raises:
+        ExportError: a file cannot be read, or contradicts itself; row and remedy are named.
+    """
+    passages: dict[str, int] = {}
+    read = _read(Path(path), passages, defaultdict(set))
+    _add_corpus(corpus, passages)
+    return Judged(tuple(passages), read.queries())
+
+
+def has_queries(path: Path | str) -> bool:
+    """Return whether a file is of pairs or triplets.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    return read_rows(Path(path))[0][1].keys() >= _PAIR
+
+
 def read_data(files: Files, seed: int) -> Data:
     """Read the files; without a validation file a fifth of the queries is held out, 500 at most.
 
@@ -98,15 +160,19 @@ def read_data(files: Files, seed: int) -> Data:
     for one, other in ((validation, train), (test, train), (test, validation)):
         if one is not None and other is not None:
             _require_apart(one, other)
-    corpus: set[int] = set()
-    if files.corpus is not None:
-        for place, row in read_rows(Path(files.corpus)):
-            corpus.add(_index(passages, _passage(Path(files.corpus), place, row)))
+    corpus = _add_corpus(files.corpus, passages)
     tested = test.queries() if test is not None else None
     if validation is not None:
         return Data(tuple(passages), known, validation.queries(), tested, _minable(known, corpus))
     learnt, held_out = _split(known, Path(files.train), seed)
     return Data(tuple(passages), learnt, held_out, tested, _minable(learnt, corpus))
+
+
+def _add_corpus(path: Path | str | None, passages: dict[str, int]) -> set[int]:
+    """Add a corpus to the passages known, and return its indexes there."""
+    if path is None:
+        return set()
+    return {_index(passages, _passage(Path(path), place, row)) for place, row in read_rows(Path(path))}
 
 
 def _minable(learnt: Queries, corpus: set[int]) -> tuple[int, ...]:
@@ -127,7 +193,7 @@ def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) ->
     """Read a file of one of the forms, and add its passages and the members of its labels to those known."""
     rows = read_rows(path)
     columns = rows[0][1]
-    if "query" in columns and "passage" in columns:
+    if columns.keys() >= _PAIR:
         return _read_pairs(path, rows, passages)
     if "text" in columns and "label" in columns:
         return _read_labelled(path, rows, passages, members)

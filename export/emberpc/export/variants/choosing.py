@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from emberpc.bundle import Manifest, Measured, Variant
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import Examples, Rows
+from emberpc.export.examples import Examples, evenly
 from emberpc.export.graph import check_size, save_model
 from emberpc.export.parity import compare
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.retrieval.data import Judged
 from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.variants.candidates import CANDIDATES, Candidate, Material
-from emberpc.export.variants.measuring import MOST_TEXTS, TIMED_TEXTS, Trial, check_texts
+from emberpc.export.variants.measuring import (
+    MOST_PASSAGES,
+    MOST_QUERIES,
+    MOST_TEXTS,
+    TIMED_TEXTS,
+    Trial,
+    check_texts,
+)
 
 #: Always written, and first: what serves unless somebody asks for another.
 FP32 = "fp32"
@@ -52,6 +59,7 @@ def add_variants(
     model_type: str = "",
     texts: Sequence[str] = (),
     examples: Examples | None = None,
+    judged: Judged | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Measure a bundle's fp32, and add the variants that are wanted and keep to their bounds.
@@ -63,6 +71,7 @@ def add_variants(
         model_type: of the encoder's config.json.
         texts: what to measure an embedder on; default: docstrings of Python's standard library.
         examples: what to measure a classifier on.
+        judged: what to measure an embedder on instead of texts, by what its queries find.
         progress: told what is being tried.
 
     Returns:
@@ -74,7 +83,7 @@ def add_variants(
     """
     check_names(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
-    trial = _trial(folder, manifest, texts, examples, MOST_TEXTS if chosen else TIMED_TEXTS)
+    trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MOST_TEXTS if chosen else TIMED_TEXTS)
     progress("measuring variants", 0, len(chosen) + 1, FP32)
     first, _ = trial.measure(trial.fp32_path)
     variants = [replace(manifest.variant(), measured=first)]
@@ -95,20 +104,26 @@ def add_variants(
     return replace(manifest, variants=tuple(variants), dropped=dropped)
 
 
-def _trial(folder: Path, manifest: Manifest, texts: Sequence[str], examples: Examples | None, most: int) -> Trial:
+def _trial(
+    folder: Path,
+    manifest: Manifest,
+    texts: Sequence[str],
+    examples: Examples | None,
+    judged: Judged | None,
+    most: int,
+) -> Trial:
     """Take so many of the texts at most, evenly."""
+    if judged is not None:
+        few = judged.few(MOST_QUERIES, MOST_PASSAGES)
+        check_texts(few.passages)
+        return Trial(folder, manifest, few.passages, queries=few.queries)
     if examples is not None:
-        few = examples.take(_evenly(len(examples.texts), most))
-        check_texts(few.texts)
-        return Trial(folder, manifest, few.texts, few.targets)
+        taken = examples.take(evenly(len(examples.texts), most))
+        check_texts(taken.texts)
+        return Trial(folder, manifest, taken.texts, taken.targets)
     texts = list(dict.fromkeys(texts)) or sample_texts(most)
     check_texts(texts)
-    return Trial(folder, manifest, [texts[row] for row in _evenly(len(texts), most)])
-
-
-def _evenly(count: int, most: int) -> Rows:
-    """Return the indexes of so many of so many, evenly apart."""
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+    return Trial(folder, manifest, [texts[row] for row in evenly(len(texts), most)])
 
 
 def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:

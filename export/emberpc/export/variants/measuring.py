@@ -16,6 +16,9 @@ from emberpc.bundle import Bound, Manifest, Measured, Reference, Task
 from emberpc.export.errors import ExportError
 from emberpc.export.evaluation import Calibration, measure
 from emberpc.export.examples import Targets
+from emberpc.export.retrieval.data import Queries
+from emberpc.export.retrieval.measures import DECIDING, unit
+from emberpc.export.retrieval.measures import measure as measure_search
 from emberpc.export.runner import Feeds, Matrix, Runner
 
 #: Runs of both models in turns; the median of the ratios leaves out those that something else disturbed.
@@ -24,6 +27,9 @@ ROUNDS = 5
 MOST_TEXTS = 512
 #: What is timed: this many of the texts, evenly taken.
 TIMED_TEXTS = 64
+#: Of judged queries, and of the passages that are searched for what answers them.
+MOST_QUERIES = 256
+MOST_PASSAGES = 1024
 NEIGHBOURS = 10
 
 
@@ -36,12 +42,14 @@ class Trial:
         manifest: what it says of itself so far.
         texts: at least 2.
         targets: the labels of each text, bool (texts, labels); None for an embedder.
+        queries: of an embedder, which of the texts answer them; None: there are none.
     """
 
     folder: Path
     manifest: Manifest
     texts: Sequence[str]
     targets: Targets | None = None
+    queries: Queries | None = None
 
     def runner(self, path: str) -> Runner:
         """Load one of the bundle's ONNX files, on one thread."""
@@ -95,6 +103,11 @@ class Trial:
         """The accuracy of fp32; None for an embedder."""
         return self._accuracy(self.expected)
 
+    @cached_property
+    def fp32_ndcg(self) -> float | None:
+        """The nDCG@10 of fp32; None without queries."""
+        return self._ndcg(self.fp32, self.expected)
+
     def measure(self, path: str, bound: Bound | None = None) -> tuple[Measured, list[str]]:
         """Measure one of the bundle's ONNX files, fp32 itself too, and say in what it misses its bound.
 
@@ -109,7 +122,7 @@ class Trial:
         runner = self.runner(path)
         load_seconds = perf_counter() - start
         got = self.expected if path == self.fp32_path else runner.run(self.prompted, self.output)
-        cosines = (_unit(got) * _unit(self.expected)).sum(axis=1)
+        cosines = (unit(got) * unit(self.expected)).sum(axis=1)
         rate, speedup = self._speed(runner, alone=path == self.fp32_path)
         same = float((got.argmax(axis=1) == self.expected.argmax(axis=1)).mean())
         measured = Measured(
@@ -123,6 +136,7 @@ class Trial:
             size_bytes=_size(self.folder / path),
             label_agreement=same if self.targets is not None else 1.0,
             accuracy=self._accuracy(got),
+            ndcg_at_10=self.fp32_ndcg if path == self.fp32_path else self._ndcg(runner, got),
         )
         return measured, [] if bound is None else self._faults(bound, measured, got)
 
@@ -138,6 +152,9 @@ class Trial:
             if self.fp32_accuracy and measured.accuracy is not None:
                 share = measured.accuracy / self.fp32_accuracy
                 shares.append(("accuracy as a share of fp32's", share, bound.accuracy_share, one / self.fp32_accuracy))
+        if self.queries and self.fp32_ndcg and measured.ndcg_at_10 is not None:
+            share, query = measured.ndcg_at_10 / self.fp32_ndcg, 1 / len(self.queries) / self.fp32_ndcg
+            shares.append(("nDCG@10 as a share of fp32's", share, bound.ndcg_share, query))
         for name, value, least, slack in shares:
             if not value + slack >= least:
                 found.append(f"a {name} of {value:.4f}, its bound is {least}")
@@ -149,6 +166,13 @@ class Trial:
         manifest = self.manifest
         calibration = Calibration(manifest.temperature, manifest.thresholds, multi_label=manifest.multi_label)
         return measure(logits, self.targets, calibration)["accuracy"]
+
+    def _ndcg(self, runner: Runner, found: Matrix) -> float | None:
+        if self.queries is None:
+            return None
+        prompt = self.manifest.prompts.query
+        asked = runner.run([prompt + text for text in self.queries.texts], self.output)
+        return measure_search(asked, found, self.queries)[DECIDING]
 
     def _speed(self, runner: Runner, *, alone: bool) -> tuple[float, float]:
         """Return texts per CPU-second, and that as a multiple of fp32's; inference alone, on one thread.
@@ -182,13 +206,9 @@ def neighbour_agreement(expected: Matrix, got: Matrix) -> float:
 
 
 def _nearest(vectors: Matrix, count: int) -> npt.NDArray[np.int64]:
-    similarities = _unit(vectors) @ _unit(vectors).T
+    similarities = unit(vectors) @ unit(vectors).T
     np.fill_diagonal(similarities, -np.inf)
     return np.argpartition(-similarities, count - 1, axis=1)[:, :count]
-
-
-def _unit(vectors: Matrix) -> Matrix:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def _rounded(cosine: float) -> float:
