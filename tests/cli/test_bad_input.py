@@ -129,6 +129,16 @@ def test_a_full_disk(emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_d
     refused(outcome, full_disk, "room on the disk")
 
 
+@pytest.mark.parametrize("full_disk", [16], indirect=True)
+def test_no_room_for_a_tunings_checkpoints(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, out: Path
+) -> None:
+    (train := tmp_path / "train.csv").write_text(TEXTS)
+    data = ["--train", train, "--base", tiny_source, "--strategy", "top-layers", "--checkpoints", full_disk]
+    outcome = emberpc("export", "classifier", *data, "-o", out / "bundle")
+    refused(outcome, out, "the checkpoint", "room on the disk")
+
+
 def test_files_that_may_not_grow(tiny_source: Path, out: Path) -> None:
     """As with a full disk, without root: writing more than so much to a file fails, with EFBIG."""
 

@@ -1,4 +1,4 @@
-"""Exports in a process of their own that are stopped while a model is converted: by Ctrl-C, or killed."""
+"""Exports in a process of their own that are stopped while a model is converted or tuned: by Ctrl-C, or killed."""
 
 from __future__ import annotations
 
@@ -64,3 +64,26 @@ def test_what_a_killed_export_leaves_is_gone_after_the_next(emberpc: Emberpc, ti
     assert emberpc(*arguments).code == 0
     assert [path.name for path in place.iterdir()] == ["bundle"]
     assert emberpc("verify", place / "bundle").code == 0
+
+
+def test_a_tuning_that_is_killed_goes_on_to_the_very_same_model(
+    emberpc: Emberpc, training_file: Path, tiny_source: Path, tmp_path: Path
+) -> None:
+    def command(name: str) -> list[object]:
+        place = tmp_path / name
+        place.mkdir(exist_ok=True)
+        return [
+            *("export", "classifier", "--train", training_file, "--base", tiny_source, "-o", place / "bundle"),
+            *("--strategy", "top-layers", "--epochs", "4", "--checkpoints", tmp_path / f"{name}-checkpoints"),
+        ]
+
+    code, said = stopped(command("killed"), "training on all texts", signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    assert not (tmp_path / "killed" / "bundle").exists()
+    assert emberpc(*command("killed")).code == 0
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["bundle"]
+    assert list((tmp_path / "killed-checkpoints").iterdir()) == []
+    assert emberpc(*command("whole")).code == 0
+    ours, theirs = (tmp_path / name / "bundle" / "onnx" / "model.onnx" for name in ("killed", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert emberpc("verify", tmp_path / "killed" / "bundle").code == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ import torch
 from emberpc.bundle import Manifest, read_bundle
 from emberpc.export.calibration import probabilities
 from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.datasets import read_labelled
+from emberpc.export.embedding import export_embedding
 from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import Examples, label_names
+from emberpc.export.examples import Examples, label_names, training_examples
 from emberpc.export.runner import Runner
-from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Options
+from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Options, layers
 from emberpc.export.strategies.contrastive import paired, supervised_contrastive
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.verify import verify_bundle
@@ -69,6 +71,31 @@ def test_it_tells_texts_apart_that_it_has_not_seen(workbench: Workbench, trainin
     assert len(fitted.held_out) > 0
     assert (fitted.head is not None) == STRATEGIES[name].exportable
     assert (fitted.tuned is not None) == STRATEGIES[name].tunes
+
+
+def test_what_is_kept_of_a_tuning_is_a_mean_with_the_original(
+    tiny_source: Path, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = read_encoder(tiny_source)
+    export_embedding(tiny_source, tmp_path / "tiny")
+    runner = Runner(tmp_path / "tiny" / "onnx" / "model.onnx", tmp_path / "tiny" / "tokenizer.json", 32, 0)
+    examples = training_examples(read_labelled(train))
+
+    def weights(share: float) -> Mapping[str, torch.Tensor]:
+        monkeypatch.setattr(layers, "_TUNED_SHARE", share)
+        tuned = STRATEGIES["full"].fit(examples, Workbench(encoder, runner), Options(epochs=1)).tuned
+        assert tuned is not None
+        return tuned.weights
+
+    original, mean, trained = weights(0.0), weights(0.75), weights(1.0)
+    for name, values in mean.items():
+        torch.testing.assert_close(values, 0.25 * original[name] + 0.75 * trained[name], atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(original[name], trained[name]) for name in original)
+
+
+@pytest.mark.parametrize(("have", "per_label", "tuned"), [(6, 16, 2), (6, 64, 3), (12, 8, 4), (1, 1, 1), (1, 99, 1)])
+def test_many_texts_tune_more_layers(have: int, per_label: float, tuned: int) -> None:
+    assert layers.TopLayers().top(have, per_label) == tuned
 
 
 def test_one_outcome_is_not_changed_by_another_fit(workbench: Workbench, training_file: Path) -> None:
