@@ -20,6 +20,7 @@ from itertools import count
 from time import perf_counter
 from typing import Protocol
 
+from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
@@ -54,6 +55,7 @@ class Job:
 
     runner: Runner
     texts: Sequence[TokenIds]
+    caller: Caller = field(default_factory=Caller)
     future: Future[JobResult] = field(default_factory=Future)
     rows: list[Output | None] = field(init=False)
     remaining: int = field(init=False)

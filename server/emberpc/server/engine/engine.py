@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from emberpc.bundle import Task
+from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.model import Model
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.session import Output
@@ -120,7 +121,13 @@ class Engine:
         return fitting[0]
 
     async def infer(
-        self, model: Model, texts: Sequence[str], prompt: str, truncation: Truncation, path: FieldPath
+        self,
+        model: Model,
+        texts: Sequence[str],
+        prompt: str,
+        truncation: Truncation,
+        path: FieldPath,
+        caller: Caller,
     ) -> Inference:
         """Run texts through a model.
 
@@ -130,6 +137,7 @@ class Engine:
             prompt: what goes before each text.
             truncation: what to do with over-long ones.
             path: what the request calls text i, for errors.
+            caller: who asks, and how urgently.
 
         Raises:
             ServiceError: as `TextTokenizer.tokenize` and `Scheduler.run` say.
@@ -137,7 +145,7 @@ class Engine:
         start = perf_counter()
         tokenized = await self._in_pool(lambda: model.tokenizer.tokenize(texts, prompt, truncation, path))
         tokenize_seconds = perf_counter() - start
-        result = await self._scheduler.run(model, [text.ids for text in tokenized])
+        result = await self._scheduler.run(model, [text.ids for text in tokenized], caller)
         return Inference(
             output=np.stack(result.rows),
             tokens=[len(text.ids) for text in tokenized],

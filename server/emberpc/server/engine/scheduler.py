@@ -10,6 +10,7 @@ from concurrent.futures import InvalidStateError
 from time import perf_counter
 
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
+from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 _RATE_WEIGHT = 0.05
 #: Tokens per second assumed of one worker until one is measured.
 _FIRST_RATE = 2000.0
+_ANYBODY = Caller()
 
 
 class Scheduler:
@@ -45,14 +47,14 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    async def run(self, runner: Runner, texts: Sequence[TokenIds]) -> JobResult:
+    async def run(self, runner: Runner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
         """Run the texts of one call. If the caller goes away, what still waits is dropped.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if too much waits already, INVALID_ARGUMENT if the call alone is too
                 large ever to be taken, INTERNAL if the model failed, UNAVAILABLE if the server is stopping.
         """
-        job = Job(runner, texts)
+        job = Job(runner, texts, caller)
         self._submit(job)
         return await asyncio.wrap_future(job.future)
 

@@ -41,7 +41,12 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         manifest = model.manifest
         truncation = requests.truncation(request.truncation)
         inference = await self._engine.infer(
-            model, request.texts, manifest.prompts.passage, truncation, items_of("texts")
+            model,
+            request.texts,
+            manifest.prompts.passage,
+            truncation,
+            items_of("texts"),
+            requests.caller(context, request.priority),
         )
         response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
         scores = probabilities(inference.output, manifest)

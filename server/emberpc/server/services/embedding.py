@@ -42,6 +42,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             requests.prompt(model.manifest.prompts, request.input_kind),
             requests.truncation(request.truncation),
             items_of("texts"),
+            requests.caller(context, request.priority),
         )
         matrix = shape(inference.output, request.dimensions, unit=unit)
         return pb.EmbedResponse(
@@ -74,7 +75,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         self._limits.check_texts(request.targets, items_of("targets"))
         self._limits.check_count(len(request.sources) + len(request.targets), "sources and targets", "text")
         truncation = requests.truncation(request.truncation)
-        prompts = model.manifest.prompts
+        prompts, caller = model.manifest.prompts, requests.caller(context)
         sources, targets = await asyncio.gather(
             self._engine.infer(
                 model,
@@ -82,6 +83,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 requests.prompt(prompts, request.source_kind, "source_kind"),
                 truncation,
                 items_of("sources"),
+                caller,
             ),
             self._engine.infer(
                 model,
@@ -89,6 +91,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 requests.prompt(prompts, request.target_kind, "target_kind"),
                 truncation,
                 items_of("targets"),
+                caller,
             ),
         )
         scores = shape(sources.output, 0, unit=True) @ shape(targets.output, 0, unit=True).T

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from typing import TypeVar
 
 from emberpc.bundle import Task
-from emberpc.server.engine import Engine, Truncation
+from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
 from emberpc.server.services import replies, requests
@@ -96,7 +96,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             self._limits.check_texts([record.text for record in records], items_of("records", "text"), allow_empty=True)
             matrix = caller_vectors(request.vectors, len(records), "vectors")
         else:
-            matrix = await self._embed_records(collection, [record.text for record in records], response)
+            texts = [record.text for record in records]
+            matrix = await self._embed_records(collection, texts, requests.caller(context), response)
         result = await self._in_pool(
             lambda: collection.upsert(records, matrix, list(request.expected_revisions) or None)
         )
@@ -158,7 +159,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> pb.SearchResponse:
         """Find the records nearest to each query."""
-        return await self._searcher.search(request, await self._collection(request.collection))
+        caller = requests.caller(context, request.priority)
+        return await self._searcher.search(request, await self._collection(request.collection), caller)
 
     def _spec(self, message: pb.Collection) -> CollectionSpec:
         """Read what a new collection is to be; the index checks the rest."""
@@ -185,7 +187,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def _embed_records(
-        self, collection: Collection, texts: list[str], response: pb.UpsertRecordsResponse
+        self, collection: Collection, texts: list[str], caller: Caller, response: pb.UpsertRecordsResponse
     ) -> Matrix:
         """Embed the texts of records, and say in the response how it went."""
         model = collection_model(self._engine, collection)
@@ -196,6 +198,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             model.manifest.prompts.passage,
             Truncation(collection.spec.truncation),
             items_of("records", "text"),
+            caller,
         )
         response.usages.extend(replies.usages(inference))
         response.timings.CopyFrom(replies.timings([inference]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import grpc.aio
 
 from emberpc.bundle import Prompts
-from emberpc.server.engine import Truncation
+from emberpc.server.engine import Caller, Lane, Truncation
 from emberpc.server.errors import Code, FieldPath, ServiceError, Violation, invalid, invalid_fields
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.v1 import types_pb2
@@ -24,6 +26,11 @@ _TRUNCATIONS: dict[types_pb2.Truncation.ValueType, Truncation] = {
     types_pb2.TRUNCATION_REFUSE: Truncation.REFUSE,
     types_pb2.TRUNCATION_END: Truncation.END,
     types_pb2.TRUNCATION_START: Truncation.START,
+}
+_LANES: dict[types_pb2.Priority.ValueType, Lane | None] = {
+    types_pb2.PRIORITY_UNSPECIFIED: None,
+    types_pb2.PRIORITY_INTERACTIVE: Lane.INTERACTIVE,
+    types_pb2.PRIORITY_BULK: Lane.BULK,
 }
 
 
@@ -59,6 +66,22 @@ class Limits:
                 violations.append(Violation(path(i), description))
         if violations:
             raise invalid_fields(violations)
+
+
+def caller(
+    context: Context,
+    priority: types_pb2.Priority.ValueType = types_pb2.PRIORITY_UNSPECIFIED,
+    default: Lane = Lane.INTERACTIVE,
+) -> Caller:
+    """Say whose call it is, how urgent, and until when it is wanted.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT for a priority that this server does not know.
+    """
+    if priority not in _LANES:
+        raise invalid("priority", f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
+    lane, left = _LANES[priority], context.time_remaining()
+    return Caller(context.peer(), default if lane is None else lane, perf_counter() + left if left is not None else inf)
 
 
 def truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation") -> Truncation:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.server.engine import Engine, Truncation
+from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import invalid, not_found
 from emberpc.server.index import MAX_TOP_K, Collection, SearchOutcome, Strategy
 from emberpc.server.services import replies, requests
@@ -44,7 +44,7 @@ class Searcher:
         self._limits = limits
         self._in_pool = in_pool
 
-    async def search(self, request: pb.SearchRequest, collection: Collection) -> pb.SearchResponse:
+    async def search(self, request: pb.SearchRequest, collection: Collection, caller: Caller) -> pb.SearchResponse:
         """Answer one request.
 
         Raises:
@@ -53,7 +53,7 @@ class Searcher:
         _check(request)
         parts = Parts(request.parts)
         response = pb.SearchResponse(results=[pb.SearchResult() for _ in request.queries])
-        matrix = await self._query_vectors(request.queries, collection, response)
+        matrix = await self._query_vectors(request.queries, collection, caller, response)
         start = perf_counter()
         outcomes: list[SearchOutcome] = await self._in_pool(
             lambda: collection.search(
@@ -70,7 +70,11 @@ class Searcher:
         return response
 
     async def _query_vectors(
-        self, queries: Sequence[pb.SearchQuery], collection: Collection, response: pb.SearchResponse
+        self,
+        queries: Sequence[pb.SearchQuery],
+        collection: Collection,
+        caller: Caller,
+        response: pb.SearchResponse,
     ) -> Matrix:
         """Return the vector of each query, float32 (queries, dimensions); the response gets what embedding tells."""
         dimensions = collection.spec.dimensions
@@ -88,7 +92,7 @@ class Searcher:
                     )
                 matrix[i] = vector[0]
         await self._embed_texts(
-            matrix, queries, [i for i, kind in enumerate(kinds) if kind == "text"], collection, response
+            matrix, queries, [i for i, kind in enumerate(kinds) if kind == "text"], collection, caller, response
         )
         await self._get_records(matrix, queries, [i for i, kind in enumerate(kinds) if kind == "record_id"], collection)
         return matrix
@@ -99,6 +103,7 @@ class Searcher:
         queries: Sequence[pb.SearchQuery],
         rows: list[int],
         collection: Collection,
+        caller: Caller,
         response: pb.SearchResponse,
     ) -> None:
         """Fill in the vectors of the queries that are texts."""
@@ -112,7 +117,7 @@ class Searcher:
 
         self._limits.check_texts(texts, path)
         inference = await self._engine.infer(
-            model, texts, model.manifest.prompts.query, Truncation(collection.spec.truncation), path
+            model, texts, model.manifest.prompts.query, Truncation(collection.spec.truncation), path, caller
         )
         matrix[rows] = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
         response.model.CopyFrom(replies.model_version(model))
