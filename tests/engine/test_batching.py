@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.engine.batching import Backlog, Item, Job
+from emberpc.server.engine.batching import Backlog, Item, Job, Queue
+from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
@@ -20,8 +21,8 @@ class Doubler:
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
 
 
-def job(runner: Doubler, lengths: Sequence[int]) -> Job:
-    return Job(runner, [np.zeros(length, dtype=np.int64) for length in lengths])
+def job(runner: Doubler, lengths: Sequence[int], caller: str = "", lane: Lane = Lane.INTERACTIVE) -> Job:
+    return Job(runner, [np.zeros(length, dtype=np.int64) for length in lengths], Caller(caller, lane))
 
 
 def padded(batch: list[Item]) -> int:
@@ -36,15 +37,15 @@ def test_every_text_goes_out_once_and_every_batch_keeps_to_the_budget(
     calls: list[tuple[bool, list[int]]], budget: int
 ) -> None:
     models = {True: Doubler(), False: Doubler()}
-    backlog = Backlog(budget)
+    queue = Queue(budget)
     jobs = [job(models[which], call) for which, call in calls]
     for each in jobs:
-        backlog.add(each)
-    assert backlog.tokens == sum(each.tokens for each in jobs)
+        queue.add(each)
+    assert queue.tokens == sum(each.tokens for each in jobs)
 
     taken: list[Item] = []
-    while backlog:
-        batch = backlog.take()
+    while queue:
+        batch = queue.take()
         assert batch
         assert len({id(item.job.runner) for item in batch}) == 1
         assert len(batch) == 1 or padded(batch) <= budget
@@ -53,7 +54,7 @@ def test_every_text_goes_out_once_and_every_batch_keeps_to_the_budget(
     assert sorted((id(item.job), item.row) for item in taken) == sorted(
         (id(each), row) for each in jobs for row in range(len(each.texts))
     )
-    assert backlog.tokens == 0
+    assert queue.tokens == 0
 
 
 @given(first=lengths, second=lengths, budget=st.integers(1, 1024))
@@ -61,42 +62,80 @@ def test_calls_that_come_while_others_are_served_are_served_too(
     first: list[int], second: list[int], budget: int
 ) -> None:
     runner = Doubler()
-    backlog = Backlog(budget)
-    backlog.add(job(runner, first))
-    count = len(backlog.take())
-    backlog.add(job(runner, second))
-    while backlog:
-        count += len(backlog.take())
+    queue = Queue(budget)
+    queue.add(job(runner, first))
+    count = len(queue.take())
+    queue.add(job(runner, second))
+    while queue:
+        count += len(queue.take())
     assert count == len(first) + len(second)
 
 
 def test_a_call_of_one_text_does_not_wait_behind_a_call_of_thousands() -> None:
     runner = Doubler()
-    backlog = Backlog(512)
-    backlog.add(job(runner, [200] * 5000))
+    queue = Queue(512)
+    queue.add(job(runner, [200] * 5000))
     short = job(runner, [8])
-    backlog.take()
-    backlog.add(short)
-    batches = [backlog.take(), backlog.take()]
+    queue.take()
+    queue.add(short)
+    batches = [queue.take(), queue.take()]
     assert any(item.job is short for batch in batches for item in batch)
 
 
 def test_texts_of_like_length_go_together() -> None:
     runner = Doubler()
-    backlog = Backlog(512)
-    backlog.add(job(runner, [10, 250] * 20))
-    while backlog:
-        batch = backlog.take()
+    queue = Queue(512)
+    queue.add(job(runner, [10, 250] * 20))
+    while queue:
+        batch = queue.take()
         assert len({item.length for item in batch}) == 1
 
 
 def test_draining_gives_the_calls_that_waited() -> None:
     runner = Doubler()
-    backlog = Backlog(16)
+    queue = Queue(16)
     calls = [job(runner, [10, 10]), job(runner, [10])]
     for each in calls:
-        backlog.add(each)
-    backlog.take()
-    assert backlog.drain() == set(calls)
-    assert not backlog
-    assert backlog.tokens == 0
+        queue.add(each)
+    queue.take()
+    assert queue.drain() == set(calls)
+    assert not queue
+    assert queue.tokens == 0
+
+
+def test_callers_have_turns_however_many_calls_each_has() -> None:
+    runner = Doubler()
+    queue = Queue(10)
+    greedy = [job(runner, [10], "greedy") for _ in range(50)]
+    for each in greedy:
+        queue.add(each)
+    queue.take()
+    modest = [job(runner, [10], "modest") for _ in range(3)]
+    for each in modest:
+        queue.add(each)
+    first = [queue.take()[0].job for _ in range(7)]
+    assert sum(each in modest for each in first) == 3
+
+
+def test_interactive_work_goes_first_and_bulk_work_has_a_turn_in_time() -> None:
+    runner = Doubler()
+    patient, impatient = Backlog(16, bulk_seconds=1e9), Backlog(16, bulk_seconds=0)
+    for backlog in (patient, impatient):
+        backlog.add(job(runner, [8], lane=Lane.BULK))
+        backlog.add(job(runner, [8]))
+    assert patient.next_lane() is Lane.INTERACTIVE
+    assert impatient.next_lane() is Lane.BULK
+    assert [item.job.caller.lane for item in patient.take(patient.next_lane())] == [Lane.INTERACTIVE]
+    assert patient.next_lane() is Lane.BULK
+
+
+def test_a_large_call_is_bulk_work_whatever_it_says() -> None:
+    runner, backlog = Doubler(), Backlog(16, bulk_seconds=1)
+    large, small = job(runner, [8] * 5), job(runner, [8] * 4)
+    backlog.add(large)
+    backlog.add(small)
+    assert backlog.waits(Lane.BULK)
+    assert backlog.before(small) == 32
+    assert backlog.before(large) == backlog.tokens == 72
+    assert {item.job for item in backlog.take(backlog.next_lane())} == {small}
+    assert backlog.drain() == {large, small}

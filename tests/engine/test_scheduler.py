@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 
 import numpy as np
 import pytest
 
+from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
@@ -148,7 +150,67 @@ async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) 
     assert refused.value.code is Code.UNAVAILABLE
 
 
-class Suicide(SystemExit):
+async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(scheduler: Make) -> None:
+    busy, gate, runner = scheduler(workers=1), Gate(), Lengths(poison=13)
+    running = asyncio.create_task(busy.run(gate, texts(50)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    good, bad, other = (asyncio.create_task(busy.run(runner, texts(length))) for length in (12, 13, 14))
+    await asyncio.sleep(0)
+    gate.open.set()
+    with pytest.raises(ServiceError, match="failed on this call"):
+        await bad
+    assert [int((await each).rows[0][0]) for each in (good, other)] == [12, 14]
+    await running
+    assert busy.counts.failed_batches == 2
+
+
+async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
+    busy, gate = scheduler(workers=1), Gate()
+    running = asyncio.create_task(busy.run(gate, texts(50)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.01)))
+    await asyncio.sleep(0.02)  # its time passes while the only worker is busy
+    gate.open.set()
+    with pytest.raises(ServiceError) as dropped:
+        await late
+    assert dropped.value.code is Code.DEADLINE_EXCEEDED
+    await running
+    assert gate.seen == [50]
+    assert busy.counts.expired == 1
+
+
+async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -> None:
+    busy, gate = scheduler(workers=1), Gate()
+    running = asyncio.create_task(busy.run(gate, texts(50)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))
+    await asyncio.sleep(0)
+    bulk = Caller(lane=Lane.BULK, deadline=perf_counter() + 1)
+    with pytest.raises(ServiceError) as refused:
+        await busy.run(gate, texts(50), bulk)
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED
+    assert refused.value.reason == "DEADLINE_TOO_SOON"
+    assert refused.value.retry_after is not None
+    assert refused.value.retry_after > 1
+    # Interactive work goes before all that, and has time enough.
+    short = asyncio.create_task(busy.run(gate, texts(5), Caller(deadline=perf_counter() + 30)))
+    await asyncio.sleep(0)
+    gate.open.set()
+    await asyncio.gather(running, waiting, short)
+
+
+async def test_a_short_call_is_served_while_all_workers_are_at_bulk_work(scheduler: Make) -> None:
+    busy, gate = scheduler(workers=2), Gate()
+    bulk = [asyncio.create_task(busy.run(gate, texts(50), Caller(lane=Lane.BULK))) for _ in range(8)]
+    await asyncio.to_thread(gate.entered.wait, 30)
+    short = await asyncio.wait_for(busy.run(Lengths(), texts(8)), 30)
+    assert int(short.rows[0][0]) == 8
+    assert not any(task.done() for task in bulk)
+    gate.open.set()
+    await asyncio.gather(*bulk)
+
+
+class WorkerKiller(SystemExit):
     """Ends a worker's thread as nothing should."""
 
 
@@ -156,13 +218,32 @@ class Deadly:
     """Ends the worker that runs it."""
 
     def run(self, batch: Sequence[TokenIds]) -> Output:
-        raise Suicide
+        raise WorkerKiller
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_when_the_last_worker_dies_nobody_hangs_and_somebody_is_told(scheduler: Make) -> None:
+async def test_a_worker_that_dies_fails_its_own_calls_and_is_replaced(scheduler: Make) -> None:
     told = threading.Event()
     busy = scheduler(workers=1, batch_tokens=10, on_failure=told.set)
+    calls = [asyncio.create_task(busy.run(Deadly(), texts(10))) for _ in range(3)]
+    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+    assert [result.code for result in results if isinstance(result, ServiceError)] == [Code.INTERNAL] * 3
+    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 30)).rows] == [9]
+    assert busy.counts.lost_workers == 3
+    assert not told.is_set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_when_no_worker_can_be_had_any_more_nobody_hangs_and_somebody_is_told(
+    scheduler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+    busy = scheduler(workers=1, batch_tokens=10, on_failure=told.set)
+
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(busy, "_start", no_thread)
     calls = [asyncio.create_task(busy.run(Deadly(), texts(10))) for _ in range(3)]
     results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
     assert all(isinstance(result, ServiceError) for result in results)

@@ -21,6 +21,7 @@ from emberpc.server.engine import Engine, ModelLoadError
 from emberpc.server.errors import ServiceError
 from emberpc.server.index import Index
 from emberpc.server.interceptors import CallInterceptor
+from emberpc.server.memory import keep_freed_memory
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService
@@ -65,6 +66,7 @@ def serve(settings: Settings) -> None:
         StartupError: the address is taken, a bundle is wrong, or the data directory cannot be used.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keep_freed_memory()
     asyncio.run(_serve(settings))
 
 
@@ -88,6 +90,7 @@ async def _serve(settings: Settings) -> None:
             workers=workers,
             batch_tokens=settings.batch_tokens,
             max_queue_tokens=settings.max_queue_tokens,
+            cache_bytes=settings.cache_bytes,
             on_failure=on_failure,
         )
         stack.callback(engine.close)

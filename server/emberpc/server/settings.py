@@ -54,6 +54,9 @@ class Settings:
     workers: int = _setting(0, "Threads that run models; 0: one for each core this process may use.")
     batch_tokens: int = _setting(512, "Most tokens of a micro-batch, padding included.")
     max_queue_tokens: int = _setting(2**20, "Most tokens that may wait; past it, calls get RESOURCE_EXHAUSTED.")
+    cache_bytes: int = _setting(
+        32 * 2**20, "Most bytes of outcomes kept for texts that are asked for again; 0: none are kept."
+    )
     max_texts: int = _setting(4096, "Most texts or records of one call.")
     max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
     max_message_bytes: int = _setting(64 * 2**20, "Most bytes of one message.")
@@ -69,7 +72,7 @@ class Settings:
         for name in ("batch_tokens", "max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "drain_seconds"):
+        for name in ("workers", "cache_bytes", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.log_level not in LOG_LEVELS:

@@ -3,10 +3,14 @@
 A CPU is fastest with small batches of like length: padding is work thrown
 away, and a batch of more than some hundred tokens leaves the cache. So the
 texts that wait for a model are kept in order of length, and a micro-batch is a
-run of neighbours in that order whose padded size stays within the budget. It
-is built around one text, the anchor, and anchors are taken from the waiting
-calls in turn: a call of one text is served soon, whatever calls of thousands
-wait beside it.
+run of neighbours in that order whose padded size stays within the budget.
+
+It is built around one text, the anchor. Anchors are taken from the callers in
+turn, and of a caller's calls in turn: a call of one text is served soon,
+whatever calls of thousands wait beside it. Bulk work waits in a lane of its
+own, and so does any call so large that others would wait for it; batches of
+one lane hold no text of the other, or a short call would last as long as the
+bulk that fills up its batch.
 """
 
 from __future__ import annotations
@@ -20,9 +24,12 @@ from itertools import count
 from time import perf_counter
 from typing import Protocol
 
-from emberpc.server.engine.calls import Caller
+from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
+
+#: A call of more than so many micro-batches goes with the bulk work, whatever its caller says of it.
+_LARGE = 2
 
 _numbers = count()
 
@@ -57,19 +64,16 @@ class Job:
     texts: Sequence[TokenIds]
     caller: Caller = field(default_factory=Caller)
     future: Future[JobResult] = field(default_factory=Future)
+    tokens: int = field(init=False)
     rows: list[Output | None] = field(init=False)
     remaining: int = field(init=False)
     submitted: float = field(default_factory=perf_counter)
     started: float = 0.0
 
     def __post_init__(self) -> None:
+        self.tokens = sum(len(ids) for ids in self.texts)
         self.rows = [None] * len(self.texts)
         self.remaining = len(self.texts)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all."""
-        return sum(len(ids) for ids in self.texts)
 
 
 @dataclass(frozen=True, order=True)
@@ -82,14 +86,16 @@ class Item:
     row: int = field(compare=False)
 
 
-class Backlog:
-    """All that waits. Not thread-safe: the scheduler holds its lock around every call."""
+class Queue:
+    """All that waits in one lane. Not thread-safe: the scheduler holds its lock around every call."""
 
     def __init__(self, batch_tokens: int) -> None:
         self._batch_tokens = batch_tokens
         self._pools: dict[Runner, list[Item]] = {}
-        #: Calls in turn, each with its waiting texts; those already taken are skipped.
-        self._turns: deque[tuple[Job, Iterator[Item]]] = deque()
+        #: The callers in turn.
+        self._turns: deque[str] = deque()
+        #: Each caller's calls in turn, with their waiting texts; those already taken are skipped.
+        self._calls: dict[str, deque[tuple[Job, Iterator[Item]]]] = {}
         self._taken: set[int] = set()
         self.tokens = 0
 
@@ -105,7 +111,11 @@ class Backlog:
         else:
             pool.extend(items)
             pool.sort()
-        self._turns.append((job, iter(items)))
+        name = job.caller.name
+        if name not in self._calls:
+            self._calls[name] = deque()
+            self._turns.append(name)
+        self._calls[name].append((job, iter(items)))
         self.tokens += job.tokens
 
     def take(self) -> list[Item]:
@@ -121,29 +131,38 @@ class Backlog:
         self._taken.update(item.number for item in batch if item is not anchor)
         self.tokens -= sum(item.length for item in batch)
         if not self._pools:
-            self._turns.clear()
-            self._taken.clear()
+            self._forget()
         return batch
 
     def drain(self) -> set[Job]:
         """Take out everything; return the jobs that waited."""
         jobs = {item.job for pool in self._pools.values() for item in pool}
         self._pools.clear()
-        self._turns.clear()
-        self._taken.clear()
+        self._forget()
         self.tokens = 0
         return jobs
 
+    def _forget(self) -> None:
+        """Forget the turns of those who have nothing waiting any more."""
+        self._turns.clear()
+        self._calls.clear()
+        self._taken.clear()
+
     def _next_anchor(self) -> Item:
-        """Return the first waiting text of the call whose turn it is, and send the call to the end of the line."""
+        """Return the first waiting text of the call whose turn it is; its caller and it go to the end of the line."""
         while True:
-            job, items = self._turns.popleft()
-            for item in items:
-                if item.number in self._taken:
-                    self._taken.remove(item.number)
-                    continue
-                self._turns.append((job, items))
-                return item
+            name = self._turns.popleft()
+            calls = self._calls[name]
+            while calls:
+                job, items = calls.popleft()
+                for item in items:
+                    if item.number in self._taken:
+                        self._taken.remove(item.number)
+                        continue
+                    calls.append((job, items))
+                    self._turns.append(name)
+                    return item
+            del self._calls[name]
 
     def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
         """Return the run of neighbours around an anchor that fills the budget with the least padding."""
@@ -162,3 +181,65 @@ class Backlog:
                 low -= 1
             else:
                 high, longest = high + 1, longer
+
+
+class Backlog:
+    """All that waits, in its lanes. Not thread-safe.
+
+    Args:
+        batch_tokens: most tokens of a micro-batch, padding included; a longer text goes alone.
+        bulk_seconds: the bulk lane has a turn at least so often, however much interactive work there is.
+    """
+
+    def __init__(self, batch_tokens: int, bulk_seconds: float) -> None:
+        self._batch_tokens = batch_tokens
+        self._bulk_seconds = bulk_seconds
+        self._queues = {lane: Queue(batch_tokens) for lane in Lane}
+        #: When bulk work last had a turn, or began to wait.
+        self._bulk_turn = 0.0
+
+    def __bool__(self) -> bool:
+        return any(self._queues.values())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens wait."""
+        return sum(queue.tokens for queue in self._queues.values())
+
+    def waits(self, lane: Lane) -> bool:
+        """Return whether anything waits in a lane."""
+        return bool(self._queues[lane])
+
+    def lane(self, tokens: int, caller: Caller) -> Lane:
+        """Return the lane that a call of so many tokens belongs in."""
+        return Lane.BULK if tokens > _LARGE * self._batch_tokens else caller.lane
+
+    def before(self, job: Job) -> int:
+        """Return how many tokens go before a job's: those of its lane and of the one that has precedence."""
+        own = self.lane(job.tokens, job.caller)
+        return sum(queue.tokens for lane, queue in self._queues.items() if lane <= own)
+
+    def add(self, job: Job) -> None:
+        """Take in a job's texts."""
+        lane = self.lane(job.tokens, job.caller)
+        if lane is Lane.BULK and not self._queues[lane]:
+            self._bulk_turn = perf_counter()
+        self._queues[lane].add(job)
+
+    def next_lane(self) -> Lane:
+        """Return the lane whose turn it is; something must wait."""
+        if not self._queues[Lane.BULK]:
+            return Lane.INTERACTIVE
+        if not self._queues[Lane.INTERACTIVE] or perf_counter() - self._bulk_turn > self._bulk_seconds:
+            return Lane.BULK
+        return Lane.INTERACTIVE
+
+    def take(self, lane: Lane) -> list[Item]:
+        """Take a micro-batch from a lane in which something waits."""
+        if lane is Lane.BULK:
+            self._bulk_turn = perf_counter()
+        return self._queues[lane].take()
+
+    def drain(self) -> set[Job]:
+        """Take out everything; return the jobs that waited."""
+        return {job for queue in self._queues.values() for job in queue.drain()}

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import TypeVar
-
-import numpy as np
 
 from emberpc.bundle import Task
+from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.calls import Caller
+from emberpc.server.engine.inference import Inference, Inferrer
 from emberpc.server.engine.model import Model
-from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.session import Output
+from emberpc.server.engine.scheduler import Counts, Scheduler
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import Code, FieldPath, ServiceError, invalid, not_found
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Inference:
-    """What a model gave for some texts.
-
-    `output` is float32 (texts, width); `tokens[i]` and `truncated[i]` tell of
-    text i; the seconds are wall time.
-    """
-
-    output: Output
-    tokens: list[int]
-    truncated: list[bool]
-    tokenize_seconds: float
-    queue_seconds: float
-    infer_seconds: float
 
 
 class Engine:
@@ -47,6 +24,7 @@ class Engine:
         workers: threads that run models.
         batch_tokens: most tokens of a micro-batch, padding included.
         max_queue_tokens: most tokens that may wait.
+        cache_bytes: most bytes of outcomes to keep for those who ask again; 0: none.
         on_failure: called, on some thread, when no worker is left.
     """
 
@@ -57,11 +35,12 @@ class Engine:
         workers: int,
         batch_tokens: int,
         max_queue_tokens: int,
+        cache_bytes: int = 0,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self._pool = pool
         self._models: dict[str, Model] = {}
         self._scheduler = Scheduler(workers, batch_tokens, max_queue_tokens, on_failure)
+        self._inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
     def load(self, name: str, folder: Path, variant: str = "", options: Mapping[str, str] | None = None) -> Model:
         """Load a bundle and serve it under a name. Takes seconds.
@@ -142,26 +121,22 @@ class Engine:
         Raises:
             ServiceError: as `TextTokenizer.tokenize` and `Scheduler.run` say.
         """
-        start = perf_counter()
-        tokenized = await self._in_pool(lambda: model.tokenizer.tokenize(texts, prompt, truncation, path))
-        tokenize_seconds = perf_counter() - start
-        result = await self._scheduler.run(model, [text.ids for text in tokenized], caller)
-        return Inference(
-            output=np.stack(result.rows),
-            tokens=[len(text.ids) for text in tokenized],
-            truncated=[text.truncated for text in tokenized],
-            tokenize_seconds=tokenize_seconds,
-            queue_seconds=result.queue_seconds,
-            infer_seconds=result.infer_seconds,
-        )
+        return await self._inferrer.infer(model, texts, prompt, truncation, path, caller)
 
     async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
         """Return the tokens of each text with its prompt, before any truncation."""
-        return await self._in_pool(lambda: model.tokenizer.count(texts, prompt))
+        return await self._inferrer.in_pool(lambda: model.tokenizer.count(texts, prompt))
+
+    @property
+    def counts(self) -> Counts:
+        """What the workers have done so far."""
+        return self._scheduler.counts
+
+    @property
+    def cache(self) -> Cache:
+        """The outcomes kept."""
+        return self._inferrer.cache
 
     def close(self) -> None:
         """Stop the workers; what waits fails with UNAVAILABLE."""
         self._scheduler.close()
-
-    async def _in_pool(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ class Model:
     interface: Interface
     size_bytes: int
     loaded: datetime
+    #: Of this loading: what a cache kept of one before it is not of this one.
+    number: int = field(default_factory=count().__next__)
 
     @property
     def fingerprint(self) -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
+from dataclasses import dataclass
+from itertools import groupby
 from time import perf_counter
 
+import numpy as np
+
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
-from emberpc.server.engine.calls import Caller
+from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 
@@ -20,132 +25,274 @@ log = logging.getLogger(__name__)
 _RATE_WEIGHT = 0.05
 #: Tokens per second assumed of one worker until one is measured.
 _FIRST_RATE = 2000.0
+#: However much interactive work there is, bulk work has a turn so often: it gets slower, and never stands still.
+_BULK_SECONDS = 0.25
 _ANYBODY = Caller()
+
+
+@dataclass
+class Counts:
+    """What the workers have done so far."""
+
+    batches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    #: What batches were filled up with to the length of their longest text.
+    padding: int = 0
+    #: Calls that were not taken, since too much waited; or not run, since nobody wanted the outcome any more.
+    refused: int = 0
+    expired: int = 0
+    failed_batches: int = 0
+    lost_workers: int = 0
 
 
 class Scheduler:
     """Runs jobs on a fixed number of threads.
 
+    One more thread, the express worker, takes interactive work when all
+    others are at bulk work: a short call then shares a core for some
+    milliseconds, instead of waiting for the end of a batch that lasts a hundred.
+
     Args:
         workers: number of threads; each runs one micro-batch at a time on one core.
         batch_tokens: most tokens of a micro-batch, padding included; a longer text goes alone.
         max_queue_tokens: most tokens that may wait.
-        on_failure: called, on a worker's thread, when the last worker died.
+        on_failure: called, on a worker's thread, when the last worker died and none could take its place.
     """
 
     def __init__(
         self, workers: int, batch_tokens: int, max_queue_tokens: int, on_failure: Callable[[], None] = lambda: None
     ) -> None:
-        self._backlog = Backlog(batch_tokens)
+        self.counts = Counts()
+        self._backlog = Backlog(batch_tokens, _BULK_SECONDS)
         self._max_queue_tokens = max_queue_tokens
         self._on_failure = on_failure
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._work_waits = threading.Condition(self._lock)
+        self._express_waits = threading.Condition(self._lock)
         self._closing = False
         self._rate = _FIRST_RATE
-        self._alive = workers
-        self._threads = [threading.Thread(target=self._work, name=f"worker-{i}", daemon=True) for i in range(workers)]
-        for thread in self._threads:
-            thread.start()
+        self._alive = 0
+        self._at_bulk = 0
+        self._threads: dict[str, threading.Thread] = {}
+        for i in range(workers):
+            self._start(f"worker-{i}")
+        self._start("express")
 
     async def run(self, runner: Runner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
         """Run the texts of one call. If the caller goes away, what still waits is dropped.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too much waits already, INVALID_ARGUMENT if the call alone is too
-                large ever to be taken, INTERNAL if the model failed, UNAVAILABLE if the server is stopping.
+            ServiceError: RESOURCE_EXHAUSTED if too much waits already or it would not be done in time,
+                INVALID_ARGUMENT if the call alone is too large ever to be taken, DEADLINE_EXCEEDED if it was not
+                begun in time, INTERNAL if the model failed, UNAVAILABLE if the server is stopping.
         """
         job = Job(runner, texts, caller)
         self._submit(job)
         return await asyncio.wrap_future(job.future)
 
+    def check_room(self) -> None:
+        """See whether anything can be taken at all, before a call is tokenised in vain.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if not.
+        """
+        with self._lock:
+            if self._backlog.tokens >= self._max_queue_tokens:
+                raise self._full(0)
+
+    def lane(self, tokens: int, caller: Caller) -> Lane:
+        """Return the lane that a call of so many tokens goes in, whatever its caller says of it."""
+        return self._backlog.lane(tokens, caller)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """How many tokens wait."""
+        return self._backlog.tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """What one worker does, as lately measured."""
+        return self._rate
+
     def close(self) -> None:
         """Stop the workers after the batches they are at; what waits fails with UNAVAILABLE."""
-        with self._condition:
+        with self._lock:
             self._closing = True
             waiting = self._backlog.drain()
-            self._condition.notify_all()
+            self._work_waits.notify_all()
+            self._express_waits.notify_all()
+            threads = list(self._threads.values())
         _fail(waiting, ServiceError(Code.UNAVAILABLE, "the server is stopping; try again", reason="STOPPING"))
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
 
     def _submit(self, job: Job) -> None:
-        tokens = job.tokens
-        if tokens > self._max_queue_tokens:
+        if job.tokens > self._max_queue_tokens:
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
-                f"the call has {tokens} tokens, at most {self._max_queue_tokens} can wait at a time; split it",
+                f"the call has {job.tokens} tokens, at most {self._max_queue_tokens} can wait at a time; split it",
                 reason="CALL_TOO_LARGE",
             )
-        with self._condition:
+        with self._lock:
             if self._closing or not self._alive:
                 raise ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS")
-            if self._backlog.tokens + tokens > self._max_queue_tokens:
+            if self._backlog.tokens + job.tokens > self._max_queue_tokens:
+                raise self._full(job.tokens)
+            wait = self._seconds(self._backlog.before(job))
+            if wait > job.caller.deadline - perf_counter():
+                self.counts.refused += 1
                 raise ServiceError(
                     Code.RESOURCE_EXHAUSTED,
-                    f"{self._backlog.tokens} tokens wait already, with this call's {tokens} it would be more than "
-                    f"{self._max_queue_tokens}; try again later",
-                    reason="QUEUE_FULL",
-                    retry_after=self._backlog.tokens / (self._rate * self._alive),
+                    f"about {wait:.1f} seconds of work wait before this call, and its deadline is sooner; try again "
+                    "later, or give it more time",
+                    reason="DEADLINE_TOO_SOON",
+                    retry_after=wait,
                 )
             self._backlog.add(job)
-            self._condition.notify(min(len(job.texts), len(self._threads)))
+            self._work_waits.notify(len(job.texts))
+            self._express_waits.notify()
 
-    def _work(self) -> None:
+    def _full(self, tokens: int) -> ServiceError:
+        self.counts.refused += 1
+        waiting = self._backlog.tokens
+        return ServiceError(
+            Code.RESOURCE_EXHAUSTED,
+            f"{waiting} tokens wait already, with this call's {tokens or 'own'} it would be more than "
+            f"{self._max_queue_tokens}; try again later",
+            reason="QUEUE_FULL",
+            retry_after=self._seconds(waiting),
+        )
+
+    def _seconds(self, tokens: int) -> float:
+        """Estimate how long all workers take for so many tokens."""
+        return tokens / (self._rate * max(1, self._alive))
+
+    def _start(self, name: str) -> None:
+        """Start a thread. The express worker is not counted among those alive: it does not do all work."""
+        express = name == "express"
+        thread = threading.Thread(target=self._work, args=(name, express), name=name, daemon=True)
+        thread.start()
+        self._threads[name] = thread
+        self._alive += not express
+
+    def _work(self, name: str, express: bool) -> None:
         try:
-            while batch := self._next_batch():
+            while batch := self._express_batch() if express else self._next_batch():
                 self._run_batch(batch)
         finally:
-            self._leave()
+            self._leave(name)
 
     def _next_batch(self) -> list[Item]:
         """Wait for a micro-batch; empty when the server is stopping."""
-        with self._condition:
+        with self._lock:
             while True:
-                self._condition.wait_for(lambda: self._backlog or self._closing)
+                self._work_waits.wait_for(lambda: self._backlog or self._closing)
                 if self._closing:
                     return []
-                # Callers who left, or whose call failed in an earlier batch, want nothing more.
-                wanted = [item for item in self._backlog.take() if not item.job.future.done()]
-                if wanted:
+                if wanted := self._take(self._backlog.next_lane()):
                     return wanted
 
+    def _express_batch(self) -> list[Item]:
+        """Wait for interactive work that all others leave waiting for the sake of bulk work; empty when stopping."""
+        with self._lock:
+            while True:
+                self._express_waits.wait_for(
+                    lambda: (
+                        self._closing or (self._at_bulk >= self._alive > 0 and self._backlog.waits(Lane.INTERACTIVE))
+                    )
+                )
+                if self._closing:
+                    return []
+                if wanted := self._take(Lane.INTERACTIVE):
+                    return wanted
+
+    def _take(self, lane: Lane) -> list[Item]:
+        """Take a batch, less what nobody wants any more: callers who left, whose call failed, or whose time is up."""
+        now = perf_counter()
+        batch = self._backlog.take(lane)
+        late = {item.job for item in batch if item.job.caller.deadline < now and not item.job.future.done()}
+        self.counts.expired += len(late)
+        _fail(late, ServiceError(Code.DEADLINE_EXCEEDED, "the call's time was up before a worker was free"))
+        return [item for item in batch if not item.job.future.done()]
+
     def _run_batch(self, batch: list[Item]) -> None:
+        bulk = self.lane(batch[0].job.tokens, batch[0].job.caller) is Lane.BULK
+        with self._lock:
+            self._at_bulk += bulk
+            if bulk:
+                self._express_waits.notify()
+        try:
+            self._run_and_finish(batch)
+        finally:
+            with self._lock:
+                self._at_bulk -= bulk
+
+    def _run_and_finish(self, batch: list[Item]) -> None:
+        """Run a batch. If it fails, its calls are run one by one: only one whose own texts fail shall fail."""
         start = perf_counter()
         try:
             output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch])
         except BaseException as error:  # whatever a model does, no caller may hang
             log.exception("a micro-batch of %d texts failed", len(batch))
-            _fail({item.job for item in batch}, ServiceError(Code.INTERNAL, "the model failed on this call"))
-            if isinstance(error, Exception):
-                return
-            raise
-        end = perf_counter()
+            self.counts.failed_batches += 1
+            jobs = {item.job for item in batch}
+            if len(jobs) == 1 or not isinstance(error, Exception):
+                _fail(jobs, ServiceError(Code.INTERNAL, "the model failed on this call"))
+                if isinstance(error, Exception):
+                    return
+                raise
+        else:
+            self._finish(batch, output, start, perf_counter())
+            return
+        by_call = sorted(batch, key=lambda item: id(item.job))
+        for _, own in groupby(by_call, key=lambda item: id(item.job)):
+            self._run_and_finish(list(own))
+
+    def _finish(self, batch: list[Item], output: Output, start: float, end: float) -> None:
+        """Hand out a batch's rows, and finish the jobs that have all of theirs."""
+        tokens = sum(item.length for item in batch)
         finished = []
-        with self._condition:
-            rate = sum(item.length for item in batch) / (end - start)
-            self._rate += _RATE_WEIGHT * (rate - self._rate)
+        with self._lock:
+            self._rate += _RATE_WEIGHT * (tokens / (end - start) - self._rate)
+            self.counts.batches += 1
+            self.counts.texts += len(batch)
+            self.counts.tokens += tokens
+            self.counts.padding += max(item.length for item in batch) * len(batch) - tokens
             for item, row in zip(batch, output, strict=True):
                 job = item.job
                 job.started = job.started or start
-                job.rows[item.row] = row
+                # A copy: a row alone would keep the whole batch's output in memory.
+                job.rows[item.row] = np.array(row)
                 job.remaining -= 1
                 if not job.remaining:
                     finished.append(job)
         for job in finished:
-            _finish(job, end)
+            _succeed(job, end)
 
-    def _leave(self) -> None:
-        """Account for a worker that ends; if it was the last and not told to, nobody may wait for it."""
-        with self._condition:
-            self._alive -= 1
-            if self._closing or self._alive:
+    def _leave(self, name: str) -> None:
+        """Account for a worker that ends. If it was not told to, another takes its place; if none can, nobody waits."""
+        with self._lock:
+            express = name == "express"
+            self._alive -= not express
+            if self._closing:
+                return
+            self.counts.lost_workers += 1
+            try:
+                self._start(name)
+            except RuntimeError:  # the system gives no thread
+                log.exception("no thread could take the place of %s", name)
+            else:
+                log.error("%s died and was replaced", name)
+                return
+            if self._alive:
                 return
             waiting = self._backlog.drain()
         _fail(waiting, ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS"))
         self._on_failure()
 
 
-def _finish(job: Job, end: float) -> None:
+def _succeed(job: Job, end: float) -> None:
     rows = [row for row in job.rows if row is not None]
     result = JobResult(rows, job.started - job.submitted, end - job.started)
     try:
@@ -154,7 +301,7 @@ def _finish(job: Job, end: float) -> None:
         log.debug("a caller left before its result was there")
 
 
-def _fail(jobs: set[Job], error: ServiceError) -> None:
+def _fail(jobs: Iterable[Job], error: ServiceError) -> None:
     for job in jobs:
         try:
             job.future.set_exception(error)

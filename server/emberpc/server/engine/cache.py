@@ -1,0 +1,127 @@
+"""What models gave for texts: kept for those who ask again, and shared by those who ask at the same time.
+
+Both are used from the event loop's thread alone, so they need no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from emberpc.server.engine.calls import Lane
+from emberpc.server.engine.session import Output
+from emberpc.server.engine.tokenizing import Truncation
+
+#: Bytes of an entry beside its text and its numbers: the tuples, the array's header, the dictionary's slot.
+_OVERHEAD = 600
+#: An entry of more than this share of the cache would push out too many others.
+_LARGEST_SHARE = 1 / 8
+
+
+class Key(NamedTuple):
+    """All that an outcome depends on. `model` is the number of one loading of a model: a reload makes a new one."""
+
+    model: int
+    prompt: str
+    truncation: Truncation
+    text: str
+
+
+class Entry(NamedTuple):
+    """What a model gave for a text: `row` is float32 (width,), not writable."""
+
+    row: Output
+    tokens: int
+    truncated: bool
+
+
+class Cache:
+    """Outcomes, the least recently used of which are forgotten first.
+
+    Args:
+        max_bytes: most bytes of all entries, their texts included; 0 keeps none.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self.bytes = 0
+        self.hits = 0
+        self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, keys: Iterable[Key]) -> dict[Key, Entry]:
+        """Return the entries that are there."""
+        found: dict[Key, Entry] = {}
+        if not self._max_bytes:
+            return found
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+                self._entries.move_to_end(key)
+                found[key] = entry
+        return found
+
+    def add(self, entries: dict[Key, Entry]) -> None:
+        """Keep entries, and forget others if there is no room."""
+        for key, entry in entries.items():
+            size = _size(key, entry)
+            if size > self._max_bytes * _LARGEST_SHARE or key in self._entries:
+                continue
+            self._entries[key] = entry
+            self.bytes += size
+        while self.bytes > self._max_bytes:
+            self.bytes -= _size(*self._entries.popitem(last=False))
+
+    def forget(self, model: int) -> None:
+        """Forget all outcomes of a model that is not served any more."""
+        for key in [key for key in self._entries if key.model == model]:
+            self.bytes -= _size(key, self._entries.pop(key))
+
+
+def _size(key: Key, entry: Entry) -> int:
+    return sys.getsizeof(key.text) + entry.row.nbytes + _OVERHEAD
+
+
+@dataclass(eq=False)
+class Flight:
+    """Texts of one call that are being run."""
+
+    lane: Lane
+    #: Set when it has ended, with what became of the texts; without any if it failed.
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    entries: dict[Key, Entry] = field(default_factory=dict)
+
+
+class Flights:
+    """The texts that are being run now."""
+
+    def __init__(self) -> None:
+        self._flying: dict[Key, Flight] = {}
+        self.shared = 0
+
+    def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, Flight]:
+        """Return the flights that give what is wanted no later than running it oneself: none of a slower lane."""
+        return {key: flight for key in keys if (flight := self._flying.get(key)) is not None and flight.lane <= lane}
+
+    @contextmanager
+    def lead(self, keys: Iterable[Key], lane: Lane) -> Iterator[Flight]:
+        """Run texts for all who come to want them meanwhile; they are told, however it ends."""
+        flight = Flight(lane)
+        own = [key for key in keys if self._flying.setdefault(key, flight) is flight]
+        try:
+            yield flight
+        finally:
+            for key in own:
+                del self._flying[key]
+            flight.landed.set()
