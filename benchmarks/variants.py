@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from beir import write_pairs
-from emberpc.bundle import BundleError, Manifest, Variant, read_bundle
+from emberpc.bundle import BundleError, Head, Manifest, Variant, read_bundle
 from emberpc.export.datasets import read_labelled
 from emberpc.export.embedding import export_embedding
 from emberpc.export.examples import targets_of
-from emberpc.export.linear import Head, fit_head
+from emberpc.export.linear import fit_head
 from emberpc.export.retrieval.data import Judged, read_judged
 from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.measures import measure as measure_search

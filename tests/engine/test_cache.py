@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from emberpc.server.engine import Caller, Engine, Lane, Truncation
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
+from emberpc.server.engine.encoders import Encoder
 from emberpc.server.engine.inference import Inference
-from emberpc.server.engine.model import Model
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import ServiceError, items_of
 
 
-def key(text: str, model: int = 0) -> Key:
-    return Key(model, "", Truncation.REFUSE, text)
+def key(text: str, encoder: int = 0) -> Key:
+    return Key(encoder, "", Truncation.REFUSE, text)
 
 
 def entry(value: float, width: int = 4) -> Entry:
@@ -135,17 +135,17 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
-        run = Model.run
+        run = Encoder.run
 
-        def held(model: Model, batch: Sequence[TokenIds]) -> Output:
+        def held(encoder: Encoder, batch: Sequence[TokenIds]) -> Output:
             if not self.entered.is_set():
                 self.entered.set()
                 assert self.open.wait(30)
                 if fails:
                     raise RuntimeError("secret of the model")
-            return run(model, batch)
+            return run(encoder, batch)
 
-        monkeypatch.setattr(Model, "run", held)
+        monkeypatch.setattr(Encoder, "run", held)
 
 
 @pytest.mark.parametrize("fails", [False, True])

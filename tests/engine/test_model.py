@@ -9,9 +9,13 @@ import numpy as np
 import onnx
 import pytest
 
-from emberpc.bundle import Manifest, Reference, finish_bundle, read_bundle
+from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
+from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.embedding import export_embedding
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Model, ModelLoadError
+from emberpc.server.engine.encoders import Encoders
+from emberpc.server.engine.session import OnnxSession
 
 
 @pytest.fixture
@@ -96,3 +100,52 @@ def test_a_reference_of_another_shape_is_found_out(bundle: Path) -> None:
 
 def test_there_is_at_least_one_core() -> None:
     assert usable_cores() >= 1
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    rows = "".join(
+        f"{word * (i % 3 + 1)},{label}\n" for i in range(8) for word, label in (("a b ", "x"), ("p q ", "y"))
+    )
+    (folder / "train.csv").write_text(f"text,label\n{rows}")
+    export_classifier(Data(folder / "train.csv"), str(tiny_source), folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("first", ["embedder", "classifier"])
+def test_a_classifier_shares_the_encoder_that_it_was_made_on(bundle: Path, classifier: Path, first: str) -> None:
+    folders = {"embedder": bundle, "classifier": classifier}
+    encoders = Encoders()
+    models = {
+        name: Model.load(name, folders[name], encoders=encoders)
+        for name in sorted(folders, key=lambda name: name != first)
+    }
+    assert models["embedder"].encoder is models["classifier"].encoder
+    batch = [np.array([2, 7, 8, 9, 3]), np.array([2, 11, 3])]
+    shared = models["classifier"].finish(models["classifier"].encoder.run(batch))
+    session = OnnxSession(classifier / "onnx" / "model.onnx")
+    in_graph = session.run(batch, read_bundle(classifier).interface(session.graph), 0)
+    np.testing.assert_allclose(shared, in_graph, atol=1e-4)
+
+
+def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bundle: Path, tmp_path: Path) -> None:
+    export_embedding(tiny_source, tmp_path / "short", max_tokens=8)
+    encoders = Encoders()
+    long, short = (Model.load("m", folder, encoders=encoders) for folder in (bundle, tmp_path / "short"))
+    assert long.fingerprint == short.fingerprint
+    assert long.encoder is not short.encoder
+
+
+def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "classifier"
+    shutil.copytree(classifier, folder)
+    Head(np.zeros((32, 3), dtype=np.float32), np.zeros(3, dtype=np.float32)).write(folder)
+    resign(folder)
+    assert "is of the form (32, 3), not (32, 2)" in refused(folder)
+    Head(np.zeros((32, 2), dtype=np.float32), np.zeros(2, dtype=np.float32)).write(folder)
+    resign(folder)
+    assert "does not give the outputs that it gave at export" in refused(folder)
+    (folder / "head.npz").write_bytes(b"PK no archive")
+    resign(folder)
+    assert "cannot be read as a head" in refused(folder)

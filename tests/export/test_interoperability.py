@@ -67,7 +67,7 @@ def served(folder: Path, options: Mapping[str, str] | None = None) -> Vectors:
     """Return what the server's engine makes of the texts: all in one batch, so that there is padding."""
     model = Model.load("m", folder, options=options)
     tokens = model.tokenizer.tokenize(TEXTS, "", Truncation.END, items_of("texts"))
-    return model.run([text.ids for text in tokens])
+    return model.encoder.run([text.ids for text in tokens])
 
 
 def refused(folder: Path, options: Mapping[str, str] | None = None) -> str:

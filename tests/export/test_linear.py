@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from emberpc.bundle import unit
 from emberpc.export.calibration import probabilities
-from emberpc.export.linear import GRID, balanced_weights, cross_validate, fit_head, stratify, unit
+from emberpc.export.linear import GRID, balanced_weights, cross_validate, fit_head, stratify
 
 
 def one_hot(classes: np.ndarray) -> np.ndarray:

@@ -124,7 +124,9 @@ def test_parts_of_a_record_come_as_asked_for(server: ServerProcess, books: str) 
 def test_a_write_tells_its_number_and_that_it_is_on_disk(server: ServerProcess, books: str) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = index_pb2_grpc.IndexServiceStub(channel)
-        request = index_pb2.UpsertRecordsRequest(collection=books, records=[index_pb2.Record(id="new", text="not seen before")])
+        request = index_pb2.UpsertRecordsRequest(
+            collection=books, records=[index_pb2.Record(id="new", text="not seen before")]
+        )
         first, second = stub.UpsertRecords(request), stub.UpsertRecords(request)
         assert (first.inserted_count, second.updated_count) == (1, 1)
         assert second.receipt.sequence > first.receipt.sequence

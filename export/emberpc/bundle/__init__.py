@@ -7,6 +7,7 @@ It is all that passes between `emberpc.export`, which writes it, and
 from emberpc.bundle.bounds import Bound, cosines
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.foreign import PROBES, Stated, open_bundle
+from emberpc.bundle.head import Head, unit
 from emberpc.bundle.interface import Graph, Interface, Tensor, find_inputs
 from emberpc.bundle.manifest import FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
 from emberpc.bundle.reading import Bundle, read_bundle
@@ -20,6 +21,7 @@ __all__ = [
     "BundleError",
     "FileEntry",
     "Graph",
+    "Head",
     "Interface",
     "Manifest",
     "Measured",
@@ -37,4 +39,5 @@ __all__ = [
     "open_bundle",
     "read_bundle",
     "staged_folder",
+    "unit",
 ]

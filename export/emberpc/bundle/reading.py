@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from emberpc.bundle.errors import BundleError, UnstatedError
+from emberpc.bundle.head import HEAD_NAME, Head
 from emberpc.bundle.interface import Graph, Interface, find_inputs
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Task, Variant
 from emberpc.bundle.reference import Reference
@@ -39,15 +40,20 @@ class Bundle:
         """The tokenizer, in the format of the `tokenizers` library."""
         return self.folder / TOKENIZER_NAME
 
-    def interface(self, graph: Graph) -> Interface:
+    def interface(self, graph: Graph, *, headless: bool = False) -> Interface:
         """Return how to call the graph of a variant.
+
+        Args:
+            graph: what it takes and gives.
+            headless: of a classifier, ask for the vector that its head is put on, not for the logits.
 
         Raises:
             BundleError: it lacks an input or output that a bundle's has.
         """
         if self.foreign is not None:
             return self.foreign
-        output = "logits" if self.manifest.task is Task.CLASSIFICATION else "sentence_embedding"
+        logits = self.manifest.task is Task.CLASSIFICATION and not headless
+        output = "logits" if logits else "sentence_embedding"
         outputs = [tensor.name for tensor in graph.outputs]
         if output not in outputs:
             raise BundleError(f"the graph's outputs are {', '.join(outputs)}; it must have {output!r}; {_REEXPORT}")
@@ -55,6 +61,16 @@ class Bundle:
             return Interface(find_inputs(graph), output)
         except UnstatedError as error:  # a bundle is not to be explained, but to be whole
             raise BundleError(f"{error}; {_REEXPORT}") from error
+
+    def head(self) -> Head | None:
+        """Read a classifier's head; None if the bundle has none, or only in its graph.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        if self.foreign is not None or HEAD_NAME not in self.manifest.files:
+            return None
+        return Head.read(self.folder, self.manifest.dimensions, len(self.manifest.labels))
 
     def reference(self) -> Reference:
         """Read the reference outputs.

@@ -6,18 +6,17 @@ the ONNX file must get the same numbers.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 REFERENCE_NAME = "reference.npz"
-#: Some tens of texts with their outputs are far below this, unpacked (bytes); a few kilobytes can claim to hold more.
+#: Some tens of texts with their outputs are far below this, unpacked (bytes).
 MAX_REFERENCE_BYTES = 256 * 2**20
 
 
@@ -49,16 +48,12 @@ class Reference:
             BundleError: it is missing or damaged.
         """
         path = folder / REFERENCE_NAME
+        arrays = read_arrays(path, "reference outputs", MAX_REFERENCE_BYTES)
         try:
-            with zipfile.ZipFile(path) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-            if size > MAX_REFERENCE_BYTES:
-                raise BundleError(f"{path} unpacks to {size} bytes; it has at most {MAX_REFERENCE_BYTES}")
-            with np.load(path, allow_pickle=False) as arrays:
-                texts = tuple(str(text) for text in arrays["texts"])
-                embeddings = arrays["embeddings"].astype(np.float32)
-                logits = arrays["logits"].astype(np.float32) if "logits" in arrays else None
-        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            texts = tuple(str(text) for text in arrays["texts"])
+            embeddings = arrays["embeddings"].astype(np.float32)
+            logits = arrays["logits"].astype(np.float32) if "logits" in arrays else None
+        except (KeyError, ValueError, TypeError) as error:
             raise BundleError(f"{path} cannot be read as reference outputs; export the model again") from error
         if not texts:
             raise BundleError(f"{path} holds no texts; export the model again")

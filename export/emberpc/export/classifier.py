@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from emberpc.bundle import Manifest, Reference, Task, Variant, finish_bundle, staged_folder
+from emberpc.bundle import Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.export.card import model_card
 from emberpc.export.datasets import read_labelled, read_texts
 from emberpc.export.describing import described_examples
@@ -26,7 +26,7 @@ from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.evaluation import Calibration, calibrate, measure, measure_scope
 from emberpc.export.examples import Examples, held_out_examples, training_examples
-from emberpc.export.linear import Head, Matrix
+from emberpc.export.linear import Matrix
 from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.runner import Runner
@@ -248,6 +248,7 @@ def _compare(folder: Path, head: Head, source: Encoder, runner: Runner) -> Varia
     require("the classifier", parity, logits)
     kept = slice(REFERENCE_TEXTS)
     Reference(tuple(texts[kept]), embeddings[kept], logits[kept]).write(folder)
+    head.write(folder)
     return Variant("fp32", MODEL_PATH, parity)
 
 

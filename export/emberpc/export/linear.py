@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from emberpc.bundle import Head, unit
 from emberpc.export.examples import Rows, Targets
 from emberpc.export.progress import Progress, no_progress
 
@@ -25,21 +26,6 @@ Matrix = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Head:
-    """A linear head on vectors of length 1: logits = vectors @ weights + bias.
-
-    `weights` is float32 (dimensions, labels), `bias` float32 (labels,).
-    """
-
-    weights: Matrix
-    bias: Matrix
-
-    def logits(self, vectors: Matrix) -> Matrix:
-        """Return float32 (texts, labels) for float32 (texts, dimensions) of any length."""
-        return np.asarray(unit(vectors) @ self.weights + self.bias, dtype=np.float32)
-
-
-@dataclass(frozen=True)
 class CrossValidated:
     """A head, and the logits that heads like it gave texts that they had not seen.
 
@@ -51,11 +37,6 @@ class CrossValidated:
     c: float
     rows: Rows
     logits: Matrix
-
-
-def unit(vectors: Matrix) -> Matrix:
-    """Give vectors length 1; (texts, dimensions)."""
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def fit_head(

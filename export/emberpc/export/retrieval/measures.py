@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from emberpc.bundle import unit
 from emberpc.export.linear import Matrix
 from emberpc.export.retrieval.data import Queries
 
@@ -11,11 +12,6 @@ from emberpc.export.retrieval.data import Queries
 DECIDING = "ndcg_at_10"
 #: Queries whose scores are in memory at once.
 _BLOCK = 256
-
-
-def unit(vectors: Matrix) -> Matrix:
-    """Return vectors, float32 (texts, dimensions), scaled to length 1; zero ones as they are."""
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
 def measure(asked: Matrix, found: Matrix, queries: Queries, candidates: np.ndarray | None = None) -> dict[str, float]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import hnswlib
 import numpy as np
 
+from emberpc.bundle import unit
 from emberpc.export.errors import ExportError
 from emberpc.export.linear import Matrix
 from emberpc.export.retrieval.data import Queries
-from emberpc.export.retrieval.measures import unit
 
 #: hnswlib's own usual parameters; the index serves one pass of queries.
 _M, _EF_CONSTRUCTION = 16, 200

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from emberpc.bundle import Head
 from emberpc.export.evaluation import HeldOut
 from emberpc.export.examples import Examples, Rows
-from emberpc.export.linear import Head, Matrix, right, stratify
+from emberpc.export.linear import Matrix, right, stratify
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.workbench import Workbench
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from emberpc.bundle import Head, unit
 from emberpc.export.errors import ExportError
 from emberpc.export.evaluation import HeldOut
 from emberpc.export.examples import Examples
-from emberpc.export.linear import Head, Matrix, balanced_weights, cross_validate, stratify, unit
+from emberpc.export.linear import Matrix, balanced_weights, cross_validate, stratify
 from emberpc.export.strategies.base import Fitted, Options, no_texts
 from emberpc.export.workbench import Workbench
 

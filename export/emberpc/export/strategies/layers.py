@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from emberpc.bundle import Head
 from emberpc.export.examples import Examples
-from emberpc.export.linear import Head, Matrix, balanced_weights
+from emberpc.export.linear import Matrix, balanced_weights
 from emberpc.export.strategies.base import Fitted, Options, Tuned, accuracy, fit_and_hold_out, no_texts, standard_error
 from emberpc.export.strategies.frozen import COSINE_SCALE, class_means
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints

@@ -12,12 +12,12 @@ from time import perf_counter, process_time
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.bundle import Bound, Manifest, Measured, Reference, Task
+from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, unit
 from emberpc.export.errors import ExportError
 from emberpc.export.evaluation import Calibration, measure
 from emberpc.export.examples import Targets
 from emberpc.export.retrieval.data import Queries
-from emberpc.export.retrieval.measures import DECIDING, unit
+from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.measures import measure as measure_search
 from emberpc.export.runner import Feeds, Matrix, Runner
 

@@ -1,4 +1,4 @@
-"""What models gave for texts: kept for those who ask again, and shared by those who ask at the same time.
+"""What encoders gave for texts: kept for those who ask again, and shared by those who ask at the same time.
 
 Both are used from the event loop's thread alone, so they need no locks.
 """
@@ -24,16 +24,16 @@ _LARGEST_SHARE = 1 / 8
 
 
 class Key(NamedTuple):
-    """All that an outcome depends on. `model` is the number of one loading of a model: a reload makes a new one."""
+    """All that an outcome depends on. `encoder` is the number of one loading of an encoder: a reload makes another."""
 
-    model: int
+    encoder: int
     prompt: str
     truncation: Truncation
     text: str
 
 
 class Entry(NamedTuple):
-    """What a model gave for a text: `row` is float32 (width,), not writable."""
+    """What an encoder gave for a text: `row` is float32 (width,), not writable."""
 
     row: Output
     tokens: int
@@ -83,9 +83,9 @@ class Cache:
         while self.bytes > self._max_bytes:
             self.bytes -= _size(*self._entries.popitem(last=False))
 
-    def forget(self, model: int) -> None:
-        """Forget all outcomes of a model that is not served any more."""
-        for key in [key for key in self._entries if key.model == model]:
+    def forget(self, encoder: int) -> None:
+        """Forget all outcomes of an encoder that is not served any more."""
+        for key in [key for key in self._entries if key.encoder == encoder]:
             self.bytes -= _size(key, self._entries.pop(key))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from emberpc.bundle import Task
 from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.calls import Caller
+from emberpc.server.engine.encoders import Encoders
 from emberpc.server.engine.inference import Inference, Inferrer
 from emberpc.server.engine.model import Model
 from emberpc.server.engine.scheduler import Counts, Scheduler
@@ -39,6 +40,7 @@ class Engine:
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._models: dict[str, Model] = {}
+        self._encoders = Encoders()
         self._scheduler = Scheduler(workers, batch_tokens, max_queue_tokens, on_failure)
         self._inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
@@ -54,7 +56,7 @@ class Engine:
         Raises:
             ModelLoadError: it cannot be served.
         """
-        model = Model.load(name, folder, variant, options)
+        model = Model.load(name, folder, variant, options, self._encoders)
         self._models[name] = model
         return model
 

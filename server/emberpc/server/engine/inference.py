@@ -75,7 +75,7 @@ class Inferrer:
         caller: Caller,
     ) -> Inference:
         """Run texts through a model; see `Engine.infer`."""
-        keys = [Key(model.number, prompt, truncation, text) for text in texts]
+        keys = [Key(model.encoder.number, prompt, truncation, text) for text in texts]
         times = _Times()
         entries = self.cache.find(keys)
         places: dict[Key, int] = {}
@@ -86,7 +86,7 @@ class Inferrer:
             entries |= await self._compute(model, places, path, caller, times)
         found = [entries[key] for key in keys]
         return Inference(
-            output=np.stack([entry.row for entry in found]),
+            output=model.finish(np.stack([entry.row for entry in found])),
             tokens=[entry.tokens for entry in found],
             truncated=[entry.truncated for entry in found],
             tokenize_seconds=times.tokenize,
@@ -142,7 +142,7 @@ class Inferrer:
     async def _run(
         self, model: Model, texts: Mapping[Key, TokenizedText], caller: Caller, times: _Times
     ) -> dict[Key, Entry]:
-        result = await self._scheduler.run(model, [text.ids for text in texts.values()], caller)
+        result = await self._scheduler.run(model.encoder, [text.ids for text in texts.values()], caller)
         times.queue += result.queue_seconds
         times.infer += result.infer_seconds
         return {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,16 @@ from emberpc.bundle import (
     Bound,
     Bundle,
     BundleError,
-    Interface,
+    Head,
     Manifest,
+    Task,
     UnstatedError,
     Variant,
     open_bundle,
 )
+from emberpc.server.engine.encoders import Encoder, Encoders
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
-from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds, Truncation
+from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
 
 #: How far the outputs of fp32 for the bundle's reference texts may be from PyTorch's. Other processors round
@@ -44,24 +45,30 @@ class Model:
     manifest: Manifest
     variant: Variant
     tokenizer: TextTokenizer
-    session: OnnxSession
-    interface: Interface
+    encoder: Encoder
+    #: Of a classifier, if it is not in what the encoder runs.
+    head: Head | None
     size_bytes: int
     loaded: datetime
-    #: Of this loading: what a cache kept of one before it is not of this one.
-    number: int = field(default_factory=count().__next__)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that shapes the model's vectors."""
         return self.manifest.fingerprint(self.variant.name)
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
-        """Run texts' token ids as one batch; float32 (texts, dimensions or labels)."""
-        return self.session.run(batch, self.interface, self.manifest.pad_token_id)
+    def finish(self, output: Output) -> Output:
+        """Make the model's output of its encoder's: float32 (texts, dimensions or labels)."""
+        return output if self.head is None else self.head.logits(output)
 
     @classmethod
-    def load(cls, name: str, folder: Path, variant_name: str = "", options: Mapping[str, str] | None = None) -> Model:
+    def load(
+        cls,
+        name: str,
+        folder: Path,
+        variant_name: str = "",
+        options: Mapping[str, str] | None = None,
+        encoders: Encoders | None = None,
+    ) -> Model:
         """Read a bundle, check it, load it, and see that it gives what it gave when it was exported.
 
         A folder that emberpc did not write is served by what it says of itself,
@@ -72,6 +79,7 @@ class Model:
             folder: the bundle.
             variant_name: which of its ONNX files; empty: the first.
             options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
+            encoders: those in use, to share one with other models; default: it gets one of its own.
 
         Raises:
             ModelLoadError: the bundle is damaged or does not do what it did at export, or something has to be stated.
@@ -87,14 +95,23 @@ class Model:
             bundle = open_bundle(folder, options or {}, lambda path: load(path).graph)
             manifest = bundle.manifest
             variant = manifest.variant(variant_name)
-            session = load(bundle.model_path(variant))
+            head = bundle.head()
+
+            def load_encoder() -> Encoder:
+                session = load(bundle.model_path(variant))
+                interface = bundle.interface(session.graph, headless=head is not None)
+                return Encoder(session, interface, manifest.pad_token_id)
+
+            # One that gives logits is of no use to others.
+            vectors = head is not None or manifest.task is Task.EMBEDDING
+            shared = encoders if encoders is not None and vectors else Encoders()
             model = cls(
                 name=name,
                 manifest=manifest,
                 variant=variant,
                 tokenizer=_tokenizer(bundle),
-                session=session,
-                interface=bundle.interface(session.graph),
+                encoder=shared.get(manifest.fingerprint(variant.name), manifest.max_tokens, load_encoder),
+                head=head,
                 size_bytes=manifest.files[variant.path].size,
                 loaded=datetime.now(timezone.utc),
             )
@@ -118,9 +135,9 @@ class Model:
         texts = PROBES if reference is None else reference.texts[:_REFERENCE_TEXTS]
         tokens = [text.ids for text in self.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))]
         try:
-            got = self.run(tokens)
+            got = self.finish(self.encoder.run(tokens))
             if reference is None:
-                expected = np.concatenate([self.run([ids]) for ids in tokens])
+                expected = np.concatenate([self.encoder.run([ids]) for ids in tokens])
             else:
                 expected = reference.embeddings if reference.logits is None else reference.logits
         except BundleError:
@@ -129,7 +146,8 @@ class Model:
             raise ModelLoadError(f"model {self.name!r}: {bundle.folder} loads but does not run") from error
         width = len(self.manifest.labels) or self.manifest.dimensions
         if got.shape[1] != width:
-            raise BundleError(f"the output {self.interface.output} has {got.shape[1]} values for a text, not {width}")
+            output = self.encoder.interface.output
+            raise BundleError(f"the output {output} has {got.shape[1]} values for a text, not {width}")
         if _alike(got, expected[: len(tokens)], self.variant.bound or _FP32_BOUND):
             return
         if reference is None:

@@ -1,0 +1,35 @@
+"""Arrays in a bundle's npz files, read without trusting them."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.bundle.errors import BundleError
+
+
+def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
+    """Read all arrays of an npz file, none of them pickled.
+
+    Args:
+        path: the file.
+        what: what it is to be read as, for errors.
+        max_bytes: most bytes of it unpacked; a few kilobytes can claim to hold more.
+
+    Raises:
+        BundleError: it is missing, damaged or too large.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > max_bytes:
+            raise BundleError(f"{path} unpacks to {size} bytes; it has at most {max_bytes}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleError(f"{path} cannot be read as {what}; export the model again") from error
