@@ -25,7 +25,7 @@ def test_every_setting_is_documented_with_its_default_and_its_help() -> None:
     table = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Settings):
         assert isinstance(field.default, (tuple, int, float, str, Path))
-        default = f"`{field.default}`" if field.default != () else "–"
+        default = f"`{field.default}`" if field.default not in ((), "") else "–"
         flag = f"--{field.name.replace('_', '-')}"
         line = f"| `{flag}` | `EMBERPC_{field.name.upper()}` | {default} | {field.metadata['help']} |"
         assert line in table

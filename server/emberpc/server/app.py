@@ -20,7 +20,7 @@ from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Engine, ModelLoadError
 from emberpc.server.errors import ServiceError
 from emberpc.server.index import Index
-from emberpc.server.interceptors import CallInterceptor
+from emberpc.server.interceptors import CallInterceptor, Observe
 from emberpc.server.memory import keep_freed_memory
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
@@ -79,7 +79,8 @@ async def _serve(settings: Settings) -> None:
         workers = settings.workers or usable_cores()
         pool = stack.enter_context(ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool"))
         statuses = health.aio.HealthServicer()
-        server, address = _bind(settings)
+        interceptor = CallInterceptor()
+        server, address = _bind(settings, interceptor)
 
         def on_failure() -> None:
             log.error("no worker is left: not serving any more")
@@ -98,6 +99,8 @@ async def _serve(settings: Settings) -> None:
         stack.callback(index.close)
         await loop.run_in_executor(pool, _load_models, engine, settings)
 
+        if settings.metrics_listen:
+            interceptor.observe = _serve_metrics(settings, engine)
         _register(server, engine, index, pool, statuses, settings)
         await server.start()
         await _set_health(statuses, serving=True)
@@ -108,10 +111,10 @@ async def _serve(settings: Settings) -> None:
         await server.stop(settings.drain_seconds)
 
 
-def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
+def _bind(settings: Settings, interceptor: CallInterceptor) -> tuple[grpc.aio.Server, str]:
     """Make the server and take its address, so that a taken one is known before any model is loaded."""
     server = grpc.aio.server(
-        interceptors=[CallInterceptor()],
+        interceptors=[interceptor],
         options=[
             # Two servers on one port would share its calls at random; the second must fail instead.
             ("grpc.so_reuseport", 0),
@@ -127,6 +130,18 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
             f"cannot listen on {settings.listen}: it is in use or not an address of this host; choose another --listen"
         ) from error
     return server, f"{host}:{port}"
+
+
+def _serve_metrics(settings: Settings, engine: Engine) -> Observe:
+    from emberpc.server.metrics import serve_metrics  # noqa: PLC0415 - takes time at the start, and few have need of it
+
+    try:
+        return serve_metrics(settings.metrics_listen, engine).observe
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {settings.metrics_listen}: it is in use or not an address of this host; choose another "
+            "--metrics-listen"
+        ) from error
 
 
 def _open_index(settings: Settings) -> Index:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -27,6 +30,8 @@ _OUR_METHODS = "/emberpc.v1."
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Context = grpc.aio.ServicerContext[Any, Any]
+Observe = Callable[[str, str, float], None]
+Ended = Callable[[str], AbstractContextManager[None]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -36,7 +41,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     with NotImplementedError, becomes UNIMPLEMENTED. Any exception that is not a
     `ServiceError` is logged with the request id, and its caller learns the id
     only.
+
+    Args:
+        observe: told of each call that ended: its method, the name of its status code, and the seconds it took.
     """
+
+    def __init__(self, observe: Observe = lambda _method, _code, _seconds: None) -> None:
+        self.observe = observe
 
     async def intercept_service(
         self,
@@ -50,20 +61,45 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         request_id = _request_id(handler_call_details)
         wrapped: grpc.RpcMethodHandler[Request, Response] = (
-            _stream(handler, method, request_id) if handler.response_streaming else _unary(handler, method, request_id)
+            _stream(handler, method, request_id, self._ended)
+            if handler.response_streaming
+            else _unary(handler, method, request_id, self._ended)
         )
         return wrapped
 
+    @contextmanager
+    def _ended(self, method: str) -> Iterator[None]:
+        """Tell how a call ends, and after how long."""
+        start, code = perf_counter(), "OK"
+        try:
+            yield
+        except BaseException as error:
+            code = _code_name(error)
+            raise
+        finally:
+            self.observe(method, code, perf_counter() - start)
 
-def _unary(handler: Any, method: str, request_id: str) -> Any:
+
+def _code_name(error: BaseException) -> str:
+    """Return the name of the status code that a call ends with."""
+    if isinstance(error, ServiceError):
+        return error.code.name
+    if isinstance(error, NotImplementedError):
+        return Code.UNIMPLEMENTED.name
+    # A generator that is closed is one whose caller left.
+    return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
+
+
+def _unary(handler: Any, method: str, request_id: str, ended: Ended) -> Any:
     """Wrap the handler of a method that answers once."""
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
     async def call(request: Any, context: Context) -> Any:
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
         try:
-            answer = inner(request, context)
-            return await answer if inspect.isawaitable(answer) else answer
+            with ended(method):
+                answer = inner(request, context)
+                return await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
             await _abort(error, method, request_id, context)
 
@@ -71,15 +107,16 @@ def _unary(handler: Any, method: str, request_id: str) -> Any:
     return make(call, handler.request_deserializer, handler.response_serializer)
 
 
-def _stream(handler: Any, method: str, request_id: str) -> Any:
+def _stream(handler: Any, method: str, request_id: str, ended: Ended) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
         try:
-            async for answer in inner(request, context):
-                yield answer
+            with ended(method):
+                async for answer in inner(request, context):
+                    yield answer
         except Exception as error:
             await _abort(error, method, request_id, context)
 

@@ -51,6 +51,7 @@ class Settings:
         Path("emberpc-data"), "Folder of the collections; made if it is not there."
     )
     listen: str = _setting("127.0.0.1:50051", "Address to serve on, HOST:PORT; port 0 takes a free one.")
+    metrics_listen: str = _setting("", "Address to serve figures for Prometheus on, HOST:PORT; empty: none are served.")
     workers: int = _setting(0, "Threads that run models; 0: one for each core this process may use.")
     batch_tokens: int = _setting(512, "Most tokens of a micro-batch, padding included.")
     max_queue_tokens: int = _setting(2**20, "Most tokens that may wait; past it, calls get RESOURCE_EXHAUSTED.")
@@ -77,9 +78,13 @@ class Settings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"log_level is {self.log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
-        host, colon, port = self.listen.rpartition(":")
-        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 2**16):
-            raise SettingsError(f"listen is {self.listen!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
+        for name in ("listen", "metrics_listen"):
+            value = getattr(self, name)
+            host, colon, port = value.rpartition(":")
+            if (value or name == "listen") and not (
+                host and colon and port.isascii() and port.isdigit() and int(port) < 2**16
+            ):
+                raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
         if len(self.named_models()) < len(self.model):
             raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
 

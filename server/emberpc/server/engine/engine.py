@@ -135,6 +135,16 @@ class Engine:
         return self._scheduler.counts
 
     @property
+    def waiting_tokens(self) -> int:
+        """How many tokens wait for a worker."""
+        return self._scheduler.waiting_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """What one worker does, as lately measured."""
+        return self._scheduler.tokens_per_second
+
+    @property
     def cache(self) -> Cache:
         """The outcomes kept."""
         return self._inferrer.cache

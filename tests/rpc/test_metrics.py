@@ -1,0 +1,56 @@
+"""Figures for Prometheus: they count what was done, and are nobody's to read unless asked for."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emberpc.client import Client, InvalidArgument
+from server_process import ServerProcess
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    data = tmp_path_factory.mktemp("data")
+    with ServerProcess({"tiny": tiny_bundle}, data, "--metrics-listen", "127.0.0.1:0") as process:
+        yield process
+
+
+def figures(process: ServerProcess) -> dict[str, float]:
+    found = re.search(r"figures at (http://\S+)", process.output)
+    assert found is not None
+    with urllib.request.urlopen(found[1], timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_they_count_calls_batches_and_what_the_cache_knew(measured: ServerProcess) -> None:
+    before = figures(measured)
+    with Client(measured.address) as client:
+        client.embed(["a b c", "d e"])
+        client.embed(["a b c"])
+        with pytest.raises(InvalidArgument):
+            client.embed([" "])
+    after = figures(measured)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grown('emberpc_request_count_total{method="Embed"}') == 3
+    assert grown('emberpc_request_failure_total{err="INVALID_ARGUMENT",method="Embed"}') == 1
+    assert grown('emberpc_request_duration_seconds_count{method="Embed"}') == 3
+    assert grown("emberpc_batch_texts_total") == 2
+    assert grown("emberpc_cache_hits_total") == 1
+    assert grown("emberpc_batch_tokens_total") > 0
+    assert after["emberpc_queue_size_tokens"] == 0
+    assert after["emberpc_models"] == 1
+    assert after["process_resident_memory_bytes"] > 0
+
+
+def test_an_address_that_is_taken_is_told(measured: ServerProcess, tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="another --metrics-listen"):
+        ServerProcess({"tiny": tiny_bundle}, tmp_path, "--metrics-listen", measured.address)
