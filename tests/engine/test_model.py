@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Model, ModelLoadError
-from emberpc.server.engine.encoders import Encoders
-from emberpc.server.engine.session import OnnxSession
+from emberpc.server.engine.calibration import calibrated_batch_tokens, choose
+from emberpc.server.engine.encoders import Encoder, Encoders
+from emberpc.server.engine.session import OnnxSession, Output
+from emberpc.server.engine.tokenizing import TokenIds
 
 
 @pytest.fixture
@@ -149,3 +152,33 @@ def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:
     (folder / "head.npz").write_bytes(b"PK no archive")
     resign(folder)
     assert "cannot be read as a head" in refused(folder)
+
+
+def test_the_smallest_batch_that_comes_near_the_best_is_chosen() -> None:
+    assert choose({128: 90.0, 256: 98.0, 512: 100.0, 1024: 70.0}) == 256
+    assert choose({128: 90.0, 256: 91.0, 512: 100.0, 1024: 101.0}) == 512
+
+
+def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_use(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    run = Encoder.run
+
+    def counted(encoder: Encoder, batch: Sequence[TokenIds]) -> Output:
+        runs.append(len(batch))
+        return run(encoder, batch)
+
+    model, record = Model.load("m", bundle), tmp_path / "calibration.json"
+    monkeypatch.setattr(Encoder, "run", counted)
+    first = calibrated_batch_tokens(model, record)
+    assert set(runs) == {4, 8, 16, 32}
+    runs.clear()
+    assert calibrated_batch_tokens(model, record) == first
+    assert not runs
+    for damaged in ("no JSON", "[1]", '{"batch_tokens": "x"}'):
+        record.write_text(damaged)
+        runs.clear()
+        assert calibrated_batch_tokens(model, record) in (128, 256, 512, 1024)
+        assert runs
+    assert calibrated_batch_tokens(model, tmp_path / "missing" / "calibration.json") in (128, 256, 512, 1024)

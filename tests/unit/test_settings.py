@@ -58,7 +58,7 @@ def test_variants_are_chosen_by_the_names_of_their_models() -> None:
         ({"workers": "many"}, "whole number"),
         ({"workers": -1}, "not be negative"),
         ({"workers": True}, "whole number"),
-        ({"batch_tokens": 0}, "at least 1"),
+        ({"max_texts": 0}, "at least 1"),
         ({"drain_seconds": "soon"}, "a number"),
         ({"log_level": "loud"}, "one of debug"),
         ({"listen": "50051"}, "HOST:PORT"),

@@ -104,6 +104,9 @@ async def _serve(settings: Settings) -> None:
         _register(server, engine, index, pool, statuses, settings)
         await server.start()
         await _set_health(statuses, serving=True)
+        if not settings.batch_tokens:
+            calibrating = loop.run_in_executor(pool, engine.calibrate, settings.data_dir / "calibration.json")
+            stack.push_async_callback(asyncio.wait, [calibrating])
         log.info("serving on %s with %d workers", address, workers)
         await stopping.wait()
         log.info("stopping: up to %g seconds for calls in flight", settings.drain_seconds)

@@ -53,7 +53,7 @@ class Settings:
     listen: str = _setting("127.0.0.1:50051", "Address to serve on, HOST:PORT; port 0 takes a free one.")
     metrics_listen: str = _setting("", "Address to serve figures for Prometheus on, HOST:PORT; empty: none are served.")
     workers: int = _setting(0, "Threads that run models; 0: one for each core this process may use.")
-    batch_tokens: int = _setting(512, "Most tokens of a micro-batch, padding included.")
+    batch_tokens: int = _setting(0, "Most tokens of a micro-batch, padding included; 0: what is best here is measured.")
     max_queue_tokens: int = _setting(2**20, "Most tokens that may wait; past it, calls get RESOURCE_EXHAUSTED.")
     cache_bytes: int = _setting(
         32 * 2**20, "Most bytes of outcomes kept for texts that are asked for again; 0: none are kept."
@@ -70,10 +70,10 @@ class Settings:
         Raises:
             SettingsError: a value is out of range.
         """
-        for name in ("batch_tokens", "max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
+        for name in ("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "cache_bytes", "drain_seconds"):
+        for name in ("workers", "batch_tokens", "cache_bytes", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.log_level not in LOG_LEVELS:

@@ -90,7 +90,7 @@ class Queue:
     """All that waits in one lane. Not thread-safe: the scheduler holds its lock around every call."""
 
     def __init__(self, batch_tokens: int) -> None:
-        self._batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens
         self._pools: dict[Runner, list[Item]] = {}
         #: The callers in turn.
         self._turns: deque[str] = deque()
@@ -171,9 +171,9 @@ class Queue:
             rows = high - low
             shorter = pool[low - 1].length if low > 0 else None
             longer = pool[high].length if high < len(pool) else None
-            if shorter is not None and longest * (rows + 1) > self._batch_tokens:
+            if shorter is not None and longest * (rows + 1) > self.batch_tokens:
                 shorter = None
-            if longer is not None and longer * (rows + 1) > self._batch_tokens:
+            if longer is not None and longer * (rows + 1) > self.batch_tokens:
                 longer = None
             if shorter is None and longer is None:
                 return low, high
@@ -209,6 +209,12 @@ class Backlog:
     def waits(self, lane: Lane) -> bool:
         """Return whether anything waits in a lane."""
         return bool(self._queues[lane])
+
+    def set_batch_tokens(self, tokens: int) -> None:
+        """Make the micro-batches from now on of another size."""
+        self._batch_tokens = tokens
+        for queue in self._queues.values():
+            queue.batch_tokens = tokens
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
         """Return the lane that a call of so many tokens belongs in."""

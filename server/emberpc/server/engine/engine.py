@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emberpc.bundle import Task
 from emberpc.server.engine.cache import Cache
+from emberpc.server.engine.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.encoders import Encoders
 from emberpc.server.engine.inference import Inference, Inferrer
@@ -23,7 +24,7 @@ class Engine:
     Args:
         pool: where tokenising runs.
         workers: threads that run models.
-        batch_tokens: most tokens of a micro-batch, padding included.
+        batch_tokens: most tokens of a micro-batch, padding included; 0: 512, until `calibrate` found a better size.
         max_queue_tokens: most tokens that may wait.
         cache_bytes: most bytes of outcomes to keep for those who ask again; 0: none.
         on_failure: called, on some thread, when no worker is left.
@@ -41,7 +42,7 @@ class Engine:
     ) -> None:
         self._models: dict[str, Model] = {}
         self._encoders = Encoders()
-        self._scheduler = Scheduler(workers, batch_tokens, max_queue_tokens, on_failure)
+        self._scheduler = Scheduler(workers, batch_tokens or DEFAULT_BATCH_TOKENS, max_queue_tokens, on_failure)
         self._inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
     def load(self, name: str, folder: Path, variant: str = "", options: Mapping[str, str] | None = None) -> Model:
@@ -59,6 +60,15 @@ class Engine:
         model = Model.load(name, folder, variant, options, self._encoders)
         self._models[name] = model
         return model
+
+    def calibrate(self, record: Path) -> None:
+        """Measure which size of micro-batches is best on this host, and use it from now on. Takes a second.
+
+        Args:
+            record: a JSON file that keeps what was measured.
+        """
+        if models := self.models():
+            self._scheduler.set_batch_tokens(calibrated_batch_tokens(models[0], record))
 
     def models(self) -> list[Model]:
         """Return the models by name."""

@@ -101,6 +101,11 @@ class Scheduler:
             if self._backlog.tokens >= self._max_queue_tokens:
                 raise self._full(0)
 
+    def set_batch_tokens(self, tokens: int) -> None:
+        """Make the micro-batches from now on of another size."""
+        with self._lock:
+            self._backlog.set_batch_tokens(tokens)
+
     def lane(self, tokens: int, caller: Caller) -> Lane:
         """Return the lane that a call of so many tokens goes in, whatever its caller says of it."""
         return self._backlog.lane(tokens, caller)
