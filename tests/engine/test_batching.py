@@ -17,7 +17,7 @@ from emberpc.server.engine.tokenizing import TokenIds
 class Doubler:
     """A model that gives each text's number of tokens."""
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
 
 

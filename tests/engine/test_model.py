@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,6 +141,18 @@ def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bu
     assert long.encoder is not short.encoder
 
 
+def test_a_run_on_several_threads_gives_the_same_once_its_session_is_made(bundle: Path) -> None:
+    encoder = Model.load("m", bundle).encoder
+    batch = [np.array([2, *range(5, 30), 3])]
+    one = encoder.run(batch)
+    np.testing.assert_allclose(encoder.run(batch, threads=2), one, atol=1e-5)
+    for thread in threading.enumerate():
+        if thread.name == "widen":
+            thread.join(30)
+    assert encoder.wide
+    np.testing.assert_allclose(encoder.run(batch, threads=2), one, atol=1e-5)
+
+
 def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:
     folder = tmp_path / "classifier"
     shutil.copytree(classifier, folder)
@@ -165,9 +178,9 @@ def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_u
     runs: list[int] = []
     run = Encoder.run
 
-    def counted(encoder: Encoder, batch: Sequence[TokenIds]) -> Output:
+    def counted(encoder: Encoder, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         runs.append(len(batch))
-        return run(encoder, batch)
+        return run(encoder, batch, threads)
 
     model, record = Model.load("m", bundle), tmp_path / "calibration.json"
     monkeypatch.setattr(Encoder, "run", counted)

@@ -27,7 +27,7 @@ class Lengths:
     def __init__(self, poison: int = 0) -> None:
         self.poison = poison
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         if any(len(ids) == self.poison for ids in batch):
             raise RuntimeError("secret of the model")
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
@@ -41,7 +41,7 @@ class Gate:
         self.open = threading.Event()
         self.seen: list[int] = []
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         self.entered.set()
         assert self.open.wait(30)
         self.seen += [len(ids) for ids in batch]
@@ -210,6 +210,27 @@ async def test_a_short_call_is_served_while_all_workers_are_at_bulk_work(schedul
     await asyncio.gather(*bulk)
 
 
+class Threads:
+    """Gives for each text how many threads it was run on."""
+
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        return np.full((len(batch), 1), threads, dtype=np.float32)
+
+
+async def test_a_long_text_that_is_alone_has_all_cores_and_no_other(scheduler: Make) -> None:
+    free = scheduler(workers=3, batch_tokens=512)
+    lone, short = await free.run(Threads(), texts(200)), await free.run(Threads(), texts(20))
+    several = await free.run(Threads(), texts(200, 200))
+    assert [int(row[0]) for result in (lone, short, several) for row in result.rows] == [3, 1, 1, 1]
+    gate = Gate()
+    running = asyncio.create_task(free.run(gate, texts(5)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    beside = await free.run(Threads(), texts(200))
+    assert int(beside.rows[0][0]) == 1
+    gate.open.set()
+    await running
+
+
 class WorkerKiller(SystemExit):
     """Ends a worker's thread as nothing should."""
 
@@ -217,7 +238,7 @@ class WorkerKiller(SystemExit):
 class Deadly:
     """Ends the worker that runs it."""
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         raise WorkerKiller
 
 

@@ -35,10 +35,10 @@ _numbers = count()
 
 
 class Runner(Protocol):
-    """What runs a batch: an `OnnxSession`."""
+    """What runs a batch: an `Encoder`."""
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
-        """Run token ids of some texts; float32, shape (texts, width)."""
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        """Run token ids of some texts on so many threads at most; float32, shape (texts, width)."""
         ...
 
 

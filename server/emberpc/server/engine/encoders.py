@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from weakref import WeakValueDictionary
 
 from emberpc.bundle import Interface
-from emberpc.server.engine.session import OnnxSession, Output
+from emberpc.server.engine.session import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
+log = logging.getLogger(__name__)
+_numbers = count()
 
-@dataclass(eq=False)
+
 class Encoder:
-    """An ONNX model and how to call it."""
+    """An ONNX model and how to call it.
 
-    session: OnnxSession
-    interface: Interface
-    pad_token_id: int
-    #: Of this loading: what a cache kept of one before it is not of this one.
-    number: int = field(default_factory=count().__next__)
+    Args:
+        session: the model, one thread for a run.
+        interface: how to call it.
+        pad_token_id: what fills up the shorter texts of a batch.
+    """
 
-    def run(self, batch: Sequence[TokenIds]) -> Output:
-        """Run texts' token ids as one batch; float32 (texts, width)."""
-        return self.session.run(batch, self.interface, self.pad_token_id)
+    def __init__(self, session: OnnxSession, interface: Interface, pad_token_id: int) -> None:
+        self.interface = interface
+        #: Of this loading: what a cache kept of one before it is not of this one.
+        self.number = next(_numbers)
+        self._session = session
+        self._pad_token_id = pad_token_id
+        self._wide: OnnxSession | None = None
+        self._widening = threading.Lock()
+
+    @property
+    def wide(self) -> bool:
+        """Whether there is a session with several threads."""
+        return self._wide is not None
+
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        """Run texts' token ids as one batch; float32 (texts, width).
+
+        Args:
+            batch: the texts.
+            threads: that are free for it. More than one need a session of their own, which takes the model's memory
+                once more: it is made beside the first run that could use it.
+        """
+        session = self._session if threads == 1 else self._wide or self._widen(threads)
+        return session.run(batch, self.interface, self._pad_token_id)
+
+    def _widen(self, threads: int) -> OnnxSession:
+        """Have a session with several threads made, and return the other one meanwhile."""
+        if self._widening.acquire(blocking=False):  # once; never released
+            threading.Thread(target=self._make_wide, args=(threads,), name="widen", daemon=True).start()
+        return self._session
+
+    def _make_wide(self, threads: int) -> None:
+        try:
+            self._wide = OnnxSession(self._session.path, threads)
+        except SessionError:  # the file was removed meanwhile: one thread does it, too
+            log.warning("%s cannot be loaded again; long texts run on one core", self._session.path)
 
 
 class Encoders:

@@ -27,6 +27,8 @@ _RATE_WEIGHT = 0.05
 _FIRST_RATE = 2000.0
 #: However much interactive work there is, bulk work has a turn so often: it gets slower, and never stands still.
 _BULK_SECONDS = 0.25
+#: A text of fewer tokens is run no faster by several cores than by one.
+_LONG = 128
 _ANYBODY = Caller()
 
 
@@ -52,6 +54,7 @@ class Scheduler:
     One more thread, the express worker, takes interactive work when all
     others are at bulk work: a short call then shares a core for some
     milliseconds, instead of waiting for the end of a batch that lasts a hundred.
+    A long text that is alone has all cores.
 
     Args:
         workers: number of threads; each runs one micro-batch at a time on one core.
@@ -73,7 +76,9 @@ class Scheduler:
         self._closing = False
         self._rate = _FIRST_RATE
         self._alive = 0
+        self._busy = 0
         self._at_bulk = 0
+        self._workers = workers
         self._threads: dict[str, threading.Thread] = {}
         for i in range(workers):
             self._start(f"worker-{i}")
@@ -224,20 +229,23 @@ class Scheduler:
     def _run_batch(self, batch: list[Item]) -> None:
         bulk = self.lane(batch[0].job.tokens, batch[0].job.caller) is Lane.BULK
         with self._lock:
+            self._busy += 1
             self._at_bulk += bulk
             if bulk:
                 self._express_waits.notify()
+            alone = self._busy == 1 and not self._backlog and len(batch) == 1 and batch[0].length >= _LONG
         try:
-            self._run_and_finish(batch)
+            self._run_and_finish(batch, self._workers if alone else 1)
         finally:
             with self._lock:
+                self._busy -= 1
                 self._at_bulk -= bulk
 
-    def _run_and_finish(self, batch: list[Item]) -> None:
+    def _run_and_finish(self, batch: list[Item], threads: int = 1) -> None:
         """Run a batch. If it fails, its calls are run one by one: only one whose own texts fail shall fail."""
         start = perf_counter()
         try:
-            output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch])
+            output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch], threads)
         except BaseException as error:  # whatever a model does, no caller may hang
             log.exception("a micro-batch of %d texts failed", len(batch))
             self.counts.failed_batches += 1

@@ -24,14 +24,16 @@ class OnnxSession:
 
     Args:
         path: the ONNX file.
+        threads: that one run may use.
 
     Raises:
         SessionError: the file does not load.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.path = path
         try:
-            self._session = ort.InferenceSession(str(path), _options(), providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -62,10 +64,10 @@ class OnnxSession:
         return interface.finish(output, mask)
 
 
-def _options() -> ort.SessionOptions:
-    """One thread for each run and none spinning: the server's workers are the parallelism."""
+def _options(threads: int) -> ort.SessionOptions:
+    """None spins: the server's workers are the parallelism, and a spinning thread takes a core from them."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Both keep memory for every shape ever seen, and a server sees every shape.
