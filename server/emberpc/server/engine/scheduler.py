@@ -236,6 +236,9 @@ class Scheduler:
             alone = self._busy == 1 and not self._backlog and len(batch) == 1 and batch[0].length >= _LONG
         try:
             self._run_and_finish(batch, self._workers if alone else 1)
+        except BaseException:  # the worker ends, but no caller may hang
+            _fail({item.job for item in batch}, _failure())
+            raise
         finally:
             with self._lock:
                 self._busy -= 1
@@ -246,21 +249,19 @@ class Scheduler:
         start = perf_counter()
         try:
             output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch], threads)
-        except BaseException as error:  # whatever a model does, no caller may hang
+        except Exception:
             log.exception("a micro-batch of %d texts failed", len(batch))
             self.counts.failed_batches += 1
-            jobs = {item.job for item in batch}
-            if len(jobs) == 1 or not isinstance(error, Exception):
-                _fail(jobs, ServiceError(Code.INTERNAL, "the model failed on this call"))
-                if isinstance(error, Exception):
-                    return
-                raise
         else:
             self._finish(batch, output, start, perf_counter())
             return
         by_call = sorted(batch, key=lambda item: id(item.job))
-        for _, own in groupby(by_call, key=lambda item: id(item.job)):
-            self._run_and_finish(list(own))
+        calls = [list(own) for _, own in groupby(by_call, key=lambda item: id(item.job))]
+        if len(calls) == 1:
+            _fail([batch[0].job], _failure())
+            return
+        for own in calls:
+            self._run_and_finish(own)
 
     def _finish(self, batch: list[Item], output: Output, start: float, end: float) -> None:
         """Hand out a batch's rows, and finish the jobs that have all of theirs."""
@@ -303,6 +304,10 @@ class Scheduler:
             waiting = self._backlog.drain()
         _fail(waiting, ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS"))
         self._on_failure()
+
+
+def _failure() -> ServiceError:
+    return ServiceError(Code.INTERNAL, "the model failed on this call")
 
 
 def _succeed(job: Job, end: float) -> None:

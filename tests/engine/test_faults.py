@@ -1,0 +1,79 @@
+"""Whatever goes wrong in the workers, every call ends: with its outcome, or with an error that says why it has none."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+import pytest
+
+from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.scheduler import Scheduler
+from emberpc.server.engine.session import Output
+from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.errors import Code, ServiceError
+
+CALLS = 400
+ALLOWED = {Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE}
+
+
+class Faulty:
+    """Gives each text's number of tokens, if nothing goes wrong: it fails, runs out of memory, or kills its worker."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        with self._lock:
+            chance = self._random.random()
+        if chance < 0.1:
+            raise RuntimeError("an operator failed")
+        if chance < 0.15:
+            raise MemoryError
+        if chance < 0.18:
+            raise SystemExit
+        return np.array([[len(ids)] for ids in batch], dtype=np.float32)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("closes", [False, True])
+async def test_every_call_ends(seed: int, closes: bool) -> None:
+    chance = random.Random(seed)
+    scheduler, runners = Scheduler(2, 64, 20_000), [Faulty(seed), Faulty(seed + 100)]
+    right = 0
+
+    async def call() -> None:
+        nonlocal right
+        lengths = [chance.randint(1, 60) for _ in range(chance.choice((1, 1, 3, 40)))]
+        deadline = perf_counter() + chance.choice((1e-4, 0.01, 1e9))
+        caller = Caller(chance.choice("abc"), chance.choice(list(Lane)), deadline)
+        try:
+            result = await scheduler.run(chance.choice(runners), [np.zeros(n, dtype=np.int64) for n in lengths], caller)
+        except ServiceError as error:
+            assert error.code in ALLOWED
+        else:
+            assert [int(row[0]) for row in result.rows] == lengths
+            right += 1
+
+    tasks = []
+    for number in range(CALLS):
+        tasks.append(asyncio.create_task(call()))
+        if chance.random() < 0.1:
+            chance.choice(tasks).cancel()
+        if number % 20 == 0:
+            await asyncio.sleep(0)
+    if closes:
+        await asyncio.to_thread(scheduler.close)
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+    assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+    if not closes:
+        assert right > CALLS / 10
+        assert scheduler.waiting_tokens == 0
+        assert scheduler.counts.lost_workers > 0
+        await asyncio.to_thread(scheduler.close)
