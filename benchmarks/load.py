@@ -1,0 +1,174 @@
+"""What the benchmarks of the server share: texts, a server with its figures from the system, and callers.
+
+As a program it is the callers, in a process of their own, so that their work is not counted as the server's:
+
+    python benchmarks/load.py ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+
+import grpc.aio
+
+from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from server_process import ServerProcess  # noqa: E402 - it stands in another folder
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What callers saw: wall seconds of all, latency of each call in seconds, and their own CPU seconds."""
+
+    seconds: float
+    latencies: list[float]
+    cpu_seconds: float
+    texts: int
+    errors: int
+
+    def percentile(self, share: float) -> float:
+        """Return the latency in milliseconds that so large a share of calls stayed below."""
+        ordered = sorted(self.latencies)
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
+    """Return texts, each another: 70 % short queries and 30 % passages of 40 to 180 words, in random order.
+
+    Args:
+        count: how many.
+        queries: a CSV file with a column `text`; None: first sentences of docstrings of Python's standard library.
+        seed: of what is drawn, and of the order.
+    """
+    generator = random.Random(seed)
+    words = [doc.text.split() for doc in read_stdlib()]
+    if queries is None:
+        short = [" ".join(doc)[:200].partition(". ")[0] for doc in words]
+    else:
+        with queries.open(newline="", encoding="utf-8") as file:
+            short = [row["text"] for row in csv.DictReader(file)]
+    short = sorted(set(short))
+    flat = [word for doc in words for word in doc]
+    long: list[str] = []
+    place = 0
+    while len(long) < round(0.3 * count):
+        length = generator.randint(40, 180)
+        long.append(" ".join(flat[place : place + length]))
+        place = (place + length) % (len(flat) - 200)
+    texts = generator.sample(short, count - len(long)) + long
+    generator.shuffle(texts)
+    return texts
+
+
+@contextmanager
+def serving(bundle: Path, *flags: str) -> Iterator[ServerProcess]:
+    """Serve a bundle as `model`, with its data in a temporary folder."""
+    with tempfile.TemporaryDirectory() as data, ServerProcess({"model": bundle}, Path(data), *flags) as process:
+        yield process
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds that a process has used, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def resident_megabytes(pid: int) -> float:
+    """Return the resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) -> Outcome:
+    """Embed texts by calls from a process of their own, so many at a time, so many texts in each."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(list(texts), file)
+        file.flush()
+        command = [sys.executable, __file__, address, file.name, "--in-flight", str(in_flight), "--batch", str(batch)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Outcome(**json.loads(run.stdout))
+
+
+async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) -> Outcome:
+    parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+    requests = iter([embedding_pb2.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END) for part in parts])
+    latencies: list[float] = []
+    errors = 0
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        await channel.channel_ready()
+
+        async def one_after_another() -> None:
+            nonlocal errors
+            for request in requests:
+                start = perf_counter()
+                try:
+                    await stub.Embed(request)
+                except grpc.aio.AioRpcError:
+                    errors += 1
+                else:
+                    latencies.append(perf_counter() - start)
+
+        start, cpu = perf_counter(), process_time()
+        await asyncio.gather(*(one_after_another() for _ in range(in_flight)))
+        return Outcome(perf_counter() - start, latencies, process_time() - cpu, len(texts), errors)
+
+
+def host() -> dict[str, str]:
+    """Describe the machine and what runs on it, without its name."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    versions = {name: version(name) for name in ("onnxruntime", "grpcio", "tokenizers", "numpy")}
+    return {
+        "processor": cpu,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def middle(values: Sequence[float]) -> float:
+    """Return the median."""
+    return float(median(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("address")
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    texts = json.loads(arguments.texts.read_text(encoding="utf-8"))
+    print(json.dumps(asdict(asyncio.run(_call(arguments.address, texts, arguments.in_flight, arguments.batch)))))
+
+
+if __name__ == "__main__":
+    main()

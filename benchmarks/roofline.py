@@ -1,0 +1,132 @@
+"""How near does the server come to what its model could do without it?
+
+The same texts go through the same ONNX file twice in every round: in ideal
+micro-batches (tokenised before, sorted by length, at most 512 tokens with
+padding, one thread for each core, sessions set up as the server sets its own),
+and through the server over gRPC, 64 calls of one text and 4 calls of 32 at a
+time. 70 % of the texts are short queries, 30 % passages of 40 to 180 words.
+Printed are medians over the rounds, and of the ratios within them.
+
+    python benchmarks/roofline.py BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from subprocess import run
+from tempfile import NamedTemporaryFile
+from time import perf_counter, process_time
+
+from emberpc.server.cores import usable_cores
+from emberpc.server.engine import Model, Truncation
+from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.errors import items_of
+from emberpc.server.memory import keep_freed_memory
+from load import call, cpu_seconds, host, middle, mixed_texts, serving
+
+BATCH_TOKENS = 512
+WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
+ASKED = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
+
+
+def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
+    """Run texts in ideal micro-batches; return texts per second and CPU seconds per text."""
+    keep_freed_memory()
+    model = Model.load("bare", bundle)
+    tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
+    ids = sorted((text.ids for text in tokenized), key=len)
+    queue: SimpleQueue[list[TokenIds]] = SimpleQueue()
+    batch: list[TokenIds] = []
+    for text in ids:
+        if batch and len(text) * (len(batch) + 1) > BATCH_TOKENS:
+            queue.put(batch)
+            batch = []
+        batch.append(text)
+    queue.put(batch)
+
+    def work() -> None:
+        while True:
+            try:
+                model.encoder.run(queue.get_nowait())
+            except Empty:
+                return
+
+    threads = [threading.Thread(target=work) for _ in range(usable_cores())]
+    start, cpu = perf_counter(), process_time()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds, cpu = perf_counter() - start, process_time() - cpu
+    return {"texts_per_second": len(texts) / seconds, "cpu_seconds_per_text": cpu / len(texts)}
+
+
+def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
+    """Run `bare` in a process of its own."""
+    with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(list(texts), file)
+        file.flush()
+        command = [sys.executable, __file__, str(bundle), "--bare", file.name]
+        found: dict[str, float] = json.loads(run(command, check=True, capture_output=True, text=True).stdout)
+        return found
+
+
+def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {"bare": [], **{way: [] for way in WAYS}}
+    with serving(bundle, "--cache-bytes", "0", *flags) as server:
+        call(server.address, texts[:200], in_flight=64)  # warm
+        for number in range(rounds):
+            found["bare"].append(in_a_process(bundle, texts))
+            for way, (in_flight, batch) in WAYS.items():
+                before = cpu_seconds(server.process.pid)
+                outcome = call(server.address, texts, in_flight=in_flight, batch=batch)
+                used = cpu_seconds(server.process.pid) - before
+                found[way].append(
+                    {
+                        "texts_per_second": len(texts) / outcome.seconds,
+                        "cpu_seconds_per_text": used / len(texts),
+                        "client_cpu_seconds_per_text": outcome.cpu_seconds / len(texts),
+                        "p50_ms": outcome.percentile(0.5),
+                        "p99_ms": outcome.percentile(0.99),
+                        "errors": outcome.errors,
+                    }
+                )
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="an embedding model, exported")
+    parser.add_argument("--queries", type=Path, help="CSV with a column text; default: sentences from docstrings")
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    arguments, flags = parser.parse_known_args()
+    if arguments.bare:
+        print(json.dumps(bare(arguments.bundle, json.loads(arguments.bare.read_text(encoding="utf-8")))))
+        return
+    texts = mixed_texts(arguments.texts, arguments.queries)
+    found = measure(arguments.bundle, texts, arguments.rounds, flags)
+    ratios = {}
+    for way, rounds in found.items():
+        names = rounds[0].keys()
+        print(way, *(f"{name} {middle([one[name] for one in rounds]):.4g}" for name in names), sep="  ")
+        for name, asked in ASKED.items():
+            pairs = zip(rounds, found["bare"], strict=True)
+            ratios[f"{way} {name}"] = middle([one[name] / base[name] for one, base in pairs])
+            if way != "bare":
+                print(f"    {name}: {ratios[f'{way} {name}']:.3f} of the roofline (asked: {asked})")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"host": host(), "rounds": found, "ratios": ratios}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
