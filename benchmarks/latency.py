@@ -1,0 +1,82 @@
+"""What does a lone text cost through the server, against its inference alone?
+
+Texts of some lengths are embedded one after another, each another, with nothing
+else going on: through gRPC, and in this process by the very session that the
+server makes (one thread), in turns. Printed are medians over the texts, and the
+ratio. Long texts may be faster through the server: a lone one has all cores.
+
+    python benchmarks/latency.py BUNDLE [--rounds 200] [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+
+import grpc
+
+from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.server.engine import Model, Truncation
+from emberpc.server.errors import items_of
+from emberpc.server.memory import keep_freed_memory
+from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
+from load import host, middle, serving
+
+TOKENS = (8, 16, 32, 128, 256, 512)
+
+
+def texts_of(model: Model, tokens: int, count: int) -> list[str]:
+    """Return texts of about so many tokens, each another."""
+    words = [word for doc in read_stdlib()[:2000] for word in doc.text.split() if word.isalpha()]
+    found: list[str] = []
+    place = 0
+    while len(found) < count:
+        low, high = 1, tokens
+        while low < high:  # the most words that are not too many tokens
+            middle_ = (low + high + 1) // 2
+            fits = model.tokenizer.count([" ".join(words[place : place + middle_])], "")[0] <= tokens
+            low, high = (middle_, high) if fits else (low, middle_ - 1)
+        found.append(" ".join(words[place : place + low]))
+        place = (place + low + 1) % (len(words) - tokens)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="an embedding model, exported")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    arguments, flags = parser.parse_known_args()
+    keep_freed_memory()
+    model = Model.load("bare", arguments.bundle)
+    results = {}
+    with (
+        serving(arguments.bundle, "--cache-bytes", "0", *flags) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        embed = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed
+        for tokens in (count for count in TOKENS if count <= model.manifest.max_tokens):
+            rounds = arguments.rounds if tokens < 128 else arguments.rounds // 4
+            bare, served = [], []
+            for i, text in enumerate(texts_of(model, tokens, rounds + 10)):
+                (tokenized,) = model.tokenizer.tokenize([text], "", Truncation.END, items_of("texts"))
+                request = embedding_pb2.EmbedRequest(texts=[text])
+                start = perf_counter()
+                model.encoder.run([tokenized.ids])
+                between = perf_counter()
+                embed(request)
+                if i >= 10:  # the first ones warm both up
+                    bare.append(1000 * (between - start))
+                    served.append(1000 * (perf_counter() - between))
+            own, theirs = middle(served), middle(bare)
+            ratio = middle([one / other for one, other in zip(served, bare, strict=True)])
+            results[tokens] = {"served_ms": own, "inference_ms": theirs, "ratio": ratio}
+            print(f"{tokens:4} tokens: inference {theirs:.2f} ms, served {own:.2f} ms, {ratio:.2f} times")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"host": host(), "lone": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
