@@ -1,0 +1,78 @@
+"""How soon does a server serve, and how much memory does it take idle?
+
+Starts `emberpc serve` with one bundle again and again; from exec to the first
+answer SERVING of its health service, and the resident memory two seconds
+later. Printed are medians, and what was slowest to import.
+
+    python benchmarks/cold_start.py BUNDLE [--rounds 7] [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen, run
+from time import perf_counter, sleep
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from load import host, middle, resident_megabytes
+
+#: Two seconds: the size of micro-batches is measured in the first one, and takes memory too.
+SETTLED = 2.0
+
+
+def start(bundle: Path, port: int) -> tuple[float, float]:
+    """Return the seconds from exec to SERVING, and the resident megabytes once it has settled."""
+    with tempfile.TemporaryDirectory() as data:
+        address = f"127.0.0.1:{port}"
+        command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", address, "--data-dir", data]
+        began = perf_counter()
+        with Popen([*command, "--model", f"model={bundle}"], stderr=DEVNULL) as process:
+            options = [("grpc.initial_reconnect_backoff_ms", 10), ("grpc.max_reconnect_backoff_ms", 10)]
+            with grpc.insecure_channel(address, options) as channel:
+                stub: Any = health_pb2_grpc.HealthStub(channel)
+                answer = stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
+                if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                    raise SystemExit("the server started and does not serve")
+            seconds = perf_counter() - began
+            sleep(SETTLED)
+            memory = resident_megabytes(process.pid)
+            process.terminate()
+        return seconds, memory
+
+
+def slowest_imports(count: int) -> list[tuple[str, float]]:
+    """Return the modules that take longest to import, with all that they import, in milliseconds."""
+    found = run(
+        [sys.executable, "-X", "importtime", "-c", "import emberpc.server.app"], stderr=PIPE, check=True, text=True
+    )
+    lines = [line.removeprefix("import time:").split("|") for line in found.stderr.splitlines() if "|" in line][1:]
+    times = [(name.strip(), int(total) / 1000) for _, total, name in lines]
+    return sorted(times, key=lambda item: -item[1])[:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="an embedding model, exported")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--port", type=int, default=50871, help="a free one (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    rounds = [start(arguments.bundle, arguments.port) for _ in range(arguments.rounds)]
+    seconds, memory = (middle(values) for values in zip(*rounds, strict=True))
+    print(f"SERVING after {seconds:.2f} s, {memory:.0f} MB resident")
+    for name, taken in slowest_imports(12):
+        print(f"  {taken:7.1f} ms  {name}")
+    if arguments.output:
+        result = {"host": host(), "seconds": seconds, "resident_megabytes": memory}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

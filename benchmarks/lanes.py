@@ -1,0 +1,84 @@
+"""Does a short call wait behind a huge one?
+
+A text of about 8 tokens is embedded again and again, each time another: with
+nothing else going on, then beside one request of 10,000 texts (which repeats
+until enough was measured), then beside a stream of as many. Asked: the 99th
+percentile beside is at most 3 times the idle one + 20 ms.
+
+    python benchmarks/lanes.py BUNDLE [--calls 400] [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+from types import TracebackType
+
+from emberpc.client import Client
+from load import call, host, mixed_texts, serving
+
+HUGE = 10_000
+HERE = Path(__file__).resolve()
+
+
+class Beside:
+    """Embeds many texts over and over in a process of its own, for as long as the context lasts."""
+
+    def __init__(self, address: str, way: str) -> None:
+        self._command = [sys.executable, str(HERE), address, "--beside", way]
+
+    def __enter__(self) -> None:
+        self._process = Popen(self._command, stdout=DEVNULL, stderr=DEVNULL)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def huge(address: str, way: str) -> None:
+    """Embed 10,000 texts, over and over, by one request at a time or by streams."""
+    texts = [f"{text} {i}" for i in range(5) for text in mixed_texts(HUGE // 5, None, seed=i)]
+    with Client(address, timeout=3600) as client:
+        while True:
+            if way == "stream":
+                for _ in client.embed_stream(texts, truncation="end"):
+                    pass
+            else:
+                client.embed(texts, truncation="end", batch_size=HUGE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", help="an embedding model, exported")
+    parser.add_argument("--calls", type=int, default=400)
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--beside", help=argparse.SUPPRESS)
+    arguments, flags = parser.parse_known_args()
+    if arguments.beside:
+        huge(arguments.bundle, arguments.beside)
+        return
+    found = {}
+    with serving(Path(arguments.bundle), "--cache-bytes", "0", "--max-texts", str(HUGE), *flags) as server:
+        call(server.address, [f"warm {i}" for i in range(100)], in_flight=1)
+        for way in ("idle", "request", "stream"):
+            with nullcontext() if way == "idle" else Beside(server.address, way):
+                if way != "idle":
+                    call(server.address, [f"before {way} {i}" for i in range(100)], in_flight=1)
+                texts = [f"where is my card {way} {i}" for i in range(arguments.calls)]
+                outcome = call(server.address, texts, in_flight=1)
+            found[way] = {"p50_ms": outcome.percentile(0.5), "p99_ms": outcome.percentile(0.99)}
+            bound = 3 * found["idle"]["p99_ms"] + 20
+            verdict = "" if way == "idle" else f" (asked: at most {bound:.1f} ms)"
+            print(f"{way:8} p50 {found[way]['p50_ms']:.1f} ms, p99 {found[way]['p99_ms']:.1f} ms{verdict}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"host": host(), "lanes": found}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
