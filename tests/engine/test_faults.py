@@ -74,6 +74,5 @@ async def test_every_call_ends(seed: int, closes: bool) -> None:
     assert all(outcome is None or isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
     if not closes:
         assert right > CALLS / 10
-        assert scheduler.waiting_tokens == 0
         assert scheduler.counts.lost_workers > 0
         await asyncio.to_thread(scheduler.close)
