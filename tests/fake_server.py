@@ -69,7 +69,7 @@ class Fault:
                 retry.retry_delay.FromNanoseconds(int(self.retry_after * 1e9))
                 details.append(retry)
             metadata += [
-                (status.DETAILS_KEY, status.pack(self.code.value[0], self.message, details)),
+                (status.DETAILS_KEY, status.make(self.code.value[0], self.message, details).SerializeToString()),
                 (status.REQUEST_ID_KEY, "request-7"),
             ]
         context.set_trailing_metadata(tuple(metadata))
