@@ -34,9 +34,10 @@ from emberpc.client.types import (
 class Client(TextMethods):
     """A connection to an emberpc server. Any number of threads may use it.
 
-    Every call has a deadline. A call that no server took, or that a stopping
-    one refused (UNAVAILABLE), is repeated up to four times within it, with
-    growing pauses. A repeated write is written once, but what it answers may
+    Every call has a deadline; `embed_stream`, which may take days, has one for
+    the next answer. A call that no server took, or that a stopping one refused
+    (UNAVAILABLE), is repeated up to four times within it, with growing pauses.
+    A repeated write is written once, but what it answers may
     tell of the first try whose answer was lost: `create_collection` may raise
     AlreadyExists and `delete_collection` NotFound for what the call itself
     did, `upsert` may count as updated what it inserted, and `delete` may count
