@@ -8,6 +8,7 @@ from __future__ import annotations
 # An RPC's method has the RPC's name.
 # ruff: noqa: N802
 import hashlib
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,12 @@ class Fault:
     retry_after: float | None = None
     pushback_ms: int | None = None
 
+    @staticmethod
+    def status_of(message: str) -> errors_pb2.ErrorStatus:
+        """Return the status of one bad text in a stream."""
+        info = errors_pb2.ErrorInfo(reason="INVALID_FIELD", domain="emberpc")
+        return status.make(grpc.StatusCode.INVALID_ARGUMENT.value[0], message, [info])
+
     def end(self, context: grpc.ServicerContext) -> None:
         """End a call so, in the form that the real server uses."""
         metadata: list[tuple[str, str | bytes]] = []
@@ -69,7 +76,7 @@ class Fault:
                 retry.retry_delay.FromNanoseconds(int(self.retry_after * 1e9))
                 details.append(retry)
             metadata += [
-                (status.DETAILS_KEY, status.pack(self.code.value[0], self.message, details)),
+                (status.DETAILS_KEY, status.make(self.code.value[0], self.message, details).SerializeToString()),
                 (status.REQUEST_ID_KEY, "request-7"),
             ]
         context.set_trailing_metadata(tuple(metadata))
@@ -98,6 +105,14 @@ class FakeServer:
 
     credentials: grpc.ServerCredentials | None = None
     port: int = 0
+    #: Of the model that streams name.
+    fingerprint: str = "one"
+    #: After so many messages a stream ends, whatever is still to come.
+    stream_ends_after: int | None = None
+    #: Whether a stream gives each answer twice.
+    stream_repeats: bool = False
+    #: Set when a stream has ended.
+    streams_ended: threading.Event = field(default_factory=threading.Event)
     asked: dict[str, list[Asked]] = field(default_factory=lambda: defaultdict(list))
     faults: dict[str, deque[Fault | None]] = field(default_factory=lambda: defaultdict(deque))
     #: Called in an RPC before it answers; may wait.
@@ -159,6 +174,33 @@ class _Embedding(_Service, embedding_pb2_grpc.EmbeddingServiceServicer):
         if request.dimensions:
             matrix = matrix[:, : request.dimensions]
         return embedding_pb2.EmbedResponse(embeddings=vectors.encode(matrix, request.dtype))
+
+    def EmbedStream(self, requests: Any, context: Any) -> Any:
+        """Answer each message with its texts in reverse; one that is `bad` fails. Each message counts as asked."""
+        context.add_callback(self.server.streams_ended.set)
+        dtype = None
+        for number, request in enumerate(requests):
+            if number == self.server.stream_ends_after:
+                return
+            self.server.begin("EmbedStream", request, context)
+            response = embedding_pb2.EmbedStreamResponse()
+            if dtype is None:
+                dtype = request.config.dtype
+                response.model.name, response.model.fingerprint = "canned", self.server.fingerprint
+            items = list(reversed(request.items))
+            good = [item for item in items if item.text != "bad"]
+            response.ids.extend(item.id for item in good)
+            if good:
+                matrix = np.stack([vector_of(item.text) for item in good])
+                response.embeddings.CopyFrom(vectors.encode(matrix, dtype))
+            for item in items:
+                if item.text == "bad":
+                    response.failures.add(id=item.id, error=Fault.status_of("text: is bad"))
+                else:
+                    response.usages.add(tokens=len(item.text.split()) + 2)
+            yield response
+            if self.server.stream_repeats:
+                yield response
 
     def CountTokens(self, request: Any, context: Any) -> Any:
         self.server.begin("CountTokens", request, context)

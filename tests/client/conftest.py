@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,11 @@ class SyncShell:
         """Return what a method gives, an iterator's items as a list."""
         result = getattr(self.client, name)(*arguments, **options)
         return list(result) if isinstance(result, Iterator) else result
+
+    def iterate(self, name: str, *arguments: Any, **options: Any) -> Iterator[Any]:
+        """Return the iterator that a method gives."""
+        result: Iterator[Any] = getattr(self.client, name)(*arguments, **options)
+        return result
 
     def close(self) -> None:
         self.client.close()
@@ -44,6 +49,22 @@ class AsyncShell:
             return await result
 
         return self.loop.run_until_complete(run())
+
+    def iterate(self, name: str, *arguments: Any, **options: Any) -> Iterator[Any]:
+        """Return the iterator that a method gives, as an ordinary one."""
+        result: AsyncGenerator[Any, None] = getattr(self.client, name)(*arguments, **options)
+
+        def walk() -> Iterator[Any]:
+            try:
+                while True:
+                    try:
+                        yield self.loop.run_until_complete(anext(result))
+                    except StopAsyncIteration:
+                        return
+            finally:
+                self.loop.run_until_complete(result.aclose())
+
+        return walk()
 
     def close(self) -> None:
         self.loop.run_until_complete(self.client.close())

@@ -34,7 +34,7 @@ def test_every_setting_is_documented_with_its_default_and_its_help() -> None:
 def test_every_rpc_is_documented_as_built_or_to_come() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     named = {
-        "EmbedStream", "UpsertRecordsStream", "ReembedCollection", "CancelReembedding", "VerifyCollection",
+        "UpsertRecordsStream", "ReembedCollection", "CancelReembedding", "VerifyCollection",
         "BackupCollection", "RestoreCollection", "FindDuplicates", "ClusterRecords", "ListClassifiers", "GetClassifier",
         "CreateClassifier", "UpdateClassifier", "DeleteClassifier", "FitClassifier", "SubmitCorrections", "LoadModel",
         "ReloadModel", "UnloadModel",

@@ -50,6 +50,27 @@ class LineFile:
             raise CliError(f"{self.name} is empty; give it one text a line")
         return texts
 
+    def numbered(self) -> Iterator[tuple[str, str]]:
+        """Read the file's lines as they are taken, each after its number; an empty one too.
+
+        Raises:
+            CliError: the file cannot be read, or a line is not UTF-8.
+        """
+        with self._opened() as file:
+            for number, line in self._decoded(file):
+                yield str(number), line.rstrip("\r\n")
+
+    def count(self) -> int | None:
+        """Return how many lines there are; None for stdin, which can be read only once.
+
+        Raises:
+            CliError: the file cannot be read.
+        """
+        if self._path == "-":
+            return None
+        with self._opened() as file:
+            return sum(1 for _ in file)
+
     def records(self) -> Iterator[dict[str, Any]]:
         """Read records as they are taken.
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
+from emberpc.cli.arrays import RowFile, save
 from emberpc.cli.connection import with_client
-from emberpc.cli.errors import CliError
+from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson
 from emberpc.cli.output import Column, note, print_json, print_table, progress
 from emberpc.client import Client
-from emberpc.client.types import Classification, InputKind, Matrix, Progress, Truncation
+from emberpc.client.types import Classification, InputKind, Progress, StreamedEmbedding, Truncation
 
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="The texts.")]
 TextFile = Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text a line; - is stdin.")]
@@ -26,6 +26,8 @@ Cut = Annotated[Truncation, typer.Option(help="What to do with over-long texts: 
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one request.")]
 
 _PREVIEW = 6
+#: Most lines of a stream that are read ahead.
+_WINDOW = 1024
 
 
 @with_client
@@ -41,11 +43,33 @@ def embed(
     dimensions: Annotated[int, typer.Option(min=0, help="Keep the first so many; 0: all.")] = 0,
     truncation: Cut = "refuse",
     batch_size: BatchSize = 256,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="For a file of any size: with -o or --json, in little memory; a bad line fails alone, and is a row of "
+            "NaN. JSON comes in any order, each vector with its line.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn texts into vectors."""
     if output and not output.absolute().parent.is_dir():
         raise CliError(f"--output: the folder {output.absolute().parent} is not there; make it, or choose another")
+    if stream:
+        if texts or not file or bool(output) == as_json:
+            raise CliError("--stream goes with --file and one of -o and --json")
+        results = client.embed_stream(
+            (source := LineFile(file)).numbered(),
+            model=model,
+            input_kind=input_kind,
+            dimensions=dimensions,
+            truncation=truncation,
+            batch_size=batch_size,
+            window=max(_WINDOW, 2 * batch_size),
+        )
+        _take_stream(source, results, output)
+        return
     with _given(texts, file) as listed, _shown("embedding", listed, file) as done:
         matrix = client.embed(
             listed,
@@ -58,7 +82,7 @@ def embed(
             progress=done,
         )
     if output:
-        _save(matrix, output)
+        save(matrix, output)
         note(f"wrote {matrix.shape[0]} × {matrix.shape[1]} float32 to {output}")
     elif as_json:
         print_json({"text": text, "vector": row} for text, row in zip(listed, matrix, strict=True))
@@ -160,16 +184,38 @@ def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextMana
     return progress(what, len(texts)) if file else nullcontext()
 
 
-def _save(matrix: Matrix, path: Path) -> None:
-    """Write vectors to a file, which is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            np.save(file, matrix, allow_pickle=False)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise CliError(f"{path} cannot be written: {error.strerror}") from error
+def _take_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
+    """Write the results of a file's lines as they come: to a .npy file, a row for each line, or else to stdout.
+
+    Raises:
+        CliError: a line has no vector, there are no lines, or the file cannot be written.
+    """
+    total = failed = 0
+    code = ExitCode.OK
+    with ExitStack() as stack:
+        array = stack.enter_context(RowFile(output)) if output else None
+        # JSON on a terminal shows by itself how far it is.
+        done = stack.enter_context(progress("embedding", source.count())) if output else None
+        for total, result in enumerate(results, 1):
+            line = int(result.id)
+            if result.error is not None:
+                note(f"{source.name}:{line}: {str(result.error).removeprefix('text: ')}")
+                failed += 1
+                code = code or exit_code(result.error) or ExitCode.INTERNAL
+                if array:
+                    array.leave_out(line - 1)
+            elif array and result.vector is not None:
+                array.write(line - 1, result.vector)
+            else:
+                print_json([{"line": line, "vector": result.vector}])
+            if done:
+                done(total)
+    if not total:
+        raise CliError(f"{source.name} is empty; give it one text a line")
+    if array and array.dimensions:
+        note(f"wrote {array.rows} × {array.dimensions} float32 to {output}")
+    if failed:
+        raise CliError(f"{failed} of {total} lines have no vector; see above", code)
 
 
 def _label(item: Classification) -> str:

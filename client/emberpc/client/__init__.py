@@ -44,6 +44,7 @@ from emberpc.client.types import (
     RecordId,
     SearchPlan,
     SearchResult,
+    StreamedEmbedding,
     UpsertResult,
 )
 
@@ -74,6 +75,7 @@ __all__ = [
     "ResourceExhausted",
     "SearchPlan",
     "SearchResult",
+    "StreamedEmbedding",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

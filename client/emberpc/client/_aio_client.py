@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +13,7 @@ from emberpc.client import _embedding, _index, _models
 from emberpc.client._aio_running import AsyncRunner
 from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
+from emberpc.client._streaming import StreamJob
 from emberpc.client.types import (
     Classification,
     Collection,
@@ -28,6 +29,8 @@ from emberpc.client.types import (
     Query,
     Record,
     SearchResult,
+    StreamedEmbedding,
+    StreamItem,
     Truncation,
     UpsertResult,
 )
@@ -97,6 +100,36 @@ class AsyncClient:
             ),
             timeout,
         )
+
+    def embed_stream(
+        self,
+        items: Iterable[StreamItem] | AsyncIterable[StreamItem],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        dimensions: int = 0,
+        truncation: Truncation = "refuse",
+        dtype: DType = "float32",
+        normalize: bool | None = None,
+        priority: Priority = "bulk",
+        batch_size: int = 64,
+        window: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[StreamedEmbedding]:
+        """Do what `Client.embed_stream` does; the items may come from an asynchronous iterable too."""
+        job = StreamJob(
+            items,
+            model=model,
+            input_kind=input_kind,
+            dimensions=dimensions,
+            truncation=truncation,
+            dtype=dtype,
+            normalize=normalize,
+            priority=priority,
+            batch_size=batch_size,
+            window=window,
+        )
+        return self._runner.stream(job, items, timeout)
 
     async def count_tokens(
         self,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 import grpc.aio
 
+from emberpc.client._aio_stream_running import AsyncLine, run_stream
 from emberpc.client._calls import Call, Job, Page, Response
 from emberpc.client._connection import Connection
+from emberpc.client._streaming import StreamJob
+from emberpc.client.types import StreamedEmbedding, StreamItem
+from emberpc.v1.embedding_pb2 import EmbedStreamRequest
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -57,6 +61,22 @@ class AsyncRunner:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""
         return self._walk(page_call(""), page_call, timeout)
 
+    def stream(
+        self, job: StreamJob, items: Iterable[StreamItem] | AsyncIterable[StreamItem], timeout: float | None
+    ) -> AsyncIterator[StreamedEmbedding]:
+        """Run a stream; give the results as they come."""
+        self._connection.deadline(timeout)  # known to be wrong now, not at the first result
+
+        def open_line() -> AsyncLine:
+            method: Any = self._opened().stream_stream(
+                job.call.method.path,
+                request_serializer=EmbedStreamRequest.SerializeToString,
+                response_deserializer=job.call.method.response.FromString,
+            )
+            return AsyncLine(method, self._connection.metadata)
+
+        return run_stream(job, items, open_line, self._connection, timeout)
+
     async def _walk(
         self, call: Call[Any, Page[Item]], page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None
     ) -> AsyncIterator[Item]:
@@ -78,9 +98,7 @@ class AsyncRunner:
 
     def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
         """Send a request; return gRPC's awaitable of the answer."""
-        if self._channel is None:
-            self._channel = _open(self._connection)
-        method: Any = self._channel.unary_unary(
+        method: Any = self._opened().unary_unary(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
             response_deserializer=call.method.response.FromString,
@@ -94,6 +112,11 @@ class AsyncRunner:
         except grpc.aio.AioRpcError as error:
             raise self._connection.error(error, call, timeout) from error
         return call.read(response)
+
+    def _opened(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = _open(self._connection)
+        return self._channel
 
 
 def _open(connection: Connection) -> grpc.aio.Channel:

@@ -11,21 +11,17 @@ from typing import Any
 import grpc
 import numpy.typing as npt
 
-from emberpc.client import _embedding, _index, _models
+from emberpc.client import _index, _models
 from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._running import Runner
+from emberpc.client._text_methods import TextMethods
 from emberpc.client.types import (
-    Classification,
     Collection,
     Distance,
-    DType,
     Health,
     Hit,
-    InputKind,
-    Matrix,
     Model,
-    Priority,
     Progress,
     Query,
     Record,
@@ -35,12 +31,13 @@ from emberpc.client.types import (
 )
 
 
-class Client:
+class Client(TextMethods):
     """A connection to an emberpc server. Any number of threads may use it.
 
-    Every call has a deadline. A call that no server took, or that a stopping
-    one refused (UNAVAILABLE), is repeated up to four times within it, with
-    growing pauses. A repeated write is written once, but what it answers may
+    Every call has a deadline; `embed_stream`, which may take days, has one for
+    the next answer. A call that no server took, or that a stopping one refused
+    (UNAVAILABLE), is repeated up to four times within it, with growing pauses.
+    A repeated write is written once, but what it answers may
     tell of the first try whose answer was lost: `create_collection` may raise
     AlreadyExists and `delete_collection` NotFound for what the call itself
     did, `upsert` may count as updated what it inserted, and `delete` may count
@@ -91,141 +88,6 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls in flight fail with Cancelled. A channel given to the constructor stays open."""
         self._runner.close()
-
-    def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        model: str = "",
-        input_kind: InputKind = "passage",
-        dimensions: int = 0,
-        truncation: Truncation = "refuse",
-        dtype: DType = "float32",
-        normalize: bool | None = None,
-        priority: Priority = "interactive",
-        batch_size: int = 256,
-        progress: Progress | None = None,
-        timeout: float | None = None,
-    ) -> Matrix:
-        """Turn texts into vectors.
-
-        Args:
-            texts: the texts; at least one, none empty. One str is refused: write `[text]`.
-            model: the embedding model; empty: the only one served.
-            input_kind: what the texts are for; decides the prompt that the server puts before them.
-            dimensions: keep the first so many (Matryoshka); 0: all.
-            truncation: what to do with a text of more tokens than the model takes.
-            dtype: element type on the wire: `float16` halves the bytes, `int8` quarters them, `binary` keeps signs.
-            normalize: whether vectors have length 1; None: as the model was exported.
-            priority: `bulk` lets others go first.
-
-        Returns:
-            float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
-
-        Raises:
-            InputError: an argument is wrong; nothing was sent.
-            InputTypeError: an argument has the wrong type; nothing was sent.
-            EmberpcError: the call failed; see `emberpc.client.exceptions`.
-        """
-        return self._runner.run(
-            _embedding.embed(
-                texts,
-                model=model,
-                input_kind=input_kind,
-                dimensions=dimensions,
-                truncation=truncation,
-                dtype=dtype,
-                normalize=normalize,
-                priority=priority,
-                batch_size=batch_size,
-                progress=progress,
-            ),
-            timeout,
-        )
-
-    def count_tokens(
-        self,
-        texts: Sequence[str],
-        *,
-        model: str = "",
-        input_kind: InputKind = "passage",
-        batch_size: int = 256,
-        timeout: float | None = None,
-    ) -> list[int]:
-        """Count the tokens that texts would use, prompt and special tokens included.
-
-        Arguments and errors are those of `embed`, but a text may be empty.
-
-        Returns:
-            Item i: the tokens of `texts[i]`, before any truncation.
-        """
-        job = _embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size)
-        return self._runner.run(job, timeout)
-
-    def similarity(
-        self,
-        sources: Sequence[str],
-        targets: Sequence[str],
-        *,
-        model: str = "",
-        source_kind: InputKind = "passage",
-        target_kind: InputKind = "passage",
-        truncation: Truncation = "refuse",
-        timeout: float | None = None,
-    ) -> Matrix:
-        """Compare each source with each target, in one request; other arguments and errors are those of `embed`.
-
-        Args:
-            sources: texts; none empty.
-            targets: texts to compare them with; none empty.
-            source_kind: what the sources are for.
-            target_kind: what the targets are for.
-
-        Returns:
-            float32, shape (sources, targets): cosine similarities in [-1, 1].
-        """
-        call = _embedding.similarity(
-            sources,
-            targets,
-            model=model,
-            source_kind=source_kind,
-            target_kind=target_kind,
-            truncation=truncation,
-        )
-        return self._runner.run_one(call, timeout)
-
-    def classify(
-        self,
-        texts: Sequence[str],
-        classifier: str = "",
-        *,
-        top_k: int = 0,
-        truncation: Truncation = "refuse",
-        priority: Priority = "interactive",
-        batch_size: int = 256,
-        progress: Progress | None = None,
-        timeout: float | None = None,
-    ) -> list[Classification]:
-        """Give texts labels; other arguments and errors are those of `embed`.
-
-        Args:
-            texts: the texts; at least one, none empty.
-            classifier: the classifier; empty: the only one there is.
-            top_k: most labels to list for a text, best first; 0: all.
-
-        Returns:
-            Item i: what `texts[i]` is.
-        """
-        job = _embedding.classify(
-            texts,
-            classifier,
-            top_k=top_k,
-            truncation=truncation,
-            priority=priority,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        return self._runner.run(job, timeout)
 
     def create_collection(
         self,

@@ -21,6 +21,7 @@ from emberpc.client.exceptions import (
     InputTypeError,
     RpcFailure,
     from_rpc,
+    no_answer,
 )
 
 ChannelOptions = list[tuple[str, "str | int"]]
@@ -151,10 +152,14 @@ class Connection:
 
     def error(self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
         """Return the exception for a failed call."""
-        circumstances = Circumstances(
-            self.target, call.method.path, self.deadline(timeout), items=call.items, first=call.first
-        )
-        return from_rpc(failure, circumstances)
+        return from_rpc(failure, self._circumstances(call, timeout))
+
+    def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
+        """Return the exception for a stream on which nothing came in time."""
+        return no_answer(self._circumstances(call, timeout))
+
+    def _circumstances(self, call: Call[Any, Any], timeout: float | None) -> Circumstances:
+        return Circumstances(self.target, call.method.path, self.deadline(timeout), items=call.items, first=call.first)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

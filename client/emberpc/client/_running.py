@@ -10,7 +10,11 @@ import grpc
 
 from emberpc.client._calls import Call, Job, Page, Response
 from emberpc.client._connection import Connection
+from emberpc.client._stream_running import Line, run_stream
+from emberpc.client._streaming import StreamJob
 from emberpc.client.exceptions import Cancelled
+from emberpc.client.types import StreamedEmbedding, StreamItem
+from emberpc.v1.embedding_pb2 import EmbedStreamRequest
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -58,6 +62,16 @@ class Runner:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""
         # The first call is made here, not in the generator, so that a wrong argument is known at once.
         return self._walk(page_call(""), page_call, timeout)
+
+    def stream(self, job: StreamJob, items: Iterator[StreamItem], timeout: float | None) -> Iterator[StreamedEmbedding]:
+        """Run a stream; give the results as they come."""
+        self._connection.deadline(timeout)  # known to be wrong now, not at the first result
+        method: Any = self._channel.stream_stream(
+            job.call.method.path,
+            request_serializer=EmbedStreamRequest.SerializeToString,
+            response_deserializer=job.call.method.response.FromString,
+        )
+        return run_stream(job, items, lambda: Line(method, self._connection.metadata), self._connection, timeout)
 
     def _walk(
         self, call: Call[Any, Page[Item]], page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None

@@ -25,7 +25,7 @@ from __future__ import annotations
 # The classes are named after gRPC's status codes, which callers know.
 # ruff: noqa: N818
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -166,6 +166,7 @@ class InputTypeError(TypeError):
 
 
 _BY_CODE: dict[grpc.StatusCode, type[EmberpcError]] = {kind.code: kind for kind in EmberpcError.__subclasses__()}
+_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class RpcFailure(Protocol):
@@ -207,24 +208,49 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     trailing: dict[str, str | bytes] = dict(tuple(failure.trailing_metadata() or ()))
     packed = trailing.get(wire_status.DETAILS_KEY, b"")
     status = wire_status.unpack(packed if isinstance(packed, bytes) else packed.encode())
-    info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
-    bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
-    retry = wire_status.detail(status, errors_pb2.RetryInfo)
     message = failure.details() or ""
     # Without details of ours it was gRPC itself, or a proxy, that ended the call.
     if not status.details:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
+    return _error(
+        code, message, status, request_id if isinstance(request_id, str) else "", lambda text: _renumber(text, call)
+    )
+
+
+def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
+    """Turn the error of one item of a stream into one of ours."""
+    request = wire_status.detail(status, errors_pb2.RequestInfo)
+    code = _BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
+    return _error(code, status.message, status, request.request_id if request else "", lambda text: text)
+
+
+def no_answer(call: Circumstances) -> DeadlineExceeded:
+    """Return the error for a server that was silent for too long."""
+    return DeadlineExceeded(_own_words(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
+
+
+def _error(
+    code: grpc.StatusCode,
+    message: str,
+    status: errors_pb2.ErrorStatus,
+    request_id: str,
+    rename: Callable[[str], str],
+) -> EmberpcError:
+    """Put an error together; `rename` says what the caller calls the items that a text names."""
+    info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
+    bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
+    retry = wire_status.detail(status, errors_pb2.RetryInfo)
     return _BY_CODE.get(code, EmberpcError)(
-        _renumber(message, call),
+        rename(message),
         code=code,
         reason=info.reason,
         violations=[
-            Violation(_renumber(violation.field, call), _renumber(violation.description, call))
+            Violation(rename(violation.field), rename(violation.description))
             for violation in bad_request.field_violations
         ],
         metadata=info.metadata,
-        request_id=request_id if isinstance(request_id, str) else "",
+        request_id=request_id,
         retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry else None,
     )
 

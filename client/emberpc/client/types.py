@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from emberpc.client.exceptions import EmberpcError, InputError
+
 #: float32, shape (rows, dimensions).
 Matrix: TypeAlias = npt.NDArray[np.float32]
 #: float32, shape (dimensions,).
@@ -29,6 +31,25 @@ Priority: TypeAlias = Literal["interactive", "bulk"]
 
 #: Told how many items are done so far.
 Progress: TypeAlias = Callable[[int], None]
+
+#: One text of a stream, alone or with an id, as (id, text).
+StreamItem: TypeAlias = "str | tuple[str, str]"
+
+
+@dataclass(frozen=True)
+class StreamedEmbedding:
+    """What became of one text of a stream: it has a vector or an error, never both."""
+
+    #: As it was given; of a text without one its number in the stream, from "0".
+    id: str
+    #: float32 (dimensions,).
+    vector: Vector | None = field(default=None, compare=False)
+    #: Why there is no vector: an InputError if the text could not be sent, else what the server said of it.
+    error: EmberpcError | InputError | None = None
+    #: Tokens that went through the model.
+    tokens: int = 0
+    #: Whether the text was cut to fit.
+    truncated: bool = False
 
 
 @dataclass(frozen=True)

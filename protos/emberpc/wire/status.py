@@ -25,8 +25,8 @@ _TYPE_URL = "type.googleapis.com/google.rpc."
 Detail = TypeVar("Detail", bound=Message)
 
 
-def pack(code: int, message: str, details: Iterable[Message]) -> bytes:
-    """Serialise an error.
+def make(code: int, message: str, details: Iterable[Message]) -> pb.ErrorStatus:
+    """Put an error together; in the trailing metadata it travels serialised.
 
     Args:
         code: the gRPC status code as a number.
@@ -38,11 +38,11 @@ def pack(code: int, message: str, details: Iterable[Message]) -> bytes:
         packed = status.details.add()
         packed.type_url = _TYPE_URL + detail.DESCRIPTOR.name
         packed.value = detail.SerializeToString()
-    return status.SerializeToString()
+    return status
 
 
 def unpack(data: bytes) -> pb.ErrorStatus:
-    """Read what `pack` wrote; an empty status if the bytes are none, since an error must never hide an error."""
+    """Read a serialised error; an empty status if the bytes are none, since an error must never hide an error."""
     try:
         return pb.ErrorStatus.FromString(data)
     except DecodeError:

@@ -8,16 +8,15 @@ import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.v1 import errors_pb2
+from emberpc.server.statuses import status_of
 from emberpc.wire import status
 
 log = logging.getLogger(__name__)
@@ -114,9 +113,11 @@ def _stream(handler: Any, method: str, request_id: str, ended: Ended) -> Any:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
         try:
+            # Closed at once when the caller leaves: a stream may have work in flight that nobody wants any more.
             with ended(method):
-                async for answer in inner(request, context):
-                    yield answer
+                async with aclosing(inner(request, context)) as answers:
+                    async for answer in answers:
+                        yield answer
         except Exception as error:
             await _abort(error, method, request_id, context)
 
@@ -142,34 +143,12 @@ async def _abort(error: Exception, method: str, request_id: str, context: Contex
     if not isinstance(error, ServiceError):
         log.error("%s failed, request %s", method, request_id, exc_info=error)
         error = ServiceError(Code.INTERNAL, "the server made an error")
-    if error.code is Code.INTERNAL:
-        error = ServiceError(Code.INTERNAL, f"{error.message}; its log tells more under request id {request_id}")
+    told = status_of(error, request_id)
     metadata: list[tuple[str, str | bytes]] = [
-        (status.DETAILS_KEY, status.pack(error.code.value, error.message, _details(error, request_id))),
+        (status.DETAILS_KEY, told.SerializeToString()),
         (status.REQUEST_ID_KEY, request_id),
     ]
     if error.retry_after is not None:
         metadata.append((status.PUSHBACK_KEY, str(int(error.retry_after * 1000))))
-    await context.abort(_STATUS_CODES[error.code.value], error.message, tuple(metadata))
+    await context.abort(_STATUS_CODES[error.code.value], told.message, tuple(metadata))
     raise AssertionError("abort always raises")
-
-
-def _details(error: ServiceError, request_id: str) -> list[Message]:
-    details: list[Message] = [
-        errors_pb2.ErrorInfo(reason=error.reason, domain="emberpc", metadata=error.metadata),
-        errors_pb2.RequestInfo(request_id=request_id),
-    ]
-    if error.violations:
-        details.append(
-            errors_pb2.BadRequest(
-                field_violations=[
-                    errors_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
-                    for violation in error.violations
-                ]
-            )
-        )
-    if error.retry_after is not None:
-        retry = errors_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
-        details.append(retry)
-    return details

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import numpy as np
-import numpy.typing as npt
 
 from emberpc.bundle import Task
-from emberpc.server.engine import Engine, Model
-from emberpc.server.errors import invalid, items_of
+from emberpc.server.engine import Engine
+from emberpc.server.errors import items_of
 from emberpc.server.services import replies, requests
+from emberpc.server.services.forms import EmbeddingForm, shape
+from emberpc.server.services.streaming import embed_stream
 from emberpc.v1 import embedding_pb2 as pb
-from emberpc.v1 import embedding_pb2_grpc, types_pb2
-from emberpc.wire import vectors
-
-Matrix = npt.NDArray[np.float32]
+from emberpc.v1 import embedding_pb2_grpc
 
 
 class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
@@ -30,27 +29,27 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         model = self._engine.model(request.model, Task.EMBEDDING)
         self._limits.check_count(len(request.texts), "texts", "text")
         self._limits.check_texts(request.texts, items_of("texts"))
-        check_dimensions(model, request.dimensions)
-        if request.dtype not in types_pb2.DataType.values():
-            raise invalid("dtype", f"is {request.dtype}, which is no DataType")
-        unit = request.normalize if request.HasField("normalize") else model.manifest.normalize
-        if model.manifest.normalize and not unit:
-            raise invalid("normalize", f"is false, and model {model.name!r} gives vectors of length 1 only; leave it")
+        form = EmbeddingForm.of(model, request)
         inference = await self._engine.infer(
             model,
             request.texts,
-            requests.prompt(model.manifest.prompts, request.input_kind),
-            requests.truncation(request.truncation),
+            form.prompt,
+            form.truncation,
             items_of("texts"),
             requests.caller(context, request.priority),
         )
-        matrix = shape(inference.output, request.dimensions, unit=unit)
         return pb.EmbedResponse(
-            embeddings=vectors.encode(matrix, request.dtype),
+            embeddings=form.encode(inference.output),
             usages=replies.usages(inference),
             model=replies.model_version(model),
             timings=replies.timings([inference]),
         )
+
+    def EmbedStream(
+        self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: requests.Context
+    ) -> AsyncIterator[pb.EmbedStreamResponse]:
+        """Embed a corpus of any size."""
+        return embed_stream(self._engine, self._limits, request_iterator, context)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: requests.Context) -> pb.CountTokensResponse:
         """Count the tokens of texts."""
@@ -103,26 +102,3 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             model=replies.model_version(model),
             timings=replies.timings([sources, targets]),
         )
-
-
-def check_dimensions(model: Model, dimensions: int, field: str = "dimensions") -> None:
-    """Raise INVALID_ARGUMENT unless a model can give vectors of a size; 0 stands for its own."""
-    sizes = sorted({model.manifest.dimensions, *model.manifest.matryoshka_dimensions})
-    if dimensions and dimensions not in sizes:
-        listed = ", ".join(map(str, sizes))
-        raise invalid(field, f"is {dimensions}; model {model.name!r} gives vectors of {listed} dimensions")
-
-
-def shape(matrix: Matrix, dimensions: int, *, unit: bool) -> Matrix:
-    """Cut vectors to their first dimensions and give them length 1.
-
-    Args:
-        matrix: float32, shape (rows, all dimensions).
-        dimensions: how many to keep; 0: all.
-        unit: whether to give them length 1; a vector of zeros stays one.
-    """
-    cut = matrix[:, :dimensions] if dimensions else matrix
-    if not unit:
-        return cut
-    norms = np.linalg.norm(cut, axis=1, keepdims=True)
-    return np.asarray(np.divide(cut, norms, out=np.zeros_like(cut), where=norms > 0), dtype=np.float32)

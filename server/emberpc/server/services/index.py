@@ -13,7 +13,7 @@ from emberpc.server.errors import invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
-from emberpc.server.services.embedding import Matrix, check_dimensions, shape
+from emberpc.server.services.forms import Matrix, check_dimensions, shape
 from emberpc.server.services.records import (
     DISTANCES,
     Parts,

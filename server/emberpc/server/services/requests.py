@@ -15,6 +15,7 @@ from emberpc.server.engine import Caller, Lane, Truncation
 from emberpc.server.errors import Code, FieldPath, ServiceError, Violation, invalid, invalid_fields
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.v1 import types_pb2
+from emberpc.wire import status
 
 DEFAULT_PAGE_SIZE = 100
 
@@ -68,10 +69,17 @@ class Limits:
             raise invalid_fields(violations)
 
 
+def request_id(context: Context) -> str:
+    """Return the id under which a call is logged, as the interceptor gave it."""
+    given = dict(tuple(context.trailing_metadata() or ()))
+    return str(given.get(status.REQUEST_ID_KEY, ""))
+
+
 def caller(
     context: Context,
     priority: types_pb2.Priority.ValueType = types_pb2.PRIORITY_UNSPECIFIED,
     default: Lane = Lane.INTERACTIVE,
+    field: str = "priority",
 ) -> Caller:
     """Say whose call it is, how urgent, and until when it is wanted.
 
@@ -79,7 +87,7 @@ def caller(
         ServiceError: INVALID_ARGUMENT for a priority that this server does not know.
     """
     if priority not in _LANES:
-        raise invalid("priority", f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
+        raise invalid(field, f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
     lane, left = _LANES[priority], context.time_remaining()
     return Caller(context.peer(), default if lane is None else lane, perf_counter() + left if left is not None else inf)
 

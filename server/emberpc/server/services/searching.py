@@ -13,7 +13,7 @@ from emberpc.server.errors import invalid, not_found
 from emberpc.server.index import MAX_TOP_K, Collection, SearchOutcome, Strategy
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
-from emberpc.server.services.embedding import Matrix, shape
+from emberpc.server.services.forms import Matrix, shape
 from emberpc.server.services.records import Parts, caller_vectors, record_message, record_vectors
 from emberpc.v1 import index_pb2 as pb
 

@@ -1,0 +1,87 @@
+"""`emberpc embed --stream`: a file of any size, line by line; a bad line is told and costs no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.v1 import types_pb2
+from fake_server import DIMENSIONS, FakeServer, Fault, vector_of
+
+Emberpc = Any
+
+
+def test_the_vectors_of_a_file_are_rows_in_the_order_of_its_lines(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path
+) -> None:
+    texts = [f"text {i}" for i in range(3000)]
+    source, target = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_text("\r\n".join(texts) + "\r\n")
+    outcome = emberpc("embed", "--file", source, "--stream", "-o", target, "--batch-size", 100)
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err == f"wrote 3000 × 8 float32 to {target}\n"
+    assert np.array_equal(np.load(target), np.stack([vector_of(text) for text in texts]))
+    config = fake.asked["EmbedStream"][0].request.config
+    assert config.priority == types_pb2.PRIORITY_BULK
+    assert not fake.asked["Embed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
+
+
+def test_a_bad_line_is_told_and_its_row_is_nan(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    source, target = tmp_path / "texts.txt", tmp_path / "out.npy"
+    source.write_text("bad\none\ntwo\nbad\n")
+    outcome = emberpc("embed", "--file", source, "--stream", "-o", target)
+    assert outcome.code == 2
+    lines = outcome.err.splitlines()
+    assert sorted(lines[:2]) == [f"{source}:1: is bad", f"{source}:4: is bad"]
+    assert lines[2:] == [f"wrote 4 × 8 float32 to {target}", "error: 2 of 4 lines have no vector; see above"]
+    matrix = np.load(target)
+    assert np.isnan(matrix).any(axis=1).tolist() == [True, False, False, True]
+    assert np.array_equal(matrix[1:3], np.stack([vector_of("one"), vector_of("two")]))
+
+
+def test_json_comes_with_the_number_of_the_line(emberpc: Emberpc, fake: FakeServer) -> None:
+    outcome = emberpc("embed", "--file", "-", "--stream", "--json", stdin="é\nbad\nb\n")
+    assert outcome.code == 2
+    assert "stdin:2: is bad" in outcome.err
+    found = {item["line"]: np.array(item["vector"], dtype=np.float32) for item in outcome.objects}
+    assert sorted(found) == [1, 3]
+    assert np.array_equal(found[1], vector_of("é"))
+    assert np.array_equal(found[3], vector_of("b"))
+
+
+def test_stdin_goes_to_an_array_too(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    assert emberpc("embed", "--file", "-", "--stream", "-o", tmp_path / "out.npy", stdin="a\nb").code == 0
+    assert np.load(tmp_path / "out.npy").shape == (2, DIMENSIONS)
+
+
+@pytest.mark.parametrize("content", ["bad\nbad\n", ""])
+def test_without_any_vector_there_is_no_array(emberpc: Emberpc, fake: FakeServer, tmp_path: Path, content: str) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text(content)
+    assert emberpc("embed", "--file", source, "--stream", "-o", tmp_path / "out.npy").code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_a_stream_that_fails_leaves_no_array(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("a\n" * 500)
+    fake.faults["EmbedStream"].extend([None, None, Fault(grpc.StatusCode.NOT_FOUND, "it was unloaded", "GONE")])
+    outcome = emberpc("embed", "--file", source, "--stream", "-o", tmp_path / "out.npy")
+    assert (outcome.code, outcome.err) == (4, "error: it was unloaded\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a", "--json"], ["--json"], ["--file", "-"], ["--file", "-", "--json", "-o", "x.npy"], ["a", "--file", "-"]],
+)
+def test_a_stream_needs_a_file_and_one_place_to_go(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
+    outcome = emberpc("embed", "--stream", *arguments)
+    assert outcome.code == 2
+    assert "--stream goes with --file and one of -o and --json" in outcome.err
+    assert not fake.asked

@@ -1,0 +1,308 @@
+"""`embed_stream` of both clients: every text answered once, whatever becomes of the connection, and few read ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InputError,
+    InputTypeError,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    StreamedEmbedding,
+    Unavailable,
+)
+from emberpc.v1 import types_pb2
+from fake_server import FakeServer, Fault, vector_of
+
+Shell = Any
+TEXTS = [f"text number {i}" for i in range(1000)]
+UNAVAILABLE = Fault(grpc.StatusCode.UNAVAILABLE, "stopping", "STOPPING")
+
+
+def check(results: list[StreamedEmbedding], texts: dict[str, str]) -> None:
+    """See that each text has its vector, once."""
+    assert Counter(result.id for result in results) == Counter(dict.fromkeys(texts, 1))
+    for result in results:
+        assert result.error is None
+        assert result.vector is not None
+        assert result.vector.flags.owndata
+        assert np.array_equal(result.vector, vector_of(texts[result.id]))
+        assert result.tokens == len(texts[result.id].split()) + 2
+
+
+def requests(fake: FakeServer) -> list[Any]:
+    """The messages that came in."""
+    return [asked.request for asked in fake.asked["EmbedStream"]]
+
+
+def test_every_text_is_answered_once_by_its_number(fake: FakeServer, shell: Shell) -> None:
+    check(shell("embed_stream", TEXTS), {str(i): text for i, text in enumerate(TEXTS)})
+    assert requests(fake)[0].HasField("config")
+    assert [len(request.items) for request in requests(fake)] == [0, *[64] * 15, 40]
+
+
+@pytest.mark.parametrize(("batch_size", "window"), [(1, 1), (3, 4), (100, 10), (1000, 5000)])
+def test_any_size_of_batch_and_window_will_do(fake: FakeServer, shell: Shell, batch_size: int, window: int) -> None:
+    texts = {f"id-{i}": text for i, text in enumerate(TEXTS[:200])}
+    check(shell("embed_stream", texts.items(), batch_size=batch_size, window=window), texts)
+
+
+def test_ids_may_be_anything_and_be_there_twice(fake: FakeServer, shell: Shell) -> None:
+    items = [("ключ", "a"), ("🦊", "b"), "c", ("", "d"), ("same", "e"), ("same", "f"), ("a\udce9", "g"), ("7", "h")]
+    results = shell("embed_stream", items)
+    assert Counter(result.id for result in results) == Counter(["ключ", "🦊", "2", "", "same", "same", "a\udce9", "7"])
+
+
+def test_a_bad_text_fails_alone(fake: FakeServer, shell: Shell) -> None:
+    results = {result.id: result for result in shell("embed_stream", ["a", "bad", "b", "lone \udce9", "c"])}
+    assert {key for key, result in results.items() if result.vector is not None} == {"0", "2", "4"}
+    refused, unsendable = results["1"].error, results["3"].error
+    assert isinstance(refused, InvalidArgument)
+    assert (refused.message, refused.reason) == ("text: is bad", "INVALID_FIELD")
+    assert isinstance(unsendable, InputError)
+    assert "items[3] holds a lone surrogate" in str(unsendable)
+
+
+def test_nothing_to_embed_gives_nothing(fake: FakeServer, shell: Shell) -> None:
+    assert shell("embed_stream", []) == []
+    assert shell("embed_stream", ["\udce9"])[0].vector is None
+
+
+def test_it_sends_what_it_is_told(fake: FakeServer, shell: Shell) -> None:
+    shell(
+        "embed_stream",
+        ["a"],
+        model="m",
+        input_kind="query",
+        dimensions=4,
+        truncation="start",
+        dtype="int8",
+        normalize=False,
+        priority="interactive",
+    )
+    config = requests(fake)[0].config
+    assert (config.model, config.dimensions, config.normalize) == ("m", 4, False)
+    assert config.input_kind == types_pb2.INPUT_KIND_QUERY
+    assert config.truncation == types_pb2.TRUNCATION_START
+    assert config.dtype == types_pb2.DATA_TYPE_INT8
+    assert config.priority == types_pb2.PRIORITY_INTERACTIVE
+    shell("embed_stream", ["a"])
+    config = requests(fake)[2].config
+    assert not config.HasField("normalize")
+    assert config.priority == types_pb2.PRIORITY_BULK
+
+
+WRONG = [
+    ({"items": "one"}, InputTypeError, "items is of type str"),
+    ({"items": 7}, InputTypeError, "items is of type int"),
+    ({"items": [], "batch_size": 0}, InputError, "batch_size"),
+    ({"items": [], "window": 0}, InputError, "window"),
+    ({"items": [], "dtype": "int4"}, InputError, "dtype"),
+    ({"items": [], "timeout": 0}, InputError, "timeout"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "words"), WRONG)
+def test_a_wrong_argument_is_known_before_a_result_is_asked_for(
+    fake: FakeServer, shell: Shell, arguments: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        shell.client.embed_stream(**arguments)
+    assert not fake.asked
+
+
+@pytest.mark.parametrize("item", [7, ("id",), (1, "a"), ("id", None), b"a"])
+def test_an_item_of_the_wrong_type_is_the_callers_mistake(fake: FakeServer, shell: Shell, item: object) -> None:
+    with pytest.raises(InputTypeError, match=r"items\[1\]"):
+        shell("embed_stream", ["a", item])
+
+
+def test_an_error_of_the_callers_source_passes_through(fake: FakeServer, shell: Shell) -> None:
+    def source() -> Iterator[str]:
+        yield "a"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        shell("embed_stream", source(), batch_size=1)
+
+
+@pytest.mark.parametrize("window", [1, 64, 300])
+def test_no_more_is_read_than_the_window(fake: FakeServer, shell: Shell, window: int) -> None:
+    read = taken = most = 0
+
+    def source() -> Iterator[str]:
+        nonlocal read, most
+        for text in TEXTS:
+            read += 1
+            most = max(most, read - taken)
+            yield text
+
+    for _ in shell.iterate("embed_stream", source(), batch_size=32, window=window):
+        taken += 1
+    assert taken == 1000
+    # What was answered but not yet taken by the caller is one request's results at the most.
+    assert window / 2 < most <= window + 32
+
+
+def test_nothing_is_read_before_the_first_result_is_asked_for(fake: FakeServer, shell: Shell) -> None:
+    read: list[str] = []
+
+    def source() -> Iterator[str]:
+        for text in TEXTS:
+            read.append(text)
+            yield text
+
+    results = shell.iterate("embed_stream", source(), window=100, batch_size=10)
+    assert not read
+    next(results)
+    assert len(read) <= 110
+    results.close()
+    assert len(read) <= 110
+
+
+@pytest.mark.parametrize("broken", [[2], [2, 5], [1, 2, 3], [12]])
+def test_a_broken_stream_goes_on_with_what_was_not_answered(fake: FakeServer, shell: Shell, broken: list[int]) -> None:
+    """Message number n of each connection meets a server that stops."""
+    for n in broken:
+        fake.faults["EmbedStream"].extend([*[None] * n, UNAVAILABLE])
+    texts = {f"id-{i}": text for i, text in enumerate(TEXTS)}
+    check(shell("embed_stream", texts.items()), texts)
+    configs = [request for request in requests(fake) if request.HasField("config")]
+    assert len(configs) == len(broken) + 1
+    # Sent again is at most what was under way.
+    assert sum(len(request.items) for request in requests(fake)) <= 1000 + 64 * 16 * len(broken)
+
+
+def test_what_was_answered_is_not_sent_again(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["EmbedStream"].extend([None, None, None, UNAVAILABLE])
+    shell("embed_stream", TEXTS[:40], batch_size=10, window=10)
+    assert [[int(item.id) for item in request.items] for request in requests(fake)] == [
+        [],
+        list(range(10)),
+        list(range(10, 20)),
+        list(range(20, 30)),
+        [],
+        list(range(20, 30)),
+        list(range(30, 40)),
+    ]
+
+
+def test_it_is_given_up_when_nothing_is_answered_any_more(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["EmbedStream"].extend([None, *[UNAVAILABLE] * 50])
+    with pytest.raises(Unavailable, match="stopping") as raised:
+        shell("embed_stream", TEXTS, timeout=1)
+    assert raised.value.reason == "STOPPING"
+
+
+def test_a_server_that_was_never_there_is_not_waited_for(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["EmbedStream"].extend([UNAVAILABLE] * 6)
+    with pytest.raises(Unavailable):
+        shell("embed_stream", TEXTS)
+    assert len(fake.asked["EmbedStream"]) <= 5
+
+
+def test_another_error_ends_it(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["EmbedStream"].append(Fault(grpc.StatusCode.NOT_FOUND, "there is no model 'm'", "MODEL_NOT_FOUND"))
+    with pytest.raises(NotFound, match="no model 'm'"):
+        shell("embed_stream", TEXTS, model="m")
+
+
+def test_a_silent_server_is_not_waited_for_for_ever(fake: FakeServer, shell: Shell) -> None:
+    released = threading.Event()
+    fake.hooks["EmbedStream"] = lambda _: released.wait(20)
+    try:
+        with pytest.raises(DeadlineExceeded, match="no answer from .* within 0.3 s"):
+            shell("embed_stream", TEXTS, timeout=0.3)
+    finally:
+        released.set()
+
+
+def test_another_model_after_a_restart_is_not_mixed_with_the_first(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["EmbedStream"].extend([None, None, UNAVAILABLE])
+
+    def hook(request: Any) -> None:
+        if len(fake.asked["EmbedStream"]) == 3:
+            fake.fingerprint = "two"
+
+    fake.hooks["EmbedStream"] = hook
+    with pytest.raises(FailedPrecondition, match="another model 'canned'") as raised:
+        shell("embed_stream", TEXTS)
+    assert raised.value.reason == "MODEL_CHANGED"
+
+
+def test_a_server_that_ends_early_or_answers_twice_is_broken(
+    fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.stream_ends_after = 2
+    with pytest.raises(Internal, match="before it had answered every text"):
+        shell("embed_stream", TEXTS)
+    fake.stream_ends_after = None
+    fake.stream_repeats = True
+    with pytest.raises(Internal, match="was not asked or has answered"):
+        shell("embed_stream", TEXTS)
+
+
+def test_letting_go_of_the_results_ends_the_stream(fake: FakeServer, shell: Shell) -> None:
+    results = shell.iterate("embed_stream", iter(lambda: "endless", None))
+    for _ in range(300):
+        next(results)
+    results.close()
+    assert fake.streams_ended.wait(10)
+
+
+def test_closing_the_client_ends_its_streams() -> None:
+    with FakeServer() as fake:
+        client = Client(fake.target)
+        results = client.embed_stream(iter(lambda: "endless", None))
+        next(results)
+        client.close()
+        with pytest.raises(Cancelled):
+            list(results)
+
+
+async def test_closing_the_asynchronous_client_ends_its_streams() -> None:
+    with FakeServer() as fake:
+        client = AsyncClient(fake.target)
+        results = client.embed_stream(iter(lambda: "endless", None))
+        await anext(results)
+        await client.close()
+        with pytest.raises(Cancelled):
+            [result async for result in results]
+
+
+async def test_items_may_come_asynchronously(fake: FakeServer) -> None:
+    async def source() -> AsyncIterator[tuple[str, str]]:
+        for i, text in enumerate(TEXTS):
+            if i % 100 == 0:
+                await asyncio.sleep(0)
+            yield f"id-{i}", text
+
+    async with AsyncClient(fake.target) as client:
+        results = [result async for result in client.embed_stream(source())]
+    check(results, {f"id-{i}": text for i, text in enumerate(TEXTS)})
+
+
+async def test_streams_of_one_client_run_side_by_side(fake: FakeServer) -> None:
+    async with AsyncClient(fake.target) as client:
+
+        async def run(name: str) -> list[StreamedEmbedding]:
+            items = [(f"{name}-{i}", text) for i, text in enumerate(TEXTS)]
+            return [result async for result in client.embed_stream(items)]
+
+        for name, results in zip("abc", await asyncio.gather(*map(run, "abc")), strict=True):
+            check(results, {f"{name}-{i}": text for i, text in enumerate(TEXTS)})

@@ -1,0 +1,268 @@
+"""EmbedStream under pressure: what is under way is bounded, and what fails, fails no more than it must."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Truncation
+from emberpc.server.errors import Code, FieldPath, ServiceError
+from emberpc.server.interceptors import CallInterceptor
+from emberpc.server.services import streaming
+from emberpc.server.services.embedding import EmbeddingService
+from emberpc.server.services.requests import Limits
+from emberpc.v1 import embedding_pb2 as pb
+from emberpc.v1 import embedding_pb2_grpc, errors_pb2
+from emberpc.wire import status
+from stream_helpers import LETTERS, Answers, messages, texts_of
+
+
+class WatchedEngine(Engine):
+    """The real engine, with something awaited before it is asked; it may raise."""
+
+    def __init__(self, pool: ThreadPoolExecutor, max_queue_tokens: int = 2**20) -> None:
+        super().__init__(pool, workers=1, batch_tokens=512, max_queue_tokens=max_queue_tokens)
+        self.before: Callable[[Sequence[str], Caller], Any] | None = None
+        self.under_way = 0
+        self.asked = 0
+
+    async def infer(
+        self,
+        model: Model,
+        texts: Sequence[str],
+        prompt: str,
+        truncation: Truncation,
+        path: FieldPath,
+        caller: Caller,
+    ) -> Inference:
+        self.under_way += 1
+        self.asked += len(texts)
+        try:
+            if self.before is not None:
+                await self.before(texts, caller)
+            return await super().infer(model, texts, prompt, truncation, path, caller)
+        finally:
+            self.under_way -= 1
+
+
+@asynccontextmanager
+async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedEngine, Any]]:
+    """A server in this loop, on a real port; gives its engine and the method EmbedStream of a stub."""
+    with ThreadPoolExecutor(2) as pool:
+        engine = WatchedEngine(pool, **settings)
+        engine.load("tiny", bundle)
+        server = grpc.aio.server(interceptors=[CallInterceptor()])
+        service = EmbeddingService(engine, Limits(4096, 2**20))
+        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(service, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield engine, embedding_pb2_grpc.EmbeddingServiceStub(channel).EmbedStream
+        await server.stop(0)
+        engine.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something holds."""
+
+    async def hold() -> None:
+        while not condition():  # noqa: ASYNC110 - what is waited for is state of the engine, not an event
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(hold(), 20)
+
+
+async def still(count: Callable[[], int]) -> None:
+    """Wait until something has grown and no longer does; nothing tells the latter but a second without it."""
+    await until(lambda: count() > 0)
+    same, before = 0, 0
+    while same < 5:
+        same = same + 1 if count() == before else 0
+        before = count()
+        await asyncio.sleep(0.2)
+
+
+async def test_what_is_there_is_answered_before_more_is_sent(tiny_bundle: Path) -> None:
+    async with serving(tiny_bundle) as (_, embed_stream):
+        call = embed_stream()
+        await call.write(pb.EmbedStreamRequest(config=pb.EmbedStreamConfig()))
+        assert (await call.read()).model.name == "tiny"
+        for key in "xyz":
+            await call.write(pb.EmbedStreamRequest(items=[pb.EmbedStreamItem(id=key, text="a b")]))
+            assert list((await call.read()).ids) == [key]
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_reader_that_does_not_read_stops_the_reading(tiny_bundle: Path) -> None:
+    """20,000 texts whose answers are 20 MB: neither the server nor gRPC's buffers hold them."""
+    total, sent = 20_000, 0
+    keys = [f"{i}".zfill(1000) for i in range(total)]
+
+    async def write(call: Any) -> None:
+        nonlocal sent
+        for request in messages(((key, "a") for key in keys), 50):
+            await call.write(request)
+            sent += len(request.items)
+        await call.done_writing()
+
+    async with serving(tiny_bundle) as (engine, embed_stream):
+        call = embed_stream()
+        writing = asyncio.create_task(write(call))
+        await still(lambda: sent)
+        assert engine.under_way == 0
+        assert engine.asked <= sent < total / 2
+        answered: Counter[str] = Counter()
+        while (response := await call.read()) is not grpc.aio.EOF:
+            answered.update(response.ids)
+        await writing
+        assert answered == Counter(keys)
+
+
+async def test_what_is_under_way_is_bounded_and_shares_the_bulk_lane(tiny_bundle: Path) -> None:
+    gate = asyncio.Event()
+    lanes, most = set(), 0
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def wait(texts: Sequence[str], caller: Caller) -> None:
+            nonlocal most
+            lanes.add(caller.lane)
+            most = max(most, engine.under_way)
+            assert len(texts) <= 64
+            await gate.wait()
+
+        engine.before = wait
+        call = embed_stream(messages(((str(i), text) for i, text in enumerate(texts_of(2000))), 100))
+        await until(lambda: engine.under_way == 8)
+        gate.set()
+        answers = Answers([response async for response in call])
+    assert len(answers.vectors) == 2000
+    assert most == 8
+    assert lanes == {Lane.BULK}
+
+
+async def test_a_caller_that_leaves_takes_its_work_along(tiny_bundle: Path) -> None:
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def forever(texts: Sequence[str], caller: Caller) -> None:
+            await asyncio.Event().wait()
+
+        engine.before = forever
+        call = embed_stream(messages(((str(i), "a") for i in range(1000)), 100))
+        await until(lambda: engine.under_way == 8)
+        call.cancel()
+        await until(lambda: engine.under_way == 0)
+        engine.before = None
+        answers = Answers([response async for response in embed_stream(messages([("again", "a")], 1))])
+        assert set(answers.vectors) == {"again"}
+
+
+async def test_a_caller_that_leaves_without_having_read_takes_its_work_along(tiny_bundle: Path) -> None:
+    """The stream is then at writing an answer, not at waiting for one."""
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def hold_one(texts: Sequence[str], caller: Caller) -> None:
+            if "held" in texts:
+                await asyncio.Event().wait()
+
+        engine.before = hold_one
+        call = embed_stream()
+        items = [("held", "held"), *((f"{i}".zfill(1000), "a") for i in range(20_000))]
+        writing = asyncio.create_task(_write_all(call, messages(items, 50)))
+        await still(lambda: engine.asked)
+        held, asked = engine.under_way, engine.asked
+        call.cancel()
+        await until(lambda: engine.under_way == 0)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        assert held == 1
+        assert asked < 10_000
+
+
+async def _write_all(call: Any, requests: Iterator[pb.EmbedStreamRequest]) -> None:
+    for request in requests:
+        await call.write(request)
+
+
+async def test_a_model_that_fails_fails_the_texts_of_its_group_only(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def fail_some(texts: Sequence[str], caller: Caller) -> None:
+            if "poison" in texts:
+                raise ServiceError(Code.INTERNAL, "the model failed on this call")
+
+        engine.before = fail_some
+        items = [(str(i), "poison" if i == 100 else "a b") for i in range(300)]
+        call = embed_stream(messages(items, 50), metadata=((status.REQUEST_ID_KEY, "stream-1"),))
+        answers = Answers([response async for response in call])
+    assert "100" in answers.failures
+    assert 1 <= len(answers.failures) <= 64
+    assert len(answers.failures) + len(answers.vectors) == 300
+    error = answers.failures["100"]
+    assert error.code == Code.INTERNAL.value
+    assert error.message.endswith("request id stream-1")
+    assert "stream-1" in caplog.text
+
+
+async def test_a_full_queue_is_waited_for(tiny_bundle: Path) -> None:
+    refusals = 3
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def full(texts: Sequence[str], caller: Caller) -> None:
+            nonlocal refusals
+            if refusals:
+                refusals -= 1
+                raise ServiceError(Code.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=0.01)
+
+        engine.before = full
+        answers = Answers([response async for response in embed_stream(messages([("a", "a"), ("b", "b")], 2))])
+    assert set(answers.vectors) == {"a", "b"}
+    assert refusals == 0
+
+
+async def test_a_queue_that_stays_full_fails_the_texts_in_the_end(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_PATIENCE", 0.2)
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def full(texts: Sequence[str], caller: Caller) -> None:
+            raise ServiceError(Code.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=0.01)
+
+        engine.before = full
+        answers = Answers([response async for response in embed_stream(messages([("a", "a"), ("b", "b")], 2))])
+    assert {error.code for error in answers.failures.values()} == {Code.RESOURCE_EXHAUSTED.value}
+    retry = status.detail(answers.failures["a"], errors_pb2.RetryInfo)
+    assert retry is not None
+    assert retry.retry_delay.ToNanoseconds() == 10_000_000
+
+
+async def test_a_group_that_is_more_than_the_queue_may_hold_is_cut_up(tiny_bundle: Path) -> None:
+    async with serving(tiny_bundle, max_queue_tokens=40) as (_, embed_stream):
+        items = [(str(i), " ".join(LETTERS[:18])) for i in range(20)]
+        answers = Answers([response async for response in embed_stream(messages(items, 20))])
+    assert len(answers.vectors) == 20
+
+
+async def test_a_server_that_cannot_go_on_ends_the_stream(tiny_bundle: Path) -> None:
+    async with serving(tiny_bundle) as (engine, embed_stream):
+
+        async def stopping(texts: Sequence[str], caller: Caller) -> None:
+            raise ServiceError(Code.UNAVAILABLE, "the server is stopping; try again", reason="STOPPING")
+
+        engine.before = stopping
+        call = embed_stream(messages([("a", "a")], 1))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            [response async for response in call]
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,193 @@
+"""`embed_stream` against real servers: a large corpus in little memory, and servers that are killed or stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.client import AsyncClient, Client, FailedPrecondition, InvalidArgument, StreamedEmbedding, Unavailable
+from emberpc.client.types import DType
+from server_process import ServerProcess
+from stream_helpers import LETTERS, texts_of
+
+Serve = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
+    """Starts servers of the tiny model; all are ended with the test."""
+    started: list[ServerProcess] = []
+
+    def start(*flags: str, listen: str = "127.0.0.1:0", name: str = "tiny") -> ServerProcess:
+        started.append(ServerProcess({name: tiny_bundle}, tmp_path / "data", *flags, listen=listen))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.returncode is None:
+            server.kill()
+
+
+def test_a_corpus_of_20000_is_read_no_further_than_the_window(serve: Serve) -> None:
+    total, window = 20_000, 512
+    read = taken = most = 0
+    texts = texts_of(100)
+
+    def corpus() -> Iterator[str]:
+        nonlocal read, most
+        for i in range(total):
+            read += 1
+            most = max(most, read - taken)
+            yield texts[i % 100]
+
+    seen: Counter[str] = Counter()
+    with Client(serve().address) as client:
+        expected = client.embed(texts)
+        for result in client.embed_stream(corpus(), window=window):
+            taken += 1
+            seen[result.id] += 1
+            assert result.vector is not None
+            assert np.abs(result.vector - expected[int(result.id) % 100]).max() < 1e-5
+    assert seen == Counter({str(i): 1 for i in range(total)})
+    # Besides what is not answered: the answer that is being taken.
+    assert most <= window + 64
+
+
+def test_bad_texts_fail_alone_in_both_clients(serve: Serve) -> None:
+    items = [("gut", "a b"), ("leer", ""), ("lang", " ".join(LETTERS * 2)), ("schön 🦊", "c d")]
+    address = serve().address
+
+    async def run() -> list[StreamedEmbedding]:
+        async with AsyncClient(address) as client:
+            return [result async for result in client.embed_stream(items)]
+
+    with Client(address) as client:
+        outcomes = [list(client.embed_stream(items)), asyncio.run(run())]
+    for outcome in outcomes:
+        results = {result.id: result for result in outcome}
+        assert {key for key, result in results.items() if result.error is None} == {"gut", "schön 🦊"}
+        for key, words in (("leer", "is empty"), ("lang", "at most 32")):
+            error = results[key].error
+            assert isinstance(error, InvalidArgument)
+            assert words in error.message
+            assert error.request_id
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
+def test_other_element_types_are_those_of_embed(serve: Serve, dtype: DType) -> None:
+    texts = texts_of(20)
+    with Client(serve().address) as client:
+        expected = client.embed(texts, dtype=dtype, dimensions=0)
+        for result in client.embed_stream(texts, dtype=dtype):
+            assert result.vector is not None
+            near = np.abs(result.vector - expected[int(result.id)]) < 0.05
+            assert near.mean() > (0.9 if dtype == "binary" else 0.999)
+
+
+def interrupted(serve: Serve, end: Callable[[ServerProcess], int], *flags: str) -> tuple[list[StreamedEmbedding], int]:
+    """Run a stream whose server is ended and started again on the way; return the results, and how many came before."""
+    first = serve(*flags)
+    again: list[ServerProcess] = []
+    before = 0
+    results: list[StreamedEmbedding] = []
+
+    def restart() -> None:
+        end(first)
+        again.append(serve(*flags, listen=first.address))
+
+    thread = threading.Thread(target=restart)
+    with Client(first.address) as client:
+        for result in client.embed_stream(iter_forever(thread)):
+            results.append(result)
+            if len(results) == 1000:
+                thread.start()
+            if first.process.poll() is None:
+                before = len(results)
+        thread.join()
+        assert client.health().name == "SERVING"
+    assert again
+    return results, before
+
+
+def iter_forever(thread: threading.Thread) -> Iterator[tuple[str, str]]:
+    """Texts until the thread has ended, and 1000 more."""
+    texts, left, number = texts_of(50), 1000, 0
+    while left:
+        if thread.ident is not None and not thread.is_alive():
+            left -= 1
+        yield f"text-{number}", texts[number % 50]
+        number += 1
+
+
+def test_every_text_is_answered_once_though_the_server_was_killed(serve: Serve) -> None:
+    results, before = interrupted(serve, ServerProcess.kill)
+    assert 1000 <= before < len(results)
+    assert Counter(result.id for result in results) == Counter({f"text-{i}": 1 for i in range(len(results))})
+    assert all(result.error is None and result.vector is not None for result in results)
+
+
+def test_every_text_is_answered_once_though_the_server_was_stopped(serve: Serve) -> None:
+    """A stream that is still open when the time to drain is over goes on with the next server."""
+    results, before = interrupted(serve, ServerProcess.stop, "--drain-seconds", "0.2")
+    assert 1000 <= before < len(results)
+    assert Counter(result.id for result in results) == Counter({f"text-{i}": 1 for i in range(len(results))})
+    assert all(result.error is None and result.vector is not None for result in results)
+
+
+async def test_the_asynchronous_client_goes_on_after_a_kill_too(serve: Serve) -> None:
+    server = await asyncio.to_thread(serve)
+    texts = texts_of(50)
+    seen: Counter[str] = Counter()
+    restarting: asyncio.Task[ServerProcess] | None = None
+
+    def restart() -> ServerProcess:
+        server.kill()
+        return serve(listen=server.address)
+
+    def corpus() -> Iterator[tuple[str, str]]:
+        number = 0
+        while restarting is None or not restarting.done():
+            yield f"text-{number}", texts[number % 50]
+            number += 1
+
+    async with AsyncClient(server.address) as client:
+        async for result in client.embed_stream(corpus()):
+            seen[result.id] += 1
+            assert result.error is None
+            if len(seen) == 500:
+                restarting = asyncio.create_task(asyncio.to_thread(restart))
+            if len(seen) % 64 == 0:
+                await asyncio.sleep(0)
+    assert seen == Counter({f"text-{i}": 1 for i in range(len(seen))})
+    assert len(seen) > 500
+
+
+def test_a_server_that_stays_away_is_not_waited_for_for_ever(serve: Serve) -> None:
+    server = serve()
+    with Client(server.address) as client:
+        results = client.embed_stream(("a b" for _ in range(10**9)), timeout=1)
+        next(results)
+        server.kill()
+        with pytest.raises(Unavailable, match="no emberpc server answers"):
+            list(results)
+
+
+def test_another_model_under_the_name_is_not_taken_for_the_first(
+    serve: Serve, minilm_bundle: Path, tmp_path: Path
+) -> None:
+    server = serve()
+    with Client(server.address) as client:
+        results = client.embed_stream(("a b" for _ in range(10**9)), model="tiny")
+        next(results)
+        server.kill()
+        with (
+            ServerProcess({"tiny": minilm_bundle}, tmp_path / "other", listen=server.address),
+            pytest.raises(FailedPrecondition, match="another model 'tiny'"),
+        ):
+            list(results)
