@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from emberpc.client._calls import Call, Job, Page, Response
+from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
 from emberpc.client._connection import Connection
 
 Result = TypeVar("Result")
@@ -53,6 +53,26 @@ class AsyncRunner:
         """Run one call."""
         return await self._answer(call, self._start(call, timeout), timeout)
 
+    async def follow(
+        self, call: Call[Any, Step[Item]], told: Callable[[str], None] | None, timeout: float | None
+    ) -> Item:
+        """Run one call that tells its steps, and return what the last one holds."""
+        steps = Steps(call, told)
+        method: Any = self._open_channel().unary_stream(
+            call.method.path,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.method.response.FromString,
+        )
+        answers = method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        try:
+            async for message in answers:
+                steps.take(call.read(message))
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error, call, timeout) from error
+        finally:
+            answers.cancel()
+        return steps.result()
+
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> AsyncIterator[Item]:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""
         return self._walk(page_call(""), page_call, timeout)
@@ -78,14 +98,17 @@ class AsyncRunner:
 
     def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
         """Send a request; return gRPC's awaitable of the answer."""
-        if self._channel is None:
-            self._channel = _open(self._connection)
-        method: Any = self._channel.unary_unary(
+        method: Any = self._open_channel().unary_unary(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
             response_deserializer=call.method.response.FromString,
         )
         return method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = _open(self._connection)
+        return self._channel
 
     async def _answer(self, call: Call[Any, Result], future: Any, timeout: float | None) -> Result:
         """Wait for an answer, and read it."""

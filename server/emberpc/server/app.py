@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from emberpc.server.cores import usable_cores
-from emberpc.server.engine import Engine, ModelLoadError
+from emberpc.server.engine import Engine, Loader, ModelLoadError, ModelsDirectory
 from emberpc.server.errors import ServiceError
 from emberpc.server.index import Index
 from emberpc.server.interceptors import CallInterceptor
@@ -90,12 +90,20 @@ async def _serve(settings: Settings) -> None:
             max_queue_tokens=settings.max_queue_tokens,
             on_failure=on_failure,
         )
+        loader = Loader(engine.registry, settings.models_dir, settings.named_variants(), settings.named_options())
+        stack.callback(loader.close)
         stack.callback(engine.close)
         index = await loop.run_in_executor(pool, _open_index, settings)
         stack.callback(index.close)
         await loop.run_in_executor(pool, _load_models, engine, settings)
+        if settings.models_dir is not None:
+            directory = ModelsDirectory(settings.models_dir, engine.registry, loader, settings.named_models())
+            await asyncio.wrap_future(loader.submit(directory.poll))
+            if settings.watch_models:
+                watch = asyncio.create_task(_watch(directory, loader, settings.watch_models))
+                stack.callback(watch.cancel)
 
-        _register(server, engine, index, pool, statuses, settings)
+        _register(server, engine, loader, index, pool, statuses, settings)
         await server.start()
         await _set_health(statuses, serving=True)
         log.info("serving on %s with %d workers", address, workers)
@@ -126,6 +134,16 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
     return server, f"{host}:{port}"
 
 
+async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> None:
+    """Look into the models directory again and again."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await asyncio.wrap_future(loader.submit(directory.poll))
+        except Exception:  # whatever one look runs into, the next ones must come
+            log.exception("a look into the models directory failed; the next one is in %g seconds", seconds)
+
+
 def _open_index(settings: Settings) -> Index:
     try:
         return Index(settings.data_dir)
@@ -134,6 +152,8 @@ def _open_index(settings: Settings) -> Index:
 
 
 def _load_models(engine: Engine, settings: Settings) -> None:
+    if settings.models_dir is not None and not settings.models_dir.is_dir():
+        raise StartupError(f"--models-dir: there is no folder {settings.models_dir}; make it, or name another")
     variants, options = settings.named_variants(), settings.named_options()
     for name, folder in settings.named_models().items():
         try:
@@ -146,6 +166,7 @@ def _load_models(engine: Engine, settings: Settings) -> None:
 def _register(
     server: grpc.aio.Server,
     engine: Engine,
+    loader: Loader,
     index: Index,
     pool: ThreadPoolExecutor,
     statuses: health.aio.HealthServicer,
@@ -155,7 +176,7 @@ def _register(
     embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(engine, limits), server)
     index_pb2_grpc.add_IndexServiceServicer_to_server(IndexService(engine, index, pool, limits), server)
     classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationService(engine, limits), server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(engine), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(engine, loader, admin=settings.model_admin), server)
     health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
     reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +30,9 @@ _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
 #: Enough to tell a wrong model from a right one without holding up the start.
 _REFERENCE_TEXTS = 4
 
+#: Told what is being done.
+Tell = Callable[[str], None]
+
 
 class ModelLoadError(Exception):
     """A model cannot be served; the message names it, what is wrong and the remedy."""
@@ -37,9 +40,14 @@ class ModelLoadError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model that is served under a name."""
+    """A model that is served under a name.
+
+    `folder` and `options` are where it came from and what was stated of it.
+    """
 
     name: str
+    folder: Path
+    options: Mapping[str, str]
     manifest: Manifest
     variant: Variant
     tokenizer: TextTokenizer
@@ -58,7 +66,14 @@ class Model:
         return self.session.run(batch, self.interface, self.manifest.pad_token_id)
 
     @classmethod
-    def load(cls, name: str, folder: Path, variant_name: str = "", options: Mapping[str, str] | None = None) -> Model:
+    def load(
+        cls,
+        name: str,
+        folder: Path,
+        variant_name: str = "",
+        options: Mapping[str, str] | None = None,
+        tell: Tell = lambda stage: None,
+    ) -> Model:
         """Read a bundle, check it, load it, and see that it gives what it gave when it was exported.
 
         A folder that emberpc did not write is served by what it says of itself,
@@ -69,6 +84,7 @@ class Model:
             folder: the bundle.
             variant_name: which of its ONNX files; empty: the first.
             options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
+            tell: called with each stage as it begins.
 
         Raises:
             ModelLoadError: the bundle is damaged or does not do what it did at export, or something has to be stated.
@@ -81,12 +97,16 @@ class Model:
             return sessions[path]
 
         try:
+            tell("checking the files")
             bundle = open_bundle(folder, options or {}, lambda path: load(path).graph)
             manifest = bundle.manifest
             variant = manifest.variant(variant_name)
+            tell("loading the weights")
             session = load(bundle.model_path(variant))
             model = cls(
                 name=name,
+                folder=folder,
+                options=dict(options or {}),
                 manifest=manifest,
                 variant=variant,
                 tokenizer=_tokenizer(bundle),
@@ -95,6 +115,7 @@ class Model:
                 size_bytes=manifest.files[variant.path].size,
                 loaded=datetime.now(timezone.utc),
             )
+            tell("warming up")
             model._check(bundle)
         except UnstatedError as error:
             raise ModelLoadError(
