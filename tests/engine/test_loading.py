@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from emberpc.server.engine import Loader, ModelsDirectory, Registry
+from emberpc.server.engine import Loader, ModelsDirectory, Registry, watching
 from emberpc.server.errors import Code, ServiceError
 
 
@@ -189,3 +190,32 @@ def test_what_is_not_the_directorys_is_left_alone(
     directory.poll()
     assert sorted(served(registry)) == ["a"]
     assert len(caplog.records) == 1
+
+
+def test_an_unreadable_folder_is_told_once_and_holds_up_no_other(
+    tiny_bundle: Path,
+    models: Path,
+    registry: Registry,
+    directory: ModelsDirectory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(tiny_bundle, models / name)
+    state_of = watching._state_of
+
+    def denied(folder: Path) -> watching._State:
+        if folder.name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return state_of(folder)
+
+    monkeypatch.setattr(watching, "_state_of", denied)
+    directory.poll()
+    directory.poll()
+    assert sorted(served(registry)) == ["b"]
+    (record,) = caplog.records
+    assert record.message == f"{models / 'a'} is not served: it cannot be read (Permission denied)"
+    monkeypatch.undo()
+    directory.poll()
+    directory.poll()
+    assert sorted(served(registry)) == ["a", "b"]

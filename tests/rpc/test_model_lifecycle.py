@@ -149,26 +149,32 @@ async def test_the_async_client_does_the_same(admin: ServerProcess) -> None:
         await client.unload_model("m")
         with pytest.raises(NotFound):
             await client.reload_model("m")
+        assert (await client.load_model("m", "b")).name == "m"
 
 
-def test_an_unloaded_model_finishes_its_calls(admin: ServerProcess, connected: Client) -> None:
-    connected.unload_model("b")
-    with grpc.insecure_channel(admin.address) as channel:
-        stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
-        texts = [f"{i:012b}".replace("0", "a ").replace("1", "b ") for i in range(4096)]
-        long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
-        # On the same connection, and answered: so the long call before it has arrived.
-        stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["a"]))
-        assert not long.done()
-        connected.unload_model("a")
-        assert long.result(0.5).embeddings.rows == 4096
-    for call in (lambda: connected.embed(["a"]), lambda: connected.count_tokens(["a"])):
-        with pytest.raises(FailedPrecondition) as refused:
-            call()
-        assert refused.value.reason == "NO_MODEL"
-    with pytest.raises(NotFound):
-        connected.unload_model("a")
-    assert connected.load_model("a", "a").name == "a"
+def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Path) -> None:
+    texts = [f"text number {i} " + "word " * (i % 30) for i in range(300)]
+    with ServerProcess({"m": minilm_bundle}, tmp_path, "--model-admin") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+            long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
+            # On the same connection, and answered: so the long call before it has arrived.
+            stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["short"]))
+            assert not long.done()
+            model_pb2_grpc.ModelServiceStub(channel).UnloadModel(model_pb2.UnloadModelRequest(name="m"))
+            assert long.result(0.2).embeddings.rows == 300
+        with Client(server.address) as client:
+            calls: tuple[Callable[[], object], ...] = (
+                lambda: client.embed(["a"]),
+                lambda: client.count_tokens(["a"]),
+            )
+            for call in calls:
+                with pytest.raises(FailedPrecondition) as refused:
+                    call()
+                assert refused.value.reason == "NO_MODEL"
+            with pytest.raises(NotFound):
+                client.unload_model("m")
+            assert client.models() == []
 
 
 def test_two_loads_of_one_name_come_one_after_the_other(connected: Client) -> None:
@@ -217,7 +223,11 @@ def test_without_a_models_directory_only_a_models_own_folder_is_read(tiny_bundle
         assert before is not None
         assert after is not None
         assert after > before
-        for call in (lambda: client.load_model("n", "tiny"), lambda: client.reload_model("m", "tiny")):
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: client.load_model("n", "tiny"),
+            lambda: client.reload_model("m", "tiny"),
+        )
+        for call in calls:
             with pytest.raises(FailedPrecondition, match="start it with --models-dir") as refused:
                 call()
             assert refused.value.reason == "NO_MODELS_DIR"
@@ -228,11 +238,12 @@ def test_models_stay_as_they_are_unless_the_server_allows_otherwise(models: Path
         ServerProcess({}, tmp_path / "data", "--models-dir", str(models)) as server,
         Client(server.address) as client,
     ):
-        for call in (
+        calls: tuple[Callable[[], object], ...] = (
             lambda: client.load_model("m", "a"),
             lambda: client.reload_model("a"),
             lambda: client.unload_model("a"),
-        ):
+        )
+        for call in calls:
             with pytest.raises(PermissionDenied, match="start it with --model-admin"):
                 call()
         assert [model.name for model in client.models()] == ["a", "b"]

@@ -20,11 +20,8 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
     """Return the option of a setting; not given, it is None, so that environment and file are asked."""
     several = hint == tuple[str, ...]
-    default = (
-        ""
-        if field.default in ((), None)
-        else f"; default: {str(field.default).lower() if hint is bool else field.default}"
-    )
+    shown = str(field.default).lower() if hint is bool else field.default
+    default = "" if field.default in ((), None) else f"; default: {shown}"
     flag = f"--{field.name.replace('_', '-')}"
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if hint is bool else flag,

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.model import Model, ModelLoadError, Tell
 from emberpc.server.engine.registry import Registry
 from emberpc.server.errors import Code, ServiceError, invalid
@@ -118,6 +119,7 @@ class Loader:
                 Code.FAILED_PRECONDITION, str(error), reason="MODEL_UNFIT", metadata={"model": name}
             ) from error
         self._registry.put(model)
+        return_memory()  # reading a file of weights takes as much again as they take in the end
         log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
         return model
 

@@ -65,17 +65,16 @@ class ModelsDirectory:
     def poll(self) -> None:
         """Look once: load what is new, reload what has another manifest, unload what is gone since the last look."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self._folder) if not entry.name.startswith("."))
+            names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
+            self._unload_missing()
         except OSError as error:
             if self._readable:
                 log.warning("%s cannot be read (%s); what is served stays", self._folder, error.strerror)
             self._readable = False
             return
         self._readable = True
-        self._unload_missing()
         for name in names:
-            if (self._folder / name / MANIFEST_NAME).is_file():
-                self._look_at(name)
+            self._look_at(name)
         self._looks = {name: look for name, look in self._looks.items() if name in names}
 
     def _unload_missing(self) -> None:
@@ -89,9 +88,11 @@ class ModelsDirectory:
         self._missing = missing
 
     def _look_at(self, name: str) -> None:
+        last = self._looks.get(name)
         try:
+            if not (self._folder / name / MANIFEST_NAME).is_file():
+                return
             state = _state_of(self._folder / name)
-            last = self._looks.get(name)
             if last is None or last.outcome is _Outcome.DEALT_WITH:
                 due = last is None or state != last.state
             else:
@@ -100,9 +101,12 @@ class ModelsDirectory:
                 self._looks[name] = _Look(state, self._deal_with(name))
             elif last is not None and state != last.state:
                 self._looks[name] = _Look(state, _Outcome.MOVING)
+        except FileNotFoundError:
+            log.debug("%s is being replaced or removed; the next look tells", self._folder / name)
         except OSError as error:
-            # It is being replaced or removed; the next look tells.
-            log.debug("%s cannot be read now (%s)", self._folder / name, error.strerror)
+            if last is None or last.state:
+                log.warning("%s is not served: it cannot be read (%s)", self._folder / name, error.strerror)
+            self._looks[name] = _Look((), _Outcome.FAILED)
 
     def _deal_with(self, name: str) -> _Outcome:
         """Load or reload a folder that is new or has changed."""
