@@ -384,6 +384,22 @@ class _Models(_Service, model_pb2_grpc.ModelServiceServicer):
         Fault(grpc.StatusCode.NOT_FOUND, f"there is no model {request.name!r}", "MODEL_NOT_FOUND").end(context)
         raise AssertionError("unreachable")
 
+    def LoadModel(self, request: Any, context: Any) -> Any:
+        self.server.begin("LoadModel", request, context)
+        yield from self._steps(request, model_pb2.LoadModelResponse)
+
+    def ReloadModel(self, request: Any, context: Any) -> Any:
+        self.server.begin("ReloadModel", request, context)
+        yield from self._steps(request, model_pb2.ReloadModelResponse)
+
+    def UnloadModel(self, request: Any, context: Any) -> Any:
+        self.server.begin("UnloadModel", request, context)
+        return model_pb2.UnloadModelResponse()
+
+    def _steps(self, request: Any, response: Any) -> Any:
+        for stage, state in (("warming up", model_pb2.MODEL_STATE_LOADING), ("ready", model_pb2.MODEL_STATE_READY)):
+            yield response(model=model_pb2.Model(name=request.name, state=state), stage=stage)
+
 
 def _page(names: list[str], request: Any) -> tuple[list[str], str]:
     rest = [name for name in names if name > request.page_token]

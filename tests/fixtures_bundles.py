@@ -94,12 +94,15 @@ def tiny_tokenizer(pad: int = 0, *, token_types: bool = True) -> PreTrainedToken
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two small layers with random weights, in plain Hugging Face form: quick to export."""
+    return _write_tiny(tmp_path_factory.mktemp("sources") / "tiny-bert", seed=0)
+
+
+def _write_tiny(folder: Path, seed: int) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("sources") / "tiny-bert"
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = BertModel(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -122,6 +125,16 @@ def tiny_bundle(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     export_embedding(str(tiny_source), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle like the tiny one, but of other weights: another fingerprint, other vectors."""
+    from emberpc.export.embedding import export_embedding
+
+    folder = tmp_path_factory.mktemp("bundles") / "other-tiny"
+    export_embedding(str(_write_tiny(tmp_path_factory.mktemp("sources") / "other-tiny-bert", seed=1)), folder)
     return folder
 
 

@@ -283,3 +283,18 @@ def test_a_wrong_setting_is_an_input_error(emberpc: Emberpc, command: str) -> No
         2,
         "error: listen is 'nowhere'; it must be HOST:PORT, such as 127.0.0.1:50051\n",
     )
+
+
+def test_models_are_loaded_reloaded_and_unloaded(emberpc: Emberpc, fake: FakeServer) -> None:
+    outcome = emberpc("models", "load", "m", "canned", "--variant", "int8")
+    assert (outcome.code, outcome.err) == (0, "warming up …\n")
+    assert ["name", "m"] in outcome.rows
+    request = fake.asked["LoadModel"][0].request
+    assert (request.name, request.path, request.variant) == ("m", "canned", "int8")
+    assert emberpc("models", "reload", "m", "--json").objects[0]["state"] == "ready"
+    assert fake.asked["ReloadModel"][0].request.path == ""
+    outcome = emberpc("models", "unload", "m")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "unloaded the model m\n")
+    fake.faults["LoadModel"].append(Fault(grpc.StatusCode.PERMISSION_DENIED, "not here", "MODEL_ADMIN_OFF"))
+    assert emberpc("models", "load", "m", "canned").code == 6
+    assert emberpc("models", "show", "kinds", "--json").objects[0]["name"] == "kinds"

@@ -55,7 +55,7 @@ def test_no_server(emberpc: Emberpc) -> None:
     ("arguments", "words"),
     [
         (["nonsense"], "No such command 'nonsense'; see emberpc --help"),
-        (["models", "--nonsense"], "No such option: --nonsense; see emberpc models --help"),
+        (["models", "--nonsense"], "No such option: --nonsense; see emberpc models show --help"),
         (["search"], "Missing argument 'COLLECTION'; see emberpc search --help"),
         (["search", "c", "q", "-k", "0"], "see emberpc search --help"),
         (["collection", "create", "c", "--distance", "manhattan"], "see emberpc collection create --help"),

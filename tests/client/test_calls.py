@@ -10,9 +10,21 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import AsyncClient, Client, Health, Internal, LabelScore, NotFound, Record, RecordId, UpsertResult
+from emberpc.client import (
+    AsyncClient,
+    Client,
+    FailedPrecondition,
+    Health,
+    InputTypeError,
+    Internal,
+    LabelScore,
+    NotFound,
+    Record,
+    RecordId,
+    UpsertResult,
+)
 from emberpc.v1 import index_pb2, types_pb2
-from fake_server import DIMENSIONS, FakeServer, vector_of
+from fake_server import DIMENSIONS, FakeServer, Fault, vector_of
 
 TEXTS = [f"text number {i}" for i in range(1000)]
 Shell = Any
@@ -294,3 +306,19 @@ def test_servers_of_different_dimensions_behind_one_target_are_found_out(fake: F
     fake.hooks["Embed"] = shrink
     with pytest.raises(Internal, match="of 8 dimensions, then of 3"):
         shell("embed", ["a", "b"], batch_size=1)
+
+
+def test_changing_models_tells_the_stages_and_gives_the_model(shell: Shell, fake: FakeServer) -> None:
+    stages: list[str] = []
+    model = shell("load_model", "m", "folder", variant="int8", progress=stages.append)
+    assert (model.name, model.state, stages) == ("m", "ready", ["warming up", "ready"])
+    assert shell("reload_model", "m").state == "ready"
+    assert shell("unload_model", "m") is None
+    request = fake.asked["LoadModel"][0].request
+    assert (request.name, request.path, request.variant) == ("m", "folder", "int8")
+    fake.faults["ReloadModel"].append(Fault(grpc.StatusCode.FAILED_PRECONDITION, "no bundle", "MODEL_UNFIT"))
+    with pytest.raises(FailedPrecondition, match="no bundle") as error:
+        shell("reload_model", "m")
+    assert error.value.reason == "MODEL_UNFIT"
+    with pytest.raises(InputTypeError):
+        shell("load_model", "m", 7)

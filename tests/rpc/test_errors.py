@@ -328,12 +328,9 @@ def test_pages_refuse_a_wrong_size_and_a_made_up_token(channel: grpc.Channel) ->
 def test_what_is_designed_but_not_built_says_so(channel: grpc.Channel) -> None:
     index = index_pb2_grpc.IndexServiceStub(channel)
     classify = classification_pb2_grpc.ClassificationServiceStub(channel)
-    models = model_pb2_grpc.ModelServiceStub(channel)
     for call in (
         lambda: index.FindDuplicates(index_pb2.FindDuplicatesRequest()),
         lambda: classify.CreateClassifier(classification_pb2.CreateClassifierRequest()),
-        lambda: models.UnloadModel(model_pb2.UnloadModelRequest()),
-        lambda: list(models.LoadModel(model_pb2.LoadModelRequest())),
         lambda: index.RestoreCollection(iter([index_pb2.RestoreCollectionRequest()])),
     ):
         found = failure(lambda _, call=call: call(), None)  # type: ignore[misc]  # mypy cannot infer the default's type

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_every_setting_is_documented_with_its_default_and_its_help() -> None:
     table = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Settings):
-        assert isinstance(field.default, (tuple, int, float, str, Path))
-        default = f"`{field.default}`" if field.default not in ((), "") else "–"
+        assert isinstance(field.default, (tuple, int, float, str, Path, type(None)))
+        shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        default = f"`{shown}`" if field.default not in ((), "", None) else "–"
         flag = f"--{field.name.replace('_', '-')}"
         line = f"| `{flag}` | `EMBERPC_{field.name.upper()}` | {default} | {field.metadata['help']} |"
         assert line in table
@@ -36,8 +37,7 @@ def test_every_rpc_is_documented_as_built_or_to_come() -> None:
     named = {
         "UpsertRecordsStream", "ReembedCollection", "CancelReembedding", "VerifyCollection",
         "BackupCollection", "RestoreCollection", "FindDuplicates", "ClusterRecords", "ListClassifiers", "GetClassifier",
-        "CreateClassifier", "UpdateClassifier", "DeleteClassifier", "FitClassifier", "SubmitCorrections", "LoadModel",
-        "ReloadModel", "UnloadModel",
+        "CreateClassifier", "UpdateClassifier", "DeleteClassifier", "FitClassifier", "SubmitCorrections",
     }  # fmt: skip
     for module in (embedding_pb2, index_pb2, classification_pb2, model_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():

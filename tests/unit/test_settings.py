@@ -48,6 +48,19 @@ def test_variants_are_chosen_by_the_names_of_their_models() -> None:
     assert load_settings({}, environ=environ).settings.named_variants() == {"b": "int8"}
 
 
+def test_a_models_directory_may_hold_models_that_variants_and_options_are_for() -> None:
+    environ = {
+        "EMBERPC_MODELS_DIR": "models",
+        "EMBERPC_VARIANT": "later=int8",
+        "EMBERPC_MODEL_OPTION": "later.pooling=mean",
+        "EMBERPC_MODEL_ADMIN": "true",
+    }
+    settings = load_settings({}, environ=environ).settings
+    assert (settings.models_dir, settings.model_admin) == (Path("models"), True)
+    assert settings.named_variants() == {"later": "int8"}
+    assert settings.named_options() == {"later": {"pooling": "mean"}}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -55,6 +68,9 @@ def test_variants_are_chosen_by_the_names_of_their_models() -> None:
         ({"variant": ["a="], "model": ["a"]}, "NAME=VARIANT"),
         ({"variant": ["b=int8"], "model": ["a"]}, "no model 'b'.*there are: a"),
         ({"variant": ["a=int8", "a=fp16"], "model": ["a"]}, "has two"),
+        ({"watch_models": 2.0}, "nothing to watch; give models_dir"),
+        ({"watch_models": -1.0, "models_dir": "m"}, "not be negative"),
+        ({"model_admin": "perhaps"}, "true or false"),
         ({"workers": "many"}, "whole number"),
         ({"workers": -1}, "not be negative"),
         ({"workers": True}, "whole number"),

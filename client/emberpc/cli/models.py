@@ -1,30 +1,48 @@
-"""The commands about what is served: models, health."""
+"""The commands about what is served: `emberpc models …`, and health."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.options import AsJson
-from emberpc.cli.output import Column, print_fields, print_json, print_table
+from emberpc.cli.output import Column, note, print_fields, print_json, print_table
 from emberpc.client import Client, Health, Model, NotFound
 
 
+class _ShowByDefault(TyperGroup):
+    """Takes `models …` for `models show …` where no other command is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command's name before its arguments."""
+        if not (args and (args[0] in self.commands or args[0] == "--help")):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ShowByDefault, help="List the models served; load, reload and unload them. `models NAME` shows one."
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name that it is served under.")]
+
+
+@app.command()
 @with_client
-def models(
+def show(
     client: Client,
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one alone, in full.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models served."""
-    found = client.models() if name is None else [client.get_model(name)]
-    if as_json:
-        print_json(found)
-    elif name is not None:
-        print_fields(vars(found[0]))
+    """List the models served, or show one."""
+    if name is not None:
+        _show(client.get_model(name), as_json)
+    elif as_json:
+        print_json(client.models())
     else:
         columns = [
             Column("name"),
@@ -36,7 +54,48 @@ def models(
             Column("variant"),
             Column("MB", "right"),
         ]
-        print_table(columns, [_row(model) for model in found])
+        print_table(columns, [_row(model) for model in client.models()])
+
+
+@app.command()
+@with_client
+def load(
+    client: Client,
+    name: Name,
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="The bundle's folder, relative to the server's --models-dir.")
+    ],
+    variant: Annotated[
+        str, typer.Option(help="Which of its ONNX files; default: the server's --variant for it, else the first.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Load a bundle that lies on the server's host, and serve it under a new name."""
+    _show(client.load_model(name, path, variant=variant, progress=_tell), as_json)
+
+
+@app.command()
+@with_client
+def reload(
+    client: Client,
+    name: Name,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Another folder, relative to the server's --models-dir; default: its own."),
+    ] = "",
+    variant: Annotated[str, typer.Option(help="Which of its ONNX files; default: the one served now.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Replace a model by what is now in its folder, or by another bundle, without failing a call."""
+    _show(client.reload_model(name, path, variant=variant, progress=_tell), as_json)
+
+
+@app.command()
+@with_client
+def unload(client: Client, name: Name) -> None:
+    """Serve a model no more, once its calls in flight are done."""
+    client.unload_model(name)
+    note(f"unloaded the model {name}")
 
 
 @with_client
@@ -56,6 +115,18 @@ def health(
         print_fields({"status": status.name})
     if status is not Health.SERVING:
         raise CliError("the server answers, and takes no calls now", ExitCode.UNAVAILABLE)
+
+
+def _tell(stage: str) -> None:
+    if stage != "ready":  # the model itself says so
+        note(f"{stage} …")
+
+
+def _show(model: Model, as_json: bool) -> None:
+    if as_json:
+        print_json([model])
+    else:
+        print_fields(vars(model))
 
 
 def _row(model: Model) -> tuple[object, ...]:

@@ -20,12 +20,16 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
     """Return the option of a setting; not given, it is None, so that environment and file are asked."""
     several = hint == tuple[str, ...]
-    default = "" if several else f"; default: {field.default}"
+    shown = str(field.default).lower() if hint is bool else field.default
+    default = "" if field.default in ((), None) else f"; default: {shown}"
+    flag = f"--{field.name.replace('_', '-')}"
     option = typer.Option(
-        f"--{field.name.replace('_', '-')}",
+        f"{flag}/--no-{flag[2:]}" if hint is bool else flag,
         help=f"{field.metadata['help']} ({ENVIRONMENT_PREFIX}{field.name.upper()}{default})",
         metavar=field.metadata["form"] or None,
         show_default=False,
+        # With their second names among the others, these would leave no room for what the others say.
+        rich_help_panel="Switches" if hint is bool else None,
     )
     return Parameter(
         field.name,
@@ -93,4 +97,6 @@ def config(loaded: LoadedSettings, as_json: AsJson = False) -> None:
 def _shown(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
+    if value is None:
+        return ""
     return str(value) if isinstance(value, Path) else value

@@ -29,6 +29,7 @@ from emberpc.client.types import (
     Query,
     Record,
     SearchResult,
+    Stages,
     StreamedEmbedding,
     StreamItem,
     Truncation,
@@ -305,6 +306,34 @@ class AsyncClient:
     async def get_model(self, name: str, *, timeout: float | None = None) -> Model:
         """Do what `Client.get_model` does."""
         return await self._runner.run_one(_models.get_model(name), timeout)
+
+    async def load_model(
+        self,
+        name: str,
+        path: str,
+        *,
+        variant: str = "",
+        progress: Stages | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Do what `Client.load_model` does."""
+        return await self._runner.follow(_models.load_model(name, path, variant), progress, timeout)
+
+    async def reload_model(
+        self,
+        name: str,
+        path: str = "",
+        *,
+        variant: str = "",
+        progress: Stages | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Do what `Client.reload_model` does."""
+        return await self._runner.follow(_models.reload_model(name, path, variant), progress, timeout)
+
+    async def unload_model(self, name: str, *, timeout: float | None = None) -> None:
+        """Do what `Client.unload_model` does."""
+        return await self._runner.run_one(_models.unload_model(name), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Do what `Client.health` does."""

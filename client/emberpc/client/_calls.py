@@ -63,6 +63,46 @@ class Page(Generic[Item]):
     next_token: str
 
 
+@dataclass(frozen=True)
+class Step(Generic[Item]):
+    """One message of a call that tells how far it is: what is being done, and what there is so far."""
+
+    stage: str
+    so_far: Item
+
+
+class Steps(Generic[Item]):
+    """Takes the steps of a call, of which the last one holds its result.
+
+    Args:
+        call: the call.
+        told: told what is being done.
+    """
+
+    def __init__(self, call: Call[Response, Step[Item]], told: Callable[[str], None] | None) -> None:
+        self._call = call
+        self._told = told
+        self._last: Step[Item] | None = None
+
+    def take(self, step: Step[Item]) -> None:
+        """Take the next step."""
+        self._last = step
+        if self._told is not None:
+            self._told(step.stage)
+
+    def result(self) -> Item:
+        """Return what the last step held.
+
+        Raises:
+            Internal: there was none.
+        """
+        if self._last is None:
+            raise Internal(
+                f"the server's answer to {self._call.method.path} is empty; it is another version, or broken"
+            )
+        return self._last.so_far
+
+
 class Collector(Protocol[Part_contra, Result_co]):
     """Makes one result of the results of several calls."""
 

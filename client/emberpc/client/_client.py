@@ -11,17 +11,16 @@ from typing import Any
 import grpc
 import numpy.typing as npt
 
-from emberpc.client import _index, _models
+from emberpc.client import _index
 from emberpc.client._calls import Call, Page
+from emberpc.client._client_models import ModelCalls
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._running import Runner
 from emberpc.client._text_methods import TextMethods
 from emberpc.client.types import (
     Collection,
     Distance,
-    Health,
     Hit,
-    Model,
     Progress,
     Query,
     Record,
@@ -31,7 +30,7 @@ from emberpc.client.types import (
 )
 
 
-class Client(TextMethods):
+class Client(TextMethods, ModelCalls):
     """A connection to an emberpc server. Any number of threads may use it.
 
     Every call has a deadline; `embed_stream`, which may take days, has one for
@@ -258,23 +257,3 @@ class Client(TextMethods):
         return self._runner.run(
             _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
         )
-
-    def models(self, *, timeout: float | None = None) -> list[Model]:
-        """List the models served, by name."""
-        return list(self._runner.pages(_models.list_models, timeout))
-
-    def get_model(self, name: str, *, timeout: float | None = None) -> Model:
-        """Describe a model; raises NotFound if none of that name is served."""
-        return self._runner.run_one(_models.get_model(name), timeout)
-
-    def health(self, service: str = "", *, timeout: float | None = None) -> Health:
-        """Ask whether the server takes calls, by the standard grpc.health.v1.
-
-        Args:
-            service: full name of one of its services; empty: the server as a whole.
-
-        Raises:
-            NotFound: it has no service of that name.
-            Unavailable: no server answers.
-        """
-        return self._runner.run_one(_models.health(service), timeout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from emberpc.client import _checks
-from emberpc.client._calls import Call, Method, Page
+from emberpc.client._calls import Call, Method, Page, Step
 from emberpc.client._plain import moment
 from emberpc.client._words import STATES, TASKS, word_of
 from emberpc.client.types import Health, Model
@@ -13,6 +13,9 @@ from emberpc.v1 import model_pb2
 
 LIST_MODELS = Method("/emberpc.v1.ModelService/ListModels", model_pb2.ListModelsResponse)
 GET_MODEL = Method("/emberpc.v1.ModelService/GetModel", model_pb2.GetModelResponse)
+LOAD_MODEL = Method("/emberpc.v1.ModelService/LoadModel", model_pb2.LoadModelResponse)
+RELOAD_MODEL = Method("/emberpc.v1.ModelService/ReloadModel", model_pb2.ReloadModelResponse)
+UNLOAD_MODEL = Method("/emberpc.v1.ModelService/UnloadModel", model_pb2.UnloadModelResponse)
 
 # grpc.health.v1 comes with grpcio-health-checking, which the client does not need: a HealthCheckRequest is a message
 # with one string in field 1, a HealthCheckResponse one with an enum in field 1. The well-known wrappers have the same
@@ -35,11 +38,37 @@ def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
     return Call(GET_MODEL, request, lambda response: _model(response.model))
 
 
+def load_model(name: str, path: str, variant: str) -> Call[model_pb2.LoadModelResponse, Step[Model]]:
+    """Return the call of `Client.load_model`."""
+    request = model_pb2.LoadModelRequest(
+        name=_checks.text(name, "name"), path=_checks.text(path, "path"), variant=_checks.text(variant, "variant")
+    )
+    return Call(LOAD_MODEL, request, _step)
+
+
+def reload_model(name: str, path: str, variant: str) -> Call[model_pb2.ReloadModelResponse, Step[Model]]:
+    """Return the call of `Client.reload_model`."""
+    request = model_pb2.ReloadModelRequest(
+        name=_checks.text(name, "name"), path=_checks.text(path, "path"), variant=_checks.text(variant, "variant")
+    )
+    return Call(RELOAD_MODEL, request, _step)
+
+
+def unload_model(name: str) -> Call[model_pb2.UnloadModelResponse, None]:
+    """Return the call of `Client.unload_model`."""
+    request = model_pb2.UnloadModelRequest(name=_checks.text(name, "name"))
+    return Call(UNLOAD_MODEL, request, lambda response: None)
+
+
 def health(service: str) -> Call[Int32Value, Health]:
     """Return the call of `Client.health`."""
     request = StringValue(value=_checks.text(service, "service"))
     known = {status.value: status for status in Health}
     return Call(HEALTH_CHECK, request, lambda response: known.get(response.value, Health.UNKNOWN))
+
+
+def _step(message: model_pb2.LoadModelResponse | model_pb2.ReloadModelResponse) -> Step[Model]:
+    return Step(message.stage, _model(message.model))
 
 
 def _model(message: model_pb2.Model) -> Model:

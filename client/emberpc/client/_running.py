@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from emberpc.client._calls import Call, Job, Page, Response
+from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
 from emberpc.client._connection import Connection
 from emberpc.client._stream_running import Line, run_stream
 from emberpc.client._streaming import StreamJob
@@ -57,6 +57,24 @@ class Runner:
     def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
         """Run one call."""
         return self._answer(call, self._start(call, timeout), timeout)
+
+    def follow(self, call: Call[Any, Step[Item]], told: Callable[[str], None] | None, timeout: float | None) -> Item:
+        """Run one call that tells its steps, and return what the last one holds."""
+        steps = Steps(call, told)
+        method: Any = self._channel.unary_stream(
+            call.method.path,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.method.response.FromString,
+        )
+        answers = method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        try:
+            for message in answers:
+                steps.take(call.read(message))
+        except grpc.RpcError as error:
+            raise self._connection.error(error, call, timeout) from error
+        finally:
+            answers.cancel()
+        return steps.result()
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> Iterator[Item]:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""

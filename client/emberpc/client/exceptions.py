@@ -10,7 +10,7 @@
     ├── DeadlineExceeded            no answer in time; a write may have happened all the same
     ├── Unavailable                 no server answers, or it is starting or stopping
     ├── Unauthenticated             the token is missing or wrong
-    ├── PermissionDenied            the token is right and does not allow this
+    ├── PermissionDenied            the server does not allow this, or not with this token
     ├── Unimplemented               the server does not know the call, or a field of it
     ├── Cancelled                   the call was cancelled, such as by `close()`
     └── Internal                    the server made an error; `request_id` finds it in the server's log
@@ -134,7 +134,7 @@ class Unauthenticated(EmberpcError):
 
 
 class PermissionDenied(EmberpcError):
-    """The token is right and does not allow this."""
+    """The server does not allow this, or not with this token."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 

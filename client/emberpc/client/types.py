@@ -31,6 +31,8 @@ Priority: TypeAlias = Literal["interactive", "bulk"]
 
 #: Told how many items are done so far.
 Progress: TypeAlias = Callable[[int], None]
+#: Told what a server that changes its models is doing.
+Stages: TypeAlias = Callable[[str], None]
 
 #: One text of a stream, alone or with an id, as (id, text).
 StreamItem: TypeAlias = "str | tuple[str, str]"

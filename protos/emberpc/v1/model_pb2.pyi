@@ -310,9 +310,11 @@ class LoadModelRequest(_message.Message):
     name: _builtins.str
     """Name to serve it under."""
     path: _builtins.str
-    """The bundle's folder, inside the server's models directory."""
+    """The bundle's folder, relative to the server's models directory."""
     variant: _builtins.str
-    """Which of its ONNX files to serve. Empty: the best for this host."""
+    """Which of its ONNX files to serve. Empty: the one that the server was told
+    to serve under this name, else the first, fp32.
+    """
     def __init__(
         self,
         *,
@@ -337,10 +339,10 @@ class LoadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is being done."""
+    """What is being done, for people to read."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model so far."""
+        """The model so far: its name and state; in the last message, all of it."""
 
     def __init__(
         self,
@@ -368,9 +370,11 @@ class ReloadModelRequest(_message.Message):
     name: _builtins.str
     """Name of the model."""
     path: _builtins.str
-    """Another folder to take it from. Empty: the same."""
+    """Another folder to take it from, relative to the server's models directory.
+    Empty: the same.
+    """
     variant: _builtins.str
-    """Which of its ONNX files to serve. Empty: the best for this host."""
+    """Which of its ONNX files to serve. Empty: the one that is served now."""
     def __init__(
         self,
         *,
@@ -395,10 +399,10 @@ class ReloadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is being done."""
+    """What is being done, for people to read."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model so far."""
+        """The model so far: its name and state; in the last message, all of it."""
 
     def __init__(
         self,

@@ -81,7 +81,9 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a bundle under a new name: checked, warmed up, then served.
+        """Loads a bundle under a new name: checked, warmed up, then served. Changes
+        of models are made one after the other, and are finished even if the caller
+        goes away. PERMISSION_DENIED unless the server lets its models be changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,14 +91,16 @@ class ModelServiceServicer(object):
 
     def ReloadModel(self, request, context):
         """Replaces a model by the bundle now in its folder, or by another one;
-        calls in flight finish on the old one, which stays if the new one is bad.
+        calls in flight finish on the old one, which stays if the new one is bad
+        (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Stops serving a model once its calls in flight are done.
+        """Stops serving a model: new calls do not find it, and the answer comes when
+        its calls in flight are done. PERMISSION_DENIED as for LoadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,13 +38,19 @@ class ModelServiceStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """Describes one model."""
     LoadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Loads a bundle under a new name: checked, warmed up, then served."""
+    """Loads a bundle under a new name: checked, warmed up, then served. Changes
+    of models are made one after the other, and are finished even if the caller
+    goes away. PERMISSION_DENIED unless the server lets its models be changed.
+    """
     ReloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
     """Replaces a model by the bundle now in its folder, or by another one;
-    calls in flight finish on the old one, which stays if the new one is bad.
+    calls in flight finish on the old one, which stays if the new one is bad
+    (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
-    """Stops serving a model once its calls in flight are done."""
+    """Stops serving a model: new calls do not find it, and the answer comes when
+    its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -56,13 +62,19 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes one model."""
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a bundle under a new name: checked, warmed up, then served."""
+    """Loads a bundle under a new name: checked, warmed up, then served. Changes
+    of models are made one after the other, and are finished even if the caller
+    goes away. PERMISSION_DENIED unless the server lets its models be changed.
+    """
     ReloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
     """Replaces a model by the bundle now in its folder, or by another one;
-    calls in flight finish on the old one, which stays if the new one is bad.
+    calls in flight finish on the old one, which stays if the new one is bad
+    (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Stops serving a model once its calls in flight are done."""
+    """Stops serving a model: new calls do not find it, and the answer comes when
+    its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+    """
 
 class ModelServiceServicer:
     """Says which models are served, and changes them."""
@@ -86,7 +98,10 @@ class ModelServiceServicer:
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.LoadModelResponse], _abc.AsyncIterator[_model_pb2.LoadModelResponse]]:
-        """Loads a bundle under a new name: checked, warmed up, then served."""
+        """Loads a bundle under a new name: checked, warmed up, then served. Changes
+        of models are made one after the other, and are finished even if the caller
+        goes away. PERMISSION_DENIED unless the server lets its models be changed.
+        """
 
     def ReloadModel(
         self,
@@ -94,7 +109,8 @@ class ModelServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.ReloadModelResponse], _abc.AsyncIterator[_model_pb2.ReloadModelResponse]]:
         """Replaces a model by the bundle now in its folder, or by another one;
-        calls in flight finish on the old one, which stays if the new one is bad.
+        calls in flight finish on the old one, which stays if the new one is bad
+        (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
         """
 
     def UnloadModel(
@@ -102,6 +118,8 @@ class ModelServiceServicer:
         request: _model_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
-        """Stops serving a model once its calls in flight are done."""
+        """Stops serving a model: new calls do not find it, and the answer comes when
+        its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -17,11 +17,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from emberpc.server.cores import usable_cores
-from emberpc.server.engine import Engine, ModelLoadError
+from emberpc.server.engine import Engine, Loader, ModelLoadError, ModelsDirectory
+from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.errors import ServiceError
 from emberpc.server.index import Index
 from emberpc.server.interceptors import CallInterceptor, Observe
-from emberpc.server.memory import keep_freed_memory
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService
@@ -94,14 +94,22 @@ async def _serve(settings: Settings) -> None:
             cache_bytes=settings.cache_bytes,
             on_failure=on_failure,
         )
+        loader = Loader(engine.registry, settings.models_dir, settings.named_variants(), settings.named_options())
+        stack.callback(loader.close)
         stack.callback(engine.close)
         index = await loop.run_in_executor(pool, _open_index, settings)
         stack.callback(index.close)
         await loop.run_in_executor(pool, _load_models, engine, settings)
+        if settings.models_dir is not None:
+            directory = ModelsDirectory(settings.models_dir, engine.registry, loader, settings.named_models())
+            await asyncio.wrap_future(loader.submit(directory.poll))
+            if settings.watch_models:
+                watch = asyncio.create_task(_watch(directory, loader, settings.watch_models))
+                stack.callback(watch.cancel)
 
         if settings.metrics_listen:
             interceptor.observe = _serve_metrics(settings, engine)
-        _register(server, engine, index, pool, statuses, settings)
+        _register(server, engine, loader, index, pool, statuses, settings)
         await server.start()
         await _set_health(statuses, serving=True)
         if not settings.batch_tokens:
@@ -147,6 +155,16 @@ def _serve_metrics(settings: Settings, engine: Engine) -> Observe:
         ) from error
 
 
+async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> None:
+    """Look into the models directory again and again."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await asyncio.wrap_future(loader.submit(directory.poll))
+        except Exception:  # whatever one look runs into, the next ones must come
+            log.exception("a look into the models directory failed; the next one is in %g seconds", seconds)
+
+
 def _open_index(settings: Settings) -> Index:
     try:
         return Index(settings.data_dir)
@@ -155,6 +173,8 @@ def _open_index(settings: Settings) -> Index:
 
 
 def _load_models(engine: Engine, settings: Settings) -> None:
+    if settings.models_dir is not None and not settings.models_dir.is_dir():
+        raise StartupError(f"--models-dir: there is no folder {settings.models_dir}; make it, or name another")
     variants, options = settings.named_variants(), settings.named_options()
     for name, folder in settings.named_models().items():
         try:
@@ -167,6 +187,7 @@ def _load_models(engine: Engine, settings: Settings) -> None:
 def _register(
     server: grpc.aio.Server,
     engine: Engine,
+    loader: Loader,
     index: Index,
     pool: ThreadPoolExecutor,
     statuses: health.aio.HealthServicer,
@@ -176,7 +197,7 @@ def _register(
     embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(engine, limits), server)
     index_pb2_grpc.add_IndexServiceServicer_to_server(IndexService(engine, index, pool, limits), server)
     classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationService(engine, limits), server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(engine), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(engine, loader, admin=settings.model_admin), server)
     health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
     reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 

@@ -19,6 +19,16 @@ from emberpc.server.names import NAME
 
 ENVIRONMENT_PREFIX = "EMBERPC_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+_BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+#: What an error calls the types of the settings; the rest are lists of strings.
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    Path: "a path",
+    Path | None: "a path",
+    str: "a string",
+}
 
 
 class SettingsError(ValueError):
@@ -47,6 +57,17 @@ class Settings:
         "What a model that emberpc did not export leaves unsaid, as NAME.OPTION=VALUE, such as minilm.pooling=mean.",
         "NAME.OPTION=VALUE",
     )
+    models_dir: Path | None = _setting(  # noqa: RUF009 - as below
+        None,
+        "Folder of bundles: those in it are served under their folders' names, and callers may have them loaded.",
+        "DIR",
+    )
+    watch_models: float = _setting(
+        0.0, "Seconds between two looks for what is new, changed or gone in --models-dir; 0: only at the start."
+    )
+    model_admin: bool = _setting(
+        False, "Whether whoever reaches the server may load, reload and unload models; there is no authentication yet."
+    )
     data_dir: Path = _setting(  # noqa: RUF009 - `_setting` gives a dataclass field
         Path("emberpc-data"), "Folder of the collections; made if it is not there."
     )
@@ -73,9 +94,11 @@ class Settings:
         for name in ("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "batch_tokens", "cache_bytes", "drain_seconds"):
+        for name in ("workers", "batch_tokens", "cache_bytes", "drain_seconds", "watch_models"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.watch_models and self.models_dir is None:
+            raise SettingsError(f"watch_models is {self.watch_models:g}, with nothing to watch; give models_dir too")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"log_level is {self.log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
         for name in ("listen", "metrics_listen"):
@@ -114,14 +137,15 @@ class Settings:
         """Return the variants chosen by the names of their models.
 
         Raises:
-            SettingsError: one is not NAME=VARIANT, or no model has its name, or one has it twice.
+            SettingsError: one is not NAME=VARIANT, or one has it twice, or no model has its name and none of the models
+                directory can have it.
         """
         models, variants = self.named_models(), {}
         for entry in self.variant:
             name, equals, variant = entry.partition("=")
             if not (name and equals and variant):
                 raise SettingsError(f"variant is {entry!r}; it must be NAME=VARIANT, such as minilm=int8")
-            if name not in models:
+            if name not in models and self.models_dir is None:
                 raise SettingsError(
                     f"variant: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
                 )
@@ -134,7 +158,8 @@ class Settings:
         """Return the options of models by the names of these; see `emberpc.bundle.Stated`.
 
         Raises:
-            SettingsError: one is not NAME.OPTION=VALUE, or no model has its name.
+            SettingsError: one is not NAME.OPTION=VALUE, or no model has its name and none of the models directory can
+                have it.
         """
         models: dict[str, dict[str, str]] = {name: {} for name in self.named_models()}
         for entry in self.model_option:
@@ -144,11 +169,11 @@ class Settings:
                 raise SettingsError(
                     f"model_option is {entry!r}; it must be NAME.OPTION=VALUE, such as minilm.pooling=mean"
                 )
-            if name not in models:
+            if name not in models and self.models_dir is None:
                 raise SettingsError(
                     f"model_option: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
                 )
-            models[name][option] = value
+            models.setdefault(name, {})[option] = value
         return models
 
 
@@ -224,7 +249,9 @@ def _convert(name: str, hint: Any, value: object, source: str) -> Any:
             return hint(value)
         except ValueError:
             pass
-    elif hint is Path and isinstance(value, (str, Path)):
+    elif hint is bool and (isinstance(value, bool) or str(value).lower() in _BOOLS):
+        return _BOOLS[str(value).lower()]
+    elif hint in (Path, Path | None) and isinstance(value, (str, Path)):
         return Path(value)
     elif hint is str and isinstance(value, str):
         return value
@@ -232,5 +259,4 @@ def _convert(name: str, hint: Any, value: object, source: str) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(item.strip() for item in items if item.strip())
-    kind = {int: "a whole number", float: "a number", Path: "a path", str: "a string"}.get(hint, "a list of strings")
-    raise SettingsError(f"{name} is {value!r} ({source}); it must be {kind}")
+    raise SettingsError(f"{name} is {value!r} ({source}); it must be {_KINDS.get(hint, 'a list of strings')}")

@@ -83,11 +83,6 @@ class Cache:
         while self.bytes > self._max_bytes:
             self.bytes -= _size(*self._entries.popitem(last=False))
 
-    def forget(self, encoder: int) -> None:
-        """Forget all outcomes of an encoder that is not served any more."""
-        for key in [key for key in self._entries if key.encoder == encoder]:
-            self.bytes -= _size(key, self._entries.pop(key))
-
 
 def _size(key: Key, entry: Entry) -> int:
     return sys.getsizeof(key.text) + entry.row.nbytes + _OVERHEAD

@@ -70,17 +70,18 @@ class Encoders:
         self._known: WeakValueDictionary[tuple[str, int], Encoder] = WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder]) -> Encoder:
+    def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder], *, fresh: bool = False) -> Encoder:
         """Return an encoder that is in use, or load it.
 
         Args:
             fingerprint: of the models that it serves.
             max_tokens: where their texts are cut; other cuts are other vectors.
             load: loads it.
+            fresh: load it anyway, and share that from now on.
         """
         with self._lock:
             key = (fingerprint, max_tokens)
-            encoder = self._known.get(key)
+            encoder = None if fresh else self._known.get(key)
             if encoder is None:
                 encoder = self._known[key] = load()
             return encoder

@@ -10,12 +10,12 @@ from emberpc.bundle import Task
 from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.calls import Caller
-from emberpc.server.engine.encoders import Encoders
 from emberpc.server.engine.inference import Inference, Inferrer
 from emberpc.server.engine.model import Model
+from emberpc.server.engine.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
 from emberpc.server.engine.tokenizing import Truncation
-from emberpc.server.errors import Code, FieldPath, ServiceError, invalid, not_found
+from emberpc.server.errors import FieldPath
 
 
 class Engine:
@@ -40,13 +40,12 @@ class Engine:
         cache_bytes: int = 0,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self._models: dict[str, Model] = {}
-        self._encoders = Encoders()
+        self.registry = Registry(pool)
         self._scheduler = Scheduler(workers, batch_tokens or DEFAULT_BATCH_TOKENS, max_queue_tokens, on_failure)
         self._inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
     def load(self, name: str, folder: Path, variant: str = "", options: Mapping[str, str] | None = None) -> Model:
-        """Load a bundle and serve it under a name. Takes seconds.
+        """Load a bundle and serve it under a name, instead of one that has the name already. Takes seconds.
 
         Args:
             name: the name.
@@ -57,8 +56,8 @@ class Engine:
         Raises:
             ModelLoadError: it cannot be served.
         """
-        model = Model.load(name, folder, variant, options, self._encoders)
-        self._models[name] = model
+        model = Model.load(name, folder, variant, options, self.registry.encoders)
+        self.registry.put(model)
         return model
 
     def calibrate(self, record: Path) -> None:
@@ -72,44 +71,14 @@ class Engine:
 
     def models(self) -> list[Model]:
         """Return the models by name."""
-        return [self._models[name] for name in sorted(self._models)]
+        return self.registry.models()
 
     def model(self, name: str, task: Task | None = None, field: str = "model") -> Model:
-        """Return a model.
+        """Return a model for a call, which holds this version of it until its asyncio task is done.
 
-        Args:
-            name: its name; empty: the only one served that does the task.
-            task: what it must do; None: anything.
-            field: what the request calls the name, for errors.
-
-        Raises:
-            ServiceError: NOT_FOUND if there is none of that name, FAILED_PRECONDITION if it does something else or
-                none does the task, INVALID_ARGUMENT if the name is empty and there are several.
+        The arguments and errors are those of `Registry.find`.
         """
-        if name:
-            model = self._models.get(name)
-            if model is None:
-                raise not_found("model", name, f"served are: {', '.join(sorted(self._models)) or 'none'}")
-            if task not in (None, model.manifest.task):
-                raise ServiceError(
-                    Code.FAILED_PRECONDITION,
-                    f"model {name!r} is for {model.manifest.task.value}, not for {task.value if task else ''}",
-                    reason="WRONG_MODEL_TASK",
-                    metadata={"model": name, "task": model.manifest.task.value},
-                )
-            return model
-        fitting = [model for model in self.models() if task in (None, model.manifest.task)]
-        what = f"{task.value} model" if task else "model"
-        if not fitting:
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                f"no {what} is served; start the server with --model NAME=DIR",
-                reason="NO_MODEL",
-            )
-        if len(fitting) > 1:
-            names = ", ".join(model.name for model in fitting)
-            raise invalid(field, f"is empty, and there are several {what}s to choose from; name one of: {names}")
-        return fitting[0]
+        return self.registry.find(name, task, field)
 
     async def infer(
         self,
@@ -161,4 +130,5 @@ class Engine:
 
     def close(self) -> None:
         """Stop the workers; what waits fails with UNAVAILABLE."""
+        self.registry.close()
         self._scheduler.close()

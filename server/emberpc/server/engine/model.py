@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -33,6 +33,9 @@ _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
 #: Enough to tell a wrong model from a right one without holding up the start.
 _REFERENCE_TEXTS = 4
 
+#: Told what is being done.
+Tell = Callable[[str], None]
+
 
 class ModelLoadError(Exception):
     """A model cannot be served; the message names it, what is wrong and the remedy."""
@@ -40,9 +43,14 @@ class ModelLoadError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model that is served under a name."""
+    """A model that is served under a name.
+
+    `folder` and `options` are where it came from and what was stated of it.
+    """
 
     name: str
+    folder: Path
+    options: Mapping[str, str]
     manifest: Manifest
     variant: Variant
     tokenizer: TextTokenizer
@@ -69,6 +77,9 @@ class Model:
         variant_name: str = "",
         options: Mapping[str, str] | None = None,
         encoders: Encoders | None = None,
+        *,
+        fresh: bool = False,
+        tell: Tell = lambda stage: None,
     ) -> Model:
         """Read a bundle, check it, load it, and see that it gives what it gave when it was exported.
 
@@ -81,6 +92,8 @@ class Model:
             variant_name: which of its ONNX files; empty: the first.
             options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
             encoders: those in use, to share one with other models; default: it gets one of its own.
+            fresh: load its files though an encoder like theirs is in use; not for a classifier's, whose own is its head.
+            tell: called with each stage as it begins.
 
         Raises:
             ModelLoadError: the bundle is damaged or does not do what it did at export, or something has to be stated.
@@ -93,12 +106,14 @@ class Model:
             return sessions[path]
 
         try:
+            tell("checking the files")
             bundle = open_bundle(folder, options or {}, lambda path: load(path).graph)
             manifest = bundle.manifest
             variant = manifest.variant(variant_name)
             head = bundle.head()
 
             def load_encoder() -> Encoder:
+                tell("loading the weights")
                 session = load(bundle.model_path(variant))
                 interface = bundle.interface(session.graph, headless=head is not None)
                 return Encoder(session, interface, manifest.pad_token_id)
@@ -108,14 +123,19 @@ class Model:
             shared = encoders if encoders is not None and vectors else Encoders()
             model = cls(
                 name=name,
+                folder=folder,
+                options=dict(options or {}),
                 manifest=manifest,
                 variant=variant,
                 tokenizer=_tokenizer(bundle),
-                encoder=shared.get(manifest.fingerprint(variant.name), manifest.max_tokens, load_encoder),
+                encoder=shared.get(
+                    manifest.fingerprint(variant.name), manifest.max_tokens, load_encoder, fresh=fresh and head is None
+                ),
                 head=head,
                 size_bytes=manifest.files[variant.path].size,
                 loaded=datetime.now(timezone.utc),
             )
+            tell("warming up")
             model._check(bundle)
         except UnstatedError as error:
             raise ModelLoadError(

@@ -188,10 +188,17 @@ class Scheduler:
 
     def _work(self, name: str, express: bool) -> None:
         try:
-            while batch := self._express_batch() if express else self._next_batch():
-                self._run_batch(batch)
+            while self._work_once(express):
+                pass
         finally:
             self._leave(name)
+
+    def _work_once(self, express: bool) -> bool:
+        """Wait for a batch and run it; False when the server is stopping. Nothing of it is held on to afterwards."""
+        batch = self._express_batch() if express else self._next_batch()
+        if batch:
+            self._run_batch(batch)
+        return bool(batch)
 
     def _next_batch(self) -> list[Item]:
         """Wait for a micro-batch; empty when the server is stopping."""

@@ -1,9 +1,13 @@
-"""ModelService: which models are served."""
+"""ModelService: which models are served, and changing that."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
 from emberpc.bundle import Task
-from emberpc.server.engine import Engine, Model
+from emberpc.server.engine import Engine, Loader, Model, Tell
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.paging import decode_token, encode_token
 from emberpc.server.services import requests
 from emberpc.v1 import model_pb2 as pb
@@ -16,10 +20,18 @@ _TASKS = {
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Describes the models of an engine."""
+    """Describes the models of an engine, and changes them.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: serves the models.
+        loader: changes them.
+        admin: whether callers may have them changed.
+    """
+
+    def __init__(self, engine: Engine, loader: Loader, *, admin: bool) -> None:
         self._engine = engine
+        self._loader = loader
+        self._admin = admin
 
     async def ListModels(self, request: pb.ListModelsRequest, context: requests.Context) -> pb.ListModelsResponse:
         """List the models by name."""
@@ -35,6 +47,59 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: requests.Context) -> pb.GetModelResponse:
         """Describe one model."""
         return pb.GetModelResponse(model=describe(self._engine.model(request.name, field="name")))
+
+    async def LoadModel(
+        self, request: pb.LoadModelRequest, context: requests.Context
+    ) -> AsyncIterator[pb.LoadModelResponse]:
+        """Serve a bundle under a new name."""
+        self._check_admin()
+        async for model, stage in self._follow(
+            request.name, lambda tell: self._loader.load(request.name, request.path, request.variant, tell)
+        ):
+            yield pb.LoadModelResponse(model=model, stage=stage)
+
+    async def ReloadModel(
+        self, request: pb.ReloadModelRequest, context: requests.Context
+    ) -> AsyncIterator[pb.ReloadModelResponse]:
+        """Serve another bundle, or the same one as it is now, under a name that is served."""
+        self._check_admin()
+        async for model, stage in self._follow(
+            request.name, lambda tell: self._loader.reload(request.name, request.path, request.variant, tell)
+        ):
+            yield pb.ReloadModelResponse(model=model, stage=stage)
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: requests.Context) -> pb.UnloadModelResponse:
+        """Serve a model no more, and wait until its calls in flight are done."""
+        self._check_admin()
+        gone = await asyncio.wrap_future(self._loader.submit(lambda: self._loader.unload(request.name)))
+        await asyncio.shield(asyncio.wrap_future(gone))
+        return pb.UnloadModelResponse()
+
+    def _check_admin(self) -> None:
+        if not self._admin:
+            raise ServiceError(
+                Code.PERMISSION_DENIED,
+                "this server does not let callers change its models; start it with --model-admin to allow that",
+                reason="MODEL_ADMIN_OFF",
+            )
+
+    async def _follow(self, name: str, change: Callable[[Tell], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
+        """Have a change made, and give each stage of it; it is finished even if the caller goes away.
+
+        Yields:
+            The model so far and what is being done; the last time, the model as it is served.
+        """
+        loop = asyncio.get_running_loop()
+        stages: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def tell(stage: str | None) -> None:
+            loop.call_soon_threadsafe(stages.put_nowait, stage)
+
+        work = self._loader.submit(lambda: change(tell))
+        work.add_done_callback(lambda _: tell(None))
+        while (stage := await stages.get()) is not None:
+            yield pb.Model(name=name, state=pb.MODEL_STATE_LOADING), stage
+        yield describe(work.result()), "ready"
 
 
 def describe(model: Model) -> pb.Model:

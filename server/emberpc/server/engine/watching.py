@@ -1,0 +1,143 @@
+"""A directory whose subfolders are served, each under its own name, and followed as they change."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import TypeAlias
+
+from emberpc.bundle.manifest import MANIFEST_NAME
+from emberpc.server.engine.loading import Loader
+from emberpc.server.engine.model import Model
+from emberpc.server.engine.registry import Registry
+from emberpc.server.errors import ServiceError
+
+log = logging.getLogger(__name__)
+
+#: Of each file of a folder: its path, size, time of change (ns) and inode.
+_State: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
+
+
+class _Outcome(Enum):
+    DEALT_WITH = auto()
+    FAILED = auto()
+    #: It failed, and has changed since the look before: somebody may still be writing.
+    MOVING = auto()
+
+
+@dataclass(frozen=True)
+class _Look:
+    state: _State
+    outcome: _Outcome
+
+
+class ModelsDirectory:
+    """Serves every subfolder that holds a manifest, under the subfolder's name.
+
+    Hidden subfolders, such as exports that are not finished, are passed over.
+    What cannot be served is logged once, and tried again when it has changed
+    and come to rest; what was served before stays. A model that was loaded from
+    elsewhere under a subfolder's name, or that a call unloaded, is left alone.
+
+    Args:
+        folder: the directory.
+        registry: the models.
+        loader: changes them; its thread runs `poll`.
+        reserved: names that are not this directory's to serve.
+    """
+
+    def __init__(self, folder: Path, registry: Registry, loader: Loader, reserved: Collection[str] = ()) -> None:
+        self._folder = folder
+        self._registry = registry
+        self._loader = loader
+        self._reserved = frozenset(reserved)
+        self._looks: dict[str, _Look] = {}
+        #: SHA-256 of the manifests last loaded.
+        self._loaded: dict[str, bytes] = {}
+        self._missing: set[str] = set()
+        self._readable = True
+
+    def poll(self) -> None:
+        """Look once: load what is new, reload what has another manifest, unload what is gone since the last look."""
+        try:
+            names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
+            self._unload_missing()
+        except OSError as error:
+            if self._readable:
+                log.warning("%s cannot be read (%s); what is served stays", self._folder, error.strerror)
+            self._readable = False
+            return
+        self._readable = True
+        for name in names:
+            self._look_at(name)
+        self._looks = {name: look for name, look in self._looks.items() if name in names}
+
+    def _unload_missing(self) -> None:
+        """Unload models whose folder was missing at the look before, too: one that is replaced is missing for a moment.
+
+        A folder that is there without a manifest is being written, and what it held stays.
+        """
+        missing = {model.name for model in self._registry.models() if self._owns(model) and not model.folder.is_dir()}
+        for name in sorted(missing & self._missing):
+            self._loader.unload(name)
+        self._missing = missing
+
+    def _look_at(self, name: str) -> None:
+        last = self._looks.get(name)
+        try:
+            if not (self._folder / name / MANIFEST_NAME).is_file():
+                return
+            state = _state_of(self._folder / name)
+            if last is None or last.outcome is _Outcome.DEALT_WITH:
+                due = last is None or state != last.state
+            else:
+                due = last.outcome is _Outcome.MOVING and state == last.state
+            if due:
+                self._looks[name] = _Look(state, self._deal_with(name))
+            elif last is not None and state != last.state:
+                self._looks[name] = _Look(state, _Outcome.MOVING)
+        except FileNotFoundError:
+            log.debug("%s is being replaced or removed; the next look tells", self._folder / name)
+        except OSError as error:
+            if last is None or last.state:
+                log.warning("%s is not served: it cannot be read (%s)", self._folder / name, error.strerror)
+            self._looks[name] = _Look((), _Outcome.FAILED)
+
+    def _deal_with(self, name: str) -> _Outcome:
+        """Load or reload a folder that is new or has changed."""
+        served = next((model for model in self._registry.models() if model.name == name), None)
+        if name in self._reserved or (served is not None and not self._owns(served)):
+            log.warning("%s is not served: model %s comes from elsewhere", self._folder / name, name)
+            return _Outcome.DEALT_WITH
+        manifest = hashlib.sha256((self._folder / name / MANIFEST_NAME).read_bytes()).digest()
+        if served is not None and self._loaded.get(name) == manifest:
+            return _Outcome.DEALT_WITH
+        try:
+            if served is None:
+                self._loader.load(name, name)
+            else:
+                self._loader.reload(name)
+        except ServiceError as error:
+            stays = "" if served is None else "; what was served before stays"
+            log.warning("%s is not served: %s%s", self._folder / name, error.message, stays)
+            return _Outcome.FAILED
+        self._loaded[name] = manifest
+        return _Outcome.DEALT_WITH
+
+    def _owns(self, model: Model) -> bool:
+        return model.name not in self._reserved and model.folder == self._folder / model.name
+
+
+def _state_of(folder: Path) -> _State:
+    found = []
+    for where, _, files in os.walk(folder):
+        for file in files:
+            path = Path(where, file)
+            facts = path.lstat()
+            found.append((str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino))
+    return tuple(sorted(found))

@@ -1,0 +1,123 @@
+"""The registry: which version a call gets, how long it is kept, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from emberpc.bundle import Task
+from emberpc.server.engine import Model, Registry
+from emberpc.server.errors import Code, ServiceError
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    with ThreadPoolExecutor(1) as pool:
+        yield Registry(pool)
+
+
+async def done(future: Future[None]) -> None:
+    await asyncio.wait_for(asyncio.wrap_future(future), 10)
+
+
+async def test_a_call_keeps_its_version_until_its_task_is_done(registry: Registry, tiny_bundle: Path) -> None:
+    registry.put(Model.load("m", tiny_bundle))
+    first = weakref.ref(registry.get("m"))
+    found, finish = asyncio.Event(), asyncio.Event()
+
+    async def call() -> Model:
+        model = registry.find("m")
+        assert registry.find("m") is model  # twice is still one call
+        found.set()
+        await finish.wait()
+        return model
+
+    running = asyncio.create_task(call())
+    await found.wait()
+    assert registry.calls("m") == 1
+    registry.put(Model.load("m", tiny_bundle))
+    assert registry.get("m") is not first()
+    assert registry.calls("m") == 0
+    gone = registry.remove("m")
+    await done(gone)  # nobody holds the second version
+
+    assert first() is not None
+    finish.set()
+    assert await running is first()
+    del running
+    await until_dead(first)
+
+
+async def until_dead(model: weakref.ref[Model]) -> None:
+    """Wait until a model is let go of, which happens in another thread."""
+
+    end = asyncio.get_running_loop().time() + 10
+    while model() is not None:
+        assert asyncio.get_running_loop().time() < end
+        await asyncio.to_thread(lambda: None)
+
+
+async def test_removing_is_done_when_the_last_call_is(registry: Registry, tiny_bundle: Path) -> None:
+    registry.put(Model.load("m", tiny_bundle))
+    finish = asyncio.Event()
+
+    async def call() -> None:
+        registry.find("")
+        await finish.wait()
+
+    calls = [asyncio.create_task(call()) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert registry.calls("m") == 3
+    gone = registry.remove("m")
+    calls[0].cancel()
+    await asyncio.wait([calls[0]])
+    assert not gone.done()
+    finish.set()
+    await asyncio.wait(calls)
+    await done(gone)
+
+
+async def test_a_version_that_only_a_cycle_holds_is_freed(registry: Registry, tiny_bundle: Path) -> None:
+    """As after a call that failed: its exception holds its frames, and one of them the exception."""
+    registry.put(Model.load("m", tiny_bundle))
+    cycle: list[object] = [registry.get("m")]
+    cycle.append(cycle)
+    model = weakref.ref(registry.get("m"))
+    del cycle
+    gc.disable()
+    try:
+        await done(registry.remove("m"))
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+async def test_looking_from_elsewhere_than_a_call_holds_nothing(registry: Registry, tiny_bundle: Path) -> None:
+    registry.put(Model.load("m", tiny_bundle))
+    assert [model.name for model in registry.models()] == ["m"]
+    await asyncio.to_thread(registry.find, "m")
+    assert registry.calls("m") == 0
+    assert registry.calls("none") == 0
+
+
+def test_errors_say_what_there_is(registry: Registry, tiny_bundle: Path) -> None:
+    with pytest.raises(ServiceError, match="no embedding model is served") as error:
+        registry.find("", Task.EMBEDDING)
+    assert (error.value.code, error.value.reason) == (Code.FAILED_PRECONDITION, "NO_MODEL")
+    registry.put(Model.load("a", tiny_bundle))
+    registry.put(Model.load("b", tiny_bundle))
+    with pytest.raises(ServiceError, match="no model 'c'; served are: a, b") as error:
+        registry.find("c")
+    assert error.value.code is Code.NOT_FOUND
+    with pytest.raises(ServiceError, match="name one of: a, b"):
+        registry.find("", Task.EMBEDDING)
+    with pytest.raises(ServiceError, match="for embedding, not for classification"):
+        registry.find("a", Task.CLASSIFICATION)
+    with pytest.raises(ServiceError, match="no model 'c'"):
+        registry.remove("c")

@@ -1,0 +1,330 @@
+"""Models that change while the server serves: no call fails, no answer mixes two, and the old one is let go of."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import (
+    AlreadyExists,
+    AsyncClient,
+    Client,
+    EmberpcError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+)
+from emberpc.server.engine import Model
+from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
+from emberpc.wire import vectors
+from server_process import ServerProcess
+
+TEXT = "a cab is here"
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    """Ask again and again until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to hold in time"
+
+
+def expected(folder: Path) -> tuple[str, np.ndarray]:
+    """Return a bundle's fingerprint and its vector of TEXT."""
+    model = Model.load("m", folder)
+    encoding = model.tokenizer._tokenizer.encode(TEXT)
+    return model.fingerprint, model.run([encoding.ids])[0]
+
+
+@pytest.fixture
+def models(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A models directory with the bundles `a` and `b`."""
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_bundle, folder / "a")
+    shutil.copytree(other_tiny_bundle, folder / "b")
+    return folder
+
+
+@pytest.fixture
+def admin(models: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    """A server of that directory, which lets its models be changed."""
+    with ServerProcess({}, tmp_path / "data", "--models-dir", str(models), "--model-admin") as process:
+        yield process
+        assert "Traceback" not in process.output
+
+
+@pytest.fixture
+def connected(admin: ServerProcess) -> Iterator[Client]:
+    with Client(admin.address) as client:
+        yield client
+
+
+def test_reloads_under_load_fail_no_call_and_mix_no_answer(
+    admin: ServerProcess, connected: Client, models: Path
+) -> None:
+    wanted = dict(expected(models / name) for name in "ab")
+    connected.load_model("m", "a")
+    answers: list[embedding_pb2.EmbedResponse] = []
+    failures: list[grpc.RpcError] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with grpc.insecure_channel(admin.address) as channel:
+            stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+            while not stop.is_set():
+                try:
+                    answers.append(stub.Embed(embedding_pb2.EmbedRequest(model="m", texts=[TEXT] * 3), timeout=30))
+                except grpc.RpcError as error:
+                    failures.append(error)
+
+    callers = [threading.Thread(target=load) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    served = []
+    for i in range(10):
+        before = len(answers)
+        until(lambda before=before: failures or len(answers) > before + 5)  # type: ignore[misc]  # the default's type
+        served.append(connected.reload_model("m", "ba"[i % 2]).fingerprint)
+    stop.set()
+    for caller in callers:
+        caller.join(30)
+
+    assert failures == []
+    assert served == [fingerprint for _ in range(5) for fingerprint in reversed(wanted)]
+    assert {answer.model.fingerprint for answer in answers} == set(wanted)
+    for answer in answers:
+        for row in vectors.decode(answer.embeddings):
+            assert np.allclose(row, wanted[answer.model.fingerprint], atol=1e-5)
+
+
+def test_a_bad_bundle_leaves_the_old_one_serving(connected: Client, models: Path) -> None:
+    before = connected.embed([TEXT], model="a")
+    (models / "a" / "tokenizer.json").write_text("{}")
+    with pytest.raises(FailedPrecondition, match=r"model 'a': .*tokenizer\.json has 2 bytes.*export the model again"):
+        connected.reload_model("a")
+    with pytest.raises(FailedPrecondition, match="no variant 'int8'; the bundle has: fp32") as refused:
+        connected.reload_model("a", "b", variant="int8")
+    assert refused.value.reason == "MODEL_UNFIT"
+    assert np.array_equal(connected.embed([TEXT], model="a"), before)
+    with pytest.raises(FailedPrecondition):
+        connected.load_model("c", "a")
+    assert [model.name for model in connected.models()] == ["a", "b"]
+
+
+def test_progress_is_told_and_the_state_is_honest(admin: ServerProcess, connected: Client) -> None:
+    with grpc.insecure_channel(admin.address) as channel:
+        stub = model_pb2_grpc.ModelServiceStub(channel)
+        messages = list(stub.LoadModel(model_pb2.LoadModelRequest(name="m", path="b")))
+    assert [message.stage for message in messages] == [
+        "checking the files",
+        "loading the weights",
+        "warming up",
+        "ready",
+    ]
+    assert [message.model.state for message in messages] == [model_pb2.MODEL_STATE_LOADING] * 3 + [
+        model_pb2.MODEL_STATE_READY
+    ]
+    assert {message.model.name for message in messages} == {"m"}
+    assert messages[-1].model.fingerprint == connected.get_model("b").fingerprint
+    stages: list[str] = []
+    assert connected.reload_model("m", progress=stages.append).state == "ready"
+    assert stages[-1] == "ready"
+
+
+async def test_the_async_client_does_the_same(admin: ServerProcess) -> None:
+    stages: list[str] = []
+    async with AsyncClient(admin.address) as client:
+        loaded = await client.load_model("m", "a", progress=stages.append)
+        assert (loaded.name, loaded.variant, stages[-1]) == ("m", "fp32", "ready")
+        assert (await client.reload_model("m", "b")).fingerprint != loaded.fingerprint
+        await client.unload_model("m")
+        with pytest.raises(NotFound):
+            await client.reload_model("m")
+        assert (await client.load_model("m", "b")).name == "m"
+
+
+def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Path) -> None:
+    texts = [f"text number {i} " + "word " * (i % 30) for i in range(300)]
+    with ServerProcess({"m": minilm_bundle}, tmp_path, "--model-admin") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+            long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
+            # On the same connection, and answered: so the long call before it has arrived.
+            stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["short"]))
+            assert not long.done()
+            model_pb2_grpc.ModelServiceStub(channel).UnloadModel(model_pb2.UnloadModelRequest(name="m"))
+            assert long.result(0.2).embeddings.rows == 300
+        with Client(server.address) as client:
+            calls: tuple[Callable[[], object], ...] = (
+                lambda: client.embed(["a"]),
+                lambda: client.count_tokens(["a"]),
+            )
+            for call in calls:
+                with pytest.raises(FailedPrecondition) as refused:
+                    call()
+                assert refused.value.reason == "NO_MODEL"
+            with pytest.raises(NotFound):
+                client.unload_model("m")
+            assert client.models() == []
+
+
+def test_two_loads_of_one_name_come_one_after_the_other(connected: Client) -> None:
+    outcomes: list[str] = []
+
+    def load() -> None:
+        try:
+            outcomes.append(connected.load_model("m", "a").name)
+        except AlreadyExists as error:
+            outcomes.append(error.reason)
+
+    callers = [threading.Thread(target=load) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(30)
+    assert sorted(outcomes) == ["MODEL_EXISTS", "MODEL_EXISTS", "m"]
+
+
+def test_a_load_goes_on_when_its_caller_leaves(admin: ServerProcess, connected: Client) -> None:
+    with grpc.insecure_channel(admin.address) as channel:
+        call = model_pb2_grpc.ModelServiceStub(channel).LoadModel(model_pb2.LoadModelRequest(name="m", path="a"))
+        next(call)
+        call.cancel()
+    until(lambda: "m" in [model.name for model in connected.models()])
+
+
+def test_paths_lead_only_into_the_models_directory(connected: Client, tmp_path: Path, tiny_bundle: Path) -> None:
+    (tmp_path / "models" / "link").symlink_to(tiny_bundle)
+    for path in ("../data", str(tiny_bundle), "link", "link/onnx", ""):
+        with pytest.raises(InvalidArgument) as refused:
+            connected.load_model("m", path)
+        assert [violation.field for violation in refused.value.violations] == ["path"]
+        if path:
+            with pytest.raises(InvalidArgument):
+                connected.reload_model("a", path)
+
+
+def test_without_a_models_directory_only_a_models_own_folder_is_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    with (
+        ServerProcess({"m": tiny_bundle}, tmp_path, "--model-admin") as server,
+        Client(server.address) as client,
+    ):
+        before = client.get_model("m").load_time
+        after = client.reload_model("m").load_time
+        assert before is not None
+        assert after is not None
+        assert after > before
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: client.load_model("n", "tiny"),
+            lambda: client.reload_model("m", "tiny"),
+        )
+        for call in calls:
+            with pytest.raises(FailedPrecondition, match="start it with --models-dir") as refused:
+                call()
+            assert refused.value.reason == "NO_MODELS_DIR"
+
+
+def test_models_stay_as_they_are_unless_the_server_allows_otherwise(models: Path, tmp_path: Path) -> None:
+    with (
+        ServerProcess({}, tmp_path / "data", "--models-dir", str(models)) as server,
+        Client(server.address) as client,
+    ):
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: client.load_model("m", "a"),
+            lambda: client.reload_model("a"),
+            lambda: client.unload_model("a"),
+        )
+        for call in calls:
+            with pytest.raises(PermissionDenied, match="start it with --model-admin"):
+                call()
+        assert [model.name for model in client.models()] == ["a", "b"]
+
+
+def test_a_collection_refuses_another_model_until_its_own_is_back(connected: Client) -> None:
+    connected.load_model("m", "a")
+    connected.create_collection("books", model="m")
+    connected.upsert("books", [{"id": "1", "text": TEXT}])
+    connected.reload_model("m", "b")
+    with pytest.raises(FailedPrecondition, match="another 'm'") as refused:
+        connected.search("books", TEXT)
+    assert refused.value.reason == "MODEL_MISMATCH"
+    connected.reload_model("m", "a")
+    (hit,) = connected.search("books", TEXT)
+    assert hit.record.id == "1"
+
+
+def test_the_watch_loads_reloads_and_unloads(
+    models: Path, tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.move(models / "b", models / ".b")
+    (models / "bad").mkdir()
+    (models / "bad" / "emberpc.json").write_text("{")
+    flags = ("--models-dir", str(models), "--watch-models", "0.05")
+    with (
+        ServerProcess({"pinned": tiny_bundle}, tmp_path / "data", *flags) as server,
+        Client(server.address) as client,
+    ):
+
+        def fingerprints() -> dict[str, str]:
+            return {model.name: model.fingerprint for model in client.models()}
+
+        assert sorted(fingerprints()) == ["a", "pinned"]
+        first = fingerprints()["a"]
+        (models / ".b").rename(models / "b")
+        until(lambda: "b" in fingerprints())
+
+        staged = models / ".a"
+        shutil.copytree(other_tiny_bundle, staged)
+        shutil.move(models / "a", models / ".old")
+        staged.rename(models / "a")
+        until(lambda: fingerprints()["a"] != first)
+
+        shutil.rmtree(models / "b")
+        until(lambda: "b" not in fingerprints())
+        assert sorted(fingerprints()) == ["a", "pinned"]
+        assert server.output.count(f"{models / 'bad'} is not served") == 1
+
+
+def test_a_models_directory_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="there is no folder"):
+        ServerProcess({}, tmp_path / "data", "--models-dir", str(tmp_path / "none"))
+
+
+def resident_bytes(process_id: int) -> int:
+    """Return the memory of a process that is resident."""
+    status = Path(f"/proc/{process_id}/status").read_text(encoding="ascii")
+    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.slow
+def test_the_memory_of_old_versions_is_returned(minilm_bundle: Path, tmp_path: Path) -> None:
+    """Ten reloads of 90 MB each; calls that fail are among those that the old versions served."""
+    texts = [f"text number {i} " + "word " * (i % 50) for i in range(64)]
+    with ServerProcess({"m": minilm_bundle}, tmp_path, "--model-admin") as server, Client(server.address) as client:
+
+        def work() -> None:
+            client.embed(texts)
+            with pytest.raises(EmberpcError):
+                client.embed(["word " * 1000])
+
+        def settled(bound: float) -> bool:
+            work()  # what a worker did last, it holds until it gets something else to do
+            return resident_bytes(server.process.pid) < bound
+
+        client.reload_model("m")
+        # Two versions are more than 180 MB on their own.
+        until(lambda: settled(320 * 2**20), 60)
+        first = resident_bytes(server.process.pid)
+        for _ in range(10):
+            client.reload_model("m")
+            until(lambda: settled(first * 1.1), 60)
