@@ -92,7 +92,7 @@ class Model:
             variant_name: which of its ONNX files; empty: the first.
             options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
             encoders: those in use, to share one with other models; default: it gets one of its own.
-            fresh: load its files though an encoder like theirs is in use; not for a classifier's, whose own is its head.
+            fresh: load its files though an encoder like theirs is in use; a classifier whose own is the head shares it.
             tell: called with each stage as it begins.
 
         Raises:
