@@ -113,11 +113,11 @@ class Model:
             head = bundle.head()
 
             def load_encoder() -> Encoder:
-                tell("loading the weights")
                 session = load(bundle.model_path(variant))
                 interface = bundle.interface(session.graph, headless=head is not None)
                 return Encoder(session, interface, manifest.pad_token_id)
 
+            tell("loading the weights")
             # One that gives logits is of no use to others.
             vectors = head is not None or manifest.task is Task.EMBEDDING
             shared = encoders if encoders is not None and vectors else Encoders()
