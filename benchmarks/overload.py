@@ -1,0 +1,125 @@
+"""What happens when more comes than can be done?
+
+Calls arrive at fixed moments, whether or not those before them were answered
+(an open loop), at 1, 2 and 5 times what the server can do, each with a deadline
+of one second; by calls of one text, by calls of 32, and by streams of 32.
+Goodput is the texts answered in time, a second. Asked: it stays flat, and what
+is refused is refused at once.
+
+    python benchmarks/overload.py BUNDLE [--seconds 8] [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from subprocess import run
+from time import perf_counter
+from typing import Any
+
+import grpc.aio
+
+from emberpc.v1 import embedding_pb2 as pb
+from emberpc.v1 import embedding_pb2_grpc, types_pb2
+from load import call, host, middle, mixed_texts, serving
+
+DEADLINE = 1.0
+FACTORS = (1.0, 2.0, 5.0)
+WAYS = {"calls of 1 text": 1, "calls of 32 texts": 32, "streams of 32 texts": 32}
+
+
+async def arrivals(address: str, way: str, texts: list[str], rate: float, seconds: float) -> dict[str, float]:
+    """Let calls arrive at a rate in texts per second; return what became of them."""
+    batch = WAYS[way]
+    latencies: list[float] = []
+    refusals: list[float] = []
+    late = 0
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+        await channel.channel_ready()
+
+        async def one(number: int) -> None:
+            nonlocal late
+            part = [f"{text} {number}" for text in texts[number * batch % len(texts) :][:batch]]
+            start = perf_counter()
+            try:
+                if "streams" in way:
+                    done = 0
+                    async for answer in stub.EmbedStream(_requests(part), timeout=DEADLINE):
+                        done += len(answer.ids)
+                    if done < len(part):
+                        refusals.append(perf_counter() - start)
+                        return
+                else:
+                    request = pb.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END)
+                    await stub.Embed(request, timeout=DEADLINE)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    refusals.append(perf_counter() - start)
+                else:
+                    late += 1
+            else:
+                latencies.append(perf_counter() - start)
+
+        begin, tasks = perf_counter(), []
+        for number in range(int(rate * seconds / batch)):
+            await asyncio.sleep(max(0.0, begin + number * batch / rate - perf_counter()))
+            tasks.append(asyncio.create_task(one(number)))
+        await asyncio.gather(*tasks)
+        taken = perf_counter() - begin
+    return {
+        "goodput": batch * len(latencies) / taken,
+        "answered": len(latencies),
+        "refused": len(refusals),
+        "late": late,
+        "p50_ms": 1000 * middle(latencies or [0.0]),
+        "refusal_p50_ms": 1000 * middle(refusals or [0.0]),
+    }
+
+
+async def _requests(part: list[str]) -> AsyncIterator[pb.EmbedStreamRequest]:
+    config = pb.EmbedStreamConfig(truncation=types_pb2.TRUNCATION_END)
+    items = [pb.EmbedStreamItem(id=str(i), text=text) for i, text in enumerate(part)]
+    yield pb.EmbedStreamRequest(config=config, items=items)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", help="an embedding model, exported")
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--arrivals", nargs=2, metavar=("WAY", "RATE"), help=argparse.SUPPRESS)
+    arguments, flags = parser.parse_known_args()
+    texts = mixed_texts(1000, None)
+    if arguments.arrivals:
+        way, rate = arguments.arrivals
+        print(json.dumps(asyncio.run(arrivals(arguments.bundle, way, texts, float(rate), arguments.seconds))))
+        return
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with serving(Path(arguments.bundle), "--cache-bytes", "0", *flags) as server:
+        call(server.address, texts[:200], in_flight=64)  # warm
+        capacity = len(texts) / call(server.address, texts, in_flight=64).seconds
+        print(f"capacity: {capacity:.0f} texts a second")
+        for way in WAYS:
+            for factor in FACTORS:
+                command = [sys.executable, __file__, server.address, "--seconds", str(arguments.seconds)]
+                command += ["--arrivals", way, str(capacity * factor)]
+                outcome = json.loads(run(command, check=True, capture_output=True, text=True).stdout)
+                found.setdefault(way, {})[f"{factor:g}"] = outcome
+                calls = outcome["answered"] + outcome["refused"] + outcome["late"]
+                print(
+                    f"{way}, {factor:g} times: goodput {outcome['goodput']:.0f} texts a second, p50 "
+                    f"{outcome['p50_ms']:.0f} ms; of {calls} calls "
+                    f"{outcome['refused']} refused (after {outcome['refusal_p50_ms']:.0f} ms), {outcome['late']} late"
+                )
+    if arguments.output:
+        result = {"host": host(), "capacity": capacity, "overload": found}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

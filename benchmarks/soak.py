@@ -1,0 +1,88 @@
+"""Does the server's memory stay flat?
+
+Texts of 1 to 512 tokens, each another, are embedded by 8 callers at a time for
+so many minutes, and the server's resident memory is read each second. Asked:
+after the first two minutes it grows by 2 % at most (the median of the last
+minute against that of the third).
+
+    python benchmarks/soak.py BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import threading
+from pathlib import Path
+from time import perf_counter, sleep
+
+import matplotlib as mpl
+
+from emberpc.client import Client
+from emberpc.export.stdlib_texts import read_stdlib
+from load import host, middle, resident_megabytes, serving
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+CALLERS = 8
+WARM_SECONDS = 120
+
+
+def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> None:
+    """Embed texts of all lengths until told to stop."""
+    generator = random.Random(seed)
+    words = [word for doc in read_stdlib()[:3000] for word in doc.text.split()]
+    with Client(address, timeout=120) as client:
+        while not stop.is_set():
+            count = generator.choice((1, 1, 1, 8, 32))
+            texts = []
+            for _ in range(count):
+                # As many short as long ones: lengths are even on a logarithmic scale.
+                length = int(2 ** generator.uniform(0, 8.5))
+                start = generator.randrange(len(words) - length)
+                texts.append(" ".join([str(generator.random()), *words[start : start + length]]))
+            client.embed(texts, truncation="end")
+            done[seed] += count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="an embedding model, exported")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--plot", type=Path, help="where a plot goes, as PNG")
+    arguments, flags = parser.parse_known_args()
+    stop, done = threading.Event(), [0] * CALLERS
+    samples: list[tuple[float, float]] = []
+    with serving(arguments.bundle, *flags) as server:
+        idle = resident_megabytes(server.process.pid)
+        threads = [threading.Thread(target=caller, args=(server.address, i, stop, done)) for i in range(CALLERS)]
+        for thread in threads:
+            thread.start()
+        begin = perf_counter()
+        while (now := perf_counter() - begin) < 60 * arguments.minutes:
+            samples.append((now, resident_megabytes(server.process.pid)))
+            sleep(1)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    after = [(at, memory) for at, memory in samples if at > WARM_SECONDS] or samples
+    first = middle([memory for at, memory in after if at <= after[0][0] + 60])
+    last = middle([memory for at, memory in after if at >= after[-1][0] - 60])
+    growth = last / first - 1
+    print(f"{sum(done)} texts; idle {idle:.0f} MB, minute 3 {first:.0f} MB, last minute {last:.0f} MB: {growth:+.1%}")
+    if arguments.output:
+        result = {"host": host(), "texts": sum(done), "idle": idle, "growth": growth, "megabytes": samples}
+        arguments.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if arguments.plot:
+        figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+        axes.plot([at / 60 for at, _ in samples], [memory for _, memory in samples])
+        axes.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(arguments.plot, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
