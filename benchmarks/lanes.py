@@ -16,10 +16,12 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from subprocess import DEVNULL, Popen
+from time import perf_counter, sleep
 from types import TracebackType
 
 from emberpc.client import Client
-from load import call, host, mixed_texts, serving
+from emberpc.server.cores import usable_cores
+from load import call, cpu_seconds, host, mixed_texts, serving
 
 HUGE = 10_000
 HERE = Path(__file__).resolve()
@@ -53,6 +55,15 @@ def huge(address: str, way: str) -> None:
                 client.embed(texts, truncation="end", batch_size=HUGE)
 
 
+def wait_until_busy(pid: int) -> None:
+    """Wait until a process uses most of the cores: until then the huge request has not come."""
+    while True:
+        before, began = cpu_seconds(pid), perf_counter()
+        sleep(0.5)
+        if cpu_seconds(pid) - before > 0.8 * usable_cores() * (perf_counter() - began):
+            return
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="an embedding model, exported")
@@ -69,7 +80,7 @@ def main() -> None:
         for way in ("idle", "request", "stream"):
             with nullcontext() if way == "idle" else Beside(server.address, way):
                 if way != "idle":
-                    call(server.address, [f"before {way} {i}" for i in range(100)], in_flight=1)
+                    wait_until_busy(server.process.pid)
                 texts = [f"where is my card {way} {i}" for i in range(arguments.calls)]
                 outcome = call(server.address, texts, in_flight=1)
             found[way] = {"p50_ms": outcome.percentile(0.5), "p99_ms": outcome.percentile(0.99)}

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
@@ -41,6 +42,9 @@ from emberpc.v1 import (
 
 log = logging.getLogger(__name__)
 
+#: How long a thread that runs Python may keep others waiting that want to. A short call changes threads several times;
+#: with Python's 5 ms it took 67 ms at the 99th percentile while a call of 10,000 texts was tokenised.
+_SWITCH_SECONDS = 0.0005
 #: Threads for tokenising, index and disk, beyond one for each worker: a few slow calls must not hold up the others.
 _EXTRA_THREADS = 4
 
@@ -67,6 +71,7 @@ def serve(settings: Settings) -> None:
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     keep_freed_memory()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(_serve(settings))
 
 

@@ -31,6 +31,10 @@ from emberpc.server.engine.tokenizing import TokenIds
 #: A call of more than so many micro-batches goes with the bulk work, whatever its caller says of it.
 _LARGE = 2
 
+#: What a batch costs beside its tokens, in tokens. Measured with MiniLM on one core: 16.4, 30.7 and 59 ms for 128, 256
+#: and 512 tokens are 0.11 ms for each token and 2.3 ms for the batch.
+_BATCH_COST = 20
+
 _numbers = count()
 
 
@@ -165,22 +169,33 @@ class Queue:
             del self._calls[name]
 
     def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
-        """Return the run of neighbours around an anchor that fills the budget with the least padding."""
+        """Return the run of neighbours around an anchor that does most for its time, within the budget.
+
+        It grows, to the better side, as long as that raises the share of the
+        time that goes into tokens and not into padding or the batch itself.
+        """
         low, high, longest = anchor, anchor + 1, pool[anchor].length
+        tokens, best = longest, _worth(longest, longest)
         while True:
-            rows = high - low
-            shorter = pool[low - 1].length if low > 0 else None
-            longer = pool[high].length if high < len(pool) else None
-            if shorter is not None and longest * (rows + 1) > self.batch_tokens:
-                shorter = None
-            if longer is not None and longer * (rows + 1) > self.batch_tokens:
-                longer = None
-            if shorter is None and longer is None:
+            rows = high - low + 1
+            grown = [
+                (_worth(tokens + item.length, max(longest, item.length) * rows), item)
+                for item in (*pool[max(low - 1, 0) : low], *pool[high : high + 1])
+                if max(longest, item.length) * rows <= self.batch_tokens
+            ]
+            worth, item = max(grown, key=lambda one: one[0], default=(0.0, None))
+            if item is None or worth <= best:
                 return low, high
-            if longer is None or (shorter is not None and longest - shorter <= (longer - longest) * rows):
-                low -= 1
+            best, tokens = worth, tokens + item.length
+            if item.length >= longest and high < len(pool) and item is pool[high]:
+                high, longest = high + 1, item.length
             else:
-                high, longest = high + 1, longer
+                low -= 1
+
+
+def _worth(tokens: int, padded: int) -> float:
+    """Return the share of a batch's time that goes into its tokens."""
+    return tokens / (padded + _BATCH_COST)
 
 
 class Backlog:
