@@ -71,11 +71,11 @@ def test_calls_that_come_while_others_are_served_are_served_too(
     assert count == len(first) + len(second)
 
 
-def test_a_call_of_one_text_does_not_wait_behind_a_call_of_thousands() -> None:
+def test_a_callers_text_does_not_wait_behind_anothers_thousands() -> None:
     runner = Doubler()
     queue = Queue(512)
-    queue.add(job(runner, [200] * 5000))
-    short = job(runner, [8])
+    queue.add(job(runner, [200] * 5000, "greedy"))
+    short = job(runner, [8], "modest")
     queue.take()
     queue.add(short)
     batches = [queue.take(), queue.take()]
@@ -135,7 +135,17 @@ def test_a_large_call_is_bulk_work_whatever_it_says() -> None:
     backlog.add(large)
     backlog.add(small)
     assert backlog.waits(Lane.BULK)
-    assert backlog.before(small) == 32
-    assert backlog.before(large) == backlog.tokens == 72
+    assert backlog.tokens == 72
+    assert backlog.ahead(8, Caller("other")) == 8
+    assert backlog.ahead(8, Caller()) == 32
+    assert backlog.ahead(40, Caller()) == 72
     assert {item.job for item in backlog.take(backlog.next_lane())} == {small}
     assert backlog.drain() == {large, small}
+
+
+def test_a_callers_calls_are_served_in_their_order() -> None:
+    runner, queue = Doubler(), Queue(10)
+    calls = [job(runner, [10, 10]) for _ in range(3)]
+    for each in calls:
+        queue.add(each)
+    assert [queue.take()[0].job for _ in range(6)] == [each for each in calls for _ in range(2)]

@@ -6,17 +6,17 @@ texts that wait for a model are kept in order of length, and a micro-batch is a
 run of neighbours in that order whose padded size stays within the budget.
 
 It is built around one text, the anchor. Anchors are taken from the callers in
-turn, and of a caller's calls in turn: a call of one text is served soon,
-whatever calls of thousands wait beside it. Bulk work waits in a lane of its
-own, and so does any call so large that others would wait for it; batches of
-one lane hold no text of the other, or a short call would last as long as the
-bulk that fills up its batch.
+turn, and of a caller's calls in their order: in turns all of them would end
+late under load, in order those that were taken end in time. Bulk work waits in
+a lane of its own, and so does any call so large that others would wait for it;
+batches of one lane hold no text of the other, or a short call would last as
+long as the bulk that fills up its batch.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -79,6 +79,11 @@ class Job:
         self.rows = [None] * len(self.texts)
         self.remaining = len(self.texts)
 
+    @property
+    def tokens_left(self) -> int:
+        """About how many tokens are still to be run."""
+        return self.tokens * self.remaining // len(self.texts)
+
 
 @dataclass(frozen=True, order=True)
 class Item:
@@ -98,8 +103,10 @@ class Queue:
         self._pools: dict[Runner, list[Item]] = {}
         #: The callers in turn.
         self._turns: deque[str] = deque()
-        #: Each caller's calls in turn, with their waiting texts; those already taken are skipped.
-        self._calls: dict[str, deque[tuple[Job, Iterator[Item]]]] = {}
+        #: Each caller's waiting texts, call by call; those already taken are skipped.
+        self._texts: dict[str, deque[Iterator[Item]]] = {}
+        #: Tokens of each caller that wait.
+        self._tokens: Counter[str] = Counter()
         self._taken: set[int] = set()
         self.tokens = 0
 
@@ -116,11 +123,20 @@ class Queue:
             pool.extend(items)
             pool.sort()
         name = job.caller.name
-        if name not in self._calls:
-            self._calls[name] = deque()
+        if name not in self._texts:
+            self._texts[name] = deque()
             self._turns.append(name)
-        self._calls[name].append((job, iter(items)))
+        self._texts[name].append(iter(items))
+        self._tokens[name] += job.tokens
         self.tokens += job.tokens
+
+    def ahead(self, name: str, tokens: int) -> int:
+        """Return how many tokens would be run before a new call of a caller, of so many tokens, is done.
+
+        Its own are not counted. Other callers have a turn for each of this one's, and no more than all that waits.
+        """
+        callers = len(self._tokens) + (name not in self._tokens)
+        return min(self.tokens, self._tokens.get(name, 0) * callers + tokens * (callers - 1))
 
     def take(self) -> list[Item]:
         """Take the next micro-batch: texts of one model, at most the budget when padded, at least one text."""
@@ -133,10 +149,18 @@ class Queue:
             del self._pools[anchor.job.runner]
         # The anchor's call is past it already; the others are still to be met in their calls' turns.
         self._taken.update(item.number for item in batch if item is not anchor)
-        self.tokens -= sum(item.length for item in batch)
+        for item in batch:
+            self._count_out(item)
         if not self._pools:
             self._forget()
         return batch
+
+    def _count_out(self, item: Item) -> None:
+        name = item.job.caller.name
+        self.tokens -= item.length
+        self._tokens[name] -= item.length
+        if not self._tokens[name]:
+            del self._tokens[name]
 
     def drain(self) -> set[Job]:
         """Take out everything; return the jobs that waited."""
@@ -149,24 +173,24 @@ class Queue:
     def _forget(self) -> None:
         """Forget the turns of those who have nothing waiting any more."""
         self._turns.clear()
-        self._calls.clear()
+        self._texts.clear()
         self._taken.clear()
+        self._tokens.clear()
 
     def _next_anchor(self) -> Item:
-        """Return the first waiting text of the call whose turn it is; its caller and it go to the end of the line."""
+        """Return the first waiting text of the caller whose turn it is, who goes to the end of the line."""
         while True:
             name = self._turns.popleft()
-            calls = self._calls[name]
+            calls = self._texts[name]
             while calls:
-                job, items = calls.popleft()
-                for item in items:
+                for item in calls[0]:
                     if item.number in self._taken:
                         self._taken.remove(item.number)
                         continue
-                    calls.append((job, items))
                     self._turns.append(name)
                     return item
-            del self._calls[name]
+                calls.popleft()
+            del self._texts[name]
 
     def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
         """Return the run of neighbours around an anchor that does most for its time, within the budget.
@@ -235,10 +259,11 @@ class Backlog:
         """Return the lane that a call of so many tokens belongs in."""
         return Lane.BULK if tokens > _LARGE * self._batch_tokens else caller.lane
 
-    def before(self, job: Job) -> int:
-        """Return how many tokens go before a job's: those of its lane and of the one that has precedence."""
-        own = self.lane(job.tokens, job.caller)
-        return sum(queue.tokens for lane, queue in self._queues.items() if lane <= own)
+    def ahead(self, tokens: int, caller: Caller) -> int:
+        """Return how many tokens are run before a new call of so many is done, its own not counted."""
+        own = self.lane(tokens, caller)
+        precedence = sum(queue.tokens for lane, queue in self._queues.items() if lane < own)
+        return precedence + self._queues[own].ahead(caller.name, tokens)
 
     def add(self, job: Job) -> None:
         """Take in a job's texts."""

@@ -102,7 +102,7 @@ class Inferrer:
         self, model: Model, places: Mapping[Key, int], path: FieldPath, caller: Caller, times: _Times
     ) -> dict[Key, Entry]:
         """Run texts that the cache does not know, each of which stands at a place of the request."""
-        self._scheduler.check_room()
+        self._scheduler.check_room(caller)
         missing = await self._tokenize(model, places, path, times)
         found: dict[Key, Entry] = {}
         while missing:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from itertools import groupby
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -29,6 +30,8 @@ _FIRST_RATE = 2000.0
 _BULK_SECONDS = 0.25
 #: A text of fewer tokens is run no faster by several cores than by one.
 _LONG = 128
+#: Estimates of time are off by as much; what is begun and not done in time was work for nothing.
+_MARGIN = 1.25
 _ANYBODY = Caller()
 
 
@@ -68,6 +71,7 @@ class Scheduler:
     ) -> None:
         self.counts = Counts()
         self._backlog = Backlog(batch_tokens, _BULK_SECONDS)
+        self._batch_tokens = batch_tokens
         self._max_queue_tokens = max_queue_tokens
         self._on_failure = on_failure
         self._lock = threading.Lock()
@@ -96,8 +100,8 @@ class Scheduler:
         self._submit(job)
         return await asyncio.wrap_future(job.future)
 
-    def check_room(self) -> None:
-        """See whether anything can be taken at all, before a call is tokenised in vain.
+    def check_room(self, caller: Caller) -> None:
+        """See whether a call can be taken at all, before it is tokenised in vain.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if not.
@@ -105,10 +109,12 @@ class Scheduler:
         with self._lock:
             if self._backlog.tokens >= self._max_queue_tokens:
                 raise self._full(0)
+            self._check_time(0, caller)
 
     def set_batch_tokens(self, tokens: int) -> None:
         """Make the micro-batches from now on of another size."""
         with self._lock:
+            self._batch_tokens = tokens
             self._backlog.set_batch_tokens(tokens)
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
@@ -149,19 +155,27 @@ class Scheduler:
                 raise ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS")
             if self._backlog.tokens + job.tokens > self._max_queue_tokens:
                 raise self._full(job.tokens)
-            wait = self._seconds(self._backlog.before(job))
-            if wait > job.caller.deadline - perf_counter():
-                self.counts.refused += 1
-                raise ServiceError(
-                    Code.RESOURCE_EXHAUSTED,
-                    f"about {wait:.1f} seconds of work wait before this call, and its deadline is sooner; try again "
-                    "later, or give it more time",
-                    reason="DEADLINE_TOO_SOON",
-                    retry_after=wait,
-                )
+            self._check_time(job.tokens, job.caller)
             self._backlog.add(job)
             self._work_waits.notify(len(job.texts))
             self._express_waits.notify()
+
+    def _check_time(self, tokens: int, caller: Caller) -> None:
+        """Refuse a call of so many tokens that would not be done in time."""
+        if caller.deadline == inf:
+            return
+        wait = self._seconds(self._backlog.ahead(tokens, caller))
+        # Its own tokens, and the rest of the batch that is being run when it comes.
+        needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rate if wait else 0.0)
+        if _MARGIN * needed > caller.deadline - perf_counter():
+            self.counts.refused += 1
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                f"about {wait:.1f} seconds of work go before this call, and its deadline is too soon; try again later, "
+                "or give it more time",
+                reason="DEADLINE_TOO_SOON",
+                retry_after=wait,
+            )
 
     def _full(self, tokens: int) -> ServiceError:
         self.counts.refused += 1
@@ -225,12 +239,19 @@ class Scheduler:
                     return wanted
 
     def _take(self, lane: Lane) -> list[Item]:
-        """Take a batch, less what nobody wants any more: callers who left, whose call failed, or whose time is up."""
+        """Take a batch, less what nobody wants any more: callers who left, whose call failed, or cannot be in time."""
         now = perf_counter()
         batch = self._backlog.take(lane)
-        late = {item.job for item in batch if item.job.caller.deadline < now and not item.job.future.done()}
+        late = {
+            item.job
+            for item in batch
+            if not item.job.future.done() and item.job.caller.deadline < now + self._seconds(item.job.tokens_left)
+        }
         self.counts.expired += len(late)
-        _fail(late, ServiceError(Code.DEADLINE_EXCEEDED, "the call's time was up before a worker was free"))
+        _fail(
+            late,
+            ServiceError(Code.DEADLINE_EXCEEDED, "the call could not be done in time any more"),
+        )
         return [item for item in batch if not item.job.future.done()]
 
     def _run_batch(self, batch: list[Item]) -> None:
