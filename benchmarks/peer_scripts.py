@@ -10,7 +10,7 @@ if peer == "fastembed":
     from fastembed import TextEmbedding
     from fastembed.common.model_description import ModelSource, PoolingType
     TextEmbedding.add_custom_model(
-        model="local/model", pooling=PoolingType.DISABLED, normalization=True,
+        model="local/model", pooling=PoolingType.MEAN, normalization=True,
         sources=ModelSource(hf="local/model"), dim=384, model_file="onnx/model.onnx")
     model = TextEmbedding("local/model", specific_model_path=folder)
     embed = lambda texts: list(model.embed(texts, batch_size=32))
@@ -42,7 +42,8 @@ INFINITY = r"""
 import asyncio, json, os, subprocess, sys, time
 import httpx
 folder, texts, port = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
-command = [sys.executable, "-m", "infinity_emb", "v2", "--model-id", folder, "--engine", "optimum", "--device", "cpu",
+program = os.path.join(os.path.dirname(sys.executable), "infinity_emb")
+command = [program, "v2", "--model-id", folder, "--engine", "optimum", "--device", "cpu",
            "--port", port, "--host", "127.0.0.1", "--no-vector-disk-cache", "--log-level", "error"]
 server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 def cpu():

@@ -7,7 +7,7 @@ the same ONNX file, the same cores, one after the other in every round:
 - sentence-transformers in process, batches of 32, with its torch and its onnx backend;
 - fastembed in process with the local model;
 - infinity-emb over HTTP with its optimum engine, 64 × 1 and 4 × 32. It loads no local ONNX folder, but takes an
-  optimised copy from its cache folder: the same file is put there.
+  optimised copy from where it would cache one: the same file is put there.
 
 Peers that need packages of their own run in environments of their own: give
 their Pythons. One that is not given, or fails, is said so.
@@ -70,14 +70,12 @@ def child(python: str, script: str, *arguments: str, **environment: str) -> dict
 
 
 def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
-    """Serve by infinity with the same ONNX file in its cache folder, and call it over HTTP."""
+    """Serve by infinity with the same ONNX file as its optimised copy, and call it over HTTP."""
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
         shutil.copytree(bundle, model)
-        cached = Path(home) / "cache" / "infinity_onnx" / "CPUExecutionProvider" / str(model).strip("/")
-        cached.mkdir(parents=True)
-        shutil.copy(bundle / "onnx" / "model.onnx", cached / "model_optimized.onnx")
-        shutil.copy(bundle / "config.json", cached / "config.json")
+        # Where it looks for an optimised copy: joined to an absolute path, its cache folder is the model's own.
+        shutil.copy(bundle / "onnx" / "model.onnx", model / "model_optimized.onnx")
         return child(
             python, INFINITY, str(model), texts, str(HTTP_PORT), HF_HOME=f"{home}/cache", HF_HUB_CACHE=f"{home}/cache"
         )
