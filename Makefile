@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-.PHONY: help venv demo demo-keep test test-all coverage lint protos protos-check
+.PHONY: help venv demo demo-keep test test-all coverage bench lint protos protos-check
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -24,6 +24,9 @@ test-all: venv  ## All tests, those that take minutes too
 
 coverage: venv  ## The fast tests, with the coverage of server and client
 	$(BIN)/python tools/coverage.py
+
+bench: venv  ## The short form of the server's benchmarks; rewrites docs/benchmarks.md
+	@$(BIN)/python benchmarks/bench.py
 
 lint: venv  ## Style, types and import arrows
 	$(BIN)/python tools/lint.py

@@ -27,13 +27,14 @@ from load import host, middle, resident_megabytes
 SETTLED = 2.0
 
 
-def start(bundle: Path, port: int) -> tuple[float, float]:
+def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
     """Return the seconds from exec to SERVING, and the resident megabytes once it has settled."""
     with tempfile.TemporaryDirectory() as data:
         address = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", address, "--data-dir", data]
         began = perf_counter()
-        with Popen([*command, "--model", f"model={bundle}"], stderr=DEVNULL) as process:
+        models = ["--model", f"model={bundle}", "--variant", f"model={variant}"]
+        with Popen([*command, *models], stderr=DEVNULL) as process:
             options = [("grpc.initial_reconnect_backoff_ms", 10), ("grpc.max_reconnect_backoff_ms", 10)]
             with grpc.insecure_channel(address, options) as channel:
                 stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -60,11 +61,12 @@ def slowest_imports(count: int) -> list[tuple[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="an embedding model, exported")
+    parser.add_argument("--variant", default="fp32", help="which of its files (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--port", type=int, default=50871, help="a free one (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
-    rounds = [start(arguments.bundle, arguments.port) for _ in range(arguments.rounds)]
+    rounds = [start(arguments.bundle, arguments.variant, arguments.port) for _ in range(arguments.rounds)]
     seconds, memory = (middle(values) for values in zip(*rounds, strict=True))
     print(f"SERVING after {seconds:.2f} s, {memory:.0f} MB resident")
     for name, taken in slowest_imports(12):

