@@ -226,7 +226,7 @@ class Patience:
 
     def pause(self, error: EmberpcError) -> float | None:
         """Return the seconds to wait before the next try after an error; None if there is no time for one."""
-        # grpc.aio now and then reports a request that failed to be sent, as INTERNAL, in place of why (grpc/grpc#36066).
+        # grpc.aio may report a request that failed to be sent, as INTERNAL, in place of why (grpc/grpc#36066).
         if self.reason is None or not isinstance(error, Internal):
             self.reason = error
         pause = max(self._pause, error.retry_after or 0.0)
