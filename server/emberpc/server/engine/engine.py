@@ -11,6 +11,7 @@ from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.inference import Inference, Inferrer
+from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.model import Model
 from emberpc.server.engine.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
@@ -68,6 +69,7 @@ class Engine:
         """
         if models := self.models():
             self._scheduler.set_batch_tokens(calibrated_batch_tokens(models[0], record))
+            return_memory()  # the largest batches tried took more than those that were chosen will
 
     def models(self) -> list[Model]:
         """Return the models by name."""
