@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 import pytest
@@ -179,8 +179,25 @@ async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
     assert busy.counts.expired == 1
 
 
+class Slow:
+    """Takes a fiftieth of a second for a batch."""
+
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        sleep(0.02)
+        return np.zeros((len(batch), 1), dtype=np.float32)
+
+
+async def test_nothing_is_refused_for_want_of_time_before_a_full_batch_told_how_fast_the_host_is(
+    scheduler: Make,
+) -> None:
+    idle = scheduler(workers=1)
+    await idle.run(Slow(), texts(2))
+    assert len((await idle.run(Lengths(), texts(*[50] * 100), Caller(deadline=perf_counter() + 2))).rows) == 100
+
+
 async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
+    await busy.run(Slow(), texts(64))
     running = asyncio.create_task(busy.run(gate, texts(50)))
     await asyncio.to_thread(gate.entered.wait, 30)
     waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))

@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 #: Weight of the newest batch in the running mean of tokens per second.
 _RATE_WEIGHT = 0.05
-#: Tokens per second assumed of one worker until one is measured.
+#: Smaller batches, as a share of the size that is meant, tell nothing of what a worker does when much waits.
+_TELLING = 0.25
+#: Tokens per second assumed of one worker until one is measured; no call is refused by it for want of time.
 _FIRST_RATE = 2000.0
 #: However much interactive work there is, bulk work has a turn so often: it gets slower, and never stands still.
 _BULK_SECONDS = 0.25
@@ -79,6 +81,7 @@ class Scheduler:
         self._express_waits = threading.Condition(self._lock)
         self._closing = False
         self._rate = _FIRST_RATE
+        self._measured = False
         self._alive = 0
         self._busy = 0
         self._at_bulk = 0
@@ -162,7 +165,7 @@ class Scheduler:
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
         """Refuse a call of so many tokens that would not be done in time."""
-        if caller.deadline == inf:
+        if caller.deadline == inf or not self._measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
         # Its own tokens, and the rest of the batch that is being run when it comes.
@@ -191,6 +194,10 @@ class Scheduler:
     def _seconds(self, tokens: int) -> float:
         """Estimate how long all workers take for so many tokens."""
         return tokens / (self._rate * max(1, self._alive))
+
+    def _least_seconds(self, job: Job) -> float:
+        """Estimate how long what is left of a job takes at least; 0 until it was measured."""
+        return self._seconds(job.tokens_left) if self._measured else 0.0
 
     def _start(self, name: str) -> None:
         """Start a thread. The express worker is not counted among those alive: it does not do all work."""
@@ -245,7 +252,7 @@ class Scheduler:
         late = {
             item.job
             for item in batch
-            if not item.job.future.done() and item.job.caller.deadline < now + self._seconds(item.job.tokens_left)
+            if not item.job.future.done() and item.job.caller.deadline < now + self._least_seconds(item.job)
         }
         self.counts.expired += len(late)
         _fail(
@@ -296,7 +303,10 @@ class Scheduler:
         tokens = sum(item.length for item in batch)
         finished = []
         with self._lock:
-            self._rate += _RATE_WEIGHT * (tokens / (end - start) - self._rate)
+            if tokens >= self._batch_tokens * _TELLING:
+                rate = tokens / (end - start)
+                self._rate = self._rate + _RATE_WEIGHT * (rate - self._rate) if self._measured else rate
+                self._measured = True
             self.counts.batches += 1
             self.counts.texts += len(batch)
             self.counts.tokens += tokens
