@@ -32,10 +32,12 @@ _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
 #: Spread calls over all addresses of the target, and repeat those that no server took or that a stopping one refused.
 #: gRPC itself repeats: within the call's deadline, after the pause that the server asks for if it asks for one, and
-#: at most four times, the most that it allows.
+#: at most four times, the most that it allows. A stream is opened again by `_stream_running`, which knows what was
+#: answered and why it broke; were gRPC to repeat it too, neither would know how long the other waits.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
+        {"name": [{"service": "emberpc.v1.EmbeddingService", "method": "EmbedStream"}]},
         {
             "name": [{}],
             "retryPolicy": {
@@ -45,7 +47,7 @@ _SERVICE_CONFIG = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
     ],
 }
 

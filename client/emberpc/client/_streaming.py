@@ -27,6 +27,8 @@ EMBED_STREAM = Method("/emberpc.v1.EmbeddingService/EmbedStream", pb.EmbedStream
 _WINDOW_CHARACTERS = 2**24
 #: Pauses before a broken stream is opened again, in seconds: the first, and the longest that they grow to.
 _PAUSES = (0.1, 2.0)
+#: So often a stream is opened that no server has taken yet, as often as gRPC tries any other call.
+_OPENINGS = 5
 
 
 class StreamJob:
@@ -77,6 +79,7 @@ class StreamJob:
         self._refused: list[StreamedEmbedding] = []
         self._fingerprint = ""
         self._greeted = False
+        self._openings = 0
 
     @property
     def may_read(self) -> bool:
@@ -139,6 +142,7 @@ class StreamJob:
         report a request that fails to be sent in place of the reason (grpc/grpc#36066).
         """
         self._greeted = False
+        self._openings += 1
         self._unsent = list(self._unanswered)
         return [self._config]
 
@@ -153,9 +157,10 @@ class StreamJob:
             yield pb.EmbedStreamRequest(items=part)
 
     def may_go_on(self, error: EmberpcError) -> bool:
-        """Whether another connection may do better: there was one, and no server of ours ended it for a reason."""
-        broken = isinstance(error, Unavailable) or (isinstance(error, Internal) and not error.reason)
-        return broken and bool(self._fingerprint)
+        """Whether another connection may do better: the server went away, or has not come yet."""
+        if not self._fingerprint:
+            return isinstance(error, Unavailable) and self._openings < _OPENINGS
+        return isinstance(error, Unavailable) or (isinstance(error, Internal) and not error.reason)
 
     def take(self, response: pb.EmbedStreamResponse) -> Sequence[StreamedEmbedding]:
         """Return the results in a message of the server.
