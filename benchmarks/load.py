@@ -110,6 +110,38 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
     return Outcome(**json.loads(run.stdout))
 
 
+def capacity(address: str, texts: Sequence[str], each: int) -> float:
+    """Embed texts by as many h2load processes, each its own again and again; return the seconds until the last is done.
+
+    h2load (of nghttp2) costs a hundredth of a Python client, which would take the cores from the server. It cannot
+    read answers: whether they are right is for `call` to say.
+
+    Args:
+        address: of the server.
+        texts: one of each caller.
+        each: how many times it is embedded.
+
+    Raises:
+        RuntimeError: not every call succeeded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        commands = []
+        for number, text in enumerate(texts):
+            request = embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END).SerializeToString()
+            body = Path(folder) / str(number)
+            body.write_bytes(b"\0" + len(request).to_bytes(4, "big") + request)
+            headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
+            url = f"http://{address}/emberpc.v1.EmbeddingService/Embed"
+            commands.append(["h2load", "-c1", "-m1", f"-n{each}", "-d", str(body), *headers, url])
+        start = perf_counter()
+        callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+        outputs = [caller.communicate()[0] for caller in callers]
+        seconds = perf_counter() - start
+    if not all(f"{each} succeeded" in output for output in outputs):
+        raise RuntimeError("not every call succeeded")
+    return seconds
+
+
 async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) -> Outcome:
     parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
     requests = iter([embedding_pb2.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END) for part in parts])

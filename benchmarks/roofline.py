@@ -5,7 +5,10 @@ micro-batches (tokenised before, sorted by length, at most 512 tokens with
 padding, one thread for each core, sessions set up as the server sets its own),
 and through the server over gRPC, 64 calls of one text and 4 calls of 32 at a
 time. 70 % of the texts are short queries, 30 % passages of 40 to 180 words.
-Printed are medians over the rounds, and of the ratios within them.
+Where h2load is installed (Debian: nghttp2-client), it calls with 64 of the
+texts, again and again, too: a Python client takes a share of the cores that one
+in another language, or on another host, would not. Printed are medians over the
+rounds, and of the ratios within them.
 
     python benchmarks/roofline.py BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
 """
@@ -19,6 +22,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from shutil import which
 from subprocess import run
 from tempfile import NamedTemporaryFile
 from time import perf_counter, process_time
@@ -28,10 +32,13 @@ from emberpc.server.engine import Model, Truncation
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
-from load import call, cpu_seconds, host, middle, mixed_texts, serving
+from load import call, capacity, cpu_seconds, host, middle, mixed_texts, serving
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
+#: By h2load, as many callers as texts.
+CAPACITY = "64 × 1, h2load"
+CALLERS = 64
 ASKED = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 
@@ -79,6 +86,8 @@ def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
 
 def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {"bare": [], **{way: [] for way in WAYS}}
+    if which("h2load"):
+        found |= {f"bare, {CALLERS} texts": [], CAPACITY: []}
     with serving(bundle, "--cache-bytes", "0", *flags) as server:
         call(server.address, texts[:200], in_flight=64)  # warm
         for number in range(rounds):
@@ -97,6 +106,14 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
                         "errors": outcome.errors,
                     }
                 )
+            if CAPACITY in found:
+                few, each = texts[:CALLERS], len(texts) // CALLERS
+                found[f"bare, {CALLERS} texts"].append(in_a_process(bundle, list(few) * each))
+                before = cpu_seconds(server.process.pid)
+                seconds = capacity(server.address, few, each)
+                used = cpu_seconds(server.process.pid) - before
+                count = len(few) * each
+                found[CAPACITY].append({"texts_per_second": count / seconds, "cpu_seconds_per_text": used / count})
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
     return found
 
@@ -119,11 +136,13 @@ def main() -> None:
     for way, rounds in found.items():
         names = rounds[0].keys()
         print(way, *(f"{name} {middle([one[name] for one in rounds]):.4g}" for name in names), sep="  ")
+        if way.startswith("bare"):
+            continue
+        bases = found[f"bare, {CALLERS} texts" if way == CAPACITY else "bare"]
         for name, asked in ASKED.items():
-            pairs = zip(rounds, found["bare"], strict=True)
+            pairs = zip(rounds, bases, strict=True)
             ratios[f"{way} {name}"] = middle([one[name] / base[name] for one, base in pairs])
-            if way != "bare":
-                print(f"    {name}: {ratios[f'{way} {name}']:.3f} of the roofline (asked: {asked})")
+            print(f"    {name}: {ratios[f'{way} {name}']:.3f} of the roofline (asked: {asked})")
     if arguments.output:
         arguments.output.write_text(json.dumps({"host": host(), "rounds": found, "ratios": ratios}, indent=2) + "\n")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from unittest.mock import Mock
 
 import numpy as np
 from hypothesis import given
@@ -22,7 +24,8 @@ class Doubler:
 
 
 def job(runner: Doubler, lengths: Sequence[int], caller: str = "", lane: Lane = Lane.INTERACTIVE) -> Job:
-    return Job(runner, [np.zeros(length, dtype=np.int64) for length in lengths], Caller(caller, lane))
+    texts = [np.zeros(length, dtype=np.int64) for length in lengths]
+    return Job(runner, texts, Caller(caller, lane), Mock(spec=asyncio.Future))
 
 
 def padded(batch: list[Item]) -> int:

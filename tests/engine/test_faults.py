@@ -45,7 +45,7 @@ class Faulty:
 @pytest.mark.parametrize("closes", [False, True])
 async def test_every_call_ends(seed: int, closes: bool) -> None:
     chance = random.Random(seed)
-    scheduler, runners = Scheduler(2, 64, 20_000), [Faulty(seed), Faulty(seed + 100)]
+    scheduler, runners = Scheduler(2, 64, 50_000), [Faulty(seed), Faulty(seed + 100)]
     right = 0
 
     async def call() -> None:

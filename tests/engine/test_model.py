@@ -141,16 +141,22 @@ def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bu
     assert long.encoder is not short.encoder
 
 
-def test_a_run_on_several_threads_gives_the_same_once_its_session_is_made(bundle: Path) -> None:
+def test_a_run_on_several_threads_gives_the_same_once_a_long_text_had_its_session_made(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberpc.server.engine.encoders._LONG", 20)
     encoder = Model.load("m", bundle).encoder
-    batch = [np.array([2, *range(5, 30), 3])]
-    one = encoder.run(batch)
+    batch, short = [np.array([2, *range(5, 30), 3])], [np.array([2, 7, 3])]
+    one, other = encoder.run(batch), encoder.run(short)
+    encoder.run(short, threads=2)
+    assert not any(thread.name == "widen" for thread in threading.enumerate())
     np.testing.assert_allclose(encoder.run(batch, threads=2), one, atol=1e-5)
     for thread in threading.enumerate():
         if thread.name == "widen":
             thread.join(30)
     assert encoder.wide
     np.testing.assert_allclose(encoder.run(batch, threads=2), one, atol=1e-5)
+    np.testing.assert_allclose(encoder.run(short, threads=2), other, atol=1e-5)
 
 
 def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Truncation
 from emberpc.server.errors import Code, FieldPath, ServiceError
-from emberpc.server.interceptors import CallInterceptor
+from emberpc.server.handlers import Handlers
 from emberpc.server.services import streaming
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.requests import Limits
@@ -60,9 +60,9 @@ async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedE
     with ThreadPoolExecutor(2) as pool:
         engine = WatchedEngine(pool, **settings)
         engine.load("tiny", bundle)
-        server = grpc.aio.server(interceptors=[CallInterceptor()])
+        server = grpc.aio.server()
         service = EmbeddingService(engine, Limits(4096, 2**20))
-        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(service, server)
+        Handlers(server).add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, service)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

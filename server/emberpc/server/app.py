@@ -21,8 +21,8 @@ from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Engine, Loader, ModelLoadError, ModelsDirectory
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.errors import ServiceError
+from emberpc.server.handlers import Handlers, Observe
 from emberpc.server.index import Index
-from emberpc.server.interceptors import CallInterceptor, Observe
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService
@@ -84,8 +84,7 @@ async def _serve(settings: Settings) -> None:
         workers = settings.workers or usable_cores()
         pool = stack.enter_context(ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool"))
         statuses = health.aio.HealthServicer()
-        interceptor = CallInterceptor()
-        server, address = _bind(settings, interceptor)
+        server, address = _bind(settings)
 
         def on_failure() -> None:
             log.error("no worker is left: not serving any more")
@@ -112,9 +111,10 @@ async def _serve(settings: Settings) -> None:
                 watch = asyncio.create_task(_watch(directory, loader, settings.watch_models))
                 stack.callback(watch.cancel)
 
-        if settings.metrics_listen:
-            interceptor.observe = _serve_metrics(settings, engine)
-        _register(server, engine, loader, index, pool, statuses, settings)
+        handlers = Handlers(server, *([_serve_metrics(settings, engine)] if settings.metrics_listen else []))
+        _register(handlers, engine, loader, index, pool, settings)
+        health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+        reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         await server.start()
         await _set_health(statuses, serving=True)
         if not settings.batch_tokens:
@@ -127,10 +127,9 @@ async def _serve(settings: Settings) -> None:
         await server.stop(settings.drain_seconds)
 
 
-def _bind(settings: Settings, interceptor: CallInterceptor) -> tuple[grpc.aio.Server, str]:
+def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
     """Make the server and take its address, so that a taken one is known before any model is loaded."""
     server = grpc.aio.server(
-        interceptors=[interceptor],
         options=[
             # Two servers on one port would share its calls at random; the second must fail instead.
             ("grpc.so_reuseport", 0),
@@ -190,21 +189,17 @@ def _load_models(engine: Engine, settings: Settings) -> None:
 
 
 def _register(
-    server: grpc.aio.Server,
-    engine: Engine,
-    loader: Loader,
-    index: Index,
-    pool: ThreadPoolExecutor,
-    statuses: health.aio.HealthServicer,
-    settings: Settings,
+    handlers: Handlers, engine: Engine, loader: Loader, index: Index, pool: ThreadPoolExecutor, settings: Settings
 ) -> None:
     limits = Limits(settings.max_texts, settings.max_text_bytes)
-    embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(engine, limits), server)
-    index_pb2_grpc.add_IndexServiceServicer_to_server(IndexService(engine, index, pool, limits), server)
-    classification_pb2_grpc.add_ClassificationServiceServicer_to_server(ClassificationService(engine, limits), server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(engine, loader, admin=settings.model_admin), server)
-    health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
-    reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    handlers.add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, EmbeddingService(engine, limits))
+    handlers.add(index_pb2_grpc.add_IndexServiceServicer_to_server, IndexService(engine, index, pool, limits))
+    handlers.add(
+        classification_pb2_grpc.add_ClassificationServiceServicer_to_server, ClassificationService(engine, limits)
+    )
+    handlers.add(
+        model_pb2_grpc.add_ModelServiceServicer_to_server, ModelService(engine, loader, admin=settings.model_admin)
+    )
 
 
 async def _set_health(statuses: health.aio.HealthServicer, *, serving: bool) -> None:

@@ -1,7 +1,7 @@
 """The one error type of the server.
 
 Engine, index and services raise `ServiceError`; `statuses` says how it travels,
-and only `interceptors` ends a call with it. Its message is for the caller: it names the item, the limit
+and only `handlers` ends a call with it. Its message is for the caller: it names the item, the limit
 and the remedy, and never holds the text of another exception.
 """
 

@@ -15,10 +15,10 @@ long as the bulk that fills up its batch.
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
@@ -62,12 +62,17 @@ class JobResult:
 
 @dataclass(eq=False)
 class Job:
-    """One call's texts on their way through one model."""
+    """One call's texts on their way through one model.
+
+    `future` belongs to the caller's event loop. `over`: nobody waits for the
+    outcome any more, since it is told or its caller left.
+    """
 
     runner: Runner
     texts: Sequence[TokenIds]
-    caller: Caller = field(default_factory=Caller)
-    future: Future[JobResult] = field(default_factory=Future)
+    caller: Caller
+    future: asyncio.Future[JobResult]
+    over: bool = False
     tokens: int = field(init=False)
     rows: list[Output | None] = field(init=False)
     remaining: int = field(init=False)

@@ -26,7 +26,7 @@ _TEXT_TOKENS = 32
 #: Runs of each candidate, in turns; the fastest counts, since whatever else ran on the host only slows one down.
 _ROUNDS = 3
 #: Of the best throughput. A smaller batch that comes so near is better: whoever comes next waits for less.
-_NEAR = 0.97
+_NEAR = 0.98
 _SOME_TEXT = "what a text is about does not matter here, only how many tokens it has when it is cut to measure"
 
 

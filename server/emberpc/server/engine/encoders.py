@@ -13,6 +13,10 @@ from emberpc.server.engine.session import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
 log = logging.getLogger(__name__)
+
+#: A text of so many tokens is worth a session with several threads. Where there is one, shorter texts gain from it too:
+#: on two cores MiniLM takes 16.2 and 10.7 ms for 128 tokens, 2.8 and 2.2 ms for 8.
+_LONG = 128
 _numbers = count()
 
 
@@ -45,9 +49,11 @@ class Encoder:
         Args:
             batch: the texts.
             threads: that are free for it. More than one need a session of their own, which takes the model's memory
-                once more: it is made beside the first run that could use it.
+                once more: it is made beside the first run of a long text that could use it.
         """
-        session = self._session if threads == 1 else self._wide or self._widen(threads)
+        session = self._session
+        if threads > 1:
+            session = self._wide or (self._widen(threads) if len(batch[0]) >= _LONG else session)
         return session.run(batch, self.interface, self._pad_token_id)
 
     def _widen(self, threads: int) -> OnnxSession:

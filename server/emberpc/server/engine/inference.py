@@ -20,7 +20,7 @@ from emberpc.server.engine.tokenizing import TokenizedText, Truncation
 from emberpc.server.errors import FieldPath
 
 #: Texts of so few characters in all are tokenised at once: handing them to another thread would take longer.
-_FEW_CHARACTERS = 600
+_FEW_CHARACTERS = 2000
 
 Result = TypeVar("Result")
 

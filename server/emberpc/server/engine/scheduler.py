@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
@@ -30,8 +30,6 @@ _TELLING = 0.25
 _FIRST_RATE = 2000.0
 #: However much interactive work there is, bulk work has a turn so often: it gets slower, and never stands still.
 _BULK_SECONDS = 0.25
-#: A text of fewer tokens is run no faster by several cores than by one.
-_LONG = 128
 #: Estimates of time are off by as much; what is begun and not done in time was work for nothing.
 _MARGIN = 1.25
 _ANYBODY = Caller()
@@ -59,7 +57,7 @@ class Scheduler:
     One more thread, the express worker, takes interactive work when all
     others are at bulk work: a short call then shares a core for some
     milliseconds, instead of waiting for the end of a batch that lasts a hundred.
-    A long text that is alone has all cores.
+    A text that is alone may have all cores.
 
     Args:
         workers: number of threads; each runs one micro-batch at a time on one core.
@@ -99,9 +97,12 @@ class Scheduler:
                 INVALID_ARGUMENT if the call alone is too large ever to be taken, DEADLINE_EXCEEDED if it was not
                 begun in time, INTERNAL if the model failed, UNAVAILABLE if the server is stopping.
         """
-        job = Job(runner, texts, caller)
+        job = Job(runner, texts, caller, asyncio.get_running_loop().create_future())
         self._submit(job)
-        return await asyncio.wrap_future(job.future)
+        try:
+            return await job.future
+        finally:
+            job.over = True
 
     def check_room(self, caller: Caller) -> None:
         """See whether a call can be taken at all, before it is tokenised in vain.
@@ -252,14 +253,14 @@ class Scheduler:
         late = {
             item.job
             for item in batch
-            if not item.job.future.done() and item.job.caller.deadline < now + self._least_seconds(item.job)
+            if not item.job.over and item.job.caller.deadline < now + self._least_seconds(item.job)
         }
         self.counts.expired += len(late)
         _fail(
             late,
             ServiceError(Code.DEADLINE_EXCEEDED, "the call could not be done in time any more"),
         )
-        return [item for item in batch if not item.job.future.done()]
+        return [item for item in batch if not item.job.over]
 
     def _run_batch(self, batch: list[Item]) -> None:
         bulk = self.lane(batch[0].job.tokens, batch[0].job.caller) is Lane.BULK
@@ -268,7 +269,7 @@ class Scheduler:
             self._at_bulk += bulk
             if bulk:
                 self._express_waits.notify()
-            alone = self._busy == 1 and not self._backlog and len(batch) == 1 and batch[0].length >= _LONG
+            alone = self._busy == 1 and not self._backlog and len(batch) == 1
         try:
             self._run_and_finish(batch, self._workers if alone else 1)
         except BaseException:  # the worker ends, but no caller may hang
@@ -319,8 +320,7 @@ class Scheduler:
                 job.remaining -= 1
                 if not job.remaining:
                     finished.append(job)
-        for job in finished:
-            _succeed(job, end)
+        _tell((job, _result(job, end)) for job in finished)
 
     def _leave(self, name: str) -> None:
         """Account for a worker that ends. If it was not told to, another takes its place; if none can, nobody waits."""
@@ -348,18 +348,34 @@ def _failure() -> ServiceError:
     return ServiceError(Code.INTERNAL, "the model failed on this call")
 
 
-def _succeed(job: Job, end: float) -> None:
+def _result(job: Job, end: float) -> JobResult:
     rows = [row for row in job.rows if row is not None]
-    result = JobResult(rows, job.started - job.submitted, end - job.started)
-    try:
-        job.future.set_result(result)
-    except InvalidStateError:
-        log.debug("a caller left before its result was there")
+    return JobResult(rows, job.started - job.submitted, end - job.started)
 
 
 def _fail(jobs: Iterable[Job], error: ServiceError) -> None:
-    for job in jobs:
+    _tell((job, error) for job in jobs)
+
+
+def _tell(outcomes: Iterable[tuple[Job, JobResult | ServiceError]]) -> None:
+    """Tell callers what became of their calls, those of one event loop at once: each waking of it costs a thread."""
+    loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[Job, JobResult | ServiceError]]] = defaultdict(list)
+    for job, outcome in outcomes:
+        if not job.over:
+            job.over = True
+            loops[job.future.get_loop()].append((job, outcome))
+    for loop, own in loops.items():
         try:
-            job.future.set_exception(error)
-        except InvalidStateError:
-            log.debug("a call had ended before it failed")
+            loop.call_soon_threadsafe(_settle, own)
+        except RuntimeError:  # it is closed
+            log.debug("%d callers left with their event loop", len(own))
+
+
+def _settle(outcomes: Iterable[tuple[Job, JobResult | ServiceError]]) -> None:
+    for job, outcome in outcomes:
+        if job.future.done():
+            log.debug("a caller left before its outcome was there")
+        elif isinstance(outcome, ServiceError):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

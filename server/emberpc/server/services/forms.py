@@ -18,7 +18,10 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class EmbeddingForm:
-    """How texts go into a model, and how their vectors come out; checked."""
+    """How texts go into a model, and how their vectors come out; checked.
+
+    `unit`: they are still to be given length 1.
+    """
 
     prompt: str
     truncation: Truncation
@@ -53,7 +56,8 @@ class EmbeddingForm:
             truncation=requests.truncation(asked.truncation, f"{path}truncation"),
             dimensions=asked.dimensions,
             dtype=asked.dtype,
-            unit=unit,
+            # What has length 1 already has it still unless it is cut.
+            unit=unit and (bool(asked.dimensions) or not model.manifest.normalize),
         )
 
     def encode(self, output: Matrix) -> types_pb2.Vectors:
