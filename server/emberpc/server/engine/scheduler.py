@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +34,9 @@ _FIRST_RATE = 2000.0
 _BULK_SECONDS = 0.25
 #: Estimates of time are off by as much; what is begun and not done in time was work for nothing.
 _MARGIN = 1.25
+#: Of the workers, against 0 for the other threads. With 3, at five times what can be done, calls were refused after 3 to
+#: 9 ms and not 60 to 150, and a short call beside 10,000 texts took 14 ms and not 21 at the 99th percentile.
+_NICE = 3
 _ANYBODY = Caller()
 
 
@@ -209,6 +214,7 @@ class Scheduler:
         self._alive += not express
 
     def _work(self, name: str, express: bool) -> None:
+        _step_back()
         try:
             while self._work_once(express):
                 pass
@@ -342,6 +348,12 @@ class Scheduler:
             waiting = self._backlog.drain()
         _fail(waiting, ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS"))
         self._on_failure()
+
+
+def _step_back() -> None:
+    """Let this thread have a core after those that take and refuse calls, which need little of one, but at once."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _failure() -> ServiceError:
