@@ -34,8 +34,8 @@ _FIRST_RATE = 2000.0
 _BULK_SECONDS = 0.25
 #: Estimates of time are off by as much; what is begun and not done in time was work for nothing.
 _MARGIN = 1.25
-#: Of the workers, against 0 for the other threads. With 3, at five times what can be done, calls were refused after 3 to
-#: 9 ms and not 60 to 150, and a short call beside 10,000 texts took 14 ms and not 21 at the 99th percentile.
+#: Of the workers, against 0 for the other threads. With 3, at five times what can be done, calls were refused after 3
+#: to 9 ms and not 60 to 150, and a short call beside 10,000 texts took 14 ms and not 21 at the 99th percentile.
 _NICE = 3
 _ANYBODY = Caller()
 
