@@ -58,11 +58,11 @@ def page(found: Mapping[str, Any]) -> str:
     roofline = found["roofline"]
     for way, rounds in roofline["rounds"].items():
         texts = sorted(one["texts_per_second"] for one in rounds)[len(rounds) // 2]
+        if way.startswith("bare"):
+            lines += [f"- without a server{way.removeprefix('bare')}: {texts:.0f} texts a second"]
+            continue
         speed, cpu = (roofline["ratios"][f"{way} {name}"] for name in ("texts_per_second", "cpu_seconds_per_text"))
-        if way == "bare":
-            lines += [f"- without a server: {texts:.0f} texts a second"]
-        else:
-            lines += [f"- {way}: {texts:.0f} texts a second, {speed:.2f} of it, at {cpu:.2f} times its CPU-seconds"]
+        lines += [f"- {way}: {texts:.0f} texts a second, {speed:.2f} of it, at {cpu:.2f} times its CPU-seconds"]
     lines += ["", "**Peers** (`benchmarks/peers.py`): the same weights, texts and cores.", ""]
     rows = [
         [

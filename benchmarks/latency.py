@@ -3,7 +3,8 @@
 Texts of some lengths are embedded one after another, each another, with nothing
 else going on: through gRPC, and in this process by the very session that the
 server makes (one thread), in turns. Printed are medians over the texts, and the
-ratio. Long texts may be faster through the server: a lone one has all cores.
+ratio. Long texts may be faster through the server: a lone one has all cores, and
+so have short ones after it.
 
     python benchmarks/latency.py BUNDLE [--rounds 200] [-o RESULT.json]
 """
@@ -24,7 +25,12 @@ from emberpc.server.errors import items_of
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from load import host, middle, serving
 
-TOKENS = (8, 16, 32, 128, 256, 512)
+SHORT, LONG = (8, 16, 32), (128, 256, 512)
+#: What is measured, and how many tokens it has.
+KINDS = {
+    **{str(tokens): tokens for tokens in (*SHORT, *LONG)},
+    **{f"{tokens}, after long ones": tokens for tokens in SHORT},
+}
 
 
 def texts_of(model: Model, tokens: int, count: int) -> list[str]:
@@ -57,8 +63,10 @@ def main() -> None:
         grpc.insecure_channel(server.address) as channel,
     ):
         embed = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed
-        for tokens in (count for count in TOKENS if count <= model.manifest.max_tokens):
-            rounds = arguments.rounds if tokens < 128 else arguments.rounds // 4
+        for kind, tokens in KINDS.items():
+            if tokens > model.manifest.max_tokens:
+                continue
+            rounds = arguments.rounds if tokens in SHORT else arguments.rounds // 4
             bare, served = [], []
             for i, text in enumerate(texts_of(model, tokens, rounds + 10)):
                 (tokenized,) = model.tokenizer.tokenize([text], "", Truncation.END, items_of("texts"))
@@ -72,8 +80,8 @@ def main() -> None:
                     served.append(1000 * (perf_counter() - between))
             own, theirs = middle(served), middle(bare)
             ratio = middle([one / other for one, other in zip(served, bare, strict=True)])
-            results[tokens] = {"served_ms": own, "inference_ms": theirs, "ratio": ratio}
-            print(f"{tokens:4} tokens: inference {theirs:.2f} ms, served {own:.2f} ms, {ratio:.2f} times")
+            results[kind] = {"served_ms": own, "inference_ms": theirs, "ratio": ratio}
+            print(f"{kind} tokens: inference {theirs:.2f} ms, served {own:.2f} ms, {ratio:.2f} times")
     if arguments.output:
         arguments.output.write_text(json.dumps({"host": host(), "lone": results}, indent=2) + "\n", encoding="utf-8")
 

@@ -37,8 +37,9 @@ from load import call, capacity, cpu_seconds, host, middle, mixed_texts, serving
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
 #: By h2load, as many callers as texts.
-CAPACITY = "64 × 1, h2load"
 CALLERS = 64
+CAPACITY = f"{CALLERS} × 1, h2load"
+FEW = f"bare, {CALLERS} texts"
 ASKED = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 
@@ -86,8 +87,9 @@ def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
 
 def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {"bare": [], **{way: [] for way in WAYS}}
-    if which("h2load"):
-        found |= {f"bare, {CALLERS} texts": [], CAPACITY: []}
+    each = len(texts) // CALLERS if which("h2load") else 0
+    if each:
+        found |= {FEW: [], CAPACITY: []}
     with serving(bundle, "--cache-bytes", "0", *flags) as server:
         call(server.address, texts[:200], in_flight=64)  # warm
         for number in range(rounds):
@@ -106,13 +108,11 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
                         "errors": outcome.errors,
                     }
                 )
-            if CAPACITY in found:
-                few, each = texts[:CALLERS], len(texts) // CALLERS
-                found[f"bare, {CALLERS} texts"].append(in_a_process(bundle, list(few) * each))
+            if each:
+                found[FEW].append(in_a_process(bundle, [*texts[:CALLERS]] * each))
                 before = cpu_seconds(server.process.pid)
-                seconds = capacity(server.address, few, each)
+                seconds, count = capacity(server.address, texts[:CALLERS], each), CALLERS * each
                 used = cpu_seconds(server.process.pid) - before
-                count = len(few) * each
                 found[CAPACITY].append({"texts_per_second": count / seconds, "cpu_seconds_per_text": used / count})
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
     return found
@@ -138,7 +138,7 @@ def main() -> None:
         print(way, *(f"{name} {middle([one[name] for one in rounds]):.4g}" for name in names), sep="  ")
         if way.startswith("bare"):
             continue
-        bases = found[f"bare, {CALLERS} texts" if way == CAPACITY else "bare"]
+        bases = found[FEW if way == CAPACITY else "bare"]
         for name, asked in ASKED.items():
             pairs = zip(rounds, bases, strict=True)
             ratios[f"{way} {name}"] = middle([one[name] / base[name] for one, base in pairs])
