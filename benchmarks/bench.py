@@ -121,7 +121,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Any]) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     peers = {
         way: one["texts_per_second"] for way, one in found["peers"]["peers"].items() if way[-3:] != "× 1" or "64" in way
     }
@@ -134,7 +134,31 @@ def plot(found: Mapping[str, Any]) -> None:
     samples = found["soak"]["megabytes"]
     right.plot([at / 60 for at, _ in samples], [memory for _, memory in samples], color="#0072b2")
     right.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
-    for axes in (left, right):
+    ratios = found["roofline"]["ratios"]
+    ways = [way for way in found["roofline"]["rounds"] if not way.startswith("bare")]
+    places = range(len(ways))
+    middle.bar(
+        [at - 0.2 for at in places],
+        [ratios[f"{way} texts_per_second"] for way in ways],
+        0.4,
+        label="texts a second",
+        color="#0072b2",
+    )
+    middle.bar(
+        [at + 0.2 for at in places],
+        [ratios[f"{way} cpu_seconds_per_text"] for way in ways],
+        0.4,
+        label="CPU-seconds a text",
+        color="#e69f00",
+    )
+    middle.axhline(1, color="black", linewidth=0.8)
+    middle.set(
+        ylabel="times what the model alone takes",
+        xticks=list(places),
+        xticklabels=[way.replace(", ", ",\n") for way in ways],
+    )
+    middle.legend(frameon=False, loc="lower right")
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=110)

@@ -74,6 +74,8 @@ class Cache:
 
     def add(self, entries: dict[Key, Entry]) -> None:
         """Keep entries, and forget others if there is no room."""
+        if not self._max_bytes:
+            return
         for key, entry in entries.items():
             size = _size(key, entry)
             if size > self._max_bytes * _LARGEST_SHARE or key in self._entries:
