@@ -6,12 +6,16 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, snapshots
+from emberpc.server.index.graph import Graph
 from index_helpers import DIMENSIONS, records, vectors
 
 
@@ -34,7 +38,7 @@ def test_names_page_in_order(index: Index) -> None:
         index.create(CollectionSpec(name, 3))
     first, token = index.page(2, "")
     rest, end = index.page(10, token)
-    assert [each.spec.name for each in (*first, *rest)] == list("abcde")
+    assert [each.name for each in (*first, *rest)] == list("abcde")
     assert end == ""
 
 
@@ -132,3 +136,45 @@ def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     (tmp_path / "data" / "catalogue.db").write_bytes(os.urandom(8192))
     with pytest.raises(ServiceError, match="damaged"):
         Index(tmp_path / "data")
+
+
+def test_who_opens_a_collection_keeps_nobody_waiting_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index(tmp_path)
+    for name in ("large", "small"):
+        index.create(CollectionSpec(name, DIMENSIONS)).upsert(records("a"), vectors(1))
+    index.close()
+    index, opening, go_on = Index(tmp_path), threading.Event(), threading.Event()
+    load = snapshots.load
+
+    def slow(spec: CollectionSpec, folder: Path) -> Graph | None:
+        if spec.name == "large":
+            opening.set()
+            assert go_on.wait(30)
+        return load(spec, folder)
+
+    monkeypatch.setattr(snapshots, "load", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(index.get, "large")
+        assert opening.wait(30)
+        second = pool.submit(index.get, "large")
+        assert index.get("small").count() == 1
+        assert [spec.name for spec in index.page(10, "")[0]] == ["large", "small"]
+        assert not first.done()
+        assert not second.done()
+        go_on.set()
+        assert first.result(30) is second.result(30)
+    index.close()
+
+
+def test_a_collection_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index(tmp_path)
+    index.create(CollectionSpec("c", DIMENSIONS)).upsert(records("a"), vectors(1))
+    index.close()
+    index = Index(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(snapshots, "load", Mock(side_effect=MemoryError))
+        index.get("c")
+    assert index.get("c").count() == 1
+    index.close()

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from emberpc.client import Client, FailedPrecondition, Unavailable
+from emberpc.client import Client, FailedPrecondition, Internal, Unavailable
 from emberpc.server.app import SERVICE_NAMES
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from server_process import ServerProcess
@@ -204,3 +204,21 @@ def test_no_acknowledged_record_is_lost_to_kill_9(minilm_bundle: Path, tmp_path:
         assert set(stored) <= set(attempted)
         last = next(reversed(acknowledged))
         assert any(hit.record.id == last for hit in client.search("c", stored[last], top_k=len(stored)))
+
+
+def test_a_damaged_collection_does_not_hide_the_others(tmp_path: Path) -> None:
+    with ServerProcess({}, tmp_path) as server, Client(server.address) as client:
+        client.create_collection("bad", dimensions=4)
+    (folder,) = (tmp_path / "collections").iterdir()
+    (folder / "records.db").write_bytes(b"no database at all" * 1000)
+    with ServerProcess({}, tmp_path) as server, Client(server.address) as client:
+        client.create_collection("good", dimensions=4)
+        assert {found.name: found.problem for found in client.collections()} == {
+            "bad": "the database of collection 'bad' is damaged",
+            "good": "",
+        }
+        with pytest.raises(Internal, match="'bad' is damaged"):
+            client.count("bad")
+        assert client.count("good") == 0
+        client.delete_collection("bad")
+        assert [found.name for found in client.collections()] == ["good"]

@@ -62,11 +62,14 @@ def list_collections(client: Client, as_json: AsJson = False) -> None:
         Column("distance"),
         Column("MB", "right"),
     ]
+    found = list(client.collections())
     rows = [
         (c.name, c.record_count, c.model or "(vectors only)", c.dimensions, c.distance, f"{c.size_bytes / 1e6:.1f}")
-        for c in client.collections()
+        for c in found
     ]
     print_table(columns, rows)
+    for damaged in (c for c in found if c.problem):
+        note(f"{damaged.name} cannot be used: {damaged.problem}")
 
 
 @app.command()

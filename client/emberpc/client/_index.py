@@ -272,4 +272,5 @@ def _collection(message: pb.Collection) -> Collection:
         sequence=message.sequence,
         size_bytes=message.size_bytes,
         create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        problem=message.problem,
     )

@@ -78,6 +78,8 @@ class Collection:
     size_bytes: int
     #: In UTC; None if the server did not say.
     create_time: datetime | None
+    #: Why it cannot be used, such as that it is damaged; empty if it can.
+    problem: str = ""
 
 
 @dataclass(frozen=True)

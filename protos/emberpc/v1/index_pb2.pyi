@@ -206,6 +206,7 @@ class Collection(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     REEMBEDDING_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: 1 to 128 letters, digits, `.`, `_` and `-`, starting with a
     letter or digit.
@@ -230,6 +231,10 @@ class Collection(_message.Message):
     """Output only. Sequence number of its last write."""
     size_bytes: _builtins.int
     """Output only. Bytes on disk."""
+    problem: _builtins.str
+    """Output only. Why it cannot be used, such as that it is damaged; then its
+    counts are 0. Empty: it can.
+    """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
         """How its graph is built."""
@@ -262,10 +267,11 @@ class Collection(_message.Message):
         sequence: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         reembedding: Global___Reembedding | None = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "hnsw", b"hnsw", "reembedding", b"reembedding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dimensions", b"dimensions", "distance", b"distance", "hnsw", b"hnsw", "indexed_fields", b"indexed_fields", "model", b"model", "model_fingerprint", b"model_fingerprint", "name", b"name", "record_count", b"record_count", "reembedding", b"reembedding", "sequence", b"sequence", "size_bytes", b"size_bytes", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dimensions", b"dimensions", "distance", b"distance", "hnsw", b"hnsw", "indexed_fields", b"indexed_fields", "model", b"model", "model_fingerprint", b"model_fingerprint", "name", b"name", "problem", b"problem", "record_count", b"record_count", "reembedding", b"reembedding", "sequence", b"sequence", "size_bytes", b"size_bytes", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

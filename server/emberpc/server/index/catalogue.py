@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -72,7 +73,8 @@ class Index:
         self._snapshot_every = snapshot_every
         self._lock = threading.RLock()
         self._closed = False
-        self._open: dict[str, Collection] = {}
+        #: Those that are open, or being opened: that takes long for a large one, so it is done outside the lock.
+        self._open: dict[str, Future[Collection]] = {}
         self._maintainer = Maintainer()
         with ExitStack() as stack:
             stack.enter_context(_lock(self._data_dir))
@@ -121,37 +123,47 @@ class Index:
                     raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
                 message = "the data directory cannot be written to; see to its permissions"
                 raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
-            self._open[spec.name] = collection
+            self._open[spec.name] = Future()
+            self._open[spec.name].set_result(collection)
         return collection
 
     def get(self, name: str) -> Collection:
-        """Return a collection; the first call for it reads its graph.
+        """Return a collection; the first call for it reads its graph, and keeps only those waiting that want it too.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name.
+            ServiceError: NOT_FOUND if there is none of that name, INTERNAL if it is damaged.
         """
         with self._use():
-            if name not in self._open:
+            opened = self._open.get(name)
+            if opened is None:
                 folder, spec, created = self._existing_row(name)
-                self._open[name] = self._collection(
-                    CollectionSpec.from_json(spec),
-                    self._folder / folder,
-                    datetime.fromtimestamp(created, timezone.utc),
-                )
-            return self._open[name]
+                opening = self._open[name] = Future()
+        if opened is not None:
+            return opened.result()
+        try:
+            collection = self._collection(
+                CollectionSpec.from_json(spec), self._folder / folder, datetime.fromtimestamp(created, timezone.utc)
+            )
+        except BaseException as error:
+            with self._lock:
+                if self._open.get(name) is opening:
+                    del self._open[name]
+            opening.set_exception(error)
+            raise
+        opening.set_result(collection)
+        return collection
 
-    def page(self, page_size: int, page_token: str) -> tuple[list[Collection], str]:
-        """Return a page of collections by name, and the token of the next page, empty after the last."""
+    def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
+        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
         check_page_size(page_size)
         after = decode_token(page_token)
-        with self._use():
-            with translated(_WHAT):
-                rows = self._database.execute(
-                    "SELECT name FROM collections WHERE name > ? ORDER BY name LIMIT ?", (after, page_size + 1)
-                ).fetchall()
-            names = [row[0] for row in rows]
-            token = encode_token(names[page_size - 1]) if len(names) > page_size else ""
-            return [self.get(name) for name in names[:page_size]], token
+        with self._use(), translated(_WHAT):
+            rows = self._database.execute(
+                "SELECT spec FROM collections WHERE name > ? ORDER BY name LIMIT ?", (after, page_size + 1)
+            ).fetchall()
+        specs = [CollectionSpec.from_json(row[0]) for row in rows]
+        token = encode_token(specs[page_size - 1].name) if len(specs) > page_size else ""
+        return specs[:page_size], token
 
     def delete(self, name: str) -> None:
         """Delete a collection; calls under way finish first.
@@ -163,11 +175,11 @@ class Index:
             folder = self._folder / self._existing_row(name)[0]
             with translated(_WHAT), transaction(self._database):
                 self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
-            collection = self._open.pop(name, None)
-        if collection:
-            collection.drop()
-        else:
+            opened = self._open.pop(name, None)
+        if opened is None or opened.exception() is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        else:
+            opened.result().drop()
 
     def close(self) -> None:
         """Let calls under way finish, save snapshots, close every collection, and give up the directory."""
@@ -177,8 +189,9 @@ class Index:
             self._closed = True
         with self._resources as stack:
             stack.callback(self._maintainer.close)
-            for collection in self._open.values():
-                stack.callback(collection.close)
+            for opened in [*self._open.values()]:
+                if opened.exception() is None:
+                    stack.callback(opened.result().close)
 
     @contextmanager
     def _use(self) -> Iterator[None]:

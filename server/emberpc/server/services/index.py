@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from emberpc.bundle import Task
 from emberpc.server.engine import Caller, Engine, Truncation
-from emberpc.server.errors import invalid, items_of
+from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
@@ -22,6 +22,7 @@ from emberpc.server.services.records import (
     new_records,
     record_message,
     record_vectors,
+    spec_message,
 )
 from emberpc.server.services.searching import Searcher
 from emberpc.v1 import index_pb2 as pb
@@ -69,9 +70,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.ListCollectionsResponse:
         """List the collections by name."""
         size = requests.page_size(request.page_size)
-        collections, token = await self._in_pool(lambda: self._index.page(size, request.page_token))
+        specs, token = await self._in_pool(lambda: self._index.page(size, request.page_token))
+        found = [await self._describe_or_say_why_not(spec) for spec in specs]
         return pb.ListCollectionsResponse(
-            collections=[await self._describe(collection) for collection in collections], next_page_token=token
+            collections=[collection for collection in found if collection is not None], next_page_token=token
         )
 
     async def DeleteCollection(
@@ -209,6 +211,17 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
     async def _describe(self, collection: Collection) -> pb.Collection:
         return await self._in_pool(lambda: collection_message(collection))
+
+    async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:
+        """Describe a collection; one that is damaged must not hide the others. None if it is gone by now."""
+        try:
+            return await self._describe(await self._collection(spec.name))
+        except ServiceError as error:
+            if error.code is Code.NOT_FOUND:
+                return None
+            if error.code is not Code.INTERNAL:
+                raise
+            return spec_message(spec, error.message)
 
     async def _in_pool(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

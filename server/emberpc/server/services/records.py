@@ -13,7 +13,7 @@ from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from emberpc.server.errors import invalid
-from emberpc.server.index import Collection, Distance, NewRecord, StoredRecord
+from emberpc.server.index import Collection, CollectionSpec, Distance, NewRecord, StoredRecord
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 from emberpc.wire import vectors
@@ -48,7 +48,15 @@ class Parts:
 
 def collection_message(collection: Collection) -> pb.Collection:
     """Describe a collection."""
-    spec, info = collection.spec, collection.info()
+    info = collection.info()
+    message = spec_message(collection.spec)
+    message.record_count, message.sequence, message.size_bytes = info.record_count, info.sequence, info.size_bytes
+    message.create_time.CopyFrom(_timestamp(info.create_time))
+    return message
+
+
+def spec_message(spec: CollectionSpec, problem: str = "") -> pb.Collection:
+    """Describe what a collection is, and why it cannot be used, without opening it."""
     return pb.Collection(
         name=spec.name,
         model=spec.model,
@@ -58,10 +66,7 @@ def collection_message(collection: Collection) -> pb.Collection:
         truncation=types_pb2.Truncation.Value(f"TRUNCATION_{spec.truncation.upper()}"),
         hnsw=pb.HnswParameters(m=spec.m, ef_construction=spec.ef_construction),
         indexed_fields=spec.indexed_fields,
-        record_count=info.record_count,
-        create_time=_timestamp(info.create_time),
-        sequence=info.sequence,
-        size_bytes=info.size_bytes,
+        problem=problem,
     )
 
 
