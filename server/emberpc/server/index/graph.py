@@ -7,6 +7,7 @@ from pathlib import Path
 import hnswlib
 import numpy as np
 
+from emberpc.server.index.children import in_child
 from emberpc.server.index.metric import SPACES, graph_scores
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
@@ -116,8 +117,8 @@ class Graph:
         Raises:
             OSError: not all of it was written.
         """
-        # hnswlib holds the GIL meanwhile, 0.7 s at 100,000 vectors: a child process is to take this over.
-        self._index.save_index(str(path))
+        # hnswlib holds the GIL meanwhile, 0.7 s at 100,000 vectors, and every call would stand still.
+        in_child(lambda: self._index.save_index(str(path)))
         # It reports success on a full disk, too.
         if path.stat().st_size != self._index.index_file_size():
             raise OSError(f"{path.name} has {path.stat().st_size} of {self._index.index_file_size()} bytes")
