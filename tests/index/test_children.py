@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.server.index import Collection
 from emberpc.server.index.children import in_child
+from index.support import gaussian, numbered
+from index_helpers import DIMENSIONS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a child on Linux only")
 
@@ -21,7 +24,7 @@ def test_the_work_is_done_elsewhere_on_what_is_here(tmp_path: Path) -> None:
         (tmp_path / "file").write_text(f"{os.getpid()} {here['seen']}")
         here["seen"] = "that"
 
-    in_child(work)
+    in_child(work)()
     pid, seen = (tmp_path / "file").read_text().split()
     assert int(pid) != os.getpid()
     assert seen == here["seen"] == "this"
@@ -30,10 +33,29 @@ def test_the_work_is_done_elsewhere_on_what_is_here(tmp_path: Path) -> None:
 def test_it_has_none_of_the_files_that_are_open_here(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("wb") as file:
         with pytest.raises(OSError, match="ended with 1"):
-            in_child(lambda: os.fstat(file.fileno()))
+            in_child(lambda: os.fstat(file.fileno()))()
         os.fstat(file.fileno())
 
 
 def test_one_that_is_killed_is_told_of() -> None:
     with pytest.raises(OSError, match=f"ended with -{int(signal.SIGKILL)}"):
-        in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))()
+
+
+def test_a_snapshot_being_written_keeps_neither_writes_nor_searches_waiting(
+    collection: Collection, tmp_path: Path
+) -> None:
+    """A waiting write holds off every search after it, so it must not wait for a disk."""
+    vectors = gaussian(101, DIMENSIONS)
+    collection.upsert(numbered(100), vectors[:100])
+    collection.maintain()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # The child stands still until somebody reads from the pipe.
+    saving = collection._neighbours.save(pipe)
+    collection.upsert(numbered(1, first=100), vectors[100:])
+    (outcome,) = collection.search(vectors[100:], 1)
+    assert outcome.hits[0][0].id == "r00100"
+    assert len(pipe.read_bytes()) == saving.size
+    saving.wait()
+    assert saving.live + len(saving.dead) <= 100

@@ -16,25 +16,33 @@ _LIBRARY = ctypes.CDLL(None) if _FORKS else None
 _MAX_FILES = 1 << 20
 
 
-def in_child(work: Callable[[], object]) -> None:
-    """Do work that is one call into a library and writes files; where there is no child for it, do it here.
+def in_child(work: Callable[[], object]) -> Callable[[], None]:
+    """Begin work that is one call into a library and writes files; where there is no child for it, do it here.
 
     Only this thread is copied. So the work may take no lock that another one
     might hold: no logging, and nothing that the index's own lock does not keep
     still. The C library takes care of its own.
 
+    Returns:
+        A function to be called once, by the same thread: it waits for the child, and raises OSError if that failed
+        or was killed.
+
     Raises:
-        OSError: the child failed, was killed, or there can be none.
+        OSError: there can be no child.
     """
     if _LIBRARY is None:
         work()
-        return
+        return lambda: None
     child = os.fork()
     if not child:
         _work_and_exit(work)
-    status = os.waitpid(child, 0)[1]
-    if status:
-        raise OSError(f"the process that wrote it ended with {os.waitstatus_to_exitcode(status)}")
+
+    def wait() -> None:
+        status = os.waitpid(child, 0)[1]
+        if status:
+            raise OSError(f"the process that wrote it ended with {os.waitstatus_to_exitcode(status)}")
+
+    return wait
 
 
 def _work_and_exit(work: Callable[[], object]) -> None:

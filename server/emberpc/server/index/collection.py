@@ -266,7 +266,7 @@ class Collection:
 
     def _snapshot(self) -> None:
         try:
-            self._neighbours.save(lambda graph: snapshots.save(graph, self.spec, self._folder))
+            snapshots.save(self._neighbours.save, self.spec, self._folder)
             self._unsaved = 0
         except (OSError, RuntimeError) as error:
             # Nothing is lost: the graph is built from the store at the next start, which only takes longer.

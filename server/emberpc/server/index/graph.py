@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import hnswlib
@@ -16,6 +18,17 @@ _FIRST_CAPACITY = 1024
 
 class GraphError(Exception):
     """The graph cannot answer, or a file holds no graph; vectors can still be compared one by one."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A graph as it stood when its writing began: bytes of its file, labels that can be found, labels deleted."""
+
+    size: int
+    live: int
+    dead: Labels
+    #: To be called once, by the thread that began it; raises OSError if the file was not written.
+    wait: Callable[[], None]
 
 
 class Graph:
@@ -111,19 +124,17 @@ class Graph:
             raise GraphError from error
         return labels.astype(np.int64), graph_scores(distances, self._spec.distance)
 
-    def save(self, path: Path) -> Labels:
-        """Write the graph; return the labels in it that are deleted.
+    def save(self, path: Path) -> Saving:
+        """Begin to write the graph as it stands; what changes it later does not change the file.
 
         Raises:
-            OSError: not all of it was written.
+            OSError: it cannot be begun.
         """
-        # hnswlib holds the GIL meanwhile, 0.7 s at 100,000 vectors, and every call would stand still.
-        in_child(lambda: self._index.save_index(str(path)))
-        # It reports success on a full disk, too.
-        if path.stat().st_size != self._index.index_file_size():
-            raise OSError(f"{path.name} has {path.stat().st_size} of {self._index.index_file_size()} bytes")
         every = np.array(self._index.get_ids_list(), dtype=np.int64)
-        return np.setdiff1d(every, np.fromiter(self._live, dtype=np.int64, count=len(self._live)))
+        dead = np.setdiff1d(every, np.fromiter(self._live, dtype=np.int64, count=len(self._live)))
+        # hnswlib holds the GIL meanwhile, 0.7 s at 100,000 vectors, and every call would stand still.
+        wait = in_child(lambda: self._index.save_index(str(path)))
+        return Saving(self._index.index_file_size(), len(self._live), dead, wait)
 
     @classmethod
     def load(cls, spec: CollectionSpec, path: Path, dead: Labels) -> Graph:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from emberpc.server.index.buffer import Buffer
-from emberpc.server.index.graph import Graph, GraphError
+from emberpc.server.index.graph import Graph, GraphError, Saving
 from emberpc.server.index.locks import ReadWriteLock
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Strategy
 
@@ -137,10 +138,10 @@ class Neighbours:
             self._graph = graph
         return True
 
-    def save(self, write: Callable[[Graph], None]) -> None:
-        """Have the graph written while nothing changes it."""
+    def save(self, path: Path) -> Saving:
+        """Begin to write the graph as it stands; searches and writes go on meanwhile."""
         with self._lock.read():
-            write(self._graph)
+            return self._graph.save(path)
 
     def _forget(self, labels: set[int]) -> None:
         if labels:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from emberpc.server.index.files import sha256_of, synchronise
-from emberpc.server.index.graph import Graph, GraphError
+from emberpc.server.index.graph import Graph, GraphError, Saving
 from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,13 @@ _FORMAT = 1
 _KEPT = 2
 
 
-def save(graph: Graph, spec: CollectionSpec, folder: Path) -> None:
+def save(begin: Callable[[Path], Saving], spec: CollectionSpec, folder: Path) -> None:
     """Write a snapshot, and drop the oldest ones.
+
+    Args:
+        begin: begins to write the graph to a path.
+        spec: the collection's.
+        folder: where its snapshots are.
 
     Raises:
         OSError: it cannot be written; those that were there still are.
@@ -33,14 +39,19 @@ def save(graph: Graph, spec: CollectionSpec, folder: Path) -> None:
     number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
     path = folder / f"graph-{number:08}.bin"
     try:
-        dead = graph.save(path)
+        saving = begin(path)
+        saving.wait()
+        size = path.stat().st_size
+        # hnswlib reports success on a full disk, too.
+        if size != saving.size:
+            raise OSError(f"{path.name} has {size} of {saving.size} bytes")
         synchronise(path)
         facts = {
             **_facts(spec),
-            "size": path.stat().st_size,
+            "size": size,
             "sha256": sha256_of(path),
-            "count": graph.live,
-            "dead": dead.tolist(),
+            "count": saving.live,
+            "dead": saving.dead.tolist(),
         }
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"facts": facts, "facts_sha256": _digest(facts)}), encoding="utf-8")
