@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from emberpc.server.index import Collection
-from emberpc.server.index.children import in_child
+from emberpc.server.index import Collection, CollectionSpec, Index
+from emberpc.server.index.children import ChildKilledError, in_child
 from index.support import gaussian, numbered
 from index_helpers import DIMENSIONS
 
@@ -38,8 +40,26 @@ def test_it_has_none_of_the_files_that_are_open_here(tmp_path: Path) -> None:
 
 
 def test_one_that_is_killed_is_told_of() -> None:
-    with pytest.raises(OSError, match=f"ended with -{int(signal.SIGKILL)}"):
+    with pytest.raises(ChildKilledError, match=f"signal {int(signal.SIGKILL)} "):
         in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))()
+
+
+def test_a_snapshot_whose_process_is_killed_is_written_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = []
+
+    def killed_at_first(work: Callable[[], object]) -> Callable[[], None]:
+        children.append(work)
+        return in_child(work if len(children) > 1 else lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    monkeypatch.setattr("emberpc.server.index.graph.in_child", killed_at_first)
+    with closing(Index(tmp_path, buffer_limit=10, snapshot_every=50)) as index:
+        collection = index.create(CollectionSpec("c", DIMENSIONS))
+        collection.upsert(numbered(60), gaussian(60, DIMENSIONS))
+        collection.maintain()
+        assert len(children) == 2
+        assert len(list(tmp_path.rglob("graph-*.bin"))) == 1
 
 
 def test_a_snapshot_being_written_keeps_neither_writes_nor_searches_waiting(

@@ -1,1 +1,7 @@
 """The gRPC server: serves bundles and an index. Never imports torch, transformers or optimum."""
+
+import os
+
+# Read when grpc is first imported. Its handlers of forks stop and restart its threads, in this process and in the child
+# that writes a snapshot: one in some hundred of those ended in an abort. That child never calls gRPC.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

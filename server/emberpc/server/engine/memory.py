@@ -15,8 +15,13 @@ _MMAP_THRESHOLD = 32 * 2**20
 #: What may stay free at the end of a heap: about what the activations of a long text take.
 _TRIM_THRESHOLD = 64 * 2**20
 
+#: A block so large that freeing it has glibc look at the end of the heap: its bound for that is 64 KB.
+_LOOKED_AT = 2**20
+
 #: Other C libraries have no such knobs.
 _LIBRARY = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+if _LIBRARY is not None:
+    _LIBRARY.malloc.restype = ctypes.c_void_p
 
 
 def keep_freed_memory() -> bool:
@@ -28,9 +33,15 @@ def keep_freed_memory() -> bool:
 
 
 def return_memory() -> None:
-    """Give the system back what is free in the heap; without glibc, nothing happens.
+    """Give the system back what is free in the heaps; without glibc, nothing happens.
 
-    The weights of a model that is served no more are too much to keep.
+    The weights of a model that is served no more are too much to keep. At the
+    end of a thread's own heap `malloc_trim` leaves everything: only a `free` in
+    that thread looks there, so that is done for the thread that calls this.
     """
-    if _LIBRARY is not None:
-        _LIBRARY.malloc_trim(ctypes.c_size_t(0))
+    if _LIBRARY is None:
+        return
+    _LIBRARY.mallopt(_M_TRIM_THRESHOLD, 0)
+    _LIBRARY.free(ctypes.c_void_p(_LIBRARY.malloc(ctypes.c_size_t(_LOOKED_AT))))
+    _LIBRARY.malloc_trim(ctypes.c_size_t(0))
+    _LIBRARY.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)

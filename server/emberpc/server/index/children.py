@@ -16,6 +16,10 @@ _LIBRARY = ctypes.CDLL(None) if _FORKS else None
 _MAX_FILES = 1 << 20
 
 
+class ChildKilledError(OSError):
+    """A signal ended the child; another one may fare better."""
+
+
 def in_child(work: Callable[[], object]) -> Callable[[], None]:
     """Begin work that is one call into a library and writes files; where there is no child for it, do it here.
 
@@ -24,8 +28,8 @@ def in_child(work: Callable[[], object]) -> Callable[[], None]:
     still. The C library takes care of its own.
 
     Returns:
-        A function to be called once, by the same thread: it waits for the child, and raises OSError if that failed
-        or was killed.
+        A function to be called once, by the same thread: it waits for the child, and raises OSError if that failed,
+        ChildKilledError if a signal ended it.
 
     Raises:
         OSError: there can be no child.
@@ -39,6 +43,8 @@ def in_child(work: Callable[[], object]) -> Callable[[], None]:
 
     def wait() -> None:
         status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            raise ChildKilledError(f"signal {os.WTERMSIG(status)} ended the process that wrote it")
         if status:
             raise OSError(f"the process that wrote it ended with {os.waitstatus_to_exitcode(status)}")
 

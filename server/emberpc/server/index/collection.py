@@ -12,6 +12,7 @@ from pathlib import Path
 
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
+from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 BUFFER_LIMIT = 4000
 #: Vectors that the graph takes in between snapshots: some 10 to 20 seconds' work.
 SNAPSHOT_EVERY = 20_000
+_SNAPSHOT_TRIES = 3
 #: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
 _MAX_DEAD_SHARE = 0.25
 #: Candidates that a search keeps: so many, or so many times top_k. Measured on 20,000 clustered 384-d vectors:
@@ -265,12 +267,16 @@ class Collection:
             self._snapshot()
 
     def _snapshot(self) -> None:
-        try:
-            snapshots.save(self._neighbours.save, self.spec, self._folder)
-            self._unsaved = 0
-        except (OSError, RuntimeError) as error:
-            # Nothing is lost: the graph is built from the store at the next start, which only takes longer.
-            log.warning("collection %s: no snapshot: %s", self.spec.name, error)
+        for tries_left in reversed(range(_SNAPSHOT_TRIES)):
+            try:
+                snapshots.save(self._neighbours.save, self.spec, self._folder)
+                self._unsaved = 0
+            except (OSError, RuntimeError) as error:
+                if tries_left and isinstance(error, ChildKilledError):
+                    continue
+                # Nothing is lost: the graph is built from the store at the next start, which only takes longer.
+                log.warning("collection %s: no snapshot: %s", self.spec.name, error)
+            return
 
 
 def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:
