@@ -26,6 +26,7 @@ from statistics import median
 from time import perf_counter, process_time
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from emberpc.export.stdlib_texts import read_stdlib
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
@@ -110,29 +111,30 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
     return Outcome(**json.loads(run.stdout))
 
 
-def capacity(address: str, texts: Sequence[str], each: int) -> float:
-    """Embed texts by as many h2load processes, each its own again and again; return the seconds until the last is done.
+def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:
+    """Call a method by as many h2load processes, each with its own request; return the seconds until the last is done.
 
     h2load (of nghttp2) costs a hundredth of a Python client, which would take the cores from the server. It cannot
     read answers: whether they are right is for `call` to say.
 
     Args:
         address: of the server.
-        texts: one of each caller.
-        each: how many times it is embedded.
+        method: its path, such as /emberpc.v1.EmbeddingService/Embed.
+        requests: one of each caller.
+        each: how many times it is sent.
 
     Raises:
         RuntimeError: not every call succeeded.
     """
     with tempfile.TemporaryDirectory() as folder:
         commands = []
-        for number, text in enumerate(texts):
-            request = embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END).SerializeToString()
+        for number, message in enumerate(requests):
+            request = message.SerializeToString()
             body = Path(folder) / str(number)
             body.write_bytes(b"\0" + len(request).to_bytes(4, "big") + request)
             headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
-            url = f"http://{address}/emberpc.v1.EmbeddingService/Embed"
-            commands.append(["h2load", "-c1", "-m1", f"-n{each}", "-d", str(body), *headers, url])
+            command = ["h2load", "-c1", "-m1", f"-n{each}", "-d", str(body), *headers, f"http://{address}{method}"]
+            commands.append(command)
         start = perf_counter()
         callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
         outputs = [caller.communicate()[0] for caller in callers]
@@ -140,6 +142,11 @@ def capacity(address: str, texts: Sequence[str], each: int) -> float:
     if not all(f"{each} succeeded" in output for output in outputs):
         raise RuntimeError("not every call succeeded")
     return seconds
+
+
+def embed_requests(texts: Sequence[str]) -> list[Message]:
+    """Return the request to embed each of some texts."""
+    return [embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END) for text in texts]
 
 
 async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) -> Outcome:

@@ -32,12 +32,13 @@ from emberpc.server.engine import Model, Truncation
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
-from load import call, capacity, cpu_seconds, host, middle, mixed_texts, serving
+from load import call, capacity, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
 #: By h2load, as many callers as texts.
 CALLERS = 64
+EMBED = "/emberpc.v1.EmbeddingService/Embed"
 CAPACITY = f"{CALLERS} × 1, h2load"
 FEW = f"bare, {CALLERS} texts"
 ASKED = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
@@ -111,7 +112,7 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
             if each:
                 found[FEW].append(in_a_process(bundle, [*texts[:CALLERS]] * each))
                 before = cpu_seconds(server.process.pid)
-                seconds, count = capacity(server.address, texts[:CALLERS], each), CALLERS * each
+                seconds, count = capacity(server.address, EMBED, embed_requests(texts[:CALLERS]), each), CALLERS * each
                 used = cpu_seconds(server.process.pid) - before
                 found[CAPACITY].append({"texts_per_second": count / seconds, "cpu_seconds_per_text": used / count})
             print(f"round {number + 1} of {rounds}", file=sys.stderr)

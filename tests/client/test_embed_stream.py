@@ -216,6 +216,12 @@ def test_a_server_that_was_never_there_is_not_waited_for(fake: FakeServer, shell
     assert len(fake.asked["EmbedStream"]) == 5
 
 
+def test_a_full_server_is_asked_again_when_it_says(fake: FakeServer, shell: Shell) -> None:
+    full = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "QUEUE_FULL", retry_after=0.01)
+    fake.faults["EmbedStream"].extend([full, None, None, UNAVAILABLE, full])
+    check(shell("embed_stream", TEXTS), {str(i): text for i, text in enumerate(TEXTS)})
+
+
 def test_another_error_ends_it(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].append(Fault(grpc.StatusCode.NOT_FOUND, "there is no model 'm'", "MODEL_NOT_FOUND"))
     with pytest.raises(NotFound, match="no model 'm'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 
 from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Truncation
+from emberpc.server.engine.session import Output
+from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, FieldPath, ServiceError
 from emberpc.server.handlers import Handlers
 from emberpc.server.services import streaming
@@ -229,6 +233,49 @@ async def test_a_full_queue_is_waited_for(tiny_bundle: Path) -> None:
         answers = Answers([response async for response in embed_stream(messages([("a", "a"), ("b", "b")], 2))])
     assert set(answers.vectors) == {"a", "b"}
     assert refusals == 0
+
+
+class Blocked:
+    """A model that stands still until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        self.entered.set()
+        assert self.let_go.wait(30)
+        return np.zeros((len(batch), 1), dtype=np.float32)
+
+
+async def test_a_stream_that_opens_while_the_queue_is_full_is_refused_at_once(tiny_bundle: Path) -> None:
+    async with serving(tiny_bundle, max_queue_tokens=40) as (engine, embed_stream):
+        blocked, texts = Blocked(), [np.zeros(40, dtype=np.int64)]
+        running = [asyncio.create_task(engine._scheduler.run(blocked, texts))]
+        await asyncio.to_thread(blocked.entered.wait, 30)
+        running.append(asyncio.create_task(engine._scheduler.run(blocked, texts)))
+        await until(lambda: engine.waiting_tokens == 40)
+        call = embed_stream(messages([("a", "a")], 1))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            [response async for response in call]
+        blocked.let_go.set()
+        await asyncio.gather(*running)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert int(dict(raised.value.trailing_metadata() or ())[status.PUSHBACK_KEY]) >= 0
+
+
+async def test_a_group_that_would_be_too_late_fails_at_once(tiny_bundle: Path) -> None:
+    async with serving(tiny_bundle) as (engine, embed_stream):
+        asked = 0
+
+        async def too_late(texts: Sequence[str], caller: Caller) -> None:
+            nonlocal asked
+            asked += 1
+            raise ServiceError(Code.RESOURCE_EXHAUSTED, "late", reason="DEADLINE_TOO_SOON", retry_after=0.01)
+
+        engine.before = too_late
+        answers = Answers([response async for response in embed_stream(messages([("a", "a")], 1))])
+    assert {error.code for error in answers.failures.values()} == {Code.RESOURCE_EXHAUSTED.value}
+    assert asked == 1
 
 
 async def test_a_queue_that_stays_full_fails_the_texts_in_the_end(

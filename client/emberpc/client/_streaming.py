@@ -14,6 +14,7 @@ from emberpc.client.exceptions import (
     InputError,
     InputTypeError,
     Internal,
+    ResourceExhausted,
     Unavailable,
     from_status,
 )
@@ -157,10 +158,11 @@ class StreamJob:
             yield pb.EmbedStreamRequest(items=part)
 
     def may_go_on(self, error: EmberpcError) -> bool:
-        """Whether another connection may do better: the server went away, or has not come yet."""
+        """Whether another connection may do better: the server went away, has not come yet, or has no room now."""
+        passing = isinstance(error, (Unavailable, ResourceExhausted))
         if not self._fingerprint:
-            return isinstance(error, Unavailable) and self._openings < _OPENINGS
-        return isinstance(error, Unavailable) or (isinstance(error, Internal) and not error.reason)
+            return passing and self._openings < _OPENINGS
+        return passing or (isinstance(error, Internal) and not error.reason)
 
     def take(self, response: pb.EmbedStreamResponse) -> Sequence[StreamedEmbedding]:
         """Return the results in a message of the server.

@@ -106,6 +106,14 @@ class Engine:
         """
         return await self._inferrer.infer(model, texts, prompt, truncation, path, caller)
 
+    def check_room(self, caller: Caller) -> None:
+        """See whether a call could be taken now.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if not.
+        """
+        self._scheduler.check_room(caller)
+
     async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
         """Return the tokens of each text with its prompt, before any truncation."""
         return await self._inferrer.in_pool(lambda: model.tokenizer.count(texts, prompt))

@@ -55,12 +55,14 @@ async def embed_stream(
 
     Raises:
         ServiceError: INVALID_ARGUMENT if the first message has no config, a later one has one, or it is wrong; as
-            `Engine.model` says; UNAVAILABLE if the server is stopping or has no workers. A text fails alone.
+            `Engine.model` says; RESOURCE_EXHAUSTED if there is no room for more work when it opens; UNAVAILABLE if the
+            server is stopping or has no workers. A text fails alone.
     """
     message = await anext(messages, None)
     if message is None or not message.HasField("config"):
         raise invalid("config", "is missing; the first message of a stream must have one")
     stream = _Stream.of(engine, limits, message.config, context)
+    engine.check_room(stream.caller)
     stream.take_in(message)
     yield pb.EmbedStreamResponse(model=replies.model_version(stream.model))
     reading: asyncio.Task[pb.EmbedStreamRequest | None] | None = None
@@ -193,7 +195,7 @@ class _Stream:
         outputs.append(inference.output)
 
     async def _infer(self, texts: Sequence[str]) -> Inference:
-        """Run texts through the model; come back if the queue is full, since a stream can wait."""
+        """Run texts through the model; come back if the queue is full, since a stream that was taken can wait."""
         until = min(perf_counter() + _PATIENCE, self.caller.deadline)
         while True:
             try:
@@ -203,7 +205,7 @@ class _Stream:
             except ServiceError as error:
                 least, most = _PAUSES
                 pause = min(max(error.retry_after or 0.0, least), most)
-                if error.code is not Code.RESOURCE_EXHAUSTED or perf_counter() + pause > until:
+                if error.reason != "QUEUE_FULL" or perf_counter() + pause > until:
                     raise
             await asyncio.sleep(pause)
 
