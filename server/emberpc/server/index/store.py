@@ -20,6 +20,8 @@ from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
 DATABASE_NAME = "records.db"
 _MAX_VARIABLES = 900
+#: `json.loads` looks for encodings and blanks first, which takes as long again.
+_DECODE = json.JSONDecoder().raw_decode
 _COLUMNS = "label, id, text, metadata, class_label, revision, created, updated"
 
 # The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
@@ -252,7 +254,7 @@ def _record(row: tuple[Any, ...]) -> StoredRecord:
     return StoredRecord(
         id=row[1],
         text=row[2],
-        metadata=json.loads(row[3]),
+        metadata=_DECODE(row[3])[0],
         label=row[4],
         revision=row[5],
         create_time=datetime.fromtimestamp(row[6], timezone.utc),

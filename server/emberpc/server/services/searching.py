@@ -14,7 +14,7 @@ from emberpc.server.index import MAX_TOP_K, Collection, SearchOutcome, Strategy
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.forms import Matrix, shape
-from emberpc.server.services.records import Parts, caller_vectors, record_message, record_vectors
+from emberpc.server.services.records import Parts, caller_vectors, fill_record, record_vectors
 from emberpc.v1 import index_pb2 as pb
 
 _MAX_QUERIES = 1000
@@ -178,7 +178,7 @@ def _refuse_what_is_to_come(request: pb.SearchRequest) -> None:
 def _fill(result: pb.SearchResult, outcome: SearchOutcome, parts: Parts) -> None:
     """Put what was found into a result."""
     for record, score in outcome.hits:
-        result.hits.append(pb.Hit(record=record_message(record, parts), score=score))
+        fill_record(result.hits.add(score=score).record, record, parts)
     block = record_vectors([record for record, _ in outcome.hits], parts)
     if block is not None:
         result.vectors.CopyFrom(block)
