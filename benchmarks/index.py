@@ -30,6 +30,7 @@ import hnswlib
 import numpy as np
 
 from emberpc.client import Client, Record
+from emberpc.server.cores import usable_cores
 from emberpc.v1 import index_pb2 as pb
 from emberpc.wire import vectors as wire
 from load import capacity, cpu_seconds, host, middle, resident_megabytes
@@ -39,6 +40,9 @@ QUERIES, K, BATCH = 1000, 10, 64
 M, EF_CONSTRUCTION = 16, 200
 EFS = (10, 20, 50, 100, 200, 400)
 CALLERS, CALLS = 8, 500
+CORES = usable_cores()
+#: What the server chooses for K hits.
+DEFAULT_EF = 200
 SEARCH = "/emberpc.v1.IndexService/Search"
 
 Figures = dict[str, Any]
@@ -80,6 +84,11 @@ def raw_hnswlib(vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, fold
             }
         )
     figures["curve"] = curve
+    graph.set_ef(DEFAULT_EF)
+    start = perf_counter()
+    for first in _starts(len(queries)):
+        graph.knn_query(queries[first : first + BATCH], K, num_threads=CORES)
+    figures["queries_per_second_64"] = len(queries) / (perf_counter() - start)
     path = folder / "raw.bin"
     graph.save_index(str(path))
     start = perf_counter()
@@ -103,6 +112,7 @@ def emberpc(vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: 
         figures["build_cpu_seconds"] = cpu_seconds(pid) - cpu
         figures["curve"] = [_searched(client, queries, true, ef) for ef in (*EFS, 0)]
         figures["queries_per_second_1"] = _searches_per_second(server.address, queries)
+        figures["queries_per_second_64"] = _searches_per_second(server.address, queries, CORES, BATCH)
         figures["megabytes"] = resident_megabytes(pid)
         server.stop()
         figures["disk_megabytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
@@ -131,13 +141,14 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
     }
 
 
-def _searches_per_second(address: str, queries: np.ndarray) -> float:
-    requests = [
-        pb.SearchRequest(collection="c", queries=[pb.SearchQuery(vector=wire.encode(query[None]))], top_k=K)
-        for query in queries[:CALLERS]
-    ]
-    rates = [CALLERS * CALLS / capacity(address, SEARCH, requests, CALLS) for _ in range(3)]
-    return middle(rates)
+def _searches_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
+    """Return the queries a second of callers who each send the same so many queries again and again."""
+    requests = []
+    for first in range(0, callers * each, each):
+        wanted = [pb.SearchQuery(vector=wire.encode(query[None])) for query in queries[first : first + each]]
+        requests.append(pb.SearchRequest(collection="c", queries=wanted, top_k=K))
+    calls = max(20, CALLS // each)
+    return middle([callers * calls * each / capacity(address, SEARCH, requests, calls) for _ in range(3)])
 
 
 def _await_graph(client: Client, query: np.ndarray) -> None:
@@ -211,13 +222,12 @@ def report(found: Figures) -> None:
             print(name, *(f"{key} {value:.4g}" for key, value in point.items()), sep="  ")
         print(name, *(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, float)), sep="  ")
     default = ours["curve"][-1]
-    same = next(point for point in raw["curve"] if point["ef"] == default["plan_ef"])
     ratios = {
         "build, times add_items with one thread (asked: 1.15)": ours["build_seconds"] / raw["build_seconds"],
         "one vector a call, of an empty handler (asked: 0.6)": ours["queries_per_second_1"]
         / found["empty handler"]["queries_per_second_1"],
-        "64 a call, of knn_query at the same ef (asked: 0.8)": default["queries_per_second"]
-        / same["queries_per_second"],
+        "64 a call, of knn_query on as many cores (asked: 0.8)": ours["queries_per_second_64"]
+        / raw["queries_per_second_64"],
         "recall@10 by default (asked: 0.98)": default["recall"],
     }
     for what, ratio in ratios.items():

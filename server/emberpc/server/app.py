@@ -171,7 +171,7 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
 
 def _open_index(settings: Settings) -> Index:
     try:
-        return Index(settings.data_dir)
+        return Index(settings.data_dir, record_cache_bytes=settings.record_cache_bytes)
     except ServiceError as error:
         raise StartupError(error.message) from error
 

@@ -79,6 +79,9 @@ class Settings:
     cache_bytes: int = _setting(
         32 * 2**20, "Most bytes of outcomes kept for texts that are asked for again; 0: none are kept."
     )
+    record_cache_bytes: int = _setting(
+        32 * 2**20, "Most bytes, about, of records kept for searches that find them again; 0: none are kept."
+    )
     max_texts: int = _setting(4096, "Most texts or records of one call.")
     max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
     max_message_bytes: int = _setting(64 * 2**20, "Most bytes of one message.")
@@ -94,7 +97,7 @@ class Settings:
         for name in ("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "batch_tokens", "cache_bytes", "drain_seconds", "watch_models"):
+        for name in ("workers", "batch_tokens", "cache_bytes", "record_cache_bytes", "drain_seconds", "watch_models"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.watch_models and self.models_dir is None:

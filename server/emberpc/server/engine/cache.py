@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,11 +15,10 @@ from typing import NamedTuple
 from emberpc.server.engine.calls import Lane
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import Truncation
+from emberpc.server.lru import LruCache
 
 #: Bytes of an entry beside its text and its numbers: the tuples, the array's header, the dictionary's slot.
 _OVERHEAD = 600
-#: An entry of more than this share of the cache would push out too many others.
-_LARGEST_SHARE = 1 / 8
 
 
 class Key(NamedTuple):
@@ -40,50 +38,17 @@ class Entry(NamedTuple):
     truncated: bool
 
 
-class Cache:
-    """Outcomes, the least recently used of which are forgotten first.
-
-    Args:
-        max_bytes: most bytes of all entries, their texts included; 0 keeps none.
-    """
+class Cache(LruCache[Key, Entry]):
+    """Outcomes, in a bounded number of bytes; 0 keeps none."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[Key, Entry] = OrderedDict()
-        self.bytes = 0
-        self.hits = 0
-        self.misses = 0
+        super().__init__(max_bytes, _size)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def find(self, keys: Iterable[Key]) -> dict[Key, Entry]:
-        """Return the entries that are there."""
-        found: dict[Key, Entry] = {}
-        if not self._max_bytes:
-            return found
-        for key in keys:
-            entry = self._entries.get(key)
-            if entry is None:
-                self.misses += 1
-            else:
-                self.hits += 1
-                self._entries.move_to_end(key)
-                found[key] = entry
-        return found
-
-    def add(self, entries: dict[Key, Entry]) -> None:
-        """Keep entries, and forget others if there is no room."""
-        if not self._max_bytes:
-            return
-        for key, entry in entries.items():
-            size = _size(key, entry)
-            if size > self._max_bytes * _LARGEST_SHARE or key in self._entries:
-                continue
-            self._entries[key] = entry
-            self.bytes += size
-        while self.bytes > self._max_bytes:
-            self.bytes -= _size(*self._entries.popitem(last=False))
+    def add(self, entries: Mapping[Key, Entry]) -> None:
+        """Keep copies of entries, and forget others if there is no room."""
+        # The rows come from the heaps of the workers. Those that stay would keep these from shrinking when a batch of
+        # long texts is over; a copy is in the heap of the thread that calls this.
+        super().add({key: entry._replace(row=entry.row.copy()) for key, entry in entries.items()})
 
 
 def _size(key: Key, entry: Entry) -> int:

@@ -22,6 +22,7 @@ from emberpc.server.index.collection import BUFFER_LIMIT, SNAPSHOT_EVERY, Collec
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.files import synchronise
 from emberpc.server.index.maintenance import Maintainer
+from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.types import CollectionSpec, check_page_size
 from emberpc.server.paging import decode_token, encode_token
 
@@ -59,18 +60,25 @@ class Index:
         data_dir: the directory; made if it is not there.
         buffer_limit: vectors of a collection that may wait for its graph.
         snapshot_every: vectors that a graph takes in between snapshots.
+        record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
 
     Raises:
         ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
     """
 
     def __init__(
-        self, data_dir: Path, *, buffer_limit: int = BUFFER_LIMIT, snapshot_every: int = SNAPSHOT_EVERY
+        self,
+        data_dir: Path,
+        *,
+        buffer_limit: int = BUFFER_LIMIT,
+        snapshot_every: int = SNAPSHOT_EVERY,
+        record_cache_bytes: int = 0,
     ) -> None:
         self._data_dir = Path(data_dir)
         self._folder = self._data_dir / _COLLECTIONS
         self._buffer_limit = buffer_limit
         self._snapshot_every = snapshot_every
+        self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
         #: Those that are open, or being opened: that takes long for a large one, so it is done outside the lock.
@@ -153,6 +161,11 @@ class Index:
         opening.set_result(collection)
         return collection
 
+    def opened(self, name: str) -> Collection | None:
+        """Return a collection if it is open already; never waits."""
+        opened = self._open.get(name)
+        return opened.result() if opened is not None and opened.done() and opened.exception() is None else None
+
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
         check_page_size(page_size)
@@ -207,6 +220,7 @@ class Index:
             folder,
             created,
             self._maintainer.wake,
+            self._cache,
             buffer_limit=self._buffer_limit,
             snapshot_every=self._snapshot_every,
             create=create,

@@ -16,6 +16,7 @@ from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
 from emberpc.server.index.types import (
@@ -60,6 +61,7 @@ class Collection:
         folder: where it is.
         created: since when.
         wake: called when there is work for `maintain`.
+        cache: keeps records that are found often.
         buffer_limit: vectors that may wait for the graph.
         snapshot_every: vectors that the graph takes in between snapshots.
         create: make its files; the folder must be there and empty.
@@ -71,6 +73,7 @@ class Collection:
         folder: Path,
         created: datetime,
         wake: Callable[[Collection], None],
+        cache: RecordCache,
         *,
         buffer_limit: int = BUFFER_LIMIT,
         snapshot_every: int = SNAPSHOT_EVERY,
@@ -90,7 +93,7 @@ class Collection:
         self._write_lock = threading.Lock()
         self._maintain_lock = threading.Lock()
         self._unsaved = 0
-        self._store = Store(folder, spec.name, create=create)
+        self._store = Store(folder, spec.name, cache, create=create)
         try:
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)

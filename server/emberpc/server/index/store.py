@@ -16,6 +16,7 @@ import numpy as np
 
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
 DATABASE_NAME = "records.db"
@@ -23,6 +24,13 @@ _MAX_VARIABLES = 900
 #: `json.loads` looks for encodings and blanks first, which takes as long again.
 _DECODE = json.JSONDecoder().raw_decode
 _COLUMNS = "label, id, text, metadata, class_label, revision, created, updated"
+# Moments as microseconds, since JSON here has 15 digits only.
+_AS_ONE_ROW = """
+SELECT json_group_array(json_array(
+    label, id, text, json(metadata), class_label, revision,
+    CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER)
+)) FROM records WHERE label IN (SELECT value FROM json_each(?))
+"""
 
 # The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
 # so the graph's content follows from the set of labels alone.
@@ -64,11 +72,14 @@ class Store:
     Args:
         folder: the collection's folder.
         name: the collection's name, for messages.
+        cache: keeps records that are found often.
         create: make the database anew.
     """
 
-    def __init__(self, folder: Path, name: str, *, create: bool = False) -> None:
+    def __init__(self, folder: Path, name: str, cache: RecordCache, *, create: bool = False) -> None:
         self._path = folder / DATABASE_NAME
+        self._cache = cache
+        self._owner = cache.new_owner()
         self._what = f"collection {name!r}"
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
@@ -163,9 +174,26 @@ class Store:
             return {row[1]: _record(row) for row in rows}
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Return the records of those labels that are there."""
-        rows = self._by(self._reader(), "label", labels, _columns(with_vectors))
-        return {row[0]: _record(row) for row in rows}
+        """Return the records of those labels that are there, or were when they were last found."""
+        if with_vectors:
+            rows = self._by(self._reader(), "label", labels, _columns(with_vectors))
+            return {row[0]: _record(row) for row in rows}
+        found = self._cache.find(self._owner, labels)
+        missing = [label for label in labels if label not in found]
+        if missing:
+            read = self._read(missing)
+            self._cache.add(self._owner, read)
+            found |= read
+        return found
+
+    def _read(self, labels: Sequence[int]) -> dict[int, StoredRecord]:
+        """Read the records of those labels that are there.
+
+        All of them as one row: sqlite3 lets go of the interpreter's lock for every row, and waits for it again.
+        """
+        with translated(self._what):
+            (document,) = self._reader().execute(_AS_ONE_ROW, (json.dumps(labels),)).fetchone()
+        return {row[0]: _record_of_json(row) for row in json.loads(document)}
 
     def page(self, after: str, count: int, *, with_vectors: bool) -> list[StoredRecord]:
         """Return the records that follow an id in byte order, at most `count`."""
@@ -250,17 +278,28 @@ def _columns(with_vectors: bool) -> str:
     return f"{_COLUMNS}, vector" if with_vectors else _COLUMNS
 
 
-def _record(row: tuple[Any, ...]) -> StoredRecord:
+def _record(row: Sequence[Any]) -> StoredRecord:
+    """Make a record of a row of `_columns`."""
     return StoredRecord(
         id=row[1],
         text=row[2],
         metadata=_DECODE(row[3])[0],
         label=row[4],
         revision=row[5],
-        create_time=datetime.fromtimestamp(row[6], timezone.utc),
-        update_time=datetime.fromtimestamp(row[7], timezone.utc),
+        create_time=_moment(row[6]),
+        update_time=_moment(row[7]),
         vector=np.frombuffer(row[8], dtype="<f4") if len(row) > 8 else None,
     )
+
+
+def _record_of_json(row: Sequence[Any]) -> StoredRecord:
+    """Make a record of a row of `_AS_ONE_ROW`."""
+    _, record_id, text, metadata, label, revision, created, updated = row
+    return StoredRecord(record_id, text, metadata, label, revision, _moment(created / 1e6), _moment(updated / 1e6))
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 def _vectors(rows: list[tuple[Any, ...]]) -> tuple[Labels, Matrix]:

@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from typing import TypeVar
 
 from emberpc.bundle import Task
+from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
@@ -24,6 +25,7 @@ from emberpc.server.services.records import (
     record_vectors,
     spec_message,
 )
+from emberpc.server.services.search_groups import SearchGroups
 from emberpc.server.services.searching import Searcher
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
@@ -48,7 +50,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self._index = index
         self._pool = pool
         self._limits = limits
-        self._searcher = Searcher(engine, limits, self._in_pool)
+        self._searcher = Searcher(engine, limits, self._in_pool, SearchGroups(pool, usable_cores()))
 
     async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: requests.Context
@@ -207,7 +209,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
 
     async def _collection(self, name: str) -> Collection:
-        return await self._in_pool(lambda: self._index.get(name))
+        opened = self._index.opened(name)
+        return opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
 
     async def _describe(self, collection: Collection) -> pb.Collection:
         return await self._in_pool(lambda: collection_message(collection))

@@ -15,6 +15,7 @@ from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.forms import Matrix, shape
 from emberpc.server.services.records import Parts, caller_vectors, fill_record, record_vectors
+from emberpc.server.services.search_groups import Search, SearchGroups
 from emberpc.v1 import index_pb2 as pb
 
 _MAX_QUERIES = 1000
@@ -37,12 +38,14 @@ class Searcher:
         engine: embeds the queries that are texts.
         limits: how long a text may be.
         in_pool: runs a blocking call of the index in the pool.
+        groups: runs the searches.
     """
 
-    def __init__(self, engine: Engine, limits: requests.Limits, in_pool: InPool) -> None:
+    def __init__(self, engine: Engine, limits: requests.Limits, in_pool: InPool, groups: SearchGroups) -> None:
         self._engine = engine
         self._limits = limits
         self._in_pool = in_pool
+        self._groups = groups
 
     async def search(self, request: pb.SearchRequest, collection: Collection, caller: Caller) -> pb.SearchResponse:
         """Answer one request.
@@ -55,13 +58,14 @@ class Searcher:
         response = pb.SearchResponse(results=[pb.SearchResult() for _ in request.queries])
         matrix = await self._query_vectors(request.queries, collection, caller, response)
         start = perf_counter()
-        outcomes: list[SearchOutcome] = await self._in_pool(
-            lambda: collection.search(
+        outcomes = await self._groups.search(
+            Search(
+                collection,
                 matrix,
                 [_top_k(request, query) for query in request.queries],
-                ef=request.ef,
-                exclude_ids=[query.record_id or None for query in request.queries],
-                with_vectors=parts.vector,
+                [query.record_id or None for query in request.queries],
+                request.ef,
+                parts.vector,
             )
         )
         response.timings.lookup_seconds += perf_counter() - start

@@ -1,0 +1,170 @@
+"""Searches that come while others are under way wait for these, and are then done together.
+
+A search by vector takes a tenth of a millisecond in the graph and five times as
+long around it: the change of threads, the look-up of the hits, many small
+calls. Together these are paid once. Nothing waits while there is room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+
+from emberpc.server.errors import ServiceError
+from emberpc.server.index import Collection, SearchOutcome
+from emberpc.server.services.forms import Matrix
+
+#: Queries of a group, unless one search alone has more, and the seconds that it may take.
+_MOST_QUERIES = 64
+_GROUP_SECONDS = 0.01
+#: Seconds of a query from which on cores are better used by more groups than by larger ones.
+_SLOW = 0.001
+
+Outcomes = list[SearchOutcome]
+_Done = tuple[Sequence["Outcomes | ServiceError"], float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The arguments of `Collection.search`."""
+
+    collection: Collection
+    queries: Matrix
+    top_k: Sequence[int]
+    exclude_ids: Sequence[str | None]
+    ef: int = 0
+    with_vectors: bool = False
+
+    @property
+    def kind(self) -> Hashable:
+        """What searches that may be done together have in common; `ef` follows from the greatest `top_k`."""
+        return self.collection, max(self.top_k), self.ef, self.with_vectors
+
+    def run(self) -> Outcomes:
+        """Search."""
+        return self.collection.search(
+            self.queries, self.top_k, ef=self.ef, exclude_ids=self.exclude_ids, with_vectors=self.with_vectors
+        )
+
+
+@dataclass
+class _Kind:
+    """The searches that may be done together: those that wait, and how many groups of them are under way."""
+
+    waiting: deque[tuple[Search, asyncio.Future[Outcomes]]] = field(default_factory=deque)
+    running: int = 0
+    #: As lately measured; 0 until it was.
+    seconds_per_query: float = 0.0
+
+    @property
+    def worth_another(self) -> bool:
+        """Whether one more group beside those under way gains more than it costs: a thread's change, some 0.1 ms."""
+        return self.seconds_per_query > _SLOW or sum(len(search.queries) for search, _ in self.waiting) >= _MOST_QUERIES
+
+    def take(self) -> list[tuple[Search, asyncio.Future[Outcomes]]]:
+        """Take out a group of what waits and is still wanted."""
+        most = min(_MOST_QUERIES, max(1, int(_GROUP_SECONDS / self.seconds_per_query)) if self.seconds_per_query else 1)
+        group: list[tuple[Search, asyncio.Future[Outcomes]]] = []
+        queries = 0
+        while self.waiting and (not group or queries + len(self.waiting[0][0].queries) <= most):
+            search, outcome = self.waiting.popleft()
+            if not outcome.done():  # its caller is still there
+                group.append((search, outcome))
+                queries += len(search.queries)
+        return group
+
+
+class SearchGroups:
+    """Runs searches in a pool, those of a kind together. To be used from one event loop.
+
+    Args:
+        pool: where they run.
+        at_once: most groups of a kind under way at a time, where more than one is worth it.
+    """
+
+    def __init__(self, pool: Executor, at_once: int) -> None:
+        self._pool = pool
+        self._at_once = at_once
+        self._kinds: defaultdict[Hashable, _Kind] = defaultdict(_Kind)
+
+    async def search(self, search: Search) -> Outcomes:
+        """Return the outcome of each query; if the caller goes away, what still waits is not done.
+
+        Raises:
+            ServiceError: as `Collection.search` says, for this search alone.
+        """
+        outcome: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
+        kind = self._kinds[search.kind]
+        kind.waiting.append((search, outcome))
+        self._start(search.kind, kind)
+        return await outcome
+
+    def _start(self, key: Hashable, kind: _Kind) -> None:
+        """Run what waits, if it should wait no longer."""
+        while kind.waiting and (not kind.running or (kind.running < self._at_once and kind.worth_another)):
+            if group := kind.take():
+                kind.running += 1
+                searches = [search for search, _ in group]
+                running = asyncio.get_running_loop().run_in_executor(self._pool, _search_together, searches)
+                running.add_done_callback(partial(self._settle, key, kind, [outcome for _, outcome in group]))
+        if not kind.waiting and not kind.running:
+            self._kinds.pop(key, None)
+
+    def _settle(
+        self, key: Hashable, kind: _Kind, waiting: list[asyncio.Future[Outcomes]], done: asyncio.Future[_Done]
+    ) -> None:
+        """Hand out a group's outcomes, and run the next."""
+        kind.running -= 1
+        outcomes: Sequence[Outcomes | BaseException]
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if error is None:
+            outcomes, kind.seconds_per_query = done.result()
+        else:
+            outcomes = [error] * len(waiting)
+        for one, outcome in zip(waiting, outcomes, strict=True):
+            if one.done():
+                continue
+            if isinstance(outcome, BaseException):
+                one.set_exception(outcome)
+            else:
+                one.set_result(outcome)
+        self._start(key, kind)
+
+
+def _search_together(searches: Sequence[Search]) -> _Done:
+    """Run searches of one kind as one; return their outcomes, and the seconds that a query took."""
+    start = perf_counter()
+    outcomes = _outcomes(searches)
+    return outcomes, (perf_counter() - start) / sum(len(search.queries) for search in searches)
+
+
+def _outcomes(searches: Sequence[Search]) -> Sequence[Outcomes | ServiceError]:
+    first = searches[0]
+    if len(searches) == 1:
+        return [_search_alone(first)]
+    together = replace(
+        first,
+        queries=np.vstack([search.queries for search in searches]),
+        top_k=[k for search in searches for k in search.top_k],
+        exclude_ids=[record_id for search in searches for record_id in search.exclude_ids],
+    )
+    outcomes = _search_alone(together)
+    if isinstance(outcomes, ServiceError):
+        # Only a search that is wrong itself shall fail.
+        return [_search_alone(search) for search in searches]
+    found = iter(outcomes)
+    return [[next(found) for _ in search.queries] for search in searches]
+
+
+def _search_alone(search: Search) -> Outcomes | ServiceError:
+    try:
+        return search.run()
+    except ServiceError as error:
+        return error
