@@ -16,6 +16,9 @@ from emberpc.client.types import Distance, Truncation
 
 app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
 
+#: Seconds: of a million records these may take minutes.
+GROUPS_TIMEOUT = 3600.0
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
 
 
@@ -105,6 +108,65 @@ def records(
         print_table([Column("id"), Column("label"), Column("text", wide=True)], rows)
     if limit and (total := client.count(name)) > limit:
         note(f"{limit} of {total} records; --limit 0 lists all")
+
+
+@app.command()
+@with_client
+def duplicates(
+    client: Client,
+    name: Name,
+    min_score: Annotated[float, typer.Option(help="The least cosine of a pair.")] = 0.95,
+    limit: Annotated[int, typer.Option(min=1, help="Most pairs to show.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Find pairs of records that are much alike, most alike first."""
+    every = client.duplicates(name, min_score=min_score, timeout=GROUPS_TIMEOUT)
+    pairs = list(itertools.islice(every, limit + 1))
+    shown = pairs[:limit]
+    if as_json:
+        print_json(shown)
+    elif shown:
+        ids = list({record_id for pair in shown for record_id in (pair.first_id, pair.second_id)})
+        texts = {record.id: record.text for record in client.get(name, ids)}
+        print_table(
+            [Column("score", "right"), Column("id"), Column("text", wide=True)],
+            [
+                row
+                for pair in shown
+                for row in (
+                    (f"{pair.score:.3f}", pair.first_id, texts.get(pair.first_id, "")),
+                    ("", pair.second_id, texts.get(pair.second_id, "")),
+                )
+            ],
+        )
+    if not pairs:
+        note(f"no two records of {name} are so much alike")
+    elif len(pairs) > limit:
+        note(f"there are more than {limit} pairs; --limit shows more")
+
+
+@app.command()
+@with_client
+def clusters(
+    client: Client,
+    name: Name,
+    count: Annotated[int, typer.Option("--count", "-k", min=2, max=1000, help="Clusters.")] = 10,
+    examples: Annotated[int, typer.Option(min=1, max=100, help="Example records of each.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Group a collection's records by likeness, with examples of each group."""
+    found = client.clusters(name, count, examples=examples, timeout=GROUPS_TIMEOUT)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        [Column("records", "right"), Column("id"), Column("text", wide=True)],
+        [
+            (cluster.record_count if not i else "", record.id, record.text)
+            for cluster in found
+            for i, record in enumerate(cluster.examples)
+        ],
+    )
 
 
 def _show(collection: Collection, as_json: bool) -> None:

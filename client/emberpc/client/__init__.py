@@ -35,7 +35,9 @@ from emberpc.client.exceptions import (
 )
 from emberpc.client.types import (
     Classification,
+    Cluster,
     Collection,
+    DuplicatePair,
     Health,
     Hit,
     LabelScore,
@@ -56,8 +58,10 @@ __all__ = [
     "Cancelled",
     "Classification",
     "Client",
+    "Cluster",
     "Collection",
     "DeadlineExceeded",
+    "DuplicatePair",
     "EmberpcError",
     "FailedPrecondition",
     "Health",

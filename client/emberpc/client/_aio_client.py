@@ -9,16 +9,18 @@ from typing import Any
 import grpc.aio
 import numpy.typing as npt
 
-from emberpc.client import _embedding, _index, _models
+from emberpc.client import _embedding, _groups, _index, _models
 from emberpc.client._aio_running import AsyncRunner
 from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._streaming import StreamJob
 from emberpc.client.types import (
     Classification,
+    Cluster,
     Collection,
     Distance,
     DType,
+    DuplicatePair,
     Health,
     Hit,
     InputKind,
@@ -298,6 +300,20 @@ class AsyncClient:
         return await self._runner.run(
             _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
         )
+
+    def duplicates(
+        self, collection: str, *, min_score: float = 0.95, timeout: float | None = None
+    ) -> AsyncIterator[DuplicatePair]:
+        """Do what `Client.duplicates` does."""
+        return self._runner.pages(
+            lambda token: _groups.find_duplicates(collection, token, min_score=min_score), timeout
+        )
+
+    async def clusters(
+        self, collection: str, count: int, *, examples: int = 5, timeout: float | None = None
+    ) -> list[Cluster]:
+        """Do what `Client.clusters` does."""
+        return await self._runner.run_one(_groups.cluster_records(collection, count, examples=examples), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
         """Do what `Client.models` does."""

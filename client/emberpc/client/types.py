@@ -154,6 +154,23 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
+class DuplicatePair:
+    """Ids of two records that are much alike, the lesser first, and the cosine of their vectors."""
+
+    first_id: str
+    second_id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A group of like records: how many there are, and those nearest to its centre, nearest first."""
+
+    record_count: int
+    examples: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
 class LabelScore:
     """A label with its probability, in [0, 1]."""
 

@@ -2,6 +2,7 @@
 
 from emberpc.server.index.catalogue import Index
 from emberpc.server.index.collection import MAX_TOP_K, Collection
+from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.types import (
     CollectionSpec,
     Distance,
@@ -18,6 +19,7 @@ __all__ = [
     "Collection",
     "CollectionSpec",
     "Distance",
+    "DuplicatePair",
     "Index",
     "NewRecord",
     "Plan",

@@ -13,6 +13,8 @@ from pathlib import Path
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
 from emberpc.server.index.children import ChildKilledError
+from emberpc.server.index.clusters import Cluster, cluster_records
+from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
@@ -193,6 +195,16 @@ class Collection:
         with self._call():
             return self._searcher.search(request)
 
+    def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
+        """Find pairs of records that are much alike; see `find_duplicates`."""
+        with self._call(stop) as ends:
+            return find_duplicates(self.spec, self._store, self._neighbours, min_score, ends)
+
+    def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
+        """Group the records by likeness; see `cluster_records`."""
+        with self._call(stop) as ends:
+            return cluster_records(self.spec, self._store, count, examples, ends)
+
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.
 
@@ -226,19 +238,35 @@ class Collection:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
-        """Hold off `close` for as long as a call lasts."""
+    def _call(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+        """Hold off `close` for as long as a call lasts.
+
+        A call that lasts long is given what tells it to end, which is when it is to stop or the collection is to be
+        closed; then it fails.
+        """
         with self._idle:
             if self._ending.is_set():
-                message = f"collection {self.spec.name!r} is closed or deleted; try again"
-                raise ServiceError(Code.UNAVAILABLE, message, reason="CLOSED")
+                raise self._closed()
             self._calls += 1
+        cut_short = False
+
+        def ends() -> bool:
+            nonlocal cut_short
+            cut_short = cut_short or self._ending.is_set()
+            return cut_short or stop()
+
         try:
-            yield
+            yield ends
         finally:
             with self._idle:
                 self._calls -= 1
                 self._idle.notify_all()
+        if cut_short:
+            raise self._closed()
+
+    def _closed(self) -> ServiceError:
+        message = f"collection {self.spec.name!r} is closed or deleted; try again"
+        return ServiceError(Code.UNAVAILABLE, message, reason="CLOSED")
 
     def _end(self) -> bool:
         """Let no more calls in and wait for those under way; return False if that was done before."""

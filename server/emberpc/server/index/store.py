@@ -219,6 +219,10 @@ class Store:
             rows = self._reader().execute("SELECT label FROM records ORDER BY label").fetchall()
         return np.array([row[0] for row in rows], dtype=np.int64)
 
+    def ids(self, labels: Sequence[int]) -> dict[int, str]:
+        """Return the ids of those labels that are there."""
+        return dict(self._by(self._reader(), "label", labels, "label, id"))
+
     def vectors(self, labels: Sequence[int]) -> tuple[Labels, Matrix]:
         """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
         return _vectors(list(self._by(self._reader(), "label", labels, "label, vector")))

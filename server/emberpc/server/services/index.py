@@ -15,6 +15,7 @@ from emberpc.server.index import Collection, CollectionSpec, Index
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
+from emberpc.server.services.groups import Groups
 from emberpc.server.services.records import (
     DISTANCES,
     Parts,
@@ -50,6 +51,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self._index = index
         self._pool = pool
         self._limits = limits
+        self._groups = Groups(pool)
         self._searcher = Searcher(engine, limits, self._in_pool, SearchGroups(pool, usable_cores()))
 
     async def CreateCollection(
@@ -165,6 +167,18 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Find the records nearest to each query."""
         caller = requests.caller(context, request.priority)
         return await self._searcher.search(request, await self._collection(request.collection), caller)
+
+    async def FindDuplicates(
+        self, request: pb.FindDuplicatesRequest, context: requests.Context
+    ) -> pb.FindDuplicatesResponse:
+        """Find pairs of records that are much alike."""
+        return await self._groups.find_duplicates(request, await self._collection(request.collection))
+
+    async def ClusterRecords(
+        self, request: pb.ClusterRecordsRequest, context: requests.Context
+    ) -> pb.ClusterRecordsResponse:
+        """Group the records by likeness."""
+        return await self._groups.cluster_records(request, await self._collection(request.collection))
 
     def _spec(self, message: pb.Collection) -> CollectionSpec:
         """Read what a new collection is to be; the index checks the rest."""

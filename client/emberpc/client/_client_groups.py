@@ -1,0 +1,49 @@
+"""What `Client` asks about a collection as a whole."""
+
+from __future__ import annotations
+
+# What the methods have in common is said once, in the docstring of `Client`.
+# ruff: noqa: D417
+from collections.abc import Iterator
+
+from emberpc.client import _groups
+from emberpc.client._running import Runner
+from emberpc.client.types import Cluster, DuplicatePair
+
+
+class GroupCalls:
+    """The part of `Client` that looks at all records of a collection. Give a large one more time."""
+
+    _runner: Runner
+
+    def duplicates(
+        self, collection: str, *, min_score: float = 0.95, timeout: float | None = None
+    ) -> Iterator[DuplicatePair]:
+        """Walk over the pairs of records that are much alike, most alike first, at most 100,000.
+
+        Up to 20,000 records each is compared with every other; of more, under
+        cosine, each is looked for in the graph, which finds up to 20 others of
+        a record.
+
+        Args:
+            collection: name of the collection.
+            min_score: the least cosine of their vectors, above 0 and at most 1.
+        """
+        return self._runner.pages(
+            lambda token: _groups.find_duplicates(collection, token, min_score=min_score), timeout
+        )
+
+    def clusters(
+        self, collection: str, count: int, *, examples: int = 5, timeout: float | None = None
+    ) -> list[Cluster]:
+        """Group a collection's records by likeness, with k-means.
+
+        Args:
+            collection: name of the collection.
+            count: clusters, 2 to 1000; fewer come out if records are equal.
+            examples: records to give of each, at most 100.
+
+        Returns:
+            The clusters, largest first.
+        """
+        return self._runner.run_one(_groups.cluster_records(collection, count, examples=examples), timeout)

@@ -1,0 +1,117 @@
+"""A collection seen whole: what in it is alike, and in which groups it falls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+from emberpc.server.errors import invalid
+from emberpc.server.index import Collection, DuplicatePair
+from emberpc.server.paging import decode_token, encode_token
+from emberpc.server.services import requests
+from emberpc.server.services.records import Parts, fill_record
+from emberpc.v1 import index_pb2 as pb
+
+_DEFAULT_MIN_SCORE = 0.95
+_MAX_CLUSTERS = 1000
+_DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
+
+Result = TypeVar("Result")
+
+
+class Groups:
+    """Answers the calls that look at all records of a collection, one at a time: each may take minutes.
+
+    Args:
+        pool: where they run.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+        self._turn = asyncio.Lock()
+        #: Of each collection what was found last, for those who ask for the next page.
+        self._duplicates: WeakKeyDictionary[Collection, tuple[int, float, list[DuplicatePair]]] = WeakKeyDictionary()
+
+    async def find_duplicates(
+        self, request: pb.FindDuplicatesRequest, collection: Collection
+    ) -> pb.FindDuplicatesResponse:
+        """Answer a FindDuplicates.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a bound outside (0, 1], a page of another size, or a token of another.
+        """
+        min_score = request.min_score or _DEFAULT_MIN_SCORE
+        if not 0 < min_score <= 1:
+            raise invalid("min_score", f"is {min_score:g}; it must be above 0 and at most 1")
+        size = requests.page_size(request.page_size)
+        after = _read_token(request.page_token)
+        async with self._turn:
+            pairs = await self._pairs(collection, min_score)
+        # What changed meanwhile moves no pair to the other side of the one that the page before ended with.
+        first = bisect_right(pairs, after, key=lambda pair: pair.order) if after else 0
+        page = pairs[first : first + size]
+        more = first + size < len(pairs)
+        return pb.FindDuplicatesResponse(
+            pairs=[
+                pb.DuplicatePair(first_id=pair.first_id, second_id=pair.second_id, score=pair.score) for pair in page
+            ],
+            next_page_token=encode_token(json.dumps(page[-1].order)) if more else "",
+        )
+
+    async def cluster_records(
+        self, request: pb.ClusterRecordsRequest, collection: Collection
+    ) -> pb.ClusterRecordsResponse:
+        """Answer a ClusterRecords.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a number that is out of bounds.
+        """
+        if not 2 <= request.cluster_count <= _MAX_CLUSTERS:
+            raise invalid("cluster_count", f"is {request.cluster_count}; it must be 2 to {_MAX_CLUSTERS}")
+        if not 0 <= request.examples_per_cluster <= _MAX_EXAMPLES:
+            what = f"is {request.examples_per_cluster}; it must be 0 (for {_DEFAULT_EXAMPLES}) to {_MAX_EXAMPLES}"
+            raise invalid("examples_per_cluster", what)
+        examples = request.examples_per_cluster or _DEFAULT_EXAMPLES
+        async with self._turn:
+            clusters = await self._run(lambda stop: collection.clusters(request.cluster_count, examples, stop))
+        response = pb.ClusterRecordsResponse()
+        parts = Parts(())
+        for cluster in clusters:
+            message = response.clusters.add(record_count=cluster.record_count)
+            for record in cluster.examples:
+                fill_record(message.examples.add(), record, parts)
+        return response
+
+    async def _pairs(self, collection: Collection, min_score: float) -> list[DuplicatePair]:
+        """Return all pairs: those found for the page before, if nothing was written since."""
+        sequence = await self._run(lambda _: collection.info().sequence)
+        kept = self._duplicates.get(collection)
+        if kept is None or kept[:2] != (sequence, min_score):
+            pairs = await self._run(lambda stop: collection.duplicates(min_score, stop))
+            kept = self._duplicates[collection] = (sequence, min_score, pairs)
+        return kept[2]
+
+    async def _run(self, work: Callable[[Callable[[], bool]], Result]) -> Result:
+        """Run work in the pool, which is told when its caller is gone."""
+        stop = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work, stop.is_set)
+        finally:
+            stop.set()
+
+
+def _read_token(token: str) -> tuple[float, str, str] | None:
+    """Return the order of the pair that a page follows; None for the first page."""
+    if not token:
+        return None
+    try:
+        score, first_id, second_id = json.loads(decode_token(token))
+        return float(score), str(first_id), str(second_id)
+    except (ValueError, TypeError) as error:
+        raise invalid("page_token", "is none that this call gave; start again without one") from error
