@@ -93,7 +93,7 @@ class Collection:
         self._write_lock = threading.Lock()
         self._maintain_lock = threading.Lock()
         self._unsaved = 0
-        self._store = Store(folder, spec.name, cache, create=create)
+        self._store = Store(folder, spec.name, cache, spec.indexed_fields, create=create)
         try:
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from emberpc.server.errors import Code, ServiceError, invalid
+from emberpc.server.index import schema
 from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.filter_sql import can_be_indexed, index_statement
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
@@ -30,26 +32,6 @@ SELECT json_group_array(json_array(
     label, id, text, json(metadata), class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER)
 )) FROM records WHERE label IN (SELECT value FROM json_each(?))
-"""
-
-# The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
-# so the graph's content follows from the set of labels alone.
-_SCHEMA = """
-BEGIN;
-CREATE TABLE records (
-    label INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    text TEXT NOT NULL,
-    metadata TEXT NOT NULL,
-    class_label TEXT NOT NULL,
-    vector BLOB NOT NULL,
-    revision INTEGER NOT NULL,
-    created REAL NOT NULL,
-    updated REAL NOT NULL
-);
-CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER NOT NULL);
-INSERT INTO state VALUES (1, 0);
-COMMIT;
 """
 
 
@@ -73,10 +55,19 @@ class Store:
         folder: the collection's folder.
         name: the collection's name, for messages.
         cache: keeps records that are found often.
+        indexed_fields: metadata fields to keep indexes on.
         create: make the database anew.
     """
 
-    def __init__(self, folder: Path, name: str, cache: RecordCache, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cache: RecordCache,
+        indexed_fields: Sequence[str] = (),
+        *,
+        create: bool = False,
+    ) -> None:
         self._path = folder / DATABASE_NAME
         self._cache = cache
         self._owner = cache.new_owner()
@@ -88,8 +79,9 @@ class Store:
             self._writer = connect(self._path, create=create)
         try:
             with translated(self._what):
-                if create:
-                    self._writer.executescript(_SCHEMA)
+                schema.prepare(self._writer, self._what, create=create)
+                for field in filter(can_be_indexed, indexed_fields):
+                    self._writer.execute(index_statement(field))
             self._sequence(self._writer)
         except ServiceError:
             self._writer.close()
