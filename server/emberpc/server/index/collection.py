@@ -13,12 +13,15 @@ from pathlib import Path
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
 from emberpc.server.index.children import ChildKilledError
+from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
+from emberpc.server.index.filters import Filter
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.searching import Request, Searcher
-from emberpc.server.index.store import Store
+from emberpc.server.index.selection import Selector
+from emberpc.server.index.store import Change, Store
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
@@ -97,10 +100,11 @@ class Collection:
         try:
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
+            self._selector = Selector(self._store, spec)
         except BaseException:
             self._store.close()
             raise
-        self._searcher = Searcher(self._store, self._neighbours, self._write_lock, spec.distance)
+        self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, spec.distance)
         self._wake_if_needed()
 
     def info(self) -> CollectionInfo:
@@ -132,16 +136,18 @@ class Collection:
         with self._call(), self._write_lock:
             change = self._store.upsert(records, documents, vectors, expected_revisions)
             self._neighbours.change(change.added, prepared, change.removed)
+            self._selector.note(change.sequence, change.removed)
         self._wake_if_needed()
         return WriteResult(change.sequence, change.inserted, change.updated)
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete records by id, all at once and on disk when this returns; ids that are not there are no error."""
-        with self._call(), self._write_lock:
-            change = self._store.delete(ids)
-            self._neighbours.remove(change.removed)
-        self._wake_if_needed()
-        return WriteResult(change.sequence, deleted=len(change.removed))
+        return self._delete(lambda: self._store.delete(ids))
+
+    def delete_matching(self, condition: Filter) -> WriteResult:
+        """Delete the records that meet a condition, all at once and on disk when this returns."""
+        clause = compile_filter(condition)
+        return self._delete(lambda: self._store.delete_matching(clause))
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for; vectors as they were given."""
@@ -149,19 +155,25 @@ class Collection:
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
-    def page(self, page_size: int, page_token: str, *, with_vectors: bool = False) -> tuple[list[StoredRecord], str]:
-        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+    def page(
+        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+    ) -> tuple[list[StoredRecord], str]:
+        """Return a page of records by id in byte order, and the token of the next page, empty after the last.
+
+        With a condition, only records that meet it.
+        """
         check_page_size(page_size)
         after = decode_token(page_token)
+        clause = _clause(condition) or EVERYTHING
         with self._call():
-            records = self._store.page(after, page_size + 1, with_vectors=with_vectors)
+            records = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         more = len(records) > page_size
         return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
 
-    def count(self) -> int:
-        """Return the number of records."""
+    def count(self, condition: Filter | None = None) -> int:
+        """Return the number of records, with a condition, of those that meet it."""
         with self._call():
-            return self._store.count()
+            return self._store.count(_clause(condition) or EVERYTHING)
 
     def search(
         self,
@@ -171,6 +183,7 @@ class Collection:
         ef: int = 0,
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query.
 
@@ -180,6 +193,7 @@ class Collection:
             ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k`.
             exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
             with_vectors: whether the hits have their vectors.
+            conditions: what the hits of each query must meet, or None; empty: nothing.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -189,7 +203,8 @@ class Collection:
             return []
         wanted = max(sizes) + 1
         keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
-        request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors)
+        clauses = [_clause(condition) for condition in conditions] or [None] * len(queries)
+        request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors, clauses)
         with self._call():
             return self._searcher.search(request)
 
@@ -224,6 +239,14 @@ class Collection:
         if self._end():
             self._store.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _delete(self, delete: Callable[[], Change]) -> WriteResult:
+        with self._call(), self._write_lock:
+            change = delete()
+            self._neighbours.remove(change.removed)
+            self._selector.note(change.sequence, change.removed)
+        self._wake_if_needed()
+        return WriteResult(change.sequence, deleted=len(change.removed))
 
     @contextmanager
     def _call(self) -> Iterator[None]:
@@ -280,6 +303,10 @@ class Collection:
                 # Nothing is lost: the graph is built from the store at the next start, which only takes longer.
                 log.warning("collection %s: no snapshot: %s", self.spec.name, error)
             return
+
+
+def _clause(condition: Filter | None) -> Clause | None:
+    return None if condition is None else compile_filter(condition)
 
 
 def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:

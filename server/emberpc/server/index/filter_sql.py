@@ -40,6 +40,10 @@ class Clause:
     parameters: tuple[Any, ...] = ()
 
 
+#: Met by every record.
+EVERYTHING = Clause("TRUE")
+
+
 def compile_filter(condition: Filter) -> Clause:
     """Return a condition as an expression over the column `metadata`; fields and values must be within bounds."""
     if isinstance(condition, AllOf):
