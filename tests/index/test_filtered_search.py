@@ -59,7 +59,7 @@ def test_filtered_searches_find_what_is_nearest(
 ) -> None:
     allowed = np.flatnonzero(numbers < SHARES[share])
     queries, k = vectors(20, seed=7), 10
-    found = 0
+    found = 0.0
     for query, outcome in zip(queries, large.search(queries, k, conditions=[below(SHARES[share])] * 20), strict=True):
         scores = true_scores(query, matrix[allowed], Distance.COSINE)
         wanted = min(k, len(allowed))

@@ -189,7 +189,7 @@ class Searcher:
                 yield found, prepare(vectors, self._distance)
 
     def _nearest(self, batches: Iterable[tuple[Labels, Matrix]], queries: Matrix, k: int) -> tuple[Labels, Matrix, int]:
-        """Return the labels nearest to each query and their scores, both (queries, at most k), and how many there were."""
+        """Return the labels nearest to each query and their scores, (queries, at most k), and how many there were."""
         labels = np.empty((len(queries), 0), dtype=np.int64)
         scores = np.empty((len(queries), 0), dtype=np.float32)
         total = 0

@@ -109,7 +109,7 @@ class Selector:
     def _read(self, labels: Labels) -> Matrix:
         if not len(labels):
             return np.empty((0, self._spec.dimensions), dtype=np.float32)
-        found, vectors = self._store.vectors(labels.tolist())
+        _, vectors = self._store.vectors(labels.tolist())
         return prepare(vectors, self._spec.distance)
 
     def _keep(self, condition: Clause, selection: Selection) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from emberpc.server.errors import invalid
 from emberpc.server.index import filters
+from emberpc.server.index.filter_sql import can_be_indexed
 from emberpc.v1 import filter_pb2 as pb
 
 _OPERATORS: dict[pb.ComparisonOperator.ValueType, filters.Operator] = {
@@ -17,6 +18,7 @@ _OPERATORS: dict[pb.ComparisonOperator.ValueType, filters.Operator] = {
     pb.COMPARISON_OPERATOR_GREATER: filters.Operator.GREATER,
     pb.COMPARISON_OPERATOR_GREATER_OR_EQUAL: filters.Operator.GREATER_OR_EQUAL,
 }
+_MAX_INDEXED_FIELDS = 16
 _EQUALITIES = (filters.Operator.EQUAL, filters.Operator.NOT_EQUAL)
 
 
@@ -80,9 +82,13 @@ class _Reader:
 
 
 def check_indexed_fields(fields: Sequence[str], path: str) -> None:
-    """Raise INVALID_ARGUMENT, naming the field, unless each is written rightly."""
+    """Raise INVALID_ARGUMENT unless there can be an index on each field, and they are not too many."""
+    if len(fields) > _MAX_INDEXED_FIELDS:
+        raise invalid(path, f"has {len(fields)} fields, it may have {_MAX_INDEXED_FIELDS}; each slows down every write")
     for i, field in enumerate(fields):
-        _field(field, f"{path}[{i}]")
+        if not can_be_indexed(_field(field, f"{path}[{i}]")):
+            what = "has a key that is empty or holds a quote, a backslash or a control character"
+            raise invalid(f"{path}[{i}]", f"{what}, which cannot be indexed; filters can ask for it all the same")
 
 
 def _comparison(message: pb.Comparison, path: str) -> filters.Comparison:

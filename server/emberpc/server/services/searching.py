@@ -11,8 +11,10 @@ import numpy as np
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import invalid, not_found
 from emberpc.server.index import MAX_TOP_K, Collection, SearchOutcome, Strategy
+from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
+from emberpc.server.services.filters import read_filter
 from emberpc.server.services.forms import Matrix, shape
 from emberpc.server.services.records import Parts, caller_vectors, fill_record, record_vectors
 from emberpc.server.services.search_groups import Search, SearchGroups
@@ -55,6 +57,7 @@ class Searcher:
         """
         _check(request)
         parts = Parts(request.parts)
+        conditions = _conditions(request)
         response = pb.SearchResponse(results=[pb.SearchResult() for _ in request.queries])
         matrix = await self._query_vectors(request.queries, collection, caller, response)
         start = perf_counter()
@@ -66,6 +69,7 @@ class Searcher:
                 [query.record_id or None for query in request.queries],
                 request.ef,
                 parts.vector,
+                conditions,
             )
         )
         response.timings.lookup_seconds += perf_counter() - start
@@ -165,14 +169,21 @@ def _top_k(request: pb.SearchRequest, query: pb.SearchQuery) -> int:
     return query.top_k or request.top_k or _DEFAULT_TOP_K
 
 
+def _conditions(request: pb.SearchRequest) -> list[Filter | None]:
+    """Read what the hits of each query must meet: its own filter, or the request's."""
+    common = read_filter(request.filter) if request.HasField("filter") else None
+    return [
+        read_filter(query.filter, f"queries[{i}].filter") if query.HasField("filter") else common
+        for i, query in enumerate(request.queries)
+    ]
+
+
 def _refuse_what_is_to_come(request: pb.SearchRequest) -> None:
     """Raise UNIMPLEMENTED for the fields whose work this version does not do."""
     asked = {
         "mode": request.mode not in (pb.SEARCH_MODE_UNSPECIFIED, pb.SEARCH_MODE_DENSE),
-        "filter": request.HasField("filter"),
         "min_recall": bool(request.min_recall),
         "dense_weight": request.HasField("dense_weight"),
-        **{f"queries[{i}].filter": query.HasField("filter") for i, query in enumerate(request.queries)},
     }
     for field, is_asked in asked.items():
         if is_asked:
