@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,7 @@ CONDITIONS: st.SearchStrategy[Filter] = st.recursive(
     | st.builds(Existence, FIELDS),
     lambda inner: (
         st.builds(AllOf, st.lists(inner, min_size=1, max_size=3).map(tuple))
+        | st.builds(lambda one, two: AllOf((one, replace(two, field=one.field))), comparisons(), comparisons())
         | st.builds(AnyOf, st.lists(inner, min_size=1, max_size=3).map(tuple))
         | st.builds(Not, inner)
     ),
@@ -149,6 +151,8 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         (Comparison("lang", Operator.NOT_EQUAL, "en"), {"old", "empty", "nested"}),
         (Comparison("year", Operator.GREATER_OR_EQUAL, 2020), {"english"}),
         (Comparison("year", Operator.LESS, "3"), {"both"}),
+        (AllOf((Comparison("lang", Operator.EQUAL, "en"), Comparison("lang", Operator.EQUAL, "de"))), {"both"}),
+        (AllOf((Comparison("year", Operator.GREATER, 2019), Comparison("year", Operator.LESS, 2021))), {"english"}),
         (Comparison("year", Operator.EQUAL, None), {"old"}),
         (Comparison("year", Operator.EQUAL, True), set()),
         (Existence("year"), {"english", "both", "old"}),
@@ -186,6 +190,7 @@ def test_what_filters_mean(database: sqlite3.Connection, condition: Filter, foun
         Comparison("br[0]", Operator.GREATER, "x"),
         Membership("a", ("x", 3.0, None)),
         Prefix("a", "x"),
+        AllOf((Comparison("a", Operator.GREATER, 1.0), Not(Existence("b")), Comparison("a", Operator.LESS, 3.0))),
         AllOf((Comparison("a", Operator.EQUAL, "x"), Comparison("b", Operator.LESS, 3.0))),
     ],
 )

@@ -13,7 +13,11 @@ from emberpc.v1 import filter_pb2 as pb
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from server_process import ServerProcess
 
-ROWS: dict[str, dict[str, Any]] = {"a": {"lang": "en", "year": 2019}, "b": {"lang": ["en", "de"], "year": 2021}, "c": {"lang": "fr"}}
+ROWS: dict[str, dict[str, Any]] = {
+    "a": {"lang": "en", "year": 2019},
+    "b": {"lang": ["en", "de"], "year": 2021},
+    "c": {"lang": "fr"},
+}
 
 
 @pytest.fixture

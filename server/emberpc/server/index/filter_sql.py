@@ -47,21 +47,31 @@ EVERYTHING = Clause("TRUE")
 def compile_filter(condition: Filter) -> Clause:
     """Return a condition as an expression over the column `metadata`; fields and values must be within bounds."""
     if isinstance(condition, AllOf):
-        return _join(" AND ", [compile_filter(each) for each in condition.conditions])
+        return _join(" AND ", _together(condition.conditions))
     if isinstance(condition, AnyOf):
         return _join(" OR ", [compile_filter(each) for each in condition.conditions])
     if isinstance(condition, Not):
         return _negated(compile_filter(condition.condition))
     path = keys(condition.field)
     if isinstance(condition, Existence):
-        return _somewhere(path, _Test("{type} IS NOT NULL"), lists=False)
+        return _somewhere(path, [_Test("{type} IS NOT NULL")], lists=False)
     if isinstance(condition, Membership):
-        return _join(" OR ", [_somewhere(path, test) for test in _memberships(condition.values)])
-    if isinstance(condition, Prefix):
-        return _somewhere(path, _prefix(condition.prefix))
-    if condition.operator is Operator.NOT_EQUAL:
+        return _join(" OR ", [_somewhere(path, [test]) for test in _memberships(condition.values)])
+    if isinstance(condition, Comparison) and condition.operator is Operator.NOT_EQUAL:
         return _negated(compile_filter(Comparison(condition.field, Operator.EQUAL, condition.value)))
-    return _somewhere(path, _comparison(condition.operator, condition.value))
+    return _somewhere(path, [_test(condition)])
+
+
+def _together(conditions: Sequence[Filter]) -> list[Clause]:
+    """Return conditions that are all to hold; the ends of a range as one, so that an index finds it."""
+    ends: dict[str, list[_Test]] = {}
+    others = []
+    for each in conditions:
+        if isinstance(each, Prefix) or (isinstance(each, Comparison) and each.operator is not Operator.NOT_EQUAL):
+            ends.setdefault(each.field, []).append(_test(each))
+        else:
+            others.append(compile_filter(each))
+    return [*(_somewhere(keys(field), tests) for field, tests in ends.items()), *others]
 
 
 def can_be_indexed(field: str) -> bool:
@@ -88,6 +98,12 @@ class _Test:
 
     def of(self, type_of: str, value: str) -> str:
         return self.template.replace("{type}", type_of).replace("{value}", value)
+
+
+def _test(condition: Comparison | Prefix) -> _Test:
+    if isinstance(condition, Prefix):
+        return _prefix(condition.prefix)
+    return _comparison(condition.operator, condition.value)
 
 
 def _comparison(operator: Operator, value: Value) -> _Test:
@@ -125,18 +141,22 @@ def _prefix(prefix: str) -> _Test:
     return _Test(f"{test} AND {{value}} < ?", (prefix, end))
 
 
-def _somewhere(path: tuple[str, ...], test: _Test, *, lists: bool = True) -> Clause:
-    """Return that the value at a path meets a test, or, if it is a list, an item of it."""
+def _somewhere(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool = True) -> Clause:
+    """Return that the value at a path meets all tests, or, if it is a list, for each test an item of it."""
     json_path = _json_path(path)
     if json_path is None:
-        return _step_by_step(path, test, lists=lists)
-    type_of = f"json_type(metadata, {json_path})"
-    alone = f"({test.of(type_of, f'json_extract(metadata, {json_path})')})"
+        return _join(" AND ", [_step_by_step(path, test, lists=lists) for test in tests])
+    type_of, value = f"json_type(metadata, {json_path})", f"json_extract(metadata, {json_path})"
+    alone = " AND ".join(test.of(type_of, value) for test in tests)
+    parameters = tuple(value for test in tests for value in test.parameters)
     if not lists:
-        return Clause(alone, test.parameters)
-    items = f"SELECT 1 FROM json_each(metadata, {json_path}) AS item WHERE {test.of('item.type', 'item.atom')}"  # noqa: S608 - ours, values are parameters
-    sql = f"({alone} OR ({type_of} IS 'array' AND EXISTS ({items})))"
-    return Clause(sql, test.parameters * 2)
+        return Clause(f"({alone})", parameters)
+    items = " AND ".join(
+        f"EXISTS (SELECT 1 FROM json_each(metadata, {json_path}) AS item "  # noqa: S608 - ours, values are parameters
+        f"WHERE {test.of('item.type', 'item.atom')})"
+        for test in tests
+    )
+    return Clause(f"(({alone}) OR ({type_of} IS 'array' AND {items}))", parameters * 2)
 
 
 def _step_by_step(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clause:
