@@ -12,7 +12,7 @@ from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
 from emberpc.client import Client, RecordId
-from emberpc.client.types import Query
+from emberpc.client.types import Query, SearchMode
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -98,6 +98,12 @@ def search(
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
     where: Where = None,
+    mode: Annotated[
+        SearchMode, typer.Option(help="By likeness (dense), by words in common (lexical), or by both (hybrid).")
+    ] = "dense",
+    dense_weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of hybrid: the weight of likeness against words.")
+    ] = None,
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:

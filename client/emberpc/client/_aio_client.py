@@ -29,6 +29,7 @@ from emberpc.client.types import (
     Progress,
     Query,
     Record,
+    SearchMode,
     SearchResult,
     Stages,
     StreamedEmbedding,
@@ -289,12 +290,22 @@ class AsyncClient:
         top_k: int = 10,
         ef: int = 0,
         where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
         """Do what `Client.search` does."""
         job = _index.search(
-            collection, [query], top_k=top_k, ef=ef, where=where, with_vectors=with_vectors, name="query"
+            collection,
+            [query],
+            top_k=top_k,
+            ef=ef,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            with_vectors=with_vectors,
+            name="query",
         )
         return list((await self._runner.run(job, timeout))[0].hits)
 
@@ -306,12 +317,24 @@ class AsyncClient:
         top_k: int = 10,
         ef: int = 0,
         where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
         """Do what `Client.search_batch` does."""
         return await self._runner.run(
-            _index.search(collection, queries, top_k=top_k, ef=ef, where=where, with_vectors=with_vectors), timeout
+            _index.search(
+                collection,
+                queries,
+                top_k=top_k,
+                ef=ef,
+                where=where,
+                mode=mode,
+                dense_weight=dense_weight,
+                with_vectors=with_vectors,
+            ),
+            timeout,
         )
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:

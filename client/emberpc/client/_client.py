@@ -25,6 +25,7 @@ from emberpc.client.types import (
     Progress,
     Query,
     Record,
+    SearchMode,
     SearchResult,
     Truncation,
     UpsertResult,
@@ -237,6 +238,8 @@ class Client(TextMethods, ModelCalls):
         top_k: int = 10,
         ef: int = 0,
         where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -249,13 +252,23 @@ class Client(TextMethods, ModelCalls):
             top_k: most hits, at most 10,000.
             ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
             where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
+            mode: `dense`, by likeness; `lexical`, by words in common; `hybrid`, by both; the last two need a text.
+            dense_weight: of `hybrid`, the weight of likeness against words, 0 to 1; None: 0.5.
             with_vectors: whether to get the vectors of the hits too.
 
         Returns:
             Hits, nearest first.
         """
         job = _index.search(
-            collection, [query], top_k=top_k, ef=ef, where=where, with_vectors=with_vectors, name="query"
+            collection,
+            [query],
+            top_k=top_k,
+            ef=ef,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            with_vectors=with_vectors,
+            name="query",
         )
         return list(self._runner.run(job, timeout)[0].hits)
 
@@ -267,6 +280,8 @@ class Client(TextMethods, ModelCalls):
         top_k: int = 10,
         ef: int = 0,
         where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -276,5 +291,15 @@ class Client(TextMethods, ModelCalls):
             Item i: what was found for query i.
         """
         return self._runner.run(
-            _index.search(collection, queries, top_k=top_k, ef=ef, where=where, with_vectors=with_vectors), timeout
+            _index.search(
+                collection,
+                queries,
+                top_k=top_k,
+                ef=ef,
+                where=where,
+                mode=mode,
+                dense_weight=dense_weight,
+                with_vectors=with_vectors,
+            ),
+            timeout,
         )

@@ -11,7 +11,7 @@ from emberpc.client import _checks
 from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
 from emberpc.client._plain import moment
 from emberpc.client._records import NewRecord, block, new_records, read_records
-from emberpc.client._words import DISTANCES, STRATEGIES, TRUNCATIONS, value_of, word_of
+from emberpc.client._words import DISTANCES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
@@ -22,6 +22,7 @@ from emberpc.client.types import (
     Query,
     Record,
     RecordId,
+    SearchMode,
     SearchPlan,
     SearchResult,
     Truncation,
@@ -214,6 +215,8 @@ def search(
     top_k: int,
     ef: int,
     where: Where | None,
+    mode: SearchMode,
+    dense_weight: float | None,
     with_vectors: bool,
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
@@ -226,6 +229,8 @@ def search(
         top_k=_checks.count(top_k, "top_k"),
         ef=_checks.count(ef, "ef"),
         filter=filter_of(where),
+        mode=value_of("mode", mode, SEARCH_MODES),
+        dense_weight=None if dense_weight is None else _checks.number(dense_weight, "dense_weight"),
         parts=_parts(with_vectors),
     )
 
@@ -271,6 +276,7 @@ def _result(message: pb.SearchResult) -> SearchResult:
             ef=message.plan.ef,
             compared_count=message.plan.compared_count,
             shortfall_reason=message.plan.shortfall_reason,
+            lexical_count=message.plan.lexical_count,
         ),
     )
 

@@ -16,6 +16,7 @@ from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
 from emberpc.server.index.filters import Filter
 from emberpc.server.index.graph import Graph
+from emberpc.server.index.hybrid import HybridSearcher, WordsRequest, fused_from
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
 from emberpc.server.index.record_cache import RecordCache
@@ -105,6 +106,7 @@ class Collection:
             self._store.close()
             raise
         self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, spec.distance)
+        self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
         self._wake_if_needed()
 
     def info(self) -> CollectionInfo:
@@ -201,12 +203,57 @@ class Collection:
         _check_search(len(queries), sizes, len(excluded), ef)
         if not len(queries):
             return []
-        wanted = max(sizes) + 1
-        keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
-        clauses = [_clause(condition) for condition in conditions] or [None] * len(queries)
-        request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors, clauses)
+        request = self._request(queries, sizes, excluded, ef, with_vectors, conditions)
         with self._call():
             return self._searcher.search(request)
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
+        _check_search(len(texts), top_k, len(texts), 0)
+        clauses = [_clause(condition) for condition in conditions] or [None] * len(texts)
+        with self._call():
+            return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
+
+    def search_both(
+        self,
+        queries: Matrix,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        dense_weight: float,
+        ef: int = 0,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find records by vectors and by words, fused by rank.
+
+        Args:
+            queries: float32 (queries, dimensions).
+            texts: the text of each query.
+            top_k: most hits of each.
+            dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
+            ef: as in `search`.
+            with_vectors: as in `search`.
+            conditions: as in `search`.
+        """
+        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
+        if len(texts) != len(queries):
+            raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
+        _check_search(len(queries), top_k, len(queries), ef)
+        with self._call():
+            return self._hybrid.by_both(
+                self._request(queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions),
+                texts,
+                top_k,
+                dense_weight,
+            )
 
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.
@@ -239,6 +286,22 @@ class Collection:
         if self._end():
             self._store.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _request(
+        self,
+        queries: Matrix,
+        top_k: Sequence[int],
+        excluded: Sequence[str | None],
+        ef: int,
+        with_vectors: bool,
+        conditions: Sequence[Filter | None],
+    ) -> Request:
+        if conditions and len(conditions) != len(queries):
+            raise invalid("conditions", f"has {len(conditions)} items for {len(queries)} queries; give one for each")
+        wanted = max(top_k) + 1
+        keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
+        clauses = [_clause(condition) for condition in conditions] or [None] * len(queries)
+        return Request(prepare(queries, self.spec.distance), top_k, excluded, keep, with_vectors, clauses)
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
         with self._call(), self._write_lock:

@@ -90,20 +90,25 @@ class Searcher:
         self._write_lock = write_lock
         self._distance = distance
 
-    def search(self, request: Request) -> list[SearchOutcome]:
-        """Answer every query of a request; those with the same condition together."""
+    def search(self, request: Request, *, settled: bool = False) -> list[SearchOutcome]:
+        """Answer every query of a request; those with the same condition together.
+
+        Args:
+            request: the queries.
+            settled: the caller holds the lock of writes.
+        """
         rows_of: dict[Clause | None, list[int]] = {}
         for i, condition in enumerate(request.conditions):
             rows_of.setdefault(condition, []).append(i)
         outcomes: dict[int, SearchOutcome] = {}
         for condition, rows in rows_of.items():
-            outcomes.update(zip(rows, self._search(request.only(rows), condition), strict=True))
+            outcomes.update(zip(rows, self._search(request.only(rows), condition, settled=settled), strict=True))
         return [outcomes[i] for i in range(len(request.queries))]
 
-    def _search(self, request: Request, condition: Clause | None) -> list[SearchOutcome]:
+    def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
-        _fill(outcomes, request, partial(self._answer, condition, settled=False))
-        if None in outcomes:
+        _fill(outcomes, request, partial(self._answer, condition, settled=settled))
+        if None in outcomes and not settled:
             # A write came between memory and store. With writes held off they agree.
             with self._write_lock:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))

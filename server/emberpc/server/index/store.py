@@ -216,6 +216,26 @@ class Store:
         with translated(self._what):
             return _matching(self._reader(), condition, after)
 
+    def with_words(self, expression: str, count: int, condition: Clause) -> list[tuple[int, float]]:
+        """Return the labels whose texts best match an FTS5 query, and that meet a condition, with their BM25 scores.
+
+        Args:
+            expression: the query, right in FTS5's syntax.
+            count: most labels to return.
+            condition: what they must meet.
+        """
+        with translated(self._what):
+            # The join is made this way round: the words are few beside the records.
+            return (
+                self._reader()
+                .execute(
+                    "SELECT label, -bm25(words) AS score FROM words CROSS JOIN records ON label = words.rowid "  # noqa: S608 - our own conditions
+                    f"WHERE words MATCH ? AND {condition.sql} ORDER BY score DESC, label LIMIT ?",
+                    (expression, *condition.parameters, count),
+                )
+                .fetchall()
+            )
+
     def newest_label(self) -> int:
         """Return the greatest label that any record ever had; 0 if there never was one."""
         with translated(self._what):
