@@ -90,7 +90,9 @@ def measure(
     """Measure the searches under filters of a share."""
     places = np.array([place(i) for i in range(len(vectors))])
     starts = np.linspace(0, 1 - share, FILTERS)
-    first, again, hits, wanted, strategies = [], [], 0, 0, set()
+    first: list[float] = []
+    again: list[float] = []
+    hits, wanted, strategies = 0, 0, set()
     for n, start in enumerate(starts):
         condition = window(field, float(start), share)
         allowed = np.flatnonzero((places >= start * 2**31) & (places < (start + share) * 2**31))

@@ -72,12 +72,11 @@ def main() -> None:
         Client(server.address, timeout=300) as client,
     ):
         try:
-            complete = client.count("corpus") == len(corpus)
+            done = {record.id for record in client.records("corpus", page_size=1000)}
         except NotFound:
             client.create_collection("corpus", model="model", truncation="end")
-            complete = False
-        if not complete:
-            client.upsert("corpus", (Record(key, text) for key, text in corpus.items()))
+            done = set()
+        client.upsert("corpus", (Record(key, text) for key, text in corpus.items() if key not in done))
         rows = measure(client, "corpus", queries, judged)
     for row in rows:
         weight = "" if row["dense_weight"] is None else f" at {row['dense_weight']}"
