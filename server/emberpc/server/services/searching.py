@@ -75,11 +75,9 @@ class Searcher:
             matrix = await self._query_vectors(request.queries, collection, caller, response)
             start = perf_counter()
             if request.mode == pb.SEARCH_MODE_HYBRID:
-                options = {"ef": request.ef, "with_vectors": parts.vector, "conditions": conditions}
                 weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-                outcomes = await self._in_pool(
-                    partial(collection.search_both, matrix, texts, sizes, dense_weight=weight, **options)
-                )
+                search_both = partial(collection.search_both, matrix, texts, sizes, dense_weight=weight, ef=request.ef)
+                outcomes = await self._in_pool(lambda: search_both(with_vectors=parts.vector, conditions=conditions))
             else:
                 excluded = [query.record_id or None for query in request.queries]
                 search = Search(collection, matrix, sizes, excluded, request.ef, parts.vector, conditions)
