@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy, selection
 from emberpc.server.index.filters import AnyOf, Comparison, Existence, Filter, Not, Operator
 from emberpc.server.index.types import Distance
 from index.support import gaussian, refused
@@ -127,8 +127,14 @@ def test_pages_counts_and_deletes_go_by_filter(collection: Collection) -> None:
     }
 
 
-def test_a_filter_sees_every_write_at_once(collection: Collection) -> None:
-    """The same filter again and again, so that what matched before is brought up to date."""
+@pytest.mark.parametrize(
+    ("bound", "value"), [("_MAX_BYTES", 2**20), ("_MAX_BYTES", 100), ("_MAX_WRITES", 1)], ids=["all", "little", "late"]
+)
+def test_a_filter_sees_every_write_at_once(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
+) -> None:
+    """The same filter again and again, so that what is remembered of it is brought up to date, or is not there."""
+    monkeypatch.setattr(selection, bound, value)
     data = gaussian(60, 16)
     query = data[:1]
     kinds = AnyOf((equal("kind", "a"), equal("kind", "b")))
@@ -150,6 +156,7 @@ def test_a_filter_sees_every_write_at_once(collection: Collection) -> None:
         if i % 5 == 4:
             collection.delete([f"r{i - 1}"])
             truth.pop(f"r{i - 1}", None)
+            collection.delete(["nobody"])  # no write, so it has the number of the one before
         assert found() == {key for key, kind in truth.items() if kind != "c"}
 
 

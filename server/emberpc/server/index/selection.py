@@ -68,6 +68,8 @@ class Selector:
         """Take over what a write removed, once memory has it too; writes must come in the store's order."""
         labels = np.fromiter(removed, dtype=np.int64)
         with self._lock:
+            if sequence == self._applied:  # of a delete that found nothing: it is no write
+                return
             self._removed[sequence] = labels
             if len(self._removed) > _MAX_WRITES:
                 self._removed.popitem(last=False)
