@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy, hybrid
 from emberpc.server.index.filters import Comparison, Filter, Operator
 from emberpc.server.index.hybrid import fused
 from index.support import gaussian, refused
@@ -72,7 +72,7 @@ def test_words_follow_every_write(books: Collection) -> None:
     assert words(books, "whale ring wax") == ["bees"]
 
 
-def test_both_are_fused_by_rank(books: Collection) -> None:
+def test_both_are_fused_by_score(books: Collection) -> None:
     query = gaussian(1, 16)  # the vector of `whale`
     (dense,) = books.search(query, 5)
     (both,) = books.search_both(query, ["honey"], [5], dense_weight=0.5)
@@ -84,9 +84,24 @@ def test_both_are_fused_by_rank(books: Collection) -> None:
     (lexical,) = books.search_both(query, ["honey"], [2], dense_weight=0)
     assert [record.id for record, _ in lexical.hits] == ["honey", "bees"]
     first, second, third = (record for record, _ in dense.hits[:3])
-    mixed = fused([(first, 9.0), (second, 8.0)], [(third, 2.0), (second, 1.0)], 0.5)
-    assert mixed[0][0] == second
-    assert mixed[0][1] == pytest.approx(0.5 / 62 + 0.5 / 62)
+    by_vector, by_words = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
+    mixed = fused(by_vector, by_words, 0.5, all_lexical=True)
+    assert [record for record, _ in mixed] == [second, *sorted([first, third], key=lambda record: record.id)]
+    assert [score for _, score in mixed] == pytest.approx([0.375 + 0.25, 0.5, 0.5])
+    assert fused(by_vector, by_words, 0.5, all_lexical=False)[-1][1] == pytest.approx(0.375)
+    assert fused([(first, 1.0)], [(first, 1.0)], 0.5, all_lexical=False) == [(first, 1.0)]
+    assert fused([], [], 0.5, all_lexical=True) == []
+
+
+def test_in_a_large_collection_words_of_most_texts_count_only_if_there_are_no_others(
+    books: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid, "_LARGE", 10)
+    books.upsert([NewRecord(f"the{i}", f"the {i}") for i in range(10)], gaussian(10, 16))
+    (both,) = books.search_words(["the volcano, zebra"], [20])
+    assert [record.id for record, _ in both.hits] == ["ring"]
+    (common,) = books.search_words(["the"], [20])
+    assert len(common.hits) == 11
 
 
 def test_a_text_for_each_vector(books: Collection) -> None:

@@ -124,8 +124,8 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     is BM25's. Needs a text query, and no model.
     """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
-    """Both, fused by reciprocal rank: the score is the sum of weight / (60 + rank).
-    Needs a text query.
+    """Both, fused: the score is the weighted sum of the two scores, each scaled to
+    1 for the best of the candidates and 0 for the least. Needs a text query.
     """
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
@@ -140,8 +140,8 @@ SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
 is BM25's. Needs a text query, and no model.
 """
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
-"""Both, fused by reciprocal rank: the score is the sum of weight / (60 + rank).
-Needs a text query.
+"""Both, fused: the score is the weighted sum of the two scores, each scaled to
+1 for the best of the candidates and 0 for the least. Needs a text query.
 """
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
@@ -1121,7 +1121,7 @@ class SearchRequest(_message.Message):
     mode: Global___SearchMode.ValueType
     """What the search goes by. Default: DENSE."""
     dense_weight: _builtins.float
-    """HYBRID: weight of the dense ranking against the lexical one, in [0, 1].
+    """HYBRID: weight of the dense score against the lexical one, in [0, 1].
     Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType

@@ -244,7 +244,7 @@ class Collection:
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused by rank.
+        """Find records by vectors and by words, fused by score.
 
         Args:
             queries: float32 (queries, dimensions).
