@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client, NotFound, Record, RecordId
+from emberpc.client import Client, InvalidArgument, NotFound, Record, RecordId
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from server_process import ServerProcess
 
@@ -52,6 +52,14 @@ def test_a_search_for_the_neighbours_of_a_missing_record_is_not_found(client: Cl
     with pytest.raises(NotFound) as missing:
         client.search(books, RecordId("none"))
     assert missing.value.reason == "RECORD_NOT_FOUND"
+
+
+def test_a_recall_can_be_asked_for_and_one_compares_every_vector(client: Client, books: str) -> None:
+    assert [hit.record.id for hit in client.search(books, "making loaves at home", top_k=1, min_recall=1)] == ["bread"]
+    with pytest.raises(InvalidArgument, match="one of the two"):
+        client.search(books, "sea", ef=20, min_recall=0.9)
+    with pytest.raises(InvalidArgument, match="at most 1"):
+        client.search(books, "sea", min_recall=float("nan"))
 
 
 def test_a_result_tells_its_plan(client: Client, books: str) -> None:

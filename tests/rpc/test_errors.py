@@ -343,7 +343,6 @@ def test_a_field_that_is_designed_but_not_built_is_never_just_ignored(channel: g
     queries = [index_pb2.SearchQuery(text="x")]
     cases: tuple[dict[str, Any], ...] = (
         {"mode": index_pb2.SEARCH_MODE_HYBRID},
-        {"min_recall": 0.9},
         {"dense_weight": 0.0},
         {"filter": {}},
     )

@@ -89,6 +89,9 @@ def search(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
+    min_recall: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the true nearest to find, instead of --ef; 0: no target.")
+    ] = 0,
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,7 +103,9 @@ def search(
         wanted = RecordId(record_id)
     else:
         raise CliError("give a query in words, or a record with --id; one of the two")
-    (result,) = client.search_batch(collection, [wanted], top_k=top_k, ef=ef, with_vectors=with_vectors)
+    (result,) = client.search_batch(
+        collection, [wanted], top_k=top_k, ef=ef, min_recall=min_recall, with_vectors=with_vectors
+    )
     if as_json:
         print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
     else:

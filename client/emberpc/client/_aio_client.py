@@ -277,11 +277,14 @@ class AsyncClient:
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
         """Do what `Client.search` does."""
-        job = _index.search(collection, [query], top_k=top_k, ef=ef, with_vectors=with_vectors, name="query")
+        job = _index.search(
+            collection, [query], top_k=top_k, ef=ef, min_recall=min_recall, with_vectors=with_vectors, name="query"
+        )
         return list((await self._runner.run(job, timeout))[0].hits)
 
     async def search_batch(
@@ -291,13 +294,13 @@ class AsyncClient:
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
         """Do what `Client.search_batch` does."""
-        return await self._runner.run(
-            _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
-        )
+        job = _index.search(collection, queries, top_k=top_k, ef=ef, min_recall=min_recall, with_vectors=with_vectors)
+        return await self._runner.run(job, timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
         """Do what `Client.models` does."""

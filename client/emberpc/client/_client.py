@@ -220,6 +220,7 @@ class Client(TextMethods, ModelCalls):
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -231,12 +232,15 @@ class Client(TextMethods, ModelCalls):
                 neighbours.
             top_k: most hits, at most 10,000.
             ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
+            min_recall: share of the true nearest to be found, in (0, 1], instead of `ef`; 1 compares every vector.
             with_vectors: whether to get the vectors of the hits too.
 
         Returns:
             Hits, nearest first.
         """
-        job = _index.search(collection, [query], top_k=top_k, ef=ef, with_vectors=with_vectors, name="query")
+        job = _index.search(
+            collection, [query], top_k=top_k, ef=ef, min_recall=min_recall, with_vectors=with_vectors, name="query"
+        )
         return list(self._runner.run(job, timeout)[0].hits)
 
     def search_batch(
@@ -246,6 +250,7 @@ class Client(TextMethods, ModelCalls):
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -254,6 +259,5 @@ class Client(TextMethods, ModelCalls):
         Returns:
             Item i: what was found for query i.
         """
-        return self._runner.run(
-            _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
-        )
+        job = _index.search(collection, queries, top_k=top_k, ef=ef, min_recall=min_recall, with_vectors=with_vectors)
+        return self._runner.run(job, timeout)

@@ -199,7 +199,14 @@ def count(collection: str) -> Call[pb.CountRecordsResponse, int]:
 
 
 def search(
-    collection: str, queries: Iterable[Query], *, top_k: int, ef: int, with_vectors: bool, name: str = "queries[{}]"
+    collection: str,
+    queries: Iterable[Query],
+    *,
+    top_k: int,
+    ef: int,
+    min_recall: float,
+    with_vectors: bool,
+    name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
     """Return the calls of `Client.search_batch`; `name` is what messages call query `{}`."""
     if isinstance(queries, (str, RecordId)) or not isinstance(queries, Iterable):
@@ -209,6 +216,7 @@ def search(
         collection=_checks.text(collection, "collection"),
         top_k=_checks.count(top_k, "top_k"),
         ef=_checks.count(ef, "ef"),
+        min_recall=_checks.number(min_recall, "min_recall"),
         parts=_parts(with_vectors),
     )
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import snapshots
+from emberpc.server.index import recall, snapshots
 from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.metric import check_vectors, prepare
@@ -43,9 +43,10 @@ SNAPSHOT_EVERY = 20_000
 _SNAPSHOT_TRIES = 3
 #: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
 _MAX_DEAD_SHARE = 0.25
-#: Candidates that a search keeps: so many, or so many times top_k. Measured on 20,000 clustered 384-d vectors:
-#: recall@10 of 1.00 for queries near them and 0.95 for queries anywhere, at 0.2 ms a query.
-_MIN_EF, _EF_PER_HIT = 200, 2
+#: Candidates that a search keeps unless told: at least so many, and so many times top_k; and as many as `_RECALL` was
+#: measured to take, up to a bound, since there are vectors for which no number will do.
+_MIN_EF, _EF_PER_HIT, _MAX_DEFAULT_EF = 200, 2, 800
+_RECALL = 0.98
 MAX_TOP_K = 10_000
 _MAX_EF = 1_000_000
 
@@ -101,6 +102,7 @@ class Collection:
             self._store.close()
             raise
         self._searcher = Searcher(self._store, self._neighbours, self._write_lock, spec.distance)
+        self._recall = recall.load(folder)
         self._wake_if_needed()
 
     def info(self) -> CollectionInfo:
@@ -169,6 +171,7 @@ class Collection:
         top_k: int | Sequence[int],
         *,
         ef: int = 0,
+        min_recall: float = 0,
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
     ) -> list[SearchOutcome]:
@@ -177,19 +180,25 @@ class Collection:
         Args:
             queries: float32 (queries, dimensions).
             top_k: most hits, 1 to 10,000; of all queries, or of each.
-            ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k`.
+            ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k` and `min_recall`.
+            min_recall: share of the true nearest to be found, in (0, 1], as measured of this collection; where that is
+                not measured yet, or too much for the graph, every vector is compared. 0: no target. Not beside `ef`.
             exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
             with_vectors: whether the hits have their vectors.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
         excluded = list(exclude_ids) or [None] * len(queries)
-        _check_search(len(queries), sizes, len(excluded), ef)
+        _check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
         wanted = max(sizes) + 1
-        keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
-        request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors)
+        keep = max(ef or self._keep(wanted), wanted)
+        exact = False
+        if min_recall:
+            enough = self._enough(wanted, min_recall)
+            keep, exact = max(enough or 0, wanted), enough is None
+        request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors, exact)
         with self._call():
             return self._searcher.search(request)
 
@@ -210,7 +219,9 @@ class Collection:
             ):
                 # All of the graph is new.
                 self._unsaved = self._snapshot_every
+                self._recall = None
             self._snapshot_if_due()
+            self._measure_if_due()
 
     def close(self) -> None:
         """Wait for the calls under way, save a snapshot if the graph changed, and close the database."""
@@ -262,8 +273,36 @@ class Collection:
         return found, prepare(vectors, self.spec.distance)
 
     def _wake_if_needed(self) -> None:
-        if self._neighbours.waiting > self._buffer_limit or self._neighbours.dead_share > _MAX_DEAD_SHARE:
+        if (
+            self._neighbours.waiting > self._buffer_limit
+            or self._neighbours.dead_share > _MAX_DEAD_SHARE
+            or self._measuring_due()
+        ):
             self._wake(self)
+
+    def _keep(self, wanted: int) -> int:
+        """Return how many candidates a search for so many keeps unless told."""
+        measured = self._recall.ef(wanted, _RECALL) or _MAX_DEFAULT_EF if self._recall else _MIN_EF
+        return max(_MIN_EF, _EF_PER_HIT * wanted, min(measured, _MAX_DEFAULT_EF))
+
+    def _enough(self, wanted: int, min_recall: float) -> int | None:
+        """Return how many candidates find so much of the true nearest; None if all vectors must be compared."""
+        if min_recall == 1:
+            return None
+        if not self._neighbours.graph_size:
+            return _MAX_DEFAULT_EF  # the buffer is exact; this is for the graph that may begin in this moment
+        return self._recall.ef(wanted, min_recall) if self._recall else None
+
+    def _measuring_due(self) -> bool:
+        size = self._neighbours.graph_size
+        return size >= recall.MIN_SIZE and (self._recall is None or self._recall.outgrown(size))
+
+    def _measure_if_due(self) -> None:
+        if self._measuring_due():
+            measured = recall.measure(self._store, self._neighbours, self.spec.distance, self._ending.is_set)
+            if measured:
+                self._recall = measured
+                recall.save(measured, self._folder)
 
     def _snapshot_if_due(self) -> None:
         if self._unsaved >= self._snapshot_every:
@@ -282,7 +321,7 @@ class Collection:
             return
 
 
-def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:
+def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float) -> None:
     """Raise INVALID_ARGUMENT unless the options of a search fit its queries."""
     if len(top_k) != queries:
         raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")
@@ -293,3 +332,7 @@ def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) ->
             raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
     if not 0 <= ef <= _MAX_EF:
         raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")
+    if not 0 <= min_recall <= 1:  # nor is NaN
+        raise invalid("min_recall", f"is {min_recall:g}; it must be above 0 and at most 1, or 0 for no target")
+    if ef and min_recall:
+        raise invalid("min_recall", "is given beside ef; give one of the two")

@@ -56,6 +56,11 @@ class Neighbours:
         return len(self._buffer)
 
     @property
+    def graph_size(self) -> int:
+        """Number of vectors that are found by way of the graph."""
+        return self._graph.live
+
+    @property
     def dead_share(self) -> float:
         """Share of the graph's nodes that are deleted."""
         return self._graph.dead_share

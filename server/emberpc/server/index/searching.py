@@ -28,6 +28,8 @@ class Request:
     exclude: Sequence[str | None]
     ef: int
     with_vectors: bool
+    #: Whether every vector is to be compared, whatever the graph could tell.
+    exact: bool = False
 
     @property
     def candidates(self) -> int:
@@ -67,6 +69,9 @@ class Searcher:
     def search(self, request: Request) -> list[SearchOutcome]:
         """Answer every query of a request."""
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
+        if request.exact:
+            _fill(outcomes, request, self._scan)
+            return [outcome for outcome in outcomes if outcome is not None]
         _fill(outcomes, request, self._look_up)
         if None in outcomes:
             # A write came between memory and store. With writes held off they agree.

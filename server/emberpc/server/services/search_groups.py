@@ -41,16 +41,22 @@ class Search:
     exclude_ids: Sequence[str | None]
     ef: int = 0
     with_vectors: bool = False
+    min_recall: float = 0
 
     @property
     def kind(self) -> Hashable:
-        """What searches that may be done together have in common; `ef` follows from the greatest `top_k`."""
-        return self.collection, max(self.top_k), self.ef, self.with_vectors
+        """What searches that may be done together have in common; `ef` follows from the greatest `top_k` and the recall."""
+        return self.collection, max(self.top_k), self.ef, self.with_vectors, self.min_recall
 
     def run(self) -> Outcomes:
         """Search."""
         return self.collection.search(
-            self.queries, self.top_k, ef=self.ef, exclude_ids=self.exclude_ids, with_vectors=self.with_vectors
+            self.queries,
+            self.top_k,
+            ef=self.ef,
+            min_recall=self.min_recall,
+            exclude_ids=self.exclude_ids,
+            with_vectors=self.with_vectors,
         )
 
 

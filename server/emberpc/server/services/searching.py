@@ -66,6 +66,7 @@ class Searcher:
                 [query.record_id or None for query in request.queries],
                 request.ef,
                 parts.vector,
+                request.min_recall,
             )
         )
         response.timings.lookup_seconds += perf_counter() - start
@@ -170,7 +171,6 @@ def _refuse_what_is_to_come(request: pb.SearchRequest) -> None:
     asked = {
         "mode": request.mode not in (pb.SEARCH_MODE_UNSPECIFIED, pb.SEARCH_MODE_DENSE),
         "filter": request.HasField("filter"),
-        "min_recall": bool(request.min_recall),
         "dense_weight": request.HasField("dense_weight"),
         **{f"queries[{i}].filter": query.HasField("filter") for i, query in enumerate(request.queries)},
     }
