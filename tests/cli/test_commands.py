@@ -204,6 +204,26 @@ def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert outcome.err == "2 hits: the collection has 3 records\n"
 
 
+def test_search_by_a_recall(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    assert emberpc("search", "books", "an island", "--min-recall", 0.9).code == 0
+    assert fake.asked["Search"][-1].request.min_recall == 0.9
+    assert emberpc("search", "books", "an island", "--min-recall", 1.5).code == 2
+
+
+def test_collection_verify(emberpc: Emberpc, books: Path, tmp_path: Path) -> None:
+    outcome = emberpc("collection", "verify", "books")
+    assert (outcome.code, outcome.rows) == (0, [["records", "3"], ["problems", "0"]])
+    lost = tmp_path / "lost.jsonl"
+    lost.write_text('{"id": "lost", "text": "x"}\n')
+    emberpc("upsert", "books", lost)
+    outcome = emberpc("collection", "verify", "books")
+    assert outcome.code == 7
+    assert outcome.rows[1] == ["lost", "UNREACHABLE", "record 'lost' is out of reach"]
+    assert "1 problem in 4 records" in outcome.err
+    assert emberpc("collection", "verify", "books", "--json").objects[0]["checked"] == 4
+    assert emberpc("collection", "verify", "none").code == 4
+
+
 @pytest.mark.parametrize("arguments", [[], ["query", "--id", "a"]])
 def test_search_goes_by_one_thing(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
     assert emberpc("search", "books", *arguments).code == 2

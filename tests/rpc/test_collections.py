@@ -146,3 +146,12 @@ def test_a_write_tells_its_number_and_that_it_is_on_disk(server: ServerProcess, 
             stub.UpsertRecords(request)
     assert isinstance(refused.value, grpc.Call)
     assert refused.value.code() is grpc.StatusCode.ABORTED
+
+
+def test_a_collection_is_verified_with_progress(client: Client, books: str) -> None:
+    told: list[tuple[int, int]] = []
+    found = client.verify_collection(books, progress=lambda checked, total: told.append((checked, total)))
+    assert (found.ok, found.checked, found.problems) == (True, 5, ())
+    assert (told[0], told[-1]) == ((0, 5), (5, 5))
+    with pytest.raises(NotFound):
+        client.verify_collection("none")

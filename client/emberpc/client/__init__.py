@@ -42,10 +42,12 @@ from emberpc.client.types import (
     Model,
     Record,
     RecordId,
+    RecordProblem,
     SearchPlan,
     SearchResult,
     StreamedEmbedding,
     UpsertResult,
+    Verification,
 )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "PermissionDenied",
     "Record",
     "RecordId",
+    "RecordProblem",
     "ResourceExhausted",
     "SearchPlan",
     "SearchResult",
@@ -80,5 +83,6 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UpsertResult",
+    "Verification",
     "Violation",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,7 @@ from emberpc.client.types import (
     StreamItem,
     Truncation,
     UpsertResult,
+    Verification,
 )
 
 
@@ -226,6 +227,12 @@ class AsyncClient:
     async def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
         """Do what `Client.delete_collection` does."""
         return await self._runner.run_one(_index.delete_collection(name), timeout)
+
+    async def verify_collection(
+        self, name: str, *, progress: Callable[[int, int], None] | None = None, timeout: float | None = None
+    ) -> Verification:
+        """Do what `Client.verify_collection` does."""
+        return await self._runner.follow(_index.verify_collection(name, progress), None, timeout)
 
     async def upsert(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What the methods have in common is said once, in the docstring of the class.
 # ruff: noqa: D417
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ from emberpc.client.types import (
     SearchResult,
     Truncation,
     UpsertResult,
+    Verification,
 )
 
 
@@ -137,6 +138,20 @@ class Client(TextMethods, ModelCalls):
     def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
         """Delete a collection with all its records; raises NotFound if there is none of that name."""
         return self._runner.run_one(_index.delete_collection(name), timeout)
+
+    def verify_collection(
+        self, name: str, *, progress: Callable[[int, int], None] | None = None, timeout: float | None = None
+    ) -> Verification:
+        """Check that every record of a collection is there, undamaged, and found by a search.
+
+        Args:
+            name: name of the collection, which may be read and written meanwhile.
+            progress: told again and again how many records are checked, of how many.
+
+        Returns:
+            How many records were checked, and what is wrong.
+        """
+        return self._runner.follow(_index.verify_collection(name, progress), None, timeout)
 
     def upsert(
         self,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
 from emberpc.client import _checks
-from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
+from emberpc.client._calls import Call, Job, ListCollector, Method, Page, Step, check_count, chunks
 from emberpc.client._plain import moment
 from emberpc.client._records import NewRecord, block, new_records, read_records
 from emberpc.client._words import DISTANCES, STRATEGIES, TRUNCATIONS, value_of, word_of
@@ -21,13 +21,16 @@ from emberpc.client.types import (
     Query,
     Record,
     RecordId,
+    RecordProblem,
     SearchPlan,
     SearchResult,
     Truncation,
     UpsertResult,
+    Verification,
 )
 from emberpc.v1 import index_pb2 as pb
-from emberpc.wire import vectors
+from emberpc.v1.errors_pb2 import ErrorInfo
+from emberpc.wire import status, vectors
 
 _SERVICE = "/emberpc.v1.IndexService/"
 CREATE_COLLECTION = Method(_SERVICE + "CreateCollection", pb.CreateCollectionResponse)
@@ -39,6 +42,7 @@ BATCH_GET_RECORDS = Method(_SERVICE + "BatchGetRecords", pb.BatchGetRecordsRespo
 DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
+VERIFY_COLLECTION = Method(_SERVICE + "VerifyCollection", pb.VerifyCollectionResponse)
 SEARCH = Method(_SERVICE + "Search", pb.SearchResponse)
 
 #: Ids of one request; the API takes 10,000.
@@ -92,6 +96,23 @@ def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
     """Return the call of `Client.delete_collection`."""
     request = pb.DeleteCollectionRequest(name=_checks.text(name, "name"))
     return Call(DELETE_COLLECTION, request, lambda _: None)
+
+
+def verify_collection(
+    name: str, progress: Callable[[int, int], None] | None
+) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
+    """Return the call of `Client.verify_collection`."""
+    problems: list[RecordProblem] = []
+
+    def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:
+        for failure in message.failures:
+            info = status.detail(failure.error, ErrorInfo)
+            problems.append(RecordProblem(failure.id, info.reason if info else "", failure.error.message))
+        if progress is not None:
+            progress(message.checked_count, message.total_count)
+        return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
+
+    return Call(VERIFY_COLLECTION, pb.VerifyCollectionRequest(name=_checks.text(name, "name")), read)
 
 
 class _Writes:

@@ -12,6 +12,7 @@ from emberpc.server.index.types import (
     Strategy,
     WriteResult,
 )
+from emberpc.server.index.verifying import Verified
 
 __all__ = [
     "MAX_TOP_K",
@@ -24,5 +25,6 @@ __all__ = [
     "SearchOutcome",
     "StoredRecord",
     "Strategy",
+    "Verified",
     "WriteResult",
 ]

@@ -31,6 +31,7 @@ from emberpc.server.index.types import (
     check_page_size,
 )
 from emberpc.server.index.validation import check_records
+from emberpc.server.index.verifying import Verified, Verifier
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,16 @@ class Collection:
         request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors, exact)
         with self._call():
             return self._searcher.search(request)
+
+    def verify(self) -> Iterator[Verified]:
+        """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile."""
+        steps = Verifier(self._store, self._neighbours, self._write_lock, self.spec).steps()
+        while True:
+            with self._call():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.

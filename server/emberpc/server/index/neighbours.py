@@ -111,6 +111,16 @@ class Neighbours:
                 found += [None] * len(part)
         return found
 
+    def labels(self) -> set[int]:
+        """Return the labels that a search may find."""
+        with self._lock.read():
+            return self._graph.labels() | self._buffer.labels()
+
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the prepared vectors, float32 (dimensions,), of those labels that a search may find."""
+        with self._lock.read():
+            return self._graph.held(labels) | self._buffer.held(labels)
+
     def drain(self, most: int, stop: Callable[[], bool]) -> int:
         """Move what waits now to the graph, at most so many, slice by slice; return how many were moved."""
         moved, goal = 0, min(most, len(self._buffer))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,15 @@ CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER NO
 INSERT INTO state VALUES (1, 0);
 COMMIT;
 """
+
+
+class Row(NamedTuple):
+    """A record as its row has it, undecoded."""
+
+    label: int
+    id: str
+    metadata: str
+    vector: bytes
 
 
 @dataclass(frozen=True)
@@ -229,6 +238,20 @@ class Store:
             cursor = self._reader().execute("SELECT label, vector FROM records ORDER BY label")
             while rows := cursor.fetchmany(batch):
                 yield _vectors(rows)
+
+    def rows(self, after: int, count: int) -> list[Row]:
+        """Return the rows that follow a label, at most `count`, by label."""
+        with translated(self._what):
+            found = self._reader().execute(
+                "SELECT label, id, metadata, vector FROM records WHERE label > ? ORDER BY label LIMIT ?", (after, count)
+            )
+            return [Row(*row) for row in found]
+
+    def damage(self) -> list[str]:
+        """Return what SQLite finds wrong with its own structures; empty: nothing."""
+        with translated(self._what):
+            found = [row[0] for row in self._reader().execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
 
     def close(self) -> None:
         """Close every connection; no call may be under way or follow."""

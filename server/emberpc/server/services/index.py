@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
-from emberpc.server.services import replies, requests
+from emberpc.server.services import keeping, replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
 from emberpc.server.services.records import (
@@ -165,6 +165,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Find the records nearest to each query."""
         caller = requests.caller(context, request.priority)
         return await self._searcher.search(request, await self._collection(request.collection), caller)
+
+    async def VerifyCollection(
+        self, request: pb.VerifyCollectionRequest, context: requests.Context
+    ) -> AsyncIterator[pb.VerifyCollectionResponse]:
+        """Check that every record is there, undamaged and found."""
+        async for message in keeping.verification(await self._collection(request.name), self._in_pool):
+            yield message
 
     def _spec(self, message: pb.Collection) -> CollectionSpec:
         """Read what a new collection is to be; the index checks the rest."""
