@@ -339,16 +339,11 @@ class _Index(_Service, index_pb2_grpc.IndexServiceServicer):
         self.server.begin("VerifyCollection", request, context)
         self._collection(request.name, context)
         ids = sorted(self.server.records[request.name])
-        yield index_pb2.VerifyCollectionResponse(total_count=len(ids))
         info = errors_pb2.ErrorInfo(reason="UNREACHABLE", domain="emberpc")
-        failures = [
-            index_pb2.RecordFailure(id=key, error=status.make(13, f"record {key!r} is out of reach", [info]))
-            for key in ids
-            if key.startswith("lost")
-        ]
-        yield index_pb2.VerifyCollectionResponse(
-            checked_count=len(ids), total_count=len(ids), failures=failures, done=True
-        )
+        answer = index_pb2.VerifyCollectionResponse(checked_count=len(ids), total_count=len(ids), done=True)
+        for key in filter(lambda key: key.startswith("lost"), ids):
+            answer.failures.add(id=key, error=status.make(13, f"record {key!r} is out of reach", [info]))
+        yield answer
 
     def _collection(self, name: str, context: grpc.ServicerContext) -> index_pb2.Collection:
         if name not in self.server.collections:

@@ -16,6 +16,7 @@ from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.probing import Probe, ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
@@ -66,6 +67,7 @@ class Collection:
         cache: keeps records that are found often.
         buffer_limit: vectors that may wait for the graph.
         snapshot_every: vectors that the graph takes in between snapshots.
+        probe_share: share of the searches that are done again, exactly, to measure recall.
         create: make its files; the folder must be there and empty.
     """
 
@@ -79,6 +81,7 @@ class Collection:
         *,
         buffer_limit: int = BUFFER_LIMIT,
         snapshot_every: int = SNAPSHOT_EVERY,
+        probe_share: float = 0,
         create: bool = False,
     ) -> None:
         self.spec = spec
@@ -104,6 +107,7 @@ class Collection:
             raise
         self._searcher = Searcher(self._store, self._neighbours, self._write_lock, spec.distance)
         self._recall = recall.load(folder)
+        self._probe = Probe(probe_share)
         self._wake_if_needed()
 
     def info(self) -> CollectionInfo:
@@ -201,7 +205,17 @@ class Collection:
             keep, exact = max(enough or 0, wanted), enough is None
         request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors, exact)
         with self._call():
-            return self._searcher.search(request)
+            probed = self._probe.wants_one()
+            sequence = self._store.sequence() if probed else 0
+            outcomes = self._searcher.search(request)
+        if probed and self._probe.offer(request, outcomes, sequence):
+            self._wake(self)
+        return outcomes
+
+    @property
+    def probed(self) -> ProbeFigures:
+        """What probes of its searches found."""
+        return self._probe.figures
 
     def verify(self) -> Iterator[Verified]:
         """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile."""
@@ -233,6 +247,7 @@ class Collection:
                 self._recall = None
             self._snapshot_if_due()
             self._measure_if_due()
+            self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
 
     def close(self) -> None:
         """Wait for the calls under way, save a snapshot if the graph changed, and close the database."""

@@ -150,7 +150,7 @@ class Verifier:
         if label in found.labels or not found.scores:
             return False
         (own,) = nearest(vector[None], vector[None], 1, self.spec.distance)[1][0]
-        return min(found.scores) < own - 1e-5 * max(abs(own), *map(abs, found.scores))
+        return bool(min(found.scores) < own - 1e-5 * max(abs(own), *map(abs, found.scores)))
 
     def _missing(self, label: int) -> bool:
         """Whether a record is in the store and not in memory, with no write under way."""

@@ -45,7 +45,7 @@ class Search:
 
     @property
     def kind(self) -> Hashable:
-        """What searches that may be done together have in common; `ef` follows from the greatest `top_k` and the recall."""
+        """What searches that may be done together have in common; `ef` follows from them."""
         return self.collection, max(self.top_k), self.ef, self.with_vectors, self.min_recall
 
     def run(self) -> Outcomes:
