@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from emberpc.client.filters import parse_filter
-from emberpc.v1 import types_pb2
+from emberpc.v1 import index_pb2, types_pb2
 from fake_server import FakeServer, Fault, vector_of
 
 Emberpc = Any
@@ -205,6 +205,26 @@ def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert outcome.err == "2 hits: the collection has 3 records\n"
 
 
+def test_search_by_a_recall(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    assert emberpc("search", "books", "an island", "--min-recall", 0.9).code == 0
+    assert fake.asked["Search"][-1].request.min_recall == 0.9
+    assert emberpc("search", "books", "an island", "--min-recall", 1.5).code == 2
+
+
+def test_collection_verify(emberpc: Emberpc, books: Path, tmp_path: Path) -> None:
+    outcome = emberpc("collection", "verify", "books")
+    assert (outcome.code, outcome.rows) == (0, [["records", "3"], ["problems", "0"]])
+    lost = tmp_path / "lost.jsonl"
+    lost.write_text('{"id": "lost", "text": "x"}\n')
+    emberpc("upsert", "books", lost)
+    outcome = emberpc("collection", "verify", "books")
+    assert outcome.code == 7
+    assert outcome.rows[1] == ["lost", "UNREACHABLE", "record 'lost' is out of reach"]
+    assert "1 problem in 4 records" in outcome.err
+    assert emberpc("collection", "verify", "books", "--json").objects[0]["checked"] == 4
+    assert emberpc("collection", "verify", "none").code == 4
+
+
 @pytest.mark.parametrize("arguments", [[], ["query", "--id", "a"]])
 def test_search_goes_by_one_thing(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
     assert emberpc("search", "books", *arguments).code == 2
@@ -312,6 +332,13 @@ def test_a_filter_goes_to_the_server_as_it_is_meant(emberpc: Emberpc, fake: Fake
         assert emberpc(*arguments, "--where", text).code == 0
         assert fake.asked[rpc][-1].request.filter == parse_filter(text)
     assert emberpc("collection", "count", "books", "--json").objects == [{"count": 3}]
+
+
+def test_search_by_words_or_by_both(emberpc: Emberpc, fake: FakeServer) -> None:
+    emberpc("collection", "create", "books", "--model", "canned")
+    assert emberpc("search", "books", "an island", "--mode", "hybrid", "--dense-weight", 0.25).code == 0
+    request = fake.asked["Search"][0].request
+    assert (request.mode, request.dense_weight) == (index_pb2.SEARCH_MODE_HYBRID, 0.25)
 
 
 def test_a_filter_that_cannot_be_read_is_told_by_its_column(emberpc: Emberpc, books: Path) -> None:

@@ -27,6 +27,15 @@ except Exception:
     collection = index.get("c")
 start = collection.info().sequence
 for number in range(start + 1, start + 100_000):
+    if number % 7 == 0:
+        # A collection that comes and goes.
+        if any(spec.name == "d" for spec in index.page(10, "")[0]):
+            print("drop", flush=True)
+            index.delete("d")
+        print("make", number, flush=True)
+        passing = [NewRecord(str(i), str(number)) for i in range(20)]
+        index.create(CollectionSpec("d", 16)).upsert(passing, rng.normal(size=(20, 16)).astype("f4"))
+        print("made", number, flush=True)
     if number % 5 == 0:
         group = int(rng.integers(0, 12))
         print("try", number, "delete", group, flush=True)
@@ -99,15 +108,50 @@ def check(collection: Collection, possible: list[dict[int, str]]) -> dict[int, s
             best = {page[i].id for i in np.argsort(-true_scores(query, matrix, Distance.COSINE))[:10]}
             found += len(best & {record.id for record, _ in outcome.hits}) / len(best)
         assert found / 20 >= 0.98
+    assert [problem for step in collection.verify() for problem in step.problems] == []
+    return state
+
+
+def passing_states(said: list[str], state: str | None) -> set[str | None]:
+    """Return what there may be of the collection that comes and goes: None, "" (nothing in it yet), or a number."""
+    possible = {state}
+    for line in said:
+        words = line.split() if line.endswith("\n") else []
+        if words[:1] == ["drop"]:
+            possible |= {None}
+        elif words[:1] == ["make"]:
+            possible = {None, "", words[1]}
+        elif words[:1] == ["made"]:
+            possible = {words[1]}
+    return possible
+
+
+def check_passing(index: Index, possible: set[str | None]) -> str | None:
+    """Check that there is all of the collection that comes and goes, or nothing, and of one life only."""
+    try:
+        collection = index.get("d")
+    except ServiceError as error:
+        assert error.code is Code.NOT_FOUND
+        assert None in possible, "the collection was acknowledged and is gone"
+        return None
+    hits = collection.search(vectors(1), [100])[0].hits
+    texts = {record.text for record, _ in hits}
+    assert len(hits) in (0, 20)
+    assert len(texts) <= 1
+    state = "".join(texts)
+    assert state in possible
     return state
 
 
 def crash_repeatedly(folder: Path, rounds: int, seed: int) -> None:
     chance = random.Random(seed)
     state: dict[int, str] = {}
+    passing: str | None = None
     for number in range(rounds):
-        possible = replay(crash(folder, seed * 1000 + number, chance.randint(1, 120)), state)
+        said = crash(folder, seed * 1000 + number, chance.randint(1, 120))
+        possible = replay(said, state)
         index = Index(folder, buffer_limit=16)
+        passing = check_passing(index, passing_states(said, passing))
         try:
             collection = index.get("c")
         except ServiceError:

@@ -102,10 +102,10 @@ def test_a_snapshot_cut_off_by_a_full_disk_never_counts(tmp_path: Path, caplog: 
     collection.upsert(numbered(1000), vectors)
     collection.maintain()
     with largest_file(100_000):
-        collection._snapshot()
+        collection._upkeep.snapshot()
     assert "no snapshot" in caplog.text
     assert not list(folder_of(tmp_path).glob("graph-*"))
-    collection._snapshot()
+    collection._upkeep.snapshot()
     assert len(list(folder_of(tmp_path).glob("graph-*"))) == 2
     index.close()
 

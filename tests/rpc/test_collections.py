@@ -54,6 +54,14 @@ def test_a_search_for_the_neighbours_of_a_missing_record_is_not_found(client: Cl
     assert missing.value.reason == "RECORD_NOT_FOUND"
 
 
+def test_a_recall_can_be_asked_for_and_one_compares_every_vector(client: Client, books: str) -> None:
+    assert [hit.record.id for hit in client.search(books, "making loaves at home", top_k=1, min_recall=1)] == ["bread"]
+    with pytest.raises(InvalidArgument, match="one of the two"):
+        client.search(books, "sea", ef=20, min_recall=0.9)
+    with pytest.raises(InvalidArgument, match="at most 1"):
+        client.search(books, "sea", min_recall=float("nan"))
+
+
 def test_a_result_tells_its_plan(client: Client, books: str) -> None:
     (result,) = client.search_batch(books, ["sea"], top_k=50)
     assert result.plan.strategy == "exact"
@@ -177,3 +185,12 @@ def test_what_does_not_go_with_a_mode_is_refused(server: ServerProcess, client: 
         request = index_pb2.SearchRequest(collection=books, queries=queries, mode=77)  # type: ignore[arg-type]  # none
         index_pb2_grpc.IndexServiceStub(channel).Search(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_collection_is_verified_with_progress(client: Client, books: str) -> None:
+    told: list[tuple[int, int]] = []
+    found = client.verify_collection(books, progress=lambda checked, total: told.append((checked, total)))
+    assert (found.ok, found.checked, found.problems) == (True, 5, ())
+    assert (told[0], told[-1]) == ((0, 5), (5, 5))
+    with pytest.raises(NotFound):
+        client.verify_collection("none")

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from emberpc.cli.connection import with_client
+from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.options import AsJson, Where
-from emberpc.cli.output import Column, note, print_fields, print_json, print_table
+from emberpc.cli.output import Column, note, print_fields, print_json, print_table, progress
 from emberpc.cli.records import WithVectors
 from emberpc.client import Client, Collection
 from emberpc.client.types import Distance, Truncation
@@ -93,6 +94,25 @@ def delete(client: Client, name: Name) -> None:
     """Delete a collection with all its records."""
     client.delete_collection(name)
     note(f"deleted the collection {name}")
+
+
+@app.command()
+@with_client
+def verify(client: Client, name: Name, as_json: AsJson = False) -> None:
+    """Check that every record is there, undamaged, and found by a search; the exit code is 7 if one is not."""
+    with progress("verifying", client.get_collection(name).record_count) as done:
+        found = client.verify_collection(name, progress=lambda checked, _: done(checked))
+    if as_json:
+        print_json([found])
+    elif found.ok:
+        print_fields({"records": found.checked, "problems": 0})
+    else:
+        rows = [(problem.id or "(the collection)", problem.reason, problem.message) for problem in found.problems]
+        print_table([Column("record"), Column("problem"), Column("what to do", wide=True)], rows)
+    if not found.ok:
+        count = len(found.problems)
+        message = f"{name!r} failed the verification: {count} problem{'' if count == 1 else 's'}"
+        raise CliError(f"{message} in {found.checked} records", ExitCode.UNVERIFIED)
 
 
 @app.command()

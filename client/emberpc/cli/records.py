@@ -97,6 +97,9 @@ def search(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
+    min_recall: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the true nearest to find, instead of --ef; 0: no target.")
+    ] = 0,
     where: Where = None,
     mode: Annotated[
         SearchMode, typer.Option(help="By likeness (dense), by words in common (lexical), or by both (hybrid).")
@@ -115,7 +118,17 @@ def search(
         wanted = RecordId(record_id)
     else:
         raise CliError("give a query in words, or a record with --id; one of the two")
-    (result,) = client.search_batch(collection, [wanted], top_k=top_k, ef=ef, where=where, with_vectors=with_vectors)
+    (result,) = client.search_batch(
+        collection,
+        [wanted],
+        top_k=top_k,
+        ef=ef,
+        min_recall=min_recall,
+        where=where,
+        mode=mode,
+        dense_weight=dense_weight,
+        with_vectors=with_vectors,
+    )
     if as_json:
         print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
     else:

@@ -71,6 +71,10 @@ def serve(loaded: LoadedSettings) -> None:
     `emberpc config` shows what comes of it.
     """
     require(SERVER_PACKAGES, "server", "emberpc serve")
+    from emberpc.server.portable import hnswlib_problem
+
+    if problem := hnswlib_problem(loaded.settings.data_dir):
+        raise CliError(problem)
     from emberpc.server.app import StartupError, serve
 
     try:

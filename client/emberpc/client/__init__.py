@@ -44,10 +44,12 @@ from emberpc.client.types import (
     Model,
     Record,
     RecordId,
+    RecordProblem,
     SearchPlan,
     SearchResult,
     StreamedEmbedding,
     UpsertResult,
+    Verification,
 )
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "PermissionDenied",
     "Record",
     "RecordId",
+    "RecordProblem",
     "ResourceExhausted",
     "SearchPlan",
     "SearchResult",
@@ -84,5 +87,6 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UpsertResult",
+    "Verification",
     "Violation",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -38,6 +38,7 @@ from emberpc.client.types import (
     StreamItem,
     Truncation,
     UpsertResult,
+    Verification,
 )
 
 
@@ -233,6 +234,12 @@ class AsyncClient:
         """Do what `Client.delete_collection` does."""
         return await self._runner.run_one(_index.delete_collection(name), timeout)
 
+    async def verify_collection(
+        self, name: str, *, progress: Callable[[int, int], None] | None = None, timeout: float | None = None
+    ) -> Verification:
+        """Do what `Client.verify_collection` does."""
+        return await self._runner.follow(_index.verify_collection(name, progress), None, timeout)
+
     async def upsert(
         self,
         collection: str,
@@ -291,6 +298,7 @@ class AsyncClient:
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
@@ -303,6 +311,7 @@ class AsyncClient:
             [query],
             top_k=top_k,
             ef=ef,
+            min_recall=min_recall,
             where=where,
             mode=mode,
             dense_weight=dense_weight,
@@ -318,6 +327,7 @@ class AsyncClient:
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
@@ -331,6 +341,7 @@ class AsyncClient:
                 queries,
                 top_k=top_k,
                 ef=ef,
+                min_recall=min_recall,
                 where=where,
                 mode=mode,
                 dense_weight=dense_weight,

@@ -67,7 +67,11 @@ def count(value: int, name: str, least: int = 0) -> int:
 
 
 def number(value: float, name: str) -> float:
-    """Return a real number; raises InputTypeError if it is none."""
+    """Return a number that can be sent; whether it is within bounds is for the server to check.
+
+    Raises:
+        InputTypeError: it is no real number.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a number")
     return float(value)

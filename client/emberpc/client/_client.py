@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What the methods have in common is said once, in the docstring of the class.
 # ruff: noqa: D417
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +30,7 @@ from emberpc.client.types import (
     SearchResult,
     Truncation,
     UpsertResult,
+    Verification,
 )
 
 
@@ -144,6 +145,20 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         """Delete a collection with all its records; raises NotFound if there is none of that name."""
         return self._runner.run_one(_index.delete_collection(name), timeout)
 
+    def verify_collection(
+        self, name: str, *, progress: Callable[[int, int], None] | None = None, timeout: float | None = None
+    ) -> Verification:
+        """Check that every record of a collection is there, undamaged, and found by a search.
+
+        Args:
+            name: name of the collection, which may be read and written meanwhile.
+            progress: told again and again how many records are checked, of how many.
+
+        Returns:
+            How many records were checked, and what is wrong.
+        """
+        return self._runner.follow(_index.verify_collection(name, progress), None, timeout)
+
     def upsert(
         self,
         collection: str,
@@ -238,6 +253,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
@@ -252,6 +268,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
                 neighbours.
             top_k: most hits, at most 10,000.
             ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
+            min_recall: share of the true nearest to be found, in (0, 1], instead of `ef`; 1 compares every vector.
             where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
             mode: `dense`, by likeness; `lexical`, by words in common; `hybrid`, by both; the last two need a text.
             dense_weight: of `hybrid`, the weight of likeness against words, 0 to 1; None: 0.5.
@@ -265,6 +282,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
             [query],
             top_k=top_k,
             ef=ef,
+            min_recall=min_recall,
             where=where,
             mode=mode,
             dense_weight=dense_weight,
@@ -280,6 +298,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         *,
         top_k: int = 10,
         ef: int = 0,
+        min_recall: float = 0,
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
@@ -297,6 +316,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
                 queries,
                 top_k=top_k,
                 ef=ef,
+                min_recall=min_recall,
                 where=where,
                 mode=mode,
                 dense_weight=dense_weight,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
 from emberpc.client import _checks
-from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
+from emberpc.client._calls import Call, Job, ListCollector, Method, Page, Step, check_count, chunks
 from emberpc.client._plain import moment
 from emberpc.client._records import NewRecord, block, new_records, read_records
 from emberpc.client._words import DISTANCES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
@@ -22,14 +22,17 @@ from emberpc.client.types import (
     Query,
     Record,
     RecordId,
+    RecordProblem,
     SearchMode,
     SearchPlan,
     SearchResult,
     Truncation,
     UpsertResult,
+    Verification,
 )
 from emberpc.v1 import index_pb2 as pb
-from emberpc.wire import vectors
+from emberpc.v1.errors_pb2 import ErrorInfo
+from emberpc.wire import status, vectors
 
 _SERVICE = "/emberpc.v1.IndexService/"
 CREATE_COLLECTION = Method(_SERVICE + "CreateCollection", pb.CreateCollectionResponse)
@@ -41,6 +44,7 @@ BATCH_GET_RECORDS = Method(_SERVICE + "BatchGetRecords", pb.BatchGetRecordsRespo
 DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
+VERIFY_COLLECTION = Method(_SERVICE + "VerifyCollection", pb.VerifyCollectionResponse)
 SEARCH = Method(_SERVICE + "Search", pb.SearchResponse)
 
 #: Ids of one request; the API takes 10,000.
@@ -96,6 +100,23 @@ def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
     """Return the call of `Client.delete_collection`."""
     request = pb.DeleteCollectionRequest(name=_checks.text(name, "name"))
     return Call(DELETE_COLLECTION, request, lambda _: None)
+
+
+def verify_collection(
+    name: str, progress: Callable[[int, int], None] | None
+) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
+    """Return the call of `Client.verify_collection`."""
+    problems: list[RecordProblem] = []
+
+    def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:
+        for failure in message.failures:
+            info = status.detail(failure.error, ErrorInfo)
+            problems.append(RecordProblem(failure.id, info.reason if info else "", failure.error.message))
+        if progress is not None:
+            progress(message.checked_count, message.total_count)
+        return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
+
+    return Call(VERIFY_COLLECTION, pb.VerifyCollectionRequest(name=_checks.text(name, "name")), read)
 
 
 class _Writes:
@@ -214,6 +235,7 @@ def search(
     *,
     top_k: int,
     ef: int,
+    min_recall: float,
     where: Where | None,
     mode: SearchMode,
     dense_weight: float | None,
@@ -228,6 +250,7 @@ def search(
         collection=_checks.text(collection, "collection"),
         top_k=_checks.count(top_k, "top_k"),
         ef=_checks.count(ef, "ef"),
+        min_recall=_checks.number(min_recall, "min_recall"),
         filter=filter_of(where),
         mode=value_of("mode", mode, SEARCH_MODES),
         dense_weight=None if dense_weight is None else _checks.number(dense_weight, "dense_weight"),

@@ -175,6 +175,29 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class RecordProblem:
+    """What `verify_collection` found wrong with a record; with the collection as a whole if `id` is empty."""
+
+    id: str
+    #: For programs, such as `UNREACHABLE`.
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_collection` came to."""
+
+    checked: int
+    problems: tuple[RecordProblem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
 class LabelScore:
     """A label with its probability, in [0, 1]."""
 

@@ -111,7 +111,7 @@ async def _serve(settings: Settings) -> None:
                 watch = asyncio.create_task(_watch(directory, loader, settings.watch_models))
                 stack.callback(watch.cancel)
 
-        handlers = Handlers(server, *([_serve_metrics(settings, engine)] if settings.metrics_listen else []))
+        handlers = Handlers(server, *([_serve_metrics(settings, engine, index)] if settings.metrics_listen else []))
         _register(handlers, engine, loader, index, pool, settings)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
         reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -147,11 +147,11 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
     return server, f"{host}:{port}"
 
 
-def _serve_metrics(settings: Settings, engine: Engine) -> Observe:
+def _serve_metrics(settings: Settings, engine: Engine, index: Index) -> Observe:
     from emberpc.server.metrics import serve_metrics  # noqa: PLC0415 - takes time at the start, and few have need of it
 
     try:
-        return serve_metrics(settings.metrics_listen, engine).observe
+        return serve_metrics(settings.metrics_listen, engine, index).observe
     except OSError as error:
         raise StartupError(
             f"cannot listen on {settings.metrics_listen}: it is in use or not an address of this host; choose another "
@@ -171,7 +171,9 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
 
 def _open_index(settings: Settings) -> Index:
     try:
-        return Index(settings.data_dir, record_cache_bytes=settings.record_cache_bytes)
+        return Index(
+            settings.data_dir, record_cache_bytes=settings.record_cache_bytes, probe_share=settings.recall_probe
+        )
     except ServiceError as error:
         raise StartupError(error.message) from error
 

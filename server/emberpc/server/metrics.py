@@ -13,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from emberpc.server.engine import Engine
+from emberpc.server.index import Index
 
 log = logging.getLogger(__name__)
 
@@ -87,18 +88,38 @@ class EngineFigures(Collector):
             yield GaugeMetricFamily(f"emberpc_{name}", text, value=value)
 
 
-def serve_metrics(address: str, engine: Engine) -> Calls:
+class IndexFigures(Collector):
+    """What probes of searches found; read when somebody asks."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def collect(self) -> Iterable[Metric]:
+        """Read the figures."""
+        recall = GaugeMetricFamily(
+            "emberpc_search_recall", "Mean recall of the latest searches probed.", labels=["collection"]
+        )
+        count = CounterMetricFamily("emberpc_search_probes", "Searches done again exactly.", labels=["collection"])
+        for name, probed in self._index.probed().items():
+            recall.add_metric([name], probed.recall)
+            count.add_metric([name], probed.count)
+        yield from (recall, count)
+
+
+def serve_metrics(address: str, engine: Engine, index: Index) -> Calls:
     """Serve figures over HTTP, at /metrics; return where calls are to be reported.
 
     Args:
         address: HOST:PORT.
         engine: whose figures.
+        index: whose figures too.
 
     Raises:
         OSError: the address cannot be listened on.
     """
     registry = CollectorRegistry()
     registry.register(EngineFigures(engine))
+    registry.register(IndexFigures(index))
     ProcessCollector(registry=registry)
     host, _, port = address.rpartition(":")
     server, _ = start_http_server(int(port), host.strip("[]"), registry)

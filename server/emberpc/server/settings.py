@@ -82,6 +82,9 @@ class Settings:
     record_cache_bytes: int = _setting(
         32 * 2**20, "Most bytes, about, of records kept for searches that find them again; 0: none are kept."
     )
+    recall_probe: float = _setting(
+        0.001, "Share of the searches that are done again, exactly and afterwards, to measure recall; 0: none."
+    )
     max_texts: int = _setting(4096, "Most texts or records of one call.")
     max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
     max_message_bytes: int = _setting(64 * 2**20, "Most bytes of one message.")
@@ -100,6 +103,8 @@ class Settings:
         for name in ("workers", "batch_tokens", "cache_bytes", "record_cache_bytes", "drain_seconds", "watch_models"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.recall_probe <= 1:
+            raise SettingsError(f"recall_probe is {self.recall_probe:g}; it must be 0 to 1")
         if self.watch_models and self.models_dir is None:
             raise SettingsError(f"watch_models is {self.watch_models:g}, with nothing to watch; give models_dir too")
         if self.log_level not in LOG_LEVELS:

@@ -1,7 +1,7 @@
 """Collections of vectors on one machine: durable, searchable. Knows nothing of gRPC or of models."""
 
 from emberpc.server.index.catalogue import Index
-from emberpc.server.index.collection import MAX_TOP_K, Collection
+from emberpc.server.index.collection import Collection
 from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.types import (
     CollectionSpec,
@@ -13,6 +13,8 @@ from emberpc.server.index.types import (
     Strategy,
     WriteResult,
 )
+from emberpc.server.index.validation import MAX_TOP_K
+from emberpc.server.index.verifying import Verified
 
 __all__ = [
     "MAX_TOP_K",
@@ -26,5 +28,6 @@ __all__ = [
     "SearchOutcome",
     "StoredRecord",
     "Strategy",
+    "Verified",
     "WriteResult",
 ]

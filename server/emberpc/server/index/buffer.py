@@ -54,6 +54,17 @@ class Buffer:
         rows = self._first + np.flatnonzero(self._present[self._first : self._end])[:count]
         return self._labels[rows], self._vectors[rows]
 
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the vectors, float32 (dimensions,), of those labels that are there."""
+        here = slice(self._first, self._end)
+        rows = self._first + np.flatnonzero(np.isin(self._labels[here], labels) & self._present[here])
+        return dict(zip(self._labels[rows].tolist(), self._vectors[rows], strict=True))
+
+    def labels(self) -> set[int]:
+        """Return the labels that are there."""
+        here = slice(self._first, self._end)
+        return set(self._labels[here][self._present[here]].tolist())
+
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
         """Compare prepared queries, float32 (queries, dimensions), with every vector.
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import IO
 
 from emberpc.server.errors import Code, ServiceError, not_found
-from emberpc.server.index.collection import BUFFER_LIMIT, SNAPSHOT_EVERY, Collection
+from emberpc.server.index.collection import Collection
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.files import synchronise
 from emberpc.server.index.maintenance import Maintainer
+from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.types import CollectionSpec, check_page_size
+from emberpc.server.index.upkeep import Pace
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Index:
         buffer_limit: vectors of a collection that may wait for its graph.
         snapshot_every: vectors that a graph takes in between snapshots.
         record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
+        probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
 
     Raises:
         ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
@@ -70,14 +73,15 @@ class Index:
         self,
         data_dir: Path,
         *,
-        buffer_limit: int = BUFFER_LIMIT,
-        snapshot_every: int = SNAPSHOT_EVERY,
+        buffer_limit: int = Pace.buffer_limit,
+        snapshot_every: int = Pace.snapshot_every,
         record_cache_bytes: int = 0,
+        probe_share: float = 0,
     ) -> None:
         self._data_dir = Path(data_dir)
         self._folder = self._data_dir / _COLLECTIONS
-        self._buffer_limit = buffer_limit
-        self._snapshot_every = snapshot_every
+        self._pace = Pace(buffer_limit, snapshot_every)
+        self._probe_share = probe_share
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
@@ -166,6 +170,11 @@ class Index:
         opened = self._open.get(name)
         return opened.result() if opened is not None and opened.done() and opened.exception() is None else None
 
+    def probed(self) -> dict[str, ProbeFigures]:
+        """Return what probes of searches found, of each collection that is open and was probed, by name."""
+        opened = {name: self.opened(name) for name in list(self._open)}
+        return {name: each.probed for name, each in opened.items() if each is not None and each.probed.count}
+
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
         check_page_size(page_size)
@@ -221,8 +230,8 @@ class Index:
             created,
             self._maintainer.wake,
             self._cache,
-            buffer_limit=self._buffer_limit,
-            snapshot_every=self._snapshot_every,
+            pace=self._pace,
+            probe_share=self._probe_share,
             create=create,
         )
 

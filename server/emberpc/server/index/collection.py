@@ -12,7 +12,6 @@ from pathlib import Path
 
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
-from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
@@ -21,6 +20,7 @@ from emberpc.server.index.graph import Graph
 from emberpc.server.index.hybrid import HybridSearcher, WordsRequest, fused_from
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.probing import Probe, ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.selection import Selector
@@ -36,24 +36,12 @@ from emberpc.server.index.types import (
     WriteResult,
     check_page_size,
 )
-from emberpc.server.index.validation import check_records
+from emberpc.server.index.upkeep import Pace, Upkeep
+from emberpc.server.index.validation import check_records, check_search
+from emberpc.server.index.verifying import Verified, Verifier
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
-
-#: Newest vectors that are compared one by one. Measured at 384 dimensions: up to here that takes no longer than a
-#: search of the graph (0.1 ms), and it is exact.
-BUFFER_LIMIT = 4000
-#: Vectors that the graph takes in between snapshots: some 10 to 20 seconds' work.
-SNAPSHOT_EVERY = 20_000
-_SNAPSHOT_TRIES = 3
-#: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
-_MAX_DEAD_SHARE = 0.25
-#: Candidates that a search keeps: so many, or so many times top_k. Measured on 20,000 clustered 384-d vectors:
-#: recall@10 of 1.00 for queries near them and 0.95 for queries anywhere, at 0.2 ms a query.
-_MIN_EF, _EF_PER_HIT = 200, 2
-MAX_TOP_K = 10_000
-_MAX_EF = 1_000_000
 
 
 class Collection:
@@ -68,8 +56,8 @@ class Collection:
         created: since when.
         wake: called when there is work for `maintain`.
         cache: keeps records that are found often.
-        buffer_limit: vectors that may wait for the graph.
-        snapshot_every: vectors that the graph takes in between snapshots.
+        pace: when the graph takes in vectors, and is saved.
+        probe_share: share of the searches that are done again, exactly, to measure recall.
         create: make its files; the folder must be there and empty.
     """
 
@@ -81,24 +69,20 @@ class Collection:
         wake: Callable[[Collection], None],
         cache: RecordCache,
         *,
-        buffer_limit: int = BUFFER_LIMIT,
-        snapshot_every: int = SNAPSHOT_EVERY,
+        pace: Pace,
+        probe_share: float = 0,
         create: bool = False,
     ) -> None:
         self.spec = spec
         self._folder = folder
         self._created = created
         self._wake = wake
-        self._buffer_limit = buffer_limit
-        self._snapshot_every = snapshot_every
         #: Set when the collection is to be closed: maintenance ends at the next slice.
         self._ending = threading.Event()
         self._idle = threading.Condition()
         self._calls = 0
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._maintain_lock = threading.Lock()
-        self._unsaved = 0
         self._store = Store(folder, spec.name, cache, spec.indexed_fields, create=create)
         try:
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
@@ -109,6 +93,10 @@ class Collection:
             raise
         self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, spec.distance)
         self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
+        self._upkeep = Upkeep(
+            spec, folder, self._store, self._neighbours, self._read_vectors, pace, self._ending.is_set
+        )
+        self._probe = Probe(probe_share)
         self._wake_if_needed()
 
     def info(self) -> CollectionInfo:
@@ -185,6 +173,7 @@ class Collection:
         top_k: int | Sequence[int],
         *,
         ef: int = 0,
+        min_recall: float = 0,
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
@@ -194,7 +183,9 @@ class Collection:
         Args:
             queries: float32 (queries, dimensions).
             top_k: most hits, 1 to 10,000; of all queries, or of each.
-            ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k`.
+            ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k` and `min_recall`.
+            min_recall: share of the true nearest to be found, in (0, 1], as measured of this collection; where that is
+                not measured yet, or too much for the graph, every vector is compared. 0: no target. Not beside `ef`.
             exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
             with_vectors: whether the hits have their vectors.
             conditions: what the hits of each query must meet, or None; empty: nothing.
@@ -202,12 +193,33 @@ class Collection:
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
         excluded = list(exclude_ids) or [None] * len(queries)
-        _check_search(len(queries), sizes, len(excluded), ef)
+        check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
-        request = self._request(queries, sizes, excluded, ef, with_vectors, conditions)
+        request = self._request(queries, sizes, excluded, ef, with_vectors, conditions, min_recall)
         with self._call():
-            return self._searcher.search(request)
+            # Filtered ones have ways of their own to be exact.
+            probed = not any(request.conditions) and self._probe.wants_one()
+            sequence = self._store.sequence() if probed else 0
+            outcomes = self._searcher.search(request)
+        if probed and self._probe.offer(request, outcomes, sequence):
+            self._wake(self)
+        return outcomes
+
+    @property
+    def probed(self) -> ProbeFigures:
+        """What probes of its searches found."""
+        return self._probe.figures
+
+    def verify(self) -> Iterator[Verified]:
+        """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile."""
+        steps = Verifier(self._store, self._neighbours, self._write_lock, self.spec).steps()
+        while True:
+            with self._call():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Find pairs of records that are much alike; see `find_duplicates`."""
@@ -228,7 +240,7 @@ class Collection:
         conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
         """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
-        _check_search(len(texts), top_k, len(texts), 0)
+        check_search(len(texts), top_k, len(texts), 0)
         clauses = [_clause(condition) for condition in conditions] or [None] * len(texts)
         with self._call():
             return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
@@ -241,6 +253,7 @@ class Collection:
         *,
         dense_weight: float,
         ef: int = 0,
+        min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
@@ -252,16 +265,19 @@ class Collection:
             top_k: most hits of each.
             dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
             ef: as in `search`.
+            min_recall: as in `search`, of the candidates by vectors.
             with_vectors: as in `search`.
             conditions: as in `search`.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
-        _check_search(len(queries), top_k, len(queries), ef)
+        check_search(len(queries), top_k, len(queries), ef, min_recall)
         with self._call():
             return self._hybrid.by_both(
-                self._request(queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions),
+                self._request(
+                    queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
+                ),
                 texts,
                 top_k,
                 dense_weight,
@@ -272,25 +288,14 @@ class Collection:
 
         Takes long, and lets searches and writes in between; ends early when the collection is to be closed.
         """
-        with self._call(), self._maintain_lock:
-            if self._neighbours.waiting > self._buffer_limit:
-                while moved := self._neighbours.drain(self._snapshot_every, self._ending.is_set):
-                    self._unsaved += moved
-                    self._snapshot_if_due()
-                    if self._neighbours.waiting <= self._buffer_limit:
-                        break
-            if self._neighbours.dead_share > _MAX_DEAD_SHARE and self._neighbours.rebuild(
-                self._read_vectors, self._ending.is_set
-            ):
-                # All of the graph is new.
-                self._unsaved = self._snapshot_every
-            self._snapshot_if_due()
+        with self._call():
+            self._upkeep.run()
+            self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
 
     def close(self) -> None:
         """Wait for the calls under way, save a snapshot if the graph changed, and close the database."""
         if self._end():
-            if self._unsaved:
-                self._snapshot()
+            self._upkeep.save()
             self._store.close()
 
     def drop(self) -> None:
@@ -307,13 +312,21 @@ class Collection:
         ef: int,
         with_vectors: bool,
         conditions: Sequence[Filter | None],
+        min_recall: float,
     ) -> Request:
         if conditions and len(conditions) != len(queries):
             raise invalid("conditions", f"has {len(conditions)} items for {len(queries)} queries; give one for each")
-        wanted = max(top_k) + 1
-        keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
-        clauses = [_clause(condition) for condition in conditions] or [None] * len(queries)
-        return Request(prepare(queries, self.spec.distance), top_k, excluded, keep, with_vectors, clauses)
+        most = max(top_k)
+        keep = self._upkeep.effort.ef(most, ef, min_recall)
+        return Request(
+            prepare(queries, self.spec.distance),
+            top_k,
+            excluded,
+            max(keep or 0, most + 1),
+            with_vectors,
+            [_clause(condition) for condition in conditions] or [None] * len(queries),
+            exact=keep is None,
+        )
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
         with self._call(), self._write_lock:
@@ -376,38 +389,9 @@ class Collection:
         return found, prepare(vectors, self.spec.distance)
 
     def _wake_if_needed(self) -> None:
-        if self._neighbours.waiting > self._buffer_limit or self._neighbours.dead_share > _MAX_DEAD_SHARE:
+        if self._upkeep.due:
             self._wake(self)
-
-    def _snapshot_if_due(self) -> None:
-        if self._unsaved >= self._snapshot_every:
-            self._snapshot()
-
-    def _snapshot(self) -> None:
-        for tries_left in reversed(range(_SNAPSHOT_TRIES)):
-            try:
-                snapshots.save(self._neighbours.save, self.spec, self._folder)
-                self._unsaved = 0
-            except (OSError, RuntimeError) as error:
-                if tries_left and isinstance(error, ChildKilledError):
-                    continue
-                # Nothing is lost: the graph is built from the store at the next start, which only takes longer.
-                log.warning("collection %s: no snapshot: %s", self.spec.name, error)
-            return
 
 
 def _clause(condition: Filter | None) -> Clause | None:
     return None if condition is None else compile_filter(condition)
-
-
-def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:
-    """Raise INVALID_ARGUMENT unless the options of a search fit its queries."""
-    if len(top_k) != queries:
-        raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")
-    if excluded != queries:
-        raise invalid("exclude_ids", f"has {excluded} items for {queries} queries; give one for each")
-    for i, size in enumerate(top_k):
-        if not 1 <= size <= MAX_TOP_K:
-            raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
-    if not 0 <= ef <= _MAX_EF:
-        raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")

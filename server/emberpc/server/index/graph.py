@@ -81,6 +81,13 @@ class Graph:
         """Return the labels that can be found."""
         return set(self._live)
 
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the vectors, float32 (dimensions,), of those labels that can be found."""
+        here = [label for label in labels if label in self._live]
+        if not here:
+            return {}
+        return dict(zip(here, np.asarray(self._index.get_items(here), dtype=np.float32), strict=True))
+
     def add(self, labels: Labels, vectors: Matrix) -> None:
         """Add vectors, float32 (n, dimensions), under new labels, int64 (n,); about 0.5 ms each."""
         # This would be the heap's corruption otherwise.

@@ -61,6 +61,11 @@ class Neighbours:
         return self._graph.live + len(self._buffer)
 
     @property
+    def graph_size(self) -> int:
+        """Number of vectors that are found by way of the graph."""
+        return self._graph.live
+
+    @property
     def dead_share(self) -> float:
         """Share of the graph's nodes that are deleted."""
         return self._graph.dead_share
@@ -110,6 +115,16 @@ class Neighbours:
             except GraphError:
                 found += [None] * len(part)
         return found
+
+    def labels(self) -> set[int]:
+        """Return the labels that a search may find."""
+        with self._lock.read():
+            return self._graph.labels() | self._buffer.labels()
+
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the prepared vectors, float32 (dimensions,), of those labels that a search may find."""
+        with self._lock.read():
+            return self._graph.held(labels) | self._buffer.held(labels)
 
     def drain(self, most: int, stop: Callable[[], bool]) -> int:
         """Move what waits now to the graph, at most so many, slice by slice; return how many were moved."""

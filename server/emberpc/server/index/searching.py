@@ -44,6 +44,8 @@ class Request:
     ef: int
     with_vectors: bool
     conditions: Sequence[Clause | None]
+    #: Whether every vector is to be compared, whatever the graph could tell.
+    exact: bool = False
 
     @property
     def candidates(self) -> int:
@@ -107,6 +109,9 @@ class Searcher:
 
     def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
+        if request.exact:
+            _fill(outcomes, request, partial(self._scan, condition))
+            return [outcome for outcome in outcomes if outcome is not None]
         _fill(outcomes, request, partial(self._answer, condition, settled=settled))
         if None in outcomes and not settled:
             # A write came between memory and store. With writes held off they agree.

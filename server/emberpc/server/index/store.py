@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,15 @@ SELECT json_group_array(json_array(
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER)
 )) FROM records WHERE label IN (SELECT value FROM json_each(?))
 """
+
+
+class Row(NamedTuple):
+    """A record as its row has it, undecoded."""
+
+    label: int
+    id: str
+    metadata: str
+    vector: bytes
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,20 @@ class Store:
             )
             while rows := cursor.fetchmany(batch):
                 yield _vectors(rows)
+
+    def rows(self, after: int, count: int) -> list[Row]:
+        """Return the rows that follow a label, at most `count`, by label."""
+        with translated(self._what):
+            found = self._reader().execute(
+                "SELECT label, id, metadata, vector FROM records WHERE label > ? ORDER BY label LIMIT ?", (after, count)
+            )
+            return [Row(*row) for row in found]
+
+    def damage(self) -> list[str]:
+        """Return what SQLite finds wrong with its own structures; empty: nothing."""
+        with translated(self._what):
+            found = [row[0] for row in self._reader().execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
 
     def close(self) -> None:
         """Close every connection; no call may be under way or follow."""

@@ -1,4 +1,4 @@
-"""What a record must be to be stored."""
+"""What a record must be to be stored, and a search to be made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from emberpc.server.index.types import NewRecord
 
 _MAX_ID_BYTES = 512
 _MAX_METADATA_BYTES = 64 * 1024
+MAX_TOP_K = 10_000
+_MAX_EF = 1_000_000
 
 
 def check_records(records: Sequence[NewRecord]) -> list[str]:
@@ -40,6 +42,23 @@ def check_records(records: Sequence[NewRecord]) -> list[str]:
     if violations:
         raise invalid_fields(violations)
     return documents
+
+
+def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float = 0) -> None:
+    """Raise INVALID_ARGUMENT unless the options of a search fit its queries."""
+    if len(top_k) != queries:
+        raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")
+    if excluded != queries:
+        raise invalid("exclude_ids", f"has {excluded} items for {queries} queries; give one for each")
+    for i, size in enumerate(top_k):
+        if not 1 <= size <= MAX_TOP_K:
+            raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
+    if not 0 <= ef <= _MAX_EF:
+        raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")
+    if not 0 <= min_recall <= 1:  # nor is NaN
+        raise invalid("min_recall", f"is {min_recall:g}; it must be above 0 and at most 1, or 0 for no target")
+    if ef and min_recall:
+        raise invalid("min_recall", "is given beside ef; give one of the two")
 
 
 def _wrong_id(record_id: str) -> str:

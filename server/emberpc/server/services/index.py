@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
 from emberpc.server.index.filters import Filter
-from emberpc.server.services import replies, requests
+from emberpc.server.services import keeping, replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.filters import check_indexed_fields, read_filter
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
@@ -171,6 +171,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Find the records nearest to each query."""
         caller = requests.caller(context, request.priority)
         return await self._searcher.search(request, await self._collection(request.collection), caller)
+
+    async def VerifyCollection(
+        self, request: pb.VerifyCollectionRequest, context: requests.Context
+    ) -> AsyncIterator[pb.VerifyCollectionResponse]:
+        """Check that every record is there, undamaged and found."""
+        async for message in keeping.verification(await self._collection(request.name), self._in_pool):
+            yield message
 
     async def FindDuplicates(
         self, request: pb.FindDuplicatesRequest, context: requests.Context

@@ -43,14 +43,15 @@ class Search:
     ef: int = 0
     with_vectors: bool = False
     conditions: Sequence[Filter | None] = ()
+    min_recall: float = 0
 
     @property
     def kind(self) -> Hashable:
-        """What searches that may be done together have in common; `ef` follows from the greatest `top_k`.
+        """What searches that may be done together have in common; `ef` follows from them.
 
         The first search with a filter may take a thousand times as long as one without: those do not wait for it.
         """
-        return self.collection, max(self.top_k), self.ef, self.with_vectors, any(self.conditions)
+        return self.collection, max(self.top_k), self.ef, self.min_recall, self.with_vectors, any(self.conditions)
 
     def run(self) -> Outcomes:
         """Search."""
@@ -58,6 +59,7 @@ class Search:
             self.queries,
             self.top_k,
             ef=self.ef,
+            min_recall=self.min_recall,
             exclude_ids=self.exclude_ids,
             with_vectors=self.with_vectors,
             conditions=self.conditions,

@@ -76,11 +76,23 @@ class Searcher:
             start = perf_counter()
             if request.mode == pb.SEARCH_MODE_HYBRID:
                 weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-                search_both = partial(collection.search_both, matrix, texts, sizes, dense_weight=weight, ef=request.ef)
-                outcomes = await self._in_pool(lambda: search_both(with_vectors=parts.vector, conditions=conditions))
+                search_both = partial(
+                    collection.search_both,
+                    matrix,
+                    texts,
+                    sizes,
+                    dense_weight=weight,
+                    ef=request.ef,
+                    min_recall=request.min_recall,
+                    with_vectors=parts.vector,
+                    conditions=conditions,
+                )
+                outcomes = await self._in_pool(search_both)
             else:
                 excluded = [query.record_id or None for query in request.queries]
-                search = Search(collection, matrix, sizes, excluded, request.ef, parts.vector, conditions)
+                search = Search(
+                    collection, matrix, sizes, excluded, request.ef, parts.vector, conditions, request.min_recall
+                )
                 outcomes = await self._groups.search(search)
         response.timings.lookup_seconds += perf_counter() - start
         for result, outcome in zip(response.results, outcomes, strict=True):
@@ -183,8 +195,6 @@ def _check(request: pb.SearchRequest) -> None:
     if request.ef < 0:
         raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
     _check_mode(request)
-    if request.min_recall:
-        raise requests.not_yet("min_recall")
 
 
 def _top_k(request: pb.SearchRequest, query: pb.SearchQuery) -> int:
@@ -211,6 +221,8 @@ def _check_mode(request: pb.SearchRequest) -> None:
             raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
     if request.ef and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
+    if request.min_recall and request.mode == pb.SEARCH_MODE_LEXICAL:
+        raise invalid("min_recall", "is set, and LEXICAL search uses no graph; leave it out")
 
 
 def _fill(result: pb.SearchResult, outcome: SearchOutcome, parts: Parts) -> None:

@@ -1,0 +1,121 @@
+"""How much of the truly nearest does a collection find: by default, as asked for, and after its records were replaced?
+
+One collection in this process, filled from a file of vectors, whose last ones
+are the queries and are not stored; or, without a file, from clustered gaussians
+(a centre for each 100 vectors, sigma 0.6, made of length 1: synthetic, and easy). The
+truth is every vector compared. Asked: recall@10 is 0.98 by default, and 0.95
+after half of the records were replaced ten times over.
+
+    python benchmarks/recall.py [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
+
+VECTORS.npy, float32 (n, dimensions), comes from `benchmarks/corpus.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+
+QUERIES, K, WRITE = 500, 10, 1000
+TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
+DIMENSIONS, PER_CLUSTER, SIGMA = 384, 100, 0.6
+
+
+def clustered(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return vectors of length 1 around random centres."""
+    centres = rng.standard_normal((max(1, count // PER_CLUSTER), DIMENSIONS), dtype=np.float32)
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    noise = rng.standard_normal((count, DIMENSIONS), dtype=np.float32) * np.float32(SIGMA / DIMENSIONS**0.5)
+    return unit(centres[rng.integers(0, len(centres), count)] + noise)
+
+
+def unit(matrix: np.ndarray) -> np.ndarray:
+    """Return vectors of length 1, float32."""
+    return np.ascontiguousarray(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), dtype=np.float32)
+
+
+def upsert(collection: Collection, rows: np.ndarray, matrix: np.ndarray) -> None:
+    """Write records named after the rows, and let the graph take them in."""
+    for first in range(0, len(rows), WRITE):
+        part = rows[first : first + WRITE]
+        collection.upsert([NewRecord(str(row)) for row in part], matrix[first : first + WRITE])
+    collection.maintain()
+
+
+def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **options: float) -> dict[str, Any]:
+    """Return recall@10, the time of a query, and what the plans say."""
+    bounds = []
+    for first in range(0, len(queries), 100):
+        scores = queries[first : first + 100] @ stored.T
+        bounds += np.partition(scores, -K, axis=1)[:, -K].tolist()
+    right, start, plans = 0, perf_counter(), []
+    for query, bound in zip(queries, bounds, strict=True):
+        (outcome,) = collection.search(query[None], K, **options)  # type: ignore[arg-type]  # numbers by name
+        right += sum(score >= bound - 1e-5 for _, score in outcome.hits)
+        plans.append(outcome.plan)
+    return {
+        **options,
+        "recall": right / (K * len(queries)),
+        "milliseconds": 1e3 * (perf_counter() - start) / len(queries),
+        "strategy": plans[0].strategy.value,
+        "ef": plans[0].ef,
+    }
+
+
+def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
+    """Measure one collection of all vectors but the last."""
+    rng = np.random.default_rng(1)
+    vectors = vectors[rng.permutation(len(vectors))]
+    stored, queries = vectors[:-QUERIES].copy(), vectors[-QUERIES:]
+    index = Index(folder)
+    collection = index.create(CollectionSpec("recall", vectors.shape[1]))
+    start = perf_counter()
+    upsert(collection, np.arange(len(stored)), stored)
+    result: dict[str, Any] = {"records": len(stored), "build_seconds": perf_counter() - start}
+    result["default"] = measure(collection, stored, queries)
+    result["targets"] = [measure(collection, stored, queries, min_recall=target) for target in TARGETS]
+    for _ in range(rounds):
+        # Half of the records get another's vector: what is stored stays as it is distributed.
+        rows = rng.permutation(len(stored))[: len(stored) // 2]
+        noise = rng.standard_normal((len(rows), stored.shape[1]), dtype=np.float32) * np.float32(0.1 / DIMENSIONS**0.5)
+        stored[rows] = unit(stored[rng.permutation(rows)] + noise)
+        upsert(collection, rows, stored[rows])
+    if rounds:
+        result["after"] = {"rounds": rounds, **measure(collection, stored, queries)}
+    index.close()
+    return result
+
+
+def main() -> None:
+    """Measure, and print what came out."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("vectors", nargs="?", type=Path, help="a .npy file; default: clustered gaussians")
+    parser.add_argument("--records", type=int, default=100_000, help="most vectors to take")
+    parser.add_argument("--rounds", type=int, default=10, help="how often half of the records are replaced")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    if arguments.vectors:
+        vectors = unit(np.load(arguments.vectors)[: arguments.records])
+    else:
+        vectors = clustered(arguments.records, np.random.default_rng(0))
+    with tempfile.TemporaryDirectory() as folder:
+        result = {
+            "vectors": "embeddings" if arguments.vectors else "synthetic",
+            **run(vectors, arguments.rounds, Path(folder)),
+        }
+    text = json.dumps(result, indent=2)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

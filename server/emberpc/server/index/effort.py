@@ -1,0 +1,71 @@
+"""How many candidates a search of the graph keeps: as told, by a recall that is wanted, or by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from emberpc.server.index import recall
+from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.store import Store
+from emberpc.server.index.types import Distance
+
+#: By default: what finds so much of the true nearest, as measured of the collection, within these bounds. More than
+#: the 0.98 that is promised, and never the fewest candidates: queries need not be like the records.
+_RECALL = 0.99
+_LEAST, _MOST = 100, 800
+#: Before it is measured.
+_UNMEASURED = 200
+#: Whatever was measured, so many times the hits that are wanted.
+_PER_HIT = 2
+
+
+class Effort:
+    """Chooses `ef` for the searches of a collection, by what was measured of its graph.
+
+    Args:
+        folder: the collection's, where that is kept.
+        neighbours: its vectors in memory.
+    """
+
+    def __init__(self, folder: Path, neighbours: Neighbours) -> None:
+        self._folder = folder
+        self._neighbours = neighbours
+        self._measured = recall.load(folder)
+
+    def ef(self, top_k: int, ef: int, min_recall: float) -> int | None:
+        """Return how many candidates to keep; None if every vector is to be compared.
+
+        Args:
+            top_k: hits wanted.
+            ef: what the caller says; 0: nothing.
+            min_recall: share of the true nearest to be found; 0: no target.
+        """
+        if ef:
+            return ef
+        if not min_recall:
+            least = _LEAST if self._measured else _UNMEASURED
+            measured = self._measured.ef(top_k, _RECALL) or _MOST if self._measured else 0
+            return max(least, _PER_HIT * top_k, min(measured, _MOST))
+        if min_recall == 1:
+            return None
+        if not self._neighbours.graph_size:
+            return _MOST  # the buffer is exact; this is for the graph that may begin in this moment
+        return self._measured.ef(top_k, min_recall) if self._measured else None
+
+    @property
+    def due(self) -> bool:
+        """Whether the graph is new, or so much larger than when it was measured that it is another one."""
+        size = self._neighbours.graph_size
+        return size >= recall.MIN_SIZE and (self._measured is None or self._measured.outgrown(size))
+
+    def forget(self) -> None:
+        """Forget what was measured: the graph is another one."""
+        self._measured = None
+
+    def measure(self, store: Store, distance: Distance, stop: Callable[[], bool]) -> None:
+        """Measure the graph, and keep what was found, unless told to stop."""
+        measured = recall.measure(store, self._neighbours, distance, stop)
+        if measured:
+            self._measured = measured
+            recall.save(measured, self._folder)

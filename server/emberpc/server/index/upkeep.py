@@ -1,0 +1,119 @@
+"""What a collection does when nobody waits: the graph takes in what is new, is built anew, measured and saved."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from emberpc.server.index import snapshots
+from emberpc.server.index.children import ChildKilledError
+from emberpc.server.index.effort import Effort
+from emberpc.server.index.neighbours import Neighbours, ReadVectors
+from emberpc.server.index.store import Store
+from emberpc.server.index.types import CollectionSpec
+
+log = logging.getLogger(__name__)
+
+#: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
+_MAX_DEAD_SHARE = 0.25
+_SNAPSHOT_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When a graph takes in vectors, and when it is saved."""
+
+    #: Newest vectors that are compared one by one. Measured at 384 dimensions: up to here that takes no longer than a
+    #: search of the graph (0.1 ms), and it is exact.
+    buffer_limit: int = 4000
+    #: Vectors that the graph takes in between snapshots: some 10 to 20 seconds' work.
+    snapshot_every: int = 20_000
+
+
+class Upkeep:
+    """Keeps a collection's graph in order; `run` in one thread at a time.
+
+    Args:
+        spec: the collection.
+        folder: where its snapshots are.
+        store: its records.
+        neighbours: its vectors in memory.
+        read: reads vectors from the store.
+        pace: when to do what.
+        stop: whether to end at the next slice, since the collection is to be closed.
+    """
+
+    def __init__(
+        self,
+        spec: CollectionSpec,
+        folder: Path,
+        store: Store,
+        neighbours: Neighbours,
+        read: ReadVectors,
+        pace: Pace,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._spec = spec
+        self._folder = folder
+        self._store = store
+        self._neighbours = neighbours
+        self._read = read
+        self._pace = pace
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._unsaved = 0
+        self.effort = Effort(folder, neighbours)
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to do."""
+        return (
+            self._neighbours.waiting > self._pace.buffer_limit
+            or self._neighbours.dead_share > _MAX_DEAD_SHARE
+            or self.effort.due
+        )
+
+    def run(self) -> None:
+        """Do what is to be done; takes long, and lets searches and writes in between."""
+        with self._lock:
+            if self._neighbours.waiting > self._pace.buffer_limit:
+                self._drain()
+            if self._neighbours.dead_share > _MAX_DEAD_SHARE and self._neighbours.rebuild(self._read, self._stop):
+                # All of the graph is new.
+                self._unsaved = self._pace.snapshot_every
+                self.effort.forget()
+            self._snapshot_if_due()
+            if self.effort.due:
+                self.effort.measure(self._store, self._spec.distance, self._stop)
+
+    def save(self) -> None:
+        """Save a snapshot if the graph changed since the last."""
+        if self._unsaved:
+            self.snapshot()
+
+    def snapshot(self) -> None:
+        """Save a snapshot, if it can be."""
+        for tries_left in reversed(range(_SNAPSHOT_TRIES)):
+            try:
+                snapshots.save(self._neighbours.save, self._spec, self._folder)
+                self._unsaved = 0
+            except (OSError, RuntimeError) as error:
+                if tries_left and isinstance(error, ChildKilledError):
+                    continue
+                # Nothing is lost: the graph is built from the store at the next start, which only takes longer.
+                log.warning("collection %s: no snapshot: %s", self._spec.name, error)
+            return
+
+    def _drain(self) -> None:
+        while moved := self._neighbours.drain(self._pace.snapshot_every, self._stop):
+            self._unsaved += moved
+            self._snapshot_if_due()
+            if self._neighbours.waiting <= self._pace.buffer_limit:
+                return
+
+    def _snapshot_if_due(self) -> None:
+        if self._unsaved >= self._pace.snapshot_every:
+            self.snapshot()

@@ -1,0 +1,116 @@
+"""A wanted recall instead of a number of candidates: what it takes is measured of each collection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, Strategy
+from emberpc.server.index.recall import Point, RecallMap
+from index.support import gaussian, numbered, refused
+from index_helpers import true_scores, vectors
+
+COUNT, WIDTH = 1500, 32
+
+
+def filled(index: Index, distance: Distance = Distance.COSINE) -> tuple[Collection, np.ndarray]:
+    """Make a collection whose graph is poor enough for recall to depend on ef."""
+    matrix = gaussian(COUNT, WIDTH)
+    collection = index.create(CollectionSpec("c", WIDTH, distance=distance, m=6, ef_construction=40))
+    collection.upsert(numbered(COUNT), matrix)
+    collection.maintain()
+    return collection, matrix
+
+
+def found(collection: Collection, matrix: np.ndarray, queries: np.ndarray, **options: float) -> float:
+    """The share of the true ten nearest that a search finds."""
+    right = 0
+    for query, outcome in zip(queries, collection.search(queries, 10, **options), strict=True):  # type: ignore[arg-type]  # floats or ints by name
+        best = np.argsort(-true_scores(query, matrix, collection.spec.distance))[:10]
+        right += len({f"r{i:05}" for i in best} & {record.id for record, _ in outcome.hits})
+    return right / (10 * len(queries))
+
+
+@pytest.mark.parametrize("distance", list(Distance))
+def test_what_is_asked_for_is_found_with_fewer_candidates_for_less(index: Index, distance: Distance) -> None:
+    collection, matrix = filled(index, distance)
+    queries = gaussian(100, WIDTH, seed=1)
+    assert found(collection, matrix, queries, ef=11) < 0.9, "the graph is too good to show anything"
+    used = []
+    for wanted in (0.8, 0.95):
+        plan = collection.search(queries[:1], 10, min_recall=wanted)[0].plan
+        used.append(plan.ef or COUNT)
+        assert found(collection, matrix, queries, min_recall=wanted) >= wanted - 0.02
+    assert used[0] < used[1]
+
+
+def test_a_recall_of_one_compares_every_vector(index: Index) -> None:
+    collection, matrix = filled(index)
+    queries = gaussian(20, WIDTH, seed=1)
+    plan = collection.search(queries[:1], 10, min_recall=1)[0].plan
+    assert (plan.strategy, plan.compared_count) == (Strategy.EXACT, COUNT)
+    assert found(collection, matrix, queries, min_recall=1) == 1
+
+
+def test_where_nothing_is_measured_every_vector_is_compared(index: Index) -> None:
+    collection = index.create(CollectionSpec("c", 8))
+    collection.upsert(numbered(200), gaussian(200, 8))
+    collection.maintain()
+    assert collection.search(gaussian(1, 8), 3, min_recall=0.9)[0].plan.strategy is Strategy.EXACT
+    assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.HNSW
+
+
+def test_what_was_measured_outlasts_a_restart_and_a_file_that_was_not_written_by_us(tmp_path: Path) -> None:
+    index = Index(tmp_path, buffer_limit=8)
+    filled(index)
+    query = gaussian(1, WIDTH, seed=1)
+    before = index.get("c").search(query, 10, min_recall=0.9)[0].plan
+    assert before.ef
+    index.close()
+    index = Index(tmp_path, buffer_limit=8)
+    assert index.get("c").search(query, 10, min_recall=0.9)[0].plan == before
+    index.close()
+    (kept,) = tmp_path.rglob("recall.json")
+    for content in ("", "[]", '{"format": 1}', '{"format": 2}', '{"format": 1, "size": 1, "points": [{"k": "x"}]}'):
+        kept.write_text(content)
+        index = Index(tmp_path, buffer_limit=8)
+        collection = index.get("c")
+        collection.maintain()
+        assert collection.search(query, 10, min_recall=0.9)[0].plan == before, content
+        index.close()
+
+
+def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:
+    collection, _ = filled(index)
+    first = collection._upkeep.effort._measured
+    assert first is not None
+    collection.upsert(numbered(800, first=COUNT), gaussian(800, WIDTH, seed=3))
+    collection.maintain()
+    second = collection._upkeep.effort._measured
+    assert first.size == COUNT
+    assert second is not None
+    assert second.size == COUNT + 800
+
+
+def test_the_map_keeps_a_reserve_and_grows_with_what_is_wanted() -> None:
+    measured = RecallMap(5000, (Point(10, 25, 0.9), Point(10, 50, 0.97), Point(100, 200, 0.99), Point(10, 100, 0.999)))
+    assert measured.ef(10, 0.5) == 25
+    assert measured.ef(10, 0.9) == 50  # 0.9 as measured may be less in truth
+    assert measured.ef(11, 0.9) == 200
+    assert measured.ef(1000, 0.9) == 2000
+    assert measured.ef(10, 0.9999) is None
+    assert RecallMap(5000, ()).ef(10, 0.1) is None
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_recall_that_is_none_is_refused(collection: Collection, value: float) -> None:
+    with refused(Code.INVALID_ARGUMENT, field="min_recall"):
+        collection.search(vectors(1), 10, min_recall=value)
+
+
+def test_both_ef_and_a_recall_are_refused(collection: Collection) -> None:
+    with refused(Code.INVALID_ARGUMENT, "one of the two", field="min_recall"):
+        collection.search(vectors(1), 10, ef=50, min_recall=0.9)

@@ -1,0 +1,156 @@
+"""A verification finds what is damaged, and nothing else, whatever goes on meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from index.support import gaussian, numbered
+
+COUNT, WIDTH = 400, 16
+
+
+def filled(index: Index, distance: Distance = Distance.COSINE) -> Collection:
+    """Make a collection of which some is in the graph and some in the buffer."""
+    collection = index.create(CollectionSpec("c", WIDTH, distance=distance))
+    collection.upsert(numbered(COUNT), gaussian(COUNT, WIDTH))
+    collection.maintain()
+    collection.upsert(numbered(5, first=COUNT), gaussian(5, WIDTH, seed=1))
+    return collection
+
+
+def problems(collection: Collection) -> list[tuple[str, str]]:
+    steps = list(collection.verify())
+    assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert steps[-1].checked == steps[-1].total == collection.count()
+    return [(problem.id, problem.reason) for step in steps for problem in step.problems]
+
+
+@pytest.mark.parametrize("distance", list(Distance))
+def test_a_sound_collection_has_no_problem(index: Index, distance: Distance) -> None:
+    collection = filled(index, distance)
+    collection.delete([f"r{i:05}" for i in range(0, COUNT, 9)])
+    assert problems(collection) == []
+    # The very same vector many times over hides none of the records.
+    collection.upsert(numbered(50, first=900), np.repeat(gaussian(1, WIDTH, seed=2), 50, axis=0))
+    collection.maintain()
+    assert problems(collection) == []
+
+
+def test_an_empty_collection_has_none_either(collection: Collection) -> None:
+    assert problems(collection) == []
+
+
+def set_vector(collection: Collection, change: Callable[[bytearray], bytes]) -> None:
+    writer = collection._store._writer
+    (blob,) = writer.execute("SELECT vector FROM records WHERE id = 'r00007'").fetchone()
+    writer.execute("UPDATE records SET vector = ? WHERE id = 'r00007'", (change(bytearray(blob)),))
+    writer.commit()
+
+
+def flip(blob: bytearray) -> bytes:
+    blob[2] ^= 1
+    return bytes(blob)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (flip, "VECTOR_DIFFERS"),
+        (lambda blob: bytes(blob[:-1]), "RECORD_DAMAGED"),
+        (lambda blob: bytes(blob) + b"0000", "RECORD_DAMAGED"),
+        (lambda blob: b"\xff" * len(blob), "RECORD_DAMAGED"),
+        (lambda blob: bytes(len(blob)), "RECORD_DAMAGED"),
+    ],
+    ids=["flipped", "cut", "longer", "NaN", "zero"],
+)
+def test_a_stored_vector_that_is_damaged_is_named(
+    index: Index, change: Callable[[bytearray], bytes], reason: str
+) -> None:
+    collection = filled(index)
+    set_vector(collection, change)
+    assert problems(collection) == [("r00007", reason)]
+
+
+def test_metadata_that_is_damaged_is_named(index: Index) -> None:
+    collection = filled(index)
+    collection._store._writer.execute("UPDATE records SET metadata = '[' WHERE id = 'r00007'")
+    collection._store._writer.commit()
+    assert problems(collection) == [("r00007", "RECORD_DAMAGED")]
+
+
+def label_of(collection: Collection, record_id: str) -> int:
+    query = "SELECT label FROM records WHERE id = ?"
+    return int(collection._store._writer.execute(query, (record_id,)).fetchone()[0])
+
+
+@pytest.mark.parametrize("record_id", ["r00007", f"r{COUNT:05}"], ids=["graph", "buffer"])
+def test_a_record_that_memory_has_lost_is_named(index: Index, record_id: str) -> None:
+    collection = filled(index)
+    collection._neighbours.remove({label_of(collection, record_id)})
+    assert problems(collection) == [(record_id, "NOT_IN_MEMORY")]
+
+
+def test_vectors_of_no_record_are_found(index: Index) -> None:
+    collection = filled(index)
+    collection._neighbours.change(np.array([10_000], dtype=np.int64), gaussian(1, WIDTH), set())
+    assert problems(collection) == [("", "UNKNOWN_VECTORS")]
+
+
+def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its vector, and asked for by label it answers; only a search tells."""
+    collection = filled(index)
+    lost, graph = label_of(collection, "r00007"), collection._neighbours._graph
+    search = graph.search
+
+    def blind(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        labels, scores = search(queries, k + 1)
+        kept = [[i for i, label in enumerate(row) if label != lost][:k] for row in labels]
+        return np.take_along_axis(labels, np.array(kept), 1), np.take_along_axis(scores, np.array(kept), 1)
+
+    monkeypatch.setattr(graph, "search", blind)
+    assert problems(collection) == [("r00007", "UNREACHABLE")]
+
+
+def test_a_damaged_database_is_found(tmp_path: Path) -> None:
+    """SQLite reads over a wrong key in its own index, and misses the record."""
+    index = Index(tmp_path, buffer_limit=8)
+    filled(index)
+    index.close()
+    (path,) = tmp_path.rglob("records.db")
+    data = path.read_bytes()
+    entry = b"\x03\x19\x01r00007"  # two columns: a text of six letters, and a number of one byte
+    assert data.count(entry) == 1
+    path.write_bytes(data.replace(entry, entry[:-1] + b"X"))
+    index = Index(tmp_path, buffer_limit=8)
+    found = problems(index.get("c"))
+    index.close()
+    assert found
+    assert set(found) == {("", "DATABASE_DAMAGED")}
+
+
+def test_writes_beside_it_are_no_problems(index: Index) -> None:
+    collection = filled(index)
+    done = threading.Event()
+
+    def write() -> None:
+        version = 0
+        while not done.is_set():
+            version += 1
+            collection.upsert(numbered(40, first=version % 300), gaussian(40, WIDTH, seed=version))
+            collection.delete([f"r{(version * 7) % 400:05}"])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        found = [problem for _ in range(8) for step in collection.verify() for problem in step.problems]
+    finally:
+        done.set()
+        writer.join(30)
+    assert found == []
+    assert problems(collection) == []

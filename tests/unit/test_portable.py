@@ -1,0 +1,73 @@
+"""An hnswlib that this processor cannot run is told with its remedy, and a sound one is tried once only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emberpc.server import portable
+from emberpc.server.portable import hnswlib_problem
+
+FAKE = "import os, signal\nopen(os.environ['TRIED'], 'a').write('x')\n"
+
+
+@pytest.fixture
+def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a letter for each time that the fake hnswlib was imported."""
+    path = tmp_path / "tried"
+    path.write_text("")
+    monkeypatch.setenv("TRIED", str(path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    return path
+
+
+def fake(folder: Path, last: str) -> None:
+    (folder / "hnswlib.py").write_text(FAKE + last)
+
+
+def test_an_illegal_instruction_is_told_with_the_remedy_and_not_remembered(tmp_path: Path, tried: Path) -> None:
+    fake(tmp_path, "os.kill(os.getpid(), signal.SIGILL)\n")
+    for _ in range(2):
+        assert "HNSWLIB_NO_NATIVE=1" in hnswlib_problem(tmp_path)
+    assert tried.read_text() == "xx"
+    assert not (tmp_path / "hnswlib-checked").exists()
+
+
+def test_another_failure_is_left_to_the_import(tmp_path: Path, tried: Path) -> None:
+    fake(tmp_path, "raise ImportError\n")
+    assert hnswlib_problem(tmp_path) == ""
+    assert not (tmp_path / "hnswlib-checked").exists()
+
+
+def test_a_sound_one_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hnswlib_problem(tmp_path) == ""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was tried again"))
+    assert hnswlib_problem(tmp_path) == ""
+    monkeypatch.undo()
+    monkeypatch.setattr(portable, "_key", lambda: "another processor")
+    calls: list[object] = []
+
+    def run(*given: object, **_: object) -> subprocess.CompletedProcess[bytes]:
+        calls.append(given)
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert hnswlib_problem(tmp_path) == ""
+    assert calls
+
+
+def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert hnswlib_problem(tmp_path / "new") == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_serve_says_so(tmp_path: Path, tried: Path) -> None:
+    fake(tmp_path, "os.kill(os.getpid(), signal.SIGILL)\n")
+    command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--data-dir", str(tmp_path / "data")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert "compiled for another processor" in ended.stderr
