@@ -22,7 +22,7 @@ from emberpc.server.engine import Engine, Loader, ModelLoadError, ModelsDirector
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.errors import ServiceError
 from emberpc.server.handlers import Handlers, Observe
-from emberpc.server.index import Index
+from emberpc.server.index import Index, IndexBackend
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService
@@ -169,7 +169,7 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
             log.exception("a look into the models directory failed; the next one is in %g seconds", seconds)
 
 
-def _open_index(settings: Settings) -> Index:
+def _open_index(settings: Settings) -> IndexBackend:
     try:
         return Index(settings.data_dir, record_cache_bytes=settings.record_cache_bytes)
     except ServiceError as error:
@@ -189,7 +189,12 @@ def _load_models(engine: Engine, settings: Settings) -> None:
 
 
 def _register(
-    handlers: Handlers, engine: Engine, loader: Loader, index: Index, pool: ThreadPoolExecutor, settings: Settings
+    handlers: Handlers,
+    engine: Engine,
+    loader: Loader,
+    index: IndexBackend,
+    pool: ThreadPoolExecutor,
+    settings: Settings,
 ) -> None:
     limits = Limits(settings.max_texts, settings.max_text_bytes)
     handlers.add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, EmbeddingService(engine, limits))

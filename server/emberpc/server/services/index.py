@@ -11,7 +11,7 @@ from emberpc.bundle import Task
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import Collection, CollectionSpec, Index
+from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
@@ -46,7 +46,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         limits: how large a call may be.
     """
 
-    def __init__(self, engine: Engine, index: Index, pool: Executor, limits: requests.Limits) -> None:
+    def __init__(self, engine: Engine, index: IndexBackend, pool: Executor, limits: requests.Limits) -> None:
         self._engine = engine
         self._index = index
         self._pool = pool
@@ -205,7 +205,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def _embed_records(
-        self, collection: Collection, texts: list[str], caller: Caller, response: pb.UpsertRecordsResponse
+        self, collection: CollectionBackend, texts: list[str], caller: Caller, response: pb.UpsertRecordsResponse
     ) -> Matrix:
         """Embed the texts of records, and say in the response how it went."""
         model = collection_model(self._engine, collection)
@@ -222,11 +222,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         response.timings.CopyFrom(replies.timings([inference]))
         return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
 
-    async def _collection(self, name: str) -> Collection:
+    async def _collection(self, name: str) -> CollectionBackend:
         opened = self._index.opened(name)
         return opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
 
-    async def _describe(self, collection: Collection) -> pb.Collection:
+    async def _describe(self, collection: CollectionBackend) -> pb.Collection:
         return await self._in_pool(lambda: collection_message(collection))
 
     async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import Collection, SearchOutcome
+from emberpc.server.index import CollectionBackend, SearchOutcome
 from emberpc.server.services.forms import Matrix
 
 #: Queries of a group, unless one search alone has more, and the seconds that it may take.
@@ -35,7 +35,7 @@ _Done = tuple[Sequence["Outcomes | ServiceError"], float]
 class Search:
     """The arguments of `Collection.search`."""
 
-    collection: Collection
+    collection: CollectionBackend
     queries: Matrix
     top_k: Sequence[int]
     exclude_ids: Sequence[str | None]

@@ -1,0 +1,94 @@
+"""What the services need of an index: the embedded one and one on another engine are the same to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.types import (
+    CollectionInfo,
+    CollectionSpec,
+    Matrix,
+    NewRecord,
+    SearchOutcome,
+    StoredRecord,
+    WriteResult,
+)
+
+
+class CollectionBackend(Protocol):
+    """A collection, as `Collection` documents it: what it takes, gives and raises. Safe to use from several threads."""
+
+    @property
+    def spec(self) -> CollectionSpec:
+        """What it is."""
+
+    def info(self) -> CollectionInfo:
+        """Say how it stands."""
+
+    def upsert(
+        self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
+    ) -> WriteResult:
+        """Insert records or replace those of the same id; vectors are float32 (records, dimensions)."""
+
+    def delete(self, ids: Sequence[str]) -> WriteResult:
+        """Delete records by id; ids that are not there are no error."""
+
+    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
+        """Return the records of those ids that are there, in the order asked for."""
+
+    def page(self, page_size: int, page_token: str, *, with_vectors: bool = False) -> tuple[list[StoredRecord], str]:
+        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+
+    def count(self) -> int:
+        """Return the number of records."""
+
+    def search(
+        self,
+        queries: Matrix,
+        top_k: int | Sequence[int],
+        *,
+        ef: int = 0,
+        exclude_ids: Sequence[str | None] = (),
+        with_vectors: bool = False,
+    ) -> list[SearchOutcome]:
+        """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
+
+
+class IndexBackend(Protocol):
+    """Collections by name, as `Index` documents them. Safe to use from several threads."""
+
+    def create(self, spec: CollectionSpec) -> CollectionBackend:
+        """Create a collection."""
+
+    def get(self, name: str) -> CollectionBackend:
+        """Return a collection."""
+
+    def opened(self, name: str) -> CollectionBackend | None:
+        """Return a collection that is at hand, without waiting for anything; None: only `get` can tell."""
+
+    def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
+        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+
+    def delete(self, name: str) -> None:
+        """Delete a collection."""
+
+    def close(self) -> None:
+        """Let calls under way finish, and give everything up."""
+
+
+def unsupported(operation: str, backend: str, remedy: str) -> ServiceError:
+    """Return the UNIMPLEMENTED error for what a backend cannot do.
+
+    Args:
+        operation: what was asked for, as the request calls it, such as `expected_revisions`.
+        backend: the backend's name, as `--index-backend` has it.
+        remedy: what to do instead.
+    """
+    return ServiceError(
+        Code.UNIMPLEMENTED,
+        f"{operation} is not supported by the index backend {backend!r}; {remedy}",
+        reason="BACKEND_UNSUPPORTED",
+        metadata={"operation": operation, "backend": backend},
+    )
