@@ -171,9 +171,21 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
 
 def _open_index(settings: Settings) -> IndexBackend:
     try:
+        if settings.index_backend == "milvus":
+            return _milvus_index(settings)
         return Index(settings.data_dir, record_cache_bytes=settings.record_cache_bytes)
     except ServiceError as error:
         raise StartupError(error.message) from error
+
+
+def _milvus_index(settings: Settings) -> IndexBackend:
+    try:
+        from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - an extra, which few have need of
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--index-backend milvus needs {error.name}, which is not installed; run: pip install 'emberpc[milvus]'"
+        ) from error
+    return MilvusIndex(settings.milvus_uri, settings.milvus_token)
 
 
 def _load_models(engine: Engine, settings: Settings) -> None:

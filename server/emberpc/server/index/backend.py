@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from emberpc.server.errors import Code, ServiceError
+from emberpc.server.errors import Code, ServiceError, not_found
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
@@ -76,6 +76,21 @@ class IndexBackend(Protocol):
 
     def close(self) -> None:
         """Let calls under way finish, and give everything up."""
+
+
+def no_collection(name: str) -> ServiceError:
+    """Return the NOT_FOUND error for a collection that is not there."""
+    return not_found("collection", name, "see ListCollections, or create it")
+
+
+def collection_exists(name: str) -> ServiceError:
+    """Return the ALREADY_EXISTS error for a collection that is to be created and is there."""
+    return ServiceError(
+        Code.ALREADY_EXISTS,
+        f"there is a collection {name!r} already; use it, delete it, or choose another name",
+        reason="COLLECTION_EXISTS",
+        metadata={"collection": name},
+    )
 
 
 def unsupported(operation: str, backend: str, remedy: str) -> ServiceError:

@@ -186,7 +186,7 @@ class Collection:
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
         excluded = list(exclude_ids) or [None] * len(queries)
-        _check_search(len(queries), sizes, len(excluded), ef)
+        check_search(len(queries), sizes, len(excluded), ef)
         if not len(queries):
             return []
         wanted = max(sizes) + 1
@@ -310,7 +310,7 @@ class Collection:
             return
 
 
-def _check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:
+def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:
     """Raise INVALID_ARGUMENT unless the options of a search fit its queries."""
     if len(top_k) != queries:
         raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")

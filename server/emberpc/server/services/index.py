@@ -11,7 +11,7 @@ from emberpc.bundle import Task
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend
+from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
@@ -109,7 +109,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
         response.inserted_count = result.inserted
         response.updated_count = result.updated
-        response.receipt.CopyFrom(_receipt(result.sequence))
+        response.receipt.CopyFrom(_receipt(result))
         return response
 
     async def BatchGetRecords(
@@ -138,7 +138,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         if not 1 <= len(request.ids) <= _MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
         result = await self._in_pool(lambda: collection.delete(request.ids))
-        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result.sequence))
+        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result))
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
         """List records by id."""
@@ -244,5 +244,6 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
-def _receipt(sequence: int) -> pb.WriteReceipt:
-    return pb.WriteReceipt(sequence=sequence, durability=pb.DURABILITY_SYNCED)
+def _receipt(result: WriteResult) -> pb.WriteReceipt:
+    durability = pb.DURABILITY_SYNCED if result.synced else pb.DURABILITY_UNSPECIFIED
+    return pb.WriteReceipt(sequence=result.sequence, durability=durability)
