@@ -11,11 +11,9 @@ import pytest
 
 from conformance.conftest import MakeCollection
 from emberpc.client import AlreadyExists, Client, NotFound
-from emberpc.v1 import errors_pb2, types_pb2
+from emberpc.v1 import errors_pb2, index_pb2_grpc, types_pb2
 from emberpc.v1 import index_pb2 as pb
-from emberpc.v1 import index_pb2_grpc
 from emberpc.wire import status
-from index_helpers import vectors
 
 Stub = index_pb2_grpc.IndexServiceStub
 

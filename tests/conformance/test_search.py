@@ -44,9 +44,7 @@ def test_the_true_nearest_are_found(client: Client, make_collection: MakeCollect
     assert recall(client, collection, truth, queries, 10, distance) >= 0.98
 
 
-def test_recall_holds_when_records_are_replaced_and_deleted(
-    client: Client, make_collection: MakeCollection
-) -> None:
+def test_recall_holds_when_records_are_replaced_and_deleted(client: Client, make_collection: MakeCollection) -> None:
     collection = make_collection(DIMENSIONS)
     truth = fill(client, collection, vectors(1000, dimensions=DIMENSIONS))
     for round_ in range(3):

@@ -170,9 +170,9 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
 
 
 def _open_index(settings: Settings) -> IndexBackend:
+    if settings.index_backend == "milvus":
+        return _milvus_index(settings)
     try:
-        if settings.index_backend == "milvus":
-            return _milvus_index(settings)
         return Index(settings.data_dir, record_cache_bytes=settings.record_cache_bytes)
     except ServiceError as error:
         raise StartupError(error.message) from error
@@ -185,7 +185,10 @@ def _milvus_index(settings: Settings) -> IndexBackend:
         raise StartupError(
             f"--index-backend milvus needs {error.name}, which is not installed; run: pip install 'emberpc[milvus]'"
         ) from error
-    return MilvusIndex(settings.milvus_uri, settings.milvus_token)
+    try:
+        return MilvusIndex(settings.milvus_uri, settings.milvus_token)
+    except ServiceError as error:
+        raise StartupError(f"{error.message}; or give another --milvus-uri") from error
 
 
 def _load_models(engine: Engine, settings: Settings) -> None:

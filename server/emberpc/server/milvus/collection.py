@@ -183,11 +183,16 @@ class MilvusCollection:
         ][:k]
         plan = Plan(Strategy.HNSW, ef, 0)
         if len(hits) < k:
-            total = self.count()
-            reason = f"the collection holds {total} record{'' if total == 1 else 's'}"
-            left_out = ", the record asked about left out" if len(hits) < len(found) else ""
-            plan = replace(plan, shortfall_reason=reason + left_out)
+            plan = replace(plan, shortfall_reason=self._shortfall(len(hits), left_out=len(hits) < len(found)))
         return SearchOutcome(hits, plan)
+
+    def _shortfall(self, hits: int, *, left_out: bool) -> str:
+        """Say why there are no more hits."""
+        total = self.count()
+        if hits + left_out < total:
+            return f"the graph led to {hits} of {total} records; raise ef"
+        reason = f"the collection holds {total} record{'' if total == 1 else 's'}"
+        return f"{reason}, the record asked about left out" if left_out else reason
 
     def _by_id(self, ids: Sequence[str], output: list[str]) -> Iterator[dict[str, Any]]:
         """Read some fields of the records of those ids that are there."""

@@ -23,6 +23,8 @@ _CONNECT_SECONDS = 5.0
 _CALL_SECONDS = 120
 _OPTIONS = {
     "grpc.service_config": json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{_CALL_SECONDS}s"}]}),
+    # A new connection is tried at once, not when the time is up that a failed one to the same address has to wait.
+    "grpc.use_local_subchannel_pool": 1,
     # Milvus may drop a connection that is pinged too often while nothing is under way.
     "grpc.keepalive_permit_without_calls": 0,
 }
@@ -146,7 +148,10 @@ def translated(doing: str) -> Iterator[None]:
         yield
     except (MilvusException, grpc.RpcError) as error:
         failure = _failure(error)
-        log.log(logging.ERROR if failure is _UNKNOWN else logging.WARNING, "%s: Milvus failed", doing, exc_info=error)
+        if failure is _UNKNOWN:
+            log.exception("%s: Milvus failed", doing)
+        else:
+            log.warning("%s: Milvus failed: %s", doing, error)
         raise ServiceError(
             failure.code, f"{doing}: {failure.said}", reason=failure.reason, retry_after=failure.retry_after
         ) from error
