@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from emberpc.server.names import NAME
 ENVIRONMENT_PREFIX = "EMBERPC_"
 INDEX_BACKENDS = ("embedded", "milvus")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+_MILVUS_URI = re.compile(r"https?://[^/@\s]+(/\w*)?")
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 #: What an error calls the types of the settings; the rest are lists of strings.
 _KINDS: dict[Any, str] = {
@@ -114,13 +116,7 @@ class Settings:
             raise SettingsError(f"watch_models is {self.watch_models:g}, with nothing to watch; give models_dir too")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"log_level is {self.log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
-        if self.index_backend not in INDEX_BACKENDS:
-            raise SettingsError(f"index_backend is {self.index_backend!r}; it must be {' or '.join(INDEX_BACKENDS)}")
-        if (self.index_backend == "milvus") != bool(self.milvus_uri):
-            raise SettingsError(
-                f"index_backend is {self.index_backend!r} and milvus_uri is {self.milvus_uri!r}; "
-                "give milvus and its URI together, or neither"
-            )
+        self._check_index()
         for name in ("listen", "metrics_listen"):
             value = getattr(self, name)
             host, colon, port = value.rpartition(":")
@@ -133,6 +129,19 @@ class Settings:
 
         self.named_variants()
         self.named_options()
+
+    def _check_index(self) -> None:
+        """Raise SettingsError unless the index backend and its address fit."""
+        if self.index_backend not in INDEX_BACKENDS:
+            raise SettingsError(f"index_backend is {self.index_backend!r}; it must be {' or '.join(INDEX_BACKENDS)}")
+        if (self.index_backend == "milvus") != bool(self.milvus_uri):
+            raise SettingsError("index_backend milvus and milvus_uri go together; give both or neither")
+        # pymilvus would take a user and password from the URI, which is shown and a flag.
+        if self.milvus_uri and not _MILVUS_URI.fullmatch(self.milvus_uri):
+            raise SettingsError(
+                "milvus_uri must be such as http://milvus:19530 or https://milvus/database, with user and password in "
+                "milvus_token"
+            )
 
     def named_models(self) -> dict[str, Path]:
         """Return the bundles' folders by the names they are served under.
