@@ -109,7 +109,8 @@ class Embedder:
 def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
     """Read some rows of a file: those of its row groups that hold them."""
     with pq.ParquetFile(path) as file:
-        groups, first, before = [], 0, 0
+        groups: list[int] = []
+        first = before = 0
         for group in range(file.num_row_groups):
             after = before + file.metadata.row_group(group).num_rows
             if before < stop and after > start:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client
+from emberpc.client import Client, Record
 from emberpc.server.errors import Code
 from emberpc.server.index import CollectionSpec, Distance, NewRecord
 from index.support import refused
@@ -82,6 +83,35 @@ def test_milvus_gone_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
         again.stop()
     with refused(Code.UNAVAILABLE, "closed"):
         collection.count()
+
+
+def test_collections_move_as_the_documentation_says(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    code = textwrap.dedent(text.partition("```python\n")[2].partition("```")[0])
+    matrix = vectors(1500, dimensions=DIMENSIONS)
+    records = [Record(f"r{i:04}", f"text {i}", {"i": i}, "label") for i in range(1500)]
+    flags = ["--index-backend", "milvus", "--milvus-uri", milvus.uri]
+    with (
+        ServerProcess({}, tmp_path / "old") as old,
+        ServerProcess({}, tmp_path / "new", *flags) as new,
+        Client(old.address) as before,
+        Client(new.address) as after,
+    ):
+        before.create_collection("moving.one", dimensions=DIMENSIONS, distance="euclidean", m=8)
+        before.upsert("moving.one", records, vectors=matrix)
+        before.create_collection("moving.none", dimensions=3)
+        exec(code, {"OLD": old.address, "NEW": new.address})
+        found = list(after.records("moving.one", with_vectors=True))
+        assert found == records
+        assert np.array_equal(np.stack([each.vector for each in found if each.vector is not None]), matrix)
+        for collection in before.collections():
+            there = after.get_collection(collection.name)
+            assert (there.distance, there.m, there.record_count) == (
+                collection.distance,
+                collection.m,
+                collection.record_count,
+            )
+            after.delete_collection(collection.name)
 
 
 def test_no_milvus_at_all_is_told_at_the_start(tmp_path: Path) -> None:
