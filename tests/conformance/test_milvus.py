@@ -145,6 +145,13 @@ def test_revisions_cannot_be_expected(collection: MilvusCollection) -> None:
         collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS), [0])
 
 
+def test_what_needs_all_vectors_at_once_says_where_to_ask(collection: MilvusCollection) -> None:
+    with refused(Code.UNIMPLEMENTED, "FindDuplicates", "'milvus'", "embedded index"):
+        collection.duplicates(0.9, lambda: False)
+    with refused(Code.UNIMPLEMENTED, "ClusterRecords", "'milvus'", "embedded index"):
+        collection.clusters(2, 1, lambda: False)
+
+
 def test_a_write_does_not_claim_to_be_on_disk(collection: MilvusCollection) -> None:
     assert not collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS)).synced
     assert not collection.delete(["a"]).synced

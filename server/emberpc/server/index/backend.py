@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from emberpc.server.errors import Code, ServiceError, not_found
+from emberpc.server.index.clusters import Cluster
+from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
@@ -54,6 +56,12 @@ class CollectionBackend(Protocol):
         with_vectors: bool = False,
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
+
+    def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
+        """Find pairs of records that are much alike; ends early when told to stop."""
+
+    def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
+        """Group the records by likeness; ends early when told to stop."""
 
 
 class IndexBackend(Protocol):

@@ -13,7 +13,9 @@ import numpy as np
 
 from emberpc.server.errors import ServiceError, invalid, items_of
 from emberpc.server.index.backend import unsupported
+from emberpc.server.index.clusters import Cluster
 from emberpc.server.index.collection import check_search
+from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.types import (
     CollectionInfo,
@@ -34,6 +36,7 @@ from emberpc.server.milvus.connection import NOT_LOADED, Connection
 from emberpc.server.paging import decode_token, encode_token
 
 BACKEND = "milvus"
+_COPY = "copy the collection, or a part of it, to an embedded index and ask that"
 #: Ids asked for in one expression.
 _IDS_AT_ONCE = 1000
 #: Hits asked for in one call of Milvus, which answers with at most 100 MB.
@@ -173,6 +176,14 @@ class MilvusCollection:
             for row, hits in zip(rows, found, strict=True):
                 outcomes[row] = self._outcome(hits, sizes[row], excluded[row], keep)
         return [outcomes[row] for row in range(len(queries))]
+
+    def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
+        """Raise UNIMPLEMENTED: all vectors would have to be here."""
+        raise unsupported("FindDuplicates", BACKEND, _COPY)
+
+    def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
+        """Raise UNIMPLEMENTED: all vectors would have to be here."""
+        raise unsupported("ClusterRecords", BACKEND, _COPY)
 
     def _outcome(self, found: Sequence[Any], k: int, exclude: str | None, ef: int) -> SearchOutcome:
         """Turn what Milvus found for a query, nearest first, into hits."""
