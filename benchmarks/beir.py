@@ -7,20 +7,30 @@ import json
 from pathlib import Path
 
 
+def texts(path: Path) -> dict[str, str]:
+    """Return the texts of a corpus or of queries by id, with their titles, as the commands read a corpus."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
+
+
+def judgements(folder: Path, split: str) -> dict[str, set[str]]:
+    """Return which of the corpus are relevant to each query of a split, by id."""
+    found: dict[str, set[str]] = {}
+    with (folder / "qrels" / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            if float(row["score"]) > 0:
+                found.setdefault(row["query-id"], set()).add(row["corpus-id"])
+    return found
+
+
 def write_pairs(folder: Path, target: Path) -> tuple[Path, Path]:
     """Write the relevant pairs to learn from and to test on as files that emberpc's commands take."""
-
-    def texts(name: str) -> dict[str, str]:
-        rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-        # As the commands read a corpus, so that a passage is the same text here and there.
-        return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
+    queries, passages = texts(folder / "queries.jsonl"), texts(folder / "corpus.jsonl")
 
     def pairs(split: str) -> list[dict[str, str]]:
-        with (folder / "qrels" / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
-            judged = [row for row in csv.DictReader(file, delimiter="\t") if float(row["score"]) > 0]
-        return [{"query": queries[row["query-id"]], "passage": passages[row["corpus-id"]]} for row in judged]
+        judged = judgements(folder, split)
+        return [{"query": queries[key], "passage": passages[each]} for key in judged for each in sorted(judged[key])]
 
-    queries, passages = texts("queries.jsonl"), texts("corpus.jsonl")
     test = pairs("test")
     tested = {pair["query"] for pair in test}
     train = [pair for pair in pairs("train") if pair["query"] not in tested]

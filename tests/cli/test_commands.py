@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
+from emberpc.client.filters import parse_filter
 from emberpc.v1 import types_pb2
 from fake_server import FakeServer, Fault, vector_of
 
@@ -307,3 +308,24 @@ def test_models_are_loaded_reloaded_and_unloaded(emberpc: Emberpc, fake: FakeSer
     fake.faults["LoadModel"].append(Fault(grpc.StatusCode.PERMISSION_DENIED, "not here", "MODEL_ADMIN_OFF"))
     assert emberpc("models", "load", "m", "canned").code == 6
     assert emberpc("models", "show", "kinds", "--json").objects[0]["name"] == "kinds"
+
+
+def test_a_filter_goes_to_the_server_as_it_is_meant(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    text = 'lang = "en" and year >= 2020'
+    for arguments, rpc in (
+        (("search", "books", "an island"), "Search"),
+        (("collection", "records", "books"), "ListRecords"),
+        (("collection", "count", "books"), "CountRecords"),
+        (("delete", "books"), "DeleteRecords"),
+    ):
+        assert emberpc(*arguments, "--where", text).code == 0
+        assert fake.asked[rpc][-1].request.filter == parse_filter(text)
+    assert emberpc("collection", "count", "books", "--json").objects == [{"count": 3}]
+
+
+def test_a_filter_that_cannot_be_read_is_told_by_its_column(emberpc: Emberpc, books: Path) -> None:
+    outcome = emberpc("delete", "books", "--where", "lang = en")
+    assert outcome.code == 2
+    assert "where, column 8: expected a value" in outcome.err
+    for arguments in ([], ["a", "--where", "lang exists"]):
+        assert emberpc("delete", "books", *arguments).code == 2

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client, NotFound, Record, RecordId
+from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound, Record, RecordId
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from server_process import ServerProcess
 
@@ -138,3 +138,42 @@ def test_a_write_tells_its_number_and_that_it_is_on_disk(server: ServerProcess, 
             stub.UpsertRecords(request)
     assert isinstance(refused.value, grpc.Call)
     assert refused.value.code() is grpc.StatusCode.ABORTED
+
+
+def test_words_are_searched_alone_and_beside_likeness(client: Client, books: str) -> None:
+    (lexical,) = client.search_batch(books, ["Honey, salt & kept bees"], mode="lexical", top_k=4)
+    assert {hit.record.id for hit in lexical.hits} == {"bees", "bread"}
+    assert (lexical.plan.strategy, lexical.plan.lexical_count) == ("lexical", 2)
+    assert lexical.plan.shortfall_reason == "2 records have a word of the query"
+    (hybrid,) = client.search_batch(books, ["making loaves, with honey"], mode="hybrid", dense_weight=0.6)
+    assert {hit.record.id for hit in hybrid.hits[:2]} == {"bread", "bees"}
+    assert len(hybrid.hits) == 5
+    assert client.search(books, "salt", mode="hybrid", where="length < 10") == []
+
+
+def test_a_collection_without_a_model_is_searched_by_words(client: Client) -> None:
+    client.create_collection("notes", dimensions=2)
+    client.upsert("notes", [Record("a", "a note on bees"), Record("b", "another")], vectors=[[1, 0], [0, 1]])
+    assert [hit.record.id for hit in client.search("notes", "bee", mode="lexical")] == ["a"]
+    with pytest.raises(FailedPrecondition, match="vectors only"):
+        client.search("notes", "bee", mode="hybrid")
+    client.delete_collection("notes")
+
+
+def test_what_does_not_go_with_a_mode_is_refused(server: ServerProcess, client: Client, books: str) -> None:
+    for mode in ("lexical", "hybrid"):
+        with pytest.raises(InvalidArgument, match=f"which {mode.upper()} search goes by; set text, or search DENSE"):
+            client.search(books, RecordId("ring"), mode=mode)
+    with pytest.raises(InvalidArgument, match="HYBRID only"):
+        client.search(books, "bees", dense_weight=0.5)
+    with pytest.raises(InvalidArgument, match="dense_weight"):
+        client.search(books, "bees", mode="hybrid", dense_weight=1.5)
+    with pytest.raises(InvalidArgument, match="no graph"):
+        client.search(books, "bees", mode="lexical", ef=10)
+    with pytest.raises(InvalidArgument, match="is empty"):
+        client.search(books, " ", mode="lexical")
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        queries = [index_pb2.SearchQuery(text="x")]
+        request = index_pb2.SearchRequest(collection=books, queries=queries, mode=77)  # type: ignore[arg-type]  # none
+        index_pb2_grpc.IndexServiceStub(channel).Search(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

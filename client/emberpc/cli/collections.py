@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from emberpc.cli.connection import with_client
-from emberpc.cli.options import AsJson
+from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, print_fields, print_json, print_table
 from emberpc.cli.records import WithVectors
 from emberpc.client import Client, Collection
@@ -35,6 +35,10 @@ def create(
     ef_construction: Annotated[
         int, typer.Option(min=0, help="Candidates kept while inserting; 0: the server's default.")
     ] = 0,
+    indexed_fields: Annotated[
+        list[str] | None,
+        typer.Option("--indexed-field", metavar="FIELD", help="A metadata field that filters use often; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a collection."""
@@ -46,6 +50,7 @@ def create(
         truncation=truncation,
         m=m,
         ef_construction=ef_construction,
+        indexed_fields=indexed_fields or (),
     )
     _show(collection, as_json)
 
@@ -96,17 +101,18 @@ def records(
     client: Client,
     name: Name,
     limit: Annotated[int, typer.Option(min=0, help="Most records to list; 0: all.")] = 100,
+    where: Where = None,
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
     """List a collection's records, by id; with --json in the form that `upsert` reads."""
-    found = itertools.islice(client.records(name, with_vectors=with_vectors), limit or None)
+    found = itertools.islice(client.records(name, where=where, with_vectors=with_vectors), limit or None)
     if as_json:
         print_json(found)
     else:
         rows = [(record.id, record.label, record.text) for record in found]
         print_table([Column("id"), Column("label"), Column("text", wide=True)], rows)
-    if limit and (total := client.count(name)) > limit:
+    if limit and (total := client.count(name, where=where)) > limit:
         note(f"{limit} of {total} records; --limit 0 lists all")
 
 
@@ -167,6 +173,17 @@ def clusters(
             for i, record in enumerate(cluster.examples)
         ],
     )
+
+
+@app.command()
+@with_client
+def count(client: Client, name: Name, where: Where = None, as_json: AsJson = False) -> None:
+    """Count a collection's records."""
+    found = client.count(name, where=where)
+    if as_json:
+        print_json([{"count": found}])
+    else:
+        print_fields({"count": found})
 
 
 def _show(collection: Collection, as_json: bool) -> None:

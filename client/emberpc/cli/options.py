@@ -11,6 +11,14 @@ from typing import Annotated, Any
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines: one object for each result.")]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILTER",
+        help="Only records whose metadata matches, such as 'lang = \"en\" and year >= 2020'; also in (…), starts with, "
+        "exists, not, or, ( ).",
+    ),
+]
 
 
 def add_options(

@@ -9,10 +9,10 @@ import typer
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.files import LineFile
-from emberpc.cli.options import AsJson
+from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
 from emberpc.client import Client, RecordId
-from emberpc.client.types import Query
+from emberpc.client.types import Query, SearchMode
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -70,9 +70,17 @@ def get(
 
 
 @with_client
-def delete(client: Client, collection: CollectionName, ids: Ids, as_json: AsJson = False) -> None:
-    """Delete records; ids that there are none of are no error."""
-    deleted = client.delete(collection, ids)
+def delete(
+    client: Client,
+    collection: CollectionName,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of records.")] = None,
+    where: Where = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete records by id or, with --where, all that match; ids that there are none of are no error."""
+    if bool(ids) == (where is not None):
+        raise CliError("give ids, or a filter with --where; one of the two")
+    deleted = client.delete(collection, ids or None, where=where)
     if as_json:
         print_json([{"deleted": deleted}])
     else:
@@ -89,6 +97,13 @@ def search(
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
+    where: Where = None,
+    mode: Annotated[
+        SearchMode, typer.Option(help="By likeness (dense), by words in common (lexical), or by both (hybrid).")
+    ] = "dense",
+    dense_weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Of hybrid: the weight of likeness against words.")
+    ] = None,
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,7 +115,7 @@ def search(
         wanted = RecordId(record_id)
     else:
         raise CliError("give a query in words, or a record with --id; one of the two")
-    (result,) = client.search_batch(collection, [wanted], top_k=top_k, ef=ef, with_vectors=with_vectors)
+    (result,) = client.search_batch(collection, [wanted], top_k=top_k, ef=ef, where=where, with_vectors=with_vectors)
     if as_json:
         print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
     else:

@@ -14,6 +14,7 @@ from emberpc.client._aio_running import AsyncRunner
 from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._streaming import StreamJob
+from emberpc.client.filters import Where
 from emberpc.client.types import (
     Classification,
     Cluster,
@@ -30,6 +31,7 @@ from emberpc.client.types import (
     Progress,
     Query,
     Record,
+    SearchMode,
     SearchResult,
     Stages,
     StreamedEmbedding,
@@ -203,6 +205,7 @@ class AsyncClient:
         truncation: Truncation = "refuse",
         m: int = 0,
         ef_construction: int = 0,
+        indexed_fields: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Collection:
         """Do what `Client.create_collection` does."""
@@ -214,6 +217,7 @@ class AsyncClient:
             truncation=truncation,
             m=m,
             ef_construction=ef_construction,
+            indexed_fields=indexed_fields,
         )
         return await self._runner.run_one(call, timeout)
 
@@ -249,14 +253,22 @@ class AsyncClient:
         """Do what `Client.get` does."""
         return await self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
 
-    async def delete(self, collection: str, ids: Sequence[str], *, timeout: float | None = None) -> int:
+    async def delete(
+        self,
+        collection: str,
+        ids: Sequence[str] | None = None,
+        *,
+        where: Where | None = None,
+        timeout: float | None = None,
+    ) -> int:
         """Do what `Client.delete` does."""
-        return await self._runner.run(_index.delete(collection, ids), timeout)
+        return await self._runner.run(_index.delete(collection, ids, where), timeout)
 
     def records(
         self,
         collection: str,
         *,
+        where: Where | None = None,
         with_vectors: bool = False,
         page_size: int = 0,
         timeout: float | None = None,
@@ -264,13 +276,13 @@ class AsyncClient:
         """Do what `Client.records` does."""
 
         def page(token: str) -> Call[Any, Page[Record]]:
-            return _index.list_records(collection, token, with_vectors=with_vectors, page_size=page_size)
+            return _index.list_records(collection, token, where=where, with_vectors=with_vectors, page_size=page_size)
 
         return self._runner.pages(page, timeout)
 
-    async def count(self, collection: str, *, timeout: float | None = None) -> int:
+    async def count(self, collection: str, *, where: Where | None = None, timeout: float | None = None) -> int:
         """Do what `Client.count` does."""
-        return await self._runner.run_one(_index.count(collection), timeout)
+        return await self._runner.run_one(_index.count(collection, where), timeout)
 
     async def search(
         self,
@@ -279,11 +291,24 @@ class AsyncClient:
         *,
         top_k: int = 10,
         ef: int = 0,
+        where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
         """Do what `Client.search` does."""
-        job = _index.search(collection, [query], top_k=top_k, ef=ef, with_vectors=with_vectors, name="query")
+        job = _index.search(
+            collection,
+            [query],
+            top_k=top_k,
+            ef=ef,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            with_vectors=with_vectors,
+            name="query",
+        )
         return list((await self._runner.run(job, timeout))[0].hits)
 
     async def search_batch(
@@ -293,12 +318,25 @@ class AsyncClient:
         *,
         top_k: int = 10,
         ef: int = 0,
+        where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
         """Do what `Client.search_batch` does."""
         return await self._runner.run(
-            _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
+            _index.search(
+                collection,
+                queries,
+                top_k=top_k,
+                ef=ef,
+                where=where,
+                mode=mode,
+                dense_weight=dense_weight,
+                with_vectors=with_vectors,
+            ),
+            timeout,
         )
 
     def duplicates(

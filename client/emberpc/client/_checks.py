@@ -66,6 +66,13 @@ def count(value: int, name: str, least: int = 0) -> int:
     return int(value)
 
 
+def number(value: float, name: str) -> float:
+    """Return a real number; raises InputTypeError if it is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a number")
+    return float(value)
+
+
 def vector(value: npt.ArrayLike, name: str) -> Vector:
     """Return a vector that can be sent: float32 (dimensions,).
 

@@ -18,6 +18,7 @@ from emberpc.client._client_models import ModelCalls
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._running import Runner
 from emberpc.client._text_methods import TextMethods
+from emberpc.client.filters import Where
 from emberpc.client.types import (
     Collection,
     Distance,
@@ -25,6 +26,7 @@ from emberpc.client.types import (
     Progress,
     Query,
     Record,
+    SearchMode,
     SearchResult,
     Truncation,
     UpsertResult,
@@ -99,6 +101,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         truncation: Truncation = "refuse",
         m: int = 0,
         ef_construction: int = 0,
+        indexed_fields: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Collection:
         """Create a collection.
@@ -111,6 +114,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
             truncation: what happens to over-long texts, of records and queries alike.
             m: links of a node of its graph, per layer, 4 to 64; 0: the server's default.
             ef_construction: candidates kept while inserting, 16 to 2000; 0: the server's default.
+            indexed_fields: metadata fields that filters use often, at most 16; each slows down every write a little.
 
         Raises:
             AlreadyExists: there is one of that name, perhaps made by a try of this very call whose answer was lost.
@@ -124,6 +128,7 @@ class Client(TextMethods, GroupCalls, ModelCalls):
             truncation=truncation,
             m=m,
             ef_construction=ef_construction,
+            indexed_fields=indexed_fields,
         )
         return self._runner.run_one(call, timeout)
 
@@ -179,17 +184,28 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         """
         return self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
 
-    def delete(self, collection: str, ids: Sequence[str], *, timeout: float | None = None) -> int:
-        """Delete records by id and return how many there were; ids not found are no error.
+    def delete(
+        self,
+        collection: str,
+        ids: Sequence[str] | None = None,
+        *,
+        where: Where | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Delete records and return how many there were; ids not found are no error.
 
-        Up to 1000 ids go in one request, which is atomic.
+        Args:
+            collection: name of the collection.
+            ids: which; up to 1000 go in one request, which is atomic.
+            where: or all that match this, at once; see `emberpc.client.filters`.
         """
-        return self._runner.run(_index.delete(collection, ids), timeout)
+        return self._runner.run(_index.delete(collection, ids, where), timeout)
 
     def records(
         self,
         collection: str,
         *,
+        where: Where | None = None,
         with_vectors: bool = False,
         page_size: int = 0,
         timeout: float | None = None,
@@ -201,18 +217,19 @@ class Client(TextMethods, GroupCalls, ModelCalls):
 
         Args:
             collection: name of the collection.
+            where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
             with_vectors: whether to get the vectors too.
             page_size: records of one request, at most 1000; 0: the server's default.
         """
 
         def page(token: str) -> Call[Any, Page[Record]]:
-            return _index.list_records(collection, token, with_vectors=with_vectors, page_size=page_size)
+            return _index.list_records(collection, token, where=where, with_vectors=with_vectors, page_size=page_size)
 
         return self._runner.pages(page, timeout)
 
-    def count(self, collection: str, *, timeout: float | None = None) -> int:
-        """Count a collection's records."""
-        return self._runner.run_one(_index.count(collection), timeout)
+    def count(self, collection: str, *, where: Where | None = None, timeout: float | None = None) -> int:
+        """Count a collection's records, or those that match; see `emberpc.client.filters`."""
+        return self._runner.run_one(_index.count(collection, where), timeout)
 
     def search(
         self,
@@ -221,6 +238,9 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         *,
         top_k: int = 10,
         ef: int = 0,
+        where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -232,12 +252,25 @@ class Client(TextMethods, GroupCalls, ModelCalls):
                 neighbours.
             top_k: most hits, at most 10,000.
             ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
+            where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
+            mode: `dense`, by likeness; `lexical`, by words in common; `hybrid`, by both; the last two need a text.
+            dense_weight: of `hybrid`, the weight of likeness against words, 0 to 1; None: 0.5.
             with_vectors: whether to get the vectors of the hits too.
 
         Returns:
             Hits, nearest first.
         """
-        job = _index.search(collection, [query], top_k=top_k, ef=ef, with_vectors=with_vectors, name="query")
+        job = _index.search(
+            collection,
+            [query],
+            top_k=top_k,
+            ef=ef,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            with_vectors=with_vectors,
+            name="query",
+        )
         return list(self._runner.run(job, timeout)[0].hits)
 
     def search_batch(
@@ -247,6 +280,9 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         *,
         top_k: int = 10,
         ef: int = 0,
+        where: Where | None = None,
+        mode: SearchMode = "dense",
+        dense_weight: float | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -256,5 +292,15 @@ class Client(TextMethods, GroupCalls, ModelCalls):
             Item i: what was found for query i.
         """
         return self._runner.run(
-            _index.search(collection, queries, top_k=top_k, ef=ef, with_vectors=with_vectors), timeout
+            _index.search(
+                collection,
+                queries,
+                top_k=top_k,
+                ef=ef,
+                where=where,
+                mode=mode,
+                dense_weight=dense_weight,
+                with_vectors=with_vectors,
+            ),
+            timeout,
         )

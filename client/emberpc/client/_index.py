@@ -11,8 +11,9 @@ from emberpc.client import _checks
 from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
 from emberpc.client._plain import moment
 from emberpc.client._records import NewRecord, block, new_records, read_records
-from emberpc.client._words import DISTANCES, STRATEGIES, TRUNCATIONS, value_of, word_of
-from emberpc.client.exceptions import InputTypeError
+from emberpc.client._words import DISTANCES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
     Collection,
     Distance,
@@ -21,6 +22,7 @@ from emberpc.client.types import (
     Query,
     Record,
     RecordId,
+    SearchMode,
     SearchPlan,
     SearchResult,
     Truncation,
@@ -57,6 +59,7 @@ def create_collection(
     truncation: Truncation,
     m: int,
     ef_construction: int,
+    indexed_fields: Sequence[str],
 ) -> Call[pb.CreateCollectionResponse, Collection]:
     """Return the call of `Client.create_collection`."""
     collection = pb.Collection(
@@ -68,6 +71,7 @@ def create_collection(
         hnsw=pb.HnswParameters(
             m=_checks.count(m, "m"), ef_construction=_checks.count(ef_construction, "ef_construction")
         ),
+        indexed_fields=_checks.texts(indexed_fields, "indexed_fields") if indexed_fields else (),
     )
     request = pb.CreateCollectionRequest(collection=collection)
     return Call(CREATE_COLLECTION, request, lambda response: _collection(response.collection))
@@ -164,9 +168,14 @@ class _Sum:
         return self._sum
 
 
-def delete(collection: str, ids: Sequence[str]) -> Job[int, int]:
+def delete(collection: str, ids: Sequence[str] | None, where: Where | None) -> Job[int, int]:
     """Return the calls of `Client.delete`."""
     collection = _checks.text(collection, "collection")
+    if (ids is None) == (where is None):
+        raise InputError("give ids or where, one of the two")
+    if ids is None:
+        everywhere = pb.DeleteRecordsRequest(collection=collection, filter=filter_of(where))
+        return Job(iter([Call(DELETE_RECORDS, everywhere, lambda response: response.deleted_count)]), _Sum())
 
     def call(first: int, part: list[str]) -> Call[pb.DeleteRecordsResponse, int]:
         request = pb.DeleteRecordsRequest(collection=collection, ids=part)
@@ -176,13 +185,14 @@ def delete(collection: str, ids: Sequence[str]) -> Job[int, int]:
 
 
 def list_records(
-    collection: str, page_token: str, *, with_vectors: bool, page_size: int
+    collection: str, page_token: str, *, where: Where | None, with_vectors: bool, page_size: int
 ) -> Call[pb.ListRecordsResponse, Page[Record]]:
     """Return the call for one page of `Client.records`."""
     request = pb.ListRecordsRequest(
         collection=_checks.text(collection, "collection"),
         page_size=_checks.count(page_size, "page_size"),
         page_token=page_token,
+        filter=filter_of(where),
         parts=_parts(with_vectors),
     )
     return Call(
@@ -192,14 +202,23 @@ def list_records(
     )
 
 
-def count(collection: str) -> Call[pb.CountRecordsResponse, int]:
+def count(collection: str, where: Where | None) -> Call[pb.CountRecordsResponse, int]:
     """Return the call of `Client.count`."""
-    request = pb.CountRecordsRequest(collection=_checks.text(collection, "collection"))
+    request = pb.CountRecordsRequest(collection=_checks.text(collection, "collection"), filter=filter_of(where))
     return Call(COUNT_RECORDS, request, lambda response: response.count)
 
 
 def search(
-    collection: str, queries: Iterable[Query], *, top_k: int, ef: int, with_vectors: bool, name: str = "queries[{}]"
+    collection: str,
+    queries: Iterable[Query],
+    *,
+    top_k: int,
+    ef: int,
+    where: Where | None,
+    mode: SearchMode,
+    dense_weight: float | None,
+    with_vectors: bool,
+    name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
     """Return the calls of `Client.search_batch`; `name` is what messages call query `{}`."""
     if isinstance(queries, (str, RecordId)) or not isinstance(queries, Iterable):
@@ -209,6 +228,9 @@ def search(
         collection=_checks.text(collection, "collection"),
         top_k=_checks.count(top_k, "top_k"),
         ef=_checks.count(ef, "ef"),
+        filter=filter_of(where),
+        mode=value_of("mode", mode, SEARCH_MODES),
+        dense_weight=None if dense_weight is None else _checks.number(dense_weight, "dense_weight"),
         parts=_parts(with_vectors),
     )
 
@@ -254,6 +276,7 @@ def _result(message: pb.SearchResult) -> SearchResult:
             ef=message.plan.ef,
             compared_count=message.plan.compared_count,
             shortfall_reason=message.plan.shortfall_reason,
+            lexical_count=message.plan.lexical_count,
         ),
     )
 

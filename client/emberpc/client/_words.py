@@ -26,7 +26,16 @@ DISTANCES = {
     "dot_product": index_pb2.DISTANCE_DOT_PRODUCT,
     "euclidean": index_pb2.DISTANCE_EUCLIDEAN,
 }
-STRATEGIES = {"exact": index_pb2.SEARCH_STRATEGY_EXACT, "hnsw": index_pb2.SEARCH_STRATEGY_HNSW}
+STRATEGIES = {
+    "exact": index_pb2.SEARCH_STRATEGY_EXACT,
+    "hnsw": index_pb2.SEARCH_STRATEGY_HNSW,
+    "lexical": index_pb2.SEARCH_STRATEGY_LEXICAL,
+}
+SEARCH_MODES = {
+    "dense": index_pb2.SEARCH_MODE_DENSE,
+    "lexical": index_pb2.SEARCH_MODE_LEXICAL,
+    "hybrid": index_pb2.SEARCH_MODE_HYBRID,
+}
 TASKS = {"embedding": model_pb2.MODEL_TASK_EMBEDDING, "classification": model_pb2.MODEL_TASK_CLASSIFICATION}
 STATES = {
     "loading": model_pb2.MODEL_STATE_LOADING,

@@ -26,6 +26,8 @@ Truncation: TypeAlias = Literal["refuse", "end", "start"]
 DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 #: How two vectors compare.
 Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
+#: What a search goes by: likeness of vectors, words in common, or both.
+SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
 #: Whether somebody is waiting, or throughput matters and latency does not.
 Priority: TypeAlias = Literal["interactive", "bulk"]
 
@@ -135,7 +137,7 @@ class Hit:
 class SearchPlan:
     """How a query was carried out."""
 
-    #: `exact`: every vector was compared; `hnsw`: the graph was searched.
+    #: `exact`: every vector was compared; `hnsw`: the graph was searched; `lexical`: words were looked up.
     strategy: str
     #: Candidates that the graph search kept; 0 if the graph was not used.
     ef: int
@@ -143,6 +145,8 @@ class SearchPlan:
     compared_count: int
     #: Why there are fewer than `top_k` hits; empty if there are not fewer.
     shortfall_reason: str
+    #: Hits by words in common that were found, or fused with those by likeness.
+    lexical_count: int = 0
 
 
 @dataclass(frozen=True)

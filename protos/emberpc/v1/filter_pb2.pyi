@@ -63,9 +63,11 @@ Global___ComparisonOperator: _TypeAlias = ComparisonOperator  # noqa: Y015
 class Filter(_message.Message):
     """A condition on a record's metadata.
 
-    A field is named by its key; nested keys are joined by dots. A comparison
-    with a field that is missing or of another type is false. A list matches if
-    one of its items does.
+    A field is named by its key; nested keys are joined by dots, and a backslash
+    before a dot or a backslash makes that a part of the key. A comparison with a
+    field that is missing or of another type is false. A list matches if one of
+    its items does; an item that is a list or an object does not. Conditions may
+    be nested 32 levels deep; there may be 256 in one filter.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -120,9 +120,13 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     SEARCH_MODE_DENSE: _SearchMode.ValueType  # 1
     """Likeness of vectors."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 2
-    """Words in common (BM25); needs a text query."""
+    """Words in common (BM25): any of the query's, stemmed as English; the score
+    is BM25's. Needs a text query, and no model.
+    """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
-    """Both, fused by rank; needs a text query."""
+    """Both, fused: the score is the weighted sum of the two scores, each scaled to
+    1 for the best of the candidates and 0 for the least. Needs a text query.
+    """
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
     """What a search goes by."""
@@ -132,9 +136,13 @@ SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
 SEARCH_MODE_DENSE: SearchMode.ValueType  # 1
 """Likeness of vectors."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
-"""Words in common (BM25); needs a text query."""
+"""Words in common (BM25): any of the query's, stemmed as English; the score
+is BM25's. Needs a text query, and no model.
+"""
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
-"""Both, fused by rank; needs a text query."""
+"""Both, fused: the score is the weighted sum of the two scores, each scaled to
+1 for the best of the candidates and 0 for the least. Needs a text query.
+"""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 class _SearchStrategy:
@@ -149,6 +157,8 @@ class _SearchStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Search
     """Every vector that matches was compared: the result is exact."""
     SEARCH_STRATEGY_HNSW: _SearchStrategy.ValueType  # 2
     """The graph was searched, and the newest records compared one by one."""
+    SEARCH_STRATEGY_LEXICAL: _SearchStrategy.ValueType  # 3
+    """The words of the query were looked up; no vectors were compared."""
 
 class SearchStrategy(_SearchStrategy, metaclass=_SearchStrategyEnumTypeWrapper):
     """How a result was found."""
@@ -159,6 +169,8 @@ SEARCH_STRATEGY_EXACT: SearchStrategy.ValueType  # 1
 """Every vector that matches was compared: the result is exact."""
 SEARCH_STRATEGY_HNSW: SearchStrategy.ValueType  # 2
 """The graph was searched, and the newest records compared one by one."""
+SEARCH_STRATEGY_LEXICAL: SearchStrategy.ValueType  # 3
+"""The words of the query were looked up; no vectors were compared."""
 Global___SearchStrategy: _TypeAlias = SearchStrategy  # noqa: Y015
 
 @_typing.final
@@ -1109,7 +1121,7 @@ class SearchRequest(_message.Message):
     mode: Global___SearchMode.ValueType
     """What the search goes by. Default: DENSE."""
     dense_weight: _builtins.float
-    """HYBRID: weight of the dense ranking against the lexical one, in [0, 1].
+    """HYBRID: weight of the dense score against the lexical one, in [0, 1].
     Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType
@@ -1188,6 +1200,7 @@ class SearchPlan(_message.Message):
     EF_FIELD_NUMBER: _builtins.int
     COMPARED_COUNT_FIELD_NUMBER: _builtins.int
     SHORTFALL_REASON_FIELD_NUMBER: _builtins.int
+    LEXICAL_COUNT_FIELD_NUMBER: _builtins.int
     strategy: Global___SearchStrategy.ValueType
     """How."""
     ef: _builtins.int
@@ -1196,6 +1209,10 @@ class SearchPlan(_message.Message):
     """Vectors compared one by one."""
     shortfall_reason: _builtins.str
     """Why there are fewer than `top_k` hits. Empty: there are not fewer."""
+    lexical_count: _builtins.int
+    """Hits by words in common, of LEXICAL and HYBRID searches; HYBRID fuses them
+    with as many by likeness.
+    """
     def __init__(
         self,
         *,
@@ -1203,10 +1220,11 @@ class SearchPlan(_message.Message):
         ef: _builtins.int = ...,
         compared_count: _builtins.int = ...,
         shortfall_reason: _builtins.str = ...,
+        lexical_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_count", b"compared_count", "ef", b"ef", "shortfall_reason", b"shortfall_reason", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_count", b"compared_count", "ef", b"ef", "lexical_count", b"lexical_count", "shortfall_reason", b"shortfall_reason", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

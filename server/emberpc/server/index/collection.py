@@ -15,12 +15,16 @@ from emberpc.server.index import snapshots
 from emberpc.server.index.children import ChildKilledError
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
+from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
+from emberpc.server.index.filters import Filter
 from emberpc.server.index.graph import Graph
+from emberpc.server.index.hybrid import HybridSearcher, WordsRequest, fused_from
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.searching import Request, Searcher
-from emberpc.server.index.store import Store
+from emberpc.server.index.selection import Selector
+from emberpc.server.index.store import Change, Store
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
@@ -95,14 +99,16 @@ class Collection:
         self._write_lock = threading.Lock()
         self._maintain_lock = threading.Lock()
         self._unsaved = 0
-        self._store = Store(folder, spec.name, cache, create=create)
+        self._store = Store(folder, spec.name, cache, spec.indexed_fields, create=create)
         try:
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
+            self._selector = Selector(self._store, spec)
         except BaseException:
             self._store.close()
             raise
-        self._searcher = Searcher(self._store, self._neighbours, self._write_lock, spec.distance)
+        self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, spec.distance)
+        self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
         self._wake_if_needed()
 
     def info(self) -> CollectionInfo:
@@ -134,16 +140,18 @@ class Collection:
         with self._call(), self._write_lock:
             change = self._store.upsert(records, documents, vectors, expected_revisions)
             self._neighbours.change(change.added, prepared, change.removed)
+            self._selector.note(change.sequence, change.removed)
         self._wake_if_needed()
         return WriteResult(change.sequence, change.inserted, change.updated)
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete records by id, all at once and on disk when this returns; ids that are not there are no error."""
-        with self._call(), self._write_lock:
-            change = self._store.delete(ids)
-            self._neighbours.remove(change.removed)
-        self._wake_if_needed()
-        return WriteResult(change.sequence, deleted=len(change.removed))
+        return self._delete(lambda: self._store.delete(ids))
+
+    def delete_matching(self, condition: Filter) -> WriteResult:
+        """Delete the records that meet a condition, all at once and on disk when this returns."""
+        clause = compile_filter(condition)
+        return self._delete(lambda: self._store.delete_matching(clause))
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for; vectors as they were given."""
@@ -151,19 +159,25 @@ class Collection:
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
-    def page(self, page_size: int, page_token: str, *, with_vectors: bool = False) -> tuple[list[StoredRecord], str]:
-        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+    def page(
+        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+    ) -> tuple[list[StoredRecord], str]:
+        """Return a page of records by id in byte order, and the token of the next page, empty after the last.
+
+        With a condition, only records that meet it.
+        """
         check_page_size(page_size)
         after = decode_token(page_token)
+        clause = _clause(condition) or EVERYTHING
         with self._call():
-            records = self._store.page(after, page_size + 1, with_vectors=with_vectors)
+            records = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         more = len(records) > page_size
         return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
 
-    def count(self) -> int:
-        """Return the number of records."""
+    def count(self, condition: Filter | None = None) -> int:
+        """Return the number of records, with a condition, of those that meet it."""
         with self._call():
-            return self._store.count()
+            return self._store.count(_clause(condition) or EVERYTHING)
 
     def search(
         self,
@@ -173,6 +187,7 @@ class Collection:
         ef: int = 0,
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query.
 
@@ -182,6 +197,7 @@ class Collection:
             ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k`.
             exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
             with_vectors: whether the hits have their vectors.
+            conditions: what the hits of each query must meet, or None; empty: nothing.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -189,9 +205,7 @@ class Collection:
         check_search(len(queries), sizes, len(excluded), ef)
         if not len(queries):
             return []
-        wanted = max(sizes) + 1
-        keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
-        request = Request(prepare(queries, self.spec.distance), sizes, excluded, keep, with_vectors)
+        request = self._request(queries, sizes, excluded, ef, with_vectors, conditions)
         with self._call():
             return self._searcher.search(request)
 
@@ -204,6 +218,54 @@ class Collection:
         """Group the records by likeness; see `cluster_records`."""
         with self._call(stop) as ends:
             return cluster_records(self.spec, self._store, count, examples, ends)
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
+        check_search(len(texts), top_k, len(texts), 0)
+        clauses = [_clause(condition) for condition in conditions] or [None] * len(texts)
+        with self._call():
+            return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
+
+    def search_both(
+        self,
+        queries: Matrix,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        dense_weight: float,
+        ef: int = 0,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find records by vectors and by words, fused by score.
+
+        Args:
+            queries: float32 (queries, dimensions).
+            texts: the text of each query.
+            top_k: most hits of each.
+            dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
+            ef: as in `search`.
+            with_vectors: as in `search`.
+            conditions: as in `search`.
+        """
+        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
+        if len(texts) != len(queries):
+            raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
+        check_search(len(queries), top_k, len(queries), ef)
+        with self._call():
+            return self._hybrid.by_both(
+                self._request(queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions),
+                texts,
+                top_k,
+                dense_weight,
+            )
 
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.
@@ -236,6 +298,30 @@ class Collection:
         if self._end():
             self._store.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _request(
+        self,
+        queries: Matrix,
+        top_k: Sequence[int],
+        excluded: Sequence[str | None],
+        ef: int,
+        with_vectors: bool,
+        conditions: Sequence[Filter | None],
+    ) -> Request:
+        if conditions and len(conditions) != len(queries):
+            raise invalid("conditions", f"has {len(conditions)} items for {len(queries)} queries; give one for each")
+        wanted = max(top_k) + 1
+        keep = max(ef or max(_MIN_EF, _EF_PER_HIT * wanted), wanted)
+        clauses = [_clause(condition) for condition in conditions] or [None] * len(queries)
+        return Request(prepare(queries, self.spec.distance), top_k, excluded, keep, with_vectors, clauses)
+
+    def _delete(self, delete: Callable[[], Change]) -> WriteResult:
+        with self._call(), self._write_lock:
+            change = delete()
+            self._neighbours.remove(change.removed)
+            self._selector.note(change.sequence, change.removed)
+        self._wake_if_needed()
+        return WriteResult(change.sequence, deleted=len(change.removed))
 
     @contextmanager
     def _call(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
@@ -308,6 +394,10 @@ class Collection:
                 # Nothing is lost: the graph is built from the store at the next start, which only takes longer.
                 log.warning("collection %s: no snapshot: %s", self.spec.name, error)
             return
+
+
+def _clause(condition: Filter | None) -> Clause | None:
+    return None if condition is None else compile_filter(condition)
 
 
 def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int) -> None:

@@ -56,6 +56,11 @@ class Neighbours:
         return len(self._buffer)
 
     @property
+    def count(self) -> int:
+        """Number of vectors that can be found."""
+        return self._graph.live + len(self._buffer)
+
+    @property
     def dead_share(self) -> float:
         """Share of the graph's nodes that are deleted."""
         return self._graph.dead_share

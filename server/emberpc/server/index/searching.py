@@ -1,22 +1,37 @@
-"""Search in a collection: from prepared queries to records that are there."""
+"""Search in a collection: from prepared queries to records that are there, and that meet a condition if there is one.
+
+Few records that meet it are compared one by one; where there are many, the graph
+is searched for more candidates, until enough of them meet it.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import isqrt
 
 import numpy as np
 
+from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.metric import nearest, prepare
-from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.neighbours import Candidates, Neighbours
+from emberpc.server.index.selection import Selection, Selector
 from emberpc.server.index.store import Store
-from emberpc.server.index.types import Distance, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.index.types import Distance, Labels, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
 
 log = logging.getLogger(__name__)
 
 _SCAN_BATCH = 4000
+#: So many matching vectors are compared one by one for each candidate that the graph search would have to keep. Either
+#: takes some 3 µs where the vectors must be read from the store.
+_VECTORS_PER_CANDIDATE = 2
+#: So few are always compared one by one, and kept in memory to be compared again.
+_FEW = 1000
+#: A search of the graph that found too few that match keeps so many times the candidates the next time.
+_WIDER = 4
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Request:
     exclude: Sequence[str | None]
     ef: int
     with_vectors: bool
+    conditions: Sequence[Clause | None]
 
     @property
     def candidates(self) -> int:
@@ -41,6 +57,7 @@ class Request:
             queries=self.queries[list(rows)],
             top_k=[self.top_k[i] for i in rows],
             exclude=[self.exclude[i] for i in rows],
+            conditions=[self.conditions[i] for i in rows],
         )
 
 
@@ -54,28 +71,55 @@ class Searcher:
     Args:
         store: the truth.
         neighbours: the vectors in memory.
+        selector: which records meet a condition.
         write_lock: held by every write, from before the store has it until memory has it too.
         distance: how vectors compare.
     """
 
-    def __init__(self, store: Store, neighbours: Neighbours, write_lock: threading.Lock, distance: Distance) -> None:
+    def __init__(
+        self,
+        store: Store,
+        neighbours: Neighbours,
+        selector: Selector,
+        write_lock: threading.Lock,
+        distance: Distance,
+    ) -> None:
         self._store = store
         self._neighbours = neighbours
+        self._selector = selector
         self._write_lock = write_lock
         self._distance = distance
 
-    def search(self, request: Request) -> list[SearchOutcome]:
-        """Answer every query of a request."""
+    def search(self, request: Request, *, settled: bool = False) -> list[SearchOutcome]:
+        """Answer every query of a request; those with the same condition together.
+
+        Args:
+            request: the queries.
+            settled: the caller holds the lock of writes.
+        """
+        rows_of: dict[Clause | None, list[int]] = {}
+        for i, condition in enumerate(request.conditions):
+            rows_of.setdefault(condition, []).append(i)
+        outcomes: dict[int, SearchOutcome] = {}
+        for condition, rows in rows_of.items():
+            outcomes.update(zip(rows, self._search(request.only(rows), condition, settled=settled), strict=True))
+        return [outcomes[i] for i in range(len(request.queries))]
+
+    def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
-        _fill(outcomes, request, self._look_up)
-        if None in outcomes:
+        _fill(outcomes, request, partial(self._answer, condition, settled=settled))
+        if None in outcomes and not settled:
             # A write came between memory and store. With writes held off they agree.
             with self._write_lock:
-                _fill(outcomes, request, self._look_up)
+                _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
             log.error("memory and store disagree; answering from the store")
-            _fill(outcomes, request, self._scan)
+            _fill(outcomes, request, partial(self._scan, condition))
         return [outcome for outcome in outcomes if outcome is not None]
+
+    def _answer(self, condition: Clause | None, request: Request, *, settled: bool) -> list[SearchOutcome | None]:
+        """Answer from memory; None where a write came in between, which it cannot if that is `settled`."""
+        return self._look_up(request) if condition is None else self._look_up_among(condition, request, settled=settled)
 
     def _look_up(self, request: Request) -> list[SearchOutcome | None]:
         """Answer from memory; None where the store has no more what memory found."""
@@ -83,30 +127,96 @@ class Searcher:
         labels = sorted({label for each in found if each for label in each.labels})
         records = self._store.by_label(labels, with_vectors=request.with_vectors)
         outcomes = [
-            _outcome(each.labels, each.scores, records, k, exclude, each.plan, complete=each.complete) if each else None
+            _outcome(
+                each.labels,
+                each.scores,
+                records,
+                k,
+                exclude,
+                each.plan,
+                _holds(len(each.labels), filtered=False),
+                complete=each.complete,
+            )
+            if each
+            else None
             for each, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
         ]
         untold = [i for i, each in enumerate(found) if each is None]
         if untold:
-            for i, outcome in zip(untold, self._scan(request.only(untold)), strict=True):
+            for i, outcome in zip(untold, self._scan(None, request.only(untold)), strict=True):
                 outcomes[i] = outcome
         return outcomes
 
-    def _scan(self, request: Request) -> list[SearchOutcome | None]:
+    def _look_up_among(self, condition: Clause, request: Request, *, settled: bool) -> list[SearchOutcome | None]:
+        """Answer with records that meet a condition."""
+        k, held = request.candidates, max(1, self._neighbours.count)
+        few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
+        selection = self._selector.select(condition, few)
+        if not settled and self._selector.applied != selection.sequence:
+            return [None] * len(request.queries)
+        found: list[Candidates | None] = [None] * len(request.queries)
+        count = len(selection.labels)
+        # As many candidates as hold k that meet the condition, were those spread evenly; and as many again.
+        ef = max(request.ef, 2 * -(-k * held // max(1, count)))
+        while None in found and selection.vectors is None and count > _exact_up_to(ef):
+            rows = [i for i, each in enumerate(found) if each is None]
+            for i, each in zip(rows, self._neighbours.search(request.queries[rows], ef, ef), strict=True):
+                found[i] = _among(each, selection.labels, k) if each else None
+            ef *= _WIDER
+        rows = [i for i, each in enumerate(found) if each is None]
+        if rows:
+            for i, each in zip(rows, self._compare(request.queries[rows], k, selection), strict=True):
+                found[i] = each
+        labels = sorted({label for each in found if each for label in each.labels})
+        records = self._store.by_label(labels, with_vectors=request.with_vectors)
+        if not settled and self._store.sequence() != selection.sequence:
+            return [None] * len(request.queries)
+        holds = _holds(count, filtered=True)
+        return [
+            _outcome(each.labels, each.scores, records, k, exclude, each.plan, holds, complete=each.complete)
+            if each
+            else None
+            for each, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
+        ]
+
+    def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates]:
+        """Compare the queries with every vector of a selection."""
+        kept = selection.vectors
+        batches = self._read(selection.labels) if kept is None else [(selection.labels, kept)]
+        labels, scores, total = self._nearest(batches, queries, k)
+        plan = Plan(Strategy.EXACT, 0, total)
+        return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
+
+    def _read(self, labels: Labels) -> Iterator[tuple[Labels, Matrix]]:
+        for start in range(0, len(labels), _SCAN_BATCH):
+            found, vectors = self._store.vectors(labels[start : start + _SCAN_BATCH].tolist())
+            if len(found):
+                yield found, prepare(vectors, self._distance)
+
+    def _nearest(self, batches: Iterable[tuple[Labels, Matrix]], queries: Matrix, k: int) -> tuple[Labels, Matrix, int]:
+        """Return the labels nearest to each query and their scores, (queries, at most k), and how many there were."""
+        labels = np.empty((len(queries), 0), dtype=np.int64)
+        scores = np.empty((len(queries), 0), dtype=np.float32)
+        total = 0
+        for batch, vectors in batches:
+            total += len(batch)
+            rows, found = nearest(queries, vectors, k, self._distance)
+            labels, scores = np.hstack([labels, batch[rows]]), np.hstack([scores, found])
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            labels, scores = np.take_along_axis(labels, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        return labels, scores, total
+
+    def _scan(self, condition: Clause | None, request: Request) -> list[SearchOutcome | None]:
         """Compare the queries with every vector in the store: slow and right, whatever the state of memory."""
         k = request.candidates
-        labels = np.empty((len(request.queries), 0), dtype=np.int64)
-        scores = np.empty((len(request.queries), 0), dtype=np.float32)
-        total = 0
         with self._store.snapshot():
-            for batch, vectors in self._store.scan(_SCAN_BATCH):
-                total += len(batch)
-                rows, found = nearest(request.queries, prepare(vectors, self._distance), k, self._distance)
-                labels, scores = np.hstack([labels, batch[rows]]), np.hstack([scores, found])
-                order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-                labels, scores = np.take_along_axis(labels, order, axis=1), np.take_along_axis(scores, order, axis=1)
+            batches = (
+                (batch, prepare(vectors, self._distance))
+                for batch, vectors in self._store.scan(_SCAN_BATCH, condition or EVERYTHING)
+            )
+            labels, scores, total = self._nearest(batches, request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
-        plan = Plan(Strategy.EXACT, 0, total)
+        plan, holds = Plan(Strategy.EXACT, 0, total), _holds(total, filtered=condition is not None)
         return [
             _outcome(
                 labels[i].tolist(),
@@ -115,10 +225,34 @@ class Searcher:
                 request.top_k[i],
                 request.exclude[i],
                 plan,
+                holds,
                 complete=total <= k,
             )
             for i in range(len(request.queries))
         ]
+
+
+def _exact_up_to(ef: int) -> int:
+    """Return how many vectors are rather compared one by one than so many candidates kept by a search of the graph."""
+    return _VECTORS_PER_CANDIDATE * ef
+
+
+def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
+    """Return the first k of the candidates that are allowed; None if they are fewer."""
+    labels = np.array(found.labels, dtype=np.int64)
+    places = np.minimum(np.searchsorted(allowed, labels), len(allowed) - 1)
+    chosen = np.flatnonzero(allowed[places] == labels)[:k]
+    if len(chosen) < k:
+        return None
+    return replace(
+        found, labels=labels[chosen].tolist(), scores=[found.scores[i] for i in chosen.tolist()], complete=False
+    )
+
+
+def _holds(count: int, *, filtered: bool) -> str:
+    """Say how many records there are to be found."""
+    records = f"{count} record{'' if count == 1 else 's'}"
+    return f"{records} match{'es' if count == 1 else ''} the filter" if filtered else f"the collection holds {records}"
 
 
 def _fill(outcomes: list[SearchOutcome | None], request: Request, answer: Answer) -> None:
@@ -135,6 +269,7 @@ def _outcome(
     k: int,
     exclude: str | None,
     plan: Plan,
+    holds: str,
     *,
     complete: bool,
 ) -> SearchOutcome | None:
@@ -155,8 +290,6 @@ def _outcome(
         return SearchOutcome(hits, plan)
     if not complete:
         return None
-    total = len(labels)
-    reason = f"the collection holds {total} record{'' if total == 1 else 's'}"
     return SearchOutcome(
-        hits, replace(plan, shortfall_reason=f"{reason}, the record asked about left out" if left_out else reason)
+        hits, replace(plan, shortfall_reason=f"{holds}, the record asked about left out" if left_out else holds)
     )

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from emberpc.server.errors import Code, ServiceError, invalid
+from emberpc.server.index import schema
 from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.filter_sql import EVERYTHING, Clause, can_be_indexed, index_statement
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
@@ -30,26 +32,6 @@ SELECT json_group_array(json_array(
     label, id, text, json(metadata), class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER)
 )) FROM records WHERE label IN (SELECT value FROM json_each(?))
-"""
-
-# The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
-# so the graph's content follows from the set of labels alone.
-_SCHEMA = """
-BEGIN;
-CREATE TABLE records (
-    label INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    text TEXT NOT NULL,
-    metadata TEXT NOT NULL,
-    class_label TEXT NOT NULL,
-    vector BLOB NOT NULL,
-    revision INTEGER NOT NULL,
-    created REAL NOT NULL,
-    updated REAL NOT NULL
-);
-CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER NOT NULL);
-INSERT INTO state VALUES (1, 0);
-COMMIT;
 """
 
 
@@ -73,10 +55,19 @@ class Store:
         folder: the collection's folder.
         name: the collection's name, for messages.
         cache: keeps records that are found often.
+        indexed_fields: metadata fields to keep indexes on.
         create: make the database anew.
     """
 
-    def __init__(self, folder: Path, name: str, cache: RecordCache, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cache: RecordCache,
+        indexed_fields: Sequence[str] = (),
+        *,
+        create: bool = False,
+    ) -> None:
         self._path = folder / DATABASE_NAME
         self._cache = cache
         self._owner = cache.new_owner()
@@ -88,8 +79,9 @@ class Store:
             self._writer = connect(self._path, create=create)
         try:
             with translated(self._what):
-                if create:
-                    self._writer.executescript(_SCHEMA)
+                schema.prepare(self._writer, self._what, create=create)
+                for field in filter(can_be_indexed, indexed_fields):
+                    self._writer.execute(index_statement(field))
             self._sequence(self._writer)
         except ServiceError:
             self._writer.close()
@@ -156,6 +148,14 @@ class Store:
             connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
         return Change(sequence, np.empty(0, dtype=np.int64), removed)
 
+    def delete_matching(self, condition: Clause) -> Change:
+        """Delete the records that meet a condition, all at once; if none does it is no write."""
+        with self._writing() as connection:
+            removed = set(_matching(connection, condition).tolist())
+            sequence = self._next_sequence(connection) if removed else self._sequence(connection)
+            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
+        return Change(sequence, np.empty(0, dtype=np.int64), removed)
+
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """Let all reads of this thread in the block see the same state. Not to be nested."""
@@ -195,19 +195,55 @@ class Store:
             (document,) = self._reader().execute(_AS_ONE_ROW, (json.dumps(labels),)).fetchone()
         return {row[0]: _record_of_json(row) for row in json.loads(document)}
 
-    def page(self, after: str, count: int, *, with_vectors: bool) -> list[StoredRecord]:
-        """Return the records that follow an id in byte order, at most `count`."""
+    def page(self, after: str, count: int, *, with_vectors: bool, condition: Clause = EVERYTHING) -> list[StoredRecord]:
+        """Return the records that follow an id in byte order and meet a condition, at most `count`."""
         with translated(self._what):
             rows = self._reader().execute(
-                f"SELECT {_columns(with_vectors)} FROM records WHERE id > ? ORDER BY id LIMIT ?",  # noqa: S608 - our columns
-                (after, count),
+                f"SELECT {_columns(with_vectors)} FROM records "  # noqa: S608 - our columns and conditions
+                f"WHERE id > ? AND {condition.sql} ORDER BY id LIMIT ?",
+                (after, *condition.parameters, count),
             )
             return [_record(row) for row in rows]
 
-    def count(self) -> int:
-        """Return the number of records."""
+    def count(self, condition: Clause = EVERYTHING) -> int:
+        """Return the number of records that meet a condition."""
         with translated(self._what):
-            return int(self._reader().execute("SELECT count(*) FROM records").fetchone()[0])
+            statement = f"SELECT count(*) FROM records WHERE {condition.sql}"  # noqa: S608 - our own conditions
+            return int(self._reader().execute(statement, condition.parameters).fetchone()[0])
+
+    def matching(self, condition: Clause, after: int | None = None) -> Labels:
+        """Return the labels of the records that meet a condition, int64, ascending; only those above `after`."""
+        with translated(self._what):
+            return _matching(self._reader(), condition, after)
+
+    def with_words(self, expression: str, count: int, condition: Clause) -> list[tuple[int, float]]:
+        """Return the labels whose texts best match an FTS5 query, and that meet a condition, with their BM25 scores.
+
+        Args:
+            expression: the query, right in FTS5's syntax.
+            count: most labels to return.
+            condition: what they must meet.
+        """
+        # Joined only if it must be, since that takes as long again; and from the words, which are fewer.
+        joined = "" if condition is EVERYTHING else "CROSS JOIN records ON label = words.rowid"
+        statement = (
+            f"SELECT words.rowid, -bm25(words) AS score FROM words {joined} "  # noqa: S608 - our own conditions
+            f"WHERE words MATCH ? AND {condition.sql} ORDER BY score DESC, words.rowid LIMIT ?"
+        )
+        with translated(self._what):
+            return self._reader().execute(statement, (expression, *condition.parameters, count)).fetchall()
+
+    def count_with_words(self, expression: str) -> int:
+        """Return the number of texts that match an FTS5 query."""
+        with translated(self._what):
+            found = self._reader().execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,))
+            return int(found.fetchone()[0])
+
+    def newest_label(self) -> int:
+        """Return the greatest label that any record ever had; 0 if there never was one."""
+        with translated(self._what):
+            row = self._reader().execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
+        return int(row[0]) if row else 0
 
     def sequence(self) -> int:
         """Return the number of the last write."""
@@ -227,10 +263,13 @@ class Store:
         """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
         return _vectors(list(self._by(self._reader(), "label", labels, "label, vector")))
 
-    def scan(self, batch: int) -> Iterator[tuple[Labels, Matrix]]:
-        """Return all vectors as `vectors` does, so many at a time; within a `snapshot`."""
+    def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
+        """Return the vectors of all that meet a condition as `vectors` does, so many at a time; within a `snapshot`."""
         with translated(self._what):
-            cursor = self._reader().execute("SELECT label, vector FROM records ORDER BY label")
+            cursor = self._reader().execute(
+                f"SELECT label, vector FROM records WHERE {condition.sql} ORDER BY label",  # noqa: S608 - our conditions
+                condition.parameters,
+            )
             while rows := cursor.fetchmany(batch):
                 yield _vectors(rows)
 
@@ -276,6 +315,16 @@ class Store:
     def _next_sequence(self, connection: sqlite3.Connection) -> int:
         connection.execute("UPDATE state SET sequence = sequence + 1")
         return self._sequence(connection)
+
+
+def _matching(connection: sqlite3.Connection, condition: Clause, after: int | None = None) -> Labels:
+    # Sorted here: asked for the order, SQLite would rather walk over all records than use an index on metadata.
+    newer, parameters = ("", ()) if after is None else ("label > ? AND ", (after,))
+    rows = connection.execute(
+        f"SELECT label FROM records WHERE {newer}{condition.sql}",  # noqa: S608 - our own conditions
+        (*parameters, *condition.parameters),
+    ).fetchall()
+    return np.sort(np.array([row[0] for row in rows], dtype=np.int64))
 
 
 def _columns(with_vectors: bool) -> str:

@@ -36,6 +36,7 @@ class Strategy(str, Enum):
 
     EXACT = "exact"
     HNSW = "hnsw"
+    LEXICAL = "lexical"
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,13 @@ class WriteResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a query was carried out; `ef` is 0 where the graph was not used."""
+    """How a query was carried out; `ef` is 0 where the graph was not used, `lexical_count` how many hits words gave."""
 
     strategy: Strategy
     ef: int
     compared_count: int
     shortfall_reason: str = ""
+    lexical_count: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
+from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
+from emberpc.server.services.filters import check_indexed_fields, read_filter
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
 from emberpc.server.services.groups import Groups
 from emberpc.server.services.records import (
@@ -131,10 +133,14 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def DeleteRecords(
         self, request: pb.DeleteRecordsRequest, context: requests.Context
     ) -> pb.DeleteRecordsResponse:
-        """Delete records by id."""
-        if request.HasField("filter"):
-            raise requests.not_yet("filter")
+        """Delete records by id or by filter."""
+        condition = _filter(request)
         collection = await self._collection(request.collection)
+        if condition is not None:
+            if request.ids:
+                raise invalid("filter", "is set and so are ids; give one of the two")
+            result = await self._in_pool(lambda: collection.delete_matching(condition))
+            return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result))
         if not 1 <= len(request.ids) <= _MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
         result = await self._in_pool(lambda: collection.delete(request.ids))
@@ -142,13 +148,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
         """List records by id."""
-        if request.HasField("filter"):
-            raise requests.not_yet("filter")
+        condition = _filter(request)
         collection = await self._collection(request.collection)
         parts = Parts(request.parts)
         size = requests.page_size(request.page_size)
         records, token = await self._in_pool(
-            lambda: collection.page(size, request.page_token, with_vectors=parts.vector)
+            lambda: collection.page(size, request.page_token, with_vectors=parts.vector, condition=condition)
         )
         return pb.ListRecordsResponse(
             records=[record_message(record, parts) for record in records],
@@ -158,10 +163,9 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Count records."""
-        if request.HasField("filter"):
-            raise requests.not_yet("filter")
+        condition = _filter(request)
         collection = await self._collection(request.collection)
-        return pb.CountRecordsResponse(count=await self._in_pool(collection.count))
+        return pb.CountRecordsResponse(count=await self._in_pool(lambda: collection.count(condition)))
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> pb.SearchResponse:
         """Find the records nearest to each query."""
@@ -191,6 +195,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             check_dimensions(model, dimensions, "collection.dimensions")
             dimensions = dimensions or model.manifest.dimensions
             fingerprint = model.fingerprint
+        check_indexed_fields(message.indexed_fields, "collection.indexed_fields")
         defaults = CollectionSpec(name=message.name, dimensions=dimensions or 1)
         return CollectionSpec(
             name=message.name,
@@ -242,6 +247,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
     async def _in_pool(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountRecordsRequest) -> Filter | None:
+    return read_filter(request.filter) if request.HasField("filter") else None
 
 
 def _receipt(result: WriteResult) -> pb.WriteReceipt:

@@ -19,6 +19,7 @@ import numpy as np
 
 from emberpc.server.errors import ServiceError
 from emberpc.server.index import CollectionBackend, SearchOutcome
+from emberpc.server.index.filters import Filter
 from emberpc.server.services.forms import Matrix
 
 #: Queries of a group, unless one search alone has more, and the seconds that it may take.
@@ -41,16 +42,25 @@ class Search:
     exclude_ids: Sequence[str | None]
     ef: int = 0
     with_vectors: bool = False
+    conditions: Sequence[Filter | None] = ()
 
     @property
     def kind(self) -> Hashable:
-        """What searches that may be done together have in common; `ef` follows from the greatest `top_k`."""
-        return self.collection, max(self.top_k), self.ef, self.with_vectors
+        """What searches that may be done together have in common; `ef` follows from the greatest `top_k`.
+
+        The first search with a filter may take a thousand times as long as one without: those do not wait for it.
+        """
+        return self.collection, max(self.top_k), self.ef, self.with_vectors, any(self.conditions)
 
     def run(self) -> Outcomes:
         """Search."""
         return self.collection.search(
-            self.queries, self.top_k, ef=self.ef, exclude_ids=self.exclude_ids, with_vectors=self.with_vectors
+            self.queries,
+            self.top_k,
+            ef=self.ef,
+            exclude_ids=self.exclude_ids,
+            with_vectors=self.with_vectors,
+            conditions=self.conditions,
         )
 
 
@@ -154,6 +164,7 @@ def _outcomes(searches: Sequence[Search]) -> Sequence[Outcomes | ServiceError]:
         queries=np.vstack([search.queries for search in searches]),
         top_k=[k for search in searches for k in search.top_k],
         exclude_ids=[record_id for search in searches for record_id in search.exclude_ids],
+        conditions=[condition for search in searches for condition in search.conditions],
     )
     outcomes = _search_alone(together)
     if isinstance(outcomes, ServiceError):

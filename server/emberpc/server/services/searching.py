@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from emberpc.server.engine import Caller, Engine, Truncation
-from emberpc.server.errors import invalid, not_found
+from emberpc.server.errors import invalid, items_of, not_found
 from emberpc.server.index import MAX_TOP_K, CollectionBackend, SearchOutcome, Strategy
+from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
+from emberpc.server.services.filters import read_filter
 from emberpc.server.services.forms import Matrix, shape
 from emberpc.server.services.records import Parts, caller_vectors, fill_record, record_vectors
 from emberpc.server.services.search_groups import Search, SearchGroups
@@ -26,7 +29,10 @@ _MAX_HITS = 100_000
 _STRATEGIES = {
     Strategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
     Strategy.HNSW: pb.SEARCH_STRATEGY_HNSW,
+    Strategy.LEXICAL: pb.SEARCH_STRATEGY_LEXICAL,
 }
+_BY_WORDS = (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_HYBRID)
+_DENSE_WEIGHT = 0.5
 
 InPool = Callable[[Callable[[], Any]], Awaitable[Any]]
 
@@ -57,23 +63,41 @@ class Searcher:
         """
         _check(request)
         parts = Parts(request.parts)
+        conditions = _conditions(request)
         response = pb.SearchResponse(results=[pb.SearchResult() for _ in request.queries])
-        matrix = await self._query_vectors(request.queries, collection, caller, response)
-        start = perf_counter()
-        outcomes = await self._groups.search(
-            Search(
-                collection,
-                matrix,
-                [_top_k(request, query) for query in request.queries],
-                [query.record_id or None for query in request.queries],
-                request.ef,
-                parts.vector,
+        sizes = [_top_k(request, query) for query in request.queries]
+        texts = self._texts(request) if request.mode in _BY_WORDS else []
+        outcomes: list[SearchOutcome]
+        if request.mode == pb.SEARCH_MODE_LEXICAL:
+            start = perf_counter()
+            outcomes = await self._in_pool(
+                lambda: collection.search_words(texts, sizes, with_vectors=parts.vector, conditions=conditions)
             )
-        )
+        else:
+            matrix = await self._query_vectors(request.queries, collection, caller, response)
+            start = perf_counter()
+            if request.mode == pb.SEARCH_MODE_HYBRID:
+                weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
+                search_both = partial(collection.search_both, matrix, texts, sizes, dense_weight=weight, ef=request.ef)
+                outcomes = await self._in_pool(lambda: search_both(with_vectors=parts.vector, conditions=conditions))
+            else:
+                excluded = [query.record_id or None for query in request.queries]
+                search = Search(collection, matrix, sizes, excluded, request.ef, parts.vector, conditions)
+                outcomes = await self._groups.search(search)
         response.timings.lookup_seconds += perf_counter() - start
         for result, outcome in zip(response.results, outcomes, strict=True):
             _fill(result, outcome, parts)
         return response
+
+    def _texts(self, request: pb.SearchRequest) -> list[str]:
+        """Return the queries' texts, which a search by words needs."""
+        for i, query in enumerate(request.queries):
+            if query.WhichOneof("query") != "text":
+                mode = pb.SearchMode.Name(request.mode).removeprefix("SEARCH_MODE_")
+                raise invalid(f"queries[{i}]", f"has no text, which {mode} search goes by; set text, or search DENSE")
+        texts = [query.text for query in request.queries]
+        self._limits.check_texts(texts, items_of("queries", "text"))
+        return texts
 
     async def _query_vectors(
         self,
@@ -160,25 +184,35 @@ def _check(request: pb.SearchRequest) -> None:
         raise invalid("queries", f"ask for {total} hits in all; a call gives at most {_MAX_HITS}, split it")
     if request.ef < 0:
         raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
-    _refuse_what_is_to_come(request)
+    _check_mode(request)
+    if request.min_recall:
+        raise requests.not_yet("min_recall")
 
 
 def _top_k(request: pb.SearchRequest, query: pb.SearchQuery) -> int:
     return query.top_k or request.top_k or _DEFAULT_TOP_K
 
 
-def _refuse_what_is_to_come(request: pb.SearchRequest) -> None:
-    """Raise UNIMPLEMENTED for the fields whose work this version does not do."""
-    asked = {
-        "mode": request.mode not in (pb.SEARCH_MODE_UNSPECIFIED, pb.SEARCH_MODE_DENSE),
-        "filter": request.HasField("filter"),
-        "min_recall": bool(request.min_recall),
-        "dense_weight": request.HasField("dense_weight"),
-        **{f"queries[{i}].filter": query.HasField("filter") for i, query in enumerate(request.queries)},
-    }
-    for field, is_asked in asked.items():
-        if is_asked:
-            raise requests.not_yet(field)
+def _conditions(request: pb.SearchRequest) -> list[Filter | None]:
+    """Read what the hits of each query must meet: its own filter, or the request's."""
+    common = read_filter(request.filter) if request.HasField("filter") else None
+    return [
+        read_filter(query.filter, f"queries[{i}].filter") if query.HasField("filter") else common
+        for i, query in enumerate(request.queries)
+    ]
+
+
+def _check_mode(request: pb.SearchRequest) -> None:
+    """Raise INVALID_ARGUMENT for a mode that there is not, or for what does not go with it."""
+    if request.mode not in (pb.SEARCH_MODE_UNSPECIFIED, pb.SEARCH_MODE_DENSE, *_BY_WORDS):
+        raise invalid("mode", f"is {request.mode}, which is no SearchMode; use DENSE, LEXICAL or HYBRID")
+    if request.HasField("dense_weight"):
+        if request.mode != pb.SEARCH_MODE_HYBRID:
+            raise invalid("dense_weight", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+        if not 0 <= request.dense_weight <= 1:
+            raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
+    if request.ef and request.mode == pb.SEARCH_MODE_LEXICAL:
+        raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
 
 
 def _fill(result: pb.SearchResult, outcome: SearchOutcome, parts: Parts) -> None:
@@ -194,5 +228,6 @@ def _fill(result: pb.SearchResult, outcome: SearchOutcome, parts: Parts) -> None
             ef=outcome.plan.ef,
             compared_count=outcome.plan.compared_count,
             shortfall_reason=outcome.plan.shortfall_reason,
+            lexical_count=outcome.plan.lexical_count,
         )
     )

@@ -1,0 +1,270 @@
+"""Filters as text: `lang = "en" and year >= 2020`.
+
+    field = value    also !=, <, <=, >, >=; <> is !=
+    field in ("en", "de")    also `not in`
+    field starts with "ab"    or field ^= "ab"
+    field exists
+    not …    … and …    … or …    ( … )    `not` binds closest, then `and`
+
+A value is a text in double or single quotes, a number, true, false or null. In
+quotes, a backslash goes before a quote or a backslash; \\n, \\r and \\t are what
+they are in Python. A field is a key, nested ones joined by dots; a key that is
+not just letters, digits, `_` and `-`, or is one of the words above, goes in
+quotes: `author."full name" = "X"`. Words are the same in capitals.
+
+What a condition means is in filter.proto: a field that is missing or of another
+type meets none but `!=` and `not`, and a list meets one if an item does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from emberpc.client import _checks
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.v1 import filter_pb2 as pb
+
+#: A filter as text or as the API's message.
+Where: TypeAlias = "str | pb.Filter"
+
+#: The server's bound.
+_MAX_DEPTH = 32
+#: From here on, not every whole number is a double.
+_MAX_WHOLE = 2**53
+_TOKEN = re.compile(
+    r"""
+    (?P<space>\s+)
+    | (?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+    | (?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
+    | (?P<word>[^\W\d][\w-]*)
+    | (?P<sign>==|!=|<>|<=|>=|\^=|[=<>(),.])
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_OPERATORS = {
+    "=": pb.COMPARISON_OPERATOR_EQUAL,
+    "==": pb.COMPARISON_OPERATOR_EQUAL,
+    "!=": pb.COMPARISON_OPERATOR_NOT_EQUAL,
+    "<>": pb.COMPARISON_OPERATOR_NOT_EQUAL,
+    "<": pb.COMPARISON_OPERATOR_LESS,
+    "<=": pb.COMPARISON_OPERATOR_LESS_OR_EQUAL,
+    ">": pb.COMPARISON_OPERATOR_GREATER,
+    ">=": pb.COMPARISON_OPERATOR_GREATER_OR_EQUAL,
+}
+_WORD_VALUES: dict[str, dict[str, Any]] = {
+    "true": {"bool_value": True},
+    "false": {"bool_value": False},
+    "null": {"null_value": True},
+}
+_KEYWORDS = frozenset({"and", "or", "not", "in", "exists", "starts", "with", *_WORD_VALUES})
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "'": "'", "\\": "\\"}
+
+
+def parse_filter(text: str, name: str = "where") -> pb.Filter:
+    """Read a filter.
+
+    Args:
+        text: the filter, as described above.
+        name: what messages call it.
+
+    Raises:
+        InputError: it cannot be read; the message tells the column, what was expected there, and what was found.
+        InputTypeError: it is not a str.
+    """
+    return _Parser(_checks.text(text, name), name).parse()
+
+
+def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
+    """Return the message of a filter that may be text; None if there is none.
+
+    Raises:
+        InputError: it is text that cannot be read.
+        InputTypeError: it is of another type.
+    """
+    if where is None or isinstance(where, pb.Filter):
+        return where
+    if not isinstance(where, str):
+        raise InputTypeError(f"{name} is of type {type(where).__name__}; it must be a str or a Filter")
+    return parse_filter(where, name)
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A piece of the text: `text`, `number`, `word`, `keyword`, `sign` or `end`, and at which character it starts."""
+
+    kind: str
+    source: str
+    start: int
+
+    def __str__(self) -> str:
+        return "the end" if self.kind == "end" else self.source
+
+    def has(self, *sources: str) -> bool:
+        """Return whether it is one of those keywords or signs."""
+        return self.kind in ("keyword", "sign") and self.source.lower() in sources
+
+
+class _Parser:
+    """Reads one filter, token by token."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self._name = name
+        self._tokens = self._split(text)
+        self._next = 0
+
+    def parse(self) -> pb.Filter:
+        """Read the whole."""
+        found = self._any(1)
+        if self._peek().kind != "end":
+            raise self._expected("'and', 'or' or the end")
+        return found
+
+    def _split(self, text: str) -> list[_Token]:
+        tokens, place = [], 0
+        while place < len(text):
+            match = _TOKEN.match(text, place)
+            if match is None or match.lastgroup is None:
+                if text[place] in "\"'":
+                    raise self._error(place, f"the text that starts here has no closing {text[place]}")
+                raise self._error(place, f"{text[place]!r} has no meaning here; texts and unusual keys go in quotes")
+            kind, source = match.lastgroup, match[0]
+            if kind == "word" and source.lower() in _KEYWORDS:
+                kind = "keyword"
+            if kind != "space":
+                tokens.append(_Token(kind, source, place))
+            place = match.end()
+        return [*tokens, _Token("end", "", len(text))]
+
+    def _any(self, depth: int) -> pb.Filter:
+        found = [self._all(depth)]
+        while self._take("or"):
+            found.append(self._all(depth))
+        return found[0] if len(found) == 1 else pb.Filter(any=pb.FilterList(filters=found))
+
+    def _all(self, depth: int) -> pb.Filter:
+        found = [self._one(depth)]
+        while self._take("and"):
+            found.append(self._one(depth))
+        return found[0] if len(found) == 1 else pb.Filter(all=pb.FilterList(filters=found))
+
+    def _one(self, depth: int) -> pb.Filter:
+        if depth > _MAX_DEPTH:
+            raise self._error(self._peek().start, f"it is nested more than {_MAX_DEPTH} levels deep; make it flatter")
+        if self._take("not"):
+            return _not(self._one(depth + 1))
+        if self._take("("):
+            found = self._any(depth + 1)
+            self._need(")", "'and', 'or' or ')'")
+            return found
+        return self._condition()
+
+    def _condition(self) -> pb.Filter:
+        field = self._field()
+        token = self._peek()
+        if token.has(*_OPERATORS):
+            self._next += 1
+            operator = _OPERATORS[token.source]
+            return pb.Filter(comparison=pb.Comparison(field=field, operator=operator, value=self._value()))
+        if self._take("exists"):
+            return pb.Filter(existence=pb.Existence(field=field))
+        if self._take("^="):
+            return self._prefix(field)
+        if self._take("starts"):
+            self._need("with", "'with'")
+            return self._prefix(field)
+        if self._take("not"):
+            self._need("in", "'in'")
+            return _not(self._membership(field))
+        if self._take("in"):
+            return self._membership(field)
+        raise self._expected("=, !=, <, <=, >, >=, in, not in, starts with or exists")
+
+    def _field(self) -> str:
+        keys = [self._key()]
+        while self._take("."):
+            keys.append(self._key())
+        return ".".join(key.replace("\\", "\\\\").replace(".", "\\.") for key in keys)
+
+    def _key(self) -> str:
+        token = self._peek()
+        if token.kind not in ("word", "text"):
+            raise self._expected("a field; a key that is a word of filters, or holds more than letters, goes in quotes")
+        self._next += 1
+        return self._unquoted(token) if token.kind == "text" else token.source
+
+    def _membership(self, field: str) -> pb.Filter:
+        self._need("(", "'('")
+        values = [self._value()]
+        while self._take(","):
+            values.append(self._value())
+        self._need(")", "',' or ')'")
+        return pb.Filter(membership=pb.Membership(field=field, values=values))
+
+    def _prefix(self, field: str) -> pb.Filter:
+        token = self._peek()
+        if token.kind != "text":
+            raise self._expected('a text in quotes, such as "ab"')
+        self._next += 1
+        prefix = self._unquoted(token)
+        if not prefix:
+            raise self._error(token.start, "the start is empty; use `exists` for any value")
+        return pb.Filter(prefix=pb.Prefix(field=field, prefix=prefix))
+
+    def _value(self) -> pb.FilterValue:
+        token = self._peek()
+        if token.kind == "text":
+            value = pb.FilterValue(string_value=self._unquoted(token))
+        elif token.kind == "number":
+            value = pb.FilterValue(number_value=self._number(token))
+        elif token.has(*_WORD_VALUES):
+            value = pb.FilterValue(**_WORD_VALUES[token.source.lower()])
+        else:
+            raise self._expected('a value: a text in quotes such as "en", a number, true, false or null')
+        self._next += 1
+        return value
+
+    def _number(self, token: _Token) -> float:
+        number = float(token.source)
+        if not math.isfinite(number):
+            raise self._error(token.start, f"{token.source} is too large for a number of metadata")
+        if token.source.lstrip("+-").isdigit() and abs(number) >= _MAX_WHOLE:
+            raise self._error(token.start, f"{token.source} is not below 2**53, so it may not stay exact; use a text")
+        return number
+
+    def _unquoted(self, token: _Token) -> str:
+        def unescape(match: re.Match[str]) -> str:
+            if match[1] not in _ESCAPES:
+                place = token.start + 1 + match.start()
+                raise self._error(place, f"there is no \\{match[1]}; write \\\\ for a backslash")
+            return _ESCAPES[match[1]]
+
+        return re.sub(r"\\(.)", unescape, token.source[1:-1], flags=re.DOTALL)
+
+    def _peek(self) -> _Token:
+        return self._tokens[self._next]
+
+    def _take(self, source: str) -> bool:
+        found = self._peek().has(source)
+        self._next += found
+        return found
+
+    def _need(self, source: str, expected: str) -> None:
+        if not self._take(source):
+            raise self._expected(expected)
+
+    def _expected(self, what: str) -> InputError:
+        token = self._peek()
+        return self._error(token.start, f"expected {what}; found {token}")
+
+    def _error(self, place: int, what: str) -> InputError:
+        return InputError(f"{self._name}, column {place + 1}: {what}")
+
+
+def _not(condition: pb.Filter) -> pb.Filter:
+    # `not` is a word of Python.
+    negated = pb.Filter()
+    getattr(negated, "not").CopyFrom(condition)
+    return negated

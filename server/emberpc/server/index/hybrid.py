@@ -1,0 +1,166 @@
+"""Search by words in common, alone or beside the likeness of vectors."""
+
+from __future__ import annotations
+
+import re
+import threading
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from emberpc.server.index.filter_sql import EVERYTHING, Clause
+from emberpc.server.index.searching import Request, Searcher
+from emberpc.server.index.store import Store
+from emberpc.server.index.types import Plan, SearchOutcome, StoredRecord, Strategy
+
+_WORD = re.compile(r"[^\W_]+")
+#: Words of a query that count; each is looked up.
+_MAX_WORDS = 256
+#: Hits of each kind that are fused: so many, or so many times top_k.
+_MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
+#: A word of more than this share of the texts counts next to nothing in BM25, and takes most of the time.
+_COMMON = 0.5
+#: Records from which on that time is worth saving.
+_LARGE = 1000
+
+Hits = Sequence[tuple[StoredRecord, float]]
+
+
+@dataclass(frozen=True)
+class WordsRequest:
+    """Texts to look for, and for each how many hits and what they must meet."""
+
+    texts: Sequence[str]
+    top_k: Sequence[int]
+    conditions: Sequence[Clause | None]
+    with_vectors: bool
+
+
+class HybridSearcher:
+    """Answers requests by words, or by words and vectors.
+
+    Args:
+        store: has the words.
+        searcher: searches by vectors.
+        write_lock: held by every write.
+    """
+
+    def __init__(self, store: Store, searcher: Searcher, write_lock: threading.Lock) -> None:
+        self._store = store
+        self._searcher = searcher
+        self._write_lock = write_lock
+
+    def by_words(self, request: WordsRequest) -> list[SearchOutcome]:
+        """Find the records that have the words of each text, by BM25; all as of one moment."""
+        with self._store.snapshot():
+            return [
+                self._by_words(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
+                for text, k, condition in zip(request.texts, request.top_k, request.conditions, strict=True)
+            ]
+
+    def by_both(
+        self, request: Request, texts: Sequence[str], top_k: Sequence[int], dense_weight: float
+    ) -> list[SearchOutcome]:
+        """Find records by vectors and by words, and fuse the two rankings.
+
+        Args:
+            request: the queries' vectors; it asks for `fused_from(top_k)` hits, and leaves nothing out.
+            texts: the text of each query.
+            top_k: most hits of each.
+            dense_weight: weight of the ranking by vectors, 0 to 1.
+        """
+        sequence = self._store.sequence()
+        outcomes = self._by_both(request, texts, top_k, dense_weight)
+        if self._store.sequence() != sequence:
+            # A write came between the two, which must be of the same records.
+            with self._write_lock:
+                outcomes = self._by_both(request, texts, top_k, dense_weight, settled=True)
+        return outcomes
+
+    def _by_both(
+        self,
+        request: Request,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        dense_weight: float,
+        *,
+        settled: bool = False,
+    ) -> list[SearchOutcome]:
+        dense = self._searcher.search(request, settled=settled)
+        words = self.by_words(WordsRequest(texts, request.top_k, request.conditions, request.with_vectors))
+        return [
+            SearchOutcome(
+                fused(by_vector.hits, by_words.hits, dense_weight, all_lexical=len(by_words.hits) < depth)[:k],
+                replace(
+                    by_vector.plan,
+                    lexical_count=len(by_words.hits),
+                    # There are as many hits as by vectors alone, at least.
+                    shortfall_reason=by_vector.plan.shortfall_reason if len(by_vector.hits) < k else "",
+                ),
+            )
+            for by_vector, by_words, depth, k in zip(dense, words, request.top_k, top_k, strict=True)
+        ]
+
+    def _by_words(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
+        words = self._telling(words_of(text))
+        found = self._store.with_words(expression(words), k, condition) if words else []
+        records = self._store.by_label([label for label, _ in found], with_vectors=with_vectors)
+        count = len(found)
+        reason = ""
+        if count < k:
+            what = f"{count} record{'' if count == 1 else 's'} ha{'s' if count == 1 else 've'} a word of the query"
+            reason = what if condition is EVERYTHING else f"{what} and match{'es' if count == 1 else ''} the filter"
+        return SearchOutcome(
+            [(records[label], score) for label, score in found], Plan(Strategy.LEXICAL, 0, 0, reason, count)
+        )
+
+    def _telling(self, words: list[str]) -> list[str]:
+        """Leave out what most texts of a large collection have, unless no other word is found."""
+        total = self._store.count()
+        if total < _LARGE:
+            return words
+        counts = {word: self._store.count_with_words(expression([word])) for word in words}
+        return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or words
+
+
+def fused_from(top_k: Sequence[int]) -> list[int]:
+    """Return of how many hits of each kind so many are fused."""
+    return [max(_MIN_DEPTH, _DEPTH_PER_HIT * k) for k in top_k]
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, each once, and no more than are looked up."""
+    return [*dict.fromkeys(_WORD.findall(unicodedata.normalize("NFC", text).casefold()))][:_MAX_WORDS]
+
+
+def expression(words: Sequence[str]) -> str:
+    """Return the FTS5 query for texts that have any of some words."""
+    # In quotes nothing is an operator.
+    return " OR ".join(f'"{word}"' for word in words)
+
+
+def fused(dense: Hits, lexical: Hits, dense_weight: float, *, all_lexical: bool) -> list[tuple[StoredRecord, float]]:
+    """Fuse two lists of hits, best first, by their scores, scaled to 0 for the least and 1 for the best.
+
+    Measured on SciFact's training queries: nDCG@10 of 0.745, where reciprocal ranks give 0.730 at best.
+
+    Args:
+        dense: hits by vectors.
+        lexical: hits by words.
+        dense_weight: weight of `dense`, 0 to 1.
+        all_lexical: no other record has a word of the query, so that the least score is that of no words, 0.
+
+    Returns:
+        The hits of both, best first, with the weighted sums of their scores.
+    """
+    records: dict[str, StoredRecord] = {}
+    scores: dict[str, float] = {}
+    for hits, weight, least in ((dense, dense_weight, None), (lexical, 1 - dense_weight, 0.0 if all_lexical else None)):
+        if not hits:
+            continue
+        best, low = hits[0][1], hits[-1][1] if least is None else least
+        for record, score in hits:
+            scaled = (score - low) / (best - low) if best > low else 1.0
+            records[record.id] = record
+            scores[record.id] = scores.get(record.id, 0.0) + weight * scaled
+    return [(records[key], score) for key, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]

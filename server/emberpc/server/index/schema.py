@@ -1,0 +1,71 @@
+"""The tables of a collection's database, and the steps from older ones to these.
+
+`PRAGMA user_version` is the number of steps done. A step is never changed once it was released.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.database import transaction
+
+# The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
+# so the graph's content follows from the set of labels alone.
+_FIRST = """
+BEGIN;
+CREATE TABLE records (
+    label INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    text TEXT NOT NULL,
+    metadata TEXT NOT NULL,
+    class_label TEXT NOT NULL,
+    vector BLOB NOT NULL,
+    revision INTEGER NOT NULL,
+    created REAL NOT NULL,
+    updated REAL NOT NULL
+);
+CREATE TABLE state (one INTEGER PRIMARY KEY CHECK (one = 1), sequence INTEGER NOT NULL);
+INSERT INTO state VALUES (1, 0);
+COMMIT;
+"""
+
+# The words of the texts. Triggers keep them in the very transaction that writes the records; a record is only ever
+# inserted or deleted. Texts themselves are read from `records`.
+_WORDS = (
+    "CREATE VIRTUAL TABLE words USING fts5(text, content='records', content_rowid='label', "
+    "tokenize='porter unicode61')",
+    "CREATE TRIGGER words_of_new AFTER INSERT ON records WHEN new.text <> '' "
+    "BEGIN INSERT INTO words (rowid, text) VALUES (new.label, new.text); END",
+    "CREATE TRIGGER words_of_old AFTER DELETE ON records WHEN old.text <> '' "
+    "BEGIN INSERT INTO words (words, rowid, text) VALUES ('delete', old.label, old.text); END",
+    "INSERT INTO words (rowid, text) SELECT label, text FROM records WHERE text <> ''",
+)
+
+#: What each step does, statement by statement; a new database goes through all of them too.
+STEPS: tuple[tuple[str, ...], ...] = (_WORDS,)
+
+
+def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
+    """Make the tables, or bring those of an older version up to this one's; each step as a whole.
+
+    Args:
+        connection: the database.
+        what: whose it is, for messages.
+        create: it is empty.
+
+    Raises:
+        ServiceError: INTERNAL if a newer version wrote it.
+        sqlite3.Error: it failed.
+    """
+    if create:
+        connection.executescript(_FIRST)
+    done = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if done > len(STEPS):
+        message = f"{what} was written by a newer version of emberpc; serve it with that, or restore a backup"
+        raise ServiceError(Code.INTERNAL, message, reason="NEWER_FORMAT")
+    for number, statements in enumerate(STEPS[done:], done + 1):
+        with transaction(connection):
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")

@@ -1,0 +1,123 @@
+"""Which records meet a condition: asked of the store once, and kept up to date through the writes that follow."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from emberpc.server.index.filter_sql import Clause
+from emberpc.server.index.metric import prepare
+from emberpc.server.index.store import Store
+from emberpc.server.index.types import CollectionSpec, Labels, Matrix
+
+#: Bytes of labels and vectors that are kept. A look through 100,000 records takes 0.1 s, one at what is kept 20 µs.
+_MAX_BYTES = 64 * 2**20
+#: Writes that what is kept can be brought past.
+_MAX_WRITES = 1000
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The labels that meet a condition as of a write, int64 (n,), ascending; their prepared vectors if asked for.
+
+    `newest` is the greatest label that any record had by then.
+    """
+
+    sequence: int
+    newest: int
+    labels: Labels
+    vectors: Matrix | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes."""
+        return self.labels.nbytes + (0 if self.vectors is None else self.vectors.nbytes)
+
+
+class Selector:
+    """Finds what meets a condition. Safe to use from several threads.
+
+    Labels are never used again and only grow, so what a write added has greater
+    labels than all before, and what it removed is all else that changed.
+
+    Args:
+        store: the truth.
+        spec: the collection's.
+    """
+
+    def __init__(self, store: Store, spec: CollectionSpec) -> None:
+        self._store = store
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Clause, Selection] = OrderedDict()
+        self._bytes = 0
+        #: What each of the last writes removed, by its number.
+        self._removed: OrderedDict[int, Labels] = OrderedDict()
+        self._applied = store.sequence()
+
+    @property
+    def applied(self) -> int:
+        """Number of the last write that was noted."""
+        return self._applied
+
+    def note(self, sequence: int, removed: Iterable[int]) -> None:
+        """Take over what a write removed, once memory has it too; writes must come in the store's order."""
+        labels = np.fromiter(removed, dtype=np.int64)
+        with self._lock:
+            if sequence == self._applied:  # of a delete that found nothing: it is no write
+                return
+            self._removed[sequence] = labels
+            if len(self._removed) > _MAX_WRITES:
+                self._removed.popitem(last=False)
+            self._applied = sequence
+
+    def select(self, condition: Clause, vectors_up_to: int) -> Selection:
+        """Return what meets a condition, and its vectors if those are no more than that, nor too many to be kept."""
+        vectors_up_to = min(vectors_up_to, _MAX_BYTES // 4 // (4 * self._spec.dimensions))
+        with self._lock:
+            kept = self._kept.get(condition)
+            if kept:
+                self._kept.move_to_end(condition)
+        with self._store.snapshot():
+            sequence = self._store.sequence()
+            selection = self._brought_up(kept, condition, sequence) if kept else None
+            if selection is None:
+                selection = Selection(sequence, self._store.newest_label(), self._store.matching(condition))
+            if selection.vectors is None and len(selection.labels) <= vectors_up_to:
+                selection = replace(selection, vectors=self._read(selection.labels))
+        if selection is not kept:
+            self._keep(condition, selection)
+        return selection
+
+    def _brought_up(self, kept: Selection, condition: Clause, sequence: int) -> Selection | None:
+        """Return what was kept as of a later write; None if that cannot be known without asking for all anew."""
+        if kept.sequence == sequence:
+            return kept
+        with self._lock:
+            missed = [self._removed.get(number) for number in range(kept.sequence + 1, sequence + 1)[: _MAX_WRITES + 1]]
+        gone = [labels for labels in missed if labels is not None]
+        if len(gone) < len(missed):
+            return None
+        stay = ~np.isin(kept.labels, np.concatenate(gone)) if gone else np.ones(len(kept.labels), dtype=bool)
+        new = self._store.matching(condition, after=kept.newest)
+        labels = np.concatenate([kept.labels[stay], new])
+        vectors = None if kept.vectors is None else np.concatenate([kept.vectors[stay], self._read(new)])
+        return Selection(sequence, self._store.newest_label(), labels, vectors)
+
+    def _read(self, labels: Labels) -> Matrix:
+        if not len(labels):
+            return np.empty((0, self._spec.dimensions), dtype=np.float32)
+        _, vectors = self._store.vectors(labels.tolist())
+        return prepare(vectors, self._spec.distance)
+
+    def _keep(self, condition: Clause, selection: Selection) -> None:
+        with self._lock:
+            before = self._kept.pop(condition, None)
+            self._bytes += selection.size - (before.size if before else 0)
+            self._kept[condition] = selection
+            while self._bytes > _MAX_BYTES:
+                self._bytes -= self._kept.popitem(last=False)[1].size

@@ -1,0 +1,212 @@
+"""Filters: what they mean, and that SQL means the same."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emberpc.server.index.filter_sql import can_be_indexed, compile_filter, index_statement
+from emberpc.server.index.filters import (
+    AllOf,
+    AnyOf,
+    Comparison,
+    Existence,
+    Filter,
+    Membership,
+    Not,
+    Operator,
+    Prefix,
+    keys,
+    matches,
+)
+
+KEYS = ["a", "b", "a.b", 'q"uote', "it's", "br[0]", "back\\slash", "ключ", "", "$", "new\nline", "7"]
+#: No NUL, at which SQLite ends a string; the service refuses it in filters.
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3) | st.sampled_from(
+    ["en", "enough", "e\U0010ffff", "\ud7ff", "\ue000", "1", "true", "null"]
+)
+NUMBERS = st.integers(-3, 3) | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.1, 1e300, -0.0])
+SCALARS = TEXTS | NUMBERS | st.booleans() | st.none()
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=6,
+)
+METADATA = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5)
+
+
+def field(*path: str) -> str:
+    return ".".join(key.replace("\\", "\\\\").replace(".", "\\.") for key in path)
+
+
+FIELDS = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3).map(lambda path: field(*path))
+
+
+@st.composite
+def comparisons(draw: st.DrawFn) -> Comparison:
+    operator = draw(st.sampled_from(list(Operator)))
+    ordered = operator not in (Operator.EQUAL, Operator.NOT_EQUAL)
+    return Comparison(draw(FIELDS), operator, draw(TEXTS | NUMBERS if ordered else SCALARS))
+
+
+CONDITIONS: st.SearchStrategy[Filter] = st.recursive(
+    comparisons()
+    | st.builds(Membership, FIELDS, st.lists(SCALARS, min_size=1, max_size=4).map(tuple))
+    | st.builds(Prefix, FIELDS, TEXTS.filter(bool))
+    | st.builds(Existence, FIELDS),
+    lambda inner: (
+        st.builds(AllOf, st.lists(inner, min_size=1, max_size=3).map(tuple))
+        | st.builds(lambda one, two: AllOf((one, replace(two, field=one.field))), comparisons(), comparisons())
+        | st.builds(AnyOf, st.lists(inner, min_size=1, max_size=3).map(tuple))
+        | st.builds(Not, inner)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[sqlite3.Connection]:
+    """A table as the store's, with an index on each field that can have one."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute("CREATE TABLE records (label INTEGER PRIMARY KEY, metadata TEXT NOT NULL, vector BLOB)")
+    for key in ("a", "it's", "br[0]"):
+        connection.execute(index_statement(field(key)))
+    yield connection
+    connection.close()
+
+
+def matching(database: sqlite3.Connection, condition: Filter) -> list[int]:
+    clause = compile_filter(condition)
+    statement = f"SELECT label FROM records WHERE {clause.sql} ORDER BY label"
+    return [row[0] for row in database.execute(statement, clause.parameters)]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(documents=st.lists(METADATA, max_size=4), conditions=st.lists(CONDITIONS, min_size=1, max_size=4))
+def test_sql_finds_what_matches(
+    database: sqlite3.Connection, documents: list[dict[str, Any]], conditions: list[Filter]
+) -> None:
+    database.execute("DELETE FROM records")
+    database.executemany(
+        "INSERT INTO records (label, metadata) VALUES (?, ?)",
+        [(i, json.dumps(document, ensure_ascii=False)) for i, document in enumerate(documents)],
+    )
+    for condition in conditions:
+        expected = [i for i, document in enumerate(documents) if matches(condition, document)]
+        assert matching(database, condition) == expected, compile_filter(condition)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(documents=st.lists(METADATA, min_size=1, max_size=4), data=st.data())
+def test_sql_finds_values_that_are_there(
+    database: sqlite3.Connection, documents: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    """Random values hardly ever meet; these conditions ask for what the metadata holds."""
+    database.execute("DELETE FROM records")
+    database.executemany(
+        "INSERT INTO records (label, metadata) VALUES (?, ?)",
+        [(i, json.dumps(document, ensure_ascii=False)) for i, document in enumerate(documents)],
+    )
+    found = [*leaves({"": documents[0]})]
+    if not found:
+        return
+    path, value = data.draw(st.sampled_from(found))
+    name = field(*path[1:])
+    conditions: list[Filter] = [
+        *(Comparison(name, operator, value) for operator in Operator if ordered(operator, value)),
+        Membership(name, (value, "other")),
+        *([Prefix(name, value[:1])] if isinstance(value, str) and value else []),
+    ]
+    for condition in conditions:
+        expected = [i for i, document in enumerate(documents) if matches(condition, document)]
+        assert matching(database, condition) == expected, condition
+    assert 0 in matching(database, Comparison(name, Operator.EQUAL, value))
+
+
+def ordered(operator: Operator, value: object) -> bool:
+    return operator in (Operator.EQUAL, Operator.NOT_EQUAL) or (value is not None and not isinstance(value, bool))
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        yield from ((path, item) for item in value if not isinstance(item, (dict, list)))
+    elif len(path) > 1:
+        yield path, value
+
+
+@pytest.mark.parametrize(
+    ("condition", "found"),
+    [
+        (Comparison("lang", Operator.EQUAL, "en"), {"english", "both"}),
+        (Comparison("lang", Operator.NOT_EQUAL, "en"), {"old", "empty", "nested"}),
+        (Comparison("year", Operator.GREATER_OR_EQUAL, 2020), {"english"}),
+        (Comparison("year", Operator.LESS, "3"), {"both"}),
+        (AllOf((Comparison("lang", Operator.EQUAL, "en"), Comparison("lang", Operator.EQUAL, "de"))), {"both"}),
+        (AllOf((Comparison("year", Operator.GREATER, 2019), Comparison("year", Operator.LESS, 2021))), {"english"}),
+        (Comparison("year", Operator.EQUAL, None), {"old"}),
+        (Comparison("year", Operator.EQUAL, True), set()),
+        (Existence("year"), {"english", "both", "old"}),
+        (Prefix("lang", "d"), {"both", "old"}),
+        (Membership("lang", ("de", None)), {"both", "old"}),
+        (Comparison("a.b", Operator.EQUAL, True), {"nested"}),
+        (Comparison("a.b", Operator.EQUAL, 1), set()),
+        (Not(Existence("lang")), {"empty", "nested"}),
+        (AnyOf((Existence("a.b"), Existence("a\\.b"))), {"nested", "empty"}),
+    ],
+)
+def test_what_filters_mean(database: sqlite3.Connection, condition: Filter, found: set[str]) -> None:
+    documents: dict[str, dict[str, Any]] = {
+        "english": {"lang": "en", "year": 2020},
+        "both": {"lang": ["en", "de"], "year": "2020"},
+        "old": {"lang": "de", "year": None},
+        "empty": {"a.b": 1},
+        "nested": {"a": {"b": True}},
+    }
+    assert {name for name, document in documents.items() if matches(condition, document)} == found
+    database.execute("DELETE FROM records")
+    database.executemany(
+        "INSERT INTO records (label, metadata) VALUES (?, ?)",
+        [(i, json.dumps(document)) for i, document in enumerate(documents.values())],
+    )
+    assert {list(documents)[label] for label in matching(database, condition)} == found
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        Comparison("a", Operator.EQUAL, "x"),
+        Comparison("a", Operator.EQUAL, 1.5),
+        Comparison("it's", Operator.EQUAL, True),
+        Comparison("br[0]", Operator.GREATER, "x"),
+        Membership("a", ("x", 3.0, None)),
+        Prefix("a", "x"),
+        AllOf((Comparison("a", Operator.GREATER, 1.0), Not(Existence("b")), Comparison("a", Operator.LESS, 3.0))),
+        AllOf((Comparison("a", Operator.EQUAL, "x"), Comparison("b", Operator.LESS, 3.0))),
+    ],
+)
+def test_indexed_fields_are_looked_up(database: sqlite3.Connection, condition: Filter) -> None:
+    clause = compile_filter(condition)
+    plan = database.execute(f"EXPLAIN QUERY PLAN SELECT label FROM records WHERE {clause.sql}", clause.parameters)
+    details = [row[3] for row in plan]
+    assert any("USING INDEX metadata_" in detail for detail in details), details
+    assert not any(detail.startswith("SCAN records") for detail in details), details
+
+
+def test_fields_name_keys() -> None:
+    assert keys("a") == ("a",)
+    assert keys("a.b") == ("a", "b")
+    assert keys("a\\.b.c\\\\") == ("a.b", "c\\")
+    assert keys("a.") == ("a", "")
+    assert can_be_indexed("a\\.b.c")
+    assert not can_be_indexed('a"b')
+    assert not can_be_indexed("a\\")

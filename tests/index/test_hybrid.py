@@ -1,0 +1,146 @@
+"""Search by words, alone and beside vectors: any text is a query, and what is written is found at once."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy, hybrid
+from emberpc.server.index.filters import Comparison, Filter, Operator
+from emberpc.server.index.hybrid import fused
+from index.support import gaussian, refused
+
+TEXTS = {
+    "whale": "A captain hunts a white whale across the oceans",
+    "ring": "A small folk carries a ring to a volcano",
+    "bees": "How to keep bees and harvest honey",
+    "honey": "Honey, honey, honey: recipes with HONEY",
+    "empty": "",
+}
+
+
+@pytest.fixture
+def books(collection: Collection) -> Collection:
+    new = [NewRecord(key, text, {"long": len(text) > 36}) for key, text in TEXTS.items()]
+    collection.upsert(new, gaussian(len(new), 16))
+    return collection
+
+
+def words(collection: Collection, text: str, k: int = 10, conditions: Sequence[Filter] = ()) -> list[str]:
+    (outcome,) = collection.search_words([text], [k], conditions=conditions)
+    assert [score for _, score in outcome.hits] == sorted((score for _, score in outcome.hits), reverse=True)
+    return [record.id for record, _ in outcome.hits]
+
+
+def test_words_are_found_however_they_are_written(books: Collection) -> None:
+    assert words(books, "HONEY") == ["honey", "bees"]
+    assert words(books, "hunting whales") == ["whale"]
+    assert set(words(books, "ring, or whale?")) == {"ring", "whale"}
+    assert words(books, "honey", 1) == ["honey"]
+    assert words(books, "zebra") == []
+
+
+def test_the_plan_tells_that_words_were_looked_up(books: Collection) -> None:
+    one, none = books.search_words(["volcano", "…"], [3, 3])
+    assert (one.plan.strategy, one.plan.ef, one.plan.compared_count) == (Strategy.LEXICAL, 0, 0)
+    assert one.plan.shortfall_reason == "1 record has a word of the query"
+    assert one.plan.lexical_count == 1
+    assert none.plan.shortfall_reason == "0 records have a word of the query"
+
+
+def test_filters_apply_to_words_and_to_both(books: Collection) -> None:
+    long = Comparison("long", Operator.EQUAL, True)
+    assert set(words(books, "honey whale", conditions=[long])) == {"whale", "honey"}
+    (outcome,) = books.search_both(gaussian(1, 16), ["honey"], [10], dense_weight=0.5, conditions=[long])
+    assert {record.id for record, _ in outcome.hits} == {"whale", "ring", "honey"}
+    assert outcome.plan.shortfall_reason == "3 records match the filter"
+
+
+def test_words_follow_every_write(books: Collection) -> None:
+    books.upsert([NewRecord("bees", "Wax")], gaussian(1, 16))
+    assert words(books, "honey") == ["honey"]
+    assert words(books, "wax") == ["bees"]
+    books.delete(["honey", "empty"])
+    assert words(books, "honey") == []
+    books.delete_matching(Comparison("long", Operator.EQUAL, True))
+    assert words(books, "whale ring wax") == ["bees"]
+
+
+def test_both_are_fused_by_score(books: Collection) -> None:
+    query = gaussian(1, 16)  # the vector of `whale`
+    (dense,) = books.search(query, 5)
+    (both,) = books.search_both(query, ["honey"], [5], dense_weight=0.5)
+    assert {record.id for record, _ in both.hits} == set(TEXTS)
+    assert both.plan.lexical_count == 2
+    assert [record.id for record, _ in books.search_both(query, ["honey"], [5], dense_weight=1)[0].hits] == [
+        record.id for record, _ in dense.hits
+    ]
+    (lexical,) = books.search_both(query, ["honey"], [2], dense_weight=0)
+    assert [record.id for record, _ in lexical.hits] == ["honey", "bees"]
+    first, second, third = (record for record, _ in dense.hits[:3])
+    by_vector, by_words = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
+    mixed = fused(by_vector, by_words, 0.5, all_lexical=True)
+    assert [record for record, _ in mixed] == [second, *sorted([first, third], key=lambda record: record.id)]
+    assert [score for _, score in mixed] == pytest.approx([0.375 + 0.25, 0.5, 0.5])
+    assert fused(by_vector, by_words, 0.5, all_lexical=False)[-1][1] == pytest.approx(0.375)
+    assert fused([(first, 1.0)], [(first, 1.0)], 0.5, all_lexical=False) == [(first, 1.0)]
+    assert fused([], [], 0.5, all_lexical=True) == []
+
+
+def test_in_a_large_collection_words_of_most_texts_count_only_if_there_are_no_others(
+    books: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid, "_LARGE", 10)
+    books.upsert([NewRecord(f"the{i}", f"the {i}") for i in range(10)], gaussian(10, 16))
+    (both,) = books.search_words(["the volcano, zebra"], [20])
+    assert [record.id for record, _ in both.hits] == ["ring"]
+    (common,) = books.search_words(["the"], [20])
+    assert len(common.hits) == 11
+
+
+def test_a_text_for_each_vector(books: Collection) -> None:
+    with refused(Code.INVALID_ARGUMENT, "one for each"):
+        books.search_both(gaussian(2, 16), ["honey"], [5, 5], dense_weight=0.5)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
+    opened = Index(tmp_path_factory.mktemp("words"))
+    collection = opened.create(CollectionSpec("c", 16))
+    collection.upsert([NewRecord("a", 'AND "near" NOT* (x OR) col:umn ^y -z')], gaussian(1, 16))
+    yield collection
+    opened.close()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(max_size=40) | st.text("\"'*():^-+ ANDORTE{}\\\0é", max_size=20))
+def test_any_text_is_a_query(searched: Collection, text: str) -> None:
+    (outcome,) = searched.search_words([text], [5])
+    assert len(outcome.hits) <= 1
+    (found,) = searched.search_words([f'{text} "near"'], [5])
+    assert len(found.hits) == 1
+
+
+def test_texts_of_an_older_database_are_found(tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    collection = index.create(CollectionSpec("c", 16))
+    collection.upsert([NewRecord(key, text) for key, text in TEXTS.items()], gaussian(len(TEXTS), 16))
+    index.close()
+    (database,) = tmp_path.glob("collections/*/records.db")
+    connection = sqlite3.connect(database)
+    connection.executescript(
+        "DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words; PRAGMA user_version = 0"
+    )
+    connection.close()
+    index = Index(tmp_path)
+    collection = index.get("c")
+    assert words(collection, "honey") == ["honey", "bees"]
+    collection.delete(["empty", "honey"])
+    assert words(collection, "honey") == ["bees"]
+    index.close()
