@@ -8,6 +8,7 @@ from typing import Protocol
 from emberpc.server.errors import Code, ServiceError, not_found
 from emberpc.server.index.clusters import Cluster
 from emberpc.server.index.duplicates import DuplicatePair
+from emberpc.server.index.filters import Filter
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
@@ -40,11 +41,16 @@ class CollectionBackend(Protocol):
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for."""
 
-    def page(self, page_size: int, page_token: str, *, with_vectors: bool = False) -> tuple[list[StoredRecord], str]:
+    def delete_matching(self, condition: Filter) -> WriteResult:
+        """Delete the records that meet a condition."""
+
+    def page(
+        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+    ) -> tuple[list[StoredRecord], str]:
         """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
 
-    def count(self) -> int:
-        """Return the number of records."""
+    def count(self, condition: Filter | None = None) -> int:
+        """Return the number of records, with a condition, of those that meet it."""
 
     def search(
         self,
@@ -54,6 +60,7 @@ class CollectionBackend(Protocol):
         ef: int = 0,
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
 

@@ -12,6 +12,8 @@ from pymilvus import DataType, MilvusClient
 
 from emberpc.server.errors import Violation, invalid, invalid_fields
 from emberpc.server.index.types import CollectionSpec, Distance, Matrix, NewRecord, StoredRecord
+from emberpc.server.milvus import terms
+from emberpc.server.milvus.literals import quoted
 from emberpc.server.names import NAME
 
 #: Our collections among others' in the same database of Milvus.
@@ -35,7 +37,6 @@ VECTOR = "vector"
 ID = "id"
 _FIELDS = [ID, "text", "metadata", "label", "revision", "created", "updated"]
 _METRICS = {Distance.COSINE: "COSINE", Distance.DOT_PRODUCT: "IP", Distance.EUCLIDEAN: "L2"}
-_STRING_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
 def milvus_name(name: str) -> str:
@@ -91,6 +92,13 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     schema.add_field("label", DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
     for number in ("revision", "created", "updated"):
         schema.add_field(number, DataType.INT64)
+    schema.add_field(
+        terms.FIELD,
+        DataType.ARRAY,
+        element_type=DataType.VARCHAR,
+        max_capacity=terms.MAX_TERMS,
+        max_length=terms.TERM_BYTES,
+    )
     schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=spec.dimensions)
     return {
         "schema": schema,
@@ -123,7 +131,9 @@ def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetim
         return None
 
 
-def check_fit(records: Sequence[NewRecord], vectors: Matrix, distance: Distance) -> None:
+def check_fit(
+    records: Sequence[NewRecord], found_terms: Sequence[Sequence[str]], vectors: Matrix, distance: Distance
+) -> None:
     """Raise INVALID_ARGUMENT, naming each record that the index takes and Milvus cannot hold."""
     violations = []
     for i, record in enumerate(records):
@@ -132,6 +142,13 @@ def check_fit(records: Sequence[NewRecord], vectors: Matrix, distance: Distance)
                 violations.append(
                     Violation(f"records[{i}].{field}", f"has {size} bytes, Milvus holds {MAX_TEXT_BYTES}; split it")
                 )
+        if (count := len(found_terms[i])) > terms.MAX_TERMS:
+            violations.append(
+                Violation(
+                    f"records[{i}].metadata",
+                    f"has fields and values that come to {count} terms, Milvus holds {terms.MAX_TERMS}; leave some out",
+                )
+            )
     if distance is Distance.COSINE:
         lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
         violations += [
@@ -142,13 +159,22 @@ def check_fit(records: Sequence[NewRecord], vectors: Matrix, distance: Distance)
         raise invalid_fields(violations)
 
 
-def row(record: NewRecord, document: str, vector: Matrix, revision: int, created: int, updated: int) -> dict[str, Any]:
+def row(
+    record: NewRecord,
+    document: str,
+    found_terms: Sequence[str],
+    vector: Matrix,
+    revision: int,
+    created: int,
+    updated: int,
+) -> dict[str, Any]:
     """Return a record as Milvus holds it; times in microseconds since 1970."""
     return {
         ID: record.id,
         "text": record.text,
         "metadata": document,
         "label": record.label,
+        terms.FIELD: list(found_terms),
         "revision": revision,
         "created": created,
         "updated": updated,
@@ -163,11 +189,10 @@ def fields(*, with_vectors: bool) -> list[str]:
 
 def stored(found: dict[str, Any]) -> StoredRecord:
     """Return a record that Milvus gave."""
-    metadata = found["metadata"]
     return StoredRecord(
         id=found[ID],
         text=found["text"],
-        metadata=json.loads(metadata) if isinstance(metadata, (str, bytes)) else dict(metadata),
+        metadata=metadata(found),
         label=found["label"],
         revision=found["revision"],
         create_time=_moment(found["created"]),
@@ -176,9 +201,15 @@ def stored(found: dict[str, Any]) -> StoredRecord:
     )
 
 
-def quoted(text: str) -> str:
-    """Return a text as a literal of Milvus's expressions; milvus-lite has no parameters."""
-    return f'"{text.translate(_STRING_ESCAPES)}"'
+def metadata(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a record that Milvus gave."""
+    value = found["metadata"]
+    return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
+
+
+def behind(record_id: str) -> str:
+    """Return the expression for the records that follow an id in byte order; all follow the empty one."""
+    return f"{ID} > {quoted(record_id)}"
 
 
 def one_of(ids: Sequence[str]) -> str:
