@@ -3,8 +3,8 @@
 What a condition on JSON means differs from ours and between engines: of null, of missing fields, of lists, of `true`
 against 1. An array of strings leaves nothing to differ about. So each record has terms: that a field is there, that it
 is or holds a value of a kind, and that it is or holds this very value. Equality, membership and existence ask for terms
-alone. Order and prefixes ask JSON of those records only whose terms say that a string or a number is there; where a list
-holds it, the record is doubtful, and `matches` has the last word.
+alone. Order and prefixes ask JSON of those records only whose terms say that a string or a number is there; where a
+list holds it, the record is doubtful, and `matches` has the last word.
 """
 
 from __future__ import annotations
