@@ -152,6 +152,13 @@ def test_what_needs_all_vectors_at_once_says_where_to_ask(collection: MilvusColl
         collection.clusters(2, 1, lambda: False)
 
 
+def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
+    with refused(Code.UNIMPLEMENTED, "mode LEXICAL", "'milvus'", "DENSE"):
+        collection.search_words(["word"], [1])
+    with refused(Code.UNIMPLEMENTED, "mode HYBRID", "'milvus'", "DENSE"):
+        collection.search_both(vectors(1, dimensions=DIMENSIONS), ["word"], [1], dense_weight=0.5)
+
+
 def test_a_write_does_not_claim_to_be_on_disk(collection: MilvusCollection) -> None:
     assert not collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS)).synced
     assert not collection.delete(["a"]).synced

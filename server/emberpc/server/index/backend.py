@@ -70,6 +70,29 @@ class CollectionBackend(Protocol):
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
         """Group the records by likeness; ends early when told to stop."""
 
+    def search_words(
+        self,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find the records with words of each text."""
+
+    def search_both(
+        self,
+        queries: Matrix,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        dense_weight: float,
+        ef: int = 0,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find records by vectors and by words, fused by rank."""
+
 
 class IndexBackend(Protocol):
     """Collections by name, as `Index` documents them. Safe to use from several threads."""

@@ -34,6 +34,7 @@ from emberpc.server.paging import decode_token, encode_token
 
 BACKEND = "milvus"
 _COPY = "copy the collection, or a part of it, to an embedded index and ask that"
+_DENSE = "search by DENSE, or use the embedded index"
 
 
 class MilvusCollection:
@@ -156,6 +157,31 @@ class MilvusCollection:
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
         """Raise UNIMPLEMENTED: all vectors would have to be here."""
         raise unsupported("ClusterRecords", BACKEND, _COPY)
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Raise UNIMPLEMENTED: words are not indexed."""
+        raise unsupported("mode LEXICAL", BACKEND, _DENSE)
+
+    def search_both(
+        self,
+        queries: Matrix,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        dense_weight: float,
+        ef: int = 0,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Raise UNIMPLEMENTED: words are not indexed."""
+        raise unsupported("mode HYBRID", BACKEND, _DENSE)
 
     def _delete(self, present: Sequence[str]) -> WriteResult:
         """Delete records that are there, with the lock held."""
