@@ -166,7 +166,7 @@ def test_the_true_nearest_of_those_that_match_are_found(thousands: CollectionBac
     matrix = vectors(COUNT, dimensions=DIMENSIONS)
     matching = np.flatnonzero(np.arange(COUNT) % 1000 < 1000 * share)
     condition = Comparison(field, Operator.LESS, 1000 * share)
-    queries = matrix[:20] + 0.1 * vectors(20, seed=5, dimensions=DIMENSIONS)
+    queries = (matrix[:20] + 0.1 * vectors(20, seed=5, dimensions=DIMENSIONS)).astype(np.float32)
     k = min(10, len(matching))
     found = 0
     for query, outcome in zip(
