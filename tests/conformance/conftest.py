@@ -27,13 +27,14 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     flags: list[str] = []
     with ExitStack() as stack:
         if request.param == "milvus":
-            flags = ["--index-backend", "milvus", "--milvus-uri", _milvus(stack, tmp_path_factory)]
+            flags = ["--index-backend", "milvus", "--milvus-uri", milvus_uri(stack, tmp_path_factory)]
         process = ServerProcess({}, tmp_path_factory.mktemp("data"), *flags)
         yield process
         assert process.stop() == 0, process.output
 
 
-def _milvus(stack: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> str:
+def milvus_uri(stack: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return where a Milvus is: the one of the environment, or milvus-lite, until the stack ends."""
     need_milvus("pymilvus")
     if uri := os.environ.get("EMBERPC_TEST_MILVUS"):
         return uri

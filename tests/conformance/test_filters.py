@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conformance.conftest import BACKENDS
+from conformance.conftest import BACKENDS, milvus_uri
 from emberpc.server.index import CollectionSpec, Distance, Index, NewRecord
 from emberpc.server.index.backend import CollectionBackend, IndexBackend
 from emberpc.server.index.filters import (
@@ -27,32 +29,30 @@ from emberpc.server.index.filters import (
 )
 from index.test_filters import CONDITIONS, METADATA
 from index_helpers import true_scores, vectors
-from milvus_lite_process import MilvusLiteProcess, need_milvus
 
 DIMENSIONS = 16
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[IndexBackend]:
-    folder = tmp_path_factory.mktemp("index") / "data"
     if request.param == "embedded":
-        embedded = Index(folder, buffer_limit=256)
+        embedded = Index(tmp_path_factory.mktemp("index"), buffer_limit=256)
         yield embedded
         embedded.close()
         return
-    need_milvus("pymilvus", "milvus_lite")
-    from emberpc.server.milvus import MilvusIndex
+    with ExitStack() as stack:
+        uri = milvus_uri(stack, tmp_path_factory)
+        from emberpc.server.milvus import MilvusIndex
 
-    milvus = MilvusLiteProcess(folder)
-    opened = MilvusIndex(milvus.uri)
-    yield opened
-    opened.close()
-    milvus.stop()
+        opened = MilvusIndex(uri, os.environ.get("EMBERPC_MILVUS_TOKEN", ""))
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="module")
-def collection(index: IndexBackend) -> CollectionBackend:
-    return index.create(CollectionSpec("filters", 2))
+def collection(index: IndexBackend) -> Iterator[CollectionBackend]:
+    yield index.create(CollectionSpec("conformance-filters", 2))
+    index.delete("conformance-filters")
 
 
 def write(collection: CollectionBackend, documents: list[dict[str, Any]]) -> None:
@@ -127,7 +127,7 @@ def test_each_kind_of_condition_means_what_it_means(collection: CollectionBacken
 
 
 def test_pages_and_deletes_go_by_a_filter(index: IndexBackend) -> None:
-    collection = index.create(CollectionSpec("pages", 2))
+    collection = index.create(CollectionSpec("conformance-pages", 2))
     documents = [{"n": i, "tags": [i % 3, "odd" if i % 2 else "even"]} for i in range(500)]
     write(collection, documents)
     condition = AllOf((Comparison("n", Operator.GREATER_OR_EQUAL, 100.0), Comparison("tags", Operator.GREATER, 1.0)))
@@ -143,7 +143,7 @@ def test_pages_and_deletes_go_by_a_filter(index: IndexBackend) -> None:
     assert collection.delete_matching(condition).deleted == 0
     assert collection.count() == 500 - len(expected)
     assert collection.count(condition) == 0
-    index.delete("pages")
+    index.delete("conformance-pages")
 
 
 COUNT = 6000
@@ -151,13 +151,13 @@ COUNT = 6000
 
 @pytest.fixture(scope="module")
 def thousands(index: IndexBackend) -> Iterator[CollectionBackend]:
-    collection = index.create(CollectionSpec("thousands", DIMENSIONS))
+    collection = index.create(CollectionSpec("conformance-thousands", DIMENSIONS))
     matrix = vectors(COUNT, dimensions=DIMENSIONS)
     records = [NewRecord(f"r{i}", metadata={"n": i % 1000, "list": [i % 1000]}) for i in range(COUNT)]
     for start in range(0, COUNT, 1000):
         collection.upsert(records[start : start + 1000], matrix[start : start + 1000])
     yield collection
-    index.delete("thousands")
+    index.delete("conformance-thousands")
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.001])
