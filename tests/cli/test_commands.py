@@ -286,7 +286,16 @@ def test_config_tells_each_setting_with_its_source(
     assert ["model", "a=x, b=y", "flag"] in emberpc(*arguments).rows
 
 
-def test_serve_and_config_take_every_setting_as_a_flag(emberpc: Emberpc) -> None:
+def test_config_tells_that_there_is_a_secret_and_not_which(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ["milvus_token", "", "default"] in emberpc("config").rows
+    monkeypatch.setenv("EMBERPC_MILVUS_TOKEN", "root:hunter2")
+    for arguments in (["config"], ["config", "--json"]):
+        outcome = emberpc(*arguments)
+        assert "hunter2" not in outcome.out + outcome.err
+        assert "environment EMBERPC_MILVUS_TOKEN" in outcome.out
+
+
+def test_serve_and_config_take_every_setting_but_secrets_as_a_flag(emberpc: Emberpc) -> None:
     import dataclasses
 
     from emberpc.server.settings import Settings
@@ -294,7 +303,7 @@ def test_serve_and_config_take_every_setting_as_a_flag(emberpc: Emberpc) -> None
     for command in ("serve", "config"):
         text = emberpc(command, "--help").out
         for field in dataclasses.fields(Settings):
-            assert f"--{field.name.replace('_', '-')}" in text
+            assert (f"--{field.name.replace('_', '-')}" in text) is not field.metadata["secret"]
 
 
 @pytest.mark.parametrize("command", ["serve", "config"])

@@ -35,10 +35,10 @@ def recall(collection: Collection, truth: Mapping[str, Matrix], queries: Matrix,
 
 
 @contextmanager
-def refused(code: Code, *words: str, field: str = "") -> Iterator[None]:
+def refused(code: Code, *words: str, field: str = "") -> Iterator[pytest.ExceptionInfo[ServiceError]]:
     """Expect a ServiceError of a code, whose message has the words, about a field."""
     with pytest.raises(ServiceError) as caught:
-        yield
+        yield caught
     assert caught.value.code is code, caught.value.message
     for word in words:
         assert word in caught.value.message

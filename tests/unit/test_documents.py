@@ -27,8 +27,8 @@ def test_every_setting_is_documented_with_its_default_and_its_help() -> None:
         assert isinstance(field.default, (tuple, int, float, str, Path, type(None)))
         shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
         default = f"`{shown}`" if field.default not in ((), "", None) else "–"
-        flag = f"--{field.name.replace('_', '-')}"
-        line = f"| `{flag}` | `EMBERPC_{field.name.upper()}` | {default} | {field.metadata['help']} |"
+        flag = "–" if field.metadata["secret"] else f"`--{field.name.replace('_', '-')}`"
+        line = f"| {flag} | `EMBERPC_{field.name.upper()}` | {default} | {field.metadata['help']} |"
         assert line in table
 
 

@@ -43,6 +43,34 @@ def test_models_in_the_environment_are_separated_by_commas() -> None:
     assert loaded.settings.named_models() == {"a": Path("x"), "b": Path("y")}
 
 
+def test_milvus_is_chosen_with_its_address_and_its_token_shows_nowhere(tmp_path: Path) -> None:
+    file = tmp_path / "emberpc.toml"
+    file.write_text(
+        'index_backend = "milvus"\nmilvus_uri = "https://milvus:19530/texts"\nmilvus_token = "root:secret"\n'
+    )
+    settings = load_settings({}, config_file=file, environ={}).settings
+    assert (settings.index_backend, settings.milvus_token) == ("milvus", "root:secret")
+    assert "secret" not in repr(settings)
+    settings = load_settings({}, config_file=file, environ={"EMBERPC_MILVUS_TOKEN": "key"}).settings
+    assert settings.milvus_token == "key"
+
+
+@pytest.mark.parametrize(
+    ("backend", "uri", "words"),
+    [
+        ("milvus", "", "give both or neither"),
+        ("embedded", "http://milvus:19530", "give both or neither"),
+        ("redis", "", "must be embedded or milvus"),
+        ("milvus", "milvus:19530", "must be such as"),
+        ("milvus", "http://root:secret@milvus:19530", "password in milvus_token"),
+        ("milvus", "data.db", "must be such as"),
+    ],
+)
+def test_an_index_backend_and_its_address_must_fit(backend: str, uri: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        Settings(index_backend=backend, milvus_uri=uri)
+
+
 def test_variants_are_chosen_by_the_names_of_their_models() -> None:
     environ = {"EMBERPC_MODEL": "a=x,b=x", "EMBERPC_VARIANT": "b=int8"}
     assert load_settings({}, environ=environ).settings.named_variants() == {"b": "int8"}

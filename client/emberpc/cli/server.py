@@ -42,9 +42,10 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
 def _options() -> list[Parameter]:
     """Return an option for each setting, and one for the file."""
     hints = get_type_hints(Settings)
+    flags = [field for field in dataclasses.fields(Settings) if not field.metadata["secret"]]
     config = typer.Option("--config", metavar="FILE", help=f"TOML file of settings. ({ENVIRONMENT_PREFIX}CONFIG)")
     return [
-        *(_parameter(field, hints[field.name]) for field in dataclasses.fields(Settings)),
+        *(_parameter(field, hints[field.name]) for field in flags),
         Parameter("config_file", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]),
     ]
 
@@ -89,8 +90,9 @@ def config(loaded: LoadedSettings, as_json: AsJson = False) -> None:
 
     Takes the flags of `serve`.
     """
-    names = [field.name for field in dataclasses.fields(Settings)]
-    values = {name: _shown(getattr(loaded.settings, name)) for name in names}
+    fields = dataclasses.fields(Settings)
+    names = [field.name for field in fields]
+    values = {field.name: _shown(loaded.settings, field) for field in fields}
     if as_json:
         print_json({"setting": name, "value": values[name], "source": loaded.sources[name]} for name in names)
         return
@@ -98,7 +100,10 @@ def config(loaded: LoadedSettings, as_json: AsJson = False) -> None:
     print_table([Column("setting"), Column("value"), Column("source")], rows)
 
 
-def _shown(value: Any) -> Any:
+def _shown(settings: Settings, field: dataclasses.Field[Any]) -> Any:
+    value = getattr(settings, field.name)
+    if field.metadata["secret"]:
+        return "(secret)" if value else ""
     if isinstance(value, tuple):
         return list(value)
     if value is None:

@@ -22,7 +22,7 @@ from emberpc.server.engine import Engine, Loader, ModelLoadError, ModelsDirector
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.errors import ServiceError
 from emberpc.server.handlers import Handlers, Observe
-from emberpc.server.index import Index
+from emberpc.server.index import Index, IndexBackend
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService
@@ -147,7 +147,7 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
     return server, f"{host}:{port}"
 
 
-def _serve_metrics(settings: Settings, engine: Engine, index: Index) -> Observe:
+def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> Observe:
     from emberpc.server.metrics import serve_metrics  # noqa: PLC0415 - takes time at the start, and few have need of it
 
     try:
@@ -169,13 +169,28 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
             log.exception("a look into the models directory failed; the next one is in %g seconds", seconds)
 
 
-def _open_index(settings: Settings) -> Index:
+def _open_index(settings: Settings) -> IndexBackend:
+    if settings.index_backend == "milvus":
+        return _milvus_index(settings)
     try:
         return Index(
             settings.data_dir, record_cache_bytes=settings.record_cache_bytes, probe_share=settings.recall_probe
         )
     except ServiceError as error:
         raise StartupError(error.message) from error
+
+
+def _milvus_index(settings: Settings) -> IndexBackend:
+    try:
+        from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - an extra, which few have need of
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--index-backend milvus needs {error.name}, which is not installed; run: pip install 'emberpc[milvus]'"
+        ) from error
+    try:
+        return MilvusIndex(settings.milvus_uri, settings.milvus_token)
+    except ServiceError as error:
+        raise StartupError(f"{error.message}; or give another --milvus-uri") from error
 
 
 def _load_models(engine: Engine, settings: Settings) -> None:
@@ -191,7 +206,12 @@ def _load_models(engine: Engine, settings: Settings) -> None:
 
 
 def _register(
-    handlers: Handlers, engine: Engine, loader: Loader, index: Index, pool: ThreadPoolExecutor, settings: Settings
+    handlers: Handlers,
+    engine: Engine,
+    loader: Loader,
+    index: IndexBackend,
+    pool: ThreadPoolExecutor,
+    settings: Settings,
 ) -> None:
     limits = Limits(settings.max_texts, settings.max_text_bytes)
     handlers.add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, EmbeddingService(engine, limits))

@@ -13,7 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from emberpc.server.engine import Engine
-from emberpc.server.index import Index
+from emberpc.server.index import IndexBackend
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class EngineFigures(Collector):
 class IndexFigures(Collector):
     """What probes of searches found; read when somebody asks."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: IndexBackend) -> None:
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
@@ -106,7 +106,7 @@ class IndexFigures(Collector):
         yield from (recall, count)
 
 
-def serve_metrics(address: str, engine: Engine, index: Index) -> Calls:
+def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
     """Serve figures over HTTP, at /metrics; return where calls are to be reported.
 
     Args:

@@ -3,12 +3,14 @@
 A field `drain_seconds` is the flag `--drain-seconds`, the environment variable
 `EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. A flag goes before the
 environment, the environment before the file, the file before the default.
+A secret is no flag.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from typing import Any, get_type_hints
 from emberpc.server.names import NAME
 
 ENVIRONMENT_PREFIX = "EMBERPC_"
+INDEX_BACKENDS = ("embedded", "milvus")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+_MILVUS_URI = re.compile(r"https?://[^/@\s]+(/\w*)?")
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 #: What an error calls the types of the settings; the rest are lists of strings.
 _KINDS: dict[Any, str] = {
@@ -35,9 +39,12 @@ class SettingsError(ValueError):
     """A setting is wrong; the message names it, where it was read, and the remedy."""
 
 
-def _setting(default: Any, doc: str, form: str = "") -> Any:
-    """Return a field; `form` is what a value looks like, where the type does not say it."""
-    return dataclasses.field(default=default, metadata={"help": doc, "form": form})
+def _setting(default: Any, doc: str, form: str = "", *, secret: bool = False) -> Any:
+    """Return a field; `form` is what a value looks like, where the type does not say it.
+
+    A secret is no flag, since all users of a host can read the flags of its processes, and is never shown.
+    """
+    return dataclasses.field(default=default, metadata={"help": doc, "form": form, "secret": secret}, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ class Settings:
     )
     data_dir: Path = _setting(  # noqa: RUF009 - `_setting` gives a dataclass field
         Path("emberpc-data"), "Folder of the collections; made if it is not there."
+    )
+    index_backend: str = _setting("embedded", f"Where the collections are: {' or '.join(INDEX_BACKENDS)}.")
+    milvus_uri: str = _setting("", "Where Milvus is, such as http://milvus:19530/database; https for TLS.", "URI")
+    milvus_token: str = _setting(
+        "", "USER:PASSWORD or API key for Milvus; in the environment or the file only.", secret=True
     )
     listen: str = _setting("127.0.0.1:50051", "Address to serve on, HOST:PORT; port 0 takes a free one.")
     metrics_listen: str = _setting("", "Address to serve figures for Prometheus on, HOST:PORT; empty: none are served.")
@@ -109,6 +121,7 @@ class Settings:
             raise SettingsError(f"watch_models is {self.watch_models:g}, with nothing to watch; give models_dir too")
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"log_level is {self.log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
+        self._check_index()
         for name in ("listen", "metrics_listen"):
             value = getattr(self, name)
             host, colon, port = value.rpartition(":")
@@ -121,6 +134,19 @@ class Settings:
 
         self.named_variants()
         self.named_options()
+
+    def _check_index(self) -> None:
+        """Raise SettingsError unless the index backend and its address fit."""
+        if self.index_backend not in INDEX_BACKENDS:
+            raise SettingsError(f"index_backend is {self.index_backend!r}; it must be {' or '.join(INDEX_BACKENDS)}")
+        if (self.index_backend == "milvus") != bool(self.milvus_uri):
+            raise SettingsError("index_backend milvus and milvus_uri go together; give both or neither")
+        # pymilvus would take a user and password from the URI, which is shown and a flag.
+        if self.milvus_uri and not _MILVUS_URI.fullmatch(self.milvus_uri):
+            raise SettingsError(
+                "milvus_uri must be such as http://milvus:19530 or https://milvus/database, with user and password in "
+                "milvus_token"
+            )
 
     def named_models(self) -> dict[str, Path]:
         """Return the bundles' folders by the names they are served under.

@@ -1,5 +1,6 @@
 """Collections of vectors on one machine: durable, searchable. Knows nothing of gRPC or of models."""
 
+from emberpc.server.index.backend import CollectionBackend, IndexBackend
 from emberpc.server.index.catalogue import Index
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.duplicates import DuplicatePair
@@ -19,10 +20,12 @@ from emberpc.server.index.verifying import Verified
 __all__ = [
     "MAX_TOP_K",
     "Collection",
+    "CollectionBackend",
     "CollectionSpec",
     "Distance",
     "DuplicatePair",
     "Index",
+    "IndexBackend",
     "NewRecord",
     "Plan",
     "SearchOutcome",

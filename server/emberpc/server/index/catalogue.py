@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
-from emberpc.server.errors import Code, ServiceError, not_found
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.backend import collection_exists, no_collection
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.files import synchronise
@@ -107,12 +108,7 @@ class Index:
         created = datetime.now(timezone.utc)
         with self._use():
             if self._row(spec.name):
-                raise ServiceError(
-                    Code.ALREADY_EXISTS,
-                    f"there is a collection {spec.name!r} already; use it, delete it, or choose another name",
-                    reason="COLLECTION_EXISTS",
-                    metadata={"collection": spec.name},
-                )
+                raise collection_exists(spec.name)
             folder = self._folder / uuid.uuid4().hex
             try:
                 folder.mkdir(parents=True)
@@ -245,7 +241,7 @@ class Index:
     def _existing_row(self, name: str) -> tuple[str, str, float]:
         row = self._row(name)
         if row is None:
-            raise not_found("collection", name, "see ListCollections, or create it")
+            raise no_collection(name)
         return row
 
     def _remove_orphans(self) -> None:

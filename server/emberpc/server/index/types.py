@@ -121,12 +121,13 @@ class StoredRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What a write came to."""
+    """What a write came to; `synced` is whether this server knows it to be on disk."""
 
     sequence: int
     inserted: int = 0
     updated: int = 0
     deleted: int = 0
+    synced: bool = True
 
 
 @dataclass(frozen=True)

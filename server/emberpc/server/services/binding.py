@@ -5,10 +5,10 @@ from __future__ import annotations
 from emberpc.bundle import Task
 from emberpc.server.engine import Engine, Model
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection
+from emberpc.server.index import CollectionBackend
 
 
-def collection_model(engine: Engine, collection: Collection) -> Model:
+def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
     """Return the model that embeds a collection's texts.
 
     Raises:

@@ -8,11 +8,11 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from emberpc.server.errors import invalid
-from emberpc.server.index import Collection, DuplicatePair
+from emberpc.server.index import CollectionBackend, DuplicatePair
 from emberpc.server.paging import decode_token, encode_token
 from emberpc.server.services import requests
 from emberpc.server.services.records import Parts, fill_record
@@ -21,6 +21,9 @@ from emberpc.v1 import index_pb2 as pb
 _DEFAULT_MIN_SCORE = 0.95
 _MAX_CLUSTERS = 1000
 _DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
+
+#: The number of the write that it goes for, the bound, and the pairs.
+_Found: TypeAlias = tuple[int, float, list[DuplicatePair]]
 
 Result = TypeVar("Result")
 
@@ -36,10 +39,12 @@ class Groups:
         self._pool = pool
         self._turn = asyncio.Lock()
         #: Of each collection what was found last, for those who ask for the next page.
-        self._duplicates: WeakKeyDictionary[Collection, tuple[int, float, list[DuplicatePair]]] = WeakKeyDictionary()
+        self._duplicates: WeakKeyDictionary[CollectionBackend, tuple[int, float, list[DuplicatePair]]] = (
+            WeakKeyDictionary()
+        )
 
     async def find_duplicates(
-        self, request: pb.FindDuplicatesRequest, collection: Collection
+        self, request: pb.FindDuplicatesRequest, collection: CollectionBackend
     ) -> pb.FindDuplicatesResponse:
         """Answer a FindDuplicates.
 
@@ -65,7 +70,7 @@ class Groups:
         )
 
     async def cluster_records(
-        self, request: pb.ClusterRecordsRequest, collection: Collection
+        self, request: pb.ClusterRecordsRequest, collection: CollectionBackend
     ) -> pb.ClusterRecordsResponse:
         """Answer a ClusterRecords.
 
@@ -88,7 +93,7 @@ class Groups:
                 fill_record(message.examples.add(), record, parts)
         return response
 
-    async def _pairs(self, collection: Collection, min_score: float) -> list[DuplicatePair]:
+    async def _pairs(self, collection: CollectionBackend, min_score: float) -> list[DuplicatePair]:
         """Return all pairs: those found for the page before, if nothing was written since."""
         sequence = await self._run(lambda _: collection.info().sequence)
         kept = self._duplicates.get(collection)

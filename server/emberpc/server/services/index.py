@@ -11,7 +11,7 @@ from emberpc.bundle import Task
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import Collection, CollectionSpec, Index
+from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, replies, requests
 from emberpc.server.services.binding import collection_model
@@ -48,7 +48,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         limits: how large a call may be.
     """
 
-    def __init__(self, engine: Engine, index: Index, pool: Executor, limits: requests.Limits) -> None:
+    def __init__(self, engine: Engine, index: IndexBackend, pool: Executor, limits: requests.Limits) -> None:
         self._engine = engine
         self._index = index
         self._pool = pool
@@ -111,7 +111,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
         response.inserted_count = result.inserted
         response.updated_count = result.updated
-        response.receipt.CopyFrom(_receipt(result.sequence))
+        response.receipt.CopyFrom(_receipt(result))
         return response
 
     async def BatchGetRecords(
@@ -140,11 +140,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             if request.ids:
                 raise invalid("filter", "is set and so are ids; give one of the two")
             result = await self._in_pool(lambda: collection.delete_matching(condition))
-            return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result.sequence))
+            return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result))
         if not 1 <= len(request.ids) <= _MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
         result = await self._in_pool(lambda: collection.delete(request.ids))
-        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result.sequence))
+        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result))
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
         """List records by id."""
@@ -217,7 +217,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def _embed_records(
-        self, collection: Collection, texts: list[str], caller: Caller, response: pb.UpsertRecordsResponse
+        self, collection: CollectionBackend, texts: list[str], caller: Caller, response: pb.UpsertRecordsResponse
     ) -> Matrix:
         """Embed the texts of records, and say in the response how it went."""
         model = collection_model(self._engine, collection)
@@ -234,11 +234,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         response.timings.CopyFrom(replies.timings([inference]))
         return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
 
-    async def _collection(self, name: str) -> Collection:
+    async def _collection(self, name: str) -> CollectionBackend:
         opened = self._index.opened(name)
         return opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
 
-    async def _describe(self, collection: Collection) -> pb.Collection:
+    async def _describe(self, collection: CollectionBackend) -> pb.Collection:
         return await self._in_pool(lambda: collection_message(collection))
 
     async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:
@@ -260,5 +260,6 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
     return read_filter(request.filter) if request.HasField("filter") else None
 
 
-def _receipt(sequence: int) -> pb.WriteReceipt:
-    return pb.WriteReceipt(sequence=sequence, durability=pb.DURABILITY_SYNCED)
+def _receipt(result: WriteResult) -> pb.WriteReceipt:
+    durability = pb.DURABILITY_SYNCED if result.synced else pb.DURABILITY_UNSPECIFIED
+    return pb.WriteReceipt(sequence=result.sequence, durability=durability)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, Verified
+from emberpc.server.index import CollectionBackend, Verified
 from emberpc.v1 import errors_pb2
 from emberpc.v1 import index_pb2 as pb
 from emberpc.wire import status
@@ -15,7 +15,7 @@ _DOMAIN = "emberpc"
 
 
 async def verification(
-    collection: Collection, in_pool: Callable[[Callable[[], Any]], Awaitable[Any]]
+    collection: CollectionBackend, in_pool: Callable[[Callable[[], Any]], Awaitable[Any]]
 ) -> AsyncIterator[pb.VerifyCollectionResponse]:
     """Verify a collection, a message for each step; a caller who goes away ends it after the step under way."""
     steps = collection.verify()

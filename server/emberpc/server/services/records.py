@@ -13,7 +13,7 @@ from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from emberpc.server.errors import invalid
-from emberpc.server.index import Collection, CollectionSpec, Distance, NewRecord, StoredRecord
+from emberpc.server.index import CollectionBackend, CollectionSpec, Distance, NewRecord, StoredRecord
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 from emberpc.wire import vectors
@@ -46,7 +46,7 @@ class Parts:
         self.vector = pb.RECORD_PART_VECTOR in parts
 
 
-def collection_message(collection: Collection) -> pb.Collection:
+def collection_message(collection: CollectionBackend) -> pb.Collection:
     """Describe a collection."""
     info = collection.info()
     message = spec_message(collection.spec)

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import Collection, SearchOutcome
+from emberpc.server.index import CollectionBackend, SearchOutcome
 from emberpc.server.index.filters import Filter
 from emberpc.server.services.forms import Matrix
 
@@ -36,7 +36,7 @@ _Done = tuple[Sequence["Outcomes | ServiceError"], float]
 class Search:
     """The arguments of `Collection.search`."""
 
-    collection: Collection
+    collection: CollectionBackend
     queries: Matrix
     top_k: Sequence[int]
     exclude_ids: Sequence[str | None]

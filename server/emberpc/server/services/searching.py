@@ -11,7 +11,7 @@ import numpy as np
 
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import invalid, items_of, not_found
-from emberpc.server.index import MAX_TOP_K, Collection, SearchOutcome, Strategy
+from emberpc.server.index import MAX_TOP_K, CollectionBackend, SearchOutcome, Strategy
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
@@ -53,7 +53,9 @@ class Searcher:
         self._in_pool = in_pool
         self._groups = groups
 
-    async def search(self, request: pb.SearchRequest, collection: Collection, caller: Caller) -> pb.SearchResponse:
+    async def search(
+        self, request: pb.SearchRequest, collection: CollectionBackend, caller: Caller
+    ) -> pb.SearchResponse:
         """Answer one request.
 
         Raises:
@@ -112,7 +114,7 @@ class Searcher:
     async def _query_vectors(
         self,
         queries: Sequence[pb.SearchQuery],
-        collection: Collection,
+        collection: CollectionBackend,
         caller: Caller,
         response: pb.SearchResponse,
     ) -> Matrix:
@@ -142,7 +144,7 @@ class Searcher:
         matrix: Matrix,
         queries: Sequence[pb.SearchQuery],
         rows: list[int],
-        collection: Collection,
+        collection: CollectionBackend,
         caller: Caller,
         response: pb.SearchResponse,
     ) -> None:
@@ -166,7 +168,7 @@ class Searcher:
             response.results[row].usage.CopyFrom(usage)
 
     async def _get_records(
-        self, matrix: Matrix, queries: Sequence[pb.SearchQuery], rows: list[int], collection: Collection
+        self, matrix: Matrix, queries: Sequence[pb.SearchQuery], rows: list[int], collection: CollectionBackend
     ) -> None:
         """Fill in the vectors of the queries that are records."""
         if not rows:

@@ -1,0 +1,157 @@
+"""What the services need of an index: the embedded one and one on another engine are the same to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from emberpc.server.errors import Code, ServiceError, not_found
+from emberpc.server.index.clusters import Cluster
+from emberpc.server.index.duplicates import DuplicatePair
+from emberpc.server.index.filters import Filter
+from emberpc.server.index.probing import ProbeFigures
+from emberpc.server.index.types import (
+    CollectionInfo,
+    CollectionSpec,
+    Matrix,
+    NewRecord,
+    SearchOutcome,
+    StoredRecord,
+    WriteResult,
+)
+from emberpc.server.index.verifying import Verified
+
+
+class CollectionBackend(Protocol):
+    """A collection, as `Collection` documents it: what it takes, gives and raises. Safe to use from several threads."""
+
+    @property
+    def spec(self) -> CollectionSpec:
+        """What it is."""
+
+    def info(self) -> CollectionInfo:
+        """Say how it stands."""
+
+    def upsert(
+        self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
+    ) -> WriteResult:
+        """Insert records or replace those of the same id; vectors are float32 (records, dimensions)."""
+
+    def delete(self, ids: Sequence[str]) -> WriteResult:
+        """Delete records by id; ids that are not there are no error."""
+
+    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
+        """Return the records of those ids that are there, in the order asked for."""
+
+    def delete_matching(self, condition: Filter) -> WriteResult:
+        """Delete the records that meet a condition."""
+
+    def page(
+        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+    ) -> tuple[list[StoredRecord], str]:
+        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+
+    def count(self, condition: Filter | None = None) -> int:
+        """Return the number of records, with a condition, of those that meet it."""
+
+    def search(
+        self,
+        queries: Matrix,
+        top_k: int | Sequence[int],
+        *,
+        ef: int = 0,
+        min_recall: float = 0,
+        exclude_ids: Sequence[str | None] = (),
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
+
+    def verify(self) -> Iterator[Verified]:
+        """Check that every record is there, undamaged and found, some hundred records a step."""
+
+    def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
+        """Find pairs of records that are much alike; ends early when told to stop."""
+
+    def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
+        """Group the records by likeness; ends early when told to stop."""
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find the records with words of each text."""
+
+    def search_both(
+        self,
+        queries: Matrix,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        dense_weight: float,
+        ef: int = 0,
+        min_recall: float = 0,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find records by vectors and by words, fused by score."""
+
+
+class IndexBackend(Protocol):
+    """Collections by name, as `Index` documents them. Safe to use from several threads."""
+
+    def create(self, spec: CollectionSpec) -> CollectionBackend:
+        """Create a collection."""
+
+    def get(self, name: str) -> CollectionBackend:
+        """Return a collection."""
+
+    def opened(self, name: str) -> CollectionBackend | None:
+        """Return a collection that is at hand, without waiting for anything; None: only `get` can tell."""
+
+    def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
+        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+
+    def delete(self, name: str) -> None:
+        """Delete a collection."""
+
+    def probed(self) -> dict[str, ProbeFigures]:
+        """Return what probes of searches found, by collection; nothing where there are none."""
+
+    def close(self) -> None:
+        """Let calls under way finish, and give everything up."""
+
+
+def no_collection(name: str) -> ServiceError:
+    """Return the NOT_FOUND error for a collection that is not there."""
+    return not_found("collection", name, "see ListCollections, or create it")
+
+
+def collection_exists(name: str) -> ServiceError:
+    """Return the ALREADY_EXISTS error for a collection that is to be created and is there."""
+    return ServiceError(
+        Code.ALREADY_EXISTS,
+        f"there is a collection {name!r} already; use it, delete it, or choose another name",
+        reason="COLLECTION_EXISTS",
+        metadata={"collection": name},
+    )
+
+
+def unsupported(operation: str, backend: str, remedy: str) -> ServiceError:
+    """Return the UNIMPLEMENTED error for what a backend cannot do.
+
+    Args:
+        operation: what was asked for, as the request calls it, such as `expected_revisions`.
+        backend: the backend's name, as `--index-backend` has it.
+        remedy: what to do instead.
+    """
+    return ServiceError(
+        Code.UNIMPLEMENTED,
+        f"{operation} is not supported by the index backend {backend!r}; {remedy}",
+        reason="BACKEND_UNSUPPORTED",
+        metadata={"operation": operation, "backend": backend},
+    )

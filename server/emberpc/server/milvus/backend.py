@@ -1,0 +1,131 @@
+"""Collections by name, in Milvus."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from typing import Any
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.backend import collection_exists, no_collection
+from emberpc.server.index.probing import ProbeFigures
+from emberpc.server.index.types import CollectionSpec, check_page_size
+from emberpc.server.milvus import schema
+from emberpc.server.milvus.collection import MilvusCollection
+from emberpc.server.milvus.connection import Connection
+from emberpc.server.paging import decode_token, encode_token
+
+
+class MilvusIndex:
+    """All collections of a database of Milvus, as `emberpc.server.index.Index` documents them.
+
+    Milvus keeps what they are, too, so that several servers may use one database; each asks it what a collection is
+    whenever one is wanted, since another may have made it anew.
+
+    Args:
+        uri: where Milvus is, such as `http://milvus:19530`.
+        token: `user:password` or an API key; empty: none.
+
+    Raises:
+        ServiceError: UNAVAILABLE if it cannot be reached, FAILED_PRECONDITION if it does not let the server in.
+    """
+
+    def __init__(self, uri: str, token: str = "") -> None:
+        self._connection = Connection(uri, token)
+        self._lock = threading.Lock()
+        #: Those used before: of one collection there must be one object, since it lets one write in at a time.
+        self._known: dict[str, MilvusCollection] = {}
+
+    def create(self, spec: CollectionSpec) -> MilvusCollection:
+        """Create a collection."""
+        spec.check()
+        created = datetime.now(timezone.utc)
+        arguments = schema.creation(spec, created)
+        if self._exists(spec.name):
+            raise collection_exists(spec.name)
+        try:
+            self._call(spec.name, "create_collection", **arguments)
+        except ServiceError as error:
+            # Another server was quicker: Milvus has one number for this and for all that it does not expect.
+            if error.code is Code.INTERNAL and self._exists(spec.name):
+                raise collection_exists(spec.name) from error
+            raise
+        with ExitStack() as undo:
+            undo.callback(self._call, spec.name, "drop_collection")
+            self._call(spec.name, "create_index", index_params=schema.graph(spec))
+            collection = self._keep(spec, created)
+            undo.pop_all()
+        return collection
+
+    def get(self, name: str) -> MilvusCollection:
+        """Return a collection."""
+        found = self._describe(name)
+        if found is None:
+            raise no_collection(name)
+        spec, created = found
+        with self._lock:
+            known = self._known.get(name)
+        if known is not None and (known.spec, known.created) == (spec, created):
+            return known
+        return self._keep(spec, created)
+
+    def opened(self, name: str) -> MilvusCollection | None:
+        """Return None: only Milvus can tell what a collection is now."""
+
+    def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
+        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+        check_page_size(page_size)
+        after = decode_token(page_token)
+        listed = self._connection.call("listing the collections", "list_collections")
+        names = sorted(name for name in map(schema.own_name, listed) if name is not None and name > after)
+        token = encode_token(names[page_size - 1]) if len(names) > page_size else ""
+        described = [self._describe(name) for name in names[:page_size]]
+        return [found[0] for found in described if found is not None], token
+
+    def delete(self, name: str) -> None:
+        """Delete a collection."""
+        if self._describe(name) is None:
+            raise no_collection(name)
+        with self._lock:
+            self._known.pop(name, None)
+        self._call(name, "drop_collection")
+
+    def probed(self) -> dict[str, ProbeFigures]:
+        """Return nothing: to repeat a search exactly, all vectors would have to be here."""
+        return {}
+
+    def close(self) -> None:
+        """Give up the connection."""
+        self._connection.close()
+
+    def _keep(self, spec: CollectionSpec, created: datetime) -> MilvusCollection:
+        """Have a collection loaded and keep it at hand."""
+        collection = MilvusCollection(self._connection, spec, created)
+        collection.load()
+        with self._lock:
+            known = self._known.get(spec.name)
+            if known is None or (known.spec, known.created) != (spec, created):
+                known = self._known[spec.name] = collection
+        return known
+
+    def _exists(self, name: str) -> bool:
+        return bool(self._call(name, "has_collection"))
+
+    def _describe(self, name: str) -> tuple[CollectionSpec, datetime] | None:
+        """Return what a collection is and since when; None if there is none of that name, or it is not ours."""
+        if not schema.is_possible(name):
+            return None
+        try:
+            described = self._call(name, "describe_collection")
+        except ServiceError as error:
+            if error.code is Code.NOT_FOUND:
+                return None
+            raise
+        return schema.read_description(described)
+
+    def _call(self, name: str, method: str, **arguments: Any) -> Any:
+        """Call a method of `MilvusClient` about a collection."""
+        return self._connection.call(
+            f"collection {name!r}", method, collection_name=schema.milvus_name(name), **arguments
+        )

@@ -1,0 +1,207 @@
+"""A collection in Milvus."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from itertools import islice
+
+from emberpc.server.errors import invalid, items_of
+from emberpc.server.index.backend import unsupported
+from emberpc.server.index.clusters import Cluster
+from emberpc.server.index.duplicates import DuplicatePair
+from emberpc.server.index.filters import Filter
+from emberpc.server.index.metric import check_vectors
+from emberpc.server.index.types import (
+    CollectionInfo,
+    CollectionSpec,
+    Matrix,
+    NewRecord,
+    SearchOutcome,
+    StoredRecord,
+    WriteResult,
+    check_page_size,
+)
+from emberpc.server.index.validation import check_records, check_search
+from emberpc.server.index.verifying import Verified
+from emberpc.server.milvus import schema, terms
+from emberpc.server.milvus.connection import Connection
+from emberpc.server.milvus.reading import Reader
+from emberpc.server.milvus.searching import Request, Searcher
+from emberpc.server.paging import decode_token, encode_token
+
+BACKEND = "milvus"
+_COPY = "copy the collection, or a part of it, to an embedded index and ask that"
+_DENSE = "search by DENSE, or use the embedded index"
+
+
+class MilvusCollection:
+    """A collection in Milvus, as `emberpc.server.index.Collection` documents it. Safe to use from several threads.
+
+    What is different: a write is as durable as Milvus's own log; revisions cannot be expected, since Milvus has no
+    conditional write; numbers of writes are microseconds since 1970, so that they grow over restarts without being
+    kept; how many ids were new, and when a record was created, is read just before a write.
+
+    Args:
+        connection: to Milvus.
+        spec: what it is.
+        created: since when.
+    """
+
+    def __init__(self, connection: Connection, spec: CollectionSpec, created: datetime) -> None:
+        self.spec = spec
+        self.created = created
+        self._reader = Reader(connection, spec)
+        self._write_lock = threading.Lock()
+        self._sequence = 0
+
+    def info(self) -> CollectionInfo:
+        """Say how it stands; the sequence is that of this server's last write, and bytes on disk are not known."""
+        return CollectionInfo(self.count(), self._sequence, self.created, 0)
+
+    def load(self) -> None:
+        """Have Milvus load it; nothing else can be asked of it before."""
+        self._reader.call("load_collection")
+
+    def upsert(
+        self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
+    ) -> WriteResult:
+        """Insert records or replace those of the same id: one message to Milvus."""
+        documents = check_records(records)
+        check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
+        if len(vectors) != len(records):
+            raise invalid("vectors", f"has {len(vectors)} vectors for {len(records)} records; give one for each")
+        if expected_revisions is not None:
+            raise unsupported("expected_revisions", BACKEND, "leave it unset, or use the embedded index")
+        found_terms = [terms.terms(record.metadata) for record in records]
+        schema.check_fit(records, found_terms, vectors, self.spec.distance)
+        with self._write_lock:
+            created = {
+                found[schema.ID]: found["created"]
+                for found in self._reader.by_id([record.id for record in records], [schema.ID, "created"])
+            }
+            sequence, now = self._next_sequence(), _now()
+            rows = [
+                schema.row(record, document, of_record, vector, sequence, created.get(record.id, now), now)
+                for record, document, of_record, vector in zip(records, documents, found_terms, vectors, strict=True)
+            ]
+            self._reader.call("upsert", data=rows)
+            self._sequence = sequence
+        return WriteResult(sequence, len(records) - len(created), len(created), synced=False)
+
+    def delete(self, ids: Sequence[str]) -> WriteResult:
+        """Delete records by id: one message to Milvus; ids that are not there are no error."""
+        with self._write_lock:
+            return self._delete([found[schema.ID] for found in self._reader.by_id(ids, [schema.ID])])
+
+    def delete_matching(self, condition: Filter) -> WriteResult:
+        """Delete the records that meet a condition, by their ids: one message to Milvus."""
+        with self._write_lock:
+            return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])
+
+    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
+        """Return the records of those ids that are there, in the order asked for."""
+        rows = self._reader.by_id(ids, schema.fields(with_vectors=with_vectors))
+        found = {record.id: record for record in map(schema.stored, rows)}
+        return [found[record_id] for record_id in ids if record_id in found]
+
+    def page(
+        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+    ) -> tuple[list[StoredRecord], str]:
+        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+        check_page_size(page_size)
+        after = decode_token(page_token)
+        rows = self._reader.walk(schema.fields(with_vectors=with_vectors), condition, after=after, batch=page_size + 1)
+        records = [schema.stored(found) for found in islice(rows, page_size + 1)]
+        more = len(records) > page_size
+        return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
+
+    def count(self, condition: Filter | None = None) -> int:
+        """Return the number of records, with a condition, of those that meet it."""
+        return self._reader.count(condition)
+
+    def search(
+        self,
+        queries: Matrix,
+        top_k: int | Sequence[int],
+        *,
+        ef: int = 0,
+        min_recall: float = 0,
+        exclude_ids: Sequence[str | None] = (),
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Find the records nearest to each query.
+
+        The plan says HNSW where Milvus searched: what it did with its segments, some of which have no graph yet, it
+        does not tell. Where few records meet a filter, or the graph led to too few of them, they are compared here.
+        """
+        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
+        sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
+        excluded = list(exclude_ids) or [None] * len(queries)
+        check_search(len(queries), sizes, len(excluded), ef, min_recall)
+        if min_recall:
+            raise unsupported("min_recall", BACKEND, "set ef, or use the embedded index")
+        by_condition: dict[Filter | None, list[int]] = {}
+        for row, condition in enumerate(list(conditions) or [None] * len(queries)):
+            by_condition.setdefault(condition, []).append(row)
+        outcomes: dict[int, SearchOutcome] = {}
+        for condition, rows in by_condition.items():
+            request = Request(queries[rows], [sizes[i] for i in rows], [excluded[i] for i in rows], ef, with_vectors)
+            outcomes.update(zip(rows, Searcher(self._reader, condition).search(request), strict=True))
+        return [outcomes[row] for row in range(len(queries))]
+
+    def verify(self) -> Iterator[Verified]:
+        """Raise UNIMPLEMENTED: there are no two copies here that could differ."""
+        raise unsupported("VerifyCollection", BACKEND, "use what Milvus offers for that")
+
+    def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
+        """Raise UNIMPLEMENTED: all vectors would have to be here."""
+        raise unsupported("FindDuplicates", BACKEND, _COPY)
+
+    def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
+        """Raise UNIMPLEMENTED: all vectors would have to be here."""
+        raise unsupported("ClusterRecords", BACKEND, _COPY)
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Raise UNIMPLEMENTED: words are not indexed."""
+        raise unsupported("mode LEXICAL", BACKEND, _DENSE)
+
+    def search_both(
+        self,
+        queries: Matrix,
+        texts: Sequence[str],
+        top_k: Sequence[int],
+        *,
+        dense_weight: float,
+        ef: int = 0,
+        min_recall: float = 0,
+        with_vectors: bool = False,
+        conditions: Sequence[Filter | None] = (),
+    ) -> list[SearchOutcome]:
+        """Raise UNIMPLEMENTED: words are not indexed."""
+        raise unsupported("mode HYBRID", BACKEND, _DENSE)
+
+    def _delete(self, present: Sequence[str]) -> WriteResult:
+        """Delete records that are there, with the lock held."""
+        if present:
+            self._reader.call("delete", filter=schema.one_of(present))
+            self._sequence = self._next_sequence()
+        return WriteResult(self._sequence, deleted=len(present), synced=False)
+
+    def _next_sequence(self) -> int:
+        return max(self._sequence + 1, _now())
+
+
+def _now() -> int:
+    """Return microseconds since 1970."""
+    return time.time_ns() // 1000

@@ -1,0 +1,170 @@
+"""The connection to Milvus: every call bounded in time, every failure in the server's terms."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from pymilvus import MilvusClient, MilvusException
+
+from emberpc.server.errors import Code, ServiceError
+
+log = logging.getLogger(__name__)
+
+#: Seconds that a connection may take to come up, at the start and when it was lost.
+_CONNECT_SECONDS = 5.0
+#: Seconds that one call may take. As the channel's own limit: given to pymilvus, it would be the time for which a call
+#: that cannot reach Milvus is tried again.
+_CALL_SECONDS = 120
+_OPTIONS = {
+    "grpc.service_config": json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{_CALL_SECONDS}s"}]}),
+    # A new connection is tried at once, not when the time is up that a failed one to the same address has to wait.
+    "grpc.use_local_subchannel_pool": 1,
+    # Milvus may drop a connection that is pinged too often while nothing is under way.
+    "grpc.keepalive_permit_without_calls": 0,
+}
+#: One more try, on a new connection: without a number pymilvus tries 75 times.
+_RETRIES = 1
+_BACK_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a caller is told about a code of Milvus; `said` follows the name of what was being done."""
+
+    code: Code
+    reason: str
+    said: str
+    retry_after: float | None = None
+
+
+_UNREACHABLE = _Failure(
+    Code.UNAVAILABLE, "MILVUS_UNAVAILABLE", "Milvus cannot be reached or is not ready; try again", _BACK_SECONDS
+)
+_SLOW = _Failure(
+    Code.UNAVAILABLE, "MILVUS_TIMEOUT", f"Milvus did not answer within {_CALL_SECONDS} s; try again", _BACK_SECONDS
+)
+_BUSY = _Failure(Code.RESOURCE_EXHAUSTED, "MILVUS_BUSY", "Milvus has too much to do; try again later", _BACK_SECONDS)
+_FULL = _Failure(
+    Code.RESOURCE_EXHAUSTED, "MILVUS_FULL", "Milvus has no memory, disk or quota left; make room, or raise its limits"
+)
+_TOO_LARGE = _Failure(
+    Code.RESOURCE_EXHAUSTED, "MILVUS_MESSAGE_TOO_LARGE", "the message is too large for Milvus; ask for or send less"
+)
+_REFUSED = _Failure(
+    Code.FAILED_PRECONDITION,
+    "MILVUS_ACCESS",
+    "Milvus does not let this server in, or not do this; see to --milvus-token and its rights",
+)
+_GONE = _Failure(
+    Code.NOT_FOUND, "COLLECTION_NOT_FOUND", "the collection is gone, deleted by another server; create it again"
+)
+NOT_LOADED = "MILVUS_NOT_LOADED"
+_UNLOADED = _Failure(Code.UNAVAILABLE, NOT_LOADED, "Milvus has not loaded the collection yet; try again", _BACK_SECONDS)
+_UNKNOWN = _Failure(Code.INTERNAL, "MILVUS_FAILED", "Milvus failed")
+
+#: By Milvus's own codes (numbers) and gRPC's; whatever is not here is `_UNKNOWN`.
+_FAILURES: dict[object, _Failure] = {
+    grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
+    grpc.StatusCode.CANCELLED: _UNREACHABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: _SLOW,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: _TOO_LARGE,
+    grpc.StatusCode.UNAUTHENTICATED: _REFUSED,
+    grpc.StatusCode.PERMISSION_DENIED: _REFUSED,
+    2: _UNREACHABLE,  # of Milvus's own codes, and pymilvus's for a connection that does not come up
+    3: _FULL,
+    4: _BUSY,
+    7: _FULL,
+    8: _BUSY,
+    9: _FULL,
+    100: _GONE,
+    101: _UNLOADED,
+    102: _FULL,
+    103: _UNLOADED,
+    1400: _REFUSED,
+    1401: _REFUSED,
+}
+
+
+class Connection:
+    """A connection to Milvus that comes back by itself. Safe to use from several threads.
+
+    Args:
+        uri: where Milvus is, such as `http://milvus:19530`, or `https://…` for TLS; a database is its path.
+        token: `user:password` or an API key; empty: none.
+
+    Raises:
+        ServiceError: UNAVAILABLE if it cannot be reached, FAILED_PRECONDITION if it does not let the server in.
+    """
+
+    def __init__(self, uri: str, token: str = "") -> None:
+        # pymilvus logs each failure with its own stack; it is logged here once.
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
+        with translated("connecting"):
+            self._client: Any = MilvusClient(
+                uri=uri, token=token, timeout=_CONNECT_SECONDS, dedicated=True, grpc_options=_OPTIONS
+            )
+        self._closed = False
+
+    def call(self, doing: str, method: str, **arguments: Any) -> Any:
+        """Call a method of `MilvusClient`.
+
+        Args:
+            doing: what for, for the message of an error.
+            method: its name.
+            arguments: its arguments.
+
+        Raises:
+            ServiceError: it failed; by the table above.
+        """
+        if self._closed:
+            raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
+        with translated(doing):
+            return getattr(self._client, method)(**arguments, retry_times=_RETRIES)
+
+    def close(self) -> None:
+        """Give the connection up."""
+        if not self._closed:
+            self._closed = True
+            self._client.close()
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn the failures of pymilvus and gRPC into the server's.
+
+    Args:
+        doing: what is being done, for the message.
+
+    Raises:
+        ServiceError: in place of them; the log says more.
+    """
+    try:
+        yield
+    except (MilvusException, grpc.RpcError) as error:
+        failure = _failure(error)
+        if failure is _UNKNOWN:
+            log.exception("%s: Milvus failed", doing)
+        else:
+            log.warning("%s: Milvus failed: %s", doing, error)
+        raise ServiceError(
+            failure.code, f"{doing}: {failure.said}", reason=failure.reason, retry_after=failure.retry_after
+        ) from error
+
+
+def _failure(error: MilvusException | grpc.RpcError) -> _Failure:
+    """Look an error up by its code, or by that of what it came from; some of pymilvus's say nothing themselves."""
+    cause: BaseException | None = error
+    while cause is not None:
+        code = cause.code() if isinstance(cause, grpc.RpcError) and callable(cause.code) else getattr(cause, "code", 0)
+        if code in _FAILURES:
+            return _FAILURES[code]
+        if getattr(cause, "retriable", False):
+            return _UNREACHABLE
+        cause = cause.__cause__ or cause.__context__
+    return _UNKNOWN

@@ -1,0 +1,230 @@
+"""How collections and records look in Milvus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from pymilvus import DataType, MilvusClient
+
+from emberpc.server.errors import Violation, invalid, invalid_fields
+from emberpc.server.index.types import CollectionSpec, Distance, Matrix, NewRecord, StoredRecord
+from emberpc.server.milvus import terms
+from emberpc.server.milvus.literals import quoted
+from emberpc.server.names import NAME
+
+#: Our collections among others' in the same database of Milvus.
+_PREFIX = "emberpc_"
+#: Milvus's names have letters, digits and `_` only.
+_ESCAPES = {"_": "_u", ".": "_d", "-": "_h"}
+_UNESCAPES = {escape: character for character, escape in _ESCAPES.items()}
+_MAX_NAME = 255
+_PROPERTY = "emberpc.collection"
+
+#: Milvus's limit for a string, in bytes.
+MAX_TEXT_BYTES = 65_535
+_MAX_ID_BYTES = 512
+_MAX_METADATA_BYTES = 65_536
+#: Milvus has no vectors of one dimension.
+_MIN_DIMENSIONS = 2
+#: Under COSINE Milvus squares lengths in float32, where those of shorter vectors vanish.
+_MIN_LENGTH = 1e-15
+
+VECTOR = "vector"
+ID = "id"
+_FIELDS = [ID, "text", "metadata", "label", "revision", "created", "updated"]
+_METRICS = {Distance.COSINE: "COSINE", Distance.DOT_PRODUCT: "IP", Distance.EUCLIDEAN: "L2"}
+
+
+def milvus_name(name: str) -> str:
+    """Return the name of a collection in Milvus.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if it would be too long there.
+    """
+    escaped = _escaped(name)
+    if len(escaped) > _MAX_NAME:
+        raise invalid(
+            "collection.name",
+            f"is too long for Milvus, where '_', '.' and '-' count twice: {len(escaped)} of {_MAX_NAME}; shorten it",
+        )
+    return escaped
+
+
+def is_possible(name: str) -> bool:
+    """Say whether a collection may have such a name."""
+    return bool(NAME.fullmatch(name)) and len(_escaped(name)) <= _MAX_NAME
+
+
+def own_name(escaped: str) -> str | None:
+    """Return what `milvus_name` made a name from; None if it is not one of ours."""
+    if not escaped.startswith(_PREFIX):
+        return None
+    name, rest = "", escaped[len(_PREFIX) :]
+    while rest:
+        length = 2 if rest[0] == "_" else 1
+        if length == 2 and rest[:2] not in _UNESCAPES:
+            return None
+        name += _UNESCAPES.get(rest[:length], rest[:length])
+        rest = rest[length:]
+    return name
+
+
+def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
+    """Return the arguments of `create_collection`.
+
+    What the collection is stands both in its description, which every Milvus keeps, and in a property, since
+    milvus-lite keeps no descriptions.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if Milvus has no such collections.
+    """
+    if spec.dimensions < _MIN_DIMENSIONS:
+        raise invalid("collection.dimensions", f"is {spec.dimensions}; Milvus needs {_MIN_DIMENSIONS} or more")
+    about = json.dumps({"spec": spec.to_json(), "created": created.timestamp()})
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=about)
+    schema.add_field(ID, DataType.VARCHAR, is_primary=True, max_length=_MAX_ID_BYTES)
+    schema.add_field("text", DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+    schema.add_field("metadata", DataType.JSON)
+    schema.add_field("label", DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+    for number in ("revision", "created", "updated"):
+        schema.add_field(number, DataType.INT64)
+    schema.add_field(
+        terms.FIELD,
+        DataType.ARRAY,
+        element_type=DataType.VARCHAR,
+        max_capacity=terms.MAX_TERMS,
+        max_length=terms.TERM_BYTES,
+    )
+    schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=spec.dimensions)
+    return {
+        "schema": schema,
+        "properties": {_PROPERTY: about},
+        # One shard: a batch is one message of Milvus's log.
+        "num_shards": 1,
+        "consistency_level": "Strong",
+    }
+
+
+def graph(spec: CollectionSpec) -> Any:
+    """Return the index to be made for a collection's vectors."""
+    parameters = MilvusClient.prepare_index_params()
+    parameters.add_index(
+        field_name=VECTOR,
+        index_type="HNSW",
+        metric_type=_METRICS[spec.distance],
+        params={"M": spec.m, "efConstruction": spec.ef_construction},
+    )
+    return parameters
+
+
+def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetime] | None:
+    """Return what a collection is and since when; None if it is not one of ours."""
+    text = (described.get("properties") or {}).get(_PROPERTY) or described.get("description") or ""
+    try:
+        about = json.loads(text)
+        return CollectionSpec.from_json(about["spec"]), datetime.fromtimestamp(about["created"], timezone.utc)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_fit(
+    records: Sequence[NewRecord], found_terms: Sequence[Sequence[str]], vectors: Matrix, distance: Distance
+) -> None:
+    """Raise INVALID_ARGUMENT, naming each record that the index takes and Milvus cannot hold."""
+    violations = []
+    for i, record in enumerate(records):
+        for field, text in (("text", record.text), ("label", record.label)):
+            if (size := len(text.encode())) > MAX_TEXT_BYTES:
+                violations.append(
+                    Violation(f"records[{i}].{field}", f"has {size} bytes, Milvus holds {MAX_TEXT_BYTES}; split it")
+                )
+        if (count := len(found_terms[i])) > terms.MAX_TERMS:
+            violations.append(
+                Violation(
+                    f"records[{i}].metadata",
+                    f"has fields and values that come to {count} terms, Milvus holds {terms.MAX_TERMS}; leave some out",
+                )
+            )
+    if distance is Distance.COSINE:
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        violations += [
+            Violation(f"vectors[{i}]", f"is shorter than {_MIN_LENGTH:g}, too short for Milvus; scale the vectors up")
+            for i in np.flatnonzero(lengths < _MIN_LENGTH)
+        ]
+    if violations:
+        raise invalid_fields(violations)
+
+
+def row(
+    record: NewRecord,
+    document: str,
+    found_terms: Sequence[str],
+    vector: Matrix,
+    revision: int,
+    created: int,
+    updated: int,
+) -> dict[str, Any]:
+    """Return a record as Milvus holds it; times in microseconds since 1970."""
+    return {
+        ID: record.id,
+        "text": record.text,
+        "metadata": document,
+        "label": record.label,
+        terms.FIELD: list(found_terms),
+        "revision": revision,
+        "created": created,
+        "updated": updated,
+        VECTOR: vector,
+    }
+
+
+def fields(*, with_vectors: bool) -> list[str]:
+    """Return the fields to be read for `stored`."""
+    return [*_FIELDS, VECTOR] if with_vectors else _FIELDS
+
+
+def stored(found: dict[str, Any]) -> StoredRecord:
+    """Return a record that Milvus gave."""
+    return StoredRecord(
+        id=found[ID],
+        text=found["text"],
+        metadata=metadata(found),
+        label=found["label"],
+        revision=found["revision"],
+        create_time=_moment(found["created"]),
+        update_time=_moment(found["updated"]),
+        vector=np.asarray(found[VECTOR], dtype=np.float32) if VECTOR in found else None,
+    )
+
+
+def metadata(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a record that Milvus gave."""
+    value = found["metadata"]
+    return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
+
+
+def behind(record_id: str) -> str:
+    """Return the expression for the records that follow an id in byte order; all follow the empty one."""
+    return f"{ID} > {quoted(record_id)}"
+
+
+def one_of(ids: Sequence[str]) -> str:
+    """Return the expression for the records of some ids."""
+    return f"{ID} in [{', '.join(map(quoted, ids))}]"
+
+
+def score(distance: Distance, value: float) -> float:
+    """Turn what Milvus gives into a score; greater is nearer."""
+    return -(max(value, 0.0) ** 0.5) if distance is Distance.EUCLIDEAN else value
+
+
+def _escaped(name: str) -> str:
+    return _PREFIX + "".join(_ESCAPES.get(character, character) for character in name)
+
+
+def _moment(microseconds: int) -> datetime:
+    return datetime.fromtimestamp(microseconds / 1e6, timezone.utc)

@@ -1,0 +1,180 @@
+"""Search in a collection in Milvus: by its graph, or here, one vector after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from emberpc.server.index.filters import Filter, matches
+from emberpc.server.index.metric import nearest, prepare
+from emberpc.server.index.types import Distance, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.milvus import schema
+from emberpc.server.milvus.reading import Reader, clause_of
+
+#: Hits asked for in one call of Milvus, which answers with at most 100 MB.
+_HITS_AT_ONCE = 10_000
+#: As the embedded index has them.
+_MIN_EF, _EF_PER_HIT = 200, 2
+#: Milvus takes no more.
+_MAX_EF, _MAX_LIMIT = 32_768, 16_384
+#: So many hits are asked for in place of one where a filter leaves some in doubt.
+_DOUBT = 4
+#: So few records that meet a filter are compared here: exact, and Milvus's graph leads to few of them.
+_FEW = 2000
+#: So many are, at most, where the graph led to too few.
+_MANY = 100_000
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Request:
+    """Queries, float32 (queries, dimensions), and for each how many hits and which id to leave out."""
+
+    queries: Matrix
+    top_k: Sequence[int]
+    exclude: Sequence[str | None]
+    ef: int
+    with_vectors: bool
+
+    def only(self, rows: Sequence[int]) -> Request:
+        """Return the request for some of the queries."""
+        rows = list(rows)
+        return replace(
+            self,
+            queries=self.queries[rows],
+            top_k=[self.top_k[i] for i in rows],
+            exclude=[self.exclude[i] for i in rows],
+        )
+
+
+class Searcher:
+    """Answers queries of one condition.
+
+    Args:
+        reader: the collection.
+        condition: what hits must meet; None: nothing.
+    """
+
+    def __init__(self, reader: Reader, condition: Filter | None) -> None:
+        self._reader = reader
+        self._distance = reader.spec.distance
+        self._condition = condition
+        self._clause = clause_of(condition)
+
+    def search(self, request: Request) -> list[SearchOutcome]:
+        """Answer every query of a request."""
+        widening = 1.0
+        if self._condition is not None:
+            matching = self._reader.count_expression(self._clause.expression)
+            if matching <= _FEW:
+                return self._compare(request)
+            widening = self._reader.count() / matching
+        outcomes: dict[int, SearchOutcome] = {}
+        for rows in _blocks(request.top_k):
+            for row, outcome in zip(rows, self._ask(request.only(rows), widening), strict=True):
+                if outcome is not None:
+                    outcomes[row] = outcome
+        short = [row for row in range(len(request.queries)) if row not in outcomes]
+        outcomes.update(zip(short, self._compare(request.only(short)) if short else [], strict=True))
+        return [outcomes[row] for row in range(len(request.queries))]
+
+    def _ask(self, request: Request, widening: float) -> list[SearchOutcome | None]:
+        """Have Milvus answer; None where its graph led to too few."""
+        wanted = max(request.top_k) + 1
+        keep = max(int((request.ef or max(_MIN_EF, _EF_PER_HIT * wanted)) * widening), wanted)
+        limit = min(wanted * _DOUBT if self._clause.doubtful else wanted, _MAX_LIMIT)
+        keep = min(max(keep, limit), _MAX_EF)
+        cosine = self._distance is Distance.COSINE
+        queries = prepare(request.queries, self._distance) if cosine else request.queries
+        output = schema.fields(with_vectors=request.with_vectors)
+        found = self._reader.nearest(queries, limit, keep, self._clause.expression, output)
+        return [
+            self._hits(hits, k, exclude, Plan(Strategy.HNSW, keep, 0))
+            for hits, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
+        ]
+
+    def _hits(self, found: Sequence[Any], k: int, exclude: str | None, plan: Plan) -> SearchOutcome | None:
+        """Turn what Milvus found into hits; None if they are too few and the others can be compared here."""
+        candidates = [(schema.stored(hit["entity"]), schema.score(self._distance, hit["distance"])) for hit in found]
+        if self._condition is not None and self._clause.doubtful:
+            candidates = [each for each in candidates if matches(self._condition, each[0].metadata)]
+        hits = [each for each in candidates if each[0].id != exclude][:k]
+        if len(hits) < k and len(candidates) < self._total:
+            if self._total <= _MANY:
+                return None
+            reason = f"the graph led to {len(hits)} of {self._total} records; raise ef"
+            return SearchOutcome(hits, replace(plan, shortfall_reason=reason))
+        return self._outcome(hits, k, plan, left_out=len(hits) < len(candidates))
+
+    def _compare(self, request: Request) -> list[SearchOutcome]:
+        """Compare the queries with every vector that meets the condition: slow and right."""
+        k = max(request.top_k) + 1
+        prepared = prepare(request.queries, self._distance)
+        best: list[list[tuple[float, str]]] = [[] for _ in prepared]
+        total = 0
+        for batch in self._batches():
+            total += len(batch)
+            vectors = prepare(np.array([row[schema.VECTOR] for row in batch], dtype=np.float32), self._distance)
+            rows, scores = nearest(prepared, vectors, k, self._distance)
+            for i, (of_query, scored) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
+                new = [(score, batch[row][schema.ID]) for row, score in zip(of_query, scored, strict=True)]
+                best[i] = sorted([*best[i], *new], key=_score, reverse=True)[:k]
+        records = self._records(sorted({each for found in best for _, each in found}), request.with_vectors)
+        outcomes = []
+        for found, size, exclude in zip(best, request.top_k, request.exclude, strict=True):
+            there = [(records[each], score) for score, each in found if each in records]
+            hits = [each for each in there if each[0].id != exclude][:size]
+            plan = Plan(Strategy.EXACT, 0, total)
+            outcomes.append(self._outcome(hits, size, plan, left_out=len(hits) < len(there)))
+        return outcomes
+
+    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+        batch: list[dict[str, Any]] = []
+        for row in self._reader.walk([schema.ID, schema.VECTOR], self._condition):
+            batch.append(row)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _records(self, ids: Sequence[str], with_vectors: bool) -> dict[str, StoredRecord]:
+        rows = self._reader.by_id(ids, schema.fields(with_vectors=with_vectors))
+        return {record.id: record for record in map(schema.stored, rows)}
+
+    @cached_property
+    def _total(self) -> int:
+        """How many records meet the condition."""
+        return self._reader.count(self._condition)
+
+    def _outcome(self, hits: list[tuple[StoredRecord, float]], k: int, plan: Plan, *, left_out: bool) -> SearchOutcome:
+        if len(hits) == k:
+            return SearchOutcome(hits, plan)
+        records = f"{self._total} record{'' if self._total == 1 else 's'}"
+        matching = f"{records} match{'es' if self._total == 1 else ''} the filter"
+        reason = f"the collection holds {records}" if self._condition is None else matching
+        return SearchOutcome(
+            hits, replace(plan, shortfall_reason=f"{reason}, the record asked about left out" if left_out else reason)
+        )
+
+
+def _score(found: tuple[float, str]) -> float:
+    return found[0]
+
+
+def _blocks(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Put the rows of queries together that can go in one call: of like sizes, and not too many hits."""
+    order = np.argsort(np.array(sizes), kind="stable").tolist()
+    block: list[int] = []
+    for row in order:
+        # One that asks for many would make all the others of its call as costly.
+        if block and ((len(block) + 1) * sizes[row] > _HITS_AT_ONCE or sizes[row] > 2 * sizes[block[0]]):
+            yield block
+            block = []
+        block.append(row)
+    if block:
+        yield block

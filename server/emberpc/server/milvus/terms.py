@@ -1,0 +1,164 @@
+"""Filters in Milvus: by terms that are written beside the metadata.
+
+What a condition on JSON means differs from ours and between engines: of null, of missing fields, of lists, of `true`
+against 1. An array of strings leaves nothing to differ about. So each record has terms: that a field is there, that it
+is or holds a value of a kind, and that it is or holds this very value. Equality, membership and existence ask for terms
+alone. Order and prefixes ask JSON of those records only whose terms say that a string or a number is there; where a
+list holds it, the record is doubtful, and `matches` has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from emberpc.server.index.filters import (
+    AllOf,
+    AnyOf,
+    Comparison,
+    Existence,
+    Filter,
+    Membership,
+    Not,
+    Operator,
+    Prefix,
+    Value,
+    keys,
+    kind_of,
+)
+from emberpc.server.milvus.literals import quoted
+
+FIELD = "terms"
+#: Most that an array of Milvus holds.
+MAX_TERMS = 4096
+TERM_BYTES = 16
+
+#: Keys and prefixes that both Milvus and milvus-lite read as they are written.
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]+")
+_PLAIN_PREFIX = re.compile(r'[^%_\\"\'\x00-\x1f]+')
+
+
+@dataclass(frozen=True)
+class Clause:
+    """A filter as expressions: all records that meet it meet `expression`, and of these only `doubtful` ones may not.
+
+    An empty `expression` is met by all, an empty `doubtful` by none.
+    """
+
+    expression: str
+    doubtful: str = ""
+
+
+EVERYTHING = Clause("")
+
+
+def terms(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the terms of a record."""
+    return sorted(set(_terms(metadata, ())))
+
+
+def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
+    """Return a filter as Milvus's expressions.
+
+    Args:
+        condition: the filter.
+        met: whether it is to be met, or not to be.
+    """
+    if isinstance(condition, Not):
+        return compile_filter(condition.condition, met=not met)
+    if isinstance(condition, (AllOf, AnyOf)):
+        parts = [compile_filter(each, met=met) for each in condition.conditions]
+        return _all(parts) if isinstance(condition, AllOf) is met else _any(parts)
+    path = keys(condition.field)
+    if isinstance(condition, Existence):
+        return Clause(_has([_term(path, "there")], met=met))
+    if isinstance(condition, Membership):
+        return Clause(_has([_value_term(path, value) for value in condition.values], met=met))
+    if isinstance(condition, Comparison) and condition.operator in (Operator.EQUAL, Operator.NOT_EQUAL):
+        equal = condition.operator is Operator.EQUAL
+        return Clause(_has([_value_term(path, condition.value)], met=met is equal))
+    return _ordered(condition, path, met=met)
+
+
+def both(*expressions: str) -> str:
+    """Return the expression that all of some hold; empty ones do."""
+    return " and ".join(f"({each})" for each in expressions if each)
+
+
+def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool) -> Clause:
+    """Compile a comparison by order, or a prefix."""
+    kind = "string" if isinstance(condition, Prefix) else kind_of(condition.value)
+    is_one, holds_one = _has([_term(path, kind)]), _has([_term(path, "list", kind)])
+    compared = _compared(condition, path) if met else ""
+    if compared:
+        return Clause(f"({is_one} and {compared}) or {holds_one}", holds_one)
+    either = f"{is_one} or {holds_one}"
+    return Clause(either if met else "", either)
+
+
+def _compared(condition: Comparison | Prefix, path: tuple[str, ...]) -> str:
+    """Return the comparison of a string or a number as JSON; empty if not all engines would read it alike."""
+    if not all(_PLAIN_KEY.fullmatch(key) for key in path):
+        return ""
+    field = "metadata" + "".join(f'["{key}"]' for key in path)
+    if isinstance(condition, Prefix):
+        return f'{field} like "{condition.prefix}%"' if _PLAIN_PREFIX.fullmatch(condition.prefix) else ""
+    if isinstance(condition.value, str):
+        return f"{field} {condition.operator.value} {quoted(condition.value)}" if condition.value.isprintable() else ""
+    return f"{field} {condition.operator.value} {_number(condition.value)}"
+
+
+def _number(value: Value) -> str:
+    return repr(float(value or 0)).replace("e+", "e")
+
+
+def _all(parts: Sequence[Clause]) -> Clause:
+    return Clause(both(*(part.expression for part in parts)), _either([part.doubtful for part in parts]))
+
+
+def _any(parts: Sequence[Clause]) -> Clause:
+    expressions = [part.expression for part in parts]
+    return Clause(_either(expressions) if all(expressions) else "", _either([part.doubtful for part in parts]))
+
+
+def _either(expressions: Sequence[str]) -> str:
+    return " or ".join(f"({each})" for each in dict.fromkeys(expressions) if each)
+
+
+def _has(wanted: Sequence[str], *, met: bool = True) -> str:
+    listed = ", ".join(f'"{term}"' for term in wanted)
+    return f"{'' if met else 'not '}array_contains_any({FIELD}, [{listed}])"
+
+
+def _terms(value: Any, path: tuple[str, ...]) -> Iterator[str]:
+    if path:
+        yield _term(path, "there")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _terms(inner, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if (kind := kind_of(item)) != "other":
+                yield _term(path, "list", kind)
+                yield _value_term(path, item)
+    else:
+        yield _term(path, kind_of(value))
+        yield _value_term(path, value)
+
+
+def _value_term(path: tuple[str, ...], value: Value) -> str:
+    kind = kind_of(value)
+    if isinstance(value, (int, float)) and kind == "number":
+        # As Python compares them: 1 is 1.0, and 0.0 is -0.0.
+        whole = int(value) if value == int(value) else None
+        return _term(path, "equal", kind, repr(value) if whole is None else str(whole))
+    return _term(path, "equal", kind, json.dumps(value))
+
+
+def _term(path: tuple[str, ...], *about: str) -> str:
+    """Return a term: a hash, since Milvus bounds the length of strings in arrays."""
+    return blake2b(json.dumps([path, *about]).encode(), digest_size=TERM_BYTES // 2).hexdigest()

@@ -1,0 +1,258 @@
+"""What is Milvus's own: its limits, its failures, and what of it must not show."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import Client, Record
+from emberpc.server.errors import Code
+from emberpc.server.index import CollectionSpec, Distance, NewRecord
+from index.support import refused
+from index_helpers import vectors
+from milvus_lite_process import MilvusLiteProcess, need_milvus
+from server_process import ServerProcess
+
+if TYPE_CHECKING:
+    from emberpc.server.milvus import MilvusIndex
+    from emberpc.server.milvus.collection import MilvusCollection
+
+DIMENSIONS = 4
+
+
+@pytest.fixture(scope="module")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusLiteProcess]:
+    need_milvus("pymilvus", "milvus_lite")
+    process = MilvusLiteProcess(tmp_path_factory.mktemp("milvus") / "data")
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def index(milvus: MilvusLiteProcess) -> Iterator[MilvusIndex]:
+    from emberpc.server.milvus import MilvusIndex
+
+    opened = MilvusIndex(milvus.uri)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def collection(index: MilvusIndex) -> Iterator[MilvusCollection]:
+    yield index.create(CollectionSpec("c", DIMENSIONS))
+    index.delete("c")
+
+
+def test_milvus_gone_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
+    need_milvus("pymilvus", "milvus_lite")
+    from emberpc.server.milvus import MilvusIndex
+
+    milvus = MilvusLiteProcess(tmp_path / "data")
+    index = MilvusIndex(milvus.uri)
+    collection = index.create(CollectionSpec("c", DIMENSIONS))
+    matrix = vectors(50, dimensions=DIMENSIONS)
+    records = [NewRecord(f"r{i:02}") for i in range(50)]
+    collection.upsert(records, matrix)
+    milvus.kill()
+    calls: list[Callable[[], object]] = [
+        lambda: index.get("c"),
+        lambda: index.page(10, ""),
+        lambda: collection.search(matrix[:1], 1),
+        lambda: collection.upsert(records[:1], matrix[:1]),
+    ]
+    for call in calls:
+        with refused(Code.UNAVAILABLE, "Milvus cannot be reached", "try again") as caught:
+            call()
+        assert caught.value.retry_after
+    again = MilvusLiteProcess(tmp_path / "data", milvus.port)
+    try:
+        assert index.get("c") is collection
+        assert collection.count() == 50
+        assert [outcome.hits[0][0].id for outcome in collection.search(matrix, 1)] == [record.id for record in records]
+        collection.upsert(records[:1], matrix[:1])
+    finally:
+        index.close()
+        again.stop()
+    with refused(Code.UNAVAILABLE, "closed"):
+        collection.count()
+
+
+def test_collections_move_as_the_documentation_says(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    code = textwrap.dedent(text.partition("```python\n")[2].partition("```")[0])
+    matrix = vectors(1500, dimensions=DIMENSIONS)
+    records = [Record(f"r{i:04}", f"text {i}", {"i": i}, "label") for i in range(1500)]
+    flags = ["--index-backend", "milvus", "--milvus-uri", milvus.uri]
+    with (
+        ServerProcess({}, tmp_path / "old") as old,
+        ServerProcess({}, tmp_path / "new", *flags) as new,
+        Client(old.address) as before,
+        Client(new.address) as after,
+    ):
+        before.create_collection("moving.one", dimensions=DIMENSIONS, distance="euclidean", m=8)
+        before.upsert("moving.one", records, vectors=matrix)
+        before.create_collection("moving.none", dimensions=3)
+        exec(code, {"OLD": old.address, "NEW": new.address})
+        found = list(after.records("moving.one", with_vectors=True))
+        assert found == records
+        assert np.array_equal(np.stack([each.vector for each in found if each.vector is not None]), matrix)
+        for collection in before.collections():
+            there = after.get_collection(collection.name)
+            assert (there.distance, there.m, there.record_count) == (
+                collection.distance,
+                collection.m,
+                collection.record_count,
+            )
+            after.delete_collection(collection.name)
+
+
+def test_no_milvus_at_all_is_told_at_the_start(tmp_path: Path) -> None:
+    need_milvus("pymilvus")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(RuntimeError, match="--milvus-uri"):
+        ServerProcess({}, tmp_path, "--index-backend", "milvus", "--milvus-uri", uri)
+
+
+def test_what_milvus_cannot_hold_is_refused_by_name(collection: MilvusCollection) -> None:
+    matrix = vectors(2, dimensions=DIMENSIONS)
+    with refused(Code.INVALID_ARGUMENT, "65537 bytes", "Milvus holds 65535", field="records[1].text"):
+        collection.upsert([NewRecord("a"), NewRecord("b", "é" * 32768 + "x")], matrix)
+    collection.upsert([NewRecord("a", "é" * 32767)], matrix[:1])
+    assert collection.get(["a"])[0].text == "é" * 32767
+    with refused(Code.INVALID_ARGUMENT, "too short", field="vectors[0]"):
+        collection.upsert([NewRecord("b")], matrix[:1] * np.float32(1e-20))
+    assert collection.count() == 1
+
+
+def test_a_collection_that_milvus_cannot_hold_is_refused_by_name(index: MilvusIndex) -> None:
+    with refused(Code.INVALID_ARGUMENT, "Milvus needs 2", field="collection.dimensions"):
+        index.create(CollectionSpec("one", 1))
+    with refused(Code.INVALID_ARGUMENT, "count twice", field="collection.name"):
+        index.create(CollectionSpec("a" + "_" * 127, DIMENSIONS))
+
+
+def test_revisions_cannot_be_expected(collection: MilvusCollection) -> None:
+    with refused(Code.UNIMPLEMENTED, "expected_revisions", "'milvus'", "leave it unset"):
+        collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS), [0])
+
+
+def test_what_needs_all_vectors_at_once_says_where_to_ask(collection: MilvusCollection) -> None:
+    with refused(Code.UNIMPLEMENTED, "FindDuplicates", "'milvus'", "embedded index"):
+        collection.duplicates(0.9, lambda: False)
+    with refused(Code.UNIMPLEMENTED, "ClusterRecords", "'milvus'", "embedded index"):
+        collection.clusters(2, 1, lambda: False)
+
+
+def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
+    with refused(Code.UNIMPLEMENTED, "mode LEXICAL", "'milvus'", "DENSE"):
+        collection.search_words(["word"], [1])
+    with refused(Code.UNIMPLEMENTED, "mode HYBRID", "'milvus'", "DENSE"):
+        collection.search_both(vectors(1, dimensions=DIMENSIONS), ["word"], [1], dense_weight=0.5)
+
+
+def test_a_write_does_not_claim_to_be_on_disk(collection: MilvusCollection) -> None:
+    assert not collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS)).synced
+    assert not collection.delete(["a"]).synced
+
+
+def test_two_servers_see_each_others_collections(milvus: MilvusLiteProcess, index: MilvusIndex) -> None:
+    from emberpc.server.milvus import MilvusIndex
+
+    other = MilvusIndex(milvus.uri)
+    index.create(CollectionSpec("shared", DIMENSIONS)).upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS))
+    assert other.get("shared").get(["a"])[0].id == "a"
+    with refused(Code.ALREADY_EXISTS, "'shared'"):
+        other.create(CollectionSpec("shared", DIMENSIONS))
+    other.delete("shared")
+    other.create(CollectionSpec("shared", 7, distance=Distance.EUCLIDEAN))
+    assert index.get("shared").spec.dimensions == 7
+    index.get("shared").upsert([NewRecord("b")], vectors(1, dimensions=7))
+    other.delete("shared")
+    with refused(Code.NOT_FOUND, "'shared'"):
+        index.get("shared")
+    other.close()
+
+
+def test_collections_that_are_not_ours_are_left_alone(milvus: MilvusLiteProcess, index: MilvusIndex) -> None:
+    from pymilvus import MilvusClient
+
+    others = MilvusClient(milvus.uri)
+    for name in ("theirs", "emberpc_theirs", "emberpc_not_ours"):
+        others.create_collection(name, dimension=DIMENSIONS)
+    assert index.page(100, "") == ([], "")
+    for own_name in ("theirs", "_theirs", "not_ours"):
+        with refused(Code.NOT_FOUND):
+            index.delete(own_name)
+    assert others.has_collection("emberpc_theirs")
+    for name in others.list_collections():
+        others.drop_collection(name)
+    others.close()
+
+
+class RpcFailure(grpc.RpcError):
+    """A failed call of gRPC, whose text nobody may see."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        super().__init__("secret")
+        self._code = code
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (8, Code.RESOURCE_EXHAUSTED),
+        (9, Code.RESOURCE_EXHAUSTED),
+        (100, Code.NOT_FOUND),
+        (101, Code.UNAVAILABLE),
+        (1100, Code.INTERNAL),
+        (1401, Code.FAILED_PRECONDITION),
+        (65535, Code.INTERNAL),
+        (grpc.StatusCode.UNAVAILABLE, Code.UNAVAILABLE),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, Code.UNAVAILABLE),
+        (grpc.StatusCode.UNAUTHENTICATED, Code.FAILED_PRECONDITION),
+    ],
+)
+def test_each_failure_of_milvus_has_its_code_and_no_text_of_its_own(
+    cause: Any, code: Code, caplog: pytest.LogCaptureFixture
+) -> None:
+    need_milvus("pymilvus")
+    from pymilvus import MilvusException
+
+    from emberpc.server.milvus.connection import translated
+
+    raised: list[Exception] = [MilvusException(code=cause, message="secret")]
+    if isinstance(cause, grpc.StatusCode):
+        raised.append(RpcFailure(cause))
+    for error in raised:
+        with caplog.at_level(logging.WARNING), refused(code, "reading: ") as caught, translated("reading"):
+            raise error
+        assert "secret" not in caught.value.message
+        assert (caught.value.retry_after is not None) is (code is Code.UNAVAILABLE or cause == 8)
+    assert caplog.text
+
+
+def test_a_receipt_does_not_state_the_durability(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
+    from emberpc.v1 import index_pb2, index_pb2_grpc
+
+    with (
+        ServerProcess({}, tmp_path, "--index-backend", "milvus", "--milvus-uri", milvus.uri) as server,
+        Client(server.address) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        client.create_collection("over-rpc", dimensions=DIMENSIONS)
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+        request = index_pb2.DeleteRecordsRequest(collection="over-rpc", ids=["a"])
+        assert stub.DeleteRecords(request).receipt.durability == index_pb2.DURABILITY_UNSPECIFIED
+        client.delete_collection("over-rpc")
