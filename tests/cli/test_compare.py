@@ -97,6 +97,7 @@ def shows_itself(folder: Path) -> None:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
     outcome = emberpc(
         "compare", *files, "--strategy", "centroids,full", "--budget", "1,4,all", "-o", tmp_path / "report",

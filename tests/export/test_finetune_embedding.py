@@ -358,6 +358,7 @@ def test_an_interruption_leaves_nothing(tiny_source: Path, tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
 
 
+@pytest.mark.slow
 def test_minilm_finds_more_docstrings_by_their_names_than_before(functions: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     manifest = finetune_embedding(Files(functions), minilm_source(), target, epochs=1, max_tokens=64)

@@ -62,7 +62,13 @@ def of_modules(training_file: Path, per_label: int) -> tuple[Examples, Examples]
     return everything.take(first), everything.take(np.setdiff1d(np.arange(len(rows)), first))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+#: Those that train the most; the others are as real, and quicker.
+_LONG = ("contrastive", "full")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _LONG else []) for name in STRATEGIES]
+)
 def test_it_tells_texts_apart_that_it_has_not_seen(workbench: Workbench, training_file: Path, name: str) -> None:
     known, unseen = of_modules(training_file, 8)
     fitted = STRATEGIES[name].fit(known, workbench, Options(epochs=3))

@@ -162,7 +162,7 @@ def test_a_collection_refuses_another_model_of_the_same_name(
         assert [record.id for record in client.get("books", ["a"])] == ["a"]
 
 
-ROUNDS = 4
+ROUNDS = 2
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
