@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import Collection, CollectionSpec, Index
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
+from emberpc.server.services.bulk import upsert_stream
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
 from emberpc.server.services.records import (
     DISTANCES,
@@ -107,6 +108,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         response.updated_count = result.updated
         response.receipt.CopyFrom(_receipt(result.sequence))
         return response
+
+    def UpsertRecordsStream(
+        self, request_iterator: AsyncIterator[pb.UpsertRecordsStreamRequest], context: requests.Context
+    ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
+        """Insert or replace the records of a corpus of any size."""
+        return upsert_stream(self._engine, self._limits, self._pool, self._collection, request_iterator, context)
 
     async def BatchGetRecords(
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
