@@ -36,6 +36,7 @@ from emberpc.client.exceptions import (
 from emberpc.client.types import (
     Classification,
     Collection,
+    FailedRecord,
     Health,
     Hit,
     LabelScore,
@@ -45,6 +46,7 @@ from emberpc.client.types import (
     SearchPlan,
     SearchResult,
     StreamedEmbedding,
+    UpsertCheckpoint,
     UpsertResult,
 )
 
@@ -60,6 +62,7 @@ __all__ = [
     "DeadlineExceeded",
     "EmberpcError",
     "FailedPrecondition",
+    "FailedRecord",
     "Health",
     "Hit",
     "InputError",
@@ -79,6 +82,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "UpsertCheckpoint",
     "UpsertResult",
     "Violation",
 ]

@@ -13,7 +13,8 @@ from emberpc.client import _embedding, _index, _models
 from emberpc.client._aio_running import AsyncRunner
 from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
-from emberpc.client._streaming import StreamJob
+from emberpc.client._embed_stream import EmbedJob
+from emberpc.client._upsert_stream import UpsertJob
 from emberpc.client.types import (
     Classification,
     Collection,
@@ -33,6 +34,7 @@ from emberpc.client.types import (
     StreamedEmbedding,
     StreamItem,
     Truncation,
+    UpsertCheckpoint,
     UpsertResult,
 )
 
@@ -118,7 +120,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> AsyncIterator[StreamedEmbedding]:
         """Do what `Client.embed_stream` does; the items may come from an asynchronous iterable too."""
-        job = StreamJob(
+        job = EmbedJob(
             items,
             model=model,
             input_kind=input_kind,
@@ -240,6 +242,19 @@ class AsyncClient:
         """Do what `Client.upsert` does."""
         job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
         return await self._runner.run(job, timeout)
+
+    def upsert_stream(
+        self,
+        collection: str,
+        records: Iterable[Record | Mapping[str, Any]] | AsyncIterable[Record | Mapping[str, Any]],
+        *,
+        batch_size: int = 64,
+        window: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[UpsertCheckpoint]:
+        """Do what `Client.upsert_stream` does; the records may come from an asynchronous iterable too."""
+        job = UpsertJob(records, collection=collection, batch_size=batch_size, window=window)
+        return self._runner.stream(job, records, timeout)
 
     async def get(
         self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
