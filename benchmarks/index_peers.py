@@ -33,14 +33,14 @@ def chromadb(vectors: Any, folder: Path) -> tuple[Callable[[], None], Callable[[
 
     def fill() -> None:
         hnsw = {"space": "cosine", "max_neighbors": 16, "ef_construction": 200, "ef_search": 200}
-        collection = client.create_collection("c", configuration={"hnsw": hnsw})
+        collection = client.create_collection("vectors", configuration={"hnsw": hnsw})
         step = min(_ADDED_AT_A_TIME, client.get_max_batch_size())
         for start in range(0, len(vectors), step):
             part = vectors[start : start + step]
             collection.add(ids=[str(start + i) for i in range(len(part))], embeddings=part)
 
     def opened() -> Search:
-        collection = client.get_collection("c")
+        collection = client.get_collection("vectors")
         return lambda queries: [
             [int(each) for each in ids]
             for ids in collection.query(query_embeddings=queries, n_results=K, include=[])["ids"]
@@ -103,19 +103,20 @@ def milvus_lite(vectors: Any, folder: Path) -> tuple[Callable[[], None], Callabl
         index = client.prepare_index_params()
         index.add_index("vector", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 200})
         client.create_collection(
-            "c", dimension=vectors.shape[1], metric_type="COSINE", consistency_level="Strong", index_params=index
+            "vectors", dimension=vectors.shape[1], metric_type="COSINE", consistency_level="Strong", index_params=index
         )
         for start in range(0, len(vectors), 1000):
             client.insert(
-                "c", [{"id": start + i, "vector": vector} for i, vector in enumerate(vectors[start : start + 1000])]
+                "vectors",
+                [{"id": start + i, "vector": vector} for i, vector in enumerate(vectors[start : start + 1000])],
             )
-        client.flush("c")
+        client.flush("vectors")
 
     def opened() -> Search:
-        client.load_collection("c")
+        client.load_collection("vectors")
 
         def search(queries: Any) -> list[list[int]]:
-            results = client.search("c", data=list(queries), limit=K, search_params={"params": {"ef": 200}})
+            results = client.search("vectors", data=list(queries), limit=K, search_params={"params": {"ef": 200}})
             return [[hit["id"] for hit in hits] for hits in results]
 
         return search
@@ -130,13 +131,13 @@ def qdrant_local(vectors: Any, folder: Path) -> tuple[Callable[[], None], Callab
 
     def fill() -> None:
         size = models.VectorParams(size=vectors.shape[1], distance=models.Distance.COSINE)
-        client.create_collection("c", vectors_config=size)
-        client.upload_collection("c", vectors=vectors, ids=range(len(vectors)), batch_size=1000)
+        client.create_collection("vectors", vectors_config=size)
+        client.upload_collection("vectors", vectors=vectors, ids=range(len(vectors)), batch_size=1000)
 
     def opened() -> Search:
         def search(queries: Any) -> list[list[int]]:
             requests = [models.QueryRequest(query=query.tolist(), limit=K) for query in queries]
-            return [[point.id for point in each.points] for each in client.query_batch_points("c", requests)]
+            return [[point.id for point in each.points] for each in client.query_batch_points("vectors", requests)]
 
         return search
 

@@ -255,7 +255,7 @@ def test_a_server_that_ends_early_or_answers_twice_is_broken(
     fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.stream_ends_after = 2
-    with pytest.raises(Internal, match="before it had answered every text"):
+    with pytest.raises(Internal, match="before it had answered all of it"):
         shell("embed_stream", TEXTS)
     fake.stream_ends_after = None
     fake.stream_repeats = True

@@ -21,7 +21,7 @@ from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, FieldPath, ServiceError
 from emberpc.server.handlers import Handlers
-from emberpc.server.services import streaming
+from emberpc.server.services import bulk_embedding
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.requests import Limits
 from emberpc.v1 import embedding_pb2 as pb
@@ -281,7 +281,7 @@ async def test_a_group_that_would_be_too_late_fails_at_once(tiny_bundle: Path) -
 async def test_a_queue_that_stays_full_fails_the_texts_in_the_end(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_PATIENCE", 0.2)
+    monkeypatch.setattr(bulk_embedding, "_PATIENCE", 0.2)
     async with serving(tiny_bundle) as (engine, embed_stream):
 
         async def full(texts: Sequence[str], caller: Caller) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from emberpc.cli.connection import with_client
-from emberpc.cli.errors import CliError, ExitCode
+from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
 from emberpc.client import Client, RecordId
-from emberpc.client.types import Query, SearchMode
+from emberpc.client.types import Query, SearchMode, UpsertCheckpoint, UpsertResult
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -32,6 +33,10 @@ def upsert(
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="For a file of any size: a bad record fails alone, connections are mended."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Insert the records of a file, or replace those of the same id.
@@ -40,6 +45,9 @@ def upsert(
     does no harm.
     """
     source = LineFile(file)
+    if stream:
+        _upsert_stream(source, client.upsert_stream(collection, source.records(), batch_size=batch_size), as_json)
+        return
     with source.locating("records"), progress("upserting") as done:
         result = client.upsert(collection, source.records(), batch_size=batch_size, progress=done)
     if not source.lines:
@@ -48,6 +56,35 @@ def upsert(
         print_json([result])
     else:
         print_fields(plain(result))
+
+
+def _upsert_stream(source: LineFile, checkpoints: Iterator[UpsertCheckpoint], as_json: bool) -> None:
+    """Follow a stream of a file's records, tell of those that fail, and say what it came to.
+
+    Raises:
+        CliError: a record failed.
+    """
+    total = UpsertResult(0, 0, 0)
+    failed = 0
+    code = ExitCode.OK
+    with progress("upserting", source.count()) as done:
+        for checkpoint in checkpoints:
+            done(checkpoint.done)
+            total = UpsertResult(
+                total.inserted + checkpoint.inserted,
+                total.updated + checkpoint.updated,
+                max(total.sequence, checkpoint.sequence),
+            )
+            for failure in checkpoint.failures:
+                note(f"{source.name}:{source.lines[failure.index]}: {failure.error}")
+                failed += 1
+                code = code or exit_code(failure.error) or ExitCode.INTERNAL
+    if as_json:
+        print_json([total])
+    else:
+        print_fields(plain(total))
+    if failed:
+        raise CliError(f"{failed} of {len(source.lines)} records were not written; the lines above say why", code)
 
 
 @with_client

@@ -9,40 +9,39 @@ from typing import Any
 import grpc.aio
 import numpy.typing as npt
 
-from emberpc.client import _embedding, _groups, _index, _models
+from emberpc.client import _embedding, _index
+from emberpc.client._aio_groups import AsyncGroupCalls
+from emberpc.client._aio_models import AsyncModelCalls
 from emberpc.client._aio_running import AsyncRunner
 from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
-from emberpc.client._streaming import StreamJob
+from emberpc.client._embed_stream import EmbedJob
+from emberpc.client._upsert_stream import UpsertJob
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Classification,
-    Cluster,
     Collection,
     Distance,
     DType,
-    DuplicatePair,
-    Health,
     Hit,
     InputKind,
     Matrix,
-    Model,
     Priority,
     Progress,
     Query,
     Record,
     SearchMode,
     SearchResult,
-    Stages,
     StreamedEmbedding,
     StreamItem,
     Truncation,
+    UpsertCheckpoint,
     UpsertResult,
     Verification,
 )
 
 
-class AsyncClient:
+class AsyncClient(AsyncGroupCalls, AsyncModelCalls):
     """A connection to an emberpc server, for asyncio; see `Client` for all that the two have in common.
 
     The connection is made by the first call, and belongs to the event loop
@@ -123,7 +122,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> AsyncIterator[StreamedEmbedding]:
         """Do what `Client.embed_stream` does; the items may come from an asynchronous iterable too."""
-        job = StreamJob(
+        job = EmbedJob(
             items,
             model=model,
             input_kind=input_kind,
@@ -254,6 +253,19 @@ class AsyncClient:
         job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
         return await self._runner.run(job, timeout)
 
+    def upsert_stream(
+        self,
+        collection: str,
+        records: Iterable[Record | Mapping[str, Any]] | AsyncIterable[Record | Mapping[str, Any]],
+        *,
+        batch_size: int = 64,
+        window: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[UpsertCheckpoint]:
+        """Do what `Client.upsert_stream` does; the records may come from an asynchronous iterable too."""
+        job = UpsertJob(records, collection=collection, batch_size=batch_size, window=window)
+        return self._runner.stream(job, records, timeout)
+
     async def get(
         self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
     ) -> list[Record]:
@@ -349,57 +361,3 @@ class AsyncClient:
             ),
             timeout,
         )
-
-    def duplicates(
-        self, collection: str, *, min_score: float = 0.95, timeout: float | None = None
-    ) -> AsyncIterator[DuplicatePair]:
-        """Do what `Client.duplicates` does."""
-        return self._runner.pages(
-            lambda token: _groups.find_duplicates(collection, token, min_score=min_score), timeout
-        )
-
-    async def clusters(
-        self, collection: str, count: int, *, examples: int = 5, timeout: float | None = None
-    ) -> list[Cluster]:
-        """Do what `Client.clusters` does."""
-        return await self._runner.run_one(_groups.cluster_records(collection, count, examples=examples), timeout)
-
-    async def models(self, *, timeout: float | None = None) -> list[Model]:
-        """Do what `Client.models` does."""
-        return [model async for model in self._runner.pages(_models.list_models, timeout)]
-
-    async def get_model(self, name: str, *, timeout: float | None = None) -> Model:
-        """Do what `Client.get_model` does."""
-        return await self._runner.run_one(_models.get_model(name), timeout)
-
-    async def load_model(
-        self,
-        name: str,
-        path: str,
-        *,
-        variant: str = "",
-        progress: Stages | None = None,
-        timeout: float | None = None,
-    ) -> Model:
-        """Do what `Client.load_model` does."""
-        return await self._runner.follow(_models.load_model(name, path, variant), progress, timeout)
-
-    async def reload_model(
-        self,
-        name: str,
-        path: str = "",
-        *,
-        variant: str = "",
-        progress: Stages | None = None,
-        timeout: float | None = None,
-    ) -> Model:
-        """Do what `Client.reload_model` does."""
-        return await self._runner.follow(_models.reload_model(name, path, variant), progress, timeout)
-
-    async def unload_model(self, name: str, *, timeout: float | None = None) -> None:
-        """Do what `Client.unload_model` does."""
-        return await self._runner.run_one(_models.unload_model(name), timeout)
-
-    async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
-        """Do what `Client.health` does."""
-        return await self._runner.run_one(_models.health(service), timeout)

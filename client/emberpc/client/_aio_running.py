@@ -12,8 +12,6 @@ from emberpc.client._aio_stream_running import AsyncLine, run_stream
 from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
 from emberpc.client._connection import Connection
 from emberpc.client._streaming import StreamJob
-from emberpc.client.types import StreamedEmbedding, StreamItem
-from emberpc.v1.embedding_pb2 import EmbedStreamRequest
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -82,15 +80,18 @@ class AsyncRunner:
         return self._walk(page_call(""), page_call, timeout)
 
     def stream(
-        self, job: StreamJob, items: Iterable[StreamItem] | AsyncIterable[StreamItem], timeout: float | None
-    ) -> AsyncIterator[StreamedEmbedding]:
+        self,
+        job: StreamJob[Item, Any, Any, Result],
+        items: Iterable[Item] | AsyncIterable[Item],
+        timeout: float | None,
+    ) -> AsyncIterator[Result]:
         """Run a stream; give the results as they come."""
         self._connection.deadline(timeout)  # known to be wrong now, not at the first result
 
         def open_line() -> AsyncLine:
             method: Any = self._opened().stream_stream(
                 job.call.method.path,
-                request_serializer=EmbedStreamRequest.SerializeToString,
+                request_serializer=type(job.call.request).SerializeToString,
                 response_deserializer=job.call.method.response.FromString,
             )
             return AsyncLine(method, self._connection.metadata)

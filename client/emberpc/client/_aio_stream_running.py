@@ -8,14 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from emberpc.client._connection import Connection
-from emberpc.client._streaming import Patience, StreamJob, ended_early
+from emberpc.client._streaming import Item, Patience, Result, StreamJob, ended_early
 from emberpc.client.exceptions import Cancelled
-from emberpc.client.types import StreamedEmbedding, StreamItem
-from emberpc.v1.embedding_pb2 import EmbedStreamRequest, EmbedStreamResponse
 
-Incoming = EmbedStreamResponse | grpc.aio.AioRpcError | None
+Incoming = Message | grpc.aio.AioRpcError | None
 
 
 class AsyncLine:
@@ -27,7 +26,7 @@ class AsyncLine:
     """
 
     def __init__(self, method: Any, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._outbox: asyncio.Queue[EmbedStreamRequest | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self._inbox: asyncio.Queue[Incoming | Cancelled] = asyncio.Queue()
         self._finished = False
         self._call = method(self._requests(), metadata=metadata)
@@ -38,7 +37,7 @@ class AsyncLine:
         """Whether nothing has come in that was not taken."""
         return self._inbox.empty()
 
-    def send(self, requests: Iterable[EmbedStreamRequest]) -> None:
+    def send(self, requests: Iterable[Message]) -> None:
         """Have requests sent as soon as the server takes them."""
         for request in requests:
             self._outbox.put_nowait(request)
@@ -68,7 +67,7 @@ class AsyncLine:
         self._receiving.cancel()
         await asyncio.wait([self._receiving])
 
-    async def _requests(self) -> AsyncIterator[EmbedStreamRequest]:
+    async def _requests(self) -> AsyncIterator[Message]:
         while (request := await self._outbox.get()) is not None:
             yield request
 
@@ -87,12 +86,12 @@ class AsyncLine:
 
 
 async def run_stream(
-    job: StreamJob,
-    items: Iterable[StreamItem] | AsyncIterable[StreamItem],
+    job: StreamJob[Item, Any, Any, Result],
+    items: Iterable[Item] | AsyncIterable[Item],
     open_line: Callable[[], AsyncLine],
     connection: Connection,
     timeout: float | None,
-) -> AsyncIterator[StreamedEmbedding]:
+) -> AsyncIterator[Result]:
     """Give the results of a stream as they come; open it again where it breaks."""
     source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
     patience = Patience(connection.deadline(timeout))
@@ -118,7 +117,7 @@ async def run_stream(
                 raise patience.reason or connection.silence(job.call, timeout) from None
             if answer is None:
                 raise ended_early()
-            if isinstance(answer, EmbedStreamResponse):
+            if isinstance(answer, Message):
                 if results := job.take(answer):
                     for result in results:
                         yield result
@@ -136,7 +135,7 @@ async def run_stream(
         await line.close()
 
 
-async def _read(job: StreamJob, source: Iterator[StreamItem] | AsyncIterator[StreamItem]) -> None:
+async def _read(job: StreamJob[Item, Any, Any, Any], source: Iterator[Item] | AsyncIterator[Item]) -> None:
     """Read the items of one request."""
     while not job.read_enough:
         try:
@@ -150,5 +149,5 @@ async def _read(job: StreamJob, source: Iterator[StreamItem] | AsyncIterator[Str
 async def _await_end(line: AsyncLine, patience: Patience) -> None:
     """Let a stream end that has answered everything; how it does makes no difference any more."""
     with suppress(asyncio.TimeoutError, Cancelled):
-        while isinstance(await line.receive(patience.left), EmbedStreamResponse):
+        while isinstance(await line.receive(patience.left), Message):
             pass

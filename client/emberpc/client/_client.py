@@ -18,6 +18,7 @@ from emberpc.client._client_models import ModelCalls
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._running import Runner
 from emberpc.client._text_methods import TextMethods
+from emberpc.client._upsert_stream import UpsertJob
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Collection,
@@ -29,6 +30,7 @@ from emberpc.client.types import (
     SearchMode,
     SearchResult,
     Truncation,
+    UpsertCheckpoint,
     UpsertResult,
     Verification,
 )
@@ -37,8 +39,8 @@ from emberpc.client.types import (
 class Client(TextMethods, GroupCalls, ModelCalls):
     """A connection to an emberpc server. Any number of threads may use it.
 
-    Every call has a deadline; `embed_stream`, which may take days, has one for
-    the next answer. A call that no server took, or that a stopping one refused
+    Every call has a deadline; `embed_stream` and `upsert_stream`, which may take
+    days, have one for the next answer. A call that no server took, or that a stopping one refused
     (UNAVAILABLE), is repeated up to four times within it, with growing pauses.
     A repeated write is written once, but what it answers may
     tell of the first try whose answer was lost: `create_collection` may raise
@@ -188,6 +190,40 @@ class Client(TextMethods, GroupCalls, ModelCalls):
         """
         job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
         return self._runner.run(job, timeout)
+
+    def upsert_stream(
+        self,
+        collection: str,
+        records: Iterable[Record | Mapping[str, Any]],
+        *,
+        batch_size: int = 64,
+        window: int = 1024,
+        timeout: float | None = None,
+    ) -> Iterator[UpsertCheckpoint]:
+        """Insert records of any number, or replace those of the same id; a bad record fails alone.
+
+        The server embeds the next ones while some go to disk. If the connection
+        breaks or the server is restarted, what was not acknowledged is sent again.
+
+        Args:
+            collection: name of the collection.
+            records: records, or dicts with their fields, some of them with vectors if need be; read as they are needed,
+                in the thread that takes the checkpoints.
+            batch_size: records of one request, which is atomic but for those that fail.
+            window: most records that are read and not yet acknowledged; fewer if they have more than 32 MiB.
+            timeout: seconds in which no record at all is acknowledged, attempts to connect again included.
+
+        Returns:
+            Checkpoints, to be taken one by one: how many are on disk, and which have failed. To stop early, `close()`
+            the iterator or let it go; to go on from there another time, leave out the first `done` records.
+
+        Raises:
+            InputError: an argument is wrong; nothing was sent.
+            InputTypeError: an argument has the wrong type.
+            EmberpcError: the stream as a whole failed. Raised when the next checkpoint is asked for.
+        """
+        job = UpsertJob(records, collection=collection, batch_size=batch_size, window=window)
+        return self._runner.stream(job, iter(records), timeout)
 
     def get(
         self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None

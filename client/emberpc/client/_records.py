@@ -50,10 +50,10 @@ def new_records(
     if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
         raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
     if matrix is None:
-        return (_new_record(record, f"records[{i}]") for i, record in enumerate(records))
+        return (new_record(record, f"records[{i}]") for i, record in enumerate(records))
     listed = list(records)
     rows = _checks.matrix(matrix, "vectors", len(listed)) if listed else np.empty((0, 0), dtype=np.float32)
-    return (_new_record(record, f"records[{i}]", rows[i]) for i, record in enumerate(listed))
+    return (new_record(record, f"records[{i}]", rows[i]) for i, record in enumerate(listed))
 
 
 def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
@@ -104,7 +104,8 @@ def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
     )
 
 
-def _new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
+def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
+    """Check one record, which messages call `name`, and its vector if it comes beside it; raises as `new_records`."""
     if isinstance(record, Mapping):
         for key in record:
             if key not in _KEYS:

@@ -13,8 +13,6 @@ from emberpc.client._connection import Connection
 from emberpc.client._stream_running import Line, run_stream
 from emberpc.client._streaming import StreamJob
 from emberpc.client.exceptions import Cancelled
-from emberpc.client.types import StreamedEmbedding, StreamItem
-from emberpc.v1.embedding_pb2 import EmbedStreamRequest
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -81,12 +79,14 @@ class Runner:
         # The first call is made here, not in the generator, so that a wrong argument is known at once.
         return self._walk(page_call(""), page_call, timeout)
 
-    def stream(self, job: StreamJob, items: Iterator[StreamItem], timeout: float | None) -> Iterator[StreamedEmbedding]:
+    def stream(
+        self, job: StreamJob[Item, Any, Any, Result], items: Iterator[Item], timeout: float | None
+    ) -> Iterator[Result]:
         """Run a stream; give the results as they come."""
         self._connection.deadline(timeout)  # known to be wrong now, not at the first result
         method: Any = self._channel.stream_stream(
             job.call.method.path,
-            request_serializer=EmbedStreamRequest.SerializeToString,
+            request_serializer=type(job.call.request).SerializeToString,
             response_deserializer=job.call.method.response.FromString,
         )
         return run_stream(job, items, lambda: Line(method, self._connection.metadata), self._connection, timeout)

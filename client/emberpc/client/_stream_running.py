@@ -15,11 +15,10 @@ from time import sleep
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from emberpc.client._connection import Connection
-from emberpc.client._streaming import Patience, StreamJob, ended_early
-from emberpc.client.types import StreamedEmbedding, StreamItem
-from emberpc.v1.embedding_pb2 import EmbedStreamRequest, EmbedStreamResponse
+from emberpc.client._streaming import Item, Patience, Result, StreamJob, ended_early
 
 
 class Line:
@@ -31,18 +30,18 @@ class Line:
     """
 
     def __init__(self, method: Any, metadata: tuple[tuple[str, str], ...]) -> None:
-        self._outbox: SimpleQueue[EmbedStreamRequest | None] = SimpleQueue()
-        self._inbox: SimpleQueue[EmbedStreamResponse | grpc.RpcError | None] = SimpleQueue()
+        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Message | grpc.RpcError | None] = SimpleQueue()
         self._finished = False
         self._call = method(iter(self._outbox.get, None), metadata=metadata)
-        threading.Thread(target=self._receive, name="embed-stream", daemon=True).start()
+        threading.Thread(target=self._receive, name="emberpc-stream", daemon=True).start()
 
     @property
     def silent(self) -> bool:
         """Whether nothing has come in that was not taken."""
         return self._inbox.empty()
 
-    def send(self, requests: Iterable[EmbedStreamRequest]) -> None:
+    def send(self, requests: Iterable[Message]) -> None:
         """Have requests sent as soon as the server takes them."""
         for request in requests:
             self._outbox.put(request)
@@ -53,7 +52,7 @@ class Line:
             self._finished = True
             self._outbox.put(None)
 
-    def receive(self, timeout: float) -> EmbedStreamResponse | grpc.RpcError | None:
+    def receive(self, timeout: float) -> Message | grpc.RpcError | None:
         """Return what comes in next.
 
         Raises:
@@ -77,12 +76,12 @@ class Line:
 
 
 def run_stream(
-    job: StreamJob,
-    items: Iterator[StreamItem],
+    job: StreamJob[Item, Any, Any, Result],
+    items: Iterator[Item],
     open_line: Callable[[], Line],
     connection: Connection,
     timeout: float | None,
-) -> Iterator[StreamedEmbedding]:
+) -> Iterator[Result]:
     """Give the results of a stream as they come; open it again where it breaks."""
     patience = Patience(connection.deadline(timeout))
     line = open_line()
@@ -106,7 +105,7 @@ def run_stream(
                 raise patience.reason or connection.silence(job.call, timeout) from None
             if answer is None:
                 raise ended_early()
-            if isinstance(answer, EmbedStreamResponse):
+            if isinstance(answer, Message):
                 if results := job.take(answer):
                     yield from results
                     patience.restart()
@@ -123,7 +122,7 @@ def run_stream(
         line.close()
 
 
-def _read(job: StreamJob, items: Iterator[StreamItem]) -> None:
+def _read(job: StreamJob[Item, Any, Any, Any], items: Iterator[Item]) -> None:
     """Read the items of one request."""
     while not job.read_enough:
         try:
@@ -137,5 +136,5 @@ def _read(job: StreamJob, items: Iterator[StreamItem]) -> None:
 def _await_end(line: Line, patience: Patience) -> None:
     """Let a stream end that has answered everything; how it does makes no difference any more."""
     with suppress(Empty):
-        while isinstance(line.receive(patience.left), EmbedStreamResponse):
+        while isinstance(line.receive(patience.left), Message):
             pass

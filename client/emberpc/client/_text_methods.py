@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from emberpc.client import _embedding
+from emberpc.client._embed_stream import EmbedJob
 from emberpc.client._running import Runner
-from emberpc.client._streaming import StreamJob
 from emberpc.client.types import (
     Classification,
     DType,
@@ -115,7 +115,7 @@ class TextMethods:
             EmberpcError: the stream as a whole failed, as `embed` would; FailedPrecondition if another model is served
                 under the name since the stream began. Raised when the next result is asked for.
         """
-        job = StreamJob(
+        job = EmbedJob(
             items,
             model=model,
             input_kind=input_kind,

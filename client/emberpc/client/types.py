@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.client.exceptions import EmberpcError, InputError
+from emberpc.client.exceptions import EmberpcError, InputError, InputTypeError
 
 #: float32, shape (rows, dimensions).
 Matrix: TypeAlias = npt.NDArray[np.float32]
@@ -123,6 +123,30 @@ class UpsertResult:
     inserted: int
     updated: int
     sequence: int
+
+
+@dataclass(frozen=True)
+class FailedRecord:
+    """A record of a stream that was not written, and why."""
+
+    #: Its place among the records given, from 0.
+    index: int
+    id: str
+    #: An InputError or InputTypeError if it could not be sent, else what the server said of it.
+    error: EmberpcError | InputError | InputTypeError
+
+
+@dataclass(frozen=True)
+class UpsertCheckpoint:
+    """How far a stream of records is: what it says of `done` is lasting, and the rest tells of what is new since."""
+
+    #: So many of the records given, from the first on, are on disk, but for those that failed.
+    done: int
+    failures: tuple[FailedRecord, ...] = ()
+    inserted: int = 0
+    updated: int = 0
+    #: Number of the last write; 0 if nothing was written.
+    sequence: int = 0
 
 
 @dataclass(frozen=True)

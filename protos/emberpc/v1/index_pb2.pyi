@@ -697,10 +697,10 @@ class UpsertRecordsStreamRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection; required in the first message."""
     batch_number: _builtins.int
-    """The client's own number of this message; they must grow."""
+    """The client's own number of this message, from 1; they must grow."""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records."""
+        """The records, up to the server's limit. None: the answer is a checkpoint."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
@@ -731,11 +731,17 @@ class UpsertRecordsStreamResponse(_message.Message):
     BATCH_NUMBER_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    INSERTED_COUNT_FIELD_NUMBER: _builtins.int
+    UPDATED_COUNT_FIELD_NUMBER: _builtins.int
     batch_number: _builtins.int
     """Up to this message, all that did not fail is durable."""
+    inserted_count: _builtins.int
+    """How many ids were new since the response before."""
+    updated_count: _builtins.int
+    """How many replaced a record since the response before."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Number and durability of the write."""
+        """Number and durability of the write. Absent: nothing was to be written."""
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordFailure]:
@@ -747,10 +753,12 @@ class UpsertRecordsStreamResponse(_message.Message):
         batch_number: _builtins.int = ...,
         receipt: Global___WriteReceipt | None = ...,
         failures: _abc.Iterable[Global___RecordFailure] | None = ...,
+        inserted_count: _builtins.int = ...,
+        updated_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_number", b"batch_number", "failures", b"failures", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_number", b"batch_number", "failures", b"failures", "inserted_count", b"inserted_count", "receipt", b"receipt", "updated_count", b"updated_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

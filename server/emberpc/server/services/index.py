@@ -11,10 +11,11 @@ from emberpc.bundle import Task
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
+from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, replies, requests
 from emberpc.server.services.binding import collection_model
+from emberpc.server.services.bulk import upsert_stream
 from emberpc.server.services.filters import check_indexed_fields, read_filter
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
 from emberpc.server.services.groups import Groups
@@ -111,8 +112,14 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
         response.inserted_count = result.inserted
         response.updated_count = result.updated
-        response.receipt.CopyFrom(_receipt(result))
+        response.receipt.CopyFrom(replies.receipt(result))
         return response
+
+    def UpsertRecordsStream(
+        self, request_iterator: AsyncIterator[pb.UpsertRecordsStreamRequest], context: requests.Context
+    ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
+        """Insert or replace the records of a corpus of any size."""
+        return upsert_stream(self._engine, self._limits, self._pool, self._collection, request_iterator, context)
 
     async def BatchGetRecords(
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
@@ -140,11 +147,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             if request.ids:
                 raise invalid("filter", "is set and so are ids; give one of the two")
             result = await self._in_pool(lambda: collection.delete_matching(condition))
-            return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result))
+            return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=replies.receipt(result))
         if not 1 <= len(request.ids) <= _MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
         result = await self._in_pool(lambda: collection.delete(request.ids))
-        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=_receipt(result))
+        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=replies.receipt(result))
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
         """List records by id."""
@@ -258,8 +265,3 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
 def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountRecordsRequest) -> Filter | None:
     return read_filter(request.filter) if request.HasField("filter") else None
-
-
-def _receipt(result: WriteResult) -> pb.WriteReceipt:
-    durability = pb.DURABILITY_SYNCED if result.synced else pb.DURABILITY_UNSPECIFIED
-    return pb.WriteReceipt(sequence=result.sequence, durability=durability)

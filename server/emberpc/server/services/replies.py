@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from emberpc.server.engine import Inference, Model
-from emberpc.v1 import types_pb2
+from emberpc.server.index import WriteResult
+from emberpc.v1 import index_pb2, types_pb2
 
 
 def model_version(model: Model) -> types_pb2.ModelVersion:
@@ -27,3 +28,9 @@ def timings(inferences: Sequence[Inference], lookup_seconds: float = 0.0) -> typ
         infer_seconds=max((each.infer_seconds for each in inferences), default=0.0),
         lookup_seconds=lookup_seconds,
     )
+
+
+def receipt(result: WriteResult) -> index_pb2.WriteReceipt:
+    """Tell the number of a write, and how sure it is that it stays."""
+    durability = index_pb2.DURABILITY_SYNCED if result.synced else index_pb2.DURABILITY_UNSPECIFIED
+    return index_pb2.WriteReceipt(sequence=result.sequence, durability=durability)

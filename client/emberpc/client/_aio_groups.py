@@ -1,0 +1,29 @@
+"""What `AsyncClient` asks about a collection as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from emberpc.client import _groups
+from emberpc.client._aio_running import AsyncRunner
+from emberpc.client.types import Cluster, DuplicatePair
+
+
+class AsyncGroupCalls:
+    """The part of `AsyncClient` that looks at all records of a collection."""
+
+    _runner: AsyncRunner
+
+    def duplicates(
+        self, collection: str, *, min_score: float = 0.95, timeout: float | None = None
+    ) -> AsyncIterator[DuplicatePair]:
+        """Do what `Client.duplicates` does."""
+        return self._runner.pages(
+            lambda token: _groups.find_duplicates(collection, token, min_score=min_score), timeout
+        )
+
+    async def clusters(
+        self, collection: str, count: int, *, examples: int = 5, timeout: float | None = None
+    ) -> list[Cluster]:
+        """Do what `Client.clusters` does."""
+        return await self._runner.run_one(_groups.cluster_records(collection, count, examples=examples), timeout)
