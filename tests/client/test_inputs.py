@@ -208,3 +208,9 @@ def test_chunks_are_the_whole_in_order_within_both_limits(weights: list[int], si
         assert 1 <= len(chunk) <= size
         assert sum(chunk) <= 8 * 2**20 or len(chunk) == 1
         place += len(chunk)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e11])
+def test_a_time_to_live_that_is_none_is_refused_before_anything_is_sent(shell: Shell, seconds: float) -> None:
+    with pytest.raises(InputError, match=r"records\[0\]\.time_to_live is .* must be above 0"):
+        shell("upsert", "c", [Record("a", "a", time_to_live=seconds)])

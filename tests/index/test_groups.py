@@ -147,7 +147,7 @@ def test_a_collection_that_is_deleted_ends_what_looks_at_it(tmp_path: Path, monk
 
         def slowly() -> bool:
             looking.set()
-            assert collection._ending.wait(30)
+            assert collection._calls._ending.wait(30)
             return False
 
         with refused(Code.UNAVAILABLE, "closed or deleted"):

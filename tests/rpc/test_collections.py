@@ -194,3 +194,15 @@ def test_a_collection_is_verified_with_progress(client: Client, books: str) -> N
     assert (told[0], told[-1]) == ((0, 5), (5, 5))
     with pytest.raises(NotFound):
         client.verify_collection("none")
+
+
+def test_a_record_with_a_time_to_live_tells_what_is_left_and_goes(client: Client, books: str) -> None:
+    client.upsert(books, [Record("lasting", "a lamp", time_to_live=3600), {"id": "short", "text": "a match"}])
+    lasting, short = client.get(books, ["lasting", "short"])
+    assert lasting.time_to_live is not None
+    assert 3500 < lasting.time_to_live <= 3600
+    assert short.time_to_live is None
+    client.upsert(books, [Record("short", "a match", time_to_live=0.05)])
+    while client.get(books, ["short"]):
+        pass
+    client.delete(books, ["lasting"])

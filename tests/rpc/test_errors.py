@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.protobuf.duration_pb2 import Duration
 
 from emberpc.client import Client
 from emberpc.v1 import (
@@ -337,14 +336,6 @@ def test_what_is_designed_but_not_built_says_so(channel: grpc.Channel) -> None:
         found = failure(lambda _, call=call: call(), None)  # type: ignore[misc]  # mypy cannot infer the default's type
         assert found.code is grpc.StatusCode.UNIMPLEMENTED
         assert "this version" in found.message
-
-
-def test_a_field_that_is_designed_but_not_built_is_never_just_ignored(channel: grpc.Channel) -> None:
-    short_lived = index_pb2.Record(id="a", text="a", time_to_live=Duration(seconds=1))
-    request = index_pb2.UpsertRecordsRequest(collection="errors", records=[short_lived])
-    found = failure(index_pb2_grpc.IndexServiceStub(channel).UpsertRecords, request)
-    assert found.code is grpc.StatusCode.UNIMPLEMENTED
-    assert "records[0].time_to_live" in found.message
 
 
 def test_a_callers_request_id_comes_back_and_a_strange_one_does_not(channel: grpc.Channel) -> None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 from emberpc.cli.errors import CliError
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
-_RECORD_KEYS = ("id", "text", "metadata", "label", "vector")
+_RECORD_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 #: What `collection records --json` tells besides; the server sets it anew.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -17,7 +17,9 @@ from emberpc.client.types import Matrix, Record, Vector
 from emberpc.v1 import index_pb2, types_pb2
 from emberpc.wire import vectors
 
-_KEYS = ("id", "text", "metadata", "label", "vector")
+#: Seconds; a hundred years, the API's limit.
+_MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
+_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
         metadata=mapping(message.metadata),
         label=message.label,
         vector=vector,
+        time_to_live=message.time_to_live.ToMilliseconds() / 1000 if message.HasField("time_to_live") else None,
         revision=message.revision,
         create_time=moment(message.create_time) if message.HasField("create_time") else None,
         update_time=moment(message.update_time) if message.HasField("update_time") else None,
@@ -126,4 +129,11 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
     )
     if record.metadata is not None:
         message.metadata.CopyFrom(struct(record.metadata, f"{name}.metadata"))
+    if record.time_to_live is not None:
+        seconds = _checks.number(record.time_to_live, f"{name}.time_to_live")
+        if not 0 < seconds <= _MAX_TIME_TO_LIVE:
+            raise InputError(
+                f"{name}.time_to_live is {seconds:g} s; it must be above 0 and at most {_MAX_TIME_TO_LIVE} s"
+            )
+        message.time_to_live.FromMilliseconds(max(round(seconds * 1000), 1))
     return NewRecord(message, vector)

@@ -88,8 +88,8 @@ class Collection:
 class Record:
     """One thing that can be found.
 
-    To write one, give the first four fields, and `vector` if the server is not
-    to embed the text. The rest the server fills in. Numbers of `metadata` are
+    To write one, give the first four fields, `vector` if the server is not to
+    embed the text, and `time_to_live` if it is to go. The rest the server fills in. Numbers of `metadata` are
     doubles on the wire; a whole one comes back as an int.
     """
 
@@ -99,6 +99,8 @@ class Record:
     label: str = ""
     #: float32 (dimensions,); in an answer None unless asked for.
     vector: Vector | None = field(default=None, compare=False)
+    #: Seconds that it stays, from the write on; in an answer, from then on. None: it stays for good.
+    time_to_live: float | None = field(default=None, compare=False)
     #: Sequence number of the write that made it what it is.
     revision: int = field(default=0, compare=False)
     create_time: datetime | None = field(default=None, compare=False)

@@ -361,7 +361,9 @@ class Record(_message.Message):
 
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """After this it is gone. Absent: it stays."""
+        """How long it stays, from the write on; in answers, from now on. Then it is
+        gone. Absent: it stays for good.
+        """
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.backend import collection_exists, no_collection
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.expiry import Expirer
 from emberpc.server.index.files import synchronise
 from emberpc.server.index.maintenance import Maintainer
 from emberpc.server.index.probing import ProbeFigures
@@ -89,6 +90,7 @@ class Index:
         #: Those that are open, or being opened: that takes long for a large one, so it is done outside the lock.
         self._open: dict[str, Future[Collection]] = {}
         self._maintainer = Maintainer()
+        self._expirer = Expirer()
         with ExitStack() as stack:
             stack.enter_context(_lock(self._data_dir))
             self._database = _open_catalogue(self._data_dir)
@@ -207,6 +209,7 @@ class Index:
             self._closed = True
         with self._resources as stack:
             stack.callback(self._maintainer.close)
+            stack.callback(self._expirer.close)
             for opened in [*self._open.values()]:
                 if opened.exception() is None:
                     stack.callback(opened.result().close)
@@ -225,6 +228,7 @@ class Index:
             folder,
             created,
             self._maintainer.wake,
+            self._expirer.note,
             self._cache,
             pace=self._pace,
             probe_share=self._probe_share,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
+from emberpc.server.index.calls import Calls
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
@@ -43,6 +44,9 @@ from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
+#: Records that are deleted in one write when their time is up; others' writes come in between.
+_EXPIRED_AT_ONCE = 1000
+
 
 class Collection:
     """A set of records whose vectors may be compared with each other. Safe to use from several threads.
@@ -55,6 +59,7 @@ class Collection:
         folder: where it is.
         created: since when.
         wake: called when there is work for `maintain`.
+        expire_at: called when there will be work for `expire`, with when, in seconds since 1970.
         cache: keeps records that are found often.
         pace: when the graph takes in vectors, and is saved.
         probe_share: share of the searches that are done again, exactly, to measure recall.
@@ -67,6 +72,7 @@ class Collection:
         folder: Path,
         created: datetime,
         wake: Callable[[Collection], None],
+        expire_at: Callable[[Collection, float], None],
         cache: RecordCache,
         *,
         pace: Pace,
@@ -77,14 +83,13 @@ class Collection:
         self._folder = folder
         self._created = created
         self._wake = wake
-        #: Set when the collection is to be closed: maintenance ends at the next slice.
-        self._ending = threading.Event()
-        self._idle = threading.Condition()
-        self._calls = 0
+        self._expire_at = expire_at
+        self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
         self._store = Store(folder, spec.name, cache, spec.indexed_fields, create=create)
         try:
+            self._delete_expired_before_use()
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
             self._selector = Selector(self._store, spec)
@@ -93,15 +98,15 @@ class Collection:
             raise
         self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, spec.distance)
         self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
-        self._upkeep = Upkeep(
-            spec, folder, self._store, self._neighbours, self._read_vectors, pace, self._ending.is_set
-        )
+        self._upkeep = Upkeep(spec, folder, self._store, self._neighbours, self._read_vectors, pace, self._calls.ending)
         self._probe = Probe(probe_share)
         self._wake_if_needed()
+        if (next_expiry := self._store.next_expiry()) is not None:
+            self._expire_at(self, next_expiry)
 
     def info(self) -> CollectionInfo:
         """Say how it stands."""
-        with self._call():
+        with self._calls.one():
             with self._store.snapshot():
                 count, sequence = self._store.count(), self._store.sequence()
             return CollectionInfo(count, sequence, self._created, self._size())
@@ -125,11 +130,14 @@ class Collection:
         if len(vectors) != len(records):
             raise invalid("vectors", f"has {len(vectors)} vectors for {len(records)} records; give one for each")
         prepared = prepare(vectors, self.spec.distance)
-        with self._call(), self._write_lock:
+        with self._calls.one(), self._write_lock:
             change = self._store.upsert(records, documents, vectors, expected_revisions)
             self._neighbours.change(change.added, prepared, change.removed)
             self._selector.note(change.sequence, change.removed)
         self._wake_if_needed()
+        lives = [record.time_to_live for record in records if record.time_to_live is not None]
+        if lives:
+            self._expire_at(self, time.time() + min(lives))
         return WriteResult(change.sequence, change.inserted, change.updated)
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
@@ -143,7 +151,7 @@ class Collection:
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for; vectors as they were given."""
-        with self._call():
+        with self._calls.one():
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
@@ -157,14 +165,14 @@ class Collection:
         check_page_size(page_size)
         after = decode_token(page_token)
         clause = _clause(condition) or EVERYTHING
-        with self._call():
+        with self._calls.one():
             records = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         more = len(records) > page_size
         return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
 
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, with a condition, of those that meet it."""
-        with self._call():
+        with self._calls.one():
             return self._store.count(_clause(condition) or EVERYTHING)
 
     def search(
@@ -197,7 +205,7 @@ class Collection:
         if not len(queries):
             return []
         request = self._request(queries, sizes, excluded, ef, with_vectors, conditions, min_recall)
-        with self._call():
+        with self._calls.one():
             # Filtered ones have ways of their own to be exact.
             probed = not any(request.conditions) and self._probe.wants_one()
             sequence = self._store.sequence() if probed else 0
@@ -215,7 +223,7 @@ class Collection:
         """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile."""
         steps = Verifier(self._store, self._neighbours, self._write_lock, self.spec).steps()
         while True:
-            with self._call():
+            with self._calls.one():
                 step = next(steps, None)
             if step is None:
                 return
@@ -223,12 +231,12 @@ class Collection:
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Find pairs of records that are much alike; see `find_duplicates`."""
-        with self._call(stop) as ends:
+        with self._calls.one(stop) as ends:
             return find_duplicates(self.spec, self._store, self._neighbours, min_score, ends)
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
         """Group the records by likeness; see `cluster_records`."""
-        with self._call(stop) as ends:
+        with self._calls.one(stop) as ends:
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def search_words(
@@ -242,7 +250,7 @@ class Collection:
         """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
         check_search(len(texts), top_k, len(texts), 0)
         clauses = [_clause(condition) for condition in conditions] or [None] * len(texts)
-        with self._call():
+        with self._calls.one():
             return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
 
     def search_both(
@@ -273,7 +281,7 @@ class Collection:
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
-        with self._call():
+        with self._calls.one():
             return self._hybrid.by_both(
                 self._request(
                     queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
@@ -288,19 +296,26 @@ class Collection:
 
         Takes long, and lets searches and writes in between; ends early when the collection is to be closed.
         """
-        with self._call():
+        with self._calls.one():
             self._upkeep.run()
             self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
 
+    def expire(self) -> float | None:
+        """Delete the records whose time is up; return when the next one's is, in seconds since 1970, None for none."""
+        while self._delete(lambda: self._store.delete_expired(_EXPIRED_AT_ONCE)).deleted == _EXPIRED_AT_ONCE:
+            pass
+        with self._calls.one():
+            return self._store.next_expiry()
+
     def close(self) -> None:
         """Wait for the calls under way, save a snapshot if the graph changed, and close the database."""
-        if self._end():
+        if self._calls.end():
             self._upkeep.save()
             self._store.close()
 
     def drop(self) -> None:
         """Wait for the calls under way, close the database, and remove all that the collection has on disk."""
-        if self._end():
+        if self._calls.end():
             self._store.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -329,51 +344,22 @@ class Collection:
         )
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
-        with self._call(), self._write_lock:
+        with self._calls.one(), self._write_lock:
             change = delete()
             self._neighbours.remove(change.removed)
             self._selector.note(change.sequence, change.removed)
         self._wake_if_needed()
         return WriteResult(change.sequence, deleted=len(change.removed))
 
-    @contextmanager
-    def _call(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
-        """Hold off `close` for as long as a call lasts.
-
-        A call that lasts long is given what tells it to end, which is when it is to stop or the collection is to be
-        closed; then it fails.
-        """
-        with self._idle:
-            if self._ending.is_set():
-                raise self._closed()
-            self._calls += 1
-        cut_short = False
-
-        def ends() -> bool:
-            nonlocal cut_short
-            cut_short = cut_short or self._ending.is_set()
-            return cut_short or stop()
-
+    def _delete_expired_before_use(self) -> None:
+        """Let no search find what was gone while the collection was closed."""
         try:
-            yield ends
-        finally:
-            with self._idle:
-                self._calls -= 1
-                self._idle.notify_all()
-        if cut_short:
-            raise self._closed()
-
-    def _closed(self) -> ServiceError:
-        message = f"collection {self.spec.name!r} is closed or deleted; try again"
-        return ServiceError(Code.UNAVAILABLE, message, reason="CLOSED")
-
-    def _end(self) -> bool:
-        """Let no more calls in and wait for those under way; return False if that was done before."""
-        with self._idle:
-            first = not self._ending.is_set()
-            self._ending.set()
-            self._idle.wait_for(lambda: not self._calls)
-        return first
+            self._store.delete_expired()
+        except ServiceError as error:
+            # It can still be read; the deletion is tried again.
+            if error.code is not Code.RESOURCE_EXHAUSTED:
+                raise
+            log.warning("records whose time is up are not deleted yet: %s", error.message)
 
     def _size(self) -> int:
         size = 0

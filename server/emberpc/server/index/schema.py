@@ -42,8 +42,14 @@ _WORDS = (
     "INSERT INTO words (rowid, text) SELECT label, text FROM records WHERE text <> ''",
 )
 
+# When a record is gone, in seconds since 1970; NULL: never. The index has only the few records that go at all.
+_EXPIRY = (
+    "ALTER TABLE records ADD COLUMN expires REAL",
+    "CREATE INDEX records_expiring ON records (expires) WHERE expires IS NOT NULL",
+)
+
 #: What each step does, statement by statement; a new database goes through all of them too.
-STEPS: tuple[tuple[str, ...], ...] = (_WORDS,)
+STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY)
 
 
 def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:

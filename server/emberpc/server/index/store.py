@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,29 +19,11 @@ from emberpc.server.index import schema
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, can_be_indexed, index_statement
 from emberpc.server.index.record_cache import RecordCache
+from emberpc.server.index.rows import AS_ONE_ROW, Row, columns_of, record_of, record_of_json, vectors_of
 from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
 DATABASE_NAME = "records.db"
 _MAX_VARIABLES = 900
-#: `json.loads` looks for encodings and blanks first, which takes as long again.
-_DECODE = json.JSONDecoder().raw_decode
-_COLUMNS = "label, id, text, metadata, class_label, revision, created, updated"
-# Moments as microseconds, since JSON here has 15 digits only.
-_AS_ONE_ROW = """
-SELECT json_group_array(json_array(
-    label, id, text, json(metadata), class_label, revision,
-    CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER)
-)) FROM records WHERE label IN (SELECT value FROM json_each(?))
-"""
-
-
-class Row(NamedTuple):
-    """A record as its row has it, undecoded."""
-
-    label: int
-    id: str
-    metadata: str
-    vector: bytes
 
 
 @dataclass(frozen=True)
@@ -131,39 +113,65 @@ class Store:
             added = []
             for record, document, vector in zip(records, documents, vectors, strict=True):
                 created = present[record.id][2] if record.id in present else now
-                cursor = connection.execute(
-                    "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        record.id,
-                        record.text,
-                        document,
-                        record.label,
-                        vector.astype("<f4").tobytes(),
-                        sequence,
-                        created,
-                        now,
-                    ),
+                added.append(
+                    _insert(
+                        connection,
+                        (record.id, record.text, document, record.label),
+                        vector,
+                        (sequence, created, now, None if record.time_to_live is None else now + record.time_to_live),
+                    )
                 )
-                added.append(cursor.lastrowid)
         updated = len(present)
         return Change(sequence, np.array(added, dtype=np.int64), removed, len(records) - updated, updated)
 
+    def copy(self, records: Sequence[StoredRecord], documents: Sequence[str], vectors: Matrix) -> Change:
+        """Write records of another database as they are there, with their revisions and times; this is no new write.
+
+        Args:
+            records: the records, no id twice.
+            documents: the metadata of each, as JSON.
+            vectors: float32 (records, dimensions), instead of the records' own.
+        """
+        with self._writing() as connection:
+            removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
+            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
+            added = [
+                _insert(
+                    connection,
+                    (record.id, record.text, document, record.label),
+                    vector,
+                    (
+                        record.revision,
+                        record.create_time.timestamp(),
+                        record.update_time.timestamp(),
+                        None if record.expire_time is None else record.expire_time.timestamp(),
+                    ),
+                )
+                for record, document, vector in zip(records, documents, vectors, strict=True)
+            ]
+            return Change(self._sequence(connection), np.array(added, dtype=np.int64), removed)
+
+    def set_sequence(self, sequence: int) -> None:
+        """Say what the number of the last write is."""
+        with self._writing() as connection:
+            connection.execute("UPDATE state SET sequence = ?", (sequence,))
+
     def delete(self, ids: Sequence[str]) -> Change:
         """Delete records by id, all at once; ids that are not there are no error, and none there is no write."""
-        with self._writing() as connection:
-            removed = {row[0] for row in self._by(connection, "id", list(dict.fromkeys(ids)), "label")}
-            sequence = self._next_sequence(connection) if removed else self._sequence(connection)
-            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
-        return Change(sequence, np.empty(0, dtype=np.int64), removed)
+        return self._delete(
+            lambda connection: {row[0] for row in self._by(connection, "id", list(dict.fromkeys(ids)), "label")}
+        )
 
     def delete_matching(self, condition: Clause) -> Change:
         """Delete the records that meet a condition, all at once; if none does it is no write."""
-        with self._writing() as connection:
-            removed = set(_matching(connection, condition).tolist())
-            sequence = self._next_sequence(connection) if removed else self._sequence(connection)
-            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
-        return Change(sequence, np.empty(0, dtype=np.int64), removed)
+        return self._delete(lambda connection: set(_matching(connection, condition).tolist()))
+
+    def delete_expired(self, most: int | None = None) -> Change:
+        """Delete records whose time is up, all or at most so many of them at once; none is no write."""
+        now = datetime.now(timezone.utc).timestamp()
+        limit = -1 if most is None else most
+        expired = Clause("label IN (SELECT label FROM records WHERE expires <= ? LIMIT ?)", (now, limit))
+        return self.delete_matching(expired)
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -179,14 +187,14 @@ class Store:
     def get(self, ids: Sequence[str], *, with_vectors: bool) -> dict[str, StoredRecord]:
         """Return the records of those ids that are there, all as of one moment."""
         with self.snapshot():
-            rows = self._by(self._reader(), "id", list(dict.fromkeys(ids)), _columns(with_vectors))
-            return {row[1]: _record(row) for row in rows}
+            rows = self._by(self._reader(), "id", list(dict.fromkeys(ids)), columns_of(with_vectors))
+            return {row[1]: record_of(row) for row in rows}
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
         """Return the records of those labels that are there, or were when they were last found."""
         if with_vectors:
-            rows = self._by(self._reader(), "label", labels, _columns(with_vectors))
-            return {row[0]: _record(row) for row in rows}
+            rows = self._by(self._reader(), "label", labels, columns_of(with_vectors))
+            return {row[0]: record_of(row) for row in rows}
         found = self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
         if missing:
@@ -201,18 +209,18 @@ class Store:
         All of them as one row: sqlite3 lets go of the interpreter's lock for every row, and waits for it again.
         """
         with translated(self._what):
-            (document,) = self._reader().execute(_AS_ONE_ROW, (json.dumps(labels),)).fetchone()
-        return {row[0]: _record_of_json(row) for row in json.loads(document)}
+            (document,) = self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()
+        return {row[0]: record_of_json(row) for row in json.loads(document)}
 
     def page(self, after: str, count: int, *, with_vectors: bool, condition: Clause = EVERYTHING) -> list[StoredRecord]:
         """Return the records that follow an id in byte order and meet a condition, at most `count`."""
         with translated(self._what):
             rows = self._reader().execute(
-                f"SELECT {_columns(with_vectors)} FROM records "  # noqa: S608 - our columns and conditions
+                f"SELECT {columns_of(with_vectors)} FROM records "  # noqa: S608 - our columns and conditions
                 f"WHERE id > ? AND {condition.sql} ORDER BY id LIMIT ?",
                 (after, *condition.parameters, count),
             )
-            return [_record(row) for row in rows]
+            return [record_of(row) for row in rows]
 
     def count(self, condition: Clause = EVERYTHING) -> int:
         """Return the number of records that meet a condition."""
@@ -270,7 +278,7 @@ class Store:
 
     def vectors(self, labels: Sequence[int]) -> tuple[Labels, Matrix]:
         """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
-        return _vectors(list(self._by(self._reader(), "label", labels, "label, vector")))
+        return vectors_of(list(self._by(self._reader(), "label", labels, "label, vector")))
 
     def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
         """Return the vectors of all that meet a condition as `vectors` does, so many at a time; within a `snapshot`."""
@@ -280,7 +288,27 @@ class Store:
                 condition.parameters,
             )
             while rows := cursor.fetchmany(batch):
-                yield _vectors(rows)
+                yield vectors_of(rows)
+
+    def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
+        """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing."""
+        with translated(self._what):
+            found = self._reader().execute(
+                f"SELECT {columns_of(False)} FROM records WHERE label > ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
+                (label, count),
+            )
+            return [(row[0], record_of(row)) for row in found]
+
+    def revisions(self, ids: Sequence[str]) -> dict[str, int]:
+        """Return the revisions of those ids that are there."""
+        return dict(self._by(self._reader(), "id", ids, "id, revision"))
+
+    def next_expiry(self) -> float | None:
+        """Return when the next record is gone, in seconds since 1970; None if none ever is."""
+        with translated(self._what):
+            statement = "SELECT min(expires) FROM records WHERE expires IS NOT NULL"
+            found: float | None = self._reader().execute(statement).fetchone()[0]
+        return found
 
     def rows(self, after: int, count: int) -> list[Row]:
         """Return the rows that follow a label, at most `count`, by label."""
@@ -312,6 +340,13 @@ class Store:
                 self._readers.append(connection)
             self._local.connection = connection
         return connection
+
+    def _delete(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
+        with self._writing() as connection:
+            removed = find(connection)
+            sequence = self._next_sequence(connection) if removed else self._sequence(connection)
+            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
+        return Change(sequence, np.empty(0, dtype=np.int64), removed)
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -350,38 +385,18 @@ def _matching(connection: sqlite3.Connection, condition: Clause, after: int | No
     return np.sort(np.array([row[0] for row in rows], dtype=np.int64))
 
 
-def _columns(with_vectors: bool) -> str:
-    return f"{_COLUMNS}, vector" if with_vectors else _COLUMNS
-
-
-def _record(row: Sequence[Any]) -> StoredRecord:
-    """Make a record of a row of `_columns`."""
-    return StoredRecord(
-        id=row[1],
-        text=row[2],
-        metadata=_DECODE(row[3])[0],
-        label=row[4],
-        revision=row[5],
-        create_time=_moment(row[6]),
-        update_time=_moment(row[7]),
-        vector=np.frombuffer(row[8], dtype="<f4") if len(row) > 8 else None,
-    )
-
-
-def _record_of_json(row: Sequence[Any]) -> StoredRecord:
-    """Make a record of a row of `_AS_ONE_ROW`."""
-    _, record_id, text, metadata, label, revision, created, updated = row
-    return StoredRecord(record_id, text, metadata, label, revision, _moment(created / 1e6), _moment(updated / 1e6))
-
-
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
-
-
-def _vectors(rows: list[tuple[Any, ...]]) -> tuple[Labels, Matrix]:
-    labels = np.array([row[0] for row in rows], dtype=np.int64)
-    vectors = np.frombuffer(b"".join([row[1] for row in rows]), dtype="<f4").reshape(len(rows), -1 if rows else 0)
-    return labels, vectors
+def _insert(
+    connection: sqlite3.Connection,
+    texts: tuple[str, str, str, str],
+    vector: Matrix,
+    times: tuple[int, float, float, float | None],
+) -> int | None:
+    """Insert a record: id, text, metadata, label; vector; revision, when made, written, gone. Return its own label."""
+    return connection.execute(
+        "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*texts, vector.astype("<f4").tobytes(), *times),
+    ).lastrowid
 
 
 def _check_revision(record_id: str, expected: int, present: int) -> None:

@@ -101,6 +101,8 @@ class NewRecord:
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
+    #: Seconds until it is gone; None: it stays.
+    time_to_live: float | None = None
 
 
 class StoredRecord(NamedTuple):
@@ -117,6 +119,8 @@ class StoredRecord(NamedTuple):
     create_time: datetime
     update_time: datetime
     vector: Matrix | None = None
+    #: When it will be gone; None: it stays.
+    expire_time: datetime | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from emberpc.server.errors import Code, ServiceError, items_of
 from emberpc.server.index.metric import check_vectors, nearest, prepare
 from emberpc.server.index.neighbours import Candidates, Neighbours
-from emberpc.server.index.store import Row, Store
+from emberpc.server.index.rows import Row
+from emberpc.server.index.store import Store
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
 _BATCH = 500

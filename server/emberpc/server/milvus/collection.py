@@ -75,6 +75,8 @@ class MilvusCollection:
             raise invalid("vectors", f"has {len(vectors)} vectors for {len(records)} records; give one for each")
         if expected_revisions is not None:
             raise unsupported("expected_revisions", BACKEND, "leave it unset, or use the embedded index")
+        if any(record.time_to_live is not None for record in records):
+            raise unsupported("time_to_live", BACKEND, "delete the records, or use the embedded index")
         found_terms = [terms.terms(record.metadata) for record in records]
         schema.check_fit(records, found_terms, vectors, self.spec.distance)
         with self._write_lock:

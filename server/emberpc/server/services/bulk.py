@@ -222,8 +222,6 @@ class _Stream:
         return matrix
 
     def _read(self, record: pb.Record) -> list[NewRecord]:
-        if record.HasField("time_to_live"):
-            raise requests.not_yet("time_to_live")
         self._limits.check_texts([record.text], lambda _: "text", allow_empty=True)
         return new_records([record])
 

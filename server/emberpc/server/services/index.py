@@ -96,9 +96,6 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Insert or replace records."""
         collection = await self._collection(request.collection)
         self._limits.check_count(len(request.records), "records", "record")
-        for i, record in enumerate(request.records):
-            if record.HasField("time_to_live"):
-                raise requests.not_yet(f"records[{i}].time_to_live")
         records = new_records(request.records)
         response = pb.UpsertRecordsResponse()
         if request.HasField("vectors"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from emberpc.server.index import CollectionBackend, CollectionSpec, Distance, Ne
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 from emberpc.wire import vectors
+
+#: Seconds; a hundred years.
+_MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
 
 Matrix = npt.NDArray[np.float32]
 
@@ -84,6 +87,9 @@ def fill_record(message: pb.Record, record: StoredRecord, parts: Parts) -> None:
     message.revision = record.revision
     _set_moment(message.create_time, record.create_time)
     _set_moment(message.update_time, record.update_time)
+    if record.expire_time is not None:
+        left = (record.expire_time - datetime.now(timezone.utc)).total_seconds()
+        message.time_to_live.FromMilliseconds(max(round(left * 1000), 1))
     if parts.text:
         message.text = record.text
     if parts.metadata and record.metadata:
@@ -101,7 +107,7 @@ def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
     """Read records from a request.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT naming a record whose metadata cannot be JSON.
+        ServiceError: INVALID_ARGUMENT naming a record whose metadata cannot be JSON, or whose time to live is none.
     """
     return [
         NewRecord(
@@ -109,6 +115,7 @@ def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
             text=message.text,
             metadata=_metadata(message.metadata, f"records[{i}].metadata"),
             label=message.label,
+            time_to_live=_time_to_live(message, f"records[{i}].time_to_live"),
         )
         for i, message in enumerate(messages)
     ]
@@ -145,6 +152,15 @@ def _metadata(struct: Struct, field: str) -> dict[str, Any]:
     except (json_format.SerializeToJsonError, ValueError, RecursionError) as error:
         raise invalid(field, "holds a number that JSON cannot hold, or is nested too deeply") from error
     return metadata
+
+
+def _time_to_live(message: pb.Record, field: str) -> float | None:
+    if not message.HasField("time_to_live"):
+        return None
+    seconds = message.time_to_live.seconds + message.time_to_live.nanos / 1e9
+    if not 0 < seconds <= _MAX_TIME_TO_LIVE:
+        raise invalid(field, f"is {seconds:g} s; it must be above 0 and at most {_MAX_TIME_TO_LIVE} s (100 years)")
+    return seconds
 
 
 def _set_moment(timestamp: Timestamp, moment: datetime) -> None:

@@ -12,7 +12,7 @@ import grpc.aio
 
 from emberpc.bundle import Prompts
 from emberpc.server.engine import Caller, Lane, Truncation
-from emberpc.server.errors import Code, FieldPath, ServiceError, Violation, invalid, invalid_fields
+from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.v1 import types_pb2
 from emberpc.wire import status
@@ -118,16 +118,6 @@ def prompt(
     if kind in (types_pb2.INPUT_KIND_PASSAGE, types_pb2.INPUT_KIND_UNSPECIFIED):
         return prompts.passage
     raise invalid(field, f"is {kind}, which is no InputKind; use QUERY or PASSAGE")
-
-
-def not_yet(field: str) -> ServiceError:
-    """Return the UNIMPLEMENTED error for a field whose work this version does not do: it is never just ignored."""
-    return ServiceError(
-        Code.UNIMPLEMENTED,
-        f"{field} is not supported by this version of emberpc; leave it unset",
-        reason="FIELD_UNIMPLEMENTED",
-        metadata={"field": field},
-    )
 
 
 def page_size(value: int) -> int:

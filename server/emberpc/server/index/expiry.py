@@ -1,0 +1,81 @@
+"""The thread that deletes records when their time is up."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from emberpc.server.errors import Code, ServiceError
+
+log = logging.getLogger(__name__)
+
+#: Seconds until a deletion that failed is tried again; and the longest sleep, since the clock may be set anew.
+_RETRY = 60.0
+
+
+class Expiring(Protocol):
+    """What has records that go."""
+
+    def expire(self) -> float | None:
+        """Delete what is to be gone by now; return when the next one is, in seconds since 1970, or None."""
+
+
+class Expirer:
+    """Calls `expire` of the collections that have records to go, when the first one is.
+
+    The thread starts when it is first needed, and sleeps until it is needed again.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._due: dict[Expiring, float] = {}
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def note(self, collection: Expiring, when: float) -> None:
+        """Have a collection's records go at a time, in seconds since 1970, or before."""
+        with self._changed:
+            if self._closed or self._due.get(collection, when + 1) <= when:
+                return
+            self._due[collection] = when
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="index-expiry", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread after the deletion that it is at."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (collection := self._next()) is not None:
+            try:
+                again = collection.expire()
+            except ServiceError as error:
+                if error.code is Code.UNAVAILABLE:  # closed or deleted in the meantime
+                    continue
+                log.warning("records whose time is up are not deleted yet: %s", error.message)
+                again = time.time() + _RETRY
+            except Exception:  # one bad collection must not keep the others' records
+                log.exception("records whose time is up are not deleted yet")
+                again = time.time() + _RETRY
+            if again is not None:
+                self.note(collection, again)
+
+    def _next(self) -> Expiring | None:
+        """Wait until a collection is due and return it; None at the end."""
+        with self._changed:
+            while not self._closed:
+                now = time.time()
+                soonest = min(self._due, key=self._due.__getitem__, default=None)
+                if soonest is not None and self._due[soonest] <= now:
+                    del self._due[soonest]
+                    return soonest
+                self._changed.wait(None if soonest is None else min(self._due[soonest] - now, _RETRY))
+        return None

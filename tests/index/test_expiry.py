@@ -1,0 +1,103 @@
+"""Records with a time to live: there until then, gone after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.index.store import Store
+from index_helpers import DIMENSIONS, records, vectors
+
+
+def soon(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.002)
+    return condition()
+
+
+def short_lived(*ids: str, seconds: float) -> list[NewRecord]:
+    return [NewRecord(each, f"text of {each}", time_to_live=seconds) for each in ids]
+
+
+def test_a_record_goes_when_its_time_is_up_and_others_stay(collection: Collection) -> None:
+    matrix = vectors(3)
+    collection.upsert(records("stays"), matrix[:1])
+    before = time.time()
+    collection.upsert(short_lived("goes", seconds=0.3), matrix[1:2])
+    collection.upsert(short_lived("goes later", seconds=3600), matrix[2:])
+    (there,) = collection.get(["goes"])
+    assert there.expire_time is not None
+    assert before + 0.3 <= there.expire_time.timestamp() + 1e-3
+    sequence = collection.info().sequence
+    assert soon(lambda: not collection.get(["goes"]))
+    assert time.time() >= there.expire_time.timestamp()
+    assert collection.info().sequence == sequence + 1
+    hits = collection.search(matrix[1:2], 3)[0].hits
+    assert {record.id for record, _ in hits} == {"stays", "goes later"}
+    assert collection.count() == 2
+    assert not [problem for step in collection.verify() for problem in step.problems]
+
+
+def test_a_record_that_is_written_again_lives_as_the_last_write_says(collection: Collection) -> None:
+    collection.upsert(short_lived("a", "b", seconds=0.2), vectors(2))
+    collection.upsert(records("a"), vectors(1))
+    assert soon(lambda: not collection.get(["b"]))
+    assert collection.get(["a"])[0].expire_time is None
+
+
+def test_what_goes_while_the_index_is_closed_is_never_found_again(tmp_path: Path) -> None:
+    matrix = vectors(20)
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.create(CollectionSpec("c", DIMENSIONS))
+    collection.upsert(records("stays"), matrix[:1])
+    collection.upsert(short_lived(*map(str, range(19)), seconds=0.5), matrix[1:])
+    expire_time = collection.get(["0"])[0].expire_time
+    index.close()
+    assert expire_time is not None
+    assert soon(lambda: time.time() > expire_time.timestamp())
+    reopened = Index(tmp_path, buffer_limit=8)
+    try:
+        collection = reopened.get("c")
+        assert [record.id for record, _ in collection.search(matrix[1:2], 10)[0].hits] == ["stays"]
+    finally:
+        reopened.close()
+
+
+def test_what_is_to_go_after_a_restart_goes(tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    index.create(CollectionSpec("c", DIMENSIONS)).upsert(short_lived("a", seconds=1), vectors(1))
+    index.close()
+    reopened = Index(tmp_path)
+    try:
+        assert soon(lambda: reopened.get("c").count() == 0)
+    finally:
+        reopened.close()
+
+
+def test_many_go_in_writes_of_a_thousand(collection: Collection) -> None:
+    ids = [str(i) for i in range(2300)]
+    collection.upsert(short_lived(*ids, seconds=0.5), vectors(len(ids)))
+    assert soon(lambda: collection.count() == 0)
+    assert collection.info().sequence == 4
+
+
+def test_a_full_disk_does_not_keep_a_collection_shut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index(tmp_path)
+    index.create(CollectionSpec("c", DIMENSIONS)).upsert(records("a"), vectors(1))
+    index.close()
+
+    def full(*_: object) -> None:
+        raise ServiceError(Code.RESOURCE_EXHAUSTED, "the disk is full")
+
+    monkeypatch.setattr(Store, "delete_expired", full)
+    reopened = Index(tmp_path)
+    try:
+        assert reopened.get("c").count() == 1
+    finally:
+        reopened.close()
