@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Annotated
 
 import typer
@@ -13,12 +14,14 @@ from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, print_fields, print_json, print_table, progress
 from emberpc.cli.records import WithVectors
 from emberpc.client import Client, Collection
-from emberpc.client.types import Distance, Truncation
+from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
 
 #: Seconds: of a million records these may take minutes.
 GROUPS_TIMEOUT = 3600.0
+#: Seconds between looks at what goes on in the background.
+_FOLLOW_SECONDS = 0.5
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
 
@@ -94,6 +97,32 @@ def delete(client: Client, name: Name) -> None:
     """Delete a collection with all its records."""
     client.delete_collection(name)
     note(f"deleted the collection {name}")
+
+
+@app.command()
+@with_client
+def reembed(
+    client: Client,
+    name: Name,
+    model: Annotated[str, typer.Option(help="The new model.")] = "",
+    dimensions: Annotated[int, typer.Option(min=0, help="Of its vectors; 0: the model's.")] = 0,
+    wait: Annotated[bool, typer.Option(help="Wait until it is done; it goes on without that too.")] = True,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Leave the collection under the model that it has.")] = False,
+) -> None:
+    """Embed a collection's texts under another model, while it answers under the one that it has."""
+    if cancel == bool(model):
+        raise CliError("give --model, or --cancel, one of the two")
+    if cancel:
+        note(f"{name} stays under {client.cancel_reembedding(name).model or 'no model'}")
+        return
+    found = client.reembed_collection(name, model, dimensions=dimensions)
+    if wait:
+        with progress("embedding", found.record_count) as done:
+            found = _followed(client, found, done)
+    if found.reembedding is None:
+        note(f"{name} is under {found.model} now, with {found.dimensions} dimensions")
+    else:
+        note(f"{name} is on its way to {model}; `emberpc collection get {name}` tells how far it is")
 
 
 @app.command()
@@ -204,6 +233,20 @@ def count(client: Client, name: Name, where: Where = None, as_json: AsJson = Fal
         print_json([{"count": found}])
     else:
         print_fields({"count": found})
+
+
+def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
+    """Wait until a collection is under its new model; say what keeps it, once."""
+    told = ""
+    while (way := collection.reembedding) is not None:
+        done(way.done)
+        if way.problem and way.problem != told:
+            note(way.problem)
+        told = way.problem
+        time.sleep(_FOLLOW_SECONDS)
+        collection = client.get_collection(collection.name)
+    done(collection.record_count)
+    return collection
 
 
 def _show(collection: Collection, as_json: bool) -> None:

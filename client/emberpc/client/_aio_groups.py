@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from emberpc.client import _groups
+from emberpc.client import _groups, _index
 from emberpc.client._aio_running import AsyncRunner
-from emberpc.client.types import Cluster, DuplicatePair
+from emberpc.client.types import Cluster, Collection, DuplicatePair
 
 
 class AsyncGroupCalls:
@@ -27,3 +27,13 @@ class AsyncGroupCalls:
     ) -> list[Cluster]:
         """Do what `Client.clusters` does."""
         return await self._runner.run_one(_groups.cluster_records(collection, count, examples=examples), timeout)
+
+    async def reembed_collection(
+        self, name: str, model: str, *, dimensions: int = 0, timeout: float | None = None
+    ) -> Collection:
+        """Do what `Client.reembed_collection` does."""
+        return await self._runner.run_one(_index.reembed(name, model, dimensions), timeout)
+
+    async def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
+        """Do what `Client.cancel_reembedding` does."""
+        return await self._runner.run_one(_index.cancel_reembedding(name), timeout)

@@ -6,9 +6,9 @@ from __future__ import annotations
 # ruff: noqa: D417
 from collections.abc import Iterator
 
-from emberpc.client import _groups
+from emberpc.client import _groups, _index
 from emberpc.client._running import Runner
-from emberpc.client.types import Cluster, DuplicatePair
+from emberpc.client.types import Cluster, Collection, DuplicatePair
 
 
 class GroupCalls:
@@ -47,3 +47,27 @@ class GroupCalls:
             The clusters, largest first.
         """
         return self._runner.run_one(_groups.cluster_records(collection, count, examples=examples), timeout)
+
+    def reembed_collection(
+        self, name: str, model: str, *, dimensions: int = 0, timeout: float | None = None
+    ) -> Collection:
+        """Begin to embed a collection's texts under another model, in the background.
+
+        The collection answers under the model that it has until all is there,
+        and then at once under the new one. `get_collection` tells how far it
+        is; a restart of the server goes on with it.
+
+        Args:
+            name: name of the collection.
+            model: name of the new model.
+            dimensions: of its vectors; 0: the model's.
+
+        Raises:
+            NotFound: there is no such collection or model.
+            FailedPrecondition: it is under that model, on its way to another, or has records without text.
+        """
+        return self._runner.run_one(_index.reembed(name, model, dimensions), timeout)
+
+    def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
+        """Leave a collection under the model that it has; nothing if it is on its way to no other."""
+        return self._runner.run_one(_index.cancel_reembedding(name), timeout)

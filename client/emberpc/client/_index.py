@@ -23,6 +23,7 @@ from emberpc.client.types import (
     Record,
     RecordId,
     RecordProblem,
+    Reembedding,
     SearchMode,
     SearchPlan,
     SearchResult,
@@ -45,6 +46,8 @@ DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
 VERIFY_COLLECTION = Method(_SERVICE + "VerifyCollection", pb.VerifyCollectionResponse)
+REEMBED_COLLECTION = Method(_SERVICE + "ReembedCollection", pb.ReembedCollectionResponse)
+CANCEL_REEMBEDDING = Method(_SERVICE + "CancelReembedding", pb.CancelReembeddingResponse)
 SEARCH = Method(_SERVICE + "Search", pb.SearchResponse)
 
 #: Ids of one request; the API takes 10,000.
@@ -100,6 +103,22 @@ def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
     """Return the call of `Client.delete_collection`."""
     request = pb.DeleteCollectionRequest(name=_checks.text(name, "name"))
     return Call(DELETE_COLLECTION, request, lambda _: None)
+
+
+def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollectionResponse, Collection]:
+    """Return the call of `Client.reembed_collection`."""
+    request = pb.ReembedCollectionRequest(
+        name=_checks.text(name, "name"),
+        model=_checks.text(model, "model"),
+        dimensions=_checks.count(dimensions, "dimensions"),
+    )
+    return Call(REEMBED_COLLECTION, request, lambda response: _collection(response.collection))
+
+
+def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
+    """Return the call of `Client.cancel_reembedding`."""
+    request = pb.CancelReembeddingRequest(name=_checks.text(name, "name"))
+    return Call(CANCEL_REEMBEDDING, request, lambda response: _collection(response.collection))
 
 
 def verify_collection(
@@ -318,5 +337,16 @@ def _collection(message: pb.Collection) -> Collection:
         sequence=message.sequence,
         size_bytes=message.size_bytes,
         create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        problem=message.problem,
+        reembedding=_reembedding(message.reembedding) if message.HasField("reembedding") else None,
+    )
+
+
+def _reembedding(message: pb.Reembedding) -> Reembedding:
+    return Reembedding(
+        model=message.model,
+        done=message.done,
+        total=message.total,
+        start_time=moment(message.start_time) if message.HasField("start_time") else None,
         problem=message.problem,
     )

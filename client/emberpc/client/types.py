@@ -57,6 +57,21 @@ class StreamedEmbedding:
 
 
 @dataclass(frozen=True)
+class Reembedding:
+    """A collection's way to another model, while the one that it has answers."""
+
+    #: The new model.
+    model: str
+    #: Records taken over, and how many there are.
+    done: int
+    total: int
+    #: In UTC; None if the server did not say.
+    start_time: datetime | None
+    #: Why it does not go on now; it does when that has changed. Empty: it goes on.
+    problem: str
+
+
+@dataclass(frozen=True)
 class Collection:
     """A set of records whose vectors may be compared with each other."""
 
@@ -82,6 +97,8 @@ class Collection:
     create_time: datetime | None
     #: Why it cannot be used, such as that it is damaged; empty if it can.
     problem: str = ""
+    #: Its way to another model, if it is on one.
+    reembedding: Reembedding | None = None
 
 
 @dataclass(frozen=True)

@@ -299,12 +299,17 @@ class Reembedding(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The new model."""
     done: _builtins.int
     """Records done."""
     total: _builtins.int
     """Records in all."""
+    problem: _builtins.str
+    """Why it does not go on now, such as records that cannot be embedded; it goes
+    on when that has changed. Empty: it goes on.
+    """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it was started."""
@@ -316,10 +321,11 @@ class Reembedding(_message.Message):
         done: _builtins.int = ...,
         total: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "model", b"model", "start_time", b"start_time", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "model", b"model", "problem", b"problem", "start_time", b"start_time", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

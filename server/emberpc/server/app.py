@@ -27,6 +27,7 @@ from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService
 from emberpc.server.services.models import ModelService
+from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.requests import Limits
 from emberpc.server.settings import Settings
 from emberpc.v1 import (
@@ -112,9 +113,13 @@ async def _serve(settings: Settings) -> None:
                 stack.callback(watch.cancel)
 
         handlers = Handlers(server, *([_serve_metrics(settings, engine, index)] if settings.metrics_listen else []))
-        _register(handlers, engine, loader, index, pool, settings)
+        limits = Limits(settings.max_texts, settings.max_text_bytes)
+        reembedder = Reembedder(engine, index, pool, limits)
+        stack.push_async_callback(reembedder.close)
+        _register(handlers, engine, loader, IndexService(engine, index, pool, limits, reembedder), limits, settings)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
         reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        await reembedder.resume()
         await server.start()
         await _set_health(statuses, serving=True)
         if not settings.batch_tokens:
@@ -209,13 +214,12 @@ def _register(
     handlers: Handlers,
     engine: Engine,
     loader: Loader,
-    index: IndexBackend,
-    pool: ThreadPoolExecutor,
+    index: IndexService,
+    limits: Limits,
     settings: Settings,
 ) -> None:
-    limits = Limits(settings.max_texts, settings.max_text_bytes)
     handlers.add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, EmbeddingService(engine, limits))
-    handlers.add(index_pb2_grpc.add_IndexServiceServicer_to_server, IndexService(engine, index, pool, limits))
+    handlers.add(index_pb2_grpc.add_IndexServiceServicer_to_server, index)
     handlers.add(
         classification_pb2_grpc.add_ClassificationServiceServicer_to_server, ClassificationService(engine, limits)
     )

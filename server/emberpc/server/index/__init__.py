@@ -4,6 +4,7 @@ from emberpc.server.index.backend import CollectionBackend, IndexBackend
 from emberpc.server.index.catalogue import Index
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.duplicates import DuplicatePair
+from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import (
     CollectionSpec,
     Distance,
@@ -28,6 +29,7 @@ __all__ = [
     "IndexBackend",
     "NewRecord",
     "Plan",
+    "Reembedding",
     "SearchOutcome",
     "StoredRecord",
     "Strategy",

@@ -10,6 +10,7 @@ from emberpc.server.index.clusters import Cluster
 from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.filters import Filter
 from emberpc.server.index.probing import ProbeFigures
+from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
@@ -118,6 +119,18 @@ class IndexBackend(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete a collection."""
+
+    def reembed(self, spec: CollectionSpec) -> Reembedding:
+        """Begin to take a collection's records over to the model of a spec."""
+
+    def reembeddings(self) -> list[Reembedding]:
+        """Return those that were under way when the index was last closed."""
+
+    def switch(self, reembedding: Reembedding) -> bool:
+        """Let the new collection take the old one's place if it has all records; return whether it did."""
+
+    def cancel_reembedding(self, name: str) -> None:
+        """Give up what was taken over of a collection; nothing if there is nothing."""
 
     def probed(self) -> dict[str, ProbeFigures]:
         """Return what probes of searches found, by collection; nothing where there are none."""

@@ -37,8 +37,7 @@ class Calls:
             ServiceError: UNAVAILABLE once the end has begun.
         """
         with self._idle:
-            if self._ending.is_set():
-                raise self._over()
+            self.check()
             self._count += 1
         cut_short = False
 
@@ -54,6 +53,11 @@ class Calls:
                 self._count -= 1
                 self._idle.notify_all()
         if cut_short:
+            raise self._over()
+
+    def check(self) -> None:
+        """Raise UNAVAILABLE if the end has begun."""
+        if self._ending.is_set():
             raise self._over()
 
     def begin_end(self) -> bool:

@@ -26,24 +26,36 @@ from emberpc.server.index.files import synchronise
 from emberpc.server.index.maintenance import Maintainer
 from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
+from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import CollectionSpec, check_page_size
 from emberpc.server.index.upkeep import Pace
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _CATALOGUE = "catalogue.db"
 _COLLECTIONS = "collections"
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _WHAT = "the catalogue"
-_SCHEMA = f"""
+_SCHEMA = """
 BEGIN;
 CREATE TABLE collections (
     name TEXT PRIMARY KEY,
     folder TEXT NOT NULL UNIQUE,
     spec TEXT NOT NULL,
     created REAL NOT NULL
+);
+COMMIT;
+"""
+#: What format 2 has more: the collections that are to take the place of others.
+_SECOND = f"""
+BEGIN;
+CREATE TABLE reembeddings (
+    name TEXT PRIMARY KEY,
+    folder TEXT NOT NULL UNIQUE,
+    spec TEXT NOT NULL,
+    started REAL NOT NULL
 );
 PRAGMA user_version = {_FORMAT};
 COMMIT;
@@ -89,6 +101,7 @@ class Index:
         self._closed = False
         #: Those that are open, or being opened: that takes long for a large one, so it is done outside the lock.
         self._open: dict[str, Future[Collection]] = {}
+        self._reembeddings: dict[str, Reembedding] = {}
         self._maintainer = Maintainer()
         self._expirer = Expirer()
         with ExitStack() as stack:
@@ -111,30 +124,8 @@ class Index:
         with self._use():
             if self._row(spec.name):
                 raise collection_exists(spec.name)
-            folder = self._folder / uuid.uuid4().hex
-            try:
-                folder.mkdir(parents=True)
-                collection = self._collection(spec, folder, created, create=True)
-                with ExitStack() as undo:
-                    undo.callback(collection.drop)
-                    # The folder must be as lasting as the row that names it.
-                    for path in (folder, self._folder, self._data_dir):
-                        synchronise(path)
-                    with translated(_WHAT), transaction(self._database):
-                        self._database.execute(
-                            "INSERT INTO collections VALUES (?, ?, ?, ?)",
-                            (spec.name, folder.name, spec.to_json(), created.timestamp()),
-                        )
-                    undo.pop_all()
-            except OSError as error:
-                log.exception("no folder for collection %s", spec.name)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    message = "the disk is full; no collection was made, make room and try again"
-                    raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
-                message = "the data directory cannot be written to; see to its permissions"
-                raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
-            self._open[spec.name] = Future()
-            self._open[spec.name].set_result(collection)
+            collection = self._make(spec, "collections", created)
+            self._set_open(collection)
         return collection
 
     def get(self, name: str) -> Collection:
@@ -193,6 +184,7 @@ class Index:
         """
         with self._use():
             folder = self._folder / self._existing_row(name)[0]
+            self.cancel_reembedding(name)
             with translated(_WHAT), transaction(self._database):
                 self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
             opened = self._open.pop(name, None)
@@ -200,6 +192,95 @@ class Index:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             opened.result().drop()
+
+    def reembed(self, spec: CollectionSpec) -> Reembedding:
+        """Begin to take a collection's records over to another model.
+
+        Args:
+            spec: what the collection is to be; only its model and dimensions are other than now.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection, FAILED_PRECONDITION if it has records without text,
+                or is on its way to another model already.
+        """
+        source = self.get(spec.name)
+        spec.check()
+        if without := source.count_without_text():
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                f"{without} record{' of' if without == 1 else 's of'} collection {spec.name!r} "
+                f"{'has' if without == 1 else 'have'} no text to embed; give {'it' if without == 1 else 'them'} one, "
+                "or delete what has none",
+                reason="RECORDS_WITHOUT_TEXT",
+                metadata={"collection": spec.name, "records": str(without)},
+            )
+        started = datetime.now(timezone.utc)
+        with self._use():
+            if spec.name in self._reembeddings:
+                raise ServiceError(
+                    Code.FAILED_PRECONDITION,
+                    f"collection {spec.name!r} is on its way to another model already; wait, or cancel that",
+                    reason="REEMBEDDING",
+                    metadata={"collection": spec.name},
+                )
+            target = self._make(spec, "reembeddings", started)
+            found = self._reembeddings[spec.name] = Reembedding(source, target, started)
+        return found
+
+    def reembeddings(self) -> list[Reembedding]:
+        """Return those that were under way when the index was last closed; one that cannot go on is given up."""
+        with self._use(), translated(_WHAT):
+            rows = self._database.execute("SELECT name, folder, spec, started FROM reembeddings").fetchall()
+            for name, folder, spec, started in rows:
+                since = datetime.fromtimestamp(started, timezone.utc)
+                try:
+                    source = self.get(name)
+                    target = self._collection(CollectionSpec.from_json(spec), self._folder / folder, since)
+                except ServiceError as error:
+                    log.warning("collection %s stays under its model: %s", name, error.message)
+                    self._forget_reembedding(name)
+                else:
+                    self._reembeddings[name] = Reembedding(source, target, since)
+            return list(self._reembeddings.values())
+
+    def switch(self, reembedding: Reembedding) -> bool:
+        """Let the new collection take the old one's place, at once and for good, if it has all records.
+
+        Calls under way finish on the old one.
+
+        Returns:
+            Whether it did; otherwise there is more to take over.
+        """
+        source, target = reembedding.source, reembedding.target
+        name = source.spec.name
+        reembedding.prune()
+        created = source.info().create_time
+        with source.frozen() as sequence, self._use():
+            if self._reembeddings.get(name) is not reembedding or not reembedding.is_complete():
+                return False
+            target.replace(sequence)
+            with translated(_WHAT), transaction(self._database):
+                self._database.execute(
+                    "UPDATE collections SET (folder, spec) = (SELECT folder, spec FROM reembeddings WHERE name = ?1) "
+                    "WHERE name = ?1",
+                    (name,),
+                )
+                self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
+            target.created = created
+            del self._reembeddings[name]
+            self._set_open(target)
+            source.end_calls()
+        source.drop()
+        return True
+
+    def cancel_reembedding(self, name: str) -> None:
+        """Give up what was taken over of a collection; nothing if there is nothing."""
+        with self._use():
+            reembedding = self._reembeddings.pop(name, None)
+            if reembedding is not None:
+                self._forget_reembedding(name)
+        if reembedding is not None:
+            reembedding.target.drop()
 
     def close(self) -> None:
         """Let calls under way finish, save snapshots, close every collection, and give up the directory."""
@@ -213,6 +294,8 @@ class Index:
             for opened in [*self._open.values()]:
                 if opened.exception() is None:
                     stack.callback(opened.result().close)
+            for reembedding in self._reembeddings.values():
+                stack.callback(reembedding.target.close)
 
     @contextmanager
     def _use(self) -> Iterator[None]:
@@ -221,6 +304,41 @@ class Index:
             if self._closed:
                 raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
             yield
+
+    def _make(self, spec: CollectionSpec, table: str, moment: datetime) -> Collection:
+        """Make a new, empty collection in a folder of its own, and the row of a table that says what it is."""
+        folder = self._folder / uuid.uuid4().hex
+        try:
+            folder.mkdir(parents=True)
+            collection = self._collection(spec, folder, moment, create=True)
+            with ExitStack() as undo:
+                undo.callback(collection.drop)
+                # The folder must be as lasting as the row that names it.
+                for path in (folder, self._folder, self._data_dir):
+                    synchronise(path)
+                with translated(_WHAT), transaction(self._database):
+                    self._database.execute(
+                        f"INSERT INTO {table} VALUES (?, ?, ?, ?)",  # noqa: S608 - our own tables
+                        (spec.name, folder.name, spec.to_json(), moment.timestamp()),
+                    )
+                undo.pop_all()
+        except OSError as error:
+            log.exception("no folder for collection %s", spec.name)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                message = "the disk is full; no collection was made, make room and try again"
+                raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
+            message = "the data directory cannot be written to; see to its permissions"
+            raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
+        return collection
+
+    def _set_open(self, collection: Collection) -> None:
+        opened: Future[Collection] = Future()
+        opened.set_result(collection)
+        self._open[collection.spec.name] = opened
+
+    def _forget_reembedding(self, name: str) -> None:
+        with translated(_WHAT), transaction(self._database):
+            self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
 
     def _collection(self, spec: CollectionSpec, folder: Path, created: datetime, *, create: bool = False) -> Collection:
         return Collection(
@@ -250,7 +368,8 @@ class Index:
 
     def _remove_orphans(self) -> None:
         """Remove what a crash left of collections that were being made or deleted; nothing that is not ours."""
-        known = {row[0] for row in self._database.execute("SELECT folder FROM collections")}
+        rows = self._database.execute("SELECT folder FROM collections UNION ALL SELECT folder FROM reembeddings")
+        known = {row[0] for row in rows}
         for path in _collection_folders(self._data_dir):
             if path.name not in known:
                 log.info("removing %s: no collection has it", path)
@@ -293,6 +412,8 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
                 if _collection_folders(data_dir):
                     raise _unusable(data_dir, f"has collections but no {_CATALOGUE}; restore it from a copy")
                 database.executescript(_SCHEMA)
+            if version < _FORMAT:
+                database.executescript(_SECOND)
         except sqlite3.OperationalError as error:
             log.exception("%s cannot be opened", path)
             raise _unusable(

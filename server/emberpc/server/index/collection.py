@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -81,7 +83,7 @@ class Collection:
     ) -> None:
         self.spec = spec
         self._folder = folder
-        self._created = created
+        self.created = created
         self._wake = wake
         self._expire_at = expire_at
         self._calls = Calls(f"collection {spec.name!r}")
@@ -109,7 +111,7 @@ class Collection:
         with self._calls.one():
             with self._store.snapshot():
                 count, sequence = self._store.count(), self._store.sequence()
-            return CollectionInfo(count, sequence, self._created, self._size())
+            return CollectionInfo(count, sequence, self.created, self._size())
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
@@ -130,7 +132,7 @@ class Collection:
         if len(vectors) != len(records):
             raise invalid("vectors", f"has {len(vectors)} vectors for {len(records)} records; give one for each")
         prepared = prepare(vectors, self.spec.distance)
-        with self._calls.one(), self._write_lock:
+        with self._writing():
             change = self._store.upsert(records, documents, vectors, expected_revisions)
             self._neighbours.change(change.added, prepared, change.removed)
             self._selector.note(change.sequence, change.removed)
@@ -139,6 +141,55 @@ class Collection:
         if lives:
             self._expire_at(self, time.time() + min(lives))
         return WriteResult(change.sequence, change.inserted, change.updated)
+
+    def copy(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
+        """Write records of another collection as they are there, with their revisions and times.
+
+        Args:
+            records: the records, no id twice.
+            vectors: float32 (records, dimensions), instead of the records' own.
+        """
+        documents = [json.dumps(record.metadata, ensure_ascii=False) for record in records]
+        check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
+        prepared = prepare(vectors, self.spec.distance)
+        with self._writing():
+            change = self._store.copy(records, documents, vectors)
+            self._neighbours.change(change.added, prepared, change.removed)
+            self._selector.note(change.sequence, change.removed)
+        self._wake_if_needed()
+        expiries = [record.expire_time.timestamp() for record in records if record.expire_time is not None]
+        if expiries:
+            self._expire_at(self, min(expiries))
+
+    def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
+        """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing."""
+        with self._calls.one():
+            return self._store.written_after(label, count)
+
+    def revisions(self, ids: Sequence[str]) -> dict[str, int]:
+        """Return the revisions of those ids that are there."""
+        with self._calls.one():
+            return self._store.revisions(ids)
+
+    def count_without_text(self) -> int:
+        """Return the number of records that have a vector only."""
+        with self._calls.one():
+            return self._store.count(Clause("text = ''"))
+
+    @contextmanager
+    def frozen(self) -> Iterator[int]:
+        """Let nothing be written in the block; gives the number of the last write."""
+        with self._writing():
+            yield self._store.sequence()
+
+    def replace(self, sequence: int) -> None:
+        """Take another one's place, whose last write has this number."""
+        with self._writing():
+            self._store.set_sequence(sequence)
+
+    def end_calls(self) -> None:
+        """Let no more calls in: another collection has taken its place. Those under way can still read."""
+        self._calls.begin_end()
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete records by id, all at once and on disk when this returns; ids that are not there are no error."""
@@ -344,12 +395,19 @@ class Collection:
         )
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
-        with self._calls.one(), self._write_lock:
+        with self._writing():
             change = delete()
             self._neighbours.remove(change.removed)
             self._selector.note(change.sequence, change.removed)
         self._wake_if_needed()
         return WriteResult(change.sequence, deleted=len(change.removed))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._calls.one(), self._write_lock:
+            # Who waited here while another took this one's place must not write to what is to be thrown away.
+            self._calls.check()
+            yield
 
     def _delete_expired_before_use(self) -> None:
         """Let no search find what was gone while the collection was closed."""

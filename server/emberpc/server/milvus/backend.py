@@ -8,11 +8,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index.backend import collection_exists, no_collection
+from emberpc.server.index.backend import collection_exists, no_collection, unsupported
 from emberpc.server.index.probing import ProbeFigures
+from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import CollectionSpec, check_page_size
 from emberpc.server.milvus import schema
-from emberpc.server.milvus.collection import MilvusCollection
+from emberpc.server.milvus.collection import BACKEND, MilvusCollection
 from emberpc.server.milvus.connection import Connection
 from emberpc.server.paging import decode_token, encode_token
 
@@ -90,6 +91,22 @@ class MilvusIndex:
         with self._lock:
             self._known.pop(name, None)
         self._call(name, "drop_collection")
+
+    def reembed(self, spec: CollectionSpec) -> Reembedding:
+        """Refuse it."""
+        remedy = "make a collection under the new model, and import this one's export there with --text-only"
+        raise unsupported("ReembedCollection", BACKEND, remedy)
+
+    def reembeddings(self) -> list[Reembedding]:
+        """Return none: none is ever begun."""
+        return []
+
+    def switch(self, reembedding: Reembedding) -> bool:
+        """Refuse it."""
+        raise unsupported("ReembedCollection", BACKEND, "use the embedded index")
+
+    def cancel_reembedding(self, name: str) -> None:
+        """Do nothing: there is none."""
 
     def probed(self) -> dict[str, ProbeFigures]:
         """Return nothing: to repeat a search exactly, all vectors would have to be here."""

@@ -60,6 +60,7 @@ async def upsert_stream(
     limits: requests.Limits,
     pool: Executor,
     find: Callable[[str], Awaitable[CollectionBackend]],
+    writable: Callable[[str], Awaitable[None]],
     messages: AsyncIterator[pb.UpsertRecordsStreamRequest],
     context: requests.Context,
 ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
@@ -70,6 +71,7 @@ async def upsert_stream(
         limits: how large a message may be.
         pool: where writes run.
         find: gives a collection by its name.
+        writable: waits until a collection may be written to.
         messages: what comes.
         context: gRPC's view of the call.
 
@@ -100,6 +102,7 @@ async def upsert_stream(
                 else:
                     stream.take_in(message)
             if head is not None and head.done():
+                await writable(stream.name)
                 yield await stream.write(head.result())
                 stream.drop_head()
     finally:
@@ -132,6 +135,11 @@ class _Stream:
         self.embedding: deque[asyncio.Task[_Batch]] = deque()
 
     @property
+    def name(self) -> str:
+        """Name of the collection."""
+        return self._collection.spec.name
+
+    @property
     def has_room(self) -> bool:
         """Whether another message may be read: while one is written, there is always another one to embed."""
         return len(self.embedding) < 2 or (len(self.embedding) < _MESSAGES and sum(self._sizes) < _RECORDS)
@@ -148,9 +156,10 @@ class _Stream:
 
     def take_in(self, message: pb.UpsertRecordsStreamRequest) -> None:
         """Begin to embed a message."""
-        name = self._collection.spec.name
-        if message.collection not in ("", name):
-            raise invalid("collection", f"is {message.collection!r}, and the stream is of {name!r}; open another one")
+        if message.collection not in ("", self.name):
+            raise invalid(
+                "collection", f"is {message.collection!r}, and the stream is of {self.name!r}; open another one"
+            )
         if message.batch_number <= self._number:
             raise invalid("batch_number", f"is {message.batch_number} after {self._number}; the numbers must grow")
         self._number = message.batch_number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ from emberpc.bundle import Task
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend
+from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, replies, requests
 from emberpc.server.services.binding import collection_model
@@ -29,6 +29,7 @@ from emberpc.server.services.records import (
     record_vectors,
     spec_message,
 )
+from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.search_groups import SearchGroups
 from emberpc.server.services.searching import Searcher
 from emberpc.v1 import index_pb2 as pb
@@ -47,13 +48,17 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         index: the collections; its calls block, so they run in `pool`.
         pool: where they run.
         limits: how large a call may be.
+        reembedder: takes collections to other models.
     """
 
-    def __init__(self, engine: Engine, index: IndexBackend, pool: Executor, limits: requests.Limits) -> None:
+    def __init__(
+        self, engine: Engine, index: IndexBackend, pool: Executor, limits: requests.Limits, reembedder: Reembedder
+    ) -> None:
         self._engine = engine
         self._index = index
         self._pool = pool
         self._limits = limits
+        self._reembedder = reembedder
         self._groups = Groups(pool)
         self._searcher = Searcher(engine, limits, self._in_pool, SearchGroups(pool, usable_cores()))
 
@@ -69,8 +74,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.GetCollectionRequest, context: requests.Context
     ) -> pb.GetCollectionResponse:
         """Describe a collection."""
-        collection = await self._collection(request.name)
-        return pb.GetCollectionResponse(collection=await self._describe(collection))
+        return pb.GetCollectionResponse(collection=await self._with(request.name, self._describe))
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: requests.Context
@@ -87,6 +91,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.DeleteCollectionRequest, context: requests.Context
     ) -> pb.DeleteCollectionResponse:
         """Delete a collection."""
+        await self._reembedder.cancel(request.name)
         await self._in_pool(lambda: self._index.delete(request.name))
         return pb.DeleteCollectionResponse()
 
@@ -94,8 +99,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.UpsertRecordsRequest, context: requests.Context
     ) -> pb.UpsertRecordsResponse:
         """Insert or replace records."""
-        collection = await self._collection(request.collection)
         self._limits.check_count(len(request.records), "records", "record")
+        await self._reembedder.writable(request.collection)
+        return await self._with(request.collection, lambda collection: self._upsert(request, context, collection))
+
+    async def _upsert(
+        self, request: pb.UpsertRecordsRequest, context: requests.Context, collection: CollectionBackend
+    ) -> pb.UpsertRecordsResponse:
         records = new_records(request.records)
         response = pb.UpsertRecordsResponse()
         if request.HasField("vectors"):
@@ -116,17 +126,21 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request_iterator: AsyncIterator[pb.UpsertRecordsStreamRequest], context: requests.Context
     ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
         """Insert or replace the records of a corpus of any size."""
-        return upsert_stream(self._engine, self._limits, self._pool, self._collection, request_iterator, context)
+        writable = self._reembedder.writable
+        return upsert_stream(
+            self._engine, self._limits, self._pool, self._collection, writable, request_iterator, context
+        )
 
     async def BatchGetRecords(
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
     ) -> pb.BatchGetRecordsResponse:
         """Get records by id."""
-        collection = await self._collection(request.collection)
         parts = Parts(request.parts)
         if not 1 <= len(request.ids) <= _MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
-        records = await self._in_pool(lambda: collection.get(request.ids, with_vectors=parts.vector))
+        records = await self._call(
+            request.collection, lambda collection: collection.get(request.ids, with_vectors=parts.vector)
+        )
         found = {record.id for record in records}
         return pb.BatchGetRecordsResponse(
             records=[record_message(record, parts) for record in records],
@@ -139,25 +153,28 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.DeleteRecordsResponse:
         """Delete records by id or by filter."""
         condition = _filter(request)
-        collection = await self._collection(request.collection)
-        if condition is not None:
-            if request.ids:
-                raise invalid("filter", "is set and so are ids; give one of the two")
-            result = await self._in_pool(lambda: collection.delete_matching(condition))
-            return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=replies.receipt(result))
-        if not 1 <= len(request.ids) <= _MAX_IDS:
+        if condition is not None and request.ids:
+            raise invalid("filter", "is set and so are ids; give one of the two")
+        if condition is None and not 1 <= len(request.ids) <= _MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
-        result = await self._in_pool(lambda: collection.delete(request.ids))
+
+        def delete(collection: CollectionBackend) -> WriteResult:
+            return collection.delete(request.ids) if condition is None else collection.delete_matching(condition)
+
+        await self._reembedder.writable(request.collection)
+        result = await self._call(request.collection, delete)
         return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=replies.receipt(result))
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
         """List records by id."""
         condition = _filter(request)
-        collection = await self._collection(request.collection)
         parts = Parts(request.parts)
         size = requests.page_size(request.page_size)
-        records, token = await self._in_pool(
-            lambda: collection.page(size, request.page_token, with_vectors=parts.vector, condition=condition)
+        records, token = await self._call(
+            request.collection,
+            lambda collection: collection.page(
+                size, request.page_token, with_vectors=parts.vector, condition=condition
+            ),
         )
         return pb.ListRecordsResponse(
             records=[record_message(record, parts) for record in records],
@@ -168,13 +185,15 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Count records."""
         condition = _filter(request)
-        collection = await self._collection(request.collection)
-        return pb.CountRecordsResponse(count=await self._in_pool(lambda: collection.count(condition)))
+        count = await self._call(request.collection, lambda collection: collection.count(condition))
+        return pb.CountRecordsResponse(count=count)
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> pb.SearchResponse:
         """Find the records nearest to each query."""
         caller = requests.caller(context, request.priority)
-        return await self._searcher.search(request, await self._collection(request.collection), caller)
+        return await self._with(
+            request.collection, lambda collection: self._searcher.search(request, collection, caller)
+        )
 
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
@@ -187,13 +206,33 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.FindDuplicatesRequest, context: requests.Context
     ) -> pb.FindDuplicatesResponse:
         """Find pairs of records that are much alike."""
-        return await self._groups.find_duplicates(request, await self._collection(request.collection))
+        return await self._with(
+            request.collection, lambda collection: self._groups.find_duplicates(request, collection)
+        )
 
     async def ClusterRecords(
         self, request: pb.ClusterRecordsRequest, context: requests.Context
     ) -> pb.ClusterRecordsResponse:
         """Group the records by likeness."""
-        return await self._groups.cluster_records(request, await self._collection(request.collection))
+        return await self._with(
+            request.collection, lambda collection: self._groups.cluster_records(request, collection)
+        )
+
+    async def ReembedCollection(
+        self, request: pb.ReembedCollectionRequest, context: requests.Context
+    ) -> pb.ReembedCollectionResponse:
+        """Begin to take a collection over to another model, in the background."""
+        collection = await self._collection(request.name)
+        await self._reembedder.start(collection, request.model, request.dimensions)
+        return pb.ReembedCollectionResponse(collection=await self._describe(collection))
+
+    async def CancelReembedding(
+        self, request: pb.CancelReembeddingRequest, context: requests.Context
+    ) -> pb.CancelReembeddingResponse:
+        """Leave a collection under the model that it has."""
+        await self._collection(request.name)
+        await self._reembedder.cancel(request.name)
+        return pb.CancelReembeddingResponse(collection=await self._describe(await self._collection(request.name)))
 
     def _spec(self, message: pb.Collection) -> CollectionSpec:
         """Read what a new collection is to be; the index checks the rest."""
@@ -242,8 +281,28 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         opened = self._index.opened(name)
         return opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
 
+    async def _with(self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]]) -> Result:
+        """Do something with a collection; once more, if another took its place meanwhile, as re-embedding has it."""
+        collection = await self._collection(name)
+        try:
+            return await work(collection)
+        except ServiceError as error:
+            if error.reason != "CLOSED":
+                raise
+            successor = await self._collection(name)
+            if successor is collection:
+                raise
+            return await work(successor)
+
+    async def _call(self, name: str, work: Callable[[CollectionBackend], Result]) -> Result:
+        """Do something with a collection in the pool."""
+        return await self._with(name, lambda collection: self._in_pool(lambda: work(collection)))
+
     async def _describe(self, collection: CollectionBackend) -> pb.Collection:
-        return await self._in_pool(lambda: collection_message(collection))
+        message = await self._in_pool(lambda: collection_message(collection))
+        if (status := await self._reembedder.status(message.name)) is not None:
+            message.reembedding.CopyFrom(status)
+        return message
 
     async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:
         """Describe a collection; one that is damaged must not hide the others. None if it is gone by now."""

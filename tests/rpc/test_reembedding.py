@@ -1,0 +1,229 @@
+"""A collection goes over to another model while it is searched and written to."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.client import Client, FailedPrecondition, NotFound, Record
+from server_process import ServerProcess
+
+WORDS = "a cab is here the dog runs over green hills and sings of rain at night".split()  # noqa: SIM905 - plainer
+
+
+@pytest.fixture
+def models(tiny_bundle: Path, other_tiny_bundle: Path) -> dict[str, Path]:
+    return {"a": tiny_bundle, "b": other_tiny_bundle}
+
+
+@pytest.fixture
+def server(models: dict[str, Path], tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(models, tmp_path) as process:
+        yield process
+        assert "Traceback" not in process.output
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.address) as connected:
+        yield connected
+
+
+def texts(count: int) -> dict[str, str]:
+    chance = random.Random(count)
+    return {f"r{i}": f"{' '.join(chance.choices(WORDS, k=8))} {i}" for i in range(count)}
+
+
+def filled(client: Client, count: int) -> dict[str, str]:
+    found = texts(count)
+    client.create_collection("c", model="a")
+    client.upsert("c", [Record(key, text, {"n": len(text)}) for key, text in found.items()], batch_size=1000)
+    return found
+
+
+def axis(number: int, dimensions: int = 4) -> np.ndarray:
+    vector: np.ndarray = np.eye(dimensions, dtype=np.float32)[number]
+    return vector
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to hold in time"
+
+
+def under(client: Client, model: str) -> bool:
+    return client.get_collection("c").model == model
+
+
+def check(client: Client, model: str, expected: dict[str, str]) -> None:
+    """Each record is there, with the vector that the model gives its text, and found by it."""
+    records = {record.id: record for record in client.records("c", with_vectors=True, page_size=1000)}
+    assert {key: record.text for key, record in records.items()} == expected
+    wanted = client.embed([expected[key] for key in records], model=model)
+    found = [record.vector for record in records.values() if record.vector is not None]
+    assert np.allclose(np.stack(found), wanted, atol=1e-4)
+    some = list(expected)[:20]
+    for key, result in zip(some, client.search_batch("c", [expected[key] for key in some], top_k=1), strict=True):
+        assert result.hits[0].score == pytest.approx(1, abs=1e-3), key
+    assert client.verify_collection("c").ok
+
+
+def test_calls_go_on_and_none_is_lost_while_a_collection_changes_models(
+    server: ServerProcess, client: Client, tmp_path: Path
+) -> None:
+    expected = filled(client, 3000)
+    stays = client.get("c", ["r7"])[0]
+    before = client.get_collection("c")
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def write() -> None:
+        chance = random.Random(1)
+        i = 0
+        with Client(server.address) as other:
+            while not stop.is_set():
+                i += 1
+                try:
+                    changed, gone = f"r{chance.randrange(10, 2000)}", f"r{chance.randrange(2000, 3000)}"
+                    written = {f"new{i}": f"new text {i}", changed: f"changed {i} times"}
+                    other.upsert("c", [Record(key, text) for key, text in written.items()])
+                    expected.update(written)
+                    other.delete("c", [gone])
+                    expected.pop(gone, None)
+                except Exception as error:
+                    failures.append(error)
+                    return
+
+    def search() -> None:
+        with Client(server.address) as other:
+            while not stop.is_set():
+                try:
+                    assert len(other.search("c", "the dog sings", top_k=5)) == 5
+                except Exception as error:
+                    failures.append(error)
+                    return
+
+    threads = [threading.Thread(target=write), threading.Thread(target=search), threading.Thread(target=search)]
+    for thread in threads:
+        thread.start()
+    described = client.reembed_collection("c", "b")
+    assert described.model == "a"
+    assert described.reembedding is not None
+    assert (described.reembedding.model, described.reembedding.problem) == ("b", "")
+    until(lambda: bool(failures) or under(client, "b"))
+    after = client.get_collection("c")
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert failures == []
+    assert after.reembedding is None
+    assert after.create_time == before.create_time
+    assert after.sequence > before.sequence
+    (kept,) = client.get("c", ["r7"])
+    assert (kept, kept.revision, kept.update_time) == (stays, stays.revision, stays.update_time)
+    check(client, "b", expected)
+    assert len(list((tmp_path / "collections").iterdir())) == 1
+
+
+def test_a_killed_server_goes_on_where_it_was(models: dict[str, Path], tmp_path: Path) -> None:
+    crashed = ServerProcess(models, tmp_path)
+    with Client(crashed.address) as client:
+        expected = filled(client, 6000)
+        client.reembed_collection("c", "b")
+
+        def halfway() -> bool:
+            now = client.get_collection("c").reembedding
+            return now is None or now.done > 500
+
+        until(halfway)
+        assert under(client, "a")
+        crashed.kill()
+    for _ in range(2):
+        with ServerProcess(models, tmp_path) as server, Client(server.address) as client:
+            until(lambda: under(client, "b"))
+            check(client, "b", expected)
+        assert "Traceback" not in server.output
+
+
+def test_a_collection_can_stay_under_its_model_after_all(client: Client, tmp_path: Path) -> None:
+    expected = filled(client, 6000)
+    client.reembed_collection("c", "b")
+    with pytest.raises(FailedPrecondition, match="on its way to another model already; wait, or cancel that"):
+        client.reembed_collection("c", "b")
+    assert client.cancel_reembedding("c").reembedding is None
+    assert under(client, "a")
+    assert client.cancel_reembedding("c").model == "a"
+    check(client, "a", expected)
+    assert len(list((tmp_path / "collections").iterdir())) == 1
+    client.reembed_collection("c", "b")
+    client.delete_collection("c")
+    assert list(client.collections()) == []
+
+
+def test_a_record_that_cannot_be_embedded_holds_the_switch_until_it_is_changed(client: Client) -> None:
+    expected = filled(client, 3000)
+    client.reembed_collection("c", "b")
+    dimensions = client.get_collection("c").dimensions
+    client.upsert("c", [Record("bare", vector=axis(0, dimensions))])
+
+    def told() -> bool:
+        now = client.get_collection("c").reembedding
+        assert now is not None
+        return "1 record cannot be embedded: change or delete it, such as 'bare'" in now.problem
+
+    until(told)
+    assert under(client, "a")
+    client.upsert("c", [Record("bare", "with a text now")])
+    until(lambda: under(client, "b"))
+    check(client, "b", {**expected, "bare": "with a text now"})
+
+
+def test_what_makes_no_sense_is_refused(client: Client) -> None:
+    filled(client, 5)
+    with pytest.raises(FailedPrecondition, match="under 'a' with .* dimensions already"):
+        client.reembed_collection("c", "a")
+    with pytest.raises(NotFound, match="no model 'none'"):
+        client.reembed_collection("c", "none")
+    with pytest.raises(NotFound, match="no collection 'none'"):
+        client.reembed_collection("none", "a")
+    with pytest.raises(NotFound):
+        client.cancel_reembedding("none")
+    client.create_collection("bare", dimensions=4)
+    client.upsert("bare", [Record("x", vector=axis(0))])
+    with pytest.raises(FailedPrecondition, match="1 record of collection 'bare' has no text to embed"):
+        client.reembed_collection("bare", "a")
+
+
+def test_vectors_of_the_callers_own_give_way_to_a_model(client: Client) -> None:
+    client.create_collection("c", dimensions=4)
+    client.upsert("c", [Record("x", "the dog", vector=axis(0)), Record("y", "rain", vector=axis(1))])
+    client.reembed_collection("c", "a")
+    until(lambda: under(client, "a"))
+    check(client, "a", {"x": "the dog", "y": "rain"})
+
+
+def test_the_command_line_waits_until_it_is_done(server: ServerProcess, client: Client) -> None:
+    expected = filled(client, 300)
+
+    def reembed(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "emberpc.cli.main", "collection", "reembed", "c", *arguments]
+        return subprocess.run(
+            [*command, "--target", server.address], capture_output=True, text=True, timeout=60, check=False
+        )
+
+    done = reembed("--model", "b")
+    assert (done.returncode, done.stderr) == (0, "c is under b now, with 32 dimensions\n")
+    check(client, "b", expected)
+    begun = reembed("--model", "a", "--no-wait")
+    assert begun.stderr.startswith("c is on its way to a") or begun.stderr.startswith("c is under a")
+    assert reembed("--model", "b", "--cancel").returncode == 2
+    assert reembed("--cancel").stderr.startswith("c stays under ")
