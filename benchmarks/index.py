@@ -129,7 +129,7 @@ def graph_seconds(vectors: np.ndarray, folder: Path) -> float:
     index = Index(folder, snapshot_every=2 * len(vectors))
     collection = index.create(CollectionSpec("c", vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION))
     # In pieces, with nothing said of them to the maintenance thread before the last.
-    collection._wake = lambda _: None  # it would begin at once, beside the writes
+    collection._wake = lambda: None  # it would begin at once, beside the writes
     for first in range(0, len(vectors), 5000):
         part = vectors[first : first + 5000]
         collection.upsert([NewRecord(str(first + i)) for i in range(len(part))], part)

@@ -26,7 +26,7 @@ def index(tmp_path: Path) -> Iterator[Index]:
 def collection(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
     """A collection with a poor graph, which is maintained by the test alone."""
     made = index.create(CollectionSpec("c", WIDTH, m=4, ef_construction=16))
-    monkeypatch.setattr(made, "_wake", lambda _: None)
+    monkeypatch.setattr(made, "_wake", lambda: None)
     made.upsert(numbered(COUNT), gaussian(COUNT, WIDTH))
     made.maintain()
     return made

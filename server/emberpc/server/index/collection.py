@@ -20,12 +20,13 @@ from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
 from emberpc.server.index.filters import Filter
 from emberpc.server.index.graph import Graph
-from emberpc.server.index.hybrid import HybridSearcher, WordsRequest, fused_from
+from emberpc.server.index.hybrid import HybridSearcher
 from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
 from emberpc.server.index.probing import Probe, ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.searching import Request, Searcher
+from emberpc.server.index.search_calls import SearchCalls, clause_of
+from emberpc.server.index.searching import Searcher
 from emberpc.server.index.selection import Selector
 from emberpc.server.index.store import Change, Store
 from emberpc.server.index.types import (
@@ -34,13 +35,12 @@ from emberpc.server.index.types import (
     Labels,
     Matrix,
     NewRecord,
-    SearchOutcome,
     StoredRecord,
     WriteResult,
     check_page_size,
 )
 from emberpc.server.index.upkeep import Pace, Upkeep
-from emberpc.server.index.validation import check_records, check_search
+from emberpc.server.index.validation import check_records
 from emberpc.server.index.verifying import Verified, Verifier
 from emberpc.server.paging import decode_token, encode_token
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _EXPIRED_AT_ONCE = 1000
 
 
-class Collection:
+class Collection(SearchCalls):
     """A set of records whose vectors may be compared with each other. Safe to use from several threads.
 
     Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails, UNAVAILABLE
@@ -84,7 +84,7 @@ class Collection:
         self.spec = spec
         self._folder = folder
         self.created = created
-        self._wake = wake
+        self._wake = lambda: wake(self)
         self._expire_at = expire_at
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
@@ -215,7 +215,7 @@ class Collection:
         """
         check_page_size(page_size)
         after = decode_token(page_token)
-        clause = _clause(condition) or EVERYTHING
+        clause = clause_of(condition) or EVERYTHING
         with self._calls.one():
             records = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         more = len(records) > page_size
@@ -224,46 +224,7 @@ class Collection:
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, with a condition, of those that meet it."""
         with self._calls.one():
-            return self._store.count(_clause(condition) or EVERYTHING)
-
-    def search(
-        self,
-        queries: Matrix,
-        top_k: int | Sequence[int],
-        *,
-        ef: int = 0,
-        min_recall: float = 0,
-        exclude_ids: Sequence[str | None] = (),
-        with_vectors: bool = False,
-        conditions: Sequence[Filter | None] = (),
-    ) -> list[SearchOutcome]:
-        """Find the records nearest to each query.
-
-        Args:
-            queries: float32 (queries, dimensions).
-            top_k: most hits, 1 to 10,000; of all queries, or of each.
-            ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k` and `min_recall`.
-            min_recall: share of the true nearest to be found, in (0, 1], as measured of this collection; where that is
-                not measured yet, or too much for the graph, every vector is compared. 0: no target. Not beside `ef`.
-            exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
-            with_vectors: whether the hits have their vectors.
-            conditions: what the hits of each query must meet, or None; empty: nothing.
-        """
-        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
-        sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
-        excluded = list(exclude_ids) or [None] * len(queries)
-        check_search(len(queries), sizes, len(excluded), ef, min_recall)
-        if not len(queries):
-            return []
-        request = self._request(queries, sizes, excluded, ef, with_vectors, conditions, min_recall)
-        with self._calls.one():
-            # Filtered ones have ways of their own to be exact.
-            probed = not any(request.conditions) and self._probe.wants_one()
-            sequence = self._store.sequence() if probed else 0
-            outcomes = self._searcher.search(request)
-        if probed and self._probe.offer(request, outcomes, sequence):
-            self._wake(self)
-        return outcomes
+            return self._store.count(clause_of(condition) or EVERYTHING)
 
     @property
     def probed(self) -> ProbeFigures:
@@ -289,58 +250,6 @@ class Collection:
         """Group the records by likeness; see `cluster_records`."""
         with self._calls.one(stop) as ends:
             return cluster_records(self.spec, self._store, count, examples, ends)
-
-    def search_words(
-        self,
-        texts: Sequence[str],
-        top_k: Sequence[int],
-        *,
-        with_vectors: bool = False,
-        conditions: Sequence[Filter | None] = (),
-    ) -> list[SearchOutcome]:
-        """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
-        check_search(len(texts), top_k, len(texts), 0)
-        clauses = [_clause(condition) for condition in conditions] or [None] * len(texts)
-        with self._calls.one():
-            return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
-
-    def search_both(
-        self,
-        queries: Matrix,
-        texts: Sequence[str],
-        top_k: Sequence[int],
-        *,
-        dense_weight: float,
-        ef: int = 0,
-        min_recall: float = 0,
-        with_vectors: bool = False,
-        conditions: Sequence[Filter | None] = (),
-    ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused by score.
-
-        Args:
-            queries: float32 (queries, dimensions).
-            texts: the text of each query.
-            top_k: most hits of each.
-            dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
-            ef: as in `search`.
-            min_recall: as in `search`, of the candidates by vectors.
-            with_vectors: as in `search`.
-            conditions: as in `search`.
-        """
-        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
-        if len(texts) != len(queries):
-            raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
-        check_search(len(queries), top_k, len(queries), ef, min_recall)
-        with self._calls.one():
-            return self._hybrid.by_both(
-                self._request(
-                    queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
-                ),
-                texts,
-                top_k,
-                dense_weight,
-            )
 
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.
@@ -369,30 +278,6 @@ class Collection:
         if self._calls.end():
             self._store.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _request(
-        self,
-        queries: Matrix,
-        top_k: Sequence[int],
-        excluded: Sequence[str | None],
-        ef: int,
-        with_vectors: bool,
-        conditions: Sequence[Filter | None],
-        min_recall: float,
-    ) -> Request:
-        if conditions and len(conditions) != len(queries):
-            raise invalid("conditions", f"has {len(conditions)} items for {len(queries)} queries; give one for each")
-        most = max(top_k)
-        keep = self._upkeep.effort.ef(most, ef, min_recall)
-        return Request(
-            prepare(queries, self.spec.distance),
-            top_k,
-            excluded,
-            max(keep or 0, most + 1),
-            with_vectors,
-            [_clause(condition) for condition in conditions] or [None] * len(queries),
-            exact=keep is None,
-        )
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
         with self._writing():
@@ -434,8 +319,4 @@ class Collection:
 
     def _wake_if_needed(self) -> None:
         if self._upkeep.due:
-            self._wake(self)
-
-
-def _clause(condition: Filter | None) -> Clause | None:
-    return None if condition is None else compile_filter(condition)
+            self._wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
@@ -82,3 +83,17 @@ def vectors_of(rows: list[tuple[Any, ...]]) -> tuple[Labels, Matrix]:
     labels = np.array([row[0] for row in rows], dtype=np.int64)
     matrix = np.frombuffer(b"".join([row[1] for row in rows]), dtype="<f4").reshape(len(rows), -1 if rows else 0)
     return labels, matrix
+
+
+def insert_row(
+    connection: sqlite3.Connection,
+    texts: tuple[str, str, str, str],
+    vector: Matrix,
+    times: tuple[int, float, float, float | None],
+) -> int | None:
+    """Insert a record: id, text, metadata, label; vector; revision, when made, written, gone. Return its own label."""
+    return connection.execute(
+        "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*texts, vector.astype("<f4").tobytes(), *times),
+    ).lastrowid

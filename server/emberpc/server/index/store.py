@@ -19,7 +19,7 @@ from emberpc.server.index import schema
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, can_be_indexed, index_statement
 from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.rows import AS_ONE_ROW, Row, columns_of, record_of, record_of_json, vectors_of
+from emberpc.server.index.rows import AS_ONE_ROW, Row, columns_of, insert_row, record_of, record_of_json, vectors_of
 from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
 DATABASE_NAME = "records.db"
@@ -114,7 +114,7 @@ class Store:
             for record, document, vector in zip(records, documents, vectors, strict=True):
                 created = present[record.id][2] if record.id in present else now
                 added.append(
-                    _insert(
+                    insert_row(
                         connection,
                         (record.id, record.text, document, record.label),
                         vector,
@@ -136,7 +136,7 @@ class Store:
             removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
             connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
             added = [
-                _insert(
+                insert_row(
                     connection,
                     (record.id, record.text, document, record.label),
                     vector,
@@ -383,20 +383,6 @@ def _matching(connection: sqlite3.Connection, condition: Clause, after: int | No
         (*parameters, *condition.parameters),
     ).fetchall()
     return np.sort(np.array([row[0] for row in rows], dtype=np.int64))
-
-
-def _insert(
-    connection: sqlite3.Connection,
-    texts: tuple[str, str, str, str],
-    vector: Matrix,
-    times: tuple[int, float, float, float | None],
-) -> int | None:
-    """Insert a record: id, text, metadata, label; vector; revision, when made, written, gone. Return its own label."""
-    return connection.execute(
-        "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*texts, vector.astype("<f4").tobytes(), *times),
-    ).lastrowid
 
 
 def _check_revision(record_id: str, expected: int, present: int) -> None:
