@@ -136,7 +136,8 @@ def test_texts_of_an_older_database_are_found(tmp_path: Path) -> None:
     connection = sqlite3.connect(database)
     connection.executescript(
         "DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words; "
-        "DROP INDEX records_expiring; ALTER TABLE records DROP COLUMN expires; PRAGMA user_version = 0"
+        "DROP INDEX records_expiring; ALTER TABLE records DROP COLUMN expires; "
+        "ALTER TABLE records DROP COLUMN checksum; PRAGMA user_version = 0"
     )
     connection.close()
     index = Index(tmp_path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
 from index.support import gaussian, numbered
 
 COUNT, WIDTH = 400, 16
@@ -61,7 +63,7 @@ def flip(blob: bytearray) -> bytes:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (flip, "VECTOR_DIFFERS"),
+        (flip, "RECORD_DAMAGED"),
         (lambda blob: bytes(blob[:-1]), "RECORD_DAMAGED"),
         (lambda blob: bytes(blob) + b"0000", "RECORD_DAMAGED"),
         (lambda blob: b"\xff" * len(blob), "RECORD_DAMAGED"),
@@ -75,6 +77,60 @@ def test_a_stored_vector_that_is_damaged_is_named(
     collection = filled(index)
     set_vector(collection, change)
     assert problems(collection) == [("r00007", reason)]
+
+
+def test_without_a_checksum_the_vector_is_compared_with_the_one_in_memory(index: Index) -> None:
+    collection = filled(index)
+    collection._store._writer.execute("UPDATE records SET checksum = NULL")
+    set_vector(collection, flip)
+    assert problems(collection) == [("r00007", "VECTOR_DIFFERS")]
+
+
+def reopened_after(folder: Path, statement: str, *parameters: object) -> Index:
+    """Change a database behind the index's back, between two runs, and take the graph's file away."""
+    index = Index(folder, buffer_limit=8)
+    filled(index)
+    index.close()
+    (path,) = folder.rglob("records.db")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement, parameters)
+        connection.commit()
+    for graph in folder.rglob("graph-*"):
+        graph.unlink()
+    return Index(folder, buffer_limit=8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "vector = (SELECT vector FROM records WHERE id = 'r00008')",
+        "text = 'another'",
+        "class_label = 'another'",
+        """metadata = '{"n": 8}'""",
+    ],
+)
+def test_what_was_changed_on_disk_is_named_though_it_reads_well(tmp_path: Path, change: str) -> None:
+    index = reopened_after(tmp_path, f"UPDATE records SET {change} WHERE id = 'r00007'")
+    found = problems(index.get("c"))
+    index.close()
+    assert found == [("r00007", "RECORD_DAMAGED")]
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [b"", b"123", bytes(4 * WIDTH + 4), "text", np.full(WIDTH, np.nan, dtype="<f4").tobytes()],
+    ids=["empty", "cut", "longer", "text", "NaN"],
+)
+def test_a_damaged_vector_costs_its_own_record_only(tmp_path: Path, vector: bytes | str) -> None:
+    index = reopened_after(tmp_path, "UPDATE records SET vector = ? WHERE id = 'r00007'", vector)
+    collection = index.get("c")
+    query = gaussian(1, WIDTH, seed=3)
+    assert len(collection.search(query, COUNT + 5)[0].hits) == COUNT + 4
+    assert problems(collection) == [("r00007", "RECORD_DAMAGED")]
+    collection.upsert([NewRecord("r00007", "anew", {})], gaussian(1, WIDTH, seed=4))
+    assert problems(collection) == []
+    assert len(collection.search(query, COUNT + 5)[0].hits) == COUNT + 5
+    index.close()
 
 
 def test_metadata_that_is_damaged_is_named(index: Index) -> None:

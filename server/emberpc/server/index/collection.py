@@ -89,7 +89,7 @@ class Collection(SearchCalls):
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._store = Store(folder, spec.name, cache, spec.indexed_fields, create=create)
+        self._store = Store(folder, spec.name, spec.dimensions, cache, spec.indexed_fields, create=create)
         try:
             self._delete_expired_before_use()
             self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))

@@ -48,8 +48,11 @@ _EXPIRY = (
     "CREATE INDEX records_expiring ON records (expires) WHERE expires IS NOT NULL",
 )
 
+# `rows.checksum_of` what the others hold; NULL in rows of an older version.
+_CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
+
 #: What each step does, statement by statement; a new database goes through all of them too.
-STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY)
+STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM)
 
 
 def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:

@@ -19,7 +19,16 @@ from emberpc.server.index import schema
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, can_be_indexed, index_statement
 from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.rows import AS_ONE_ROW, Row, columns_of, insert_row, record_of, record_of_json, vectors_of
+from emberpc.server.index.rows import (
+    AS_ONE_ROW,
+    ROW_COLUMNS,
+    Row,
+    columns_of,
+    insert_row,
+    record_of,
+    record_of_json,
+    vectors_of,
+)
 from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
 
 DATABASE_NAME = "records.db"
@@ -45,6 +54,7 @@ class Store:
     Args:
         folder: the collection's folder.
         name: the collection's name, for messages.
+        dimensions: of its vectors.
         cache: keeps records that are found often.
         indexed_fields: metadata fields to keep indexes on.
         create: make the database anew.
@@ -54,12 +64,14 @@ class Store:
         self,
         folder: Path,
         name: str,
+        dimensions: int,
         cache: RecordCache,
         indexed_fields: Sequence[str] = (),
         *,
         create: bool = False,
     ) -> None:
         self._path = folder / DATABASE_NAME
+        self._dimensions = dimensions
         self._cache = cache
         self._owner = cache.new_owner()
         self._what = f"collection {name!r}"
@@ -278,7 +290,7 @@ class Store:
 
     def vectors(self, labels: Sequence[int]) -> tuple[Labels, Matrix]:
         """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
-        return vectors_of(list(self._by(self._reader(), "label", labels, "label, vector")))
+        return vectors_of(list(self._by(self._reader(), "label", labels, "label, vector")), self._dimensions)
 
     def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
         """Return the vectors of all that meet a condition as `vectors` does, so many at a time; within a `snapshot`."""
@@ -288,7 +300,7 @@ class Store:
                 condition.parameters,
             )
             while rows := cursor.fetchmany(batch):
-                yield vectors_of(rows)
+                yield vectors_of(rows, self._dimensions)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
         """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing."""
@@ -314,7 +326,8 @@ class Store:
         """Return the rows that follow a label, at most `count`, by label."""
         with translated(self._what):
             found = self._reader().execute(
-                "SELECT label, id, metadata, vector FROM records WHERE label > ? ORDER BY label LIMIT ?", (after, count)
+                f"SELECT {ROW_COLUMNS} FROM records WHERE label > ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
+                (after, count),
             )
             return [Row(*row) for row in found]
 
