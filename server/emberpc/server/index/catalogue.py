@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import re
@@ -10,7 +9,7 @@ import shutil
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
@@ -21,11 +20,12 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.backend import collection_exists, no_collection
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.database import connect, transaction, translated
-from emberpc.server.index.files import synchronise
+from emberpc.server.index.files import synchronise, written
 from emberpc.server.index.maintenance import Maintainer
 from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.types import CollectionSpec, check_page_size
+from emberpc.server.index.restoring import Restoration
+from emberpc.server.index.types import CollectionSpec, check_name, check_page_size
 from emberpc.server.index.upkeep import Pace
 from emberpc.server.paging import decode_token, encode_token
 
@@ -106,34 +106,32 @@ class Index:
         """
         spec.check()
         created = datetime.now(timezone.utc)
-        with self._use():
+        with self._use(), written("no collection was made"):
             if self._row(spec.name):
                 raise collection_exists(spec.name)
             folder = self._folder / uuid.uuid4().hex
-            try:
-                folder.mkdir(parents=True)
-                collection = self._collection(spec, folder, created, create=True)
-                with ExitStack() as undo:
-                    undo.callback(collection.drop)
-                    # The folder must be as lasting as the row that names it.
-                    for path in (folder, self._folder, self._data_dir):
-                        synchronise(path)
-                    with translated(_WHAT), transaction(self._database):
-                        self._database.execute(
-                            "INSERT INTO collections VALUES (?, ?, ?, ?)",
-                            (spec.name, folder.name, spec.to_json(), created.timestamp()),
-                        )
-                    undo.pop_all()
-            except OSError as error:
-                log.exception("no folder for collection %s", spec.name)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    message = "the disk is full; no collection was made, make room and try again"
-                    raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
-                message = "the data directory cannot be written to; see to its permissions"
-                raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
-            self._open[spec.name] = Future()
-            self._open[spec.name].set_result(collection)
+            folder.mkdir(parents=True)
+            collection = self._collection(spec, folder, created, create=True)
+            self._enter(collection, folder, created)
         return collection
+
+    def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> Restoration:
+        """Begin to make a collection of a backup; see `Restoration`.
+
+        Args:
+            name: its name; the one that it had goes for nothing.
+            total: bytes of the backup; 0: not known.
+            accept: raises ValueError or ServiceError if a collection cannot be served.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the name is wrong, ALREADY_EXISTS if there is one of it,
+                RESOURCE_EXHAUSTED if there is no room.
+        """
+        check_name(name, "name")
+        with self._use():
+            if self._row(name):
+                raise collection_exists(name)
+            return Restoration(self._folder, name, total, accept, self._adopt)
 
     def get(self, name: str) -> Collection:
         """Return a collection; the first call for it reads its graph, and keeps only those waiting that want it too.
@@ -218,6 +216,36 @@ class Index:
             if self._closed:
                 raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
             yield
+
+    def _adopt(self, spec: CollectionSpec, folder: Path, created: datetime) -> Collection:
+        """Open a restored collection, which may take long, and have the catalogue name it."""
+        collection = self._collection(spec, folder, created)
+        self._enter(collection, folder, created)
+        return collection
+
+    def _enter(self, collection: Collection, folder: Path, created: datetime) -> None:
+        """Have the catalogue name a new collection; if it cannot, the collection is dropped.
+
+        Raises:
+            OSError: its folder cannot be made to last.
+        """
+        spec = collection.spec
+        with ExitStack() as undo:
+            undo.callback(collection.drop)
+            with self._use():
+                if self._row(spec.name):
+                    raise collection_exists(spec.name)
+                # The folder must be as lasting as the row that names it.
+                for path in (folder, self._folder, self._data_dir):
+                    synchronise(path)
+                with translated(_WHAT), transaction(self._database):
+                    self._database.execute(
+                        "INSERT INTO collections VALUES (?, ?, ?, ?)",
+                        (spec.name, folder.name, spec.to_json(), created.timestamp()),
+                    )
+                self._open[spec.name] = Future()
+                self._open[spec.name].set_result(collection)
+            undo.pop_all()
 
     def _collection(self, spec: CollectionSpec, folder: Path, created: datetime, *, create: bool = False) -> Collection:
         return Collection(

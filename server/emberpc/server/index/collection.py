@@ -12,6 +12,7 @@ from pathlib import Path
 
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
+from emberpc.server.index.backup import Piece, copy_of, pieces
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
@@ -220,6 +221,12 @@ class Collection:
             if step is None:
                 return
             yield step
+
+    def backup(self, stop: Callable[[], bool]) -> Iterator[Piece]:
+        """Give a copy of one state of the collection, piece by piece; it is made, or refused, at the first."""
+        with self._call(stop) as ends:
+            copy = copy_of(self._folder, self.spec, self._created, ends)
+        yield from pieces(copy)
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Find pairs of records that are much alike; see `find_duplicates`."""
