@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 from emberpc.server.errors import Code, ServiceError, not_found
@@ -71,8 +71,8 @@ class CollectionBackend(Protocol):
     def verify(self) -> Iterator[Verified]:
         """Check that every record is there, undamaged and found, some hundred records a step."""
 
-    def backup(self, stop: Callable[[], bool]) -> Iterator[Piece]:
-        """Give a copy of one state of the collection, piece by piece; ends early when told to stop."""
+    def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
+        """Give a copy of one state of the collection, piece by piece; ends early when told to stop, or closed."""
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Find pairs of records that are much alike; ends early when told to stop."""

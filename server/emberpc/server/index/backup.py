@@ -15,7 +15,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import datetime
@@ -96,7 +96,7 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
         return path.open("rb")
 
 
-def pieces(copy: IO[bytes] | None) -> Iterator[Piece]:
+def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
     """Give a copy piece by piece, of at most 1 MiB, and behind it the line with its SHA-256; of None, nothing."""
     if copy is None:
         return

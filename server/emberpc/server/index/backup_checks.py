@@ -134,26 +134,30 @@ def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
     return connection.execute(statement).fetchall()
 
 
-def _spec(
-    theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]
-) -> tuple[CollectionSpec, datetime]:
+def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) -> tuple[CollectionSpec, datetime]:
     """Return what the collection is, and since when."""
     rows = theirs.execute("SELECT format, spec, created FROM backup LIMIT 2").fetchall()
     if rows and isinstance(rows[0][0], int) and rows[0][0] > backup.FORMAT:
         raise _newer()
     try:
         ((_, text, created),) = rows
-        spec = CollectionSpec.from_json(text)
-        likeness = json.loads(CollectionSpec("any", 1).to_json())
-        if any(not isinstance(value, type(likeness[name])) for name, value in json.loads(text).items()):
-            raise TypeError("a value of another type")
-        if not all(isinstance(field, str) for field in spec.indexed_fields):
-            raise TypeError("a field of another type")
+        spec = _typed_spec(text)
         spec.check()
         accept(spec)
         return spec, datetime.fromtimestamp(created, timezone.utc)
     except (ServiceError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise damaged("what it says of the collection cannot be") from error
+
+
+def _typed_spec(text: str) -> CollectionSpec:
+    """Return what the catalogue would read of a text, if it is of the right types."""
+    spec = CollectionSpec.from_json(text)
+    likeness = json.loads(CollectionSpec("any", 1).to_json())
+    if any(not isinstance(value, type(likeness[name])) for name, value in json.loads(text).items()):
+        raise TypeError("a value has another type")
+    if not all(isinstance(field, str) for field in spec.indexed_fields):
+        raise TypeError("a field is no text")
+    return spec
 
 
 def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
@@ -162,7 +166,7 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'words%'"
     ).fetchall()
     for (table,) in tables:
-        columns = ours.execute("SELECT name, type, \"notnull\" OR pk FROM pragma_table_info(?)", (table,)).fetchall()
+        columns = ours.execute('SELECT name, type, "notnull" OR pk FROM pragma_table_info(?)', (table,)).fetchall()
         conditions = [
             f"({_CONDITIONS[kind].format(name)}{'' if required else f' OR {name} IS NULL'})"
             for name, kind, required in columns

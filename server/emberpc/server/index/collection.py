@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -222,7 +222,7 @@ class Collection:
                 return
             yield step
 
-    def backup(self, stop: Callable[[], bool]) -> Iterator[Piece]:
+    def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
         """Give a copy of one state of the collection, piece by piece; it is made, or refused, at the first."""
         with self._call(stop) as ends:
             copy = copy_of(self._folder, self.spec, self._created, ends)

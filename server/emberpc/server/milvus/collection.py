@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
 
@@ -158,7 +158,7 @@ class MilvusCollection:
         """Raise UNIMPLEMENTED: there are no two copies here that could differ."""
         raise unsupported("VerifyCollection", BACKEND, "use what Milvus offers for that")
 
-    def backup(self, stop: Callable[[], bool]) -> Iterator[Piece]:
+    def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
         """Raise UNIMPLEMENTED: it has no file of its own."""
         raise unsupported("BackupCollection", BACKEND, "use `emberpc collection export`")
 
