@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 
 from emberpc.server.engine import Truncation
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, RestorationBackend
+from emberpc.server.services import requests
 from emberpc.server.services.filters import check_indexed_fields
+from emberpc.server.services.stalling import ended_after
 from emberpc.server.services.tasks import next_of
 from emberpc.v1 import index_pb2 as pb
 
@@ -38,13 +39,17 @@ class Backups:
         self._restores = asyncio.Semaphore(_AT_ONCE)
 
     async def backup(
-        self, find: Callable[[str], Awaitable[CollectionBackend]], request: pb.BackupCollectionRequest
+        self,
+        find: Callable[[str], Awaitable[CollectionBackend]],
+        request: pb.BackupCollectionRequest,
+        context: requests.Context,
     ) -> AsyncIterator[pb.BackupCollectionResponse]:
         """Answer a BackupCollection; a caller who goes away, or takes nothing for long, ends it.
 
         Args:
             find: gives a collection by its name.
             request: the request.
+            context: gRPC's view of the call.
 
         Raises:
             ServiceError: as the collection says, and NOT_FOUND if there is none of the name.
@@ -59,7 +64,7 @@ class Backups:
                 while (piece := await asyncio.wrap_future(job)) is not None:
                     total = piece.total if first else 0
                     first = False
-                    with _cancelled_after(self._stall_seconds):
+                    with ended_after(self._stall_seconds, context):
                         yield pb.BackupCollectionResponse(chunk=piece.data, sha256=piece.sha256, total_bytes=total)
                     job = self._pool.submit(next, pieces, None)
             finally:
@@ -116,14 +121,3 @@ def _check_servable(spec: CollectionSpec) -> None:
     """
     Truncation(spec.truncation)
     check_indexed_fields(spec.indexed_fields, "indexed_fields")
-
-
-@contextmanager
-def _cancelled_after(seconds: float) -> Iterator[None]:
-    """Cancel this task if the block lasts too long."""
-    task = asyncio.current_task()
-    timer = asyncio.get_running_loop().call_later(seconds, lambda: task and task.cancel())
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -192,7 +192,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.BackupCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.BackupCollectionResponse]:
         """Send a collection as one file."""
-        return self._backups.backup(self._collection, request)
+        return self._backups.backup(self._collection, request, context)
 
     async def RestoreCollection(
         self, request_iterator: AsyncIterator[pb.RestoreCollectionRequest], context: requests.Context
