@@ -101,6 +101,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
             else:
                 collection.delete([record.id for record in pair])
 
+        write(1)
         threads = [
             repeat(write),
             repeat(lambda _: collection.search(gaussian(4, DIMENSIONS), 5)),

@@ -332,7 +332,6 @@ def test_what_is_designed_but_not_built_says_so(channel: grpc.Channel) -> None:
     for call in (
         lambda: index.ReembedCollection(index_pb2.ReembedCollectionRequest()),
         lambda: classify.CreateClassifier(classification_pb2.CreateClassifierRequest()),
-        lambda: index.RestoreCollection(iter([index_pb2.RestoreCollectionRequest()])),
     ):
         found = failure(lambda _, call=call: call(), None)  # type: ignore[misc]  # mypy cannot infer the default's type
         assert found.code is grpc.StatusCode.UNIMPLEMENTED
