@@ -12,13 +12,23 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from grpc_health.v1 import health_pb2
 
 import emberpc.client
-from emberpc.client import AsyncClient, Client, _embed_stream, _embedding, _index, _models, _upsert_stream, exceptions
+from emberpc.client import (
+    AsyncClient,
+    Client,
+    _backup,
+    _embed_stream,
+    _embedding,
+    _index,
+    _models,
+    _upsert_stream,
+    exceptions,
+)
 from emberpc.client._calls import Method
 from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2
 
 METHODS = [
     value
-    for module in (_embed_stream, _embedding, _index, _models, _upsert_stream)
+    for module in (_backup, _embed_stream, _embedding, _index, _models, _upsert_stream)
     for value in vars(module).values()
     if isinstance(value, Method)
 ]

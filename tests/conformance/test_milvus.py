@@ -152,6 +152,15 @@ def test_what_needs_all_vectors_at_once_says_where_to_ask(collection: MilvusColl
         collection.clusters(2, 1, lambda: False)
 
 
+def test_there_is_no_file_to_back_up_and_export_is_named_instead(
+    collection: MilvusCollection, index: MilvusIndex
+) -> None:
+    with refused(Code.UNIMPLEMENTED, "BackupCollection", "'milvus'", "collection export"):
+        collection.backup(lambda: False)
+    with refused(Code.UNIMPLEMENTED, "RestoreCollection", "'milvus'", "export"):
+        index.restore("copy", 0, lambda spec: None)
+
+
 def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
     with refused(Code.UNIMPLEMENTED, "mode LEXICAL", "'milvus'", "DENSE"):
         collection.search_words(["word"], [1])

@@ -10,6 +10,7 @@ import grpc.aio
 import numpy.typing as npt
 
 from emberpc.client import _embedding, _index
+from emberpc.client._aio_backup import AsyncBackupCalls
 from emberpc.client._aio_groups import AsyncGroupCalls
 from emberpc.client._aio_models import AsyncModelCalls
 from emberpc.client._aio_running import AsyncRunner
@@ -41,7 +42,7 @@ from emberpc.client.types import (
 )
 
 
-class AsyncClient(AsyncGroupCalls, AsyncModelCalls):
+class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
     """A connection to an emberpc server, for asyncio; see `Client` for all that the two have in common.
 
     The connection is made by the first call, and belongs to the event loop

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from emberpc.client._aio_stream_running import AsyncLine, run_stream
 from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
@@ -60,6 +62,13 @@ class AsyncRunner:
     ) -> Item:
         """Run one call that tells its steps, and return what the last one holds."""
         steps = Steps(call, told)
+        async with aclosing(self.receive(call, timeout)) as answers:
+            async for step in answers:
+                steps.take(step)
+        return steps.result()
+
+    async def receive(self, call: Call[Any, Item], timeout: float | None) -> AsyncGenerator[Item, None]:
+        """Run one call of several answers, and give them as they come; closing ends it."""
         method: Any = self._opened().unary_stream(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
@@ -68,12 +77,25 @@ class AsyncRunner:
         answers = method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
         try:
             async for message in answers:
-                steps.take(call.read(message))
+                yield call.read(message)
         except grpc.aio.AioRpcError as error:
             raise self._connection.error(error, call, timeout) from error
         finally:
             answers.cancel()
-        return steps.result()
+
+    async def send(self, call: Call[Any, Result], requests: AsyncIterator[Message], timeout: float | None) -> Result:
+        """Run one call of several requests, which are taken as they are sent."""
+        method: Any = self._opened().stream_unary(
+            call.method.path,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.method.response.FromString,
+        )
+        timeout = self._connection.deadline(timeout)
+        answer = method(requests, timeout=timeout, metadata=self._connection.metadata)
+        try:
+            return await self._answer(call, answer, timeout)
+        finally:
+            answer.cancel()
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> AsyncIterator[Item]:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from emberpc.client import _index
 from emberpc.client._calls import Call, Page
+from emberpc.client._client_backup import BackupCalls
 from emberpc.client._client_groups import GroupCalls
 from emberpc.client._client_models import ModelCalls
 from emberpc.client._connection import TLS, Connection
@@ -36,7 +37,7 @@ from emberpc.client.types import (
 )
 
 
-class Client(TextMethods, GroupCalls, ModelCalls):
+class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
     """A connection to an emberpc server. Any number of threads may use it.
 
     Every call has a deadline; `embed_stream` and `upsert_stream`, which may take

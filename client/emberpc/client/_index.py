@@ -81,13 +81,13 @@ def create_collection(
         indexed_fields=_checks.texts(indexed_fields, "indexed_fields") if indexed_fields else (),
     )
     request = pb.CreateCollectionRequest(collection=collection)
-    return Call(CREATE_COLLECTION, request, lambda response: _collection(response.collection))
+    return Call(CREATE_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
 def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
     """Return the call of `Client.get_collection`."""
     request = pb.GetCollectionRequest(name=_checks.text(name, "name"))
-    return Call(GET_COLLECTION, request, lambda response: _collection(response.collection))
+    return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
 def list_collections(page_token: str) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
@@ -95,7 +95,7 @@ def list_collections(page_token: str) -> Call[pb.ListCollectionsResponse, Page[C
     return Call(
         LIST_COLLECTIONS,
         pb.ListCollectionsRequest(page_token=page_token),
-        lambda response: Page([_collection(message) for message in response.collections], response.next_page_token),
+        lambda response: Page([read_collection(message) for message in response.collections], response.next_page_token),
     )
 
 
@@ -112,13 +112,13 @@ def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollection
         model=_checks.text(model, "model"),
         dimensions=_checks.count(dimensions, "dimensions"),
     )
-    return Call(REEMBED_COLLECTION, request, lambda response: _collection(response.collection))
+    return Call(REEMBED_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
 def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
     """Return the call of `Client.cancel_reembedding`."""
     request = pb.CancelReembeddingRequest(name=_checks.text(name, "name"))
-    return Call(CANCEL_REEMBEDDING, request, lambda response: _collection(response.collection))
+    return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
 
 
 def verify_collection(
@@ -323,7 +323,8 @@ def _result(message: pb.SearchResult) -> SearchResult:
     )
 
 
-def _collection(message: pb.Collection) -> Collection:
+def read_collection(message: pb.Collection) -> Collection:
+    """Return what an answer says of a collection."""
     return Collection(
         name=message.name,
         model=message.model,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
 from emberpc.client._connection import Connection
@@ -59,6 +61,13 @@ class Runner:
     def follow(self, call: Call[Any, Step[Item]], told: Callable[[str], None] | None, timeout: float | None) -> Item:
         """Run one call that tells its steps, and return what the last one holds."""
         steps = Steps(call, told)
+        with closing(self.receive(call, timeout)) as answers:
+            for step in answers:
+                steps.take(step)
+        return steps.result()
+
+    def receive(self, call: Call[Any, Item], timeout: float | None) -> Generator[Item, None, None]:
+        """Run one call of several answers, and give them as they come; closing ends it."""
         method: Any = self._channel.unary_stream(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
@@ -67,12 +76,25 @@ class Runner:
         answers = method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
         try:
             for message in answers:
-                steps.take(call.read(message))
+                yield call.read(message)
         except grpc.RpcError as error:
             raise self._connection.error(error, call, timeout) from error
         finally:
             answers.cancel()
-        return steps.result()
+
+    def send(self, call: Call[Any, Result], requests: Iterator[Message], timeout: float | None) -> Result:
+        """Run one call of several requests, which are taken as they are sent, in another thread."""
+        method: Any = self._channel.stream_unary(
+            call.method.path,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.method.response.FromString,
+        )
+        timeout = self._connection.deadline(timeout)
+        future = method.future(requests, timeout=timeout, metadata=self._connection.metadata)
+        try:
+            return self._answer(call, future, timeout)
+        finally:
+            future.cancel()
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> Iterator[Item]:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""

@@ -1512,19 +1512,23 @@ class BackupCollectionResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """The next bytes."""
     sha256: _builtins.str
     """In the last message: SHA-256 (hex) of the whole."""
+    total_bytes: _builtins.int
+    """In the first message: bytes of the whole."""
     def __init__(
         self,
         *,
         chunk: _builtins.bytes = ...,
         sha256: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "sha256", b"sha256", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1539,22 +1543,28 @@ class RestoreCollectionRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the collection to make; in the first message."""
     chunk: _builtins.bytes
     """The next bytes."""
     sha256: _builtins.str
     """In the last message: SHA-256 (hex) of the whole."""
+    total_bytes: _builtins.int
+    """In the first message: bytes of the whole, so that one without room for it
+    is refused before it is sent. 0: not known.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         chunk: _builtins.bytes = ...,
         sha256: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "name", b"name", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "name", b"name", "sha256", b"sha256", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,7 @@
 """Collections of vectors on one machine: durable, searchable. Knows nothing of gRPC or of models."""
 
-from emberpc.server.index.backend import CollectionBackend, IndexBackend
+from emberpc.server.index.backend import CollectionBackend, IndexBackend, RestorationBackend
+from emberpc.server.index.backup import Piece
 from emberpc.server.index.catalogue import Index
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.duplicates import DuplicatePair
@@ -28,8 +29,10 @@ __all__ = [
     "Index",
     "IndexBackend",
     "NewRecord",
+    "Piece",
     "Plan",
     "Reembedding",
+    "RestorationBackend",
     "SearchOutcome",
     "StoredRecord",
     "Strategy",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 from emberpc.server.errors import Code, ServiceError, not_found
+from emberpc.server.index.backup import Piece
 from emberpc.server.index.clusters import Cluster
 from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.filters import Filter
@@ -71,6 +72,9 @@ class CollectionBackend(Protocol):
     def verify(self) -> Iterator[Verified]:
         """Check that every record is there, undamaged and found, some hundred records a step."""
 
+    def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
+        """Give a copy of one state of the collection, piece by piece; ends early when told to stop, or closed."""
+
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Find pairs of records that are much alike; ends early when told to stop."""
 
@@ -102,6 +106,19 @@ class CollectionBackend(Protocol):
         """Find records by vectors and by words, fused by score."""
 
 
+class RestorationBackend(Protocol):
+    """Takes in a backup, as `Restoration` documents it; `close` may come at any time."""
+
+    def write(self, data: bytes) -> None:
+        """Take in the next bytes."""
+
+    def finish(self, sha256: str) -> CollectionBackend:
+        """Check what came, whose SHA-256 (hex) is given, and make a collection of it."""
+
+    def close(self) -> None:
+        """Remove all that came, unless it became a collection."""
+
+
 class IndexBackend(Protocol):
     """Collections by name, as `Index` documents them. Safe to use from several threads."""
 
@@ -131,6 +148,12 @@ class IndexBackend(Protocol):
 
     def cancel_reembedding(self, name: str) -> None:
         """Give up what was taken over of a collection; nothing if there is nothing."""
+
+    def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
+        """Begin to make a collection of a backup of `total` bytes; 0: not known.
+
+        `accept` raises ValueError or ServiceError if the collection cannot be served.
+        """
 
     def probed(self) -> dict[str, ProbeFigures]:
         """Return what probes of searches found, by collection; nothing where there are none."""

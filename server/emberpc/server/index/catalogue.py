@@ -1,73 +1,39 @@
-"""The data directory: which collections there are, and the one server that may use them."""
+"""All collections of a data directory."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
-import re
 import shutil
-import sqlite3
 import threading
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.backend import collection_exists, no_collection
 from emberpc.server.index.collection import Collection
-from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.data_directory import DataDirectory, Entry
 from emberpc.server.index.expiry import Expirer
-from emberpc.server.index.files import synchronise
+from emberpc.server.index.files import new_folder, written
 from emberpc.server.index.maintenance import Maintainer
 from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reembedding import Reembedding
-from emberpc.server.index.types import CollectionSpec, check_page_size
+from emberpc.server.index.restoring import Restoration
+from emberpc.server.index.types import CollectionSpec, check_name, check_page_size
 from emberpc.server.index.upkeep import Pace
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
-
-_FORMAT = 2
-_CATALOGUE = "catalogue.db"
-_COLLECTIONS = "collections"
-_FOLDER = re.compile(r"[0-9a-f]{32}")
-_WHAT = "the catalogue"
-_SCHEMA = """
-BEGIN;
-CREATE TABLE collections (
-    name TEXT PRIMARY KEY,
-    folder TEXT NOT NULL UNIQUE,
-    spec TEXT NOT NULL,
-    created REAL NOT NULL
-);
-COMMIT;
-"""
-#: What format 2 has more: the collections that are to take the place of others.
-_SECOND = f"""
-BEGIN;
-CREATE TABLE reembeddings (
-    name TEXT PRIMARY KEY,
-    folder TEXT NOT NULL UNIQUE,
-    spec TEXT NOT NULL,
-    started REAL NOT NULL
-);
-PRAGMA user_version = {_FORMAT};
-COMMIT;
-"""
 
 
 class Index:
     """All collections of a data directory. Safe to use from several threads.
 
     A collection's folder has a name of its own, so that a name can be used again
-    while the files of a deleted collection are still going. The catalogue is the
-    truth: a folder that it does not name was never finished, or is deleted.
+    while the files of a deleted collection are still going.
 
     Every method may raise `ServiceError`: UNAVAILABLE once the index is closed,
     INTERNAL if a database fails.
@@ -92,8 +58,6 @@ class Index:
         record_cache_bytes: int = 0,
         probe_share: float = 0,
     ) -> None:
-        self._data_dir = Path(data_dir)
-        self._folder = self._data_dir / _COLLECTIONS
         self._pace = Pace(buffer_limit, snapshot_every)
         self._probe_share = probe_share
         self._cache = RecordCache(record_cache_bytes)
@@ -104,13 +68,7 @@ class Index:
         self._reembeddings: dict[str, Reembedding] = {}
         self._maintainer = Maintainer()
         self._expirer = Expirer()
-        with ExitStack() as stack:
-            stack.enter_context(_lock(self._data_dir))
-            self._database = _open_catalogue(self._data_dir)
-            stack.callback(self._database.close)
-            self._remove_orphans()
-            #: Gives up everything again, the directory last.
-            self._resources = stack.pop_all()
+        self._directory = DataDirectory(Path(data_dir))
 
     def create(self, spec: CollectionSpec) -> Collection:
         """Create a collection.
@@ -120,13 +78,28 @@ class Index:
                 RESOURCE_EXHAUSTED if the disk is full.
         """
         spec.check()
-        created = datetime.now(timezone.utc)
-        with self._use():
-            if self._row(spec.name):
-                raise collection_exists(spec.name)
-            collection = self._make(spec, "collections", created)
-            self._set_open(collection)
+        with self._use(), written("no collection was made"):
+            self._check_free(spec.name)
+            entry, collection = self._new(spec)
+            self._enter(entry, collection)
         return collection
+
+    def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> Restoration:
+        """Begin to make a collection of a backup; see `Restoration`.
+
+        Args:
+            name: its name; the one that it had goes for nothing.
+            total: bytes of the backup; 0: not known.
+            accept: raises ValueError or ServiceError if a collection cannot be served.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the name is wrong, ALREADY_EXISTS if there is one of it,
+                RESOURCE_EXHAUSTED if there is no room.
+        """
+        check_name(name, "name")
+        with self._use():
+            self._check_free(name)
+            return Restoration(self._directory.collections, name, total, accept, self._adopt)
 
     def get(self, name: str) -> Collection:
         """Return a collection; the first call for it reads its graph, and keeps only those waiting that want it too.
@@ -137,14 +110,12 @@ class Index:
         with self._use():
             opened = self._open.get(name)
             if opened is None:
-                folder, spec, created = self._existing_row(name)
+                entry = self._existing(name)
                 opening = self._open[name] = Future()
         if opened is not None:
             return opened.result()
         try:
-            collection = self._collection(
-                CollectionSpec.from_json(spec), self._folder / folder, datetime.fromtimestamp(created, timezone.utc)
-            )
+            collection = self._collection(entry)
         except BaseException as error:
             with self._lock:
                 if self._open.get(name) is opening:
@@ -168,11 +139,8 @@ class Index:
         """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
         check_page_size(page_size)
         after = decode_token(page_token)
-        with self._use(), translated(_WHAT):
-            rows = self._database.execute(
-                "SELECT spec FROM collections WHERE name > ? ORDER BY name LIMIT ?", (after, page_size + 1)
-            ).fetchall()
-        specs = [CollectionSpec.from_json(row[0]) for row in rows]
+        with self._use():
+            specs = self._directory.specs(after, page_size + 1)
         token = encode_token(specs[page_size - 1].name) if len(specs) > page_size else ""
         return specs[:page_size], token
 
@@ -183,10 +151,9 @@ class Index:
             ServiceError: NOT_FOUND if there is none of that name.
         """
         with self._use():
-            folder = self._folder / self._existing_row(name)[0]
+            folder = self._existing(name).folder
             self.cancel_reembedding(name)
-            with translated(_WHAT), transaction(self._database):
-                self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
+            self._directory.delete(name)
             opened = self._open.pop(name, None)
         if opened is None or opened.exception() is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -214,8 +181,7 @@ class Index:
                 reason="RECORDS_WITHOUT_TEXT",
                 metadata={"collection": spec.name, "records": str(without)},
             )
-        started = datetime.now(timezone.utc)
-        with self._use():
+        with self._use(), written("the collection stays under its model"):
             if spec.name in self._reembeddings:
                 raise ServiceError(
                     Code.FAILED_PRECONDITION,
@@ -223,24 +189,26 @@ class Index:
                     reason="REEMBEDDING",
                     metadata={"collection": spec.name},
                 )
-            target = self._make(spec, "reembeddings", started)
-            found = self._reembeddings[spec.name] = Reembedding(source, target, started)
+            entry, target = self._new(spec)
+            with ExitStack() as undo:
+                undo.callback(target.drop)
+                self._directory.add_reembedding(entry)
+                undo.pop_all()
+            found = self._reembeddings[spec.name] = Reembedding(source, target, entry.since)
         return found
 
     def reembeddings(self) -> list[Reembedding]:
         """Return those that were under way when the index was last closed; one that cannot go on is given up."""
-        with self._use(), translated(_WHAT):
-            rows = self._database.execute("SELECT name, folder, spec, started FROM reembeddings").fetchall()
-            for name, folder, spec, started in rows:
-                since = datetime.fromtimestamp(started, timezone.utc)
+        with self._use():
+            for entry in self._directory.reembeddings():
+                name = entry.spec.name
                 try:
-                    source = self.get(name)
-                    target = self._collection(CollectionSpec.from_json(spec), self._folder / folder, since)
+                    found = Reembedding(self.get(name), self._collection(entry), entry.since)
                 except ServiceError as error:
                     log.warning("collection %s stays under its model: %s", name, error.message)
-                    self._forget_reembedding(name)
+                    self._directory.delete_reembedding(name)
                 else:
-                    self._reembeddings[name] = Reembedding(source, target, since)
+                    self._reembeddings[name] = found
             return list(self._reembeddings.values())
 
     def switch(self, reembedding: Reembedding) -> bool:
@@ -259,13 +227,7 @@ class Index:
             if self._reembeddings.get(name) is not reembedding or not reembedding.is_complete():
                 return False
             target.replace(sequence)
-            with translated(_WHAT), transaction(self._database):
-                self._database.execute(
-                    "UPDATE collections SET (folder, spec) = (SELECT folder, spec FROM reembeddings WHERE name = ?1) "
-                    "WHERE name = ?1",
-                    (name,),
-                )
-                self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
+            self._directory.switch(name)
             target.created = created
             del self._reembeddings[name]
             self._set_open(target)
@@ -278,7 +240,7 @@ class Index:
         with self._use():
             reembedding = self._reembeddings.pop(name, None)
             if reembedding is not None:
-                self._forget_reembedding(name)
+                self._directory.delete_reembedding(name)
         if reembedding is not None:
             reembedding.target.drop()
 
@@ -288,7 +250,8 @@ class Index:
             if self._closed:
                 return
             self._closed = True
-        with self._resources as stack:
+        with ExitStack() as stack:
+            stack.callback(self._directory.close)
             stack.callback(self._maintainer.close)
             stack.callback(self._expirer.close)
             for opened in [*self._open.values()]:
@@ -305,46 +268,51 @@ class Index:
                 raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
             yield
 
-    def _make(self, spec: CollectionSpec, table: str, moment: datetime) -> Collection:
-        """Make a new, empty collection in a folder of its own, and the row of a table that says what it is."""
-        folder = self._folder / uuid.uuid4().hex
-        try:
-            folder.mkdir(parents=True)
-            collection = self._collection(spec, folder, moment, create=True)
-            with ExitStack() as undo:
-                undo.callback(collection.drop)
-                # The folder must be as lasting as the row that names it.
-                for path in (folder, self._folder, self._data_dir):
-                    synchronise(path)
-                with translated(_WHAT), transaction(self._database):
-                    self._database.execute(
-                        f"INSERT INTO {table} VALUES (?, ?, ?, ?)",  # noqa: S608 - our own tables
-                        (spec.name, folder.name, spec.to_json(), moment.timestamp()),
-                    )
-                undo.pop_all()
-        except OSError as error:
-            log.exception("no folder for collection %s", spec.name)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                message = "the disk is full; no collection was made, make room and try again"
-                raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
-            message = "the data directory cannot be written to; see to its permissions"
-            raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
+    def _existing(self, name: str) -> Entry:
+        entry = self._directory.find(name)
+        if entry is None:
+            raise no_collection(name)
+        return entry
+
+    def _check_free(self, name: str) -> None:
+        if self._directory.find(name) is not None:
+            raise collection_exists(name)
+
+    def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
+        """Make a new, empty collection in a folder of its own; the directory does not name it yet."""
+        entry = Entry(spec, new_folder(self._directory.collections), datetime.now(timezone.utc))
+        return entry, self._collection(entry, create=True)
+
+    def _adopt(self, entry: Entry) -> Collection:
+        """Open a restored collection, which may take long, and have the directory name it."""
+        collection = self._collection(entry)
+        self._enter(entry, collection)
         return collection
+
+    def _enter(self, entry: Entry, collection: Collection) -> None:
+        """Have the directory name a new collection; if it cannot, the collection is dropped.
+
+        Raises:
+            OSError: its folder cannot be made to last.
+        """
+        with ExitStack() as undo:
+            undo.callback(collection.drop)
+            with self._use():
+                self._check_free(entry.spec.name)
+                self._directory.add(entry)
+                self._set_open(collection)
+            undo.pop_all()
 
     def _set_open(self, collection: Collection) -> None:
         opened: Future[Collection] = Future()
         opened.set_result(collection)
         self._open[collection.spec.name] = opened
 
-    def _forget_reembedding(self, name: str) -> None:
-        with translated(_WHAT), transaction(self._database):
-            self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
-
-    def _collection(self, spec: CollectionSpec, folder: Path, created: datetime, *, create: bool = False) -> Collection:
+    def _collection(self, entry: Entry, *, create: bool = False) -> Collection:
         return Collection(
-            spec,
-            folder,
-            created,
+            entry.spec,
+            entry.folder,
+            entry.since,
             self._maintainer.wake,
             self._expirer.note,
             self._cache,
@@ -352,79 +320,3 @@ class Index:
             probe_share=self._probe_share,
             create=create,
         )
-
-    def _row(self, name: str) -> tuple[str, str, float] | None:
-        with translated(_WHAT):
-            row: tuple[str, str, float] | None = self._database.execute(
-                "SELECT folder, spec, created FROM collections WHERE name = ?", (name,)
-            ).fetchone()
-        return row
-
-    def _existing_row(self, name: str) -> tuple[str, str, float]:
-        row = self._row(name)
-        if row is None:
-            raise no_collection(name)
-        return row
-
-    def _remove_orphans(self) -> None:
-        """Remove what a crash left of collections that were being made or deleted; nothing that is not ours."""
-        rows = self._database.execute("SELECT folder FROM collections UNION ALL SELECT folder FROM reembeddings")
-        known = {row[0] for row in rows}
-        for path in _collection_folders(self._data_dir):
-            if path.name not in known:
-                log.info("removing %s: no collection has it", path)
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _collection_folders(data_dir: Path) -> list[Path]:
-    folder = data_dir / _COLLECTIONS
-    return [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-
-
-def _lock(data_dir: Path) -> IO[bytes]:
-    """Take the directory for this process alone; closing the file, or dying, gives it up."""
-    if data_dir.exists() and not data_dir.is_dir():
-        raise _unusable(data_dir, "is not a directory; choose another --data-dir")
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        file = (data_dir / "lock").open("wb")
-    except OSError as error:
-        raise _unusable(data_dir, f"cannot be written to ({error.strerror}); choose another --data-dir") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise _unusable(data_dir, "is in use by another server; stop it, or choose another --data-dir") from error
-    return file
-
-
-def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
-    path = data_dir / _CATALOGUE
-    with ExitStack() as stack:
-        try:
-            database = connect(path, create=True)
-            stack.callback(database.close)
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version > _FORMAT:
-                raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
-            if version == 0:
-                # Without this, a lost catalogue would make orphans of all collections.
-                if _collection_folders(data_dir):
-                    raise _unusable(data_dir, f"has collections but no {_CATALOGUE}; restore it from a copy")
-                database.executescript(_SCHEMA)
-            if version < _FORMAT:
-                database.executescript(_SECOND)
-        except sqlite3.OperationalError as error:
-            log.exception("%s cannot be opened", path)
-            raise _unusable(
-                data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            log.exception("%s cannot be read", path)
-            raise _unusable(data_dir, f"has a damaged {_CATALOGUE}; restore it from a copy") from error
-        stack.pop_all()
-    return database
-
-
-def _unusable(data_dir: Path, why: str) -> ServiceError:
-    return ServiceError(Code.FAILED_PRECONDITION, f"the data directory {data_dir} {why}", reason="DATA_DIRECTORY")

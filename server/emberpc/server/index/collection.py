@@ -7,13 +7,14 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
+from emberpc.server.index.backup import Piece, copy_of, pieces
 from emberpc.server.index.calls import Calls
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
@@ -240,6 +241,12 @@ class Collection(SearchCalls):
             if step is None:
                 return
             yield step
+
+    def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
+        """Give a copy of one state of the collection, piece by piece; it is made, or refused, at the first."""
+        with self._calls.one(stop) as ends:
+            copy = copy_of(self._folder, self.spec, self.created, ends)
+        yield from pieces(copy)
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Find pairs of records that are much alike; see `find_duplicates`."""

@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from emberpc.server.errors import Code, ServiceError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def written(otherwise: str) -> Iterator[None]:
+    """Turn what the system says of writing to the data directory into the server's errors.
+
+    Args:
+        otherwise: what was not done, for the message, such as "no collection was made".
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full, else INTERNAL; the log says more.
+    """
+    try:
+        yield
+    except OSError as error:
+        log.exception("%s", otherwise)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full; {otherwise}, make room and try again"
+            raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
+        message = "the data directory cannot be written to; see to its permissions"
+        raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
+
+
+def new_folder(collections: Path) -> Path:
+    """Make a folder among those of the collections, for what is to be removed or to become a collection.
+
+    If the server is killed before, the next start removes it, since the catalogue does not name it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = collections / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    return folder
 
 
 def synchronise(path: Path) -> None:

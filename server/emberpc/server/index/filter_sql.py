@@ -74,6 +74,10 @@ def _together(conditions: Sequence[Filter]) -> list[Clause]:
     return [*(_somewhere(keys(field), tests) for field, tests in ends.items()), *others]
 
 
+#: What the names of the indexes on metadata begin with.
+INDEX_PREFIX = "metadata_"
+
+
 def can_be_indexed(field: str) -> bool:
     """Return whether there can be an index on a field: SQLite's paths cannot name every key."""
     return is_field(field) and _json_path(keys(field)) is not None
@@ -84,7 +88,7 @@ def index_statement(field: str) -> str:
     path = _json_path(keys(field))
     name = hashlib.sha256(field.encode()).hexdigest()[:32]
     return (
-        f"CREATE INDEX IF NOT EXISTS metadata_{name} ON records "
+        f"CREATE INDEX IF NOT EXISTS {INDEX_PREFIX}{name} ON records "
         f"(json_type(metadata, {path}), json_extract(metadata, {path}))"
     )
 

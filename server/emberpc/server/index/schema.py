@@ -51,8 +51,13 @@ _EXPIRY = (
 # `rows.checksum_of` what the others hold; NULL in rows of an older version.
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
 
+#: Makes the words anew, of a database at the last step.
+WORDS_ANEW = ("INSERT INTO words (words) VALUES ('delete-all')", _WORDS[-1])
+
 #: What each step does, statement by statement; a new database goes through all of them too.
 STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM)
+#: After so many steps rows have checksums.
+CHECKSUMMED = 3
 
 
 def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
@@ -78,3 +83,14 @@ def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
             for statement in statements:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
+
+
+def make(connection: sqlite3.Connection, version: int) -> None:
+    """Make the tables of an empty database as they were after so many steps, 0 to all.
+
+    Raises:
+        sqlite3.Error: it failed.
+    """
+    connection.executescript(_FIRST)
+    for statement in (statement for statements in STEPS[:version] for statement in statements):
+        connection.execute(statement)

@@ -56,11 +56,7 @@ class CollectionSpec:
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT, naming the field, unless everything is within bounds."""
-        if not NAME.fullmatch(self.name):
-            raise invalid(
-                "collection.name",
-                f"is {self.name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit",
-            )
+        check_name(self.name, "collection.name")
         bounds = {
             "dimensions": (self.dimensions, 1, MAX_DIMENSIONS),
             "hnsw.m": (self.m, 4, 64),
@@ -151,6 +147,14 @@ class SearchOutcome:
 
     hits: list[tuple[StoredRecord, float]]
     plan: Plan
+
+
+def check_name(name: str, field: str) -> None:
+    """Raise INVALID_ARGUMENT, naming the field, unless a collection may have this name."""
+    if not NAME.fullmatch(name):
+        raise invalid(
+            field, f"is {name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
 
 
 def check_page_size(page_size: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from typing import Any
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index.backend import collection_exists, no_collection, unsupported
+from emberpc.server.index.backend import RestorationBackend, collection_exists, no_collection, unsupported
 from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import CollectionSpec, check_page_size
@@ -107,6 +108,10 @@ class MilvusIndex:
 
     def cancel_reembedding(self, name: str) -> None:
         """Do nothing: there is none."""
+
+    def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
+        """Raise UNIMPLEMENTED: a backup is a database of the embedded index."""
+        raise unsupported("RestoreCollection", BACKEND, "restore it to an embedded index, and move it by export")
 
     def probed(self) -> dict[str, ProbeFigures]:
         """Return nothing: to repeat a search exactly, all vectors would have to be here."""

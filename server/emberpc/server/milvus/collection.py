@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
 
 from emberpc.server.errors import invalid, items_of
 from emberpc.server.index.backend import unsupported
+from emberpc.server.index.backup import Piece
 from emberpc.server.index.clusters import Cluster
 from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.filters import Filter
@@ -158,6 +159,10 @@ class MilvusCollection:
     def verify(self) -> Iterator[Verified]:
         """Raise UNIMPLEMENTED: there are no two copies here that could differ."""
         raise unsupported("VerifyCollection", BACKEND, "use what Milvus offers for that")
+
+    def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
+        """Raise UNIMPLEMENTED: it has no file of its own."""
+        raise unsupported("BackupCollection", BACKEND, "use `emberpc collection export`")
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Raise UNIMPLEMENTED: all vectors would have to be here."""

@@ -14,6 +14,7 @@ from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, replies, requests
+from emberpc.server.services.backups import Backups
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.bulk import upsert_stream
 from emberpc.server.services.filters import check_indexed_fields, read_filter
@@ -60,6 +61,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self._limits = limits
         self._reembedder = reembedder
         self._groups = Groups(pool)
+        self._backups = Backups(index, pool)
         self._searcher = Searcher(engine, limits, self._in_pool, SearchGroups(pool, usable_cores()))
 
     async def CreateCollection(
@@ -201,6 +203,19 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Check that every record is there, undamaged and found."""
         async for message in keeping.verification(await self._collection(request.name), self._in_pool):
             yield message
+
+    def BackupCollection(
+        self, request: pb.BackupCollectionRequest, context: requests.Context
+    ) -> AsyncIterator[pb.BackupCollectionResponse]:
+        """Send a collection as one file."""
+        return self._backups.backup(self._collection, request, context)
+
+    async def RestoreCollection(
+        self, request_iterator: AsyncIterator[pb.RestoreCollectionRequest], context: requests.Context
+    ) -> pb.RestoreCollectionResponse:
+        """Make a collection of such a file."""
+        collection = await self._backups.restore(request_iterator)
+        return pb.RestoreCollectionResponse(collection=await self._describe(collection))
 
     async def FindDuplicates(
         self, request: pb.FindDuplicatesRequest, context: requests.Context

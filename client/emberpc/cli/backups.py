@@ -1,0 +1,63 @@
+"""The commands `emberpc collection backup` and `restore`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emberpc.cli.collections import Name
+from emberpc.cli.connection import with_client
+from emberpc.cli.errors import CliError, ExitCode
+from emberpc.cli.options import AsJson
+from emberpc.cli.output import Stages, print_fields, print_json, stages
+from emberpc.client import Client
+
+_MEGABYTE = 10**6
+
+
+@with_client
+def backup(
+    client: Client,
+    name: Name,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a collection to one file, as it is at one moment; it is read and written meanwhile."""
+    if output.exists() and not force:
+        raise CliError(f"{output} is there already; choose another name, or replace it with --force", ExitCode.CONFLICT)
+    with stages() as show:
+        try:
+            size = client.backup_collection(name, output, progress=_megabytes(show, "backing up (MB)"))
+        except OSError as error:
+            raise CliError(f"--output: {output} cannot be written: {error.strerror}") from error
+    if as_json:
+        print_json([{"file": output, "bytes": size}])
+    else:
+        print_fields({"file": output, "bytes": size})
+
+
+@with_client
+def restore(
+    client: Client,
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `collection backup` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a collection of the file of a backup; there is all of it or nothing."""
+    with stages() as show:
+        try:
+            collection = client.restore_collection(name, file, progress=_megabytes(show, "restoring (MB)"))
+        except OSError as error:
+            raise CliError(f"{file} cannot be read: {error.strerror}") from error
+    if as_json:
+        print_json([collection])
+    else:
+        print_fields(vars(collection))
+
+
+def _megabytes(show: Stages, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: show(stage, done // _MEGABYTE, total // _MEGABYTE)

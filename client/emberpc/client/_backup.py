@@ -1,0 +1,151 @@
+"""IndexService: a collection as one file, to disk and from there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from emberpc.client import _checks
+from emberpc.client._calls import Call, Method
+from emberpc.client._index import read_collection
+from emberpc.client.exceptions import InputError, Internal
+from emberpc.client.types import Collection
+from emberpc.v1 import index_pb2 as pb
+
+_SERVICE = "/emberpc.v1.IndexService/"
+BACKUP_COLLECTION = Method(_SERVICE + "BackupCollection", pb.BackupCollectionResponse)
+RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollectionResponse)
+
+#: Seconds that a call may take unless its caller says otherwise: they are many gigabytes, perhaps.
+TIMEOUT = 3600.0
+_CHUNK_BYTES = 2**20
+
+#: Told how many bytes are done, of how many.
+Told = Callable[[int, int], None]
+
+
+def backup_collection(name: str) -> Call[pb.BackupCollectionResponse, pb.BackupCollectionResponse]:
+    """Return the call of `Client.backup_collection`."""
+    request = pb.BackupCollectionRequest(name=_checks.text(name, "name"))
+    return Call(BACKUP_COLLECTION, request, lambda message: message)
+
+
+def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collection]:
+    """Return the call of `Client.restore_collection`; its request is the first of several."""
+    request = pb.RestoreCollectionRequest(name=_checks.text(name, "name"))
+    return Call(RESTORE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+class BackupWriter:
+    """Writes a backup to a file that gets its name when it is whole and on disk; a context manager.
+
+    Args:
+        path: the file.
+        progress: told of the bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | str, progress: Told | None) -> None:
+        self._path = Path(path)
+        if self._path.is_dir():
+            raise InputError(f"path is {str(path)!r}, a folder; give the name of a file")
+        self._progress = progress
+        descriptor, name = tempfile.mkstemp(".part", f".{self._path.name}.", self._path.absolute().parent)
+        self._temporary = Path(name)
+        self._file = os.fdopen(descriptor, "wb")
+        self._digest = hashlib.sha256()
+        self._stated = ""
+        self._done = self._total = 0
+
+    def __enter__(self) -> BackupWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def take(self, message: pb.BackupCollectionResponse) -> None:
+        """Write the next bytes."""
+        self._file.write(message.chunk)
+        self._digest.update(message.chunk)
+        self._done += len(message.chunk)
+        self._total = self._total or message.total_bytes
+        self._stated = message.sha256
+
+    def tell(self) -> None:
+        """Tell how far it is."""
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def finish(self) -> int:
+        """Give the file its name; return its size.
+
+        Raises:
+            Internal: it is not what the server says it sent.
+        """
+        if self._stated != self._digest.hexdigest():
+            raise Internal(
+                f"the backup that came is not the one that was sent; {self._path} was not written, try again"
+            )
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._temporary.replace(self._path)
+        folder = os.open(self._path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return self._done
+
+
+class BackupReader:
+    """Reads a backup from a file; a context manager.
+
+    Args:
+        path: the file.
+        name: of the collection to make.
+        progress: told of the bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path | str, name: str, progress: Told | None) -> None:
+        self._file = Path(path).open("rb")  # noqa: SIM115 - this is the context manager
+        self._name = name
+        self._total = os.fstat(self._file.fileno()).st_size
+        self._progress = progress
+        self._done = 0
+        #: What kept the messages from being sent: gRPC, which asks for them, would only say that something did.
+        self.error: Exception | None = None
+
+    def __enter__(self) -> BackupReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def messages(self) -> Iterator[pb.RestoreCollectionRequest]:
+        """Give the messages to send."""
+        digest = hashlib.sha256()
+        yield pb.RestoreCollectionRequest(name=self._name, total_bytes=self._total)
+        while chunk := self._file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            yield pb.RestoreCollectionRequest(chunk=chunk)
+        yield pb.RestoreCollectionRequest(sha256=digest.hexdigest())
+
+    def tell(self, message: pb.RestoreCollectionRequest) -> None:
+        """Tell how far it is, with this message."""
+        self._done += len(message.chunk)
+        if self._progress is not None:
+            self._progress(self._done, self._total)

@@ -1,0 +1,139 @@
+"""A collection made of a backup, which comes piece by piece.
+
+Until all is checked there is a folder that the catalogue does not name: if the caller goes away it is removed, and if
+the server is killed the next start removes it. The catalogue's entry makes a collection of it, at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+from emberpc.server.errors import Code, ServiceError, invalid
+from emberpc.server.index import backup, schema
+from emberpc.server.index.backup_checks import check_backup, damaged, given_up
+from emberpc.server.index.collection import Collection
+from emberpc.server.index.data_directory import Entry
+from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.files import new_folder, written
+from emberpc.server.index.store import DATABASE_NAME
+from emberpc.server.index.types import CollectionSpec
+
+_NOTHING_RESTORED = "nothing was restored"
+
+
+class Restoration:
+    """Takes in a backup. Its calls come one after the other, but `close`, which may come at any time.
+
+    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE once it is closed.
+
+    Args:
+        collections: the folder of the collections' folders.
+        name: the new collection's name.
+        total: bytes of the backup; 0: not known.
+        accept: raises ValueError or ServiceError if a collection cannot be served.
+        adopt: makes a collection of its folder.
+    """
+
+    def __init__(
+        self,
+        collections: Path,
+        name: str,
+        total: int,
+        accept: Callable[[CollectionSpec], None],
+        adopt: Callable[[Entry], Collection],
+    ) -> None:
+        self._name = name
+        self._what = f"collection {name!r}"
+        self._accept = accept
+        self._adopt = adopt
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        #: Of all but the bytes that may turn out to be the last line, which are held back.
+        self._digest = hashlib.sha256()
+        self._held_back = b""
+        with ExitStack() as stack, written(_NOTHING_RESTORED):
+            self._folder = new_folder(collections)
+            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            backup.check_room(self._folder, total, "the backup")
+            self._path = self._folder / DATABASE_NAME
+            self._file = stack.enter_context(self._path.open("wb"))
+            self._resources = stack.pop_all()
+
+    def write(self, data: bytes) -> None:
+        """Take in the next bytes."""
+        with self._lock, written(_NOTHING_RESTORED):
+            self._check_open()
+            backup.check_room(self._folder, len(data), "what is still to come of the backup")
+            self._take(data)
+
+    def finish(self, sha256: str) -> Collection:
+        """Check what came, and make a collection of it.
+
+        Args:
+            sha256: of all the bytes, hex.
+
+        Raises:
+            ServiceError: besides the usual, INVALID_ARGUMENT if it is no whole backup of a collection or its SHA-256
+                is another, FAILED_PRECONDITION if a newer version wrote it, ALREADY_EXISTS if there is a collection of
+                the name by now.
+        """
+        with self._lock, written(_NOTHING_RESTORED):
+            self._check_open()
+            self._check_digests(sha256)
+            self._file.close()
+            spec, created = check_backup(self._path, self._accept, self._closed.is_set)
+            with translated(self._what):
+                self._make_ours()
+            self._check_open()
+            collection = self._adopt(Entry(replace(spec, name=self._name), self._folder, created))
+            self._resources.pop_all()
+            self._closed.set()
+        return collection
+
+    def close(self) -> None:
+        """Remove all that came, unless it became a collection; waits for the call under way, and ends it early."""
+        self._closed.set()
+        with self._lock:
+            self._resources.close()
+
+    def _take(self, data: bytes) -> None:
+        data = self._held_back + data
+        self._held_back = data[-backup.LAST_LINE_SIZE :]
+        body = data[: -backup.LAST_LINE_SIZE]
+        self._digest.update(body)
+        self._file.write(body)
+
+    def _check_digests(self, sha256: str) -> None:
+        """Check the SHA-256 that came with the bytes, and the one in the last line."""
+        if not sha256:
+            raise invalid("sha256", "is missing; the last message must have the SHA-256 of the whole")
+        whole = self._digest.copy()
+        whole.update(self._held_back)
+        if whole.hexdigest() != sha256.lower():
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                f"sha256: is {sha256[:64]!r}, and that of what came is {whole.hexdigest()!r}; send it again",
+                reason="BACKUP_DAMAGED",
+            )
+        if self._held_back != backup.last_line(self._digest.hexdigest()):
+            raise damaged("it was cut off or changed, or is none, since its last line is not the SHA-256 of the rest")
+
+    def _make_ours(self) -> None:
+        """Make a collection's database of the file: at the last version, with words that go with the texts."""
+        with closing(connect(self._path)) as connection:
+            schema.prepare(connection, self._what, create=False)
+            with transaction(connection):
+                connection.execute("DROP TABLE backup")
+                connection.execute("PRAGMA application_id = 0")
+                for statement in schema.WORDS_ANEW:
+                    connection.execute(statement)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise given_up()

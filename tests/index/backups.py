@@ -1,0 +1,58 @@
+"""Backups for the tests: taken, restored, and changed as somebody might who means harm."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from emberpc.server.index import Collection, CollectionSpec, Index
+from emberpc.server.index.backup import LAST_LINE_SIZE, last_line
+
+
+def accept_all(spec: CollectionSpec) -> None:
+    """What a service would check of a collection: nothing."""
+
+
+def taken(collection: Collection) -> bytes:
+    """The whole file of a backup."""
+    pieces = list(collection.backup(lambda: False))
+    whole = b"".join(piece.data for piece in pieces)
+    assert pieces[0].total == len(whole)
+    assert pieces[-1].sha256 == hashlib.sha256(whole).hexdigest()
+    return whole
+
+
+def restored(index: Index, name: str, whole: bytes, *, step: int = 100_000) -> Collection:
+    """The collection of a file that came in pieces."""
+    restoration = index.restore(name, len(whole), accept_all)
+    try:
+        for start in range(0, len(whole), step):
+            restoration.write(whole[start : start + step])
+        return restoration.finish(hashlib.sha256(whole).hexdigest())
+    finally:
+        restoration.close()
+
+
+def changed(whole: bytes, path: Path, *change: str | Callable[[sqlite3.Connection], object]) -> bytes:
+    """A backup whose database was changed, with a last line that is right again."""
+    path.write_bytes(whole[:-LAST_LINE_SIZE])
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        for each in change:
+            if isinstance(each, str):
+                database.execute(each)
+            else:
+                each(database)
+    return sealed(path.read_bytes())
+
+
+def sealed(body: bytes) -> bytes:
+    """Bytes with the last line of a backup."""
+    return body + last_line(hashlib.sha256(body).hexdigest())
+
+
+def folders(data_dir: Path) -> int:
+    """How many folders there are among those of the collections."""
+    return len(list((data_dir / "collections").iterdir()))

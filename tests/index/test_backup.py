@@ -1,0 +1,272 @@
+"""A backup is one state of a collection, whole, whatever is written and searched meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, StoredRecord
+from emberpc.server.index.backup import pieces
+from emberpc.server.index.filters import Comparison, Operator
+from index.backups import folders, restored, taken
+from index.support import gaussian, numbered, refused
+from index.test_expiry import soon
+from index_helpers import DIMENSIONS, records, vectors
+
+
+def everything(collection: Collection) -> list[tuple[object, ...]]:
+    """All that a collection says of its records."""
+    found: list[StoredRecord] = []
+    token = ""
+    while not found or token:
+        page, token = collection.page(1000, token, with_vectors=True)
+        found += page
+    return [tuple(each.tobytes() if isinstance(each, np.ndarray) else each for each in record) for record in found]
+
+
+def test_a_restored_collection_is_the_same_in_all_but_its_name(tmp_path: Path) -> None:
+    spec = CollectionSpec("c", 8, distance=Distance.EUCLIDEAN, m=8, ef_construction=50, indexed_fields=("kind", "a.b"))
+    with closing(Index(tmp_path, buffer_limit=8)) as index:
+        collection = index.create(spec)
+        matrix = gaussian(300, 8)
+        new = [NewRecord(f"r{i}", f"bees and {i}" if i % 3 else "", {"kind": i % 5}, f"l{i % 2}") for i in range(300)]
+        for start in range(0, 300, 50):
+            collection.upsert(new[start : start + 50], matrix[start : start + 50])
+        collection.upsert(new[:20], matrix[20:40])
+        collection.delete(["r7", "r8"])
+        collection.maintain()
+        copy = restored(index, "copy", taken(collection))
+        assert copy.spec == replace(spec, name="copy")
+        assert everything(copy) == everything(collection)
+        assert replace(copy.info(), size_bytes=0) == replace(collection.info(), size_bytes=0)
+        copy.maintain()
+        searched = [each.search(matrix[:20], 5, min_recall=1) for each in (collection, copy)]
+        assert [o.hits for o in searched[0]] == [o.hits for o in searched[1]]
+        kind = Comparison("kind", Operator.EQUAL, 3)
+        worded = [each.search_words(["bees"], [300], conditions=[kind])[0].hits for each in (collection, copy)]
+        assert worded[0] == worded[1]
+        assert len(worded[0]) == 39
+        assert [problem for step in copy.verify() for problem in step.problems] == []
+        # It goes on from there.
+        assert copy.upsert(new[:1], matrix[:1], [copy.get(["r0"])[0].revision]).sequence == 9
+    with closing(Index(tmp_path)) as index:
+        assert index.get("copy").count() == 298
+        assert index.get("c").count() == 298
+
+
+def test_a_collection_with_a_damaged_record_is_not_backed_up_until_it_is_repaired(collection: Collection) -> None:
+    collection.upsert(records("a", "b"), vectors(2))
+    collection._store._writer.execute("UPDATE records SET text = 'another' WHERE id = 'b'")
+    with refused(Code.INTERNAL, "'b' is damaged"):
+        taken(collection)
+    collection.delete(["b"])
+    assert taken(collection)
+
+
+def test_a_time_to_live_goes_on_in_the_copy(index: Index, collection: Collection) -> None:
+    """What is up by then is gone from it."""
+    collection.upsert([NewRecord("long", time_to_live=3600), NewRecord("short", time_to_live=0.3)], vectors(2))
+    whole = taken(collection)
+    assert soon(lambda: collection.count() == 1)
+    copy = restored(index, "copy", whole)
+    assert [record.id for record in copy.get(["long", "short"])] == ["long"]
+    assert copy.get(["long"]) == collection.get(["long"])
+
+
+def test_an_empty_collection_and_one_of_vectors_only_are_restored(index: Index, collection: Collection) -> None:
+    assert restored(index, "empty", taken(collection)).count() == 0
+    collection.upsert([NewRecord("v")], gaussian(1, DIMENSIONS))
+    collection.delete(["v"])
+    copy = restored(index, "emptied", taken(collection))
+    assert copy.info().sequence == 2
+    assert copy.upsert([NewRecord("w")], gaussian(1, DIMENSIONS)).sequence == 3
+
+
+def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Path) -> None:
+    """Each write is a pair with a number; a pair that is half there, or of two numbers, was copied in between."""
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def repeat(work: Callable[[int], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                number = 0
+                while not stop.is_set():
+                    work(number := number + 1)
+            except BaseException as error:  # told at the end of the test
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    with closing(Index(tmp_path, buffer_limit=50)) as index:
+        collection = index.create(CollectionSpec("c", DIMENSIONS))
+        collection.upsert(numbered(2000), gaussian(2000, DIMENSIONS))
+
+        def write(number: int) -> None:
+            pair = [NewRecord(f"{side}{number % 40}", f"number {number}") for side in "ab"]
+            if number % 5:
+                collection.upsert(pair, gaussian(2, DIMENSIONS, number))
+            else:
+                collection.delete([record.id for record in pair])
+
+        write(1)
+        threads = [
+            repeat(write),
+            repeat(lambda _: collection.search(gaussian(4, DIMENSIONS), 5)),
+            repeat(lambda _: collection.search_words(["number"], [5])),
+            repeat(lambda _: collection.maintain()),
+        ]
+        try:
+            sequences = []
+            for i in range(3):
+                before = collection.info().sequence
+                whole = taken(collection)
+                copy = restored(index, f"copy{i}", whole)
+                assert copy.info().sequence >= before
+                sequences.append(copy.info().sequence)
+                found, _ = copy.page(1000, "")
+                pairs = {record.id: record for record in found if not record.id.startswith("r")}
+                assert pairs
+                for record in pairs.values():
+                    twin = pairs[{"a": "b", "b": "a"}[record.id[0]] + record.id[1:]]
+                    assert (twin.text, twin.revision) == (record.text, record.revision)
+                assert [problem for step in copy.verify() for problem in step.problems] == []
+                index.delete(f"copy{i}")
+            assert sequences == sorted(set(sequences))
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    assert failures == []
+
+
+def test_a_copy_that_nobody_wants_any_more_leaves_nothing(collection: Collection, tmp_path: Path) -> None:
+    collection.upsert(numbered(5000), gaussian(5000, DIMENSIONS))
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        assert folders(tmp_path) == 2  # the copy is under way
+        return True
+
+    assert list(collection.backup(stop)) == []
+    assert asked
+    assert folders(tmp_path) == 1
+
+
+def test_a_backup_outlives_its_collection_and_leaves_no_file(
+    index: Index, collection: Collection, tmp_path: Path
+) -> None:
+    collection.upsert(records("a", "b"), vectors(2))
+    backup = collection.backup(lambda: False)
+    first = next(backup)
+    assert folders(tmp_path) == 1
+    index.delete("c")
+    whole = first.data + b"".join(piece.data for piece in backup)
+    assert restored(index, "again", whole).count() == 2
+    with refused(Code.UNAVAILABLE, "deleted"):
+        next(collection.backup(lambda: False))
+
+
+def test_a_backup_that_is_closed_lets_go_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "copy").write_bytes(b"x" * 3_000_000)
+    with (tmp_path / "copy").open("rb") as copy:
+        backup = pieces(copy)
+        assert len(next(backup).data) == 2**20
+        backup.close()
+        assert copy.closed
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_no_room_for_a_copy_is_said_in_bytes_before_it_is_made(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.upsert(numbered(100), gaussian(100, DIMENSIONS))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1000, 1000))
+    with refused(Code.RESOURCE_EXHAUSTED, " bytes", "1000 are free", "make room") as told:
+        next(collection.backup(lambda: False))
+    assert int(told.value.metadata["needed_bytes"]) > 100 * DIMENSIONS * 4
+    assert folders(tmp_path) == 1
+    assert collection.upsert(records("a"), vectors(1)).sequence == 2
+
+
+# Backs up and restores for ever, and says what it is at.
+LOOP = """
+import sys, hashlib
+from pathlib import Path
+from emberpc.server.index import Index
+index = Index(Path(sys.argv[1]))
+collection = index.get("c")
+number = 0
+while True:
+    number += 1
+    print("backup", number, flush=True)
+    whole = b"".join(piece.data for piece in collection.backup(lambda: False))
+    print("restore", number, flush=True)
+    restoration = index.restore(f"copy{number}", len(whole), lambda spec: None)
+    for start in range(0, len(whole), 200_000):
+        restoration.write(whole[start : start + 200_000])
+        print("piece", number, flush=True)
+    restoration.finish(hashlib.sha256(whole).hexdigest())
+    print("done", number, flush=True)
+"""
+
+
+def crash(folder: Path, lines: int) -> list[str]:
+    """Run the loop, kill it with SIGKILL after so many lines, and return all that it said."""
+    child = subprocess.Popen([sys.executable, "-c", LOOP, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    said = [child.stdout.readline() for _ in range(lines)]
+    child.kill()
+    said += child.stdout.readlines()
+    child.wait(30)
+    child.stdout.close()
+    return said
+
+
+def crash_repeatedly(folder: Path, rounds: Sequence[int]) -> None:
+    """Crash after so many lines each time, and check that there are whole collections and nothing else."""
+    with closing(Index(folder)) as index:
+        collection = index.create(CollectionSpec("c", 64))
+        collection.upsert(numbered(2000), gaussian(2000, 64))
+        wanted = everything(collection)
+    for lines in rounds:
+        said = crash(folder, lines)
+        done = {f"copy{line.split()[1]}" for line in said if line.startswith("done") and line.endswith("\n")}
+        with closing(Index(folder)) as index:
+            names = {spec.name for spec in index.page(1000, "")[0]} - {"c"}
+            assert folders(folder) == 1 + len(names), "something was left behind"
+            assert done <= names, "a collection was acknowledged and is gone"
+            assert len(names) <= len(done) + 1
+            for name in names:
+                assert everything(index.get(name)) == wanted
+                assert [problem for step in index.get(name).verify() for problem in step.problems] == []
+                index.delete(name)
+
+
+def test_crashes_in_a_backup_and_in_a_restore_leave_whole_collections_and_nothing_else(tmp_path: Path) -> None:
+    # In the first backup; between the last piece of the second restore and its end (7 lines are one round).
+    crash_repeatedly(tmp_path, [1, 13])
+
+
+@pytest.mark.slow
+def test_sixty_crashes_leave_whole_collections_and_nothing_else(tmp_path: Path) -> None:
+    crash_repeatedly(tmp_path, range(1, 61))

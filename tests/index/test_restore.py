@@ -1,0 +1,342 @@
+"""A file that is not the whole backup of a collection is refused by what is wrong with it, and leaves nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from index.backups import accept_all, changed, folders, restored, sealed, taken
+from index.support import gaussian, numbered, refused
+from index.test_safety import largest_file
+from index_helpers import DIMENSIONS, records, vectors
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The backup of a collection of 50 records."""
+    with closing(Index(tmp_path_factory.mktemp("backed-up"))) as index:
+        collection = index.create(CollectionSpec("c", DIMENSIONS, indexed_fields=("id",)))
+        collection.upsert(records(*(f"r{i}" for i in range(50))), vectors(50))
+        collection.delete(["r0"])
+        return taken(collection)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(index: Index, tmp_path: Path) -> Iterator[None]:
+    """After each test there are folders of collections only."""
+    yield
+    assert folders(tmp_path) == len(index.page(100, "")[0]) if (tmp_path / "collections").exists() else True
+
+
+def test_a_file_cut_off_anywhere_is_refused(index: Index, whole: bytes) -> None:
+    for size in (0, 1, 50, 87, 88, 5000, len(whole) // 2, len(whole) - 88, len(whole) - 1):
+        with refused(Code.INVALID_ARGUMENT, "cut off"):
+            restored(index, "d", whole[:size])
+
+
+def test_a_bit_flipped_anywhere_is_found(index: Index, whole: bytes) -> None:
+    chance = random.Random(0)
+    places = [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(30))]
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << chance.randrange(8)
+        with refused(Code.INVALID_ARGUMENT, "restore another copy") as caught:
+            restored(index, "d", bytes(flipped))
+        assert caught.value.reason == "BACKUP_DAMAGED"
+
+
+def test_pages_that_are_garbage_under_a_right_last_line_harm_nothing(index: Index, whole: bytes) -> None:
+    """As one would make who knows the form: SQLite reads what may be anything."""
+    chance = random.Random(1)
+    page = 4096
+    came_through = 0
+    for _ in range(40):
+        body = bytearray(whole[:-88])
+        for _ in range(chance.randint(1, 40)):
+            body[chance.randrange(page * 2, len(body))] = chance.randrange(256)
+        try:
+            collection = restored(index, "d", sealed(bytes(body)))
+        except ServiceError as error:
+            assert error.code is Code.INVALID_ARGUMENT
+            continue
+        # A byte of a text, or one that nothing uses.
+        came_through += 1
+        assert collection.count() == 49
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+        collection.search_words(["text"], [100])
+        index.delete("d")
+    assert came_through < 40
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"no database at all" * 1000, b"SQLite format 3\0" + b"\0" * 4080])
+def test_what_is_no_database_is_refused_though_its_last_line_is_right(index: Index, body: bytes) -> None:
+    with refused(Code.INVALID_ARGUMENT):
+        restored(index, "d", sealed(body))
+
+
+def test_the_database_of_something_else_is_refused(index: Index, tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE bookmarks (url TEXT)")
+    with refused(Code.INVALID_ARGUMENT, "something else") as caught:
+        restored(index, "d", sealed(path.read_bytes()))
+    assert caught.value.reason == "NOT_A_BACKUP"
+
+
+@pytest.mark.parametrize("change", ["PRAGMA user_version = 99", "UPDATE backup SET format = 2"])
+def test_a_backup_of_a_newer_version_is_told_as_such(index: Index, whole: bytes, tmp_path: Path, change: str) -> None:
+    with refused(Code.FAILED_PRECONDITION, "newer version"):
+        restored(index, "d", changed(whole, tmp_path / "changed.db", change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE TABLE more (a)",
+        "CREATE VIEW more AS SELECT 1",
+        "CREATE TRIGGER more AFTER INSERT ON records BEGIN DELETE FROM records; END",
+        "CREATE INDEX more ON records (text)",
+        "CREATE INDEX more ON records (abs(label))",
+        "CREATE VIRTUAL TABLE more USING fts5(a)",
+        "DROP TRIGGER words_of_new",
+        "ALTER TABLE records ADD COLUMN more",
+        "PRAGMA user_version = 0",
+        "PRAGMA user_version = -1",
+        "PRAGMA application_id = 7",
+        "DROP TABLE backup",
+    ],
+)
+def test_any_table_trigger_or_view_but_ours_is_refused(index: Index, whole: bytes, tmp_path: Path, change: str) -> None:
+    with refused(Code.INVALID_ARGUMENT) as caught:
+        restored(index, "d", changed(whole, tmp_path / "changed.db", change))
+    assert caught.value.reason == "NOT_A_BACKUP"
+
+
+def test_a_view_in_place_of_a_table_is_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
+    renamed = ("ALTER TABLE records RENAME TO hidden", "CREATE VIEW records AS SELECT * FROM hidden")
+    with refused(Code.INVALID_ARGUMENT, "tables"):
+        restored(index, "d", changed(whole, tmp_path / "changed.db", *renamed))
+
+
+NAN = np.full(DIMENSIONS, np.nan, dtype="<f4").tobytes().hex()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE records SET vector = zeroblob(63) WHERE id = 'r7'",
+        "UPDATE records SET vector = zeroblob(64) WHERE id = 'r7'",
+        f"UPDATE records SET vector = x'{NAN}' WHERE id = 'r7'",
+        "UPDATE records SET vector = 'text' WHERE id = 'r7'",
+        "UPDATE records SET metadata = '[]' WHERE id = 'r7'",
+        "UPDATE records SET metadata = '{' WHERE id = 'r7'",
+        "UPDATE records SET metadata = '{\"a\": NaN}' WHERE id = 'r7'",
+        "UPDATE records SET metadata = '{\"a\": \"\\ud800\"}' WHERE id = 'r7'",
+        "UPDATE records SET id = '' WHERE id = 'r7'",
+        "UPDATE records SET id = 'a' || char(10) WHERE id = 'r7'",
+        "UPDATE records SET id = x'00' WHERE id = 'r7'",
+        "UPDATE records SET text = CAST(x'ff' AS TEXT) WHERE id = 'r7'",
+        "UPDATE records SET text = x'ff' WHERE id = 'r7'",
+        "UPDATE records SET class_label = 7.5e0 || x'ff' WHERE id = 'r7'",
+        "UPDATE records SET revision = 'seven' WHERE id = 'r7'",
+        "UPDATE records SET revision = 9 WHERE id = 'r7'",
+        "UPDATE records SET created = 9e999 WHERE id = 'r7'",
+        "UPDATE records SET updated = 1e300 WHERE id = 'r7'",
+        "UPDATE records SET label = -5 WHERE id = 'r7'",
+        "UPDATE state SET sequence = 'x'",
+        "UPDATE state SET sequence = 9223372036854775807",
+        "DELETE FROM state",
+        "UPDATE sqlite_sequence SET seq = 9223372036854775807",
+        "UPDATE sqlite_sequence SET seq = 'x'",
+        "UPDATE sqlite_sequence SET seq = 3",
+        "DELETE FROM backup",
+        "UPDATE backup SET spec = '{}'",
+        "UPDATE backup SET spec = 'x'",
+        "UPDATE backup SET spec = 7",
+        "UPDATE backup SET created = 1e300",
+        "UPDATE backup SET created = 'x'",
+        "UPDATE backup SET format = 'x'",
+    ],
+)
+def test_a_value_that_could_not_have_been_written_is_refused(
+    index: Index, whole: bytes, tmp_path: Path, change: str
+) -> None:
+    # Somebody who means harm makes the checksums right, too.
+    unchecked = "UPDATE records SET checksum = NULL"
+    with refused(Code.INVALID_ARGUMENT) as caught:
+        restored(index, "d", changed(whole, tmp_path / "changed.db", unchecked, change))
+    assert caught.value.reason == "BACKUP_DAMAGED"
+
+
+def test_a_record_that_is_not_as_it_was_written_is_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
+    change = "UPDATE records SET text = 'another' WHERE id = 'r7'"
+    with refused(Code.INVALID_ARGUMENT, "'r7' is not as it was written"):
+        restored(index, "d", changed(whole, tmp_path / "changed.db", change))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"dimensions": 17},
+        {"dimensions": 16.0},
+        {"dimensions": 0},
+        {"m": 1},
+        {"m": "16"},
+        {"distance": "manhattan"},
+        {"indexed_fields": [7]},
+        {"indexed_fields": "id"},
+        {"name": "../d"},
+        {"unknown": 1},
+    ],
+)
+def test_settings_that_a_collection_cannot_have_are_refused(
+    index: Index, whole: bytes, tmp_path: Path, setting: dict[str, object]
+) -> None:
+    def change(database: sqlite3.Connection) -> None:
+        (spec,) = database.execute("SELECT spec FROM backup").fetchone()
+        database.execute("UPDATE backup SET spec = ?", (json.dumps(json.loads(spec) | setting),))
+
+    with refused(Code.INVALID_ARGUMENT) as caught:
+        restored(index, "d", changed(whole, tmp_path / "changed.db", change))
+    assert caught.value.reason == "BACKUP_DAMAGED"
+
+
+def test_a_service_may_refuse_a_collection_that_it_cannot_serve(index: Index, whole: bytes) -> None:
+    def refuse(spec: CollectionSpec) -> None:
+        raise ValueError(spec.name)
+
+    restoration = index.restore("d", 0, refuse)
+    with closing(restoration):
+        restoration.write(whole)
+        with refused(Code.INVALID_ARGUMENT, "what it says of the collection"):
+            restoration.finish(hashlib.sha256(whole).hexdigest())
+
+
+def test_words_are_made_anew_from_the_texts(index: Index, whole: bytes, tmp_path: Path) -> None:
+    """Whatever the file says of them: a search goes by the texts that are there."""
+    gone = "INSERT INTO words (words) VALUES ('delete-all')"
+    lie = "INSERT INTO words (rowid, text) VALUES (3, 'a lie')"
+    collection = restored(index, "d", changed(whole, tmp_path / "changed.db", gone, lie))
+    assert len(collection.search_words(["text"], [100])[0].hits) == 49
+    assert collection.search_words(["lie"], [100])[0].hits == []
+
+
+def test_the_backup_of_an_older_version_is_brought_up_to_this_one(index: Index, whole: bytes, tmp_path: Path) -> None:
+    older = (
+        *(f"DROP {what}" for what in ("TRIGGER words_of_new", "TRIGGER words_of_old", "TABLE words")),
+        "DROP INDEX records_expiring",
+        *(f"ALTER TABLE records DROP COLUMN {column}" for column in ("checksum", "expires")),
+        "PRAGMA user_version = 0",
+    )
+    collection = restored(index, "d", changed(whole, tmp_path / "changed.db", *older))
+    assert len(collection.search_words(["text"], [100])[0].hits) == 49
+
+
+def test_a_sha256_that_is_missing_or_wrong_is_refused(index: Index, whole: bytes) -> None:
+    for sha256, words in (("", "is missing"), ("0" * 64, "send it again"), ("x" * 1000, "send it again")):
+        with closing(index.restore("d", len(whole), accept_all)) as restoration:
+            restoration.write(whole)
+            with refused(Code.INVALID_ARGUMENT, "sha256", words):
+                restoration.finish(sha256)
+
+
+def test_a_name_that_is_taken_or_none_is_refused_before_anything_is_sent(
+    index: Index, collection: Collection, whole: bytes
+) -> None:
+    with refused(Code.ALREADY_EXISTS, "'c'"):
+        index.restore("c", 0, accept_all)
+    for name in ("", "../c", "a/b", "x" * 129):
+        with refused(Code.INVALID_ARGUMENT, field="name"):
+            index.restore(name, 0, accept_all)
+
+
+def test_of_two_restores_to_one_name_the_second_is_refused_and_harms_nothing(index: Index, whole: bytes) -> None:
+    slow = index.restore("d", len(whole), accept_all)
+    with closing(slow):
+        slow.write(whole)
+        collection = restored(index, "d", whole)
+        with refused(Code.ALREADY_EXISTS, "'d'"):
+            slow.finish(hashlib.sha256(whole).hexdigest())
+    assert collection.count() == 49
+    assert index.get("d") is collection
+
+
+def test_a_restore_that_is_closed_takes_nothing_more(index: Index, whole: bytes) -> None:
+    restoration = index.restore("d", len(whole), accept_all)
+    restoration.write(whole)
+    restoration.close()
+    for call in (lambda: restoration.write(b"x"), lambda: restoration.finish(hashlib.sha256(whole).hexdigest())):
+        with refused(Code.UNAVAILABLE, "given up"):
+            call()
+
+
+def test_a_restored_collection_is_there_after_a_start_and_goes_with_its_folder(tmp_path: Path, whole: bytes) -> None:
+    data_dir = tmp_path / "data"
+    with closing(Index(data_dir)) as first:
+        restored(first, "d", whole, step=1000).upsert(records("new"), vectors(1))
+    with closing(Index(data_dir)) as second:
+        assert second.get("d").count() == 50
+        assert second.get("d").spec.indexed_fields == ("id",)
+        second.delete("d")
+        assert folders(data_dir) == 0
+
+
+def test_a_restore_under_way_ends_with_the_index(tmp_path: Path, whole: bytes) -> None:
+    data_dir = tmp_path / "data"
+    index = Index(data_dir)
+    restoration = index.restore("d", 0, accept_all)
+    restoration.write(whole)
+    index.close()
+    with closing(restoration), refused(Code.UNAVAILABLE, "closed"):
+        restoration.finish(hashlib.sha256(whole).hexdigest())
+    with closing(Index(data_dir)) as again:
+        assert again.page(10, "") == ([], "")
+        assert folders(data_dir) == 0
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_no_room_is_said_in_bytes_at_the_first_message_or_when_it_comes_to_it(
+    index: Index, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [64 * 2**20 + 150_000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free[0], free[0]))
+    with refused(Code.RESOURCE_EXHAUSTED, "needs 1000000 bytes", "make room"):
+        index.restore("d", 1_000_000, accept_all)
+    with closing(index.restore("d", 0, accept_all)) as restoration:
+        restoration.write(whole)
+        free[0] -= 149_000
+        with refused(Code.RESOURCE_EXHAUSTED, f"needs {len(whole)} bytes", f"{free[0]} are free"):
+            restoration.write(whole)
+
+
+def test_a_disk_that_refuses_a_write_is_an_error_and_nothing_is_restored(index: Index, whole: bytes) -> None:
+    with largest_file(20_000), refused(Code.INTERNAL, "data directory"):
+        restored(index, "d", whole)
+    with refused(Code.NOT_FOUND):
+        index.get("d")
+
+
+def test_every_distance_is_restored(index: Index) -> None:
+    for distance in Distance:
+        collection = index.create(CollectionSpec(f"of-{distance.value}", 4, distance=distance))
+        matrix = gaussian(20, 4)
+        collection.upsert(numbered(20), matrix)
+        copy = restored(index, f"copy-{distance.value}", taken(collection))
+        assert [o.hits for o in copy.search(matrix, 3)] == [o.hits for o in collection.search(matrix, 3)]

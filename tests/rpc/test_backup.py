@@ -1,0 +1,287 @@
+"""Backup and restore over the wire and at the prompt; callers who go away, stall, or send nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import grpc.aio
+import numpy as np
+import pytest
+
+from emberpc.cli.main import main
+from emberpc.client import AlreadyExists, AsyncClient, Client, InputError, InvalidArgument, NotFound
+from emberpc.server.handlers import Handlers
+from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.services import requests
+from emberpc.server.services.backups import Backups
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import index_pb2_grpc
+from server_process import ServerProcess
+
+COUNT, DIMENSIONS = 3000, 500
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def address(data_dir: Path) -> Iterator[str]:
+    """A server without models, with a collection `points` of 6 MB."""
+    with ServerProcess({}, data_dir) as process:
+        with Client(process.address) as client:
+            client.create_collection("points", dimensions=DIMENSIONS)
+            matrix = np.random.default_rng(0).normal(size=(COUNT, DIMENSIONS)).astype(np.float32)
+            client.upsert("points", [{"id": f"p{i}", "text": f"point {i}"} for i in range(COUNT)], vectors=matrix)
+        yield process.address
+
+
+@pytest.fixture
+def points(address: str) -> Iterator[Client]:
+    with Client(address) as client:
+        yield client
+        for collection in client.collections():
+            if collection.name != "points":
+                client.delete_collection(collection.name)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what a server does after its answer."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
+def nothing_but_points(data_dir: Path) -> bool:
+    return len(names_in(data_dir / "collections")) == 1
+
+
+def test_a_backup_is_written_and_restored_with_progress(points: Client, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    path = tmp_path / "points.backup"
+    path.write_text("an older one")
+    size = points.backup_collection("points", path, progress=lambda *done: told.append(done))
+    assert path.stat().st_size == size > COUNT * DIMENSIONS * 4
+    assert told[0] == (2**20, size)
+    assert told[-1] == (size, size)
+    assert names_in(tmp_path) == [path.name]
+    told.clear()
+    copy = points.restore_collection("copy", path, progress=lambda *done: told.append(done))
+    assert told[-1] == (size, size)
+    original = points.get_collection("points")
+    for field in ("record_count", "dimensions", "sequence", "create_time"):
+        assert getattr(copy, field) == getattr(original, field)
+    found = points.get("copy", ["p7", "p8"], with_vectors=True)
+    for mine, theirs in zip(found, points.get("points", ["p7", "p8"], with_vectors=True), strict=True):
+        assert mine.vector is not None
+        assert theirs.vector is not None
+        assert (mine.text, mine.revision, mine.vector.tobytes()) == (
+            theirs.text,
+            theirs.revision,
+            theirs.vector.tobytes(),
+        )
+    assert points.verify_collection("copy").ok
+    with pytest.raises(AlreadyExists):
+        points.restore_collection("copy", path)
+
+
+async def test_the_asynchronous_client_does_the_same(points: Client, address: str, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    async with AsyncClient(address) as client:
+        path = tmp_path / "points.backup"
+        size = await client.backup_collection("points", path, progress=lambda *done: told.append(done))
+        copy = await client.restore_collection("copy", path, progress=lambda *done: told.append(done))
+        assert copy.record_count == COUNT
+        assert told.count((size, size)) >= 2
+        with pytest.raises(NotFound):
+            await client.backup_collection("none", tmp_path / "none")
+        (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(InvalidArgument, match="cut off"):
+            await client.restore_collection("other", tmp_path / "cut")
+        with pytest.raises(FileNotFoundError):
+            await client.restore_collection("other", tmp_path / "none")
+    assert names_in(tmp_path) == ["cut", "points.backup"]
+
+
+def test_a_collection_comes_back_without_its_model_and_takes_texts_with_it(
+    client: Client, points: Client, tmp_path: Path
+) -> None:
+    client.create_collection("pets", model="minilm", indexed_fields=["kind"])
+    client.upsert("pets", [{"id": "a", "text": "a kitten asleep", "metadata": {"kind": "cat"}}])
+    path = tmp_path / "pets.backup"
+    client.backup_collection("pets", path)
+    client.delete_collection("pets")
+    client.restore_collection("pets", path)
+    assert [hit.record.id for hit in client.search("pets", "a sleeping cat", where='kind = "cat"')] == ["a"]
+    (vector,) = [record.vector for record in client.get("pets", ["a"], with_vectors=True)]
+    client.delete_collection("pets")
+    assert vector is not None
+    assert points.restore_collection("pets", path).model == "minilm"
+    assert [hit.record.id for hit in points.search("pets", vector)] == ["a"]
+    with pytest.raises(NotFound, match="'minilm'"):
+        points.search("pets", "a sleeping cat")
+
+
+def test_at_the_prompt_nothing_is_replaced_unless_told(
+    points: Client, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBERPC_TARGET", address)
+    path = tmp_path / "points.backup"
+    backup = ["collection", "backup", "points", "-o", str(path)]
+    assert main(backup) == 0
+    before = path.stat().st_mtime_ns
+    assert f"bytes\t{path.stat().st_size}" in capsys.readouterr().out
+    assert main(backup) == 5
+    assert "--force" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns == before
+    assert main([*backup, "--force"]) == 0
+    assert main(["collection", "restore", "copy", str(path)]) == 0
+    assert f"record_count\t{COUNT}" in capsys.readouterr().out
+    assert main(["collection", "restore", "copy", str(path)]) == 5
+    assert main(["collection", "restore", "other", str(tmp_path / "none")]) == 2
+    assert main(["collection", "backup", "none", "-o", str(tmp_path / "none")]) == 4
+    assert main(["collection", "backup", "points", "-o", str(tmp_path / "no" / "folder")]) == 2
+    assert names_in(tmp_path) == [path.name]
+
+
+def test_a_backup_that_cannot_be_written_is_not_asked_for(points: Client, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a folder"):
+        points.backup_collection("points", tmp_path)
+    with pytest.raises(FileNotFoundError):
+        points.backup_collection("points", tmp_path / "none" / "file")
+
+
+def test_what_the_caller_says_of_progress_going_wrong_is_what_it_hears(points: Client, tmp_path: Path) -> None:
+    path = tmp_path / "points.backup"
+    points.backup_collection("points", path)
+
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        points.restore_collection("copy", path, progress=fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        points.backup_collection("points", path, progress=fail)
+    assert names_in(tmp_path) == [path.name]
+
+
+Requests = Iterable[pb.RestoreCollectionRequest]
+WRONG: dict[str, tuple[Requests, str]] = {
+    "nothing": ([], "name: is missing"),
+    "no name": ([pb.RestoreCollectionRequest(chunk=b"x")], "name: is missing"),
+    "a wrong name": ([pb.RestoreCollectionRequest(name="../x")], "name: is '../x'"),
+    "no sha256": ([pb.RestoreCollectionRequest(name="copy", chunk=b"x")], "sha256: is missing"),
+    "a wrong sha256": ([pb.RestoreCollectionRequest(name="copy", chunk=b"x", sha256="0" * 64)], "send it again"),
+    "another name": (
+        [pb.RestoreCollectionRequest(name="copy"), pb.RestoreCollectionRequest(name="other")],
+        "name: is 'other'",
+    ),
+    "more behind the last": (
+        [pb.RestoreCollectionRequest(name="copy", sha256="0" * 64), pb.RestoreCollectionRequest(chunk=b"x")],
+        "not the last",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_messages_out_of_order_are_refused_and_leave_nothing(
+    points: Client, address: str, data_dir: Path, what: str
+) -> None:
+    sent, words = WRONG[what]
+    with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
+        index_pb2_grpc.IndexServiceStub(channel).RestoreCollection(iter(sent))
+    assert isinstance(refused.value, grpc.Call)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in str(refused.value.details())
+    until(lambda: nothing_but_points(data_dir))
+
+
+async def test_a_caller_who_goes_away_leaves_nothing(points: Client, address: str, data_dir: Path) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+        for _ in range(3):
+            backup = stub.BackupCollection(pb.BackupCollectionRequest(name="points"))
+            first = await backup.read()
+            assert isinstance(first, pb.BackupCollectionResponse)
+            backup.cancel()
+            restore = stub.RestoreCollection()
+            await restore.write(pb.RestoreCollectionRequest(name="copy", chunk=first.chunk))
+            restore.cancel()
+        # More than may run at a time have gone: one that stays has its turn.
+        backup = stub.BackupCollection(pb.BackupCollectionRequest(name="points"))
+        whole = b""
+        async for piece in backup:
+            whole += piece.chunk
+        restore = stub.RestoreCollection()
+        await restore.write(pb.RestoreCollectionRequest(name="copy", chunk=whole))
+        await restore.write(pb.RestoreCollectionRequest(sha256=hashlib.sha256(whole).hexdigest()))
+        await restore.done_writing()
+        assert (await restore).collection.record_count == COUNT
+    points.delete_collection("copy")
+    until(lambda: nothing_but_points(data_dir))
+
+
+@asynccontextmanager
+async def impatient(tmp_path: Path) -> AsyncIterator[index_pb2_grpc.IndexServiceAsyncStub]:
+    """A server, with a collection of 16 MB, that gives a caller up after half a second."""
+    with closing(Index(tmp_path)) as index, ThreadPoolExecutor(4) as pool:
+        collection = index.create(CollectionSpec("points", 2000))
+        collection.upsert([NewRecord(str(i)) for i in range(2000)], np.ones((2000, 2000), dtype=np.float32))
+        backups = Backups(index, pool, stall_seconds=0.5)
+
+        async def find(_: str) -> object:
+            return collection
+
+        class Service(index_pb2_grpc.IndexServiceServicer):
+            def BackupCollection(self, request: pb.BackupCollectionRequest, context: requests.Context) -> object:  # type: ignore[override]  # noqa: N802
+                return backups.backup(find, request, context)  # type: ignore[arg-type]
+
+            async def RestoreCollection(self, messages: object, context: requests.Context) -> object:  # type: ignore[override]  # noqa: N802
+                await backups.restore(messages)  # type: ignore[arg-type]
+                return pb.RestoreCollectionResponse()
+
+        server = grpc.aio.server()
+        Handlers(server).add(index_pb2_grpc.add_IndexServiceServicer_to_server, Service())
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield index_pb2_grpc.IndexServiceStub(channel)
+        await server.stop(5)
+
+
+async def size_of(pieces: AsyncIterable[pb.BackupCollectionResponse]) -> int:
+    return sum([len(piece.chunk) async for piece in pieces])
+
+
+async def test_callers_who_stop_reading_do_not_keep_others_from_their_turn(tmp_path: Path) -> None:
+    request = pb.BackupCollectionRequest(name="points")
+    async with impatient(tmp_path) as stub:
+        stalled = [stub.BackupCollection(request) for _ in range(2)]
+        for call in stalled:
+            await call.read()
+        assert await asyncio.wait_for(size_of(stub.BackupCollection(request)), 20) > 16_000_000
+        with pytest.raises(grpc.aio.AioRpcError, match="nothing was read for 0.5 s"):
+            while await stalled[0].read() is not grpc.aio.EOF:
+                pass
+        stalled[1].cancel()
+
+
+async def test_a_caller_who_stops_sending_is_given_up(tmp_path: Path) -> None:
+    async with impatient(tmp_path) as stub:
+        restore = stub.RestoreCollection()
+        await restore.write(pb.RestoreCollectionRequest(name="copy", chunk=b"x" * 1000))
+        with pytest.raises(grpc.aio.AioRpcError, match="nothing came for 0.5 s"):
+            await asyncio.wait_for(restore, 20)
+    assert nothing_but_points(tmp_path)
