@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emberpc.cli import transfers
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.options import AsJson, Where
@@ -17,6 +18,9 @@ from emberpc.client import Client, Collection
 from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
+
+app.command("export")(transfers.export_collection)
+app.command("import")(transfers.import_records)
 
 #: Seconds: of a million records these may take minutes.
 GROUPS_TIMEOUT = 3600.0

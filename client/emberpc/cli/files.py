@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from emberpc.cli.errors import CliError
-from emberpc.cli.sources import RECORD_KEYS, BadRecord, Refused, raising
+from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
 #: What `collection records --json` tells besides; the server sets it anew.
@@ -161,7 +161,7 @@ class LineFile:
             try:
                 text = self._decoded(number, line)
                 record = self._json_record(number, text) if text.strip() else None
-            except BadRecord as error:
+            except RecordError as error:
                 refused(error)
                 continue
             if record is not None:
@@ -199,7 +199,7 @@ class LineFile:
                 continue
             try:
                 record = self._table_record(number, header, row)
-            except BadRecord as error:
+            except RecordError as error:
                 refused(error)
                 continue
             yield number, record
@@ -227,7 +227,7 @@ class LineFile:
         return record
 
     def _refuse(self, number: int, problem: str) -> NoReturn:
-        raise BadRecord(f"{self.name}:{number}: {problem}")
+        raise RecordError(f"{self.name}:{number}: {problem}")
 
 
 def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:

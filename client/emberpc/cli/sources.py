@@ -11,15 +11,15 @@ from emberpc.cli.errors import CliError
 RECORD_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 
-class BadRecord(CliError):
+class RecordError(CliError):
     """What should be a record is none; those after it can be read all the same."""
 
 
 #: Told of what is no record.
-Refused: TypeAlias = Callable[[BadRecord], object]
+Refused: TypeAlias = Callable[[RecordError], object]
 
 
-def raising(error: BadRecord) -> NoReturn:
+def raising(error: RecordError) -> NoReturn:
     """Raise the error: what is no record ends the reading."""
     raise error
 

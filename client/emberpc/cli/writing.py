@@ -8,7 +8,7 @@ from typing import Any
 
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.output import note, plain, print_fields, print_json, progress
-from emberpc.cli.sources import BadRecord, Source
+from emberpc.cli.sources import RecordError, Source
 from emberpc.client import Client, FailedRecord
 from emberpc.client.types import UpsertResult
 
@@ -28,7 +28,7 @@ class Failures:
         self.code = ExitCode.OK
         self._source = source
 
-    def unreadable(self, error: BadRecord) -> None:
+    def unreadable(self, error: RecordError) -> None:
         """Take note of something that is no record."""
         self.unread += 1
         self._tell(str(error), error)
