@@ -25,6 +25,8 @@ _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 * 2**20
 #: Rows that are read at a time.
 _BATCH_ROWS = 256
+#: What pyarrow raises for a file that is none, or damaged.
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
 def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings, *, with_vectors: bool) -> None:
@@ -132,7 +134,7 @@ class ParquetRecords:
             file = pq.ParquetFile(self.name)
         except FileNotFoundError as error:
             raise CliError(f"{self.name} cannot be read: there is no such file") from error
-        except (OSError, pa.ArrowException) as error:
+        except _DAMAGE as error:
             raise CliError(f"{self.name} cannot be read as Parquet; write it anew") from error
         with file:
             yield file
@@ -147,7 +149,7 @@ class ParquetRecords:
             for row, vector in zip(rows, batch.column("vector"), strict=True):
                 # As an array, which is a hundred times quicker than a list of Python's numbers.
                 row["vector"] = vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except _DAMAGE as error:
             raise CliError(f"{self.name} is damaged; write it anew, the records before are kept") from error
         return rows
 

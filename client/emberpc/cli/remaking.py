@@ -44,15 +44,21 @@ class Settings:
         Raises:
             CliError: it is something else; `name` is where it stands.
         """
+        damaged = CliError(f"{name}: what it tells of its collection is damaged; export the collection anew")
         try:
             found = json.loads(text)
-            known = {field.name: found[field.name] for field in dataclasses.fields(Settings) if field.name in found}
-            settings = Settings(**{**known, "indexed_fields": tuple(known.get("indexed_fields", ()))})
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CliError(f"{name}: what it says of its collection is damaged; create the collection first") from error
+        except (ValueError, RecursionError):
+            raise damaged from None
+        if not isinstance(found, dict):
+            raise damaged
+        known = {field.name: found[field.name] for field in dataclasses.fields(Settings) if field.name in found}
+        indexed = known.setdefault("indexed_fields", [])
+        if not isinstance(indexed, list) or not all(isinstance(field, str) for field in indexed):
+            raise damaged
+        settings = Settings(**{**known, "indexed_fields": tuple(indexed)})
         for field in dataclasses.fields(Settings):
             if not isinstance(getattr(settings, field.name), type(field.default)):
-                raise CliError(f"{name}: what it says of its collection is damaged; create the collection first")
+                raise damaged
         return settings
 
     def create(self, client: Client, name: str) -> Collection:

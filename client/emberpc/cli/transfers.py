@@ -58,7 +58,7 @@ def export_collection(
     total = collection.record_count if where is None else client.count(name, where=where)
     records = client.records(name, where=where, with_vectors=vectors, page_size=_page_size(collection))
     if path is None:
-        print_json(_fields(record) for record in records)
+        print_json(fields_of(record) for record in records)
         note(f"to make the collection again: {settings.command(name)}")
         return
     with whole_file(path) as file, progress("exporting", total) as done:
@@ -68,7 +68,7 @@ def export_collection(
 
             write_records(file, counted, settings, with_vectors=vectors)
         else:
-            file.writelines(json_line(_fields(record)).encode() for record in counted)
+            file.writelines(json_line(fields_of(record)).encode() for record in counted)
     note(f"wrote {counted.count} records to {path}")
     if path.suffix.lower() != _PARQUET:
         note(f"to make the collection again: {settings.command(name)}")
@@ -123,7 +123,7 @@ def import_records(
         records = _create(client, name, settings, records, opened.name)
     else:
         _check_wanted(collection, chosen)
-        _check_model(settings, collection.model_fingerprint, opened.name)
+        _check_model(settings, collection.model, collection.model_fingerprint, opened.name)
     write_stream(client, name, opened, records, failures, batch_size=batch_size, as_json=as_json)
 
 
@@ -174,7 +174,7 @@ def _page_size(collection: Collection) -> int:
     return max(1, min(_PAGE_RECORDS, _PAGE_BYTES // max(stored, 4 * collection.dimensions, 1)))
 
 
-def _fields(record: Record) -> dict[str, Any]:
+def fields_of(record: Record) -> dict[str, Any]:
     """Return what of a record is to be written: neither what is empty nor what the server sets anew."""
     fields = {key: getattr(record, key) for key in RECORD_KEYS}
     return {key: value for key, value in fields.items() if value is not None and (key == "vector" or value)}
@@ -233,7 +233,7 @@ def _create(
     if not (settings.model or settings.dimensions):
         raise CliError(f"the first record of {source} has no vector to go by; give --model to have texts embedded")
     if settings.model and settings.model_fingerprint:
-        _check_model(settings, client.get_model(settings.model).fingerprint, source)
+        _check_model(settings, settings.model, client.get_model(settings.model).fingerprint, source)
     made = settings.create(client, name)
     what = f"model {made.model}" if made.model else "vectors only"
     note(f"created the collection {name}: {what}, {made.dimensions} dimensions, {made.distance}")
@@ -248,11 +248,11 @@ def _check_wanted(collection: Collection, chosen: Mapping[str, Any]) -> None:
             raise CliError(f"{message}; leave out --{option}, or choose another name", ExitCode.CONFLICT)
 
 
-def _check_model(settings: Settings, served: str, source: str) -> None:
+def _check_model(settings: Settings, model: str, fingerprint: str, source: str) -> None:
     """Raise CliError if a file's vectors were made by another model than the collection's: they do not compare."""
-    if served and settings.model_fingerprint not in ("", served):
+    if fingerprint and settings.model_fingerprint not in ("", fingerprint):
         raise CliError(
-            f"the vectors in {source} were made by another {settings.model!r} than the collection's; have the texts "
+            f"the vectors in {source} were made by another model than {model!r}, as it is here; have the texts "
             "embedded anew with --text-only",
             ExitCode.CONFLICT,
         )
