@@ -25,6 +25,7 @@ _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 * 2**20
 #: Rows that are read at a time.
 _BATCH_ROWS = 256
+_BUFFER_BYTES = 2**20
 #: What pyarrow raises for a file that is none, or damaged.
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
@@ -131,7 +132,8 @@ class ParquetRecords:
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
-            file = pq.ParquetFile(self.name)
+            # Read in pieces: a row group of another program may be larger than the memory.
+            file = pq.ParquetFile(self.name, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except FileNotFoundError as error:
             raise CliError(f"{self.name} cannot be read: there is no such file") from error
         except _DAMAGE as error:
