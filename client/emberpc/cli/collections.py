@@ -19,9 +19,6 @@ from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
 
-app.command("export")(transfers.export_collection)
-app.command("import")(transfers.import_records)
-
 #: Seconds: of a million records these may take minutes.
 GROUPS_TIMEOUT = 3600.0
 #: Seconds between looks at what goes on in the background.
@@ -237,6 +234,10 @@ def count(client: Client, name: Name, where: Where = None, as_json: AsJson = Fal
         print_json([{"count": found}])
     else:
         print_fields({"count": found})
+
+
+app.command("export")(transfers.export_collection)
+app.command("import")(transfers.import_records)
 
 
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
