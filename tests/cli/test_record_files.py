@@ -40,6 +40,7 @@ records = st.builds(
     text=st.just("") | texts,
     label=st.just("") | texts,
     metadata=st.dictionaries(texts, json_values, max_size=3),
+    time_to_live=st.none() | st.floats(0.001, 1e9),
     vector=st.none() | arrays(np.float32, st.integers(1, 5), elements=floats),
 )
 told = st.builds(
@@ -58,7 +59,7 @@ told = st.builds(
 def identity(record: Record) -> Any:
     """All of a record that a file keeps, with the vector to the bit."""
     vector = None if record.vector is None else np.asarray(record.vector, dtype=np.float32).tobytes()
-    return record.id, record.text, record.label, json.dumps(record.metadata), vector
+    return record.id, record.text, record.label, json.dumps(record.metadata), record.time_to_live, vector
 
 
 def read(source: Source) -> list[Any]:

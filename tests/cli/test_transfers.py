@@ -67,7 +67,7 @@ def notes(client: Client) -> list[Record]:
             Record(f"n/{i:03}", text, {"number": i, "x": [None, True, 1.5, {"y": ODD}]}, "label" if i % 2 else "")
             for i, text in enumerate(texts_of(300))
         ]
-        + [Record(ODD, LONG)],
+        + [Record(ODD, LONG, time_to_live=3600)],
     )
     return list(client.records("notes", with_vectors=True, page_size=1000))
 
@@ -108,7 +108,10 @@ def test_a_collection_that_was_exported_and_deleted_is_the_same_once_imported(
     assert outcome.code == 0, outcome.err
     assert outcome.objects[0]["inserted"] == 301
     assert settings_of(client, "notes") == settings
-    assert same(list(client.records("notes", with_vectors=True)), notes)
+    found = list(client.records("notes", with_vectors=True))
+    assert same(found, notes)
+    (left,) = (record.time_to_live for record in found if record.time_to_live is not None)
+    assert 3000 < left <= 3600
     assert client.search("notes", "a b c", top_k=20) == hits
 
 

@@ -31,7 +31,7 @@ _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
 def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings, *, with_vectors: bool) -> None:
-    """Write records as rows of `id`, `text`, `label`, `metadata` (JSON) and, if wanted, `vector` (list of float32).
+    """Write records as rows of `id`, `text`, `label`, `metadata` (JSON), `time_to_live` and, if wanted, `vector`.
 
     Args:
         file: where to.
@@ -42,7 +42,7 @@ def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings,
     Raises:
         OSError: the file cannot be written.
     """
-    fields = [(name, pa.string()) for name in ("id", "text", "label", "metadata")]
+    fields = [*((name, pa.string()) for name in ("id", "text", "label", "metadata")), ("time_to_live", pa.float64())]
     if with_vectors:
         fields.append(("vector", pa.list_(pa.float32())))
     schema = pa.schema(fields, metadata={_SETTINGS_KEY: settings.to_json()})
@@ -54,6 +54,7 @@ def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings,
                 "text": [record.text for record in group],
                 "label": [record.label for record in group],
                 "metadata": [json_line(record.metadata).rstrip("\n") for record in group],
+                "time_to_live": [record.time_to_live for record in group],
                 "vector": [record.vector for record in group],
             }
             writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema))
@@ -76,8 +77,8 @@ class ParquetRecords:
     """The rows of a Parquet file, of any program.
 
     It has the columns `id` (text) and any of `text`, `label`, `metadata` (a
-    JSON object as text, a struct or a map) and `vector` (a list of numbers);
-    every other column of it is a metadata field.
+    JSON object as text, a struct or a map), `vector` (a list of numbers) and
+    `time_to_live` (seconds); every other column of it is a metadata field.
 
     Attributes:
         settings: what the collection was made with that it was exported from, as far as it tells.
@@ -190,10 +191,13 @@ def _is_object(kind: Any) -> bool:
     return bool(_is_text(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind))
 
 
+def _is_number(kind: Any) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
 def _is_vector(kind: Any) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    numbers = (pa.types.is_floating, pa.types.is_integer)
-    return any(is_list(kind) for is_list in lists) and any(is_number(kind.value_type) for is_number in numbers)
+    return any(is_list(kind) for is_list in lists) and _is_number(kind.value_type)
 
 
 _COLUMNS = {
@@ -202,4 +206,5 @@ _COLUMNS = {
     "label": (_is_text, "text"),
     "metadata": (_is_object, "JSON objects as text, or a struct or map"),
     "vector": (_is_vector, "a list of numbers"),
+    "time_to_live": (_is_number, "numbers, of seconds"),
 }
