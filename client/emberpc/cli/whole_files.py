@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from emberpc.cli.errors import CliError
+
+#: Here Linux has a link to each file that the process has open.
+_OPEN_FILES = Path("/proc/self/fd")
 
 
 @contextmanager
@@ -17,7 +20,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Give a file that becomes `path`, and is on disk, if the block ends without an exception.
 
     Until then it has no name, so that nothing is left of it even if the process
-    is killed. Only where the file system has no files without a name (NFS), a
+    is killed. Only where there are no files without a name (NFS, macOS), a
     killed process leaves `.NAME-….part`.
 
     Raises:
@@ -31,8 +34,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if not named:
-                # By way of linkat(), which follows the link in /proc; Python takes it if a directory is given.
-                os.link(f"/proc/self/fd/{file.fileno()}", part, src_dir_fd=file.fileno())
+                # A directory is given for linkat() to be called, which follows the link, and not link(), which does not.
+                os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
         part.replace(path)
         _synchronise(path.parent)
     except OSError as error:
@@ -43,11 +46,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def _opened(part: Path) -> tuple[BinaryIO, bool]:
     """Open a new file beside a target, and say whether it has a name."""
-    try:
-        return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb"), False
-    except OSError:
-        # This file system has none without a name; or it cannot be written to, which the next attempt tells.
-        return part.open("xb"), True
+    if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
+        # An error says that this file system has none without a name; or that there can be no file, as will the next.
+        with suppress(OSError):
+            return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb"), False
+    return part.open("xb"), True
 
 
 def _synchronise(folder: Path) -> None:
