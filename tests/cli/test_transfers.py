@@ -353,6 +353,19 @@ def test_an_export_that_is_stopped_leaves_nothing(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.parquet", "mine")]
 
 
+def test_a_collection_that_is_put_under_another_model_meanwhile_is_not_exported(
+    fake: FakeServer, emberpc: Emberpc, tmp_path: Path
+) -> None:
+    emberpc("collection", "create", "c", "--model", "canned")
+    assert emberpc("upsert", "c", "-", stdin='{"id": "a", "text": "t"}\n').code == 0
+    fake.hooks["ListRecords"] = lambda _: setattr(fake.collections["c"], "model_fingerprint", "other")
+    outcome = emberpc("collection", "export", "c", "-o", tmp_path / "c.jsonl")
+    assert (outcome.code, list(tmp_path.iterdir())) == (5, [])
+    assert "put under another model meanwhile; export it again" in outcome.err
+    fake.collections["c"].model_fingerprint = ""
+    assert emberpc("collection", "export", "c", "-o", tmp_path / "c.jsonl", "--no-vectors").code == 0
+
+
 def test_parquet_needs_an_extra(
     client: Client, emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ def export_collection(
     collection = client.get_collection(name)
     settings = Settings.of(collection)
     total = collection.record_count if where is None else client.count(name, where=where)
-    records = client.records(name, where=where, with_vectors=vectors, page_size=_page_size(collection))
+    records = _records(client, collection, where, vectors)
     if path is None:
         print_json(fields_of(record) for record in records)
         note(f"to make the collection again: {settings.command(name)}")
@@ -127,6 +127,21 @@ def import_records(
     write_stream(client, name, opened, records, failures, batch_size=batch_size, as_json=as_json)
 
 
+def _records(client: Client, collection: Collection, where: str | None, vectors: bool) -> Iterator[Record]:
+    """Walk over a collection's records.
+
+    Raises:
+        CliError: at the end, if it was put under another model meanwhile, so that the vectors do not compare.
+    """
+    # Pages of a few MiB, if the records are about alike.
+    stored = collection.size_bytes // max(collection.record_count, 1)
+    page_size = max(1, min(_PAGE_RECORDS, _PAGE_BYTES // max(stored, 4 * collection.dimensions, 1)))
+    yield from client.records(collection.name, where=where, with_vectors=vectors, page_size=page_size)
+    if vectors and client.get_collection(collection.name).model_fingerprint != collection.model_fingerprint:
+        message = f"{collection.name!r} was put under another model meanwhile; export it again"
+        raise CliError(message, ExitCode.CONFLICT)
+
+
 class _Counted:
     """Records as they are taken, counted.
 
@@ -166,12 +181,6 @@ def _target(output: str, force: bool) -> Path:
     if path.exists() and not force:
         raise CliError(f"--output: {path} is there already; choose another name, or --force")
     return path
-
-
-def _page_size(collection: Collection) -> int:
-    """Return how many records of a collection make a page of a few MiB, if they are about alike."""
-    stored = collection.size_bytes // max(collection.record_count, 1)
-    return max(1, min(_PAGE_RECORDS, _PAGE_BYTES // max(stored, 4 * collection.dimensions, 1)))
 
 
 def fields_of(record: Record) -> dict[str, Any]:

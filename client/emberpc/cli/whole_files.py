@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if not named:
-                # A directory is given for linkat() to be called, which follows the link, and not link(), which does not.
+                # A directory is given so that linkat() is called, which follows the link; link() does not.
                 os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
         part.replace(path)
         _synchronise(path.parent)
