@@ -26,7 +26,8 @@ class Outcome:
     @property
     def objects(self) -> list[Any]:
         """Its JSON Lines."""
-        return [json.loads(line) for line in self.out.splitlines()]
+        # Not `splitlines`, which also ends a line at characters that JSON need not escape.
+        return [json.loads(line) for line in self.out.split("\n") if line]
 
     @property
     def rows(self) -> list[list[str]]:

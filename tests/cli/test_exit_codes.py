@@ -123,6 +123,21 @@ def test_a_fault_of_the_program_itself_is_told_without_its_traceback(
     assert (outcome.code, outcome.err) == (1, "error: emberpc made an error (KeyError); see it with --debug\n")
 
 
+def test_what_ctrl_c_breaks_in_a_library_is_no_fault_of_the_program(
+    emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emberpc.client import Client
+
+    def broken(*_: Any, **__: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(Client, "models", broken)
+    assert emberpc("models").code == 130
+
+
 def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
     arrived, done = threading.Event(), threading.Event()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,20 @@ def test_calls_are_spread_over_all_addresses(fake: FakeServer, shell_type: Any) 
             shell.close()
         assert len(fake.asked["ListModels"]) > 5
         assert len(second.asked["ListModels"]) > 5
+
+
+def test_a_client_is_closed_though_grpc_waits_for_a_call_that_ctrl_c_ended_half_way(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(fake.target)
+    let_go, waiting = threading.Event(), threading.Event()
+
+    def close() -> None:
+        waiting.set()
+        let_go.wait(60)
+
+    monkeypatch.setattr(client._runner._channel, "close", close)
+    client.close()
+    assert waiting.is_set()
+    assert not let_go.is_set()
+    let_go.set()

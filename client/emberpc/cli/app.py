@@ -85,10 +85,19 @@ def run(arguments: Sequence[str]) -> int:
         # Without one, nothing was asked for, and the help was shown instead.
         return _failed(f"{message}; see {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
     except Exception as error:  # the one place where an error of any kind becomes a line for the user
+        if _is_of_an_interrupt(error):
+            return ExitCode.INTERRUPTED
         known = exit_code(error)
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
         return _failed(str(error), known)
+
+
+def _is_of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C led to an error: it can end a library between two of its steps, which then raises another."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _flushed() -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emberpc.cli import transfers
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.options import AsJson, Where
@@ -233,6 +234,10 @@ def count(client: Client, name: Name, where: Where = None, as_json: AsJson = Fal
         print_json([{"count": found}])
     else:
         print_fields({"count": found})
+
+
+app.command("export")(transfers.export_collection)
+app.command("import")(transfers.import_records)
 
 
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:

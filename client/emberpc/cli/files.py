@@ -6,19 +6,20 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from emberpc.cli.errors import CliError
+from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
-_RECORD_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 #: What `collection records --json` tells besides; the server sets it anew.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
+JSON_LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_JSON_LINES = (".jsonl", ".ndjson")
+LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
 
 class LineFile:
@@ -41,7 +42,7 @@ class LineFile:
             CliError: the file cannot be read, or a line is empty or not UTF-8.
         """
         with self._opened() as file:
-            texts = [line.rstrip("\r\n") for _, line in self._decoded(file)]
+            texts = [self._decoded(number, line).rstrip("\r\n") for number, line in self._lines(file)]
         for number, text in enumerate(texts, 1):
             if not text.strip():
                 self._refuse(number, "the line is empty; remove it, so that result i is of line i")
@@ -57,8 +58,8 @@ class LineFile:
             CliError: the file cannot be read, or a line is not UTF-8.
         """
         with self._opened() as file:
-            for number, line in self._decoded(file):
-                yield str(number), line.rstrip("\r\n")
+            for number, line in self._lines(file):
+                yield str(number), self._decoded(number, line).rstrip("\r\n")
 
     def count(self) -> int | None:
         """Return how many lines there are; None for stdin, which can be read only once.
@@ -71,35 +72,46 @@ class LineFile:
         with self._opened() as file:
             return sum(1 for _ in file)
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self, refused: Refused = raising) -> Iterator[dict[str, Any]]:
         """Read records as they are taken.
 
         `.jsonl`, `.ndjson` and stdin hold JSON Lines; `.csv` and `.tsv` a table
         with the columns `id` and any of `text`, `label` and `metadata` (a JSON
         object); every other column of it is a metadata field of strings.
 
+        Args:
+            refused: told of each line that is no record; the others are read all the same if it returns.
+
         Raises:
-            CliError: the file cannot be read, is of another kind, or a line is no record.
+            CliError: the file cannot be read, or is of another kind; or a table is so damaged that it is not known
+                where the next record begins.
         """
         suffix = Path(self._path).suffix.lower()
-        if self._path == "-" or suffix in _JSON_LINES:
+        if self._path == "-" or suffix in JSON_LINES:
             parse = self._json_records
         elif suffix in _DELIMITERS:
             parse = self._table_records
         else:
-            known = ", ".join((*_JSON_LINES, *_DELIMITERS))
-            raise CliError(f"{self.name}: cannot tell what it holds by its name; name it with one of {known}")
+            known = ", ".join(LINE_FILES)
+            raise CliError(
+                f"{self.name}: cannot tell what it holds by its name; name it with one of {known}, or take "
+                "`emberpc collection import` for Parquet and for folders"
+            )
         with self._opened() as file:
-            for number, record in parse(self._decoded(file)):
+            for number, record in parse(self._lines(file), refused):
                 self.lines.append(number)
                 yield record
+
+    def place(self, item: int) -> str:
+        """Say where an item stands, such as `records.jsonl:3`."""
+        return f"{self.name}:{self.lines[item]}"
 
     def locate(self, message: str, field: str) -> str:
         """Return a message with `records[3].text` and the like replaced by file and line."""
 
         def place(found: re.Match[str]) -> str:
             item = int(found[1])
-            return f"{self.name}:{self.lines[item]}: " if item < len(self.lines) else found[0]
+            return f"{self.place(item)}: " if item < len(self.lines) else found[0]
 
         return re.sub(rf"\b{field}\[(\d+)\](?:\.|: | )?", place, message)
 
@@ -123,7 +135,7 @@ class LineFile:
         with file:
             yield file
 
-    def _decoded(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         """Yield each line with its number."""
         lines = iter(file)
         for number in range(1, sys.maxsize):
@@ -133,30 +145,42 @@ class LineFile:
                 raise CliError(f"{self.name} cannot be read: {error.strerror}") from error
             if line is None:
                 return
-            try:
-                # Some programs put a byte order mark before the first line.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                self._refuse(number, f"byte {error.start + 1} of the line is not UTF-8; convert the file to it")
+            yield number, line
 
-    def _json_records(self, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _decoded(self, number: int, line: bytes) -> str:
+        try:
+            # Some programs put a byte order mark before the first line.
+            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            self._refuse(number, f"byte {error.start + 1} of the line is not UTF-8; convert the file to it")
+
+    def _json_records(
+        self, lines: Iterable[tuple[int, bytes]], refused: Refused
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in lines:
-            if line.strip():
-                yield number, self._json_record(number, line)
+            try:
+                text = self._decoded(number, line)
+                record = self._json_record(number, text) if text.strip() else None
+            except RecordError as error:
+                refused(error)
+                continue
+            if record is not None:
+                yield number, record
 
     def _json_record(self, number: int, line: str) -> dict[str, Any]:
-        record = self._json_object(number, line, "the line")
+        record = json_object(line, "the line", lambda problem: self._refuse(number, problem))
         for key in record:
-            if key not in _RECORD_KEYS + _OUTPUT_KEYS:
-                self._refuse(number, f"there is a field {key!r}; a record has {', '.join(_RECORD_KEYS)}")
+            if key not in RECORD_KEYS + _OUTPUT_KEYS:
+                self._refuse(number, f"there is a field {key!r}; a record has {', '.join(RECORD_KEYS)}")
         if "id" not in record:
             self._refuse(number, "there is no id; give each record one")
-        return {key: value for key, value in record.items() if key in _RECORD_KEYS}
+        return {key: value for key, value in record.items() if key in RECORD_KEYS}
 
-    def _table_records(self, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        reader = csv.reader(
-            (line for _, line in lines), delimiter=_DELIMITERS[Path(self._path).suffix.lower()], strict=True
-        )
+    def _table_records(
+        self, lines: Iterable[tuple[int, bytes]], refused: Refused
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        decoded = (self._decoded(number, line) for number, line in lines)
+        reader = csv.reader(decoded, delimiter=_DELIMITERS[Path(self._path).suffix.lower()], strict=True)
         header: list[str] = []
         before = 0
         while True:
@@ -173,7 +197,12 @@ class LineFile:
             if not header:
                 header = self._header(number, row)
                 continue
-            yield number, self._table_record(number, header, row)
+            try:
+                record = self._table_record(number, header, row)
+            except RecordError as error:
+                refused(error)
+                continue
+            yield number, record
 
     def _header(self, number: int, row: list[str]) -> list[str]:
         header = [title.strip() for title in row]
@@ -192,20 +221,24 @@ class LineFile:
         cells = dict(zip(header, row, strict=True))
         metadata = cells.pop("metadata", "").strip()
         record: dict[str, Any] = {key: cells.pop(key) for key in ("id", "text", "label") if key in cells}
-        record["metadata"] = {**cells, **(self._json_object(number, metadata, "metadata") if metadata else {})}
+        if metadata:
+            cells |= json_object(metadata, "metadata", lambda problem: self._refuse(number, problem))
+        record["metadata"] = cells
         return record
 
-    def _json_object(self, number: int, text: str, what: str) -> dict[str, Any]:
-        try:
-            value = json.loads(text, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            self._refuse(number, f"{what} is not JSON")
-        if not isinstance(value, Mapping):
-            self._refuse(number, f"{what} is no JSON object; write {{…}}")
-        return dict(value)
-
     def _refuse(self, number: int, problem: str) -> NoReturn:
-        raise CliError(f"{self.name}:{number}: {problem}")
+        raise RecordError(f"{self.name}:{number}: {problem}")
+
+
+def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+    """Read a JSON object, or call `refuse` with the problem, in which it is called `what`."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        refuse(f"{what} is not JSON")
+    if not isinstance(value, Mapping):
+        refuse(f"{what} is no JSON object; write {{…}}")
+    return dict(value)
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -46,7 +46,12 @@ def print_json(objects: Iterable[Any]) -> None:
     # Where stdout cannot take every character, they are written as JSON's escapes, which say the same.
     ensure_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for item in objects:
-        _write(json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n")
+        _write(json_line(item, ensure_ascii=ensure_ascii))
+
+
+def json_line(item: Any, *, ensure_ascii: bool = False) -> str:
+    """Return an object, a dataclass or plain values, as a line of JSON; a field that is None is left out."""
+    return json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n"
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:

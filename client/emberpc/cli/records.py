@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from emberpc.cli.connection import with_client
-from emberpc.cli.errors import CliError, ExitCode, exit_code
+from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
+from emberpc.cli.writing import Failures, write_stream
 from emberpc.client import Client, RecordId
-from emberpc.client.types import Query, SearchMode, UpsertCheckpoint, UpsertResult
+from emberpc.client.types import Query, SearchMode
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -46,7 +46,9 @@ def upsert(
     """
     source = LineFile(file)
     if stream:
-        _upsert_stream(source, client.upsert_stream(collection, source.records(), batch_size=batch_size), as_json)
+        failures = Failures(source)
+        records = source.records(failures.unreadable)
+        write_stream(client, collection, source, records, failures, batch_size=batch_size, as_json=as_json)
         return
     with source.locating("records"), progress("upserting") as done:
         result = client.upsert(collection, source.records(), batch_size=batch_size, progress=done)
@@ -56,35 +58,6 @@ def upsert(
         print_json([result])
     else:
         print_fields(plain(result))
-
-
-def _upsert_stream(source: LineFile, checkpoints: Iterator[UpsertCheckpoint], as_json: bool) -> None:
-    """Follow a stream of a file's records, tell of those that fail, and say what it came to.
-
-    Raises:
-        CliError: a record failed.
-    """
-    total = UpsertResult(0, 0, 0)
-    failed = 0
-    code = ExitCode.OK
-    with progress("upserting", source.count()) as done:
-        for checkpoint in checkpoints:
-            done(checkpoint.done)
-            total = UpsertResult(
-                total.inserted + checkpoint.inserted,
-                total.updated + checkpoint.updated,
-                max(total.sequence, checkpoint.sequence),
-            )
-            for failure in checkpoint.failures:
-                note(f"{source.name}:{source.lines[failure.index]}: {failure.error}")
-                failed += 1
-                code = code or exit_code(failure.error) or ExitCode.INTERNAL
-    if as_json:
-        print_json([total])
-    else:
-        print_fields(plain(total))
-    if failed:
-        raise CliError(f"{failed} of {len(source.lines)} records were not written; the lines above say why", code)
 
 
 @with_client

@@ -340,6 +340,7 @@ def read_collection(message: pb.Collection) -> Collection:
         create_time=moment(message.create_time) if message.HasField("create_time") else None,
         problem=message.problem,
         reembedding=_reembedding(message.reembedding) if message.HasField("reembedding") else None,
+        indexed_fields=tuple(message.indexed_fields),
     )
 
 

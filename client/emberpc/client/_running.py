@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -15,6 +16,9 @@ from emberpc.client._connection import Connection
 from emberpc.client._stream_running import Line, run_stream
 from emberpc.client._streaming import StreamJob
 from emberpc.client.exceptions import Cancelled
+
+#: For what takes milliseconds.
+_CLOSE_SECONDS = 2.0
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -35,8 +39,12 @@ class Runner:
 
     def close(self) -> None:
         """Close the channel, unless it is the caller's."""
-        if self._owns_channel:
-            self._channel.close()
+        if not self._owns_channel:
+            return
+        # If Ctrl-C came while gRPC began a call, its own close waits for that call for ever (grpc/grpc#19973).
+        closing = threading.Thread(target=self._channel.close, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
 
     def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
         """Run the calls of a job, a few at a time unless they are ordered, and return what they make together."""

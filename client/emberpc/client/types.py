@@ -99,6 +99,8 @@ class Collection:
     problem: str = ""
     #: Its way to another model, if it is on one.
     reembedding: Reembedding | None = None
+    #: Metadata fields that filters use often.
+    indexed_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

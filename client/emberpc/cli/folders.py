@@ -1,0 +1,94 @@
+"""Records from a folder of texts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from emberpc.cli.errors import CliError
+from emberpc.cli.sources import RecordError, Refused, raising
+
+#: What of a file is a record.
+Split: TypeAlias = Literal["files", "paragraphs"]
+
+_SUFFIXES = (".txt", ".md")
+#: A file is read whole; servers take far shorter texts.
+_MOST_BYTES = 64 * 2**20
+_EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
+
+
+class TextFolder:
+    """The *.txt and *.md files of a folder and the folders in it, but for hidden ones and linked folders.
+
+    Args:
+        path: the folder.
+        split: what is a record: a file, with its path from the folder on as its id, such as `notes/today.md`; or each
+            paragraph, which ends at an empty line, as `notes/today.md#1`.
+    """
+
+    def __init__(self, path: str, split: Split) -> None:
+        self.name = path
+        self._folder = Path(path)
+        self._split = split
+        self._places: list[str] = []
+
+    def records(self, refused: Refused = raising) -> Iterator[dict[str, Any]]:
+        """Read the files as their records are taken, in the order of their names; see `Source`.
+
+        Raises:
+            CliError: a folder cannot be read.
+        """
+        for path in self._files():
+            try:
+                text = self._text(path)
+            except RecordError as error:
+                refused(error)
+                continue
+            name = path.relative_to(self._folder).as_posix()
+            for record_id, part in self._parts(name, text):
+                self._places.append(str(path))
+                yield {"id": record_id, "text": part, "metadata": {"path": name}}
+
+    def count(self) -> int | None:
+        """Return the number of files; None if there may be several records in each."""
+        return sum(1 for _ in self._files()) if self._split == "files" else None
+
+    def place(self, item: int) -> str:
+        """Return the path of the file that a record came from."""
+        return self._places[item]
+
+    def _files(self) -> Iterator[Path]:
+        for folder, folders, files in os.walk(self._folder, onerror=_refuse_folder):
+            # In place: what is left is what `os.walk` goes into, in this order.
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith(".") and name.lower().endswith(_SUFFIXES):
+                    yield Path(folder, name)
+
+    def _text(self, path: Path) -> str:
+        try:
+            if not path.is_file():
+                raise RecordError(f"{path}: is no file; remove it")
+            if (size := path.stat().st_size) > _MOST_BYTES:
+                raise RecordError(f"{path}: has {size} bytes, and a file may have at most {_MOST_BYTES}; split it")
+            return path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file to it") from error
+
+    def _parts(self, name: str, text: str) -> Iterator[tuple[str, str]]:
+        """Yield the id and the text of each record in a file."""
+        if self._split == "files":
+            yield name, text
+            return
+        paragraphs = filter(None, (part.strip() for part in _EMPTY_LINES.split(text)))
+        for number, paragraph in enumerate(paragraphs, 1):
+            yield f"{name}#{number}", paragraph
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise CliError(f"{error.filename} cannot be read: {error.strerror}") from error

@@ -1,0 +1,210 @@
+"""Records in Parquet files; needs pyarrow."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emberpc.cli.errors import CliError
+from emberpc.cli.files import json_object
+from emberpc.cli.output import json_line
+from emberpc.cli.remaking import Settings
+from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
+from emberpc.client import Record
+
+#: Under this key of the schema's metadata it stands what the collection was made with.
+_SETTINGS_KEY = b"emberpc.collection"
+#: A row group ends with so many rows or bytes: it is in memory whole.
+_GROUP_ROWS = 4096
+_GROUP_BYTES = 32 * 2**20
+#: Rows that are read at a time.
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 2**20
+#: What pyarrow raises for a file that is none, or damaged.
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
+
+
+def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings, *, with_vectors: bool) -> None:
+    """Write records as rows of `id`, `text`, `label`, `metadata` (JSON), `time_to_live` and, if wanted, `vector`.
+
+    Args:
+        file: where to.
+        records: taken as they are needed.
+        settings: what their collection was made with.
+        with_vectors: whether there is a column of vectors.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    fields = [*((name, pa.string()) for name in ("id", "text", "label", "metadata")), ("time_to_live", pa.float64())]
+    if with_vectors:
+        fields.append(("vector", pa.list_(pa.float32())))
+    schema = pa.schema(fields, metadata={_SETTINGS_KEY: settings.to_json()})
+    # Of the other columns no value comes twice.
+    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["label"]) as writer:
+        for group in _groups(records):
+            columns = {
+                "id": [record.id for record in group],
+                "text": [record.text for record in group],
+                "label": [record.label for record in group],
+                "metadata": [json_line(record.metadata).rstrip("\n") for record in group],
+                "time_to_live": [record.time_to_live for record in group],
+                "vector": [record.vector for record in group],
+            }
+            writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema))
+
+
+def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
+    group: list[Record] = []
+    size = 0
+    for record in records:
+        group.append(record)
+        size += 4 * len(record.text) + (0 if record.vector is None else record.vector.nbytes)
+        if len(group) == _GROUP_ROWS or size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+class ParquetRecords:
+    """The rows of a Parquet file, of any program.
+
+    It has the columns `id` (text) and any of `text`, `label`, `metadata` (a
+    JSON object as text, a struct or a map), `vector` (a list of numbers) and
+    `time_to_live` (seconds); every other column of it is a metadata field.
+
+    Attributes:
+        settings: what the collection was made with that it was exported from, as far as it tells.
+
+    Raises:
+        CliError: it cannot be read, or a column has another type.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._rows = array("q")
+        with self._opened() as file:
+            self._count = int(file.metadata.num_rows)
+            schema = file.schema_arrow
+        self._check(schema)
+        self._has_vectors = "vector" in schema.names
+        self.settings = Settings.from_json((schema.metadata or {}).get(_SETTINGS_KEY, "{}"), path)
+        if not self._has_vectors:
+            self.settings = dataclasses.replace(self.settings, model_fingerprint="")
+
+    def records(self, refused: Refused = raising) -> Iterator[dict[str, Any]]:
+        """Read the rows as they are taken; see `Source`.
+
+        Raises:
+            CliError: the file is damaged.
+        """
+        number = 0
+        with self._opened() as file:
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False)
+            while (rows := self._next(batches)) is not None:
+                for row in rows:
+                    number += 1
+                    try:
+                        record = self._record(number, row)
+                    except RecordError as error:
+                        refused(error)
+                        continue
+                    self._rows.append(number)
+                    yield record
+
+    def count(self) -> int | None:
+        """Return the number of rows."""
+        return self._count
+
+    def place(self, item: int) -> str:
+        """Return the file and the number of the row, from 1."""
+        return self._place(self._rows[item])
+
+    def _place(self, number: int) -> str:
+        return f"{self.name}: row {number}"
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            # Read in pieces: a row group of another program may be larger than the memory.
+            file = pq.ParquetFile(self.name, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        except FileNotFoundError as error:
+            raise CliError(f"{self.name} cannot be read: there is no such file") from error
+        except _DAMAGE as error:
+            raise CliError(f"{self.name} cannot be read as Parquet; write it anew") from error
+        with file:
+            yield file
+
+    def _next(self, batches: Iterator[Any]) -> list[dict[str, Any]] | None:
+        """Return the next rows; None if there are none."""
+        try:
+            batch = next(batches, None)
+            if batch is None or not self._has_vectors:
+                return None if batch is None else batch.to_pylist()
+            rows: list[dict[str, Any]] = batch.drop_columns(["vector"]).to_pylist()
+            for row, vector in zip(rows, batch.column("vector"), strict=True):
+                # As an array, which is a hundred times quicker than a list of Python's numbers.
+                row["vector"] = vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None
+        except _DAMAGE as error:
+            raise CliError(f"{self.name} is damaged; write it anew, the records before are kept") from error
+        return rows
+
+    def _record(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
+        metadata = row.pop("metadata", None) or {}
+        if isinstance(metadata, str):
+            metadata = json_object(metadata, "metadata", lambda problem: self._refuse(number, problem))
+        # What is null is not there; a null id is refused by the client.
+        record = {key: value for key in RECORD_KEYS if (value := row.pop(key, None)) is not None}
+        if "id" not in record:
+            self._refuse(number, "there is no id; give each record one")
+        return {**record, "metadata": {**row, **dict(metadata)}}
+
+    def _refuse(self, number: int, problem: str) -> NoReturn:
+        raise RecordError(f"{self._place(number)}: {problem}")
+
+    def _check(self, schema: Any) -> None:
+        if "id" not in schema.names:
+            raise CliError(f"{self.name}: there is no column id; the columns are {', '.join(schema.names)}")
+        for name in schema.names:
+            if schema.names.count(name) > 1:
+                raise CliError(f"{self.name}: the column {name!r} is there twice; give each its own name")
+        for name, (fits, wanted) in _COLUMNS.items():
+            if name in schema.names and not fits(schema.field(name).type):
+                kind = schema.field(name).type
+                raise CliError(f"{self.name}: the column {name} is of type {kind}; it must be {wanted}")
+
+
+def _is_text(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
+def _is_object(kind: Any) -> bool:
+    return bool(_is_text(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind))
+
+
+def _is_number(kind: Any) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_vector(kind: Any) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_list(kind) for is_list in lists) and _is_number(kind.value_type)
+
+
+_COLUMNS = {
+    "id": (_is_text, "text"),
+    "text": (_is_text, "text"),
+    "label": (_is_text, "text"),
+    "metadata": (_is_object, "JSON objects as text, or a struct or map"),
+    "vector": (_is_vector, "a list of numbers"),
+    "time_to_live": (_is_number, "numbers, of seconds"),
+}

@@ -1,0 +1,62 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from emberpc.cli.errors import CliError
+
+#: Here Linux has a link to each file that the process has open.
+_OPEN_FILES = Path("/proc/self/fd")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that becomes `path`, and is on disk, if the block ends without an exception.
+
+    Until then it has no name, so that nothing is left of it even if the process
+    is killed. Only where there are no files without a name (NFS, macOS), a
+    killed process leaves `.NAME-….part`.
+
+    Raises:
+        CliError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
+    try:
+        file, named = _opened(part)
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if not named:
+                # A directory is given so that linkat() is called, which follows the link; link() does not.
+                os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
+        part.replace(path)
+        _synchronise(path.parent)
+    except OSError as error:
+        raise CliError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _opened(part: Path) -> tuple[BinaryIO, bool]:
+    """Open a new file beside a target, and say whether it has a name."""
+    if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
+        # An error says that this file system has none without a name; or that there can be no file, as will the next.
+        with suppress(OSError):
+            return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb"), False
+    return part.open("xb"), True
+
+
+def _synchronise(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
