@@ -9,6 +9,7 @@ import typer
 
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
+from emberpc.cli.maps.command import draw_map
 from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, print_fields, print_json, print_table, progress
 from emberpc.cli.records import WithVectors
@@ -193,6 +194,9 @@ def clusters(
             for i, record in enumerate(cluster.examples)
         ],
     )
+
+
+app.command("map")(draw_map)
 
 
 @app.command()
