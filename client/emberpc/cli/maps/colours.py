@@ -53,7 +53,7 @@ def looks(grouping: Grouping, places: Places) -> list[Look]:
     found = []
     for i, (x, y, share) in enumerate(centres):
         hue, tone = colours.get(i, (None, 0))
-        named = hue is not None and share >= _LEAST_SHARE
+        named = hue is not None and share >= _LEAST_SHARE and len(centres) > 1
         found.append(Look(hue, tone, x if named else None, y if named else None))
     return found
 

@@ -54,6 +54,8 @@ def draw_map(
         if not found.records:
             which = "no records that match the filter" if where else "no records yet; write some with `emberpc upsert`"
             raise CliError(f"{name!r} holds {which}", ExitCode.NOT_FOUND)
+        if color_by is not None:
+            groups.require_field(found.records, color_by)
         tell("laying them out", 0, 1)
         vectors = np.stack([record.vector for record in found.records if record.vector is not None])
         laid_out = layout.lay_out(vectors, distance)

@@ -55,18 +55,28 @@ def group(records: Sequence[Record], places: Places, field: str | None, clusters
     Args:
         records: at least one.
         places: where they lie, shape (records, 2).
-        field: of the metadata, nested ones joined by dots; None for labels or clusters.
+        field: of the metadata, nested ones joined by dots, that a record has; None for labels or clusters.
         clusters: so many clusters, whether or not there are labels; 0: labels if there are any, else as many clusters
             as the number of records suggests.
 
-    Raises:
-        CliError: no record has the field.
     """
     if field is not None:
         return _by_field(records, field)
     if not clusters and any(record.label for record in records):
         return Grouping("label", _by_value([record.label or None for record in records], "no label"))
     return Grouping("cluster", _by_place(records, places, clusters))
+
+
+def require_field(records: Sequence[Record], field: str) -> None:
+    """Make sure that there is something to color by.
+
+    Raises:
+        CliError: no record has the field.
+    """
+    if all(_value(record.metadata, field) is None for record in records):
+        fields = sorted({key for record in records for key in record.metadata})
+        there = f"there are: {', '.join(fields)}" if fields else "there is no metadata"
+        raise CliError(f"--color-by: no record has a metadata field {field!r}; {there}")
 
 
 def shown(value: Any) -> str:
@@ -77,10 +87,6 @@ def shown(value: Any) -> str:
 def _by_field(records: Sequence[Record], field: str) -> Grouping:
     values = [_value(record.metadata, field) for record in records]
     present = [value for value in values if value is not None]
-    if not present:
-        fields = sorted({key for record in records for key in record.metadata})
-        there = f"there are: {', '.join(fields)}" if fields else "there is no metadata"
-        raise CliError(f"--color-by: no record has a metadata field {field!r}; {there}")
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present)
     if numeric and len(set(present)) > _MOST_NUMBERS:
         return Grouping(field, _by_range(values, f"no {field}"), ordered=True)

@@ -90,13 +90,13 @@
   }
 
   function radius() {
-    const base = Math.min(6, Math.max(1.8, Math.sqrt((size.width * size.height) / count) / 4.6));
+    const base = Math.min(6, Math.max(1.8, Math.sqrt((size.width * size.height) / count) / 3.9));
     return base * Math.min(2.2, Math.max(0.8, Math.sqrt(view.scale / wholeScale)));
   }
 
   /** A dot for each group, drawn once and then copied, which is many times as fast as drawing each. */
   function dots(r, ratio) {
-    const rim = r > 2.2 ? 0.8 : 0;
+    const rim = r > 2.2 ? 0.5 : 0;
     const side = Math.ceil((r + rim) * ratio) * 2 + 2;
     return groups.map((_, group) => {
       const made = document.createElement("canvas");
@@ -149,26 +149,40 @@
     context.stroke();
   }
 
+  /** How many points of each group stand out. */
+  function shownSizes() {
+    const sizes = groups.map((group, i) => (matches === null && on[i] && (focus < 0 || focus === i) ? group.count : 0));
+    for (let i = 0; matches !== null && i < count; i++) {
+      const group = groupOf[i];
+      if (matches[i] && on[group] && (focus < 0 || focus === group)) sizes[group]++;
+    }
+    return sizes;
+  }
+
   /** The groups' names, the largest group's first; one that would cover another waits until there is room. */
   function drawNames() {
-    const height = 17;
-    context.font = "600 13px system-ui, sans-serif";
+    const height = 16, margin = 3;
+    context.font = "600 12px system-ui, sans-serif";
     context.textAlign = "center";
     context.textBaseline = "middle";
     context.lineJoin = "round";
     context.strokeStyle = ink("--paper");
-    context.lineWidth = 4;
-    const taken = [];
-    const bySize = groups.map((_, i) => i).filter((i) => on[i] && groups[i].x !== null && (focus < 0 || focus === i));
-    bySize.sort((a, b) => groups[b].count - groups[a].count);
-    for (const i of bySize) {
+    context.lineWidth = 3.5;
+    const taken = ["zoom", "help"].map(find).map((e) => [
+      e.offsetLeft, e.offsetTop, e.offsetLeft + e.offsetWidth, e.offsetTop + e.offsetHeight,
+    ]);
+    const sizes = shownSizes();
+    const named = groups.map((_, i) => i).filter((i) => sizes[i] && groups[i].x !== null);
+    for (const i of named.sort((a, b) => sizes[b] - sizes[a])) {
       const x = groups[i].x * data.scale * view.scale + view.x, y = groups[i].y * data.scale * view.scale + view.y;
       if (!inside(x, y, 0)) continue;
-      const name = groups[i].name.length > 34 ? `${groups[i].name.slice(0, 33)}…` : groups[i].name;
-      const half = context.measureText(name).width / 2 + 4;
+      const name = groups[i].name.length > 28 ? `${groups[i].name.slice(0, 27)}…` : groups[i].name;
+      const half = context.measureText(name).width / 2 + margin;
       const middle = Math.min(Math.max(x, half), size.width - half);
-      for (const up of [0, -height * 0.75, height * 0.75, -height * 1.5, height * 1.5]) {
-        const box = [middle - half, y + up - height / 2, middle + half, y + up + height / 2];
+      // Beside a few points rather than on them.
+      const above = sizes[i] < 4 ? radius() + height / 2 + 2 : 0;
+      for (const up of [-above, above, -height * 0.6, height * 0.6, -height * 1.2, height * 1.2]) {
+        const box = [middle - half, y + up - height / 2 - margin, middle + half, y + up + height / 2 + margin];
         const free = taken.every((o) => box[2] < o[0] || box[0] > o[2] || box[3] < o[1] || box[1] > o[3]);
         if (!free || box[1] < 0 || box[3] > size.height) continue;
         taken.push(box);
@@ -210,10 +224,11 @@
     return line;
   }
 
-  function fields(point) {
+  function fields(point, most) {
     const list = element("dl");
-    const rows = [["id", ids[point]], ...(labels[point] ? [["label", labels[point]]] : []), ...metadata[point]];
-    for (const [name, value] of rows) list.append(element("dt", "", name), element("dd", "", value));
+    const labelled = labels[point] && labels[point] !== groups[groupOf[point]].name;
+    const rows = [["id", ids[point]], ...(labelled ? [["label", labels[point]]] : []), ...metadata[point]];
+    for (const [name, value] of rows.slice(0, most)) list.append(element("dt", "", name), element("dd", "", value));
     return list;
   }
 
@@ -222,7 +237,7 @@
       hovered = point;
       canvas.classList.toggle("over", point >= 0);
       tip.hidden = point < 0;
-      if (point >= 0) tip.replaceChildren(groupLine(point), element("div", "text", texts[point]), fields(point));
+      if (point >= 0) tip.replaceChildren(groupLine(point), element("div", "text", texts[point]), fields(point, 7));
       redraw();
     }
     if (point < 0) return;

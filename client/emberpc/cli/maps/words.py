@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from os.path import commonprefix
 
 #: A word has letters; numbers name nothing.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
@@ -48,11 +49,16 @@ def _scores(counter: Counter[str], size: int, overall: Counter[str], texts_in_al
 
 
 def _chosen(scores: dict[str, float], count: int) -> list[str]:
-    """Return the best words, without those that are forms of one chosen already, such as `cards` of `card`."""
+    """Return the best words, without those that are forms of one chosen already, such as `cards` beside `card`."""
     chosen: list[str] = []
     for word in sorted(scores, key=lambda word: (-scores[word], word)):
         if len(chosen) == count or scores[word] <= 0:
             break
-        if not any(word.startswith(other) or other.startswith(word) for other in chosen):
+        if not any(_akin(word, other) for other in chosen):
             chosen.append(word)
     return chosen
+
+
+def _akin(one: str, other: str) -> bool:
+    """Return whether two words differ in their last letters only."""
+    return len(commonprefix([one, other])) >= max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
