@@ -17,6 +17,8 @@ from emberpc.cli.maps.groups import Grouping, shown
 from emberpc.cli.maps.layout import Layout
 from emberpc.client.types import Record
 
+#: What the page is put together from; each stands in it as it is.
+_PARTS = ("page.css", "drawing.js", "panels.js")
 #: Characters of a text, and of a value of metadata, that the page holds; of longer ones it shows the beginning.
 _TEXT, _VALUE = 2000, 300
 #: Places are whole numbers on the page, from minus this to this.
@@ -53,21 +55,14 @@ class Drawing:
 def render(drawing: Drawing) -> str:
     """Return the page.
 
-    Nothing but its own script and style is carried out in it: a policy names
-    their hashes.
+    A browser carries out nothing in it but its own parts, whose hashes are in
+    its policy.
     """
-    script, style = _part("page.js"), _part("page.css")
     page = _part("page.html")
-    for placeholder, content in (
-        ("{{script-hash}}", _hash(script)),
-        ("{{style-hash}}", _hash(style)),
-        ("{{script}}", script),
-        ("{{style}}", style),
-        # Last, so that a text that looks like a placeholder is left as it is.
-        ("{{data}}", _json(_content(drawing))),
-    ):
-        page = page.replace(placeholder, content)
-    return page
+    for name in _PARTS:
+        page = page.replace(f"{{{{hash of {name}}}}}", _hash(_part(name))).replace(f"{{{{{name}}}}}", _part(name))
+    # Last, so that a text that looks like a placeholder is left as it is.
+    return page.replace("{{data}}", _json(_content(drawing)))
 
 
 def write(page: str, path: Path) -> None:
