@@ -72,8 +72,10 @@ def draw_map(
         )
         page.write(page.render(drawing), output)
     count = len(found.records)
-    which = f"{count:,} of {found.total:,} records" if count < found.total else f"all {count:,} records"
-    note(f"{output} shows {which}" + ("; --limit 0 shows all" if count < found.total else ""))
+    if count < found.total:
+        note(f"{output} shows {count:,} of {found.total:,} records; --limit 0 shows all")
+    else:
+        note(f"{output} shows {'1 record' if count == 1 else f'all {count:,} records'}")
 
 
 def _check_place(output: Path, overwrite: bool) -> None:

@@ -81,7 +81,7 @@ def require_field(records: Sequence[Record], field: str) -> None:
 
 def shown(value: Any) -> str:
     """Return a value of metadata as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _by_field(records: Sequence[Record], field: str) -> Grouping:

@@ -105,7 +105,7 @@ def _content(drawing: Drawing) -> dict[str, Any]:
             "label": [record.label for record in drawing.records],
             "text": [_cut(record.text, _TEXT) for record in drawing.records],
             "metadata": [
-                [[key, _cut(shown(value), _VALUE)] for key, value in record.metadata.items()]
+                [[key, _cut(shown(value), _VALUE)] for key, value in sorted(record.metadata.items())]
                 for record in drawing.records
             ],
         },
