@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from os.path import commonprefix
 
 #: A word has letters; numbers name nothing.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
@@ -61,4 +60,5 @@ def _chosen(scores: dict[str, float], count: int) -> list[str]:
 
 def _akin(one: str, other: str) -> bool:
     """Return whether two words differ in their last letters only."""
-    return len(commonprefix([one, other])) >= max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
+    common = max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
+    return one[:common] == other[:common]
