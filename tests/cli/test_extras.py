@@ -63,6 +63,14 @@ def test_verify_needs_the_server_s_packages_alone(package: str, tmp_path: Path) 
     assert "emberpc.json" in outcome.stdout
 
 
+def test_a_map_says_how_to_get_what_lays_it_out(tmp_path: Path) -> None:
+    outcome = run(["sklearn"], "collection", "map", "notes", "-o", str(tmp_path / "map.html"))
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        "error: `emberpc collection map` needs sklearn, which is not installed; run: pip install 'emberpc[map]'\n"
+    )
+
+
 def test_serve_does_without_the_training_stack(tmp_path: Path) -> None:
     outcome = run(
         TRAINING, "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path), "--model", f"m={tmp_path / 'none'}"

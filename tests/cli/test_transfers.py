@@ -278,7 +278,7 @@ def test_vectors_of_another_model_are_refused_and_their_texts_embedded_anew(
     assert client.get_collection("anew").indexed_fields == ("number", "a b")
 
 
-def test_a_file_that_is_there_is_replaced_only_by_force(
+def test_a_file_that_is_there_is_replaced_only_if_told(
     client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Path
 ) -> None:
     file = tmp_path / "notes.jsonl"
@@ -286,10 +286,10 @@ def test_a_file_that_is_there_is_replaced_only_by_force(
     outcome = emberpc("collection", "export", "notes", "-o", file)
     assert (outcome.code, outcome.err) == (
         2,
-        f"error: --output: {file} is there already; choose another name, or --force\n",
+        f"error: --output: {file} is there already; choose another name, or --overwrite\n",
     )
     assert file.read_text() == "mine"
-    assert emberpc("collection", "export", "notes", "-o", file, "--force").code == 0
+    assert emberpc("collection", "export", "notes", "-o", file, "--overwrite").code == 0
     assert len(file.read_bytes().splitlines()) == 301
     for name, words in (("r.txt", "does not say in which form"), ("no/r.jsonl", "is not there"), (".", "does not say")):
         outcome = emberpc("collection", "export", "notes", "-o", tmp_path / name)
@@ -339,7 +339,7 @@ def test_an_export_that_is_stopped_leaves_nothing(
         "from emberpc.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "there.parquet").write_text("mine")
-    arguments = ["collection", "export", "c", "-o", str(tmp_path / "there.parquet"), "--force"]
+    arguments = ["collection", "export", "c", "-o", str(tmp_path / "there.parquet"), "--overwrite"]
     with subprocess.Popen([sys.executable, "-c", main, *arguments], stderr=subprocess.PIPE, text=True) as process:
 
         def stop(request: Any) -> None:

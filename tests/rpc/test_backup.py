@@ -143,10 +143,10 @@ def test_at_the_prompt_nothing_is_replaced_unless_told(
     assert main(backup) == 0
     before = path.stat().st_mtime_ns
     assert f"bytes\t{path.stat().st_size}" in capsys.readouterr().out
-    assert main(backup) == 5
-    assert "--force" in capsys.readouterr().err
+    assert main(backup) == 2
+    assert "--overwrite" in capsys.readouterr().err
     assert path.stat().st_mtime_ns == before
-    assert main([*backup, "--force"]) == 0
+    assert main([*backup, "--overwrite"]) == 0
     assert main(["collection", "restore", "copy", str(path)]) == 0
     assert f"record_count\t{COUNT}" in capsys.readouterr().out
     assert main(["collection", "restore", "copy", str(path)]) == 5

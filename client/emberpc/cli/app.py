@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from emberpc.cli import backups, collections, compare, export, finetune, models, output, records, server, texts
+from emberpc.cli import collections, compare, export, finetune, models, output, records, server, texts
 from emberpc.cli.errors import ExitCode, exit_code
 
 _EPILOG = (
@@ -44,8 +44,6 @@ app.command(rich_help_panel=_ASKING)(texts.embed)
 app.command("count-tokens", rich_help_panel=_ASKING)(texts.count_tokens)
 app.command(rich_help_panel=_ASKING)(texts.similarity)
 app.command(rich_help_panel=_ASKING)(texts.classify)
-collections.app.command("backup")(backups.backup)
-collections.app.command("restore")(backups.restore)
 app.add_typer(collections.app, name="collection", rich_help_panel=_ASKING)
 app.command(rich_help_panel=_ASKING)(records.upsert)
 app.command(rich_help_panel=_ASKING)(records.get)

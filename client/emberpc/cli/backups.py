@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from emberpc.cli.collections import Name
 from emberpc.cli.connection import with_client
-from emberpc.cli.errors import CliError, ExitCode
-from emberpc.cli.options import AsJson
+from emberpc.cli.errors import CliError
+from emberpc.cli.options import AsJson, Name, Overwrite
 from emberpc.cli.output import Stages, print_fields, print_json, stages
+from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
 
 _MEGABYTE = 10**6
@@ -23,12 +23,11 @@ def backup(
     client: Client,
     name: Name,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a collection to one file, as it is at one moment; it is read and written meanwhile."""
-    if output.exists() and not force:
-        raise CliError(f"{output} is there already; choose another name, or replace it with --force", ExitCode.CONFLICT)
+    check_place(output, overwrite)
     with stages() as show:
         try:
             size = client.backup_collection(name, output, progress=_megabytes(show, "backing up (MB)"))

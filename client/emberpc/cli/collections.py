@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from emberpc.cli import transfers
+from emberpc.cli import backups, transfers
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
-from emberpc.cli.options import AsJson, Where
+from emberpc.cli.maps.command import draw_map
+from emberpc.cli.options import AsJson, Name, Where
 from emberpc.cli.output import Column, note, print_fields, print_json, print_table, progress
 from emberpc.cli.records import WithVectors
 from emberpc.client import Client, Collection
@@ -23,8 +24,6 @@ app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_
 GROUPS_TIMEOUT = 3600.0
 #: Seconds between looks at what goes on in the background.
 _FOLLOW_SECONDS = 0.5
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
 
 
 @app.command()
@@ -225,6 +224,9 @@ def clusters(
     )
 
 
+app.command("map")(draw_map)
+
+
 @app.command()
 @with_client
 def count(client: Client, name: Name, where: Where = None, as_json: AsJson = False) -> None:
@@ -236,6 +238,8 @@ def count(client: Client, name: Name, where: Where = None, as_json: AsJson = Fal
         print_fields({"count": found})
 
 
+app.command("backup")(backups.backup)
+app.command("restore")(backups.restore)
 app.command("export")(transfers.export_collection)
 app.command("import")(transfers.import_records)
 

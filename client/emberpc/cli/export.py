@@ -11,13 +11,12 @@ import typer
 
 from emberpc.bundle import BundleError, Manifest, Prompts, Task
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
-from emberpc.cli.options import AsJson
+from emberpc.cli.options import AsJson, Overwrite
 from emberpc.cli.output import Column, Stages, note, plain, print_fields, print_gap, print_json, print_table, stages
 
 app = typer.Typer(help="Make bundles from PyTorch models, offline.", no_args_is_help=True)
 
 Target = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of a text; default: what the source says.", show_default=False)
 ]

@@ -10,14 +10,13 @@ import typer
 from emberpc.cli.export import (
     Checkpoints,
     MaxTokens,
-    Overwrite,
     Target,
     Variants,
     exporting,
     show_bundle,
     variant_names,
 )
-from emberpc.cli.options import AsJson
+from emberpc.cli.options import AsJson, Overwrite
 from emberpc.cli.output import note
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines: one object for each result.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Where = Annotated[
     str | None,
     typer.Option(

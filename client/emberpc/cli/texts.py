@@ -15,6 +15,7 @@ from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson
 from emberpc.cli.output import Column, note, print_json, print_table, progress
+from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
 from emberpc.client.types import Classification, InputKind, Progress, StreamedEmbedding, Truncation
 
@@ -54,8 +55,8 @@ def embed(
     as_json: AsJson = False,
 ) -> None:
     """Turn texts into vectors."""
-    if output and not output.absolute().parent.is_dir():
-        raise CliError(f"--output: the folder {output.absolute().parent} is not there; make it, or choose another")
+    if output:
+        check_place(output, overwrite=True)
     if stream:
         if texts or not file or bool(output) == as_json:
             raise CliError("--stream goes with --file and one of -o and --json")

@@ -15,16 +15,14 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, require
 from emberpc.cli.files import JSON_LINES, LINE_FILES, LineFile
 from emberpc.cli.folders import Split, TextFolder
-from emberpc.cli.options import AsJson, Where
+from emberpc.cli.options import AsJson, Name, Overwrite, Where
 from emberpc.cli.output import json_line, note, print_json, progress
 from emberpc.cli.remaking import Settings
 from emberpc.cli.sources import RECORD_KEYS, Source
-from emberpc.cli.whole_files import whole_file
+from emberpc.cli.whole_files import check_place, whole_file
 from emberpc.cli.writing import Failures, write_stream
 from emberpc.client import Client, Collection, NotFound, Record
 from emberpc.client.types import Distance, Progress, Truncation
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
 
 _PARQUET = ".parquet"
 #: Bytes that a page of records should have at most, and records that it may have.
@@ -49,10 +47,10 @@ def export_collection(
     vectors: Annotated[
         bool, typer.Option(help="Whether the vectors go too, so that nothing is embedded again.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a collection's records into a file, which `import` reads; it is whole or not there."""
-    path = None if output == "-" else _target(output, force)
+    path = None if output == "-" else _target(output, overwrite)
     collection = client.get_collection(name)
     settings = Settings.of(collection)
     total = collection.record_count if where is None else client.count(name, where=where)
@@ -162,7 +160,7 @@ class _Counted:
                 self._done(self.count)
 
 
-def _target(output: str, force: bool) -> Path:
+def _target(output: str, overwrite: bool) -> Path:
     """Return the file to write to.
 
     Raises:
@@ -174,12 +172,7 @@ def _target(output: str, force: bool) -> Path:
     elif path.suffix.lower() not in JSON_LINES:
         known = ", ".join((*JSON_LINES, _PARQUET))
         raise CliError(f"--output: {path} does not say in which form to write; name it with one of {known}")
-    if not path.absolute().parent.is_dir():
-        raise CliError(f"--output: the folder {path.absolute().parent} is not there; make it, or choose another")
-    if path.is_dir():
-        raise CliError(f"--output: {path} is a folder; give a name for the file in it")
-    if path.exists() and not force:
-        raise CliError(f"--output: {path} is there already; choose another name, or --force")
+    check_place(path, overwrite)
     return path
 
 

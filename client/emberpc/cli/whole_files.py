@@ -15,6 +15,21 @@ from emberpc.cli.errors import CliError
 _OPEN_FILES = Path("/proc/self/fd")
 
 
+def check_place(path: Path, overwrite: bool) -> None:
+    """Make sure before the work that a file has a place.
+
+    Raises:
+        CliError: its folder is not there, it is a folder itself, or it is there and is to stay.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise CliError(f"--output: the folder {folder} is not there; make it, or choose another")
+    if path.is_dir():
+        raise CliError(f"--output: {path} is a folder; give a name for the file in it")
+    if path.exists() and not overwrite:
+        raise CliError(f"--output: {path} is there already; choose another name, or --overwrite")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Give a file that becomes `path`, and is on disk, if the block ends without an exception.
