@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,76 @@ def test_fifteen_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_hundred_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
     crash_repeatedly(tmp_path, rounds=200, seed=2)
+
+
+# Kills itself at a moment that a kill from outside would hardly hit.
+KILLED = """
+import os, pathlib, signal, sys
+from emberpc.server.index import Index, graph, maintenance, neighbours, snapshots
+from index_helpers import records, vectors
+folder, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+maintenance.Maintainer.wake = lambda *_: None  # not before all is written
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "half of a graph built anew":
+    add, calls = graph.Graph.add, []
+    def add_or_kill(*arguments):
+        calls.append(arguments) if len(calls) < 5 else kill()
+        add(*arguments)
+    graph.Graph.add, neighbours._SLICE = add_or_kill, 10
+elif moment == "half of a file":
+    in_child = graph.in_child
+    def torn(work):
+        def write_half():
+            work()
+            path = max(folder.rglob("graph-*.bin"))
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getppid(), signal.SIGKILL)
+        return in_child(write_half)
+    graph.in_child = torn
+elif moment == "no sidecar":
+    snapshots.synchronise = kill
+else:
+    pathlib.Path.rename = kill
+collection = Index(folder, buffer_limit=8, snapshot_every=8).get("c")
+collection.delete([str(i) for i in range(80)])
+collection.upsert(records(*(str(i) for i in range(60, 100)), text="anew"), vectors(40, seed=9))
+print("written", flush=True)
+collection.maintain()
+print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["half of a graph built anew", "half of a file", "no sidecar", "sidecar under another name"]
+)
+def test_a_crash_in_the_middle_of_maintenance_loses_nothing(tmp_path: Path, moment: str) -> None:
+    matrix = filled(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), moment],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (found.returncode, found.stdout) == (-signal.SIGKILL, "written\n")
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.get("c")
+    matrix[60:100] = vectors(40, seed=9)
+    for maintained in (False, True):
+        if maintained:
+            collection.maintain()
+        assert collection.count() == 140
+        for i, outcome in enumerate(collection.search(matrix[60:], [1] * 140), 60):
+            assert outcome.hits[0][0].id == str(i)
+            assert outcome.hits[0][0].text == f"{'anew' if i < 100 else 'text'} of {i}"
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+    index.close()
+    names = {path.name for path in tmp_path.rglob("graph-*")}
+    assert len(names) == 4, f"two snapshots of two files each, and nothing else: {names}"
 
 
 def filled(folder: Path) -> np.ndarray:

@@ -6,8 +6,10 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -136,6 +138,65 @@ def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     (tmp_path / "data" / "catalogue.db").write_bytes(os.urandom(8192))
     with pytest.raises(ServiceError, match="damaged"):
         Index(tmp_path / "data")
+
+
+# The superuser may write anywhere, so it becomes nobody first; who may import nothing where Python is the superuser's.
+READ_ONLY = """
+import os, pathlib, sys
+from emberpc.server.errors import ServiceError
+from emberpc.server.index import CollectionSpec, Index, NewRecord
+from index_helpers import vectors
+matrix = vectors(1)
+if not os.getuid():
+    os.setuid(65534)
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()
+index = Index(folder)
+collection = index.create(CollectionSpec("c", 16))
+(folder / "collections").chmod(0o555)
+for action in (lambda: index.create(CollectionSpec("d", 16)), lambda: collection.upsert([NewRecord("a")], matrix)):
+    try:
+        action()
+        print("done")
+    except ServiceError as error:
+        print(error.code.name, error.message)
+print([spec.name for spec in index.page(10, "")[0]], collection.count())
+index.close()
+for path in folder.iterdir():
+    if path.is_file():
+        path.chmod(0o444)
+folder.chmod(0o555)
+try:
+    Index(folder)
+except ServiceError as error:
+    print(error.code.name, error.message)
+finally:
+    folder.chmod(0o755)
+    (folder / "collections").chmod(0o755)
+"""
+
+
+def test_a_directory_that_is_read_only_says_so_and_what_is_there_stays() -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o777)
+        folder = Path(parent) / "data"
+        found = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, str(folder)],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert found.stdout.splitlines() == [
+            "INTERNAL the data directory cannot be written to; see to its permissions",
+            "done",
+            "['c'] 1",
+            f"FAILED_PRECONDITION the data directory {folder} cannot be written to (Permission denied); "
+            "choose another --data-dir",
+        ]
+        with closing(Index(folder)) as index:
+            assert index.get("c").count() == 1
 
 
 def test_who_opens_a_collection_keeps_nobody_waiting_for_another(

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from emberpc.server.index import CollectionSpec, Distance, Index, NewRecord
+from emberpc.server.index.filters import Comparison, Filter, Operator, matches
 from index_helpers import DIMENSIONS, true_scores
 
+kinds = st.integers(0, 3)
+conditions = st.builds(
+    Comparison, st.sampled_from(["kind", "indexed"]), st.sampled_from([Operator.EQUAL, Operator.LESS]), kinds
+)
 ids = st.lists(st.sampled_from([f"r{i}" for i in range(40)]), min_size=1, max_size=12, unique=True)
 
 
@@ -24,23 +29,36 @@ class IndexAgainstDict(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.index = Index(self.folder, buffer_limit=4)
-        self.collection = self.index.create(CollectionSpec("c", DIMENSIONS))
+        self.collection = self.index.create(CollectionSpec("c", DIMENSIONS, indexed_fields=("indexed",)))
         self.model: dict[str, np.ndarray] = {}
+        self.metadata: dict[str, dict[str, int]] = {}
         self.rng = np.random.default_rng(0)
 
-    @rule(chosen=ids)
-    def upsert(self, chosen: list[str]) -> None:
+    @rule(chosen=ids, kind=kinds)
+    def upsert(self, chosen: list[str], kind: int) -> None:
         matrix = self.rng.normal(size=(len(chosen), DIMENSIONS)).astype(np.float32)
-        result = self.collection.upsert([NewRecord(each, each) for each in chosen], matrix)
+        metadata = {"kind": kind, "indexed": kind}
+        result = self.collection.upsert([NewRecord(each, each, metadata) for each in chosen], matrix)
         assert result.updated == len(set(chosen) & set(self.model))
         assert result.inserted == len(chosen) - result.updated
         self.model.update(zip(chosen, matrix, strict=True))
+        self.metadata.update(dict.fromkeys(chosen, metadata))
 
     @rule(chosen=ids)
     def delete(self, chosen: list[str]) -> None:
         assert self.collection.delete(chosen).deleted == len(set(chosen) & set(self.model))
         for each in chosen:
             self.model.pop(each, None)
+
+    @rule(condition=conditions)
+    def delete_matching(self, condition: Filter) -> None:
+        gone = self.matching(condition)
+        assert self.collection.delete_matching(condition).deleted == len(gone)
+        for each in gone:
+            del self.model[each]
+
+    def matching(self, condition: Filter | None) -> list[str]:
+        return [each for each in self.model if condition is None or matches(condition, self.metadata[each])]
 
     @rule()
     def maintain(self) -> None:
@@ -52,14 +70,15 @@ class IndexAgainstDict(RuleBasedStateMachine):
         self.index = Index(self.folder, buffer_limit=4)
         self.collection = self.index.get("c")
 
-    @rule(top_k=st.integers(1, 60))
-    def search(self, top_k: int) -> None:
+    @rule(top_k=st.integers(1, 60), condition=st.none() | conditions)
+    def search(self, top_k: int, condition: Filter | None) -> None:
         query = self.rng.normal(size=(1, DIMENSIONS)).astype(np.float32)
-        (outcome,) = self.collection.search(query, [top_k])
-        assert len(outcome.hits) == min(top_k, len(self.model))
-        if not self.model:
+        names = self.matching(condition)
+        assert self.collection.count(condition) == len(names)
+        (outcome,) = self.collection.search(query, [top_k], conditions=[condition])
+        assert len(outcome.hits) == min(top_k, len(names))
+        if not names:
             return
-        names = list(self.model)
         scores = true_scores(query[0], np.stack([self.model[name] for name in names]), Distance.COSINE)
         expected = np.sort(scores)[::-1][: len(outcome.hits)]
         # With 40 vectors and 128 candidates the graph's search reaches every node: it must be exact.
