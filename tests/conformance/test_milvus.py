@@ -145,6 +145,18 @@ def test_revisions_cannot_be_expected(collection: MilvusCollection) -> None:
         collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS), [0])
 
 
+def test_a_time_to_live_is_refused(collection: MilvusCollection) -> None:
+    with refused(Code.UNIMPLEMENTED, "time_to_live", "'milvus'", "embedded index"):
+        collection.upsert([NewRecord("a", time_to_live=60)], vectors(1, dimensions=DIMENSIONS))
+
+
+def test_another_model_is_reached_by_way_of_an_export(collection: MilvusCollection, index: MilvusIndex) -> None:
+    with refused(Code.UNIMPLEMENTED, "ReembedCollection", "'milvus'", "--text-only"):
+        index.reembed(CollectionSpec(collection.spec.name, DIMENSIONS))
+    assert index.reembeddings() == []
+    index.cancel_reembedding(collection.spec.name)
+
+
 def test_what_needs_all_vectors_at_once_says_where_to_ask(collection: MilvusCollection) -> None:
     with refused(Code.UNIMPLEMENTED, "FindDuplicates", "'milvus'", "embedded index"):
         collection.duplicates(0.9, lambda: False)

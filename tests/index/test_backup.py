@@ -113,7 +113,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
 
     with closing(Index(tmp_path, buffer_limit=50)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))
-        collection.upsert(numbered(2000), gaussian(2000, DIMENSIONS))
+        collection.upsert(numbered(500), gaussian(500, DIMENSIONS))
 
         def write(number: int) -> None:
             pair = [NewRecord(f"{side}{number % 40}", f"number {number}") for side in "ab"]
@@ -122,16 +122,20 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
             else:
                 collection.delete([record.id for record in pair])
 
+        def maintain(_: int) -> None:
+            collection.maintain()
+            stop.wait(0.01)
+
         write(1)
         threads = [
             repeat(write),
             repeat(lambda _: collection.search(gaussian(4, DIMENSIONS), 5)),
             repeat(lambda _: collection.search_words(["number"], [5])),
-            repeat(lambda _: collection.maintain()),
+            repeat(maintain),
         ]
         try:
             sequences = []
-            for i in range(3):
+            for i in range(4):
                 before = collection.info().sequence
                 whole = taken(collection)
                 copy = restored(index, f"copy{i}", whole)
