@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -37,6 +38,38 @@ def test_it_has_none_of_the_files_that_are_open_here(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="ended with 1"):
             in_child(lambda: os.fstat(file.fileno()))()
         os.fstat(file.fileno())
+
+
+# A process of its own: what is tested would hang it.
+MULTIPLYING = """
+import threading
+import numpy as np
+from emberpc.server.index.children import in_child
+matrix, vector = np.ones((4000, 384), dtype=np.float32), np.ones(384, dtype=np.float32)
+over, turn = threading.Event(), threading.Event()
+
+def multiply():
+    while not over.is_set():
+        matrix @ vector
+        turn.set()
+
+thread = threading.Thread(target=multiply)
+thread.start()
+for _ in range(30):
+    in_child(lambda: None)()
+    turn.clear()
+    turn.wait()
+over.set()
+thread.join()
+print("all came back")
+"""
+
+
+def test_a_thread_that_multiplies_matrices_goes_on() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", MULTIPLYING], stdout=subprocess.PIPE, text=True, check=True, timeout=60
+    )
+    assert found.stdout == "all came back\n"
 
 
 def test_one_that_is_killed_is_told_of() -> None:

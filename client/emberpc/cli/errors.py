@@ -62,7 +62,7 @@ _CODES: dict[type[Exception], ExitCode] = {
 }
 
 #: What the packages of each extra are imported as, or of the part of it that a command needs.
-SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "grpc_health", "grpc_reflection")
+SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 MAP_PACKAGES = ("sklearn",)
 EXPORT_PACKAGES = (

@@ -8,6 +8,13 @@ import signal
 import sys
 from collections.abc import Callable
 
+import numpy as np  # noqa: F401 - its BLAS must be there to be limited
+from threadpoolctl import threadpool_limits
+
+# Before a fork OpenBLAS ends its threads, also those that a call of another thread waits for: that one then hangs for
+# ever, and so does the fork. With one thread it has none; callers are what there are several of.
+threadpool_limits(1, user_api="blas")
+
 _PR_SET_PDEATHSIG = 1
 #: Elsewhere a process of several threads had better not be copied.
 _FORKS = sys.platform == "linux"
@@ -25,7 +32,7 @@ def in_child(work: Callable[[], object]) -> Callable[[], None]:
 
     Only this thread is copied. So the work may take no lock that another one
     might hold: no logging, and nothing that the index's own lock does not keep
-    still. The C library takes care of its own.
+    still. The C library takes care of its own, and BLAS has no threads here.
 
     Returns:
         A function to be called once, by the same thread: it waits for the child, and raises OSError if that failed,
