@@ -34,3 +34,21 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_a_room_loads_only_what_it_needs(statement: str, never: tuple[str, ...]) -> None:
     assert loaded_by(statement) & set(never) == set()
+
+
+def test_grpc_is_imported_by_serve_when_forks_are_known_to_be_none_of_its_business() -> None:
+    """It reads the variable once; a snapshot's child process, with gRPC's own handlers of forks, aborted now and then."""
+    code = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grpc":
+            print(os.environ.get("GRPC_ENABLE_FORK_SUPPORT"))
+sys.meta_path.insert(0, Watch())
+os.environ.pop("GRPC_ENABLE_FORK_SUPPORT", None)
+from emberpc.cli.main import main
+sys.stdout.reconfigure(line_buffering=True)
+sys.exit(main(["serve", "--no-such-flag"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "0\n")

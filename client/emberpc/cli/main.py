@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # It says how gRPC shall treat forks, which is read when grpc is imported: by the client, before a server is thought of.
+    import emberpc.server
+
     try:
         from emberpc.cli.app import run
     except ModuleNotFoundError as error:
