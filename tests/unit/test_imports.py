@@ -37,7 +37,7 @@ def test_a_room_loads_only_what_it_needs(statement: str, never: tuple[str, ...])
 
 
 def test_grpc_is_imported_by_serve_when_forks_are_known_to_be_none_of_its_business() -> None:
-    """It reads the variable once; a snapshot's child process, with gRPC's own handlers of forks, aborted now and then."""
+    """It reads the variable once; a snapshot's child, with gRPC's own handlers of forks, aborted now and then."""
     code = """
 import os, sys
 class Watch:

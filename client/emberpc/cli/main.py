@@ -20,6 +20,7 @@ what went wrong.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    # It says how gRPC shall treat forks, which is read when grpc is imported: by the client, before a server is thought of.
-    import emberpc.server
+    # It says how gRPC shall treat forks, which grpc reads when it is imported; the client imports it first.
+    importlib.import_module("emberpc.server")
 
     try:
         from emberpc.cli.app import run
