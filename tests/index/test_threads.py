@@ -12,6 +12,8 @@ import pytest
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
 from emberpc.server.index.locks import ReadWriteLock
+from emberpc.server.index.store import Store
+from emberpc.server.index.types import StoredRecord
 from emberpc.server.index.upkeep import Pace
 from index.support import gaussian, numbered
 
@@ -165,6 +167,36 @@ def test_close_waits_for_calls_and_ends_maintenance(index: Index) -> None:
     together(*(call(work) for work in works), close)
 
 
+def test_a_search_that_a_write_came_across_does_not_wait_for_the_next_write(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one may be large, and hold writes off others for seconds."""
+    collection = index.create(CollectionSpec("c", 8))
+    collection.upsert(numbered(50), gaussian(50, 8))
+    gone: list[dict[int, StoredRecord]] = [{}]
+    by_label = Store.by_label
+
+    def gone_at_first(store: Store, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
+        return gone.pop() if gone else by_label(store, labels, with_vectors=with_vectors)
+
+    monkeypatch.setattr(Store, "by_label", gone_at_first)
+
+    def search() -> None:
+        assert len(collection.search(gaussian(1, 8), 5)[0].hits) == 5
+
+    with collection.frozen():
+        together(search)
+    assert not gone
+
+
+def until(come_so_far: Callable[[], bool]) -> None:
+    """Let other threads run until they have come so far."""
+    deadline = time.monotonic() + 30
+    while not come_so_far():
+        assert time.monotonic() < deadline
+        time.sleep(0)
+
+
 def test_a_reader_that_waited_for_one_writer_goes_before_the_next() -> None:
     """The thread that fills the graph asks again at once, slice by slice; a search must get in between."""
     lock = ReadWriteLock()
@@ -179,14 +211,31 @@ def test_a_reader_that_waited_for_one_writer_goes_before_the_next() -> None:
         writer = threading.Thread(target=enter, args=(lock.write, "writer"))
         for thread in (reader, writer):
             thread.start()
-        deadline = time.monotonic() + 30
-        while not (lock._waiting_readers and lock._waiting_writers):
-            assert not order
-            assert time.monotonic() < deadline
-            time.sleep(0)  # lets the threads come so far
+        until(lambda: bool(lock.waiting_readers and lock.waiting_writers))
+        assert not order
     for thread in (reader, writer):
         thread.join(30)
     assert order == ["reader", "writer"]
+
+
+def test_a_writer_that_asks_again_at_once_does_not_go_before_one_that_waits() -> None:
+    """The thread that fills the graph, slice by slice, kept a write waiting for all of its slices: seconds."""
+    lock = ReadWriteLock()
+    order: list[str] = []
+
+    def again(name: str) -> None:
+        for _ in range(3):
+            with lock.write():
+                order.append(name)
+                if len(order) == 1:
+                    other.start()
+                    until(lambda: lock.waiting_writers == 1)
+
+    other = threading.Thread(target=again, args=("other",))
+    again("first")
+    other.join(30)
+    assert order[:2] == ["first", "other"]
+    assert sorted(order) == ["first"] * 3 + ["other"] * 3
 
 
 def test_readers_that_overlap_for_ever_let_a_writer_in() -> None:

@@ -187,6 +187,7 @@ class Collection(SearchCalls):
         """Take another one's place, whose last write has this number."""
         with self._writing():
             self._store.set_sequence(sequence)
+            self._selector.note(sequence, ())
 
     def end_calls(self) -> None:
         """Let no more calls in: another collection has taken its place. Those under way can still read."""

@@ -22,6 +22,8 @@ _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
 _COMMON = 0.5
 #: Records from which on that time is worth saving.
 _LARGE = 1000
+#: Times that a search which a write came across is done before it holds writes off.
+_TRIES = 2
 
 Hits = Sequence[tuple[StoredRecord, float]]
 
@@ -69,13 +71,14 @@ class HybridSearcher:
             top_k: most hits of each.
             dense_weight: weight of the ranking by vectors, 0 to 1.
         """
-        sequence = self._store.sequence()
-        outcomes = self._by_both(request, texts, top_k, dense_weight)
-        if self._store.sequence() != sequence:
-            # A write came between the two, which must be of the same records.
-            with self._write_lock:
-                outcomes = self._by_both(request, texts, top_k, dense_weight, settled=True)
-        return outcomes
+        # Both rankings must be of the same records.
+        for _ in range(_TRIES):
+            sequence = self._searcher.catch_up()
+            outcomes = self._by_both(request, texts, top_k, dense_weight)
+            if self._store.sequence() == sequence:
+                return outcomes
+        with self._write_lock:
+            return self._by_both(request, texts, top_k, dense_weight, settled=True)
 
     def _by_both(
         self,

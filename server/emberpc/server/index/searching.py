@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
@@ -32,6 +33,8 @@ _VECTORS_PER_CANDIDATE = 2
 _FEW = 1000
 #: A search of the graph that found too few that match keeps so many times the candidates the next time.
 _WIDER = 4
+#: Times that a search which a write came across is done before it holds writes off.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,26 @@ class Searcher:
             outcomes.update(zip(rows, self._search(request.only(rows), condition, settled=settled), strict=True))
         return [outcomes[i] for i in range(len(request.queries))]
 
+    def catch_up(self) -> int:
+        """Wait until memory has what the store has now, which takes a moment; return the number of the last write."""
+        sequence = self._store.sequence()
+        self._selector.wait_for(sequence)
+        return sequence
+
     def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
         if request.exact:
             _fill(outcomes, request, partial(self._scan, condition))
             return [outcome for outcome in outcomes if outcome is not None]
-        _fill(outcomes, request, partial(self._answer, condition, settled=settled))
-        if None in outcomes and not settled:
-            # A write came between memory and store. With writes held off they agree.
-            with self._write_lock:
+        for _ in range(0 if settled else _TRIES):
+            _fill(outcomes, request, partial(self._answer, condition, settled=False))
+            if None not in outcomes:
+                break
+            # A write came between memory and store.
+            self.catch_up()
+        else:
+            # They come one upon the other. Held off, they leave memory and store agreed; a large one is waited for.
+            with nullcontext() if settled else self._write_lock:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
             log.error("memory and store disagree; answering from the store")

@@ -18,6 +18,8 @@ from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 _MAX_BYTES = 64 * 2**20
 #: Writes that what is kept can be brought past.
 _MAX_WRITES = 1000
+#: Seconds from a write's commit to its note, at most: memory takes it over in between.
+_MOMENT = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Selector:
     def __init__(self, store: Store, spec: CollectionSpec) -> None:
         self._store = store
         self._spec = spec
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._kept: OrderedDict[Clause, Selection] = OrderedDict()
         self._bytes = 0
         #: What each of the last writes removed, by its number.
@@ -74,6 +76,12 @@ class Selector:
             if len(self._removed) > _MAX_WRITES:
                 self._removed.popitem(last=False)
             self._applied = sequence
+            self._lock.notify_all()
+
+    def wait_for(self, sequence: int) -> None:
+        """Wait until a write that the store has was noted, which takes a moment; no longer than that should."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._applied >= sequence, _MOMENT)
 
     def select(self, condition: Clause, vectors_up_to: int) -> Selection:
         """Return what meets a condition, and its vectors if those are no more than that, nor too many to be kept."""
