@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from emberpc.bundle import Interface
+from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
@@ -68,6 +69,7 @@ class Encoder:
         except SessionError as error:  # one thread does it, too
             log.warning("%s; texts that are alone run on one core", error)
             return
+        return_memory()  # reading the weights took as much again as they take in the end
         if self._is_faster(wide):
             self._wide = wide
         else:
