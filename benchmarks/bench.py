@@ -6,7 +6,7 @@ cores), and writes docs/benchmarks.md between its markers, with machine, date
 and versions, and docs/images/benchmarks.png. The long forms are the scripts
 themselves.
 
-    python benchmarks/bench.py [--python PEER=PYTHON …]
+    python benchmarks/bench.py [--python PEER=PYTHON …] [--queries FILE.csv] [--soak RESULT.json]
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def page(found: Mapping[str, Any]) -> str:
+def page(found: Mapping[str, Any], queries: str) -> str:
     """Return the results as Markdown."""
     described = ", ".join(f"{name} {value}" for name, value in host().items())
     day = datetime.now(timezone.utc).date().isoformat()
-    lines = [f"{day}: {described}. all-MiniLM-L6-v2 in fp32, unless it says int8.", ""]
+    lines = [f"{day}: {described}. all-MiniLM-L6-v2 in fp32, unless it says int8. Short texts are {queries}.", ""]
     lines += ["**Roofline** (`benchmarks/roofline.py`): the server against its model without it.", ""]
     roofline = found["roofline"]
     for way, rounds in roofline["rounds"].items():
@@ -75,8 +75,9 @@ def page(found: Mapping[str, Any]) -> str:
         ]
         for way, figures in found["peers"]["peers"].items()
     ]
-    titles = ["", "texts a second", "CPU-ms a text", "MB", "p50 ms", "p99 ms", "emberpc, 64 × 1, is times"]
+    titles = ["", "texts a second", "CPU-ms a text", "MB", "p50 ms", "p99 ms", "emberpc, asked alike, is times"]
     lines += table(titles, rows)
+    lines += [", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items()) + ".", ""]
     lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]
     lines += ["", "**A lone text** (`benchmarks/latency.py`):", ""]
     rows = [
@@ -109,12 +110,15 @@ def page(found: Mapping[str, Any]) -> str:
     for name in ("fp32", "int8"):
         start = found[f"cold start {name}"]
         lines.append(f"- {name}: SERVING after {start['seconds']:.2f} s, {start['resident_megabytes']:.0f} MB idle")
-    soak = found["soak"]
-    minutes = soak["megabytes"][-1][0] / 60
-    lines += [
-        f"- {minutes:.0f} minutes of texts of 1 to 512 tokens: memory {soak['growth']:+.1%} after the first two",
-        "",
-    ]
+    imports = ", ".join(f"{name} {taken:.0f}" for name, taken in found["cold start fp32"]["imports_ms"].items())
+    lines.append(f"- slowest to import, in ms, with all that they import (`python -X importtime`): {imports}")
+    for soak in (found["soak"], *found["long soak"]):
+        minutes = soak["megabytes"][-1][0] / 60
+        lines.append(
+            f"- {minutes:.0f} minutes of texts of 1 to {soak['max_tokens']} tokens, {soak['texts']} in all: memory "
+            f"{soak['growth']:+.1%} after the first two, {soak['megabytes'][-1][1]:.0f} MB at the end"
+        )
+    lines.append("")
     return "\n".join(
         [*lines, "![Texts a second of emberpc and its peers; memory over the soak](images/benchmarks.png)\n"]
     )
@@ -131,7 +135,7 @@ def plot(found: Mapping[str, Any]) -> None:
         color=["#0072b2" if "emberpc" in way else "#bbbbbb" for way in peers][::-1],
     )
     left.set(xlabel="texts a second")
-    samples = found["soak"]["megabytes"]
+    samples = (found["long soak"] or [found["soak"]])[-1]["megabytes"]
     right.plot([at / 60 for at, _ in samples], [memory for _, memory in samples], color="#0072b2")
     right.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
     ratios = found["roofline"]["ratios"]
@@ -167,7 +171,12 @@ def plot(found: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON", help="see peers.py")
+    parser.add_argument(
+        "--queries", help="CSV with a column text, for the short texts (default: docstrings' sentences)"
+    )
+    parser.add_argument("--soak", type=Path, help="what benchmarks/soak.py found in its long form, for the page")
     arguments = parser.parse_args()
+    queries = ["--queries", arguments.queries] if arguments.queries else []
     peers = [part for entry in arguments.python for part in ("--python", entry)]
     with tempfile.TemporaryDirectory() as raw:
         folder = Path(raw)
@@ -176,18 +185,20 @@ def main() -> None:
         subprocess.run([*command, bundles["fp32"]], check=True)
         subprocess.run([*command, folder / "both", "--variants", "int8"], check=True)
         found = {
-            "roofline": measure("roofline", bundles["fp32"], folder, "--texts", "800", "--rounds", "3"),
-            "peers": measure("peers", bundles["fp32"], folder, "--texts", "400", "--rounds", "1", *peers),
+            "roofline": measure("roofline", bundles["fp32"], folder, "--texts", "800", "--rounds", "3", *queries),
+            "peers": measure("peers", bundles["fp32"], folder, "--texts", "400", "--rounds", "1", *queries, *peers),
             "latency": measure("latency", bundles["fp32"], folder, "--rounds", "100"),
             "lanes": measure("lanes", bundles["fp32"], folder, "--calls", "300"),
             "overload": measure("overload", bundles["fp32"], folder, "--seconds", "4"),
             "cold start fp32": measure("cold_start", bundles["fp32"], folder, "--rounds", "3"),
             "cold start int8": measure("cold_start", folder / "both", folder, "--rounds", "3", "--variant", "int8"),
             "soak": measure("soak", bundles["fp32"], folder, "--minutes", "4"),
+            "long soak": [json.loads(arguments.soak.read_text(encoding="utf-8"))] if arguments.soak else [],
         }
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    PAGE.write_text(before + BEGIN + "\n" + page(found) + "\n" + END + after, encoding="utf-8")
+    said = f"those of {Path(arguments.queries).parent.name}" if arguments.queries else "sentences of docstrings"
+    PAGE.write_text(before + BEGIN + "\n" + page(found, said) + "\n" + END + after, encoding="utf-8")
     plot(found)
 
 

@@ -69,10 +69,11 @@ def main() -> None:
     rounds = [start(arguments.bundle, arguments.variant, arguments.port) for _ in range(arguments.rounds)]
     seconds, memory = (middle(values) for values in zip(*rounds, strict=True))
     print(f"SERVING after {seconds:.2f} s, {memory:.0f} MB resident")
-    for name, taken in slowest_imports(12):
+    imports = slowest_imports(12)
+    for name, taken in imports:
         print(f"  {taken:7.1f} ms  {name}")
     if arguments.output:
-        result = {"host": host(), "seconds": seconds, "resident_megabytes": memory}
+        result = {"host": host(), "seconds": seconds, "resident_megabytes": memory, "imports_ms": dict(imports)}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

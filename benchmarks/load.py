@@ -25,11 +25,16 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
+import grpc
 import grpc.aio
+import numpy as np
 from google.protobuf.message import Message
 
 from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.server.engine import Model, Truncation
+from emberpc.server.errors import items_of
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
+from emberpc.wire import vectors
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -102,13 +107,42 @@ def resident_megabytes(pid: int) -> float:
 
 
 def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) -> Outcome:
-    """Embed texts by calls from a process of their own, so many at a time, so many texts in each."""
+    """Embed texts by calls from a process of their own, so many at a time, so many texts in each.
+
+    Raises:
+        RuntimeError: a call failed.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
         file.flush()
         command = [sys.executable, __file__, address, file.name, "--in-flight", str(in_flight), "--batch", str(batch)]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
-    return Outcome(**json.loads(run.stdout))
+    outcome = Outcome(**json.loads(run.stdout))
+    if outcome.errors:
+        raise RuntimeError(f"{outcome.errors} calls failed")
+    return outcome
+
+
+def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
+    """Embed texts by calls of 1 and of 32, all at once, and by the model in this process; return the least cosine.
+
+    Raises:
+        RuntimeError: it is below 0.999.
+    """
+    model = Model.load("bare", bundle)
+    tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
+    expected = np.concatenate([model.finish(model.encoder.run([text.ids])) for text in tokenized])
+    with grpc.insecure_channel(address) as channel:
+        embed = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed
+        for batch in (1, 32):
+            parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+            requests = [embedding_pb2.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END) for part in parts]
+            answers = [each.result() for each in [embed.future(request) for request in requests]]
+            got = np.concatenate([vectors.decode(answer.embeddings) for answer in answers])
+            least = float(np.einsum("ij,ij->i", got, expected).min())
+            if least < 0.999:
+                raise RuntimeError(f"a vector of the server's has a cosine of {least:.4f} to the model's own")
+    return least
 
 
 def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:

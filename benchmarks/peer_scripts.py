@@ -13,7 +13,7 @@ if peer == "fastembed":
         model="local/model", pooling=PoolingType.MEAN, normalization=True,
         sources=ModelSource(hf="local/model"), dim=384, model_file="onnx/model.onnx")
     model = TextEmbedding("local/model", specific_model_path=folder)
-    embed = lambda texts: list(model.embed(texts, batch_size=32))
+    embed = lambda texts, batch_size=32: list(model.embed(texts, batch_size=batch_size))
 else:
     from sentence_transformers import SentenceTransformer
     backend = peer.split()[-1]
@@ -27,14 +27,22 @@ else:
         root = Path(package.__file__).parent
         source = next(path.parent for path in root.rglob("modules.json"))
         model = SentenceTransformer(str(source), **options)
-    embed = lambda texts: model.encode(texts, batch_size=32)
+    embed = lambda texts, batch_size=32: model.encode(texts, batch_size=batch_size, show_progress_bar=False)
 embed(texts[:64])
 start, cpu = time.perf_counter(), time.process_time()
 embed(texts)
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
 memory = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-print(json.dumps({peer: {
-    "texts_per_second": len(texts) / seconds, "cpu_seconds_per_text": cpu / len(texts), "megabytes": memory}}))
+found = {peer: {
+    "texts_per_second": len(texts) / seconds, "cpu_seconds_per_text": cpu / len(texts), "megabytes": memory}}
+some, latencies, cpu = texts[:len(texts) // 4], [], time.process_time()
+for text in some:
+    start = time.perf_counter(); embed([text], 1); latencies.append(time.perf_counter() - start)
+latencies.sort()
+found[f"{peer}, 1 × 1"] = {
+    "texts_per_second": len(some) / sum(latencies), "cpu_seconds_per_text": (time.process_time() - cpu) / len(some),
+    "megabytes": memory, "p50_ms": 1000 * latencies[len(some) // 2], "p99_ms": 1000 * latencies[int(0.99 * len(some))]}
+print(json.dumps(found))
 """
 
 #: Arguments: the model's folder, a JSON file of texts, a free port. Prints figures as JSON.
@@ -62,7 +70,7 @@ async def main():
             answer = await client.post("/embeddings", json={"model": folder, "input": part})
             answer.raise_for_status()
         await embed(texts[:64])
-        for name, in_flight, batch in (("64 x 1", 64, 1), ("4 x 32", 4, 32)):
+        for name, in_flight, batch in (("64 × 1", 64, 1), ("4 × 32", 4, 32), ("8 × 1", 8, 1), ("1 × 1", 1, 1)):
             parts = iter([texts[i:i + batch] for i in range(0, len(texts), batch)])
             latencies = []
             async def work():

@@ -3,13 +3,14 @@
 The same mixed texts (70 % short queries, 30 % passages of 40 to 180 words),
 the same ONNX file, the same cores, one after the other in every round:
 
-- emberpc through gRPC, 64 calls of one text and 4 of 32 at a time;
-- sentence-transformers in process, batches of 32, with its torch and its onnx backend;
+- emberpc through gRPC, 64 calls of one text and 4 of 32 at a time, and 8 and 1 of one text;
+- sentence-transformers in process, batches of 32, and one text at a time, with its torch and its onnx backend;
 - fastembed in process with the local model;
-- infinity-emb over HTTP with its optimum engine, 64 × 1 and 4 × 32. It loads no local ONNX folder, but takes an
+- infinity-emb over HTTP with its optimum engine, as emberpc. It loads no local ONNX folder, but takes an
   optimised copy from where it would cache one: the same file is put there.
 
-Peers that need packages of their own run in environments of their own: give
+Each is compared with emberpc asked in the same way; those in process, which no
+calls wait for, with emberpc at 64 × 1, or at 1 × 1 where they embed one text at a time. Peers that need packages of their own run in environments of their own: give
 their Pythons. One that is not given, or fails, is said so.
 
     python benchmarks/peers.py BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
@@ -28,19 +29,22 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from load import call, cpu_seconds, host, middle, mixed_texts, resident_megabytes, serving
+from load import call, check_answers, cpu_seconds, host, middle, mixed_texts, resident_megabytes, serving
 from peer_scripts import IN_PROCESS, INFINITY
 
 Figures = dict[str, float]
+PACKAGES = {"fastembed": "fastembed", "infinity": "infinity-emb"}
 HTTP_PORT = 50872
+WAYS = (("64 × 1", 64, 1), ("4 × 32", 4, 32), ("8 × 1", 8, 1), ("1 × 1", 1, 1))
 
 
 def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
     """Measure emberpc, and the latency of its calls at 1, 8 and 64 in flight."""
     found = {}
     with serving(bundle, "--cache-bytes", "0") as server:
+        check_answers(server.address, bundle, texts[:100])
         call(server.address, texts[:200], in_flight=64)  # warm
-        for name, in_flight, batch in (("64 × 1", 64, 1), ("4 × 32", 4, 32), ("8 × 1", 8, 1), ("1 × 1", 1, 1)):
+        for name, in_flight, batch in WAYS:
             before = cpu_seconds(server.process.pid)
             outcome = call(server.address, texts, in_flight=in_flight, batch=batch)
             found[f"emberpc, {name}"] = {
@@ -67,6 +71,12 @@ def child(python: str, script: str, *arguments: str, **environment: str) -> dict
         raise RuntimeError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit code {run.returncode}")
     found: dict[str, Figures] = json.loads(run.stdout.splitlines()[-1])
     return found
+
+
+def version_of(python: str, package: str) -> str:
+    """Return the version of a package in an environment."""
+    script = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
@@ -110,6 +120,14 @@ def main() -> None:
         if "infinity" in pythons:
             peers["infinity"] = lambda: infinity(pythons["infinity"], bundle, file.name)
         found: dict[str, list[Figures]] = {}
+        versions = {
+            package: version_of(python, package)
+            for python, package in (
+                (sys.executable, "sentence-transformers"),
+                (sys.executable, "torch"),
+                *((python, PACKAGES[name]) for name, python in pythons.items()),
+            )
+        }
         failed = {name: "no environment was given" for name in ("fastembed", "infinity") if name not in pythons}
         for number in range(arguments.rounds):
             for name, measure in peers.items():
@@ -119,11 +137,13 @@ def main() -> None:
                 except (RuntimeError, subprocess.TimeoutExpired) as error:
                     failed[name] = str(error)
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-    base = found["emberpc, 64 × 1"]
     medians = {}
     for way, rounds in found.items():
         medians[way] = {name: middle([figures[name] for figures in rounds]) for name in rounds[0]}
-        pairs = zip(base, rounds, strict=False)
+        asked = way.rpartition(", ")[2]
+        pairs = zip(
+            found[f"emberpc, {asked if asked in [name for name, *_ in WAYS] else WAYS[0][0]}"], rounds, strict=False
+        )
         medians[way]["emberpc_is_times"] = middle(
             [ours["texts_per_second"] / theirs["texts_per_second"] for ours, theirs in pairs]
         )
@@ -131,7 +151,7 @@ def main() -> None:
     for name, reason in failed.items():
         print(f"{name} was not measured: {reason}")
     if arguments.output:
-        result = {"host": host(), "peers": medians, "failed": failed}
+        result = {"host": host(), "peers": medians, "failed": failed, "versions": versions}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

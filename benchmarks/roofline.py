@@ -32,7 +32,7 @@ from emberpc.server.engine import Model, Truncation
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
-from load import call, capacity, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
+from load import call, capacity, check_answers, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
@@ -92,6 +92,7 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
     if each:
         found |= {FEW: [], CAPACITY: []}
     with serving(bundle, "--cache-bytes", "0", *flags) as server:
+        check_answers(server.address, bundle, texts[:100])
         call(server.address, texts[:200], in_flight=64)  # warm
         for number in range(rounds):
             found["bare"].append(in_a_process(bundle, texts))
@@ -106,7 +107,6 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
                         "client_cpu_seconds_per_text": outcome.cpu_seconds / len(texts),
                         "p50_ms": outcome.percentile(0.5),
                         "p99_ms": outcome.percentile(0.99),
-                        "errors": outcome.errors,
                     }
                 )
             if each:

@@ -1,7 +1,9 @@
 """Does the server's memory stay flat?
 
-Texts of 1 to 512 tokens, each another, are embedded by 8 callers at a time for
-so many minutes, and the server's resident memory is read each second. Asked:
+Texts of 1 to 512 tokens, or as many as the bundle takes (`emberpc export
+embedding --max-tokens 512`), each another, are embedded by 8 callers at a time for
+so many minutes, alone or up to 32 in a call, by one of the callers in streams,
+and the server's resident memory is read each second. Asked:
 after the first two minutes it grows by 2 % at most (the median of the last
 minute against that of the third).
 
@@ -19,6 +21,7 @@ from time import perf_counter, sleep
 
 import matplotlib as mpl
 
+from emberpc.bundle import read_bundle
 from emberpc.client import Client
 from emberpc.export.stdlib_texts import read_stdlib
 from load import host, middle, resident_megabytes, serving
@@ -43,8 +46,10 @@ def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> N
                 length = int(2 ** generator.uniform(0, 8.5))
                 start = generator.randrange(len(words) - length)
                 texts.append(" ".join([str(generator.random()), *words[start : start + length]]))
-            client.embed(texts, truncation="end")
-            done[seed] += count
+            if seed == 0:
+                done[seed] += sum(each.error is None for each in client.embed_stream(texts, truncation="end"))
+            else:
+                done[seed] += len(client.embed(texts, truncation="end"))
 
 
 def main() -> None:
@@ -74,7 +79,14 @@ def main() -> None:
     growth = last / first - 1
     print(f"{sum(done)} texts; idle {idle:.0f} MB, minute 3 {first:.0f} MB, last minute {last:.0f} MB: {growth:+.1%}")
     if arguments.output:
-        result = {"host": host(), "texts": sum(done), "idle": idle, "growth": growth, "megabytes": samples}
+        result = {
+            "host": host(),
+            "texts": sum(done),
+            "idle": idle,
+            "growth": growth,
+            "megabytes": samples,
+            "max_tokens": read_bundle(arguments.bundle).manifest.max_tokens,
+        }
         arguments.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if arguments.plot:
         figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")

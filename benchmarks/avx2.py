@@ -1,0 +1,37 @@
+"""Runs a command as on a processor without AVX-512, and so without VNNI.
+
+Most hosts without a GPU have AVX2 and no more, and kernels differ: int8 gains
+less there. Where the processor can have the CPUID instruction fault (`cpuid_fault`
+among the flags of /proc/cpuinfo) and the system is Linux on x86-64, a small
+library (`hide_avx512.c`, compiled with cc) is loaded into the command and all it
+starts, and answers instead. It shows AVX2's kernels, not an older processor's speed.
+
+    python benchmarks/avx2.py python benchmarks/variants.py …
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("hide_avx512.c")
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "hide_avx512.so"
+        compiled = subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, SOURCE], check=False)
+        if compiled.returncode:
+            raise SystemExit(f"{SOURCE.name} does not compile here; it needs cc, and Linux on x86-64")
+        loaded = {"LD_PRELOAD": ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))}
+        raise SystemExit(subprocess.run(sys.argv[1:], check=False, env={**os.environ, **loaded}).returncode)
+
+
+if __name__ == "__main__":
+    main()
