@@ -12,6 +12,7 @@ starts, and answers instead. It shows AVX2's kernels, not an older processor's s
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "hide_avx512.so"
-        compiled = subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, SOURCE], check=False)
-        if compiled.returncode:
+        compiler = shutil.which("cc")
+        command = [compiler or "", "-O2", "-shared", "-fPIC", "-o", library, SOURCE]
+        if compiler is None or subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{SOURCE.name} does not compile here; it needs cc, and Linux on x86-64")
         loaded = {"LD_PRELOAD": ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))}
         raise SystemExit(subprocess.run(sys.argv[1:], check=False, env={**os.environ, **loaded}).returncode)

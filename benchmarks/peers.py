@@ -10,8 +10,9 @@ the same ONNX file, the same cores, one after the other in every round:
   optimised copy from where it would cache one: the same file is put there.
 
 Each is compared with emberpc asked in the same way; those in process, which no
-calls wait for, with emberpc at 64 × 1, or at 1 × 1 where they embed one text at a time. Peers that need packages of their own run in environments of their own: give
-their Pythons. One that is not given, or fails, is said so.
+calls wait for, with emberpc at 64 × 1, or at 1 × 1 where they embed one text at
+a time. Peers that need packages of their own run in environments of their own:
+give their Pythons. One that is not given, or fails, is said so.
 
     python benchmarks/peers.py BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
         [--queries FILE.csv] [--texts 600] [--rounds 3] [-o RESULT.json]
