@@ -70,7 +70,6 @@ class Flights:
 
     def __init__(self) -> None:
         self._flying: dict[Key, Flight] = {}
-        self.shared = 0
 
     def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, Flight]:
         """Return the flights that give what is wanted no later than running it oneself: none of a slower lane."""
