@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "hide_avx512.so"
         compiler = shutil.which("cc")
-        command = [compiler or "", "-O2", "-shared", "-fPIC", "-o", library, SOURCE]
+        command = [compiler or "", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE)]
         if compiler is None or subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{SOURCE.name} does not compile here; it needs cc, and Linux on x86-64")
         loaded = {"LD_PRELOAD": ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from grpc_health.v1 import health, health_pb2
@@ -34,5 +34,5 @@ async def test_readiness_follows_the_workers(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(app, "_set_health", telling)
     await asyncio.wait_for(app._revive(cast(Engine, Reviving([0, 0, 1, 2])), 2, statuses), 30)
     assert told == [False, False, True, True]
-    answer = await statuses.Check(health_pb2.HealthCheckRequest(), None)
+    answer = await statuses.Check(health_pb2.HealthCheckRequest(), cast(Any, None))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -61,7 +61,7 @@ def test_what_is_multiplied_too_is_left_to_the_session(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int8, np.uint8, np.float32])
 def test_tables_of_every_precision_are_found(dtype: type, tmp_path: Path) -> None:
-    weights = (WORDS % 100).astype(dtype)
+    weights: np.ndarray = (WORDS % 100).astype(dtype)
     found = read_tables(saved(graph(weights=weights), tmp_path / "model.onnx"))
     np.testing.assert_array_equal(found["words"], weights)
     assert found["words"].dtype == dtype

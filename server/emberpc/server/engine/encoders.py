@@ -78,9 +78,8 @@ class Encoder:
     def _is_faster(self, wide: OnnxSession) -> bool:
         """Run a short text on both sessions, in turns, since what else runs holds up both; the fastest run counts."""
         probe = [np.full(_PROBE_TOKENS, self._pad_token_id, dtype=np.int64)]
-        times = [[self._seconds(session, probe) for session in (wide, self._session)] for _ in range(_PROBES)]
-        ours, others = map(min, zip(*times, strict=True))
-        return ours < others
+        times = [(self._seconds(wide, probe), self._seconds(self._session, probe)) for _ in range(_PROBES)]
+        return min(ours for ours, _ in times) < min(theirs for _, theirs in times)
 
     def _seconds(self, session: OnnxSession, batch: Sequence[TokenIds]) -> float:
         start = perf_counter()
