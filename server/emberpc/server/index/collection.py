@@ -62,6 +62,7 @@ class Collection(SearchCalls):
         folder: where it is.
         created: since when.
         wake: called when there is work for `maintain`.
+        wake_at_rest: called when there will be, after so many seconds without another such call.
         expire_at: called when there will be work for `expire`, with when, in seconds since 1970.
         cache: keeps records that are found often.
         pace: when the graph takes in vectors, and is saved.
@@ -75,6 +76,7 @@ class Collection(SearchCalls):
         folder: Path,
         created: datetime,
         wake: Callable[[Collection], None],
+        wake_at_rest: Callable[[Collection, float], None],
         expire_at: Callable[[Collection, float], None],
         cache: RecordCache,
         *,
@@ -86,6 +88,7 @@ class Collection(SearchCalls):
         self._folder = folder
         self.created = created
         self._wake = lambda: wake(self)
+        self._wake_at_rest = lambda seconds: wake_at_rest(self, seconds)
         self._expire_at = expire_at
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
@@ -266,6 +269,8 @@ class Collection(SearchCalls):
         """
         with self._calls.one():
             self._upkeep.run()
+            if (seconds := self._upkeep.due_at_rest) is not None:
+                self._wake_at_rest(seconds)
             self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
 
     def expire(self) -> float | None:
@@ -326,5 +331,8 @@ class Collection(SearchCalls):
         return found, prepare(vectors, self.spec.distance)
 
     def _wake_if_needed(self) -> None:
+        self._upkeep.note_write()
         if self._upkeep.due:
             self._wake()
+        elif (seconds := self._upkeep.due_at_rest) is not None:
+            self._wake_at_rest(seconds)

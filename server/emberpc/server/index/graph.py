@@ -57,9 +57,8 @@ class Graph:
         # Searches come from several threads already.
         self._index.set_num_threads(1)
 
-    @property
-    def live(self) -> int:
-        """Number of labels that can be found."""
+    def __len__(self) -> int:
+        """Return the number of labels that can be found."""
         return len(self._live)
 
     @property
@@ -129,7 +128,7 @@ class Graph:
             labels, distances = self._index.knn_query(queries, k=k, num_threads=1)
         except RuntimeError as error:
             raise GraphError from error
-        return labels.astype(np.int64), graph_scores(distances, self._spec.distance)
+        return labels.view(np.int64), graph_scores(distances, self._spec.distance)
 
     def save(self, path: Path) -> Saving:
         """Begin to write the graph as it stands; what changes it later does not change the file.
