@@ -41,8 +41,8 @@ class RecordCache:
     def find(self, owner: int, labels: Sequence[int]) -> dict[int, StoredRecord]:
         """Return the records that are there, by label."""
         with self._lock:
-            found = self._entries.find([(owner, label) for label in labels])
-        return {label: record for (_, label), record in found.items()}
+            found = self._entries.each([(owner, label) for label in labels])
+        return {label: record for label, record in zip(labels, found, strict=True) if record is not None}
 
     def add(self, owner: int, records: Mapping[int, StoredRecord]) -> None:
         """Keep records, by label."""

@@ -52,8 +52,8 @@ class Request(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """How many to look for: one more than hits, since one may be left out."""
-        return max(self.top_k) + 1
+        """How many to look for: one more than hits if one may be left out."""
+        return max(self.top_k) + any(each is not None for each in self.exclude)
 
     def only(self, rows: Sequence[int]) -> Request:
         """Return the request for some of the queries."""
@@ -293,20 +293,17 @@ def _outcome(
 
     `matching` records meet the condition; None: there is none.
     """
-    hits: list[tuple[StoredRecord, float]] = []
-    left_out = False
-    for label, score in zip(found.labels, found.scores, strict=True):
-        record = records.get(label)
-        if record is None:
-            return None
-        if record.id == exclude:
-            left_out = True
-            continue
-        hits.append((record, score))
-        if len(hits) == k:
-            return SearchOutcome(hits, found.plan)
+    try:
+        here = [records[label] for label in found.labels]
+    except KeyError:
+        return None
+    hits = list(zip(here, found.scores, strict=True))
+    if exclude is not None:
+        hits = [hit for hit in hits if hit[0].id != exclude]
+    if len(hits) >= k:
+        return SearchOutcome(hits[:k], found.plan)
     if not found.complete:
         return None
     holds = _holds(len(found.labels) if matching is None else matching, filtered=matching is not None)
-    reason = f"{holds}, the record asked about left out" if left_out else holds
+    reason = f"{holds}, the record asked about left out" if len(hits) < len(here) else holds
     return SearchOutcome(hits, replace(found.plan, shortfall_reason=reason))
