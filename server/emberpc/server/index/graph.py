@@ -57,8 +57,9 @@ class Graph:
         # Searches come from several threads already.
         self._index.set_num_threads(1)
 
-    def __len__(self) -> int:
-        """Return the number of labels that can be found."""
+    @property
+    def live(self) -> int:
+        """Number of labels that can be found."""
         return len(self._live)
 
     @property

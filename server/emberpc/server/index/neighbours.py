@@ -56,12 +56,12 @@ class Neighbours:
     @property
     def count(self) -> int:
         """Number of vectors that can be found."""
-        return len(self._graph) + len(self._buffer)
+        return self._graph.live + len(self._buffer)
 
     @property
     def graph_size(self) -> int:
         """Number of vectors that are found by way of the graph."""
-        return len(self._graph)
+        return self._graph.live
 
     @property
     def dead_share(self) -> float:
@@ -150,7 +150,7 @@ class Neighbours:
         Returns:
             Whether it was finished.
         """
-        graph = Graph(self._spec, len(self._graph))
+        graph = Graph(self._spec, self._graph.live)
         taken: set[int] = set()
         # What the old graph took in meanwhile must be in the new one too; that is less each time.
         while labels := sorted(self._graph_labels() - taken):
@@ -185,7 +185,7 @@ class Neighbours:
     def _search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         with self._lock.read():
             # An empty graph needs no ef; without this its first search would set one for nothing.
-            if not len(self._graph) or self._graph.ef == ef:
+            if not self._graph.live or self._graph.ef == ef:
                 return self._search_both(queries, k, ef)
         # ef belongs to the whole graph: with the lock held alone, nobody else finds less, or waits longer, than asked.
         with self._lock.write():
@@ -194,10 +194,12 @@ class Neighbours:
 
     def _search_both(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         """Search graph and buffer, and merge what they found; the caller holds the lock."""
-        places = [each for each in (self._graph, self._buffer) if len(each)] or [self._buffer]
-        labels, scores = best_of([each.search(queries, k) for each in places], k)
-        complete = labels.shape[1] == len(self._graph) + len(self._buffer)
-        used = bool(len(self._graph))
+        found = [self._graph.search(queries, k)] if self._graph.live else []
+        if len(self._buffer) or not found:
+            found.append(self._buffer.search(queries, k))
+        labels, scores = best_of(found, k)
+        complete = labels.shape[1] == self._graph.live + len(self._buffer)
+        used = bool(self._graph.live)
         plan = Plan(Strategy.HNSW if used else Strategy.EXACT, ef if used else 0, len(self._buffer))
         return [
             Candidates(of_query, its_scores, complete, plan)
