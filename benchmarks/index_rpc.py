@@ -71,8 +71,8 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
         # A round that does not count: what is searched for first is read from the disk.
         for _ in range(rounds + 1):
             for name, each in addresses.items():
-                figures = {"queries_per_second_1": _calls_per_second(each, queries), "latency_ms": _latency(each, queries)}
-                found[name].append(figures)
+                calls = _calls_per_second(each, queries)
+                found[name].append({"queries_per_second_1": calls, "latency_ms": _latency(each, queries)})
             found["emberpc"][-1]["queries_per_second_64"] = _calls_per_second(address, queries, CORES, BATCH)
             found["hnswlib"].append({"queries_per_second_64": _raw(graph, queries, ef)})
     counted = {name: each[1:] for name, each in found.items()}
@@ -118,7 +118,7 @@ def _latency(address: str, queries: np.ndarray) -> float:
     times = []
     with grpc.insecure_channel(address) as channel:
         # The bytes of an answer are not looked into: that would be the client's work.
-        search = channel.unary_unary(SEARCH, request_serializer=pb.SearchRequest.SerializeToString)
+        search: Any = channel.unary_unary(SEARCH, request_serializer=pb.SearchRequest.SerializeToString)
         for i in range(ONE_BY_ONE):
             start = perf_counter()
             search(requests[i % len(requests)])

@@ -20,12 +20,12 @@ class Calls:
         self._what = what
         self._mutex = threading.Lock()
         self._idle = threading.Condition(self._mutex)
-        self._ending = False
+        self._ending = threading.Event()
         self._count = 0
 
     def ending(self) -> bool:
         """Whether the end has begun."""
-        return self._ending
+        return self._ending.is_set()
 
     def one(self, stop: Callable[[], bool] | None = None) -> _Call:
         """Hold off the end for as long as a call lasts.
@@ -40,13 +40,14 @@ class Calls:
 
     def check(self) -> None:
         """Raise UNAVAILABLE if the end has begun."""
-        if self._ending:
+        if self._ending.is_set():
             raise self.over()
 
     def begin_end(self) -> bool:
         """Let no more calls in; return False if that was done before."""
         with self._mutex:
-            first, self._ending = not self._ending, True
+            first = not self._ending.is_set()
+            self._ending.set()
         return first
 
     def end(self) -> bool:
@@ -66,7 +67,7 @@ class Calls:
         """Count a call out; for `one`."""
         with self._mutex:
             self._count -= 1
-            if self._ending and not self._count:
+            if not self._count and self._ending.is_set():
                 self._idle.notify_all()
 
     def over(self) -> ServiceError:

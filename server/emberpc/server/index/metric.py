@@ -63,7 +63,8 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
     if not all(0 < length <= _MAX_LENGTH for length in lengths.tolist()):  # nor is NaN
         _check_lengths(lengths, distance, path)
     if distance is Distance.COSINE:
-        return (exact / lengths[:, None]).astype(np.float32)
+        exact /= lengths[:, None]
+        return exact.astype(np.float32)
     return prepare(matrix, distance)
 
 
