@@ -180,11 +180,12 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
 
 
 def _await_graph(client: Client, query: np.ndarray) -> None:
-    """Wait until the newest vectors, those compared one by one, get no fewer."""
-    before = -1
-    while (waiting := client.search_batch(COLLECTION, [query])[0].plan.compared_count) != before:
-        before = waiting
-        sleep(1)
+    """Wait until the graph has all; a collection that is too small for one has it at once."""
+    while True:
+        plan = client.search_batch(COLLECTION, [query])[0].plan
+        if not plan.compared_count or not plan.ef:
+            return
+        sleep(0.2)
 
 
 def _starts(count: int) -> range:
