@@ -14,11 +14,10 @@ import pytest
 from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
-from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Model, ModelLoadError
 from emberpc.server.engine.calibration import calibrated_batch_tokens, choose
 from emberpc.server.engine.encoders import Encoder, Encoders
-from emberpc.server.engine.session import OnnxSession, Output
+from emberpc.server.engine.session import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
 
@@ -102,10 +101,6 @@ def test_a_reference_of_another_shape_is_found_out(bundle: Path) -> None:
     assert "does not give the outputs" in refused(bundle)
 
 
-def test_there_is_at_least_one_core() -> None:
-    assert usable_cores() >= 1
-
-
 @pytest.fixture(scope="module")
 def classifier(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
@@ -141,22 +136,43 @@ def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bu
     assert long.encoder is not short.encoder
 
 
-def test_a_run_on_several_threads_gives_the_same_once_a_long_text_had_its_session_made(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("emberpc.server.engine.encoders._LONG", 20)
-    encoder = Model.load("m", bundle).encoder
-    batch, short = [np.array([2, *range(5, 30), 3])], [np.array([2, 7, 3])]
-    one, other = encoder.run(batch), encoder.run(short)
-    encoder.run(short, threads=2)
-    assert not any(thread.name == "widen" for thread in threading.enumerate())
-    np.testing.assert_allclose(encoder.run(batch, threads=2), one, atol=1e-5)
+def widened(encoder: Encoder, batch: list[TokenIds]) -> Encoder:
+    """Run a text that is alone, and wait for what that sets off."""
+    encoder.run(batch, threads=2)
     for thread in threading.enumerate():
         if thread.name == "widen":
             thread.join(30)
-    assert encoder.wide
+    return encoder
+
+
+def test_a_run_on_several_threads_gives_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "_is_faster", lambda *_: True)
+    encoder = Model.load("m", bundle).encoder
+    batch, short = [np.array([2, *range(5, 30), 3])], [np.array([2, 7, 3])]
+    one, other = encoder.run(batch), encoder.run(short)
+    assert not encoder.wide
+    assert widened(encoder, short).wide
     np.testing.assert_allclose(encoder.run(batch, threads=2), one, atol=1e-5)
     np.testing.assert_allclose(encoder.run(short, threads=2), other, atol=1e-5)
+
+
+def test_several_threads_are_used_only_where_they_are_faster(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Model.load("m", bundle).encoder
+    threads = iter((0.2, 0.1, 0.1, 0.3, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2))
+    monkeypatch.setattr(encoder, "_seconds", lambda *_: next(threads))
+    assert not widened(encoder, [np.array([2, 7, 3])]).wide
+
+
+def test_a_file_that_was_written_anew_is_not_loaded_beside_the_old_one(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "copy")
+    encoder = Model.load("m", tmp_path / "copy").encoder
+    path = tmp_path / "copy" / "onnx" / "model.onnx"
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").rename(path)
+    assert not widened(encoder, [np.array([2, 7, 3])]).wide
+    path.unlink()
+    with pytest.raises(SessionError):
+        OnnxSession(path)
 
 
 def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:

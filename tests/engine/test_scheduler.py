@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter, sleep
@@ -10,6 +11,7 @@ from time import perf_counter, sleep
 import numpy as np
 import pytest
 
+from emberpc.server.engine.batching import Item, Queue
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.session import Output
@@ -288,3 +290,59 @@ async def test_when_no_worker_can_be_had_any_more_nobody_hangs_and_somebody_is_t
     with pytest.raises(ServiceError) as refused:
         await busy.run(Lengths(), texts(1))
     assert refused.value.code is Code.UNAVAILABLE
+    assert busy.revive() == 0
+    monkeypatch.undo()
+    assert busy.revive() == 1
+    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 30)).rows] == [9]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_when_the_books_are_wrong_nobody_hangs(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, take = scheduler(workers=1), Queue.take
+
+    def loses_what_it_took(queue: Queue) -> list[Item]:
+        take(queue)
+        raise KeyError
+
+    with monkeypatch.context() as wrong:
+        wrong.setattr(Queue, "take", loses_what_it_took)
+        calls = [asyncio.create_task(busy.run(Lengths(), texts(length))) for length in (10, 60, 20)]
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+    assert [result.code for result in results if isinstance(result, ServiceError)] == [Code.INTERNAL] * 3
+    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 30)).rows] == [9]
+
+
+async def test_workers_do_without_a_priority_of_their_own(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    result = await asyncio.wait_for(scheduler().run(Lengths(), texts(9)), 30)
+    assert [int(row[0]) for row in result.rows] == [9]
+
+
+async def test_what_a_caller_who_left_still_wanted_holds_up_nobody(scheduler: Make) -> None:
+    busy, gate = scheduler(workers=1), Gate()
+    running = asyncio.create_task(busy.run(gate, texts(50)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    left = asyncio.create_task(busy.run(gate, texts(*[9] * 100)))
+    stayed = asyncio.create_task(busy.run(gate, texts(60, 61)))
+    await asyncio.sleep(0)
+    assert busy.waiting_tokens == 1021
+    left.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    assert busy.waiting_tokens == 121
+    gate.open.set()
+    await asyncio.gather(running, stayed)
+    assert sorted(gate.seen) == [50, 60, 61]
+    assert busy.waiting_tokens == 0
+
+
+async def test_several_threads_at_once_do_not_tell_what_one_does(scheduler: Make) -> None:
+    busy = scheduler(batch_tokens=64)
+    before = busy.tokens_per_second
+    await busy.run(Lengths(), texts(60))
+    assert busy.tokens_per_second == before
+    await busy.run(Lengths(), texts(30, 31))
+    assert busy.tokens_per_second != before

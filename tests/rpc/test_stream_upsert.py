@@ -206,12 +206,14 @@ def test_every_record_is_there_once_though_the_server_was_killed(serve: Serve) -
     counted: list[int] = []
 
     def restart() -> None:
-        first.kill()
-        told = acknowledged
-        second = serve(first.address)
-        with Client(second.address) as other:
-            counted.append(other.count("c") - told)
-        restarted.set()
+        try:
+            first.kill()
+            told = acknowledged
+            second = serve(first.address)
+            with Client(second.address) as other:
+                counted.append(other.count("c") - told)
+        finally:
+            restarted.set()  # whatever went wrong, the corpus must end
 
     thread = threading.Thread(target=restart)
 

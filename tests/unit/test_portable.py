@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,19 +46,30 @@ def test_another_failure_is_left_to_the_import(tmp_path: Path, tried: Path) -> N
 
 def test_a_sound_one_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hnswlib_problem(tmp_path) == ""
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was tried again"))
-    assert hnswlib_problem(tmp_path) == ""
-    monkeypatch.undo()
-    monkeypatch.setattr(portable, "_key", lambda: "another processor")
     calls: list[object] = []
+    start = subprocess.Popen
 
-    def run(*given: object, **_: object) -> subprocess.CompletedProcess[bytes]:
+    def starting(*given: Any, **options: Any) -> subprocess.Popen[bytes]:
         calls.append(given)
-        return subprocess.CompletedProcess([], 0)
+        return start(*given, **options)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    assert hnswlib_problem(tmp_path) == ""
+    assert not calls
+    monkeypatch.setattr(portable, "_key", lambda: "another processor")
     assert hnswlib_problem(tmp_path) == ""
     assert calls
+
+
+def test_what_fails_meanwhile_ends_the_try(tmp_path: Path, tried: Path) -> None:
+    fake(tmp_path, "import time\ntime.sleep(600)\n")
+
+    def fail() -> None:
+        raise ModuleNotFoundError("tokenizers")
+
+    with pytest.raises(ModuleNotFoundError):
+        hnswlib_problem(tmp_path, fail)
+    assert not (tmp_path / "hnswlib-checked").exists()
 
 
 def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None:

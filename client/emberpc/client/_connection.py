@@ -182,7 +182,9 @@ class Connection:
             ("grpc.keepalive_timeout_ms", 10_000),
             # A server that was restarted is found again soon; gRPC's own pauses grow to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5000),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # Nor does a new client wait for what an older one of the same process found.
+            ("grpc.use_local_subchannel_pool", 1),
         ]
         if is_local(self.target):
             # Nothing for this host goes through a proxy, where a token could be read.

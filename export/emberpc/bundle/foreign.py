@@ -68,19 +68,22 @@ class Stated:
         return cls(**options)
 
 
-def open_bundle(folder: Path, options: Mapping[str, str], look: Callable[[Path], Graph]) -> Bundle:
+def open_bundle(
+    folder: Path, options: Mapping[str, str], look: Callable[[Path], Graph], *, check_hashes: bool = True
+) -> Bundle:
     """Read a bundle, or a folder that emberpc did not write.
 
     Args:
         folder: where it is.
         options: what the user states of a foreign model: fields of `Stated`.
         look: loads an ONNX file and tells what it takes and gives; not called for a bundle.
+        check_hashes: as in `read_bundle`.
 
     Raises:
         BundleError: it is neither, or something has to be stated.
     """
     if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
-        bundle = read_bundle(folder)
+        bundle = read_bundle(folder, check_hashes=check_hashes)
         if options:
             raise BundleError(f"{folder} is a bundle, which says all of itself; leave out the model options")
         return bundle

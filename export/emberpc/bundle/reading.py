@@ -80,6 +80,15 @@ class Bundle:
         """
         return Reference.read(self.folder)
 
+    def check_hashes(self) -> None:
+        """Compare each file's SHA-256 with the manifest.
+
+        Raises:
+            BundleError: a file is not as the manifest says.
+        """
+        for name in self.manifest.files if self.foreign is None else ():
+            check_file(self.folder, self.manifest, name)
+
 
 def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
     """Read a bundle and check that it is whole.
@@ -94,8 +103,11 @@ def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name in manifest.files:
-        check_file(folder, manifest, name, check_hashes=check_hashes)
-    return Bundle(folder, manifest)
+        check_file(folder, manifest, name, check_hashes=False)
+    bundle = Bundle(folder, manifest)
+    if check_hashes:
+        bundle.check_hashes()
+    return bundle
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 #: How long a thread that runs Python may keep others waiting that want to. A short call changes threads several times;
 #: with Python's 5 ms it took 67 ms at the 99th percentile while a call of 10,000 texts was tokenised.
 _SWITCH_SECONDS = 0.0005
+#: Between tries to start the workers that are missing.
+_REVIVAL_SECONDS = 1.0
 #: Threads for tokenising, index and disk, beyond one for each worker: a few slow calls must not hold up the others.
 _EXTRA_THREADS = 4
 
@@ -87,8 +89,7 @@ async def _serve(settings: Settings) -> None:
         server, address = _bind(settings)
 
         def on_failure() -> None:
-            log.error("no worker is left: not serving any more")
-            asyncio.run_coroutine_threadsafe(_set_health(statuses, serving=False), loop)
+            asyncio.run_coroutine_threadsafe(_revive(engine, workers, statuses), loop)
 
         engine = Engine(
             pool,
@@ -129,6 +130,16 @@ async def _serve(settings: Settings) -> None:
         log.info("stopping: up to %g seconds for calls in flight", settings.drain_seconds)
         await statuses.enter_graceful_shutdown()
         await server.stop(settings.drain_seconds)
+
+
+async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:
+    """Start workers that are missing as soon as the system gives threads again; not ready while there is none."""
+    while (alive := engine.revive()) < workers:
+        log.error("%d of %d workers are left", alive, workers)
+        await _set_health(statuses, serving=bool(alive))
+        await asyncio.sleep(_REVIVAL_SECONDS)
+    log.info("all %d workers are back", workers)
+    await _set_health(statuses, serving=True)
 
 
 def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:

@@ -6,9 +6,10 @@ import asyncio
 import inspect
 import logging
 import re
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from itertools import count
 from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
@@ -24,11 +25,12 @@ log = logging.getLogger(__name__)
 _STATUS_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 #: A request id from a caller is logged and sent back: nothing else may hide in it.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+#: New ids are this process's own and a number: asking the system for chance anew lets go of the interpreter's lock.
+_PROCESS, _numbers = secrets.token_hex(8), count()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Observe = Callable[[str, str, float], None]
 Service = TypeVar("Service")
-Ended = Callable[[str], AbstractContextManager[None]]
 
 
 class Handlers:
@@ -71,20 +73,8 @@ class Handlers:
 
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         wrap = _stream if handler.response_streaming else _unary
-        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, self._ended)
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, self._observe)
         return wrapped
-
-    @contextmanager
-    def _ended(self, method: str) -> Iterator[None]:
-        """Tell how a call ends, and after how long."""
-        start, code = perf_counter(), "OK"
-        try:
-            yield
-        except BaseException as error:
-            code = _code_name(error)
-            raise
-        finally:
-            self._observe(method, code, perf_counter() - start)
 
 
 def _code_name(error: BaseException) -> str:
@@ -97,39 +87,59 @@ def _code_name(error: BaseException) -> str:
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
 
 
-def _unary(handler: Any, method: str, ended: Ended) -> Any:
+def _unary(handler: Any, method: str, observe: Observe) -> Any:
     """Wrap the handler of a method that answers once."""
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+    if not inspect.iscoroutinefunction(inner):
+        inner = _as_coroutine(inner)
 
     async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
+        start, code = perf_counter(), "OK"
         try:
-            with ended(method):
-                answer = inner(request, context)
-                return await answer if inspect.isawaitable(answer) else answer
-        except Exception as error:
+            return await inner(request, context)
+        except BaseException as error:
+            code = _code_name(error)
+            if not isinstance(error, Exception):
+                raise
             await _abort(error, method, request_id, context)
+        finally:
+            observe(method, code, perf_counter() - start)
 
     make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
     return make(call, handler.request_deserializer, handler.response_serializer)
 
 
-def _stream(handler: Any, method: str, ended: Ended) -> Any:
+def _as_coroutine(method: Any) -> Any:
+    """Return a coroutine function for what is none, as a generated servicer has it for a method that is not built."""
+
+    async def call(request: Any, context: Context) -> Any:
+        return method(request, context)
+
+    return call
+
+
+def _stream(handler: Any, method: str, observe: Observe) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
+        start, code = perf_counter(), "OK"
         try:
             # Closed at once when the caller leaves: a stream may have work in flight that nobody wants any more.
-            with ended(method):
-                async with aclosing(inner(request, context)) as answers:
-                    async for answer in answers:
-                        yield answer
-        except Exception as error:
+            async with aclosing(inner(request, context)) as answers:
+                async for answer in answers:
+                    yield answer
+        except BaseException as error:
+            code = _code_name(error)
+            if not isinstance(error, Exception):
+                raise
             await _abort(error, method, request_id, context)
+        finally:
+            observe(method, code, perf_counter() - start)
 
     make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
     return make(call, handler.request_deserializer, handler.response_serializer)
@@ -140,7 +150,7 @@ def _request_id(context: Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == status.REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
-    return uuid.uuid4().hex
+    return f"{_PROCESS}{next(_numbers):016x}"
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:

@@ -7,6 +7,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,13 +31,14 @@ _REMEDY = (
 )
 
 
-def hnswlib_problem(data_dir: Path) -> str:
+def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: None) -> str:
     """Try hnswlib in a process of its own, unless that was done before on this processor.
 
     Must be called before hnswlib is imported here. Takes some 0.2 s the first time.
 
     Args:
         data_dir: where a passed check is remembered, if it is there.
+        meanwhile: called while the other process runs, if it does.
 
     Returns:
         What is wrong and the remedy; empty if nothing is, or if it fails in another way, which its import will tell.
@@ -49,9 +51,14 @@ def hnswlib_problem(data_dir: Path) -> str:
     except (OSError, ValueError):
         pass  # not checked yet
     try:
-        status = subprocess.run(  # noqa: S603 - our own code
-            [sys.executable, "-c", _CODE], check=False, capture_output=True, timeout=_SECONDS
-        ).returncode
+        with subprocess.Popen(  # noqa: S603 - our own code
+            [sys.executable, "-c", _CODE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                meanwhile()
+                status = process.wait(_SECONDS)
+            finally:
+                process.kill()
     except (OSError, subprocess.TimeoutExpired):
         return ""
     if status == -signal.SIGILL:

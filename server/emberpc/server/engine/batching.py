@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.session import Output
@@ -90,14 +90,13 @@ class Job:
         return self.tokens * self.remaining // len(self.texts)
 
 
-@dataclass(frozen=True, order=True)
-class Item:
-    """One text of a job; ordered by length, then by arrival."""
+class Item(NamedTuple):
+    """One text of a job; ordered by length, then by arrival: no two have the same number."""
 
     length: int
     number: int
-    job: Job = field(compare=False)
-    row: int = field(compare=False)
+    job: Job
+    row: int
 
 
 class Queue:
@@ -160,6 +159,21 @@ class Queue:
             self._forget()
         return batch
 
+    def discard(self, job: Job) -> None:
+        """Take out what waits of a job that nobody wants any more."""
+        pool = self._pools.get(job.runner, [])
+        gone = [item for item in pool if item.job is job]
+        if not gone:
+            return
+        pool[:] = [item for item in pool if item.job is not job]
+        if not pool:
+            del self._pools[job.runner]
+        self._taken.update(item.number for item in gone)  # they are still to be met in their call's turn
+        for item in gone:
+            self._count_out(item)
+        if not self._pools:
+            self._forget()
+
     def _count_out(self, item: Item) -> None:
         name = item.job.caller.name
         self.tokens -= item.length
@@ -207,19 +221,19 @@ class Queue:
         tokens, best = longest, _worth(longest, longest)
         while True:
             rows = high - low + 1
-            grown = [
-                (_worth(tokens + item.length, max(longest, item.length) * rows), item)
-                for item in (*pool[max(low - 1, 0) : low], *pool[high : high + 1])
-                if max(longest, item.length) * rows <= self.batch_tokens
-            ]
-            worth, item = max(grown, key=lambda one: one[0], default=(0.0, None))
-            if item is None or worth <= best:
+            shorter = longer = 0.0
+            if low and longest * rows <= self.batch_tokens:
+                shorter = _worth(tokens + pool[low - 1].length, longest * rows)
+            if high < len(pool) and (length := pool[high].length) * rows <= self.batch_tokens:
+                longer = _worth(tokens + length, length * rows)
+            if max(shorter, longer) <= best:
                 return low, high
-            best, tokens = worth, tokens + item.length
-            if item.length >= longest and high < len(pool) and item is pool[high]:
-                high, longest = high + 1, item.length
+            if longer > shorter:
+                best, longest = longer, pool[high].length
+                tokens, high = tokens + longest, high + 1
             else:
-                low -= 1
+                best, low = shorter, low - 1
+                tokens += pool[low].length
 
 
 def _worth(tokens: int, padded: int) -> float:
@@ -290,6 +304,10 @@ class Backlog:
         if lane is Lane.BULK:
             self._bulk_turn = perf_counter()
         return self._queues[lane].take()
+
+    def discard(self, job: Job) -> None:
+        """Take out what waits of a job that nobody wants any more."""
+        self._queues[self.lane(job.tokens, job.caller)].discard(job)
 
     def drain(self) -> set[Job]:
         """Take out everything; return the jobs that waited."""

@@ -6,7 +6,10 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
+from time import perf_counter
 from weakref import WeakValueDictionary
+
+import numpy as np
 
 from emberpc.bundle import Interface
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
@@ -14,9 +17,8 @@ from emberpc.server.engine.tokenizing import TokenIds
 
 log = logging.getLogger(__name__)
 
-#: A text of so many tokens is worth a session with several threads. Where there is one, shorter texts gain from it too:
-#: on two cores MiniLM takes 16.2 and 10.7 ms for 128 tokens, 2.8 and 2.2 ms for 8.
-_LONG = 128
+#: The text that tells whether a session with several threads is the faster one: its tokens, and how often it is run.
+_PROBE_TOKENS, _PROBES = 32, 5
 _numbers = count()
 
 
@@ -49,24 +51,39 @@ class Encoder:
         Args:
             batch: the texts.
             threads: that are free for it. More than one need a session of their own, which takes the model's memory
-                once more: it is made beside the first run of a long text that could use it.
+                once more, less the large tables: it is made beside the first run that could use it.
         """
-        session = self._session
-        if threads > 1:
-            session = self._wide or (self._widen(threads) if len(batch[0]) >= _LONG else session)
+        if threads > 1 and self._widening.acquire(blocking=False):  # once; never released
+            threading.Thread(target=self._widen, args=(threads,), name="widen", daemon=True).start()
+        session = self._wide if threads > 1 and self._wide is not None else self._session
+        return self._run_on(session, batch)
+
+    def _run_on(self, session: OnnxSession, batch: Sequence[TokenIds]) -> Output:
         return session.run(batch, self.interface, self._pad_token_id)
 
-    def _widen(self, threads: int) -> OnnxSession:
-        """Have a session with several threads made, and return the other one meanwhile."""
-        if self._widening.acquire(blocking=False):  # once; never released
-            threading.Thread(target=self._make_wide, args=(threads,), name="widen", daemon=True).start()
-        return self._session
-
-    def _make_wide(self, threads: int) -> None:
+    def _widen(self, threads: int) -> None:
+        """Make a session with several threads, and keep it if it is the faster one."""
         try:
-            self._wide = OnnxSession(self._session.path, threads)
-        except SessionError:  # the file was removed meanwhile: one thread does it, too
-            log.warning("%s cannot be loaded again; long texts run on one core", self._session.path)
+            wide = self._session.with_threads(threads)
+        except SessionError as error:  # one thread does it, too
+            log.warning("%s; texts that are alone run on one core", error)
+            return
+        if self._is_faster(wide):
+            self._wide = wide
+        else:
+            log.info("%s is no faster on %d threads", self._session.path, threads)
+
+    def _is_faster(self, wide: OnnxSession) -> bool:
+        """Run a short text on both sessions, in turns, since what else runs holds up both; the fastest run counts."""
+        probe = [np.full(_PROBE_TOKENS, self._pad_token_id, dtype=np.int64)]
+        times = [[self._seconds(session, probe) for session in (wide, self._session)] for _ in range(_PROBES)]
+        ours, others = map(min, zip(*times, strict=True))
+        return ours < others
+
+    def _seconds(self, session: OnnxSession, batch: Sequence[TokenIds]) -> float:
+        start = perf_counter()
+        self._run_on(session, batch)
+        return perf_counter() - start
 
 
 class Encoders:

@@ -28,7 +28,7 @@ class Engine:
         batch_tokens: most tokens of a micro-batch, padding included; 0: 512, until `calibrate` found a better size.
         max_queue_tokens: most tokens that may wait.
         cache_bytes: most bytes of outcomes to keep for those who ask again; 0: none.
-        on_failure: called, on some thread, when no worker is left.
+        on_failure: called, on some thread, when a worker died and none could take its place; see `revive`.
     """
 
     def __init__(
@@ -70,6 +70,10 @@ class Engine:
         if models := self.models():
             self._scheduler.set_batch_tokens(calibrated_batch_tokens(models[0], record))
             return_memory()  # the largest batches tried took more than those that were chosen will
+
+    def revive(self) -> int:
+        """Start the workers that are missing, as far as the system gives any; return how many live."""
+        return self._scheduler.revive()
 
     def models(self) -> list[Model]:
         """Return the models by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -107,34 +108,17 @@ class Model:
 
         try:
             tell("checking the files")
-            bundle = open_bundle(folder, options or {}, lambda path: load(path).graph)
-            manifest = bundle.manifest
-            variant = manifest.variant(variant_name)
-            head = bundle.head()
-
-            def load_encoder() -> Encoder:
-                session = load(bundle.model_path(variant))
-                interface = bundle.interface(session.graph, headless=head is not None)
-                return Encoder(session, interface, manifest.pad_token_id)
-
-            tell("loading the weights")
-            # One that gives logits is of no use to others.
-            vectors = head is not None or manifest.task is Task.EMBEDDING
-            shared = encoders if encoders is not None and vectors else Encoders()
-            model = cls(
-                name=name,
-                folder=folder,
-                options=dict(options or {}),
-                manifest=manifest,
-                variant=variant,
-                tokenizer=_tokenizer(bundle),
-                encoder=shared.get(
-                    manifest.fingerprint(variant.name), manifest.max_tokens, load_encoder, fresh=fresh and head is None
-                ),
-                head=head,
-                size_bytes=manifest.files[variant.path].size,
-                loaded=datetime.now(timezone.utc),
-            )
+            bundle = open_bundle(folder, options or {}, lambda path: load(path).graph, check_hashes=False)
+            # On a core of its own: hashing takes as long as loading does.
+            with ThreadPoolExecutor(1, thread_name_prefix="hashes") as beside:
+                hashes = beside.submit(bundle.check_hashes)
+                tell("loading the weights")
+                try:
+                    model = cls._of(name, folder, bundle, variant_name, options or {}, load, encoders, fresh=fresh)
+                except (BundleError, SessionError):
+                    hashes.result()  # that a file changed is the better reason
+                    raise
+                hashes.result()
             tell("warming up")
             model._check(bundle)
         except UnstatedError as error:
@@ -144,6 +128,47 @@ class Model:
         except (BundleError, SessionError) as error:
             raise ModelLoadError(f"model {name!r}: {error}") from error
         return model
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        folder: Path,
+        bundle: Bundle,
+        variant_name: str,
+        options: Mapping[str, str],
+        load: Callable[[Path], OnnxSession],
+        encoders: Encoders | None,
+        *,
+        fresh: bool,
+    ) -> Model:
+        """Load what a bundle holds."""
+        manifest = bundle.manifest
+        variant = manifest.variant(variant_name)
+        head = bundle.head()
+
+        def load_encoder() -> Encoder:
+            session = load(bundle.model_path(variant))
+            interface = bundle.interface(session.graph, headless=head is not None)
+            return Encoder(session, interface, manifest.pad_token_id)
+
+        # One that gives logits is of no use to others.
+        vectors = head is not None or manifest.task is Task.EMBEDDING
+        shared = encoders if encoders is not None and vectors else Encoders()
+        return cls(
+            name=name,
+            folder=folder,
+            options=dict(options),
+            manifest=manifest,
+            variant=variant,
+            tokenizer=_tokenizer(bundle),
+            encoder=shared.get(
+                manifest.fingerprint(variant.name), manifest.max_tokens, load_encoder, fresh=fresh and head is None
+            ),
+            head=head,
+            size_bytes=manifest.files[variant.path].size,
+            loaded=datetime.now(timezone.utc),
+        )
 
     def _check(self, bundle: Bundle) -> None:
         """Run some texts, which warms the model up too.

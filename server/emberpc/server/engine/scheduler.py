@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
@@ -18,6 +18,7 @@ import numpy as np
 
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
 from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.outcomes import fail, failure, result_of, tell
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
@@ -68,7 +69,7 @@ class Scheduler:
         workers: number of threads; each runs one micro-batch at a time on one core.
         batch_tokens: most tokens of a micro-batch, padding included; a longer text goes alone.
         max_queue_tokens: most tokens that may wait.
-        on_failure: called, on a worker's thread, when the last worker died and none could take its place.
+        on_failure: called, on a worker's thread, when a worker died and none could take its place; see `revive`.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class Scheduler:
         self._at_bulk = 0
         self._workers = workers
         self._threads: dict[str, threading.Thread] = {}
-        for i in range(workers):
-            self._start(f"worker-{i}")
-        self._start("express")
+        #: The jobs whose callers wait.
+        self._live: set[Job] = set()
+        if not self.revive():
+            raise RuntimeError("the system gives no thread for a worker")
 
     async def run(self, runner: Runner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
         """Run the texts of one call. If the caller goes away, what still waits is dropped.
@@ -107,7 +109,7 @@ class Scheduler:
         try:
             return await job.future
         finally:
-            job.over = True
+            self._end(job)
 
     def check_room(self, caller: Caller) -> None:
         """See whether a call can be taken at all, before it is tokenised in vain.
@@ -119,6 +121,17 @@ class Scheduler:
             if self._backlog.tokens >= self._max_queue_tokens:
                 raise self._full(0)
             self._check_time(0, caller)
+
+    def revive(self) -> int:
+        """Start the threads that are missing, as far as the system gives any; return how many workers live."""
+        with self._lock:
+            for name in (*(f"worker-{i}" for i in range(self._workers)), "express"):
+                if name not in self._threads and not self._closing:
+                    try:
+                        self._start(name)
+                    except RuntimeError:
+                        log.exception("no thread could be started for %s", name)
+            return self._alive
 
     def set_batch_tokens(self, tokens: int) -> None:
         """Make the micro-batches from now on of another size."""
@@ -148,7 +161,7 @@ class Scheduler:
             self._work_waits.notify_all()
             self._express_waits.notify_all()
             threads = list(self._threads.values())
-        _fail(waiting, ServiceError(Code.UNAVAILABLE, "the server is stopping; try again", reason="STOPPING"))
+        fail(waiting, ServiceError(Code.UNAVAILABLE, "the server is stopping; try again", reason="STOPPING"))
         for thread in threads:
             thread.join()
 
@@ -165,9 +178,19 @@ class Scheduler:
             if self._backlog.tokens + job.tokens > self._max_queue_tokens:
                 raise self._full(job.tokens)
             self._check_time(job.tokens, job.caller)
+            self._live.add(job)
             self._backlog.add(job)
             self._work_waits.notify(len(job.texts))
-            self._express_waits.notify()
+            if self._is_for_express():
+                self._express_waits.notify()
+
+    def _end(self, job: Job) -> None:
+        """Account for a call that ended, maybe since its caller left: what of it still waits holds up nobody."""
+        job.over = True
+        with self._lock:
+            self._live.discard(job)
+            if job.remaining:
+                self._backlog.discard(job)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
         """Refuse a call of so many tokens that would not be done in time."""
@@ -183,7 +206,7 @@ class Scheduler:
                 f"about {wait:.1f} seconds of work go before this call, and its deadline is too soon; try again later, "
                 "or give it more time",
                 reason="DEADLINE_TOO_SOON",
-                retry_after=wait,
+                retry_after=wait or None,  # with nothing before it, it would be too late the next time, too
             )
 
     def _full(self, tokens: int) -> ServiceError:
@@ -205,8 +228,16 @@ class Scheduler:
         """Estimate how long what is left of a job takes at least; 0 until it was measured."""
         return self._seconds(job.tokens_left) if self._measured else 0.0
 
+    def _is_for_express(self) -> bool:
+        """Return whether interactive work waits, and all workers are at bulk work."""
+        return self._at_bulk >= self._alive > 0 and self._backlog.waits(Lane.INTERACTIVE)
+
     def _start(self, name: str) -> None:
-        """Start a thread. The express worker is not counted among those alive: it does not do all work."""
+        """Start a thread. The express worker is not counted among those alive: it does not do all work.
+
+        Raises:
+            RuntimeError: the system gives no thread.
+        """
         express = name == "express"
         thread = threading.Thread(target=self._work, args=(name, express), name=name, daemon=True)
         thread.start()
@@ -214,8 +245,8 @@ class Scheduler:
         self._alive += not express
 
     def _work(self, name: str, express: bool) -> None:
-        _step_back()
         try:
+            _step_back()
             while self._work_once(express):
                 pass
         finally:
@@ -242,11 +273,7 @@ class Scheduler:
         """Wait for interactive work that all others leave waiting for the sake of bulk work; empty when stopping."""
         with self._lock:
             while True:
-                self._express_waits.wait_for(
-                    lambda: (
-                        self._closing or (self._at_bulk >= self._alive > 0 and self._backlog.waits(Lane.INTERACTIVE))
-                    )
-                )
+                self._express_waits.wait_for(lambda: self._closing or self._is_for_express())
                 if self._closing:
                     return []
                 if wanted := self._take(Lane.INTERACTIVE):
@@ -255,14 +282,19 @@ class Scheduler:
     def _take(self, lane: Lane) -> list[Item]:
         """Take a batch, less what nobody wants any more: callers who left, whose call failed, or cannot be in time."""
         now = perf_counter()
-        batch = self._backlog.take(lane)
+        try:
+            batch = self._backlog.take(lane)
+        except BaseException:  # the books are wrong: which texts it took is not known, and no caller may hang
+            self._backlog.drain()
+            fail(self._live, failure())
+            raise
         late = {
             item.job
             for item in batch
             if not item.job.over and item.job.caller.deadline < now + self._least_seconds(item.job)
         }
         self.counts.expired += len(late)
-        _fail(
+        fail(
             late,
             ServiceError(Code.DEADLINE_EXCEEDED, "the call could not be done in time any more"),
         )
@@ -279,7 +311,7 @@ class Scheduler:
         try:
             self._run_and_finish(batch, self._workers if alone else 1)
         except BaseException:  # the worker ends, but no caller may hang
-            _fail({item.job for item in batch}, _failure())
+            fail({item.job for item in batch}, failure())
             raise
         finally:
             with self._lock:
@@ -295,22 +327,25 @@ class Scheduler:
             log.exception("a micro-batch of %d texts failed", len(batch))
             self.counts.failed_batches += 1
         else:
-            self._finish(batch, output, start, perf_counter())
+            self._finish(batch, output, start, perf_counter(), threads)
             return
         by_call = sorted(batch, key=lambda item: id(item.job))
         calls = [list(own) for _, own in groupby(by_call, key=lambda item: id(item.job))]
         if len(calls) == 1:
-            _fail([batch[0].job], _failure())
+            fail([batch[0].job], failure())
             return
         for own in calls:
             self._run_and_finish(own)
 
-    def _finish(self, batch: list[Item], output: Output, start: float, end: float) -> None:
+    def _finish(self, batch: list[Item], output: Output, start: float, end: float, threads: int) -> None:
         """Hand out a batch's rows, and finish the jobs that have all of theirs."""
         tokens = sum(item.length for item in batch)
         finished = []
+        # Copies: a row alone would keep the whole batch's output in memory.
+        rows = [np.array(row) for row in output]
         with self._lock:
-            if tokens >= self._batch_tokens * _TELLING:
+            # What several threads did together does not tell of what one worker does.
+            if threads == 1 and tokens >= self._batch_tokens * _TELLING:
                 rate = tokens / (end - start)
                 self._rate = self._rate + _RATE_WEIGHT * (rate - self._rate) if self._measured else rate
                 self._measured = True
@@ -318,76 +353,39 @@ class Scheduler:
             self.counts.texts += len(batch)
             self.counts.tokens += tokens
             self.counts.padding += max(item.length for item in batch) * len(batch) - tokens
-            for item, row in zip(batch, output, strict=True):
+            for item, row in zip(batch, rows, strict=True):
                 job = item.job
                 job.started = job.started or start
-                # A copy: a row alone would keep the whole batch's output in memory.
-                job.rows[item.row] = np.array(row)
+                job.rows[item.row] = row
                 job.remaining -= 1
                 if not job.remaining:
                     finished.append(job)
-        _tell((job, _result(job, end)) for job in finished)
+        tell([(job, result_of(job, end)) for job in finished])
 
     def _leave(self, name: str) -> None:
-        """Account for a worker that ends. If it was not told to, another takes its place; if none can, nobody waits."""
+        """Account for a thread that ends. If it was not told to, another takes its place; if none can, nobody waits."""
         with self._lock:
-            express = name == "express"
-            self._alive -= not express
+            self._alive -= name != "express"
+            del self._threads[name]
             if self._closing:
                 return
             self.counts.lost_workers += 1
+            if self._is_for_express():
+                self._express_waits.notify()
             try:
                 self._start(name)
-            except RuntimeError:  # the system gives no thread
+            except RuntimeError:
                 log.exception("no thread could take the place of %s", name)
             else:
                 log.error("%s died and was replaced", name)
                 return
-            if self._alive:
-                return
-            waiting = self._backlog.drain()
-        _fail(waiting, ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS"))
+            waiting = set() if self._alive else self._backlog.drain()
+        fail(waiting, ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS"))
         self._on_failure()
 
 
 def _step_back() -> None:
     """Let this thread have a core after those that take and refuse calls, which need little of one, but at once."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-
-
-def _failure() -> ServiceError:
-    return ServiceError(Code.INTERNAL, "the model failed on this call")
-
-
-def _result(job: Job, end: float) -> JobResult:
-    rows = [row for row in job.rows if row is not None]
-    return JobResult(rows, job.started - job.submitted, end - job.started)
-
-
-def _fail(jobs: Iterable[Job], error: ServiceError) -> None:
-    _tell((job, error) for job in jobs)
-
-
-def _tell(outcomes: Iterable[tuple[Job, JobResult | ServiceError]]) -> None:
-    """Tell callers what became of their calls, those of one event loop at once: each waking of it costs a thread."""
-    loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[Job, JobResult | ServiceError]]] = defaultdict(list)
-    for job, outcome in outcomes:
-        if not job.over:
-            job.over = True
-            loops[job.future.get_loop()].append((job, outcome))
-    for loop, own in loops.items():
-        try:
-            loop.call_soon_threadsafe(_settle, own)
-        except RuntimeError:  # it is closed
-            log.debug("%d callers left with their event loop", len(own))
-
-
-def _settle(outcomes: Iterable[tuple[Job, JobResult | ServiceError]]) -> None:
-    for job, outcome in outcomes:
-        if job.future.done():
-            log.debug("a caller left before its outcome was there")
-        elif isinstance(outcome, ServiceError):
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)
+        with suppress(OSError):  # some containers refuse it, and work is done without
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from emberpc.bundle import Graph, Interface, Tensor
+from emberpc.server.engine.tables import Tables, read_tables
 from emberpc.server.engine.tokenizing import TokenIds
 
 Output = npt.NDArray[np.float32]
@@ -25,15 +26,23 @@ class OnnxSession:
     Args:
         path: the ONNX file.
         threads: that one run may use.
+        tables: those of the file, if another session has them in memory; None: they are read.
 
     Raises:
         SessionError: the file does not load.
     """
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
+    def __init__(self, path: Path, threads: int = 1, tables: Tables | None = None) -> None:
         self.path = path
+        self._written = _written(path)
+        self._tables = read_tables(path) if tables is None else tables
+        # ONNX Runtime does not keep them: they must live as long as the session.
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in self._tables.items()}
+        options = _options(threads)
         try:
-            self._session = ort.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+            for name, value in self._values.items():
+                options.add_initializer(name, value)
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -42,6 +51,17 @@ class OnnxSession:
             [Tensor(node.name, node.type, node.shape) for node in inputs],
             [Tensor(node.name, node.type, node.shape) for node in outputs],
         )
+
+    def with_threads(self, threads: int) -> OnnxSession:
+        """Return a session of the same model that uses so many threads; they share the large tables.
+
+        Raises:
+            SessionError: the file does not load any more, or is not the one that it was.
+        """
+        session = OnnxSession(self.path, threads, self._tables)
+        if session._written != self._written:
+            raise SessionError(f"{self.path} was written anew since it was loaded")
+        return session
 
     def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
         """Run texts as one batch, padded to the longest.
@@ -62,6 +82,15 @@ class OnnxSession:
             mask[row, : len(ids)] = 1
         (output,) = self._session.run([interface.output], interface.inputs.feeds(input_ids, mask))
         return interface.finish(output, mask)
+
+
+def _written(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written anew; nothing for one that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import Encoding, Tokenizer
 
+from emberpc.server.engine.words import Words
 from emberpc.server.errors import FieldPath, Violation, invalid_fields
 
 TokenIds = npt.NDArray[np.int64]
@@ -55,11 +56,12 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
+        self._words = Words.of(self._tokenizer)
         self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     def count(self, texts: Sequence[str], prompt: str) -> list[int]:
         """Return the tokens of each text with its prompt, before any truncation."""
-        return [len(encoding) for encoding in self._encode([prompt + text for text in texts])]
+        return [len(ids) for ids in self._ids([prompt + text for text in texts])]
 
     def tokenize(
         self, texts: Sequence[str], prompt: str, truncation: Truncation, path: FieldPath
@@ -76,30 +78,35 @@ class TextTokenizer:
             ServiceError: INVALID_ARGUMENT, naming each text that has no tokens, or too many where they are refused.
         """
         heads = [self._head(prompt + text, truncation) for text in texts]
-        encodings = self._encode(heads)
         result = []
         violations = []
-        for i, (text, head, encoding) in enumerate(zip(texts, heads, encodings, strict=True)):
+        for i, (text, head, ids) in enumerate(zip(texts, heads, self._ids(heads), strict=True)):
             cut = len(head) < len(prompt) + len(text)
-            if cut and len(encoding) <= self.max_tokens:
-                encoding = self._encode([prompt + text])[0]  # noqa: PLW2901 - the head did not tell
+            if cut and len(ids) <= self.max_tokens:
+                (ids,) = self._ids([prompt + text])  # noqa: PLW2901 - the head did not tell
                 cut = False
-            if not len(encoding):
+            if not ids:
                 violations.append(Violation(path(i), "has no token that the model knows; give it some text"))
-            elif len(encoding) <= self.max_tokens:
-                result.append(TokenizedText(np.array(encoding.ids, dtype=np.int64)))
+            elif len(ids) <= self.max_tokens:
+                result.append(TokenizedText(np.array(ids, dtype=np.int64)))
             elif truncation is Truncation.REFUSE:
-                count = f"more than {self.max_tokens}" if cut else str(len(encoding))
+                count = f"more than {self.max_tokens}" if cut else str(len(ids))
                 violations.append(Violation(path(i), self._too_long(count)))
             else:
-                result.append(TokenizedText(self._truncate(prompt, head[len(prompt) :], truncation), truncated=True))
+                fitting = self._truncate(prompt, head[len(prompt) :], ids, truncation)
+                result.append(TokenizedText(np.array(fitting, dtype=np.int64), truncated=True))
         if violations:
             raise invalid_fields(violations)
         return result
 
-    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)
-        return encodings
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, special ones included."""
+        found = [None if self._words is None else self._words.ids(text) for text in texts]
+        untold = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        if not untold:
+            return [ids for ids in found if ids is not None]
+        encodings = iter(self._tokenizer.encode_batch_fast(untold, add_special_tokens=True))
+        return [next(encodings).ids if ids is None else ids for ids in found]
 
     def _too_long(self, count: str) -> str:
         return (
@@ -116,15 +123,22 @@ class TextTokenizer:
         space = max(head.rfind(" "), head.rfind("\n"))
         return head[:space] if space > limit // 2 else head
 
-    def _truncate(self, prompt: str, text: str, truncation: Truncation) -> TokenIds:
-        """Return the ids of a text cut so that with its prompt and the special tokens it just fits."""
-        if truncation is Truncation.END:
-            encoding = self._tokenizer.encode(prompt + text, add_special_tokens=False)
-            encoding.truncate(self._room, direction="right")
-        else:
+    def _truncate(self, prompt: str, text: str, ids: list[int], truncation: Truncation) -> list[int]:
+        """Return so many of a text's ids, which are too many, that they just fit with its prompt and special tokens."""
+        if truncation is Truncation.START:
             # The prompt stands at the start and must stay there: only the text behind it is cut.
-            before = self._tokenizer.encode(prompt, add_special_tokens=False)
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            before, encoding = self._unframed([prompt, text])
             encoding.truncate(max(self._room - len(before), 0), direction="left")
             encoding = Encoding.merge([before, encoding], growing_offsets=True)
-        return np.array(self._tokenizer.post_process(encoding, add_special_tokens=True).ids, dtype=np.int64)
+        elif self._words is not None:
+            return self._words.cut(ids, self.max_tokens)
+        else:
+            (encoding,) = self._unframed([prompt + text])
+            encoding.truncate(self._room, direction="right")
+        framed: list[int] = self._tokenizer.post_process(encoding, add_special_tokens=True).ids
+        return framed
+
+    def _unframed(self, texts: Sequence[str]) -> list[Encoding]:
+        """Return the encodings of texts without special tokens."""
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return encodings

@@ -95,8 +95,8 @@ class BulkEmbedder:
             if bad:
                 embedded.failures |= {i: invalid("text", description) for i, description in bad.items()}
                 await self._embed_good(texts, [i for i in wanted if i not in bad], embedded)
-            elif error.code is Code.INVALID_ARGUMENT and len(wanted) > 1:
-                # Together they are more than the queue may ever hold; that need not be true of each.
+            elif error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL) and len(wanted) > 1:
+                # Together they are more than the queue may ever hold, or the model fails on one of them.
                 half = len(wanted) // 2
                 await self._embed_good(texts, wanted[:half], embedded)
                 await self._embed_good(texts, wanted[half:], embedded)

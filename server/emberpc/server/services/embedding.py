@@ -27,12 +27,13 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: requests.Context) -> pb.EmbedResponse:
         """Embed texts."""
         model = self._engine.model(request.model, Task.EMBEDDING)
-        self._limits.check_count(len(request.texts), "texts", "text")
-        self._limits.check_texts(request.texts, items_of("texts"))
+        texts = list(request.texts)
+        self._limits.check_count(len(texts), "texts", "text")
+        self._limits.check_texts(texts, items_of("texts"))
         form = EmbeddingForm.of(model, request)
         inference = await self._engine.infer(
             model,
-            request.texts,
+            texts,
             form.prompt,
             form.truncation,
             items_of("texts"),

@@ -15,6 +15,8 @@ from emberpc.wire import vectors
 
 Matrix = npt.NDArray[np.float32]
 
+_DTYPES = frozenset(types_pb2.DataType.values())
+
 
 @dataclass(frozen=True)
 class EmbeddingForm:
@@ -44,7 +46,7 @@ class EmbeddingForm:
             ServiceError: INVALID_ARGUMENT for what the model cannot give or this server does not know.
         """
         check_dimensions(model, asked.dimensions, f"{path}dimensions")
-        if asked.dtype not in types_pb2.DataType.values():
+        if asked.dtype not in _DTYPES:
             raise invalid(f"{path}dtype", f"is {asked.dtype}, which is no DataType")
         unit = asked.normalize if asked.HasField("normalize") else model.manifest.normalize
         if model.manifest.normalize and not unit:
@@ -67,9 +69,9 @@ class EmbeddingForm:
 
 def check_dimensions(model: Model, dimensions: int, field: str = "dimensions") -> None:
     """Raise INVALID_ARGUMENT unless a model can give vectors of a size; 0 stands for its own."""
-    sizes = sorted({model.manifest.dimensions, *model.manifest.matryoshka_dimensions})
+    sizes = {model.manifest.dimensions, *model.manifest.matryoshka_dimensions} if dimensions else set()
     if dimensions and dimensions not in sizes:
-        listed = ", ".join(map(str, sizes))
+        listed = ", ".join(map(str, sorted(sizes)))
         raise invalid(field, f"is {dimensions}; model {model.name!r} gives vectors of {listed} dimensions")
 
 

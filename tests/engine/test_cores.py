@@ -1,0 +1,51 @@
+"""The cores that control groups allow, as the files that Linux shows say it."""
+
+from __future__ import annotations
+
+from math import inf
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.cores import quota, usable_cores
+
+
+def groups(root: Path, own: str, files: dict[str, str]) -> float:
+    (root / "own").write_text(own)
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return quota(root / "own", root / "v2", root / "v1")
+
+
+def test_the_least_limit_on_the_way_up_holds(tmp_path: Path) -> None:
+    files = {
+        "v2/cpu.max": "max 100000",
+        "v2/a/cpu.max": "150000 100000",
+        "v2/a/b/cpu.max": "400000 100000",
+        "v2/other/cpu.max": "1000 100000",
+    }
+    assert groups(tmp_path, "0::/a/b\n", files) == 1.5
+
+
+def test_in_a_container_the_root_is_the_group(tmp_path: Path) -> None:
+    assert groups(tmp_path, "0::/\n", {"v2/cpu.max": "50000 100000"}) == 0.5
+    # Without a namespace the path is that of the host, which is not to be seen here.
+    assert groups(tmp_path, "0::/system.slice/docker-1.scope\n", {"v2/cpu.max": "50000 100000"}) == 0.5
+
+
+def test_version_1_is_read_where_the_controller_is(tmp_path: Path) -> None:
+    files = {"v1/cpu.cfs_quota_us": "-1", "v1/cpu.cfs_period_us": "100000"}
+    assert groups(tmp_path, "4:cpu,cpuacct:/c\n0::/\n", files) == inf
+    files |= {"v1/c/cpu.cfs_quota_us": "250000", "v1/c/cpu.cfs_period_us": "100000"}
+    assert groups(tmp_path, "4:cpu,cpuacct:/c\n0::/\n", files) == 2.5
+
+
+@pytest.mark.parametrize("text", ["", "max", "nonsense 100000", "1000 0"])
+def test_what_says_nothing_sets_no_limit(tmp_path: Path, text: str) -> None:
+    assert groups(tmp_path, "0::/\n", {"v2/cpu.max": text}) == inf
+
+
+def test_this_process_may_use_some() -> None:
+    assert usable_cores() >= 1

@@ -1,0 +1,139 @@
+"""Words met before give the very ids that the tokenizer gives for the whole text."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from emberpc.server.engine import words
+from emberpc.server.engine.words import Words
+
+#: Letters that are dropped, decomposed, cut apart, joined to others, or begin a special token.
+PIECES = st.sampled_from(
+    list("aé.,[]<ßİ中文👍 \u0301\u226e\x00\x0b\x1c\x85\u00a0\u3000\u200b\ufffd\t\n\r")
+) | st.sampled_from(
+    ["Hello", "world", "42", "e\u0301", "--", "'s", "[SEP]", "[sep]", "[MASK]", "  ", "\r\n", "x" * 120]
+)
+TEXTS = st.lists(PIECES | st.characters(), max_size=12).map("".join)
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def minilm(minilm_bundle: Path) -> Tokenizer:
+    return plain(Tokenizer.from_file(str(minilm_bundle / "tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def remembered(minilm: Tokenizer) -> Words:
+    found = Words.of(minilm)
+    assert found is not None
+    return found
+
+
+def wordpiece(normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+    vocabulary = {
+        word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "a", "##b", "e", "é", ".", "[", "]", "<"])
+    }
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return made
+
+
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_ids_are_the_tokenizers(minilm: Tokenizer, remembered: Words, texts: list[str]) -> None:
+    for text in texts:
+        assert remembered.ids(text) in (None, minilm.encode(text).ids)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
+@given(text=TEXTS)
+def test_tokens_of_the_tokenizers_own_are_not_missed(lowercase: bool, normalized: bool, text: str) -> None:
+    made = wordpiece(normalizers.BertNormalizer(lowercase=lowercase))
+    made.add_tokens([AddedToken("[sep]", normalized=normalized), AddedToken("<", normalized=normalized)])
+    found = Words.of(made)
+    assert found is not None
+    assert found.ids(text) in (None, made.encode(text).ids)
+
+
+def test_plain_texts_in_any_language_are_told_by_their_words(minilm: Tokenizer, remembered: Words) -> None:
+    for text in ("", "Two words, and more.", "naïve café", "東京タワー", "a\tb\nc"):
+        assert remembered.ids(text) == minilm.encode(text).ids
+    assert remembered.ids("what is [MASK]?") is None
+
+
+def test_a_word_is_cut_once(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[object]:
+            asked.extend(texts)
+            return list(minilm.encode_batch_fast(texts, add_special_tokens=add_special_tokens))
+
+    found = Words.of(minilm)
+    assert found is not None
+    monkeypatch.setattr(found, "_tokenizer", Counting())
+    long = "y" * 50
+    for _ in range(3):
+        assert found.ids(f"one two one, {long}") == minilm.encode(f"one two one, {long}").ids
+    assert sorted(asked) == [",", "one", "two", long, long, long]
+
+
+def test_words_that_are_not_met_any_more_are_forgotten(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_GENERATION", 10)
+    found = Words.of(minilm)
+    assert found is not None
+    for number in range(100):
+        text = f"stays w{number}"
+        assert found.ids(text) == minilm.encode(text).ids
+    kept = found._lately | found._earlier
+    assert len(kept) <= 22
+    assert "stays" in kept
+
+
+def test_threads_may_share_it(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_GENERATION", 5)
+    found = Words.of(minilm)
+    assert found is not None
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        for number in range(300):
+            text = f"word{(seed * 7 + number) % 23} and, number {number % 11}."
+            if found.ids(text) != minilm.encode(text).ids:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_tokenizers_of_other_kinds_are_left_alone() -> None:
+    by_space = wordpiece()
+    by_space.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert Words.of(by_space) is None
+    other_rule = wordpiece(normalizers.Sequence([normalizers.Replace("b", "a"), normalizers.BertNormalizer()]))
+    assert Words.of(other_rule) is None
+    assert Words.of(Tokenizer(models.BPE())) is None
+    worded = wordpiece()
+    worded.add_tokens(["new york"])
+    assert Words.of(worded) is None
+    assert Words.of(wordpiece()) is not None
