@@ -106,16 +106,26 @@ class HybridSearcher:
 
     def _by_words(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
         words = self._telling(words_of(text))
-        found = self._store.with_words(expression(words), k, condition) if words else []
-        records = self._store.by_label([label for label, _ in found], with_vectors=with_vectors)
-        count = len(found)
+        hits = self._with_words(expression(words), k, condition, with_vectors=with_vectors) if words else []
+        count = len(hits)
         reason = ""
         if count < k:
             what = f"{count} record{'' if count == 1 else 's'} ha{'s' if count == 1 else 've'} a word of the query"
             reason = what if condition is EVERYTHING else f"{what} and match{'es' if count == 1 else ''} the filter"
-        return SearchOutcome(
-            [(records[label], score) for label, score in found], Plan(Strategy.LEXICAL, 0, 0, reason, count)
-        )
+        return SearchOutcome(hits, Plan(Strategy.LEXICAL, 0, 0, reason, count))
+
+    def _with_words(
+        self, query: str, k: int, condition: Clause, *, with_vectors: bool
+    ) -> list[tuple[StoredRecord, float]]:
+        """Return the best of the records that match an FTS5 query, as many as k if there are."""
+        most = k
+        while True:
+            found = self._store.with_words(query, most, condition)
+            records = self._store.by_label([label for label, _ in found], with_vectors=with_vectors)
+            hits = [(records[label], score) for label, score in found if label in records][:k]
+            if len(hits) == k or len(found) < most:
+                return hits
+            most += k - len(hits)  # as many more as turned out to be damaged
 
     def _telling(self, words: list[str]) -> list[str]:
         """Leave out what most texts of a large collection have, unless no other word is found."""
