@@ -93,7 +93,7 @@ class Collection(SearchCalls):
         self._store = Store(folder, spec, cache, create=create)
         try:
             self._delete_expired_before_use()
-            self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
+            self._neighbours = Neighbours(spec, self._snapshot() or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
             self._selector = Selector(self._store, spec)
             self._store.on_damage = self._forget_damaged
@@ -302,6 +302,15 @@ class Collection(SearchCalls):
             # Who waited here while another took this one's place must not write to what is to be thrown away.
             self._calls.check()
             yield
+
+    def _snapshot(self) -> Graph | None:
+        """Return the graph of the newest snapshot, if there is one that is this collection's."""
+        try:
+            return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
+        except snapshots.AheadError:
+            log.warning("collection %s: its database is older than its graph, which is built anew", self.spec.name)
+            self._store.take_another_identity()
+            return None
 
     def _delete_expired_before_use(self) -> None:
         """Let no search find what was gone while the collection was closed."""

@@ -156,6 +156,16 @@ class Store:
             ]
             return Change(self._sequence(connection), np.array(added, dtype=np.int64), removed)
 
+    def identity(self) -> str:
+        """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
+        with translated(self._what):
+            return str(self._reader().execute("SELECT identity FROM state").fetchone()[0])
+
+    def take_another_identity(self) -> None:
+        """Be another one from now on than the databases that this one was copied from, or to."""
+        with self._writing() as connection:
+            connection.execute(schema.IDENTITY_ANEW)
+
     def set_sequence(self, sequence: int) -> None:
         """Say what the number of the last write is."""
         with self._writing() as connection:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 #: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
 _MAX_DEAD_SHARE = 0.25
 _SNAPSHOT_TRIES = 3
+#: A snapshot is of the whole graph, so that a large one is saved no sooner than so much of it is new.
+_NEW_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Pace:
     #: Newest vectors that are compared one by one. Measured at 384 dimensions: up to here that takes no longer than a
     #: search of the graph (0.1 ms), and it is exact.
     buffer_limit: int = 4000
-    #: Vectors that the graph takes in between snapshots: some 10 to 20 seconds' work.
+    #: Vectors that the graph takes in between snapshots, at least: some 10 to 20 seconds' work.
     snapshot_every: int = 20_000
 
 
@@ -83,7 +85,7 @@ class Upkeep:
                 self._drain()
             if self._neighbours.dead_share > _MAX_DEAD_SHARE and self._neighbours.rebuild(self._read, self._stop):
                 # All of the graph is new.
-                self._unsaved = self._pace.snapshot_every
+                self._unsaved = self._between_snapshots
                 self.effort.forget()
             self._snapshot_if_due()
             if self.effort.due:
@@ -98,7 +100,7 @@ class Upkeep:
         """Save a snapshot, if it can be."""
         for tries_left in reversed(range(_SNAPSHOT_TRIES)):
             try:
-                snapshots.save(self._neighbours.save, self._spec, self._folder)
+                snapshots.save(self._neighbours.save, self._spec, self._store.identity(), self._folder)
                 self._unsaved = 0
             except (OSError, RuntimeError) as error:
                 if tries_left and isinstance(error, ChildKilledError):
@@ -108,12 +110,16 @@ class Upkeep:
             return
 
     def _drain(self) -> None:
-        while moved := self._neighbours.drain(self._pace.snapshot_every, self._stop):
+        while moved := self._neighbours.drain(self._between_snapshots, self._stop):
             self._unsaved += moved
             self._snapshot_if_due()
             if self._neighbours.waiting <= self._pace.buffer_limit:
                 return
 
     def _snapshot_if_due(self) -> None:
-        if self._unsaved >= self._pace.snapshot_every:
+        if self._unsaved >= self._between_snapshots:
             self.snapshot()
+
+    @property
+    def _between_snapshots(self) -> int:
+        return max(self._pace.snapshot_every, int(_NEW_SHARE * self._neighbours.graph_size))
