@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
@@ -11,7 +12,7 @@ import numpy as np
 
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import invalid, items_of, not_found
-from emberpc.server.index import MAX_TOP_K, CollectionBackend, SearchOutcome, Strategy
+from emberpc.server.index import MAX_TOP_K, CollectionBackend, Fusion, SearchOutcome, Strategy
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
@@ -32,6 +33,11 @@ _STRATEGIES = {
     Strategy.LEXICAL: pb.SEARCH_STRATEGY_LEXICAL,
 }
 _BY_WORDS = (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_HYBRID)
+_FUSIONS = {
+    pb.SEARCH_FUSION_UNSPECIFIED: Fusion.SCORES,
+    pb.SEARCH_FUSION_SCORES: Fusion.SCORES,
+    pb.SEARCH_FUSION_RANKS: Fusion.RANKS,
+}
 _DENSE_WEIGHT = 0.5
 
 InPool = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -78,24 +84,39 @@ class Searcher:
             start = perf_counter()
             if request.mode == pb.SEARCH_MODE_HYBRID:
                 weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-                search_both = partial(
-                    collection.search_both,
-                    matrix,
-                    texts,
-                    sizes,
-                    dense_weight=weight,
-                    ef=request.ef,
-                    min_recall=request.min_recall,
-                    with_vectors=parts.vector,
-                    conditions=conditions,
-                )
-                outcomes = await self._in_pool(search_both)
+
+                def search_some(ef: int, rows: list[int]) -> Awaitable[list[SearchOutcome]]:
+                    search_both = partial(
+                        collection.search_both,
+                        matrix[rows],
+                        [texts[i] for i in rows],
+                        [sizes[i] for i in rows],
+                        dense_weight=weight,
+                        fusion=_FUSIONS[request.fusion],
+                        ef=ef,
+                        min_recall=request.min_recall,
+                        with_vectors=parts.vector,
+                        conditions=[conditions[i] for i in rows],
+                    )
+                    return self._in_pool(search_both)
+
             else:
                 excluded = [query.record_id or None for query in request.queries]
-                search = Search(
-                    collection, matrix, sizes, excluded, request.ef, parts.vector, conditions, request.min_recall
-                )
-                outcomes = await self._groups.search(search)
+
+                def search_some(ef: int, rows: list[int]) -> Awaitable[list[SearchOutcome]]:
+                    search = Search(
+                        collection,
+                        matrix[rows],
+                        [sizes[i] for i in rows],
+                        [excluded[i] for i in rows],
+                        ef,
+                        parts.vector,
+                        [conditions[i] for i in rows],
+                        request.min_recall,
+                    )
+                    return self._groups.search(search)
+
+            outcomes = await _by_ef(request, search_some)
         response.timings.lookup_seconds += perf_counter() - start
         for result, outcome in zip(response.results, outcomes, strict=True):
             _fill(result, outcome, parts)
@@ -183,6 +204,27 @@ class Searcher:
             matrix[row] = found[record_id]
 
 
+async def _by_ef(
+    request: pb.SearchRequest, search: Callable[[int, list[int]], Awaitable[list[SearchOutcome]]]
+) -> list[SearchOutcome]:
+    """Return the outcome of each query, those with the same `ef` searched together.
+
+    Args:
+        request: the queries.
+        search: searches for those in some rows with an `ef`.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for i, query in enumerate(request.queries):
+        rows_of.setdefault(query.ef or request.ef, []).append(i)
+    found = await asyncio.gather(*(search(ef, rows) for ef, rows in rows_of.items()))
+    outcomes = {
+        row: outcome
+        for rows, some in zip(rows_of.values(), found, strict=True)
+        for row, outcome in zip(rows, some, strict=True)
+    }
+    return [outcomes[i] for i in range(len(request.queries))]
+
+
 def _check(request: pb.SearchRequest) -> None:
     """Raise INVALID_ARGUMENT for what is out of bounds."""
     if not 1 <= len(request.queries) <= _MAX_QUERIES:
@@ -194,8 +236,12 @@ def _check(request: pb.SearchRequest) -> None:
     total = sum(_top_k(request, query) for query in request.queries)
     if total > _MAX_HITS:
         raise invalid("queries", f"ask for {total} hits in all; a call gives at most {_MAX_HITS}, split it")
-    if request.ef < 0:
-        raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
+    for name, ef in {
+        "ef": request.ef,
+        **{f"queries[{i}].ef": query.ef for i, query in enumerate(request.queries)},
+    }.items():
+        if ef < 0:
+            raise invalid(name, f"is {ef}; it must be 0 (the server chooses) or more")
     _check_mode(request)
 
 
@@ -221,7 +267,11 @@ def _check_mode(request: pb.SearchRequest) -> None:
             raise invalid("dense_weight", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
         if not 0 <= request.dense_weight <= 1:
             raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
-    if request.ef and request.mode == pb.SEARCH_MODE_LEXICAL:
+    if request.fusion not in _FUSIONS:
+        raise invalid("fusion", f"is {request.fusion}, which is no SearchFusion; use SCORES or RANKS")
+    if request.fusion and request.mode != pb.SEARCH_MODE_HYBRID:
+        raise invalid("fusion", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+    if (request.ef or any(query.ef for query in request.queries)) and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
     if request.min_recall and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("min_recall", "is set, and LEXICAL search uses no graph; leave it out")
