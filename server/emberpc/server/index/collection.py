@@ -93,12 +93,13 @@ class Collection(SearchCalls):
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._store = Store(folder, spec.name, spec.dimensions, cache, spec.indexed_fields, create=create)
+        self._store = Store(folder, spec, cache, create=create)
         try:
             self._delete_expired_before_use()
-            self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
+            self._neighbours = Neighbours(spec, self._snapshot() or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
             self._selector = Selector(self._store, spec)
+            self._store.on_damage = self._forget_damaged
         except BaseException:
             self._store.close()
             raise
@@ -307,6 +308,15 @@ class Collection(SearchCalls):
             self._calls.check()
             yield
 
+    def _snapshot(self) -> Graph | None:
+        """Return the graph of the newest snapshot, if there is one that is this collection's."""
+        try:
+            return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
+        except snapshots.AheadError:
+            log.warning("collection %s: its database is older than its graph, which is built anew", self.spec.name)
+            self._store.take_another_identity()
+            return None
+
     def _delete_expired_before_use(self) -> None:
         """Let no search find what was gone while the collection was closed."""
         try:
@@ -329,6 +339,11 @@ class Collection(SearchCalls):
     def _read_vectors(self, labels: list[int]) -> tuple[Labels, Matrix]:
         found, vectors = self._store.vectors(labels)
         return found, prepare(vectors, self.spec.distance)
+
+    def _forget_damaged(self, labels: set[int]) -> None:
+        """Let searches come upon damaged records no more."""
+        self._neighbours.remove(labels)
+        self._selector.forget()
 
     def _wake_if_needed(self) -> None:
         self._upkeep.note_write()

@@ -14,6 +14,8 @@ from emberpc.server.index.types import Distance, Labels, Matrix
 SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
 #: Longest vector: the square of a distance between two of them, scaled, is still a float32.
 _MAX_LENGTH = 1e14
+#: A length whose square is within these bounds in float32 is neither zero nor longer than that, whatever was rounded.
+_PLAIN = (1e-30, 1e27)
 #: hnswlib works with 1 - product in float32, which swallows small products. Under DOT_PRODUCT both sides are scaled by
 #: this power of two, which changes no digit, so that vectors much shorter than 1 can be told apart.
 _DOT_SCALE = np.float32(2**14)
@@ -79,6 +81,18 @@ def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: F
             violations.append(Violation(path(int(i)), "has length zero, so no direction; cosine cannot compare it"))
     if violations:
         raise invalid_fields(violations)
+
+
+def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
+    """Return which vectors, float32 (vectors, dimensions), `check_vectors` would take: bool (vectors,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", matrix, matrix)
+    fit: npt.NDArray[np.bool_] = (squares > _PLAIN[0]) & (squares < _PLAIN[1])
+    doubtful = np.flatnonzero(~fit)
+    if len(doubtful):
+        lengths = _lengths(matrix[doubtful])
+        fit[doubtful] = (lengths <= _MAX_LENGTH) & ((lengths > 0) | (distance is not Distance.COSINE))
+    return fit
 
 
 def nearest(

@@ -13,7 +13,7 @@ from emberpc.server.index.metric import prepare_queries
 from emberpc.server.index.probing import Probe
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
-from emberpc.server.index.types import CollectionSpec, Matrix, SearchOutcome
+from emberpc.server.index.types import CollectionSpec, Fusion, Matrix, SearchOutcome
 from emberpc.server.index.upkeep import Upkeep
 from emberpc.server.index.validation import check_search
 
@@ -94,18 +94,20 @@ class SearchCalls:
         top_k: Sequence[int],
         *,
         dense_weight: float,
+        fusion: Fusion = Fusion.SCORES,
         ef: int = 0,
         min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused by score.
+        """Find records by vectors and by words, fused.
 
         Args:
             queries: float32 (queries, dimensions).
             texts: the text of each query.
             top_k: most hits of each.
             dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
+            fusion: how the two become one.
             ef: as in `search`.
             min_recall: as in `search`, of the candidates by vectors.
             with_vectors: as in `search`.
@@ -123,6 +125,7 @@ class SearchCalls:
                 texts,
                 top_k,
                 dense_weight,
+                fusion,
             )
 
     def _request(

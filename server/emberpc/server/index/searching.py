@@ -122,8 +122,7 @@ class Searcher:
     def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
         if request.exact:
-            _fill(outcomes, request, partial(self._scan, condition))
-            return [outcome for outcome in outcomes if outcome is not None]
+            return self._from_store(outcomes, request, condition)
         for _ in range(0 if settled else _TRIES):
             _fill(outcomes, request, partial(self._answer, condition, settled=False))
             if None not in outcomes:
@@ -136,6 +135,13 @@ class Searcher:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
             log.error("memory and store disagree; answering from the store")
+        return self._from_store(outcomes, request, condition)
+
+    def _from_store(
+        self, outcomes: list[SearchOutcome | None], request: Request, condition: Clause | None
+    ) -> list[SearchOutcome]:
+        """Return all outcomes, those that are missing from the store."""
+        while None in outcomes:  # again, if a record turned out to be damaged: then the store leaves that out
             _fill(outcomes, request, partial(self._scan, condition))
         return [outcome for outcome in outcomes if outcome is not None]
 

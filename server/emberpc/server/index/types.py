@@ -40,6 +40,13 @@ class Strategy(str, Enum):
     LEXICAL = "lexical"
 
 
+class Fusion(str, Enum):
+    """How a ranking by likeness and one by words become one."""
+
+    SCORES = "scores"
+    RANKS = "ranks"
+
+
 @dataclass(frozen=True)
 class CollectionSpec:
     """What a collection is; fixed at its creation."""

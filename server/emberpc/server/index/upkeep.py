@@ -23,6 +23,8 @@ _REST_SHARE = 1 / 16
 #: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
 _MAX_DEAD_SHARE = 0.25
 _SNAPSHOT_TRIES = 3
+#: A snapshot is of the whole graph, so that a large one is saved no sooner than so much of it is new.
+_NEW_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Pace:
     #: Newest vectors that are compared one by one; a collection of no more is exact. Comparing as many takes four times
     #: as long as searching the graph, so they are that many for a short time only.
     buffer_limit: int = 4000
-    #: Vectors that the graph takes in between snapshots: some 10 to 20 seconds' work.
+    #: Vectors that the graph takes in between snapshots, at least: some 10 to 20 seconds' work.
     snapshot_every: int = 20_000
     #: Seconds without a write after which the graph takes in all that waits.
     rest_seconds: float = 1.0
@@ -100,7 +102,7 @@ class Upkeep:
                 self._read, self._stop, limit
             ):
                 # All of the graph is new.
-                self._unsaved = self._pace.snapshot_every
+                self._unsaved = self._between_snapshots
                 self.effort.forget()
             self._snapshot_if_due()
             if self.effort.due:
@@ -115,7 +117,7 @@ class Upkeep:
         """Save a snapshot, if it can be."""
         for tries_left in reversed(range(_SNAPSHOT_TRIES)):
             try:
-                snapshots.save(self._neighbours.save, self._spec, self._folder)
+                snapshots.save(self._neighbours.save, self._spec, self._store.identity(), self._folder)
                 self._unsaved = 0
             except (OSError, RuntimeError) as error:
                 if tries_left and isinstance(error, ChildKilledError):
@@ -129,7 +131,7 @@ class Upkeep:
         if self._neighbours.waiting <= self._pace.buffer_limit and not self._rests():
             return
         least = self._pace.buffer_limit * _REST_SHARE
-        while moved := self._neighbours.drain(self._pace.snapshot_every, self._stop):
+        while moved := self._neighbours.drain(self._between_snapshots, self._stop):
             self._unsaved += moved
             self._snapshot_if_due()
             if self._neighbours.waiting <= least:
@@ -139,5 +141,9 @@ class Upkeep:
         return self.due_at_rest is not None and time.monotonic() - self._last_write >= self._pace.rest_seconds
 
     def _snapshot_if_due(self) -> None:
-        if self._unsaved >= self._pace.snapshot_every:
+        if self._unsaved >= self._between_snapshots:
             self.snapshot()
+
+    @property
+    def _between_snapshots(self) -> int:
+        return max(self._pace.snapshot_every, int(_NEW_SHARE * self._neighbours.graph_size))

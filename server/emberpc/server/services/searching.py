@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import ServiceError, invalid, items_of, not_found
-from emberpc.server.index import MAX_TOP_K, CollectionBackend, SearchOutcome
+from emberpc.server.index import MAX_TOP_K, CollectionBackend, Fusion, SearchOutcome
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
@@ -29,8 +30,14 @@ _DEFAULT_TOP_K = 10
 _MAX_HITS = 100_000
 
 _BY_WORDS = (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_HYBRID)
+_FUSIONS = {
+    pb.SEARCH_FUSION_UNSPECIFIED: Fusion.SCORES,
+    pb.SEARCH_FUSION_SCORES: Fusion.SCORES,
+    pb.SEARCH_FUSION_RANKS: Fusion.RANKS,
+}
 _DENSE_WEIGHT = 0.5
 
+T = TypeVar("T")
 InPool = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
@@ -89,24 +96,39 @@ class Searcher:
             start = perf_counter()
             if request.mode == pb.SEARCH_MODE_HYBRID:
                 weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-                search_both = partial(
-                    collection.search_both,
-                    matrix,
-                    texts,
-                    sizes,
-                    dense_weight=weight,
-                    ef=request.ef,
-                    min_recall=request.min_recall,
-                    with_vectors=parts.vector,
-                    conditions=conditions,
-                )
-                outcomes = await self._in_pool(search_both)
+
+                def search_some(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+                    search_both = partial(
+                        collection.search_both,
+                        matrix[list(rows)],
+                        _some(texts, rows),
+                        _some(sizes, rows),
+                        dense_weight=weight,
+                        fusion=_FUSIONS[request.fusion],
+                        ef=ef,
+                        min_recall=request.min_recall,
+                        with_vectors=parts.vector,
+                        conditions=_some(conditions, rows),
+                    )
+                    return self._in_pool(search_both)
+
             else:
                 excluded = [query.record_id or None for query in queries] if "record_id" in kinds else []
-                search = Search(
-                    collection, matrix, sizes, excluded, request.ef, parts.vector, conditions, request.min_recall
-                )
-                outcomes = await self._groups.search(search)
+
+                def search_some(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+                    search = Search(
+                        collection,
+                        matrix if len(rows) == len(matrix) else matrix[list(rows)],
+                        _some(sizes, rows),
+                        _some(excluded, rows),
+                        ef,
+                        parts.vector,
+                        _some(conditions, rows),
+                        request.min_recall,
+                    )
+                    return self._groups.search(search)
+
+            outcomes = await _by_ef([query.ef or request.ef for query in queries], search_some)
         response.timings.lookup_seconds += perf_counter() - start
         return response_bytes(outcomes, parts, response, usages)
 
@@ -188,6 +210,34 @@ def _given_vectors(
     return matrix
 
 
+async def _by_ef(
+    efs: Sequence[int], search: Callable[[int, Sequence[int]], Awaitable[list[SearchOutcome]]]
+) -> list[SearchOutcome]:
+    """Return the outcome of each query, those with the same `ef` searched together.
+
+    Args:
+        efs: of each query.
+        search: searches for those in some rows with an `ef`.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for i, ef in enumerate(efs):
+        rows_of.setdefault(ef, []).append(i)
+    if len(rows_of) == 1:
+        return await search(efs[0], range(len(efs)))
+    found = await asyncio.gather(*(search(ef, rows) for ef, rows in rows_of.items()))
+    outcomes = {
+        row: outcome
+        for rows, some in zip(rows_of.values(), found, strict=True)
+        for row, outcome in zip(rows, some, strict=True)
+    }
+    return [outcomes[i] for i in range(len(efs))]
+
+
+def _some(option: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
+    """Return what an option is for some queries; as it is for all of them, or where no query has it."""
+    return [option[i] for i in rows] if len(rows) < len(option) else option
+
+
 def _check(request: pb.SearchRequest) -> list[int]:
     """Return how many hits each query is to have; raise INVALID_ARGUMENT for what is out of bounds."""
     queries = request.queries
@@ -199,8 +249,11 @@ def _check(request: pb.SearchRequest) -> list[int]:
     sizes = [each or common or _DEFAULT_TOP_K for each in own]
     if sum(sizes) > _MAX_HITS:
         raise invalid("queries", f"ask for {sum(sizes)} hits in all; a call gives at most {_MAX_HITS}, split it")
-    if request.ef < 0:
-        raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
+    efs = [request.ef, *(query.ef for query in queries)]
+    if min(efs) < 0:
+        place = next(i for i, ef in enumerate(efs) if ef < 0)
+        name = f"queries[{place - 1}].ef" if place else "ef"
+        raise invalid(name, f"is {efs[place]}; it must be 0 (the server chooses) or more")
     _check_mode(request)
     return sizes
 
@@ -232,7 +285,11 @@ def _check_mode(request: pb.SearchRequest) -> None:
             raise invalid("dense_weight", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
         if not 0 <= request.dense_weight <= 1:
             raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
-    if request.ef and request.mode == pb.SEARCH_MODE_LEXICAL:
+    if request.fusion not in _FUSIONS:
+        raise invalid("fusion", f"is {request.fusion}, which is no SearchFusion; use SCORES or RANKS")
+    if request.fusion and request.mode != pb.SEARCH_MODE_HYBRID:
+        raise invalid("fusion", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+    if (request.ef or any(query.ef for query in request.queries)) and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
     if request.min_recall and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("min_recall", "is set, and LEXICAL search uses no graph; leave it out")
