@@ -63,11 +63,6 @@ class Selector:
         self._removed: OrderedDict[int, Labels] = OrderedDict()
         self._applied = store.sequence()
 
-    @property
-    def applied(self) -> int:
-        """Number of the last write that was noted."""
-        return self._applied
-
     def note(self, sequence: int, removed: Iterable[int]) -> None:
         """Take over what a write removed, once memory has it too; writes must come in the store's order."""
         labels = np.fromiter(removed, dtype=np.int64)
