@@ -6,7 +6,8 @@ is given (`benchmarks/index_peers.py`). The truth is every vector compared.
 Asked: building takes at most 1.15 times raw hnswlib's add_items at the same
 parameters and threads; a search by one vector has 0.6 of the calls a second
 that a server with an empty handler answers; 64 at a time have 0.8 of raw
-hnswlib's queries a second; recall@10 is 0.98 by default.
+hnswlib's queries a second with as many candidates (`benchmarks/index_rpc.py`,
+in alternating rounds); recall@10 is 0.98 by default.
 
     python benchmarks/index.py VECTORS.npy [--peer chromadb=/path/bin/python] ... [--records N] [-o RESULT.json]
 
@@ -16,35 +17,32 @@ VECTORS.npy comes from `benchmarks/corpus.py`.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, process_time, sleep
 from typing import Any
 
-import grpc.aio
 import hnswlib
 import numpy as np
 
+import index_rpc
 from emberpc.client import Client, Record
-from emberpc.server.cores import usable_cores
 from emberpc.server.index import CollectionSpec, Index, NewRecord
-from emberpc.v1 import index_pb2 as pb
-from emberpc.wire import vectors as wire
-from load import capacity, cpu_seconds, host, middle, resident_megabytes
+from load import cpu_seconds, host, resident_megabytes
 from server_process import ServerProcess
 
-QUERIES, K, BATCH = 1000, 10, 64
+QUERIES = 1000
+K, BATCH, COLLECTION = index_rpc.K, index_rpc.BATCH, index_rpc.COLLECTION
 M, EF_CONSTRUCTION = 16, 200
 EFS = (10, 20, 50, 100, 200, 400)
-CALLERS, CALLS = 8, 500
-CORES = usable_cores()
-#: What the server chooses for K hits.
-DEFAULT_EF = 200
-SEARCH = "/emberpc.v1.IndexService/Search"
+#: Rounds in which the server and what it is held against are measured in turn.
+ROUNDS = 5
+#: Records that are written and not in any snapshot when the server is killed.
+UNSAVED = 3000
 
 Figures = dict[str, Any]
 
@@ -63,8 +61,10 @@ def recall(found: Any, true: np.ndarray) -> float:
     return hits / true.size
 
 
-def raw_hnswlib(vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path) -> Figures:
-    """Measure the library alone, with one thread."""
+def raw_hnswlib(
+    vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path
+) -> tuple[hnswlib.Index, Figures]:
+    """Measure the library alone, with one thread; return the graph, too."""
     graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
     graph.init_index(len(vectors), ef_construction=EF_CONSTRUCTION, M=M)
     start, cpu = perf_counter(), process_time()
@@ -85,49 +85,69 @@ def raw_hnswlib(vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, fold
             }
         )
     figures["curve"] = curve
-    graph.set_ef(DEFAULT_EF)
-    start = perf_counter()
-    for first in _starts(len(queries)):
-        graph.knn_query(queries[first : first + BATCH], K, num_threads=CORES)
-    figures["queries_per_second_64"] = len(queries) / (perf_counter() - start)
     path = folder / "raw.bin"
     graph.save_index(str(path))
     start = perf_counter()
     hnswlib.Index(space="ip", dim=vectors.shape[1]).load_index(str(path))
-    return {**figures, "restart_seconds": perf_counter() - start, "disk_megabytes": path.stat().st_size / 1e6}
+    restart = {"restart_seconds": perf_counter() - start, "disk_megabytes": path.stat().st_size / 1e6}
+    return graph, {**figures, **restart}
 
 
-def emberpc(vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path) -> Figures:
-    """Measure the server, from the first record to the search after a restart."""
+def emberpc(
+    vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path, graph: hnswlib.Index
+) -> tuple[Figures, Figures]:
+    """Measure the server, from the first record to the search after restarts; and what stands beside it."""
     figures: Figures = {}
     with ServerProcess({}, folder) as server, Client(server.address) as client:
         pid = server.process.pid
         figures["empty_megabytes"] = resident_megabytes(pid)
-        client.create_collection("c", dimensions=vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION)
+        client.create_collection(COLLECTION, dimensions=vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION)
         start, cpu = perf_counter(), cpu_seconds(pid)
         records = (Record(id=str(i), metadata={"n": i}) for i in range(len(vectors)))
-        client.upsert("c", records, vectors=vectors, batch_size=1000)
+        client.upsert(COLLECTION, records, vectors=vectors, batch_size=1000)
         figures["upsert_seconds"] = perf_counter() - start
         _await_graph(client, queries[0])
         figures["build_seconds"] = perf_counter() - start
         figures["build_cpu_seconds"] = cpu_seconds(pid) - cpu
         figures["curve"] = [_searched(client, queries, true, ef) for ef in (*EFS, 0)]
-        figures["queries_per_second_1"] = _searches_per_second(server.address, queries)
-        figures["queries_per_second_64"] = _searches_per_second(server.address, queries, CORES, BATCH)
+        beside = index_rpc.measure(server.address, graph, queries, ROUNDS)
         figures["megabytes"] = resident_megabytes(pid)
         server.stop()
         figures["disk_megabytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    start = perf_counter()
-    with ServerProcess({}, folder) as server, Client(server.address) as client:
-        client.search("c", queries[0])
-        figures["restart_seconds"] = perf_counter() - start
+    figures |= restarts(vectors, queries, folder)
+    return figures, beside
+
+
+def restarts(vectors: np.ndarray, queries: np.ndarray, folder: Path) -> Figures:
+    """Return the seconds from the start of the server to its first answer: as it was stopped, killed, and damaged."""
+    figures: Figures = {}
+    with _restarted(folder, queries[0], figures, "restart_seconds") as server, Client(server.address) as client:
+        again = (Record(id=str(i), metadata={"n": i}) for i in range(UNSAVED))
+        client.upsert(COLLECTION, again, vectors=vectors[:UNSAVED], batch_size=1000)
+        server.kill()
+    with _restarted(folder, queries[0], figures, "restart_killed_seconds"):
+        pass
+    for path in folder.rglob("graph-*"):
+        path.unlink()
+    with _restarted(folder, queries[0], figures, "restart_without_graph_seconds"):
+        pass
     return figures
+
+
+@contextmanager
+def _restarted(folder: Path, query: np.ndarray, figures: Figures, key: str) -> Iterator[ServerProcess]:
+    start = perf_counter()
+    with ServerProcess({}, folder) as server:
+        with Client(server.address) as client:
+            client.search(COLLECTION, query)
+        figures[key] = perf_counter() - start
+        yield server
 
 
 def graph_seconds(vectors: np.ndarray, folder: Path) -> float:
     """Return the seconds that the graph takes to be built of vectors that are all there."""
     index = Index(folder, snapshot_every=2 * len(vectors))
-    collection = index.create(CollectionSpec("c", vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION))
+    collection = index.create(CollectionSpec(COLLECTION, vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION))
     # In pieces, with nothing said of them to the maintenance thread before the last.
     collection._wake = lambda: None  # it would begin at once, beside the writes
     for first in range(0, len(vectors), 5000):
@@ -147,7 +167,7 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
     start = perf_counter()
     plans = []
     for first in _starts(len(queries)):
-        for result in client.search_batch("c", list(queries[first : first + BATCH]), top_k=K, ef=ef):
+        for result in client.search_batch(COLLECTION, list(queries[first : first + BATCH]), top_k=K, ef=ef):
             found.append([hit.record.id for hit in result.hits])
             plans.append(result.plan)
     seconds = perf_counter() - start
@@ -159,61 +179,17 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
     }
 
 
-def _searches_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
-    """Return the queries a second of callers who each send the same so many queries again and again."""
-    requests = []
-    for first in range(0, callers * each, each):
-        wanted = [pb.SearchQuery(vector=wire.encode(query[None])) for query in queries[first : first + each]]
-        requests.append(pb.SearchRequest(collection="c", queries=wanted, top_k=K))
-    calls = max(20, CALLS // each)
-    return middle([callers * calls * each / capacity(address, SEARCH, requests, calls) for _ in range(3)])
-
-
 def _await_graph(client: Client, query: np.ndarray) -> None:
-    """Wait until the newest vectors, those compared one by one, get no fewer."""
-    before = -1
-    while (waiting := client.search_batch("c", [query])[0].plan.compared_count) != before:
-        before = waiting
-        sleep(1)
+    """Wait until the graph has all; a collection that is too small for one has it at once."""
+    while True:
+        plan = client.search_batch(COLLECTION, [query])[0].plan
+        if not plan.compared_count or not plan.ef:
+            return
+        sleep(0.2)
 
 
 def _starts(count: int) -> range:
     return range(0, count, BATCH)
-
-
-def bare(queries: np.ndarray) -> float:
-    """Return the calls a second of a server whose handler does nothing, asked as emberpc is."""
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "address"
-        child = subprocess.Popen([sys.executable, __file__, "--empty-handler", str(said)])
-        try:
-            while not said.exists():
-                sleep(0.1)
-            return _searches_per_second(said.read_text(), queries)
-        finally:
-            child.kill()
-            child.wait()
-
-
-async def _serve_nothing(said: Path) -> None:
-    async def search(request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
-        return pb.SearchResponse()
-
-    method = grpc.unary_unary_rpc_method_handler(
-        search,
-        request_deserializer=pb.SearchRequest.FromString,
-        response_serializer=pb.SearchResponse.SerializeToString,
-    )
-    server = grpc.aio.server()
-    service, name = SEARCH.strip("/").split("/")
-    server.add_registered_method_handlers(service, {name: method})
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: method}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    temporary = said.with_suffix(".part")
-    temporary.write_text(f"127.0.0.1:{port}")
-    temporary.rename(said)
-    await server.wait_for_termination()
 
 
 def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray) -> Figures:
@@ -239,17 +215,16 @@ def report(found: Figures) -> None:
         for point in figures.get("curve", ()):
             print(name, *(f"{key} {value:.4g}" for key, value in point.items()), sep="  ")
         print(name, *(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, float)), sep="  ")
-    default = ours["curve"][-1]
-    ratios = {
-        "build, times add_items with one thread (asked: 1.15)": ours["graph_seconds"] / raw["build_seconds"],
-        "one vector a call, of an empty handler (asked: 0.6)": ours["queries_per_second_1"]
-        / found["empty handler"]["queries_per_second_1"],
-        "64 a call, of knn_query on as many cores (asked: 0.8)": ours["queries_per_second_64"]
-        / raw["queries_per_second_64"],
-        "recall@10 by default (asked: 0.98)": default["recall"],
-    }
-    for what, ratio in ratios.items():
-        print(f"{what}: {ratio:.3f}")
+    print(f"build, times add_items with one thread (asked: 1.15): {ours['graph_seconds'] / raw['build_seconds']:.3f}")
+    print(f"recall@10 by default (asked: 0.98): {ours['curve'][-1]['recall']:.3f}")
+
+
+def report_beside(beside: Figures) -> None:
+    """Print what a search through gRPC has of what it is held against."""
+    for name, figures in beside["servers"].items():
+        print(name, *(f"{key} {value:.4g}" for key, value in figures.items()), sep="  ")
+    for what, share in beside["shares"].items():
+        print(f"{what}, at ef {beside['ef']} (asked: 0.6 of an empty handler, 0.8 of hnswlib): {share:.3f}")
 
 
 def main() -> None:
@@ -258,11 +233,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, help="how many of them to store; default: all but 1000, the queries")
     parser.add_argument("--peer", action="append", default=[], metavar="PEER=PYTHON", help="a peer to measure, too")
     parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
-    parser.add_argument("--empty-handler", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.empty_handler:
-        asyncio.run(_serve_nothing(arguments.empty_handler))
-        return
     every = np.load(arguments.vectors)
     queries, vectors = every[:QUERIES], every[QUERIES:][: arguments.records]
     true = truth(vectors, queries)
@@ -273,9 +244,11 @@ def main() -> None:
         folder = Path(name)
         np.save(folder / "vectors.npy", vectors)
         np.save(folder / "queries.npy", queries)
-        results["hnswlib"] = raw_hnswlib(vectors, queries, true, folder)
-        results["empty handler"] = {"queries_per_second_1": bare(queries)}
-        results["emberpc"] = emberpc(vectors, queries, true, folder / "data")
+        graph, results["hnswlib"] = raw_hnswlib(vectors, queries, true, folder)
+        results["emberpc"], beside = emberpc(vectors, queries, true, folder / "data", graph)
+        del graph
+        for name_beside, figures in beside["servers"].items():
+            results[name_beside] = {**results.get(name_beside, {}), **figures}
         results["emberpc"]["graph_seconds"] = graph_seconds(vectors, folder / "graph")
         for entry in arguments.peer:
             peer_name, _, python = entry.partition("=")
@@ -284,10 +257,11 @@ def main() -> None:
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 failed[peer_name] = str(error)
     report(results)
+    report_beside(beside)
     for peer_name, reason in failed.items():
         print(f"{peer_name} was not measured: {reason}")
     if arguments.output:
-        result = {"host": host(), **found, "index": results, "failed": failed}
+        result = {"host": host(), **found, "index": results, "beside": beside, "failed": failed}
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,8 @@
 """Write docs/index-benchmarks.md and its plot from what `benchmarks/index.py` measured.
 
-python benchmarks/index_page.py RESULT.json --vectors "what they are"
+python benchmarks/index_page.py RESULT.json --vectors "what they are" [--filters FILTERS.json] [--churn RECALL.json]
+
+FILTERS.json is of `benchmarks/filters.py`, RECALL.json of `benchmarks/recall.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ COLUMNS = {
     "MB on disk": "disk_megabytes",
     "restart, s": "restart_seconds",
 }
+BESIDE = {
+    "calls/s, 1 vector a call": "queries_per_second_1",
+    "ms a call, one at a time": "latency_ms",
+    "queries/s, 64 a call": "queries_per_second_64",
+}
+#: Servers beside, which keep nothing.
+RPC_ONLY = ("empty handler", "ten ready hits")
 MILLION = 1_000_000
 
 HEAD = """# Benchmarks of the index
@@ -38,18 +47,33 @@ TAIL = """
 
 hnswlib is the library in process, with one thread and ef 200.
 emberpc is measured through gRPC, its records with an id and metadata, every batch on disk before it is answered.
-Its build is from the first upsert until the graph has all but the newest 4,000.
-One vector a call is asked by 8 callers (h2load), 64 by as many as there are cores; hnswlib then has as many threads.
+Its build is from the first upsert until the graph has all.
 Peers run in process and keep ids only.
 
 - Building, the graph's part alone: {build} times `add_items` with one thread (asked: at most 1.15).
-- One vector a call: {share} of a server whose handler does nothing (asked: 0.6;
-  [why not](decisions/0017-the-path-of-a-search.md)).
-- 64 a call: {together} of `knn_query` at ef 200 on as many cores (asked: 0.8);
-  what was measured of the collection to be enough is ef {ef}.
 - Memory: {each} bytes a vector beside the {empty} MB of the server.
+- Restart, to the first answer: {restart_seconds} s as it was stopped, {restart_killed_seconds} s after `kill -9` with
+  3,000 records in no snapshot, {restart_without_graph_seconds} s without any snapshot; the graph is then built while it
+  serves.
 - By extrapolation in proportion, not measured: a million records take {memory} GB in memory, {disk} GB on disk, and a
-  restart {restart} s."""
+  restart {restart} s.
+"""
+
+PATH = """
+## The path of a search
+
+{rounds} alternating rounds, of which these are the medians; all of them at ef {ef}, which is what the server chose.
+One vector a call is asked by 8 callers (h2load), and one at a time by a client in Python; 64 a call by as many
+callers as there are cores. hnswlib is in process, on as many threads. The empty handler is a gRPC server in Python
+whose handler does nothing; with ten ready hits it gives an answer of the same bytes.
+"""
+
+SHARES = """
+- One vector a call: {calls} of the calls of an empty handler
+  (asked: 0.6; [why not](decisions/0017-the-path-of-a-search.md)), {hits} of one that gives ten ready hits.
+  One at a time: {latency} and {latency_hits}.
+- 64 a call: {together} of hnswlib's `knn_query` with as many candidates (asked: 0.8).
+"""
 
 
 def figures_of(name: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -60,16 +84,58 @@ def figures_of(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     return {**figures, "recall": figures["curve"][-1]["recall"]} if "curve" in figures else figures
 
 
-def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for name, figures in results.items():
-        row = figures_of(name, figures)
+def table(results: dict[str, dict[str, Any]], columns: dict[str, str]) -> list[str]:
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, row in results.items():
         cells = [
             "" if key not in row else f"{row[key]:.3f}" if key == "recall" else f"{row[key]:,.4g}"
-            for key in COLUMNS.values()
+            for key in columns.values()
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def path(beside: dict[str, Any]) -> list[str]:
+    """Say what a search through gRPC has of what gRPC and the graph take alone."""
+    shares = {name: f"{share:.2f}" for name, share in beside["shares"].items()}
+    tail = SHARES.format(
+        calls=shares["calls, of an empty handler"],
+        hits=shares["calls, of ten ready hits"],
+        latency=shares["latency, of an empty handler"],
+        latency_hits=shares["latency, of ten ready hits"],
+        together=shares["64 a call, of hnswlib"],
+    )
+    return [PATH.format(rounds=beside["rounds"], ef=beside["ef"]), *table(beside["servers"], BESIDE), tail]
+
+
+def filtered(found: dict[str, Any]) -> list[str]:
+    """Tell of filtered searches: one whose filter was asked before, and one whose filter is new."""
+    rows = [
+        f"| {row['share']:.2%} | {'yes' if row['field'] == 'indexed' else 'no'} | {row['recall']:.3f} "
+        f"| {row['known']['p50_ms']:.2f} | {row['known']['p99_ms']:.2f} "
+        f"| {row['new']['p50_ms']:.2f} | {row['new']['p99_ms']:.2f} |"
+        for row in found["filtered"]
+    ]
+    plain = found["unfiltered"]
+    return [
+        f"## Filters\n\n{found['records']:,} vectors ({found['vectors']}), in process, one query at a time. Without a "
+        f"filter: p50 {plain['p50_ms']:.2f} ms, p99 {plain['p99_ms']:.2f} ms.\n",
+        "| records that match | field indexed | recall@10 | p50, ms | p99, ms | new filter: p50, ms | p99, ms |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def churned(found: dict[str, Any]) -> list[str]:
+    """Tell of recall after half of the records were replaced again and again, and of searches meanwhile."""
+    after, meanwhile = found["after"], found["meanwhile"]
+    return [
+        f"\n## After many writes\n\n{found['records']:,} vectors ({found['vectors']}), half of them replaced "
+        f"{after['rounds']} times over: recall@10 by default was {found['default']['recall']:.3f} (ef "
+        f"{found['default']['ef']}) before and {after['recall']:.3f} (ef {after['ef']}) after. Meanwhile, at "
+        f"{meanwhile['writes_per_second']:,.0f} records a second, a search took {meanwhile['p50_ms']:.2f} ms (p50), "
+        f"{meanwhile['p99_ms']:.1f} ms (p99), and {meanwhile['most_ms']:.0f} ms at most."
+    ]
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -90,12 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--vectors", required=True, help="what the vectors are, for the page")
+    parser.add_argument("--filters", type=Path, help="what benchmarks/filters.py measured")
+    parser.add_argument("--churn", type=Path, help="what benchmarks/recall.py measured")
     arguments = parser.parse_args()
     found = json.loads(arguments.result.read_text(encoding="utf-8"))
     results, records, host = found["index"], found["records"], found["host"]
     raw, ours = results["hnswlib"], results["emberpc"]
-    share = ours["queries_per_second_1"] / results["empty handler"]["queries_per_second_1"]
-    together = ours["queries_per_second_64"] / raw["queries_per_second_64"]
     each = 1e6 * (ours["megabytes"] - ours["empty_megabytes"]) / records
     scale = MILLION / records
     plot(results, DOCS / "images" / "index.png")
@@ -104,17 +170,20 @@ def main() -> None:
         "vectors": arguments.vectors,
         "records": f"{records:,}",
         **{key: host[key] for key in ("processor", "cores", "python", "grpcio", "numpy")},
+        **{key: f"{value:.2f}" for key, value in ours.items() if key.startswith("restart_")},
         "build": f"{ours['graph_seconds'] / raw['build_seconds']:.2f}",
-        "share": f"{share:.2f}",
-        "together": f"{together:.2f}",
-        "ef": ours["curve"][-1]["plan_ef"],
         "each": f"{each:,.0f}",
         "empty": f"{ours['empty_megabytes']:.0f}",
         "memory": f"{ours['megabytes'] * scale / 1000:.1f}",
         "disk": f"{ours['disk_megabytes'] * scale / 1000:.1f}",
         "restart": f"{ours['restart_seconds'] * scale:.0f}",
     }
-    lines = [HEAD.format(**values), *table(results), TAIL.format(**values)]
+    engines = {name: figures_of(name, each) for name, each in results.items() if name not in RPC_ONLY}
+    lines = [HEAD.format(**values), *table(engines, COLUMNS), TAIL.format(**values), *path(found["beside"])]
+    if arguments.filters:
+        lines += filtered(json.loads(arguments.filters.read_text(encoding="utf-8")))
+    if arguments.churn:
+        lines += churned(json.loads(arguments.churn.read_text(encoding="utf-8")))
     for name, reason in found["failed"].items():
         lines.append(f"- {name} was not measured: {reason}")
     (DOCS / "index-benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -346,8 +346,10 @@ def test_a_filter_goes_to_the_server_as_it_is_meant(emberpc: Emberpc, fake: Fake
 def test_search_by_words_or_by_both(emberpc: Emberpc, fake: FakeServer) -> None:
     emberpc("collection", "create", "books", "--model", "canned")
     assert emberpc("search", "books", "an island", "--mode", "hybrid", "--dense-weight", 0.25).code == 0
-    request = fake.asked["Search"][0].request
-    assert (request.mode, request.dense_weight) == (index_pb2.SEARCH_MODE_HYBRID, 0.25)
+    assert emberpc("search", "books", "an island", "--mode", "hybrid", "--fusion", "ranks").code == 0
+    plain, by_rank = (each.request for each in fake.asked["Search"])
+    assert (plain.mode, plain.dense_weight) == (index_pb2.SEARCH_MODE_HYBRID, 0.25)
+    assert by_rank.fusion == index_pb2.SEARCH_FUSION_RANKS
 
 
 def test_a_filter_that_cannot_be_read_is_told_by_its_column(emberpc: Emberpc, books: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,9 +23,12 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("chunk", [2**19, 64], ids=["one chunk", "many"])
 @given(steps=STEPS, k=st.integers(1, 40))
-def test_it_holds_what_was_added_and_not_removed(steps: list[tuple[str, int | set[int]]], k: int) -> None:
-    buffer = Buffer(4, Distance.EUCLIDEAN)
+def test_it_holds_what_was_added_and_not_removed(chunk: int, steps: list[tuple[str, int | set[int]]], k: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emberpc.server.index.buffer._CHUNK", chunk)
+        buffer = Buffer(4, Distance.EUCLIDEAN)
     truth: dict[int, Matrix] = {}
     last = 0
     for action, argument in steps:
@@ -45,6 +49,8 @@ def test_it_holds_what_was_added_and_not_removed(steps: list[tuple[str, int | se
             buffer.remove(argument)
             truth = {label: vector for label, vector in truth.items() if label not in argument}
         assert len(buffer) == len(truth)
+        assert buffer.labels() == set(truth)
+        assert buffer.held([*sorted(truth)[:3], -1]).keys() == set(sorted(truth)[:3])
     found, scores = buffer.search(gaussian(2, 4, seed=1), k)
     assert found.shape == (2, min(k, len(truth)))
     for row, query in enumerate(gaussian(2, 4, seed=1) if truth else ()):

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +53,18 @@ for number in range(start + 1, start + 100_000):
 """
 
 
-def crash(folder: Path, seed: int, lines: int) -> list[str]:
-    """Run the writer, kill it with SIGKILL after so many lines, and return all that it said."""
+#: Seconds after a line of the writer's in which it is killed: some operations, each with its commit and its fsync.
+LATEST = 0.02
+
+
+def crash(folder: Path, seed: int, lines: int, delay: float) -> list[str]:
+    """Run the writer, kill it with SIGKILL so many seconds after so many lines, and return all that it said."""
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(seed)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     said = [writer.stdout.readline() for _ in range(lines)]
+    # This waits for nothing: killed upon the line itself, it would die at the beginning of an operation every time, and
+    # hardly ever in the middle of a commit.
+    time.sleep(delay)
     writer.kill()
     said += writer.stdout.readlines()
     writer.wait(30)
@@ -149,7 +157,7 @@ def crash_repeatedly(folder: Path, rounds: int, seed: int) -> None:
     state: dict[int, str] = {}
     passing: str | None = None
     for number in range(rounds):
-        said = crash(folder, seed * 1000 + number, chance.randint(1, 120))
+        said = crash(folder, seed * 1000 + number, chance.randint(1, 120), chance.uniform(0, LATEST))
         possible = replay(said, state)
         index = Index(folder, buffer_limit=16)
         passing = check_passing(index, passing_states(said, passing))

@@ -13,7 +13,8 @@ import pytest
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy, selection
 from emberpc.server.index.filters import AnyOf, Comparison, Existence, Filter, Not, Operator
-from emberpc.server.index.types import Distance
+from emberpc.server.index.neighbours import Candidates, Neighbours
+from emberpc.server.index.types import Distance, Matrix
 from index.support import gaussian, refused
 from index_helpers import true_scores, vectors
 
@@ -182,6 +183,26 @@ def test_a_record_that_is_always_there_is_always_found(collection: Collection) -
     finally:
         ending.set()
         writer.join()
+
+
+def test_a_filtered_search_is_done_once_though_other_records_are_written_meanwhile(
+    large: Collection, matrix: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under steady writes it would be done again and again, and at last wait for one of them."""
+    searches = 0
+    search = Neighbours.search
+
+    def interrupted(neighbours: Neighbours, queries: Matrix, k: int, ef: int) -> list[Candidates | None]:
+        nonlocal searches
+        searches += 1
+        found = search(neighbours, queries, k, ef)
+        large.upsert([NewRecord("other", metadata={"number": COUNT})], matrix[:1])
+        return found
+
+    monkeypatch.setattr(Neighbours, "search", interrupted)
+    (outcome,) = large.search(matrix[:1], 10, conditions=[below(SHARES[0.5])])
+    assert (len(outcome.hits), outcome.plan.strategy, searches) == (10, Strategy.HNSW, 1)
+    large.delete(["other"])
 
 
 def test_declared_fields_have_an_index_also_where_there_was_none(tmp_path: Path) -> None:

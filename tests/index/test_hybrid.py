@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy, hybrid
+from emberpc.server.index import Collection, CollectionSpec, Fusion, Index, NewRecord, Strategy, hybrid
 from emberpc.server.index.filters import Comparison, Filter, Operator
 from emberpc.server.index.hybrid import fused
 from index.support import gaussian, refused
@@ -85,12 +85,31 @@ def test_both_are_fused_by_score(books: Collection) -> None:
     assert [record.id for record, _ in lexical.hits] == ["honey", "bees"]
     first, second, third = (record for record, _ in dense.hits[:3])
     by_vector, by_words = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
-    mixed = fused(by_vector, by_words, 0.5, all_lexical=True)
+    mixed = fused(by_vector, by_words, 0.5, Fusion.SCORES, all_lexical=True)
     assert [record for record, _ in mixed] == [second, *sorted([first, third], key=lambda record: record.id)]
     assert [score for _, score in mixed] == pytest.approx([0.375 + 0.25, 0.5, 0.5])
-    assert fused(by_vector, by_words, 0.5, all_lexical=False)[-1][1] == pytest.approx(0.375)
-    assert fused([(first, 1.0)], [(first, 1.0)], 0.5, all_lexical=False) == [(first, 1.0)]
-    assert fused([], [], 0.5, all_lexical=True) == []
+    assert fused(by_vector, by_words, 0.5, Fusion.SCORES, all_lexical=False)[-1][1] == pytest.approx(0.375)
+    assert fused([(first, 1.0)], [(first, 1.0)], 0.5, Fusion.SCORES, all_lexical=False) == [(first, 1.0)]
+    assert fused([], [], 0.5, Fusion.SCORES, all_lexical=True) == []
+
+
+def test_both_are_fused_by_rank(books: Collection) -> None:
+    query = gaussian(1, 16)
+    (dense,), (lexical,) = books.search(query, 5), books.search_words(["honey"], [5])
+    places = [{record.id: rank for rank, (record, _) in enumerate(each.hits, 1)} for each in (dense, lexical)]
+    for weight in (0.0, 0.3, 1.0):
+        (both,) = books.search_both(query, ["honey"], [5], dense_weight=weight, fusion=Fusion.RANKS)
+        expected = {
+            key: sum(
+                share / (60 + ranks[key])
+                for share, ranks in zip((weight, 1 - weight), places, strict=True)
+                if key in ranks
+            )
+            for key in TEXTS
+        }
+        assert {record.id: score for record, score in both.hits} == pytest.approx(expected)
+        assert [score for _, score in both.hits] == pytest.approx(sorted(expected.values(), reverse=True))
+    assert fused([], [], 0.5, Fusion.RANKS, all_lexical=True) == []
 
 
 def test_in_a_large_collection_words_of_most_texts_count_only_if_there_are_no_others(
@@ -137,7 +156,7 @@ def test_texts_of_an_older_database_are_found(tmp_path: Path) -> None:
     connection.executescript(
         "DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words; "
         "DROP INDEX records_expiring; ALTER TABLE records DROP COLUMN expires; "
-        "ALTER TABLE records DROP COLUMN checksum; PRAGMA user_version = 0"
+        "ALTER TABLE records DROP COLUMN checksum; ALTER TABLE state DROP COLUMN identity; PRAGMA user_version = 0"
     )
     connection.close()
     index = Index(tmp_path)

@@ -71,7 +71,7 @@ def test_collections_do_not_see_each_others_records(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
-    cache = RecordCache(10_000)
+    cache = RecordCache(20_000)
     matrix = vectors(200)
     with closing(Index(tmp_path, record_cache_bytes=2**20)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))

@@ -238,6 +238,7 @@ def test_the_backup_of_an_older_version_is_brought_up_to_this_one(index: Index, 
         *(f"DROP {what}" for what in ("TRIGGER words_of_new", "TRIGGER words_of_old", "TABLE words")),
         "DROP INDEX records_expiring",
         *(f"ALTER TABLE records DROP COLUMN {column}" for column in ("checksum", "expires")),
+        "ALTER TABLE state DROP COLUMN identity",
         "PRAGMA user_version = 0",
     )
     collection = restored(index, "d", changed(whole, tmp_path / "changed.db", *older))

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Index, Strategy
+from emberpc.server.index.types import Matrix
+from index.backups import restored, taken
 from index.support import gaussian, numbered, refused
 
 
@@ -122,6 +125,15 @@ def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path:
     index.close()
 
 
+def test_a_file_that_may_not_grow_is_told_as_a_full_disk(tmp_path: Path) -> None:
+    index = Index(tmp_path)
+    index.create(CollectionSpec("c", 64)).upsert(numbered(500), gaussian(500, 64))
+    whole = taken(index.get("c"))
+    with largest_file(50_000), refused(Code.RESOURCE_EXHAUSTED, "disk is full", "nothing was restored"):
+        restored(index, "d", whole)
+    index.close()
+
+
 def test_a_snapshot_is_used_so_that_nothing_waits_for_the_graph_again(tmp_path: Path) -> None:
     make(tmp_path, 200)
     index = Index(tmp_path, buffer_limit=8)
@@ -142,6 +154,19 @@ def test_a_snapshot_is_made_on_the_way_and_two_are_kept(tmp_path: Path) -> None:
     index.close()
 
 
+def test_the_larger_a_graph_is_the_less_often_it_is_saved(tmp_path: Path) -> None:
+    """Each time it is written as a whole: at a fixed pace a million vectors would be fifty files of up to 1.7 GB."""
+    index = Index(tmp_path, buffer_limit=8, snapshot_every=10)
+    collection = index.create(CollectionSpec("c", 8))
+    newest = set()
+    for first in range(0, 1000, 20):
+        collection.upsert(numbered(20, first), gaussian(20, 8))
+        collection.maintain()
+        newest.add(max(folder_of(tmp_path).glob("graph-*.json"), default=None))
+    index.close()
+    assert 10 <= len(newest) <= 25
+
+
 def test_a_graph_of_another_collection_is_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With the same dimensions hnswlib would load it: only what the sidecar says tells them apart."""
     index = Index(tmp_path, buffer_limit=8)
@@ -158,7 +183,90 @@ def test_a_graph_of_another_collection_is_left_aside(tmp_path: Path, caplog: pyt
         shutil.copy(path, target)
     index = Index(tmp_path, buffer_limit=1000)
     assert index.get("mine").search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.EXACT
-    assert "another kind of collection" in caplog.text
+    assert "of another collection" in caplog.text
+    index.close()
+
+
+def graph_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("graph-*")}
+
+
+def put(files: dict[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def check_found(collection: Collection, vectors: Matrix) -> None:
+    """Check that each vector finds its own record, and that memory has what the store has."""
+    for i, outcome in enumerate(collection.search(vectors, 1)):
+        assert outcome.hits[0][0].id == f"r{i:05}"
+    assert [problem for step in collection.verify() for problem in step.problems] == []
+
+
+def test_a_graph_of_a_collection_of_the_same_kind_is_left_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Same dimensions, same parameters, same labels: only whose it is tells them apart."""
+    index = Index(tmp_path, buffer_limit=8)
+    vectors = {name: gaussian(100, 8, seed=seed) for seed, name in enumerate(("mine", "other"))}
+    for name, matrix in vectors.items():
+        index.create(CollectionSpec(name, 8)).upsert(numbered(100), matrix)
+        index.get(name).maintain()
+    target, source = index.get("mine")._folder, index.get("other")._folder
+    index.close()
+    put(graph_files(source), target)
+    index = Index(tmp_path, buffer_limit=1000)
+    check_found(index.get("mine"), vectors["mine"])
+    assert "another collection" in caplog.text
+    index.close()
+
+
+def test_a_restored_collection_takes_over_no_graph_of_the_first(tmp_path: Path) -> None:
+    """A backup has the first one's records; what is written later gets the same labels in both."""
+    index = Index(tmp_path, buffer_limit=8)
+    first = index.create(CollectionSpec("c", 8))
+    first.upsert(numbered(50), gaussian(50, 8))
+    whole = taken(first)
+    first.upsert(numbered(50, first=50), gaussian(50, 8, seed=1))
+    first.maintain()
+    second = restored(index, "d", whole)
+    later = gaussian(50, 8, seed=2)
+    second.upsert(numbered(50, first=50), later)
+    source, target = first._folder, second._folder
+    index.close()
+    for path in target.glob("graph-*"):
+        path.unlink()
+    put(graph_files(source), target)
+    index = Index(tmp_path, buffer_limit=8)
+    check_found(index.get("d"), np.vstack([gaussian(50, 8), later]))
+    index.close()
+
+
+def test_an_older_database_beside_a_newer_graph_is_what_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a copy of the database alone was put back: labels that the graph has come to stand for others."""
+    make(tmp_path, 50)
+    folder = folder_of(tmp_path)
+    older = (folder / "records.db").read_bytes()
+    index = Index(tmp_path, buffer_limit=8)
+    index.get("c").upsert(numbered(50, first=50), gaussian(50, 8, seed=1))
+    index.get("c").maintain()
+    index.close()
+    newer = graph_files(folder)
+    (folder / "records.db").write_bytes(older)
+    index = Index(tmp_path, buffer_limit=1000)
+    check_found(index.get("c"), gaussian(50, 8))
+    assert "its database is older than its graph" in caplog.text
+    # The same labels, and none of the graph's vectors.
+    later = gaussian(60, 8, seed=2)
+    index.get("c").upsert(numbered(60, first=50), later)
+    index.close()
+    for path in folder.glob("graph-*"):
+        path.unlink()
+    put(newer, folder)
+    index = Index(tmp_path, buffer_limit=1000)
+    check_found(index.get("c"), np.vstack([gaussian(50, 8), later]))
     index.close()
 
 

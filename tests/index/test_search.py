@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -174,3 +180,57 @@ def test_what_is_deleted_while_the_graph_is_built_anew_stays_deleted(
     assert recall(collection, truth, gaussian(50, 8, seed=6), 10) >= 0.98
     assert {record.id for record, _ in collection.search(gaussian(1, 8), 1000)[0].hits} == set(truth)
     assert "disagree" not in caplog.text
+
+
+def test_a_new_graph_has_what_the_old_one_took_in_while_it_was_built(collection: Collection) -> None:
+    """Writes go on meanwhile, and what waits must not grow without an end: the old graph takes it in."""
+    truth = filled(collection, 200)
+    neighbours = collection._neighbours
+    collection._wake = lambda: None  # the maintenance thread would begin to fill the graph, too
+    late = gaussian(60, 8, seed=9)
+
+    def read(labels: list[int]) -> tuple[Labels, Matrix]:
+        if collection.count() == 200:
+            collection.upsert(numbered(60, first=500), late)
+        return collection._read_vectors(labels)
+
+    assert neighbours.rebuild(read, lambda: False, 10)
+    assert neighbours.waiting <= 10
+    assert neighbours.graph_size >= 250
+    truth |= {record.id: vector for record, vector in zip(numbered(60, first=500), late, strict=True)}
+    assert recall(collection, truth, gaussian(50, 8, seed=6), 10) >= 0.98
+
+
+def test_the_graph_takes_in_all_that_waits_when_writes_rest(tmp_path: Path) -> None:
+    """Else every search compares up to thousands of vectors for as long as nothing is written."""
+    with closing(Index(tmp_path, buffer_limit=100)) as index:
+        collection = index.create(CollectionSpec("c", 8))
+        collection.upsert(numbered(90), gaussian(90, 8))
+        assert collection._upkeep.due_at_rest is None  # so few are compared one by one for good
+        collection.upsert(numbered(90, first=90), gaussian(90, 8, seed=1))
+        collection.maintain()
+        collection.upsert(numbered(50, first=500), gaussian(50, 8, seed=2))
+        assert collection._upkeep.due_at_rest is not None
+        collection._upkeep._last_write -= 1000
+        collection.maintain()
+        assert (collection._neighbours.waiting, collection._neighbours.graph_size) == (0, 230)
+        assert collection._upkeep.due_at_rest is None
+
+
+def test_maintenance_at_rest_comes_once_and_after_the_last_write(index: Index) -> None:
+    maintained: list[float] = []
+    done = threading.Event()
+
+    class Resting:
+        def maintain(self) -> None:
+            maintained.append(time.monotonic())
+            done.set()
+
+    resting: Any = Resting()
+    asked = 0.0
+    for _ in range(5):
+        index._maintainer.wake_at_rest(resting, 0.1)
+        asked = time.monotonic()
+    assert done.wait(30)
+    index._maintainer.close()
+    assert [moment >= asked + 0.05 for moment in maintained] == [True]

@@ -157,6 +157,9 @@ def test_words_are_searched_alone_and_beside_likeness(client: Client, books: str
     assert {hit.record.id for hit in hybrid.hits[:2]} == {"bread", "bees"}
     assert len(hybrid.hits) == 5
     assert client.search(books, "salt", mode="hybrid", where="length < 10") == []
+    by_rank = client.search(books, "making loaves, with honey", mode="hybrid", fusion="ranks")
+    assert len(by_rank) == 5
+    assert 2 * 0.5 / 61 >= by_rank[0].score > by_rank[-1].score > 0
 
 
 def test_a_collection_without_a_model_is_searched_by_words(client: Client) -> None:
@@ -176,6 +179,8 @@ def test_what_does_not_go_with_a_mode_is_refused(server: ServerProcess, client: 
         client.search(books, "bees", dense_weight=0.5)
     with pytest.raises(InvalidArgument, match="dense_weight"):
         client.search(books, "bees", mode="hybrid", dense_weight=1.5)
+    with pytest.raises(InvalidArgument, match="HYBRID only"):
+        client.search(books, "bees", fusion="ranks")
     with pytest.raises(InvalidArgument, match="no graph"):
         client.search(books, "bees", mode="lexical", ef=10)
     with pytest.raises(InvalidArgument, match="is empty"):

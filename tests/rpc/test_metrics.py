@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
+import numpy as np
 import pytest
 
-from emberpc.client import Client, InvalidArgument
+from emberpc.client import Client, InvalidArgument, Record
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import index_pb2_grpc
+from emberpc.wire import vectors
 from server_process import ServerProcess
 
 
@@ -49,6 +55,31 @@ def test_they_count_calls_batches_and_what_the_cache_knew(measured: ServerProces
     assert after["emberpc_queue_size_tokens"] == 0
     assert after["emberpc_models"] == 1
     assert after["process_resident_memory_bytes"] > 0
+
+
+def test_they_tell_the_recall_of_searches_of_a_graph(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Searches too, each query of a call with the `ef` of its own: a graph takes more records than others here have."""
+    matrix = np.random.default_rng(0).standard_normal((4200, 8), dtype=np.float32)
+    options = ("--metrics-listen", "127.0.0.1:0", "--recall-probe", "1")
+    with (
+        ServerProcess({"tiny": tiny_bundle}, tmp_path, *options) as process,
+        Client(process.address) as client,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        client.create_collection("points", dimensions=8)
+        client.upsert("points", [Record(str(i)) for i in range(len(matrix))], vectors=matrix)
+        assert not [name for name in figures(process) if name.startswith("emberpc_search_recall")]
+        queries = [pb.SearchQuery(vector=vectors.encode(matrix[:1]), ef=ef) for ef in (150, 0, 300, 150)]
+        request = pb.SearchRequest(collection="points", queries=queries, ef=120, top_k=5)
+        found: dict[str, float] = {}
+        deadline = time.monotonic() + 60
+        while not found.get('emberpc_search_probes_total{collection="points"}'):
+            assert time.monotonic() < deadline
+            response = index_pb2_grpc.IndexServiceStub(channel).Search(request)
+            found = figures(process)
+    assert [result.plan.ef for result in response.results] == [150, 120, 300, 150]
+    assert [result.hits[0].record.id for result in response.results] == ["0"] * 4
+    assert found['emberpc_search_recall{collection="points"}'] >= 0.9
 
 
 def test_an_address_that_is_taken_is_told(measured: ServerProcess, tiny_bundle: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
 from emberpc.cli.writing import Failures, write_stream
 from emberpc.client import Client, RecordId
-from emberpc.client.types import Query, SearchMode
+from emberpc.client.types import Fusion, Query, SearchMode
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -117,6 +117,10 @@ def search(
     dense_weight: Annotated[
         float | None, typer.Option(min=0, max=1, help="Of hybrid: the weight of likeness against words.")
     ] = None,
+    fusion: Annotated[
+        Fusion | None,
+        typer.Option(help="Of hybrid: what the rankings are fused by, scores (the default) or ranks."),
+    ] = None,
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
@@ -137,6 +141,7 @@ def search(
         where=where,
         mode=mode,
         dense_weight=dense_weight,
+        fusion=fusion,
         with_vectors=with_vectors,
     )
     if as_json:

@@ -24,6 +24,7 @@ from emberpc.client.types import (
     Collection,
     Distance,
     DType,
+    Fusion,
     Hit,
     InputKind,
     Matrix,
@@ -315,6 +316,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
+        fusion: Fusion | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -328,6 +330,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
             where=where,
             mode=mode,
             dense_weight=dense_weight,
+            fusion=fusion,
             with_vectors=with_vectors,
             name="query",
         )
@@ -344,6 +347,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
+        fusion: Fusion | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -358,6 +362,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
                 where=where,
                 mode=mode,
                 dense_weight=dense_weight,
+                fusion=fusion,
                 with_vectors=with_vectors,
             ),
             timeout,

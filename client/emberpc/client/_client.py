@@ -24,6 +24,7 @@ from emberpc.client.filters import Where
 from emberpc.client.types import (
     Collection,
     Distance,
+    Fusion,
     Hit,
     Progress,
     Query,
@@ -294,6 +295,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
+        fusion: Fusion | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -309,6 +311,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
             mode: `dense`, by likeness; `lexical`, by words in common; `hybrid`, by both; the last two need a text.
             dense_weight: of `hybrid`, the weight of likeness against words, 0 to 1; None: 0.5.
+            fusion: of `hybrid`, how the two rankings become one: by `scores` (None) or by `ranks`.
             with_vectors: whether to get the vectors of the hits too.
 
         Returns:
@@ -323,6 +326,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             where=where,
             mode=mode,
             dense_weight=dense_weight,
+            fusion=fusion,
             with_vectors=with_vectors,
             name="query",
         )
@@ -339,6 +343,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         where: Where | None = None,
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
+        fusion: Fusion | None = None,
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -357,6 +362,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
                 where=where,
                 mode=mode,
                 dense_weight=dense_weight,
+                fusion=fusion,
                 with_vectors=with_vectors,
             ),
             timeout,

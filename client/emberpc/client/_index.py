@@ -11,12 +11,13 @@ from emberpc.client import _checks
 from emberpc.client._calls import Call, Job, ListCollector, Method, Page, Step, check_count, chunks
 from emberpc.client._plain import moment
 from emberpc.client._records import NewRecord, block, new_records, read_records
-from emberpc.client._words import DISTANCES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
+from emberpc.client._words import DISTANCES, FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
     Collection,
     Distance,
+    Fusion,
     Hit,
     Progress,
     Query,
@@ -258,6 +259,7 @@ def search(
     where: Where | None,
     mode: SearchMode,
     dense_weight: float | None,
+    fusion: Fusion | None,
     with_vectors: bool,
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
@@ -273,6 +275,7 @@ def search(
         filter=filter_of(where),
         mode=value_of("mode", mode, SEARCH_MODES),
         dense_weight=None if dense_weight is None else _checks.number(dense_weight, "dense_weight"),
+        fusion=None if fusion is None else value_of("fusion", fusion, FUSIONS),
         parts=_parts(with_vectors),
     )
 

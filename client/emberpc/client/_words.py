@@ -36,6 +36,7 @@ SEARCH_MODES = {
     "lexical": index_pb2.SEARCH_MODE_LEXICAL,
     "hybrid": index_pb2.SEARCH_MODE_HYBRID,
 }
+FUSIONS = {"scores": index_pb2.SEARCH_FUSION_SCORES, "ranks": index_pb2.SEARCH_FUSION_RANKS}
 TASKS = {"embedding": model_pb2.MODEL_TASK_EMBEDDING, "classification": model_pb2.MODEL_TASK_CLASSIFICATION}
 STATES = {
     "loading": model_pb2.MODEL_STATE_LOADING,

@@ -28,6 +28,8 @@ DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
 #: What a search goes by: likeness of vectors, words in common, or both.
 SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
+#: How a hybrid search makes one ranking of two: by their scores, scaled, or by their reciprocal ranks.
+Fusion: TypeAlias = Literal["scores", "ranks"]
 #: Whether somebody is waiting, or throughput matters and latency does not.
 Priority: TypeAlias = Literal["interactive", "bulk"]
 

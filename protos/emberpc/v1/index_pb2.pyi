@@ -124,9 +124,7 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     is BM25's. Needs a text query, and no model.
     """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
-    """Both, fused: the score is the weighted sum of the two scores, each scaled to
-    1 for the best of the candidates and 0 for the least. Needs a text query.
-    """
+    """Both, fused as `fusion` says. Needs a text query."""
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
     """What a search goes by."""
@@ -140,10 +138,40 @@ SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
 is BM25's. Needs a text query, and no model.
 """
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
-"""Both, fused: the score is the weighted sum of the two scores, each scaled to
-1 for the best of the candidates and 0 for the least. Needs a text query.
-"""
+"""Both, fused as `fusion` says. Needs a text query."""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
+
+class _SearchFusion:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFusion.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEARCH_FUSION_UNSPECIFIED: _SearchFusion.ValueType  # 0
+    """SCORES."""
+    SEARCH_FUSION_SCORES: _SearchFusion.ValueType  # 1
+    """The score is the weighted sum of the two scores, each scaled to 1 for the
+    best of the candidates and 0 for the least.
+    """
+    SEARCH_FUSION_RANKS: _SearchFusion.ValueType  # 2
+    """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank), the
+    first of a ranking having rank 1.
+    """
+
+class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
+    """How a HYBRID search makes one ranking of two."""
+
+SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
+"""SCORES."""
+SEARCH_FUSION_SCORES: SearchFusion.ValueType  # 1
+"""The score is the weighted sum of the two scores, each scaled to 1 for the
+best of the candidates and 0 for the least.
+"""
+SEARCH_FUSION_RANKS: SearchFusion.ValueType  # 2
+"""Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank), the
+first of a ranking having rank 1.
+"""
+Global___SearchFusion: _TypeAlias = SearchFusion  # noqa: Y015
 
 class _SearchStrategy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -1069,6 +1097,7 @@ class SearchQuery(_message.Message):
     RECORD_ID_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    EF_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """A text, embedded by the collection's model as a QUERY."""
     record_id: _builtins.str
@@ -1077,6 +1106,8 @@ class SearchQuery(_message.Message):
     """
     top_k: _builtins.int
     """Instead of the request's `top_k`."""
+    ef: _builtins.int
+    """Instead of the request's `ef`."""
     @_builtins.property
     def vector(self) -> _types_pb2.Vectors:
         """A vector: one row, FLOAT32 or FLOAT16, of the collection's dimensions."""
@@ -1093,10 +1124,11 @@ class SearchQuery(_message.Message):
         record_id: _builtins.str = ...,
         filter: _filter_pb2.Filter | None = ...,
         top_k: _builtins.int = ...,
+        ef: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "query", b"query", "record_id", b"record_id", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "query", b"query", "record_id", b"record_id", "text", b"text", "top_k", b"top_k", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ef", b"ef", "filter", b"filter", "query", b"query", "record_id", b"record_id", "text", b"text", "top_k", b"top_k", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["text", "vector", "record_id"]  # noqa: Y015
     _WhichOneofArgType_query: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
@@ -1120,6 +1152,7 @@ class SearchRequest(_message.Message):
     DENSE_WEIGHT_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    FUSION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Name of the collection."""
     top_k: _builtins.int
@@ -1137,11 +1170,13 @@ class SearchRequest(_message.Message):
     mode: Global___SearchMode.ValueType
     """What the search goes by. Default: DENSE."""
     dense_weight: _builtins.float
-    """HYBRID: weight of the dense score against the lexical one, in [0, 1].
+    """HYBRID: weight of the dense ranking against the lexical one, in [0, 1].
     Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType
     """How urgent it is. Default: INTERACTIVE."""
+    fusion: Global___SearchFusion.ValueType
+    """HYBRID: how the two rankings become one. Default: SCORES."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchQuery]:
         """The queries, 1 to 1000."""
@@ -1167,10 +1202,11 @@ class SearchRequest(_message.Message):
         dense_weight: _builtins.float | None = ...,
         parts: _abc.Iterable[Global___RecordPart.ValueType] | None = ...,
         priority: _types_pb2.Priority.ValueType = ...,
+        fusion: Global___SearchFusion.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "dense_weight", b"dense_weight", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "collection", b"collection", "dense_weight", b"dense_weight", "ef", b"ef", "filter", b"filter", "min_recall", b"min_recall", "mode", b"mode", "parts", b"parts", "priority", b"priority", "queries", b"queries", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "collection", b"collection", "dense_weight", b"dense_weight", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_recall", b"min_recall", "mode", b"mode", "parts", b"parts", "priority", b"priority", "queries", b"queries", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dense_weight: _TypeAlias = _typing.Literal["dense_weight"]  # noqa: Y015
     _WhichOneofArgType__dense_weight: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight"]  # noqa: Y015

@@ -25,7 +25,7 @@ from emberpc.server.handlers import Handlers, Observe
 from emberpc.server.index import Index, IndexBackend
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
-from emberpc.server.services.index import IndexService
+from emberpc.server.services.index import IndexService, add_index_service
 from emberpc.server.services.models import ModelService
 from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.requests import Limits
@@ -36,7 +36,6 @@ from emberpc.v1 import (
     embedding_pb2,
     embedding_pb2_grpc,
     index_pb2,
-    index_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
 )
@@ -230,7 +229,7 @@ def _register(
     settings: Settings,
 ) -> None:
     handlers.add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, EmbeddingService(engine, limits))
-    handlers.add(index_pb2_grpc.add_IndexServiceServicer_to_server, index)
+    handlers.add(add_index_service, index)
     handlers.add(
         classification_pb2_grpc.add_ClassificationServiceServicer_to_server, ClassificationService(engine, limits)
     )

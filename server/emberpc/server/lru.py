@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 #: An entry of more than this share of all would push out too many others.
@@ -32,19 +32,22 @@ class LruCache(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, keys: Iterable[K]) -> dict[K, V]:
+    def find(self, keys: Sequence[K]) -> dict[K, V]:
         """Return the entries that are there."""
-        found: dict[K, V] = {}
+        return {key: entry for key, entry in zip(keys, self.each(keys), strict=True) if entry is not None}
+
+    def each(self, keys: Sequence[K]) -> list[V | None]:
+        """Return the entry of each key, None where there is none."""
         if not self._max_bytes:
-            return found
-        for key in keys:
-            entry = self._entries.get(key)
-            if entry is None:
-                self.misses += 1
-            else:
-                self.hits += 1
-                self._entries.move_to_end(key)
-                found[key] = entry
+            return [None] * len(keys)
+        get, use = self._entries.get, self._entries.move_to_end
+        found = [get(key) for key in keys]
+        for key, entry in zip(keys, found, strict=True):
+            if entry is not None:
+                use(key)
+        missing = found.count(None)
+        self.misses += missing
+        self.hits += len(keys) - missing
         return found
 
     def add(self, entries: Mapping[K, V]) -> None:

@@ -9,6 +9,7 @@ from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import (
     CollectionSpec,
     Distance,
+    Fusion,
     NewRecord,
     Plan,
     SearchOutcome,
@@ -26,6 +27,7 @@ __all__ = [
     "CollectionSpec",
     "Distance",
     "DuplicatePair",
+    "Fusion",
     "Index",
     "IndexBackend",
     "NewRecord",

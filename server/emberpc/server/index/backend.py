@@ -15,6 +15,7 @@ from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
+    Fusion,
     Matrix,
     NewRecord,
     SearchOutcome,
@@ -98,12 +99,13 @@ class CollectionBackend(Protocol):
         top_k: Sequence[int],
         *,
         dense_weight: float,
+        fusion: Fusion = Fusion.SCORES,
         ef: int = 0,
         min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused by score."""
+        """Find records by vectors and by words, fused."""
 
 
 class RestorationBackend(Protocol):

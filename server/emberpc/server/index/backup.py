@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.damage import lenient_text
 from emberpc.server.index.database import connect, translated
 from emberpc.server.index.files import new_folder, written
 from emberpc.server.index.filter_sql import INDEX_PREFIX
@@ -101,6 +102,7 @@ def _looked_through(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
     Raises:
         ServiceError: INTERNAL if one is not.
     """
+    copy.text_factory = lenient_text
     for row in map(Row._make, copy.execute(f"SELECT {ROW_COLUMNS} FROM records")):  # noqa: S608 - our own columns
         if stop():
             return False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 from emberpc.server.errors import Code, ServiceError
 
@@ -18,16 +18,16 @@ class Calls:
 
     def __init__(self, what: str) -> None:
         self._what = what
+        self._mutex = threading.Lock()
+        self._idle = threading.Condition(self._mutex)
         self._ending = threading.Event()
-        self._idle = threading.Condition()
         self._count = 0
 
     def ending(self) -> bool:
         """Whether the end has begun."""
         return self._ending.is_set()
 
-    @contextmanager
-    def one(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Callable[[], bool]]:
+    def one(self, stop: Callable[[], bool] | None = None) -> _Call:
         """Hold off the end for as long as a call lasts.
 
         A call that lasts long is given what tells it to end, which is when it is to stop or the end has begun; then it
@@ -36,33 +36,16 @@ class Calls:
         Raises:
             ServiceError: UNAVAILABLE once the end has begun.
         """
-        with self._idle:
-            self.check()
-            self._count += 1
-        cut_short = False
-
-        def ends() -> bool:
-            nonlocal cut_short
-            cut_short = cut_short or self._ending.is_set()
-            return cut_short or stop()
-
-        try:
-            yield ends
-        finally:
-            with self._idle:
-                self._count -= 1
-                self._idle.notify_all()
-        if cut_short:
-            raise self._over()
+        return _Call(self, stop)
 
     def check(self) -> None:
         """Raise UNAVAILABLE if the end has begun."""
         if self._ending.is_set():
-            raise self._over()
+            raise self.over()
 
     def begin_end(self) -> bool:
         """Let no more calls in; return False if that was done before."""
-        with self._idle:
+        with self._mutex:
             first = not self._ending.is_set()
             self._ending.set()
         return first
@@ -70,9 +53,47 @@ class Calls:
     def end(self) -> bool:
         """Let no more calls in and wait for those under way; return False if that was done before."""
         first = self.begin_end()
-        with self._idle:
+        with self._mutex:
             self._idle.wait_for(lambda: not self._count)
         return first
 
-    def _over(self) -> ServiceError:
+    def begin(self) -> None:
+        """Count a call in; for `one`."""
+        with self._mutex:
+            self.check()
+            self._count += 1
+
+    def finish(self) -> None:
+        """Count a call out; for `one`."""
+        with self._mutex:
+            self._count -= 1
+            if not self._count and self._ending.is_set():
+                self._idle.notify_all()
+
+    def over(self) -> ServiceError:
+        """Return the error of what comes after the end, or was ended by it."""
         return ServiceError(Code.UNAVAILABLE, f"{self._what} is closed or deleted; try again", reason="CLOSED")
+
+
+class _Call:
+    """One call; a class, since a generator for each search would take four times as long."""
+
+    __slots__ = ("_calls", "_cut_short", "_stop")
+
+    def __init__(self, calls: Calls, stop: Callable[[], bool] | None) -> None:
+        self._calls, self._stop, self._cut_short = calls, stop, False
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._calls.begin()
+        return self._ends
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._calls.finish()
+        if self._cut_short and kind is None:
+            raise self._calls.over()
+
+    def _ends(self) -> bool:
+        self._cut_short = self._cut_short or self._calls.ending()
+        return self._cut_short or (self._stop is not None and self._stop())

@@ -65,6 +65,8 @@ class Index:
         self._closed = False
         #: Those that are open, or being opened: that takes long for a large one, so it is done outside the lock.
         self._open: dict[str, Future[Collection]] = {}
+        #: Those of them that are open and can be had without a lock.
+        self._at_hand: dict[str, Collection] = {}
         self._reembeddings: dict[str, Reembedding] = {}
         self._maintainer = Maintainer()
         self._expirer = Expirer()
@@ -123,17 +125,18 @@ class Index:
             opening.set_exception(error)
             raise
         opening.set_result(collection)
+        with self._lock:
+            if self._open.get(name) is opening:
+                self._at_hand[name] = collection
         return collection
 
     def opened(self, name: str) -> Collection | None:
         """Return a collection if it is open already; never waits."""
-        opened = self._open.get(name)
-        return opened.result() if opened is not None and opened.done() and opened.exception() is None else None
+        return self._at_hand.get(name)
 
     def probed(self) -> dict[str, ProbeFigures]:
         """Return what probes of searches found, of each collection that is open and was probed, by name."""
-        opened = {name: self.opened(name) for name in list(self._open)}
-        return {name: each.probed for name, each in opened.items() if each is not None and each.probed.count}
+        return {name: each.probed for name, each in list(self._at_hand.items()) if each.probed.count}
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
@@ -155,6 +158,7 @@ class Index:
             self.cancel_reembedding(name)
             self._directory.delete(name)
             opened = self._open.pop(name, None)
+            self._at_hand.pop(name, None)
         if opened is None or opened.exception() is not None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
@@ -307,6 +311,7 @@ class Index:
         opened: Future[Collection] = Future()
         opened.set_result(collection)
         self._open[collection.spec.name] = opened
+        self._at_hand[collection.spec.name] = collection
 
     def _collection(self, entry: Entry, *, create: bool = False) -> Collection:
         return Collection(
@@ -314,6 +319,7 @@ class Index:
             entry.folder,
             entry.since,
             self._maintainer.wake,
+            self._maintainer.wake_at_rest,
             self._expirer.note,
             self._cache,
             pace=self._pace,

@@ -73,7 +73,7 @@ def cluster_records(
             _keep_nearest(best, batch, rows, scores, examples)
         records = store.by_label([label for nearest in best for _, label in nearest], with_vectors=False)
     clusters = [
-        Cluster(int(size), [records[label] for _, label in nearest])
+        Cluster(int(size), [records[label] for _, label in nearest if label in records])
         for size, nearest in zip(sizes, best, strict=True)
         if size
     ]

@@ -62,6 +62,7 @@ class Collection(SearchCalls):
         folder: where it is.
         created: since when.
         wake: called when there is work for `maintain`.
+        wake_at_rest: called when there will be, after so many seconds without another such call.
         expire_at: called when there will be work for `expire`, with when, in seconds since 1970.
         cache: keeps records that are found often.
         pace: when the graph takes in vectors, and is saved.
@@ -75,6 +76,7 @@ class Collection(SearchCalls):
         folder: Path,
         created: datetime,
         wake: Callable[[Collection], None],
+        wake_at_rest: Callable[[Collection, float], None],
         expire_at: Callable[[Collection, float], None],
         cache: RecordCache,
         *,
@@ -86,16 +88,18 @@ class Collection(SearchCalls):
         self._folder = folder
         self.created = created
         self._wake = lambda: wake(self)
+        self._wake_at_rest = lambda seconds: wake_at_rest(self, seconds)
         self._expire_at = expire_at
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._store = Store(folder, spec.name, spec.dimensions, cache, spec.indexed_fields, create=create)
+        self._store = Store(folder, spec, cache, create=create)
         try:
             self._delete_expired_before_use()
-            self._neighbours = Neighbours(spec, snapshots.load(spec, folder) or Graph(spec))
+            self._neighbours = Neighbours(spec, self._snapshot() or Graph(spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
             self._selector = Selector(self._store, spec)
+            self._store.on_damage = self._forget_damaged
         except BaseException:
             self._store.close()
             raise
@@ -266,6 +270,8 @@ class Collection(SearchCalls):
         """
         with self._calls.one():
             self._upkeep.run()
+            if (seconds := self._upkeep.due_at_rest) is not None:
+                self._wake_at_rest(seconds)
             self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
 
     def expire(self) -> float | None:
@@ -302,6 +308,15 @@ class Collection(SearchCalls):
             self._calls.check()
             yield
 
+    def _snapshot(self) -> Graph | None:
+        """Return the graph of the newest snapshot, if there is one that is this collection's."""
+        try:
+            return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
+        except snapshots.AheadError:
+            log.warning("collection %s: its database is older than its graph, which is built anew", self.spec.name)
+            self._store.take_another_identity()
+            return None
+
     def _delete_expired_before_use(self) -> None:
         """Let no search find what was gone while the collection was closed."""
         try:
@@ -325,6 +340,14 @@ class Collection(SearchCalls):
         found, vectors = self._store.vectors(labels)
         return found, prepare(vectors, self.spec.distance)
 
+    def _forget_damaged(self, labels: set[int]) -> None:
+        """Let searches come upon damaged records no more."""
+        self._neighbours.remove(labels)
+        self._selector.forget()
+
     def _wake_if_needed(self) -> None:
+        self._upkeep.note_write()
         if self._upkeep.due:
             self._wake()
+        elif (seconds := self._upkeep.due_at_rest) is not None:
+            self._wake_at_rest(seconds)

@@ -62,7 +62,7 @@ def find_duplicates(
     pairs = [
         DuplicatePair(min(ids[a], ids[b]), max(ids[a], ids[b]), min(score, 1.0))
         for a, b, score in zip(first.tolist(), second.tolist(), scores.tolist(), strict=True)
-        if a in ids and b in ids  # deleted meanwhile
+        if isinstance(ids.get(a), str) and isinstance(ids.get(b), str)  # else deleted meanwhile, or damaged
     ]
     return sorted(pairs, key=lambda pair: pair.order)
 

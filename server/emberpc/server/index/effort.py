@@ -32,6 +32,8 @@ class Effort:
         self._folder = folder
         self._neighbours = neighbours
         self._measured = recall.load(folder)
+        #: Of what was measured, by `top_k`; replaced whenever that is.
+        self._by_default: dict[int, int] = {}
 
     def ef(self, top_k: int, ef: int, min_recall: float) -> int | None:
         """Return how many candidates to keep; None if every vector is to be compared.
@@ -44,9 +46,11 @@ class Effort:
         if ef:
             return ef
         if not min_recall:
-            least = _LEAST if self._measured else _UNMEASURED
-            measured = self._measured.ef(top_k, _RECALL) or _MOST if self._measured else 0
-            return max(least, _PER_HIT * top_k, min(measured, _MOST))
+            by_default = self._by_default
+            chosen = by_default.get(top_k)
+            if chosen is None:
+                chosen = by_default[top_k] = self._default(top_k)
+            return chosen
         if min_recall == 1:
             return None
         if not self._neighbours.graph_size:
@@ -61,11 +65,21 @@ class Effort:
 
     def forget(self) -> None:
         """Forget what was measured: the graph is another one."""
-        self._measured = None
+        self._set(None)
 
     def measure(self, store: Store, distance: Distance, stop: Callable[[], bool]) -> None:
         """Measure the graph, and keep what was found, unless told to stop."""
         measured = recall.measure(store, self._neighbours, distance, stop)
         if measured:
-            self._measured = measured
+            self._set(measured)
             recall.save(measured, self._folder)
+
+    def _set(self, measured: recall.RecallMap | None) -> None:
+        self._measured = measured
+        # After what it follows from: who still computes by the old one keeps it where nobody looks any more.
+        self._by_default = {}
+
+    def _default(self, top_k: int) -> int:
+        least = _LEAST if self._measured else _UNMEASURED
+        measured = self._measured.ef(top_k, _RECALL) or _MOST if self._measured else 0
+        return max(least, _PER_HIT * top_k, min(measured, _MOST))

@@ -30,7 +30,7 @@ def written(otherwise: str) -> Iterator[None]:
         yield
     except OSError as error:
         log.exception("%s", otherwise)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message = f"the disk is full; {otherwise}, make room and try again"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
         message = "the data directory cannot be written to; see to its permissions"

@@ -86,11 +86,19 @@ def can_be_indexed(field: str) -> bool:
 def index_statement(field: str) -> str:
     """Return the statement that makes the index on a field that can be indexed."""
     path = _json_path(keys(field))
-    name = hashlib.sha256(field.encode()).hexdigest()[:32]
     return (
-        f"CREATE INDEX IF NOT EXISTS {INDEX_PREFIX}{name} ON records "
+        f"CREATE INDEX IF NOT EXISTS {_index_name(field)} ON records "
         f"(json_type(metadata, {path}), json_extract(metadata, {path}))"
     )
+
+
+def drop_index_statement(field: str) -> str:
+    """Return the statement that drops the index on a field, if there is one."""
+    return f"DROP INDEX IF EXISTS {_index_name(field)}"
+
+
+def _index_name(field: str) -> str:
+    return INDEX_PREFIX + hashlib.sha256(field.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,15 @@ class GraphError(Exception):
 
 @dataclass(frozen=True)
 class Saving:
-    """A graph as it stood when its writing began: bytes of its file, labels that can be found, labels deleted."""
+    """A graph as it stood when its writing began.
+
+    Bytes of its file; how many labels can be found; those that are deleted; the greatest of all, 0 for none.
+    """
 
     size: int
     live: int
     dead: Labels
+    newest: int
     #: To be called once, by the thread that began it; raises OSError if the file was not written.
     wait: Callable[[], None]
 
@@ -119,9 +123,9 @@ class Graph:
         Raises:
             GraphError: it would take, or took, more nodes than links lead to.
         """
-        # Asking for more than can be reached makes hnswlib raise, and leak its result. Most of a graph is not worth
+        # Asking for more than can be reached makes hnswlib raise, and leak its result. Half of a graph is not worth
         # searching anyway.
-        if 2 * min(k, len(self._live)) > len(self._live) > 0:
+        if 2 * min(k, len(self._live)) >= len(self._live) > 0:
             raise GraphError
         if not self._live:
             return np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
@@ -129,7 +133,7 @@ class Graph:
             labels, distances = self._index.knn_query(queries, k=k, num_threads=1)
         except RuntimeError as error:
             raise GraphError from error
-        return labels.astype(np.int64), graph_scores(distances, self._spec.distance)
+        return labels.view(np.int64), graph_scores(distances, self._spec.distance)
 
     def save(self, path: Path) -> Saving:
         """Begin to write the graph as it stands; what changes it later does not change the file.
@@ -141,7 +145,7 @@ class Graph:
         dead = np.setdiff1d(every, np.fromiter(self._live, dtype=np.int64, count=len(self._live)))
         # hnswlib holds the GIL meanwhile, 0.7 s at 100,000 vectors, and every call would stand still.
         wait = in_child(lambda: self._index.save_index(str(path)))
-        return Saving(self._index.index_file_size(), len(self._live), dead, wait)
+        return Saving(self._index.index_file_size(), len(self._live), dead, int(every.max(initial=0)), wait)
 
     @classmethod
     def load(cls, spec: CollectionSpec, path: Path, dead: Labels) -> Graph:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 
 class ReadWriteLock:
@@ -18,7 +19,8 @@ class ReadWriteLock:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
         self._readers = 0
         self._writing = False
         self._waiting_readers = 0
@@ -26,6 +28,8 @@ class ReadWriteLock:
         self._waiting_writers: deque[object] = deque()
         #: Readers that may enter though a writer waits.
         self._admitted = 0
+        self._reading_side = _Side(self._begin_to_read, self._end_reading)
+        self._writing_side = _Side(self._begin_to_write, self._end_writing)
 
     @property
     def waiting_readers(self) -> int:
@@ -37,40 +41,64 @@ class ReadWriteLock:
         """Number of threads that wait to write."""
         return len(self._waiting_writers)
 
-    @contextmanager
-    def read(self) -> Iterator[None]:
+    def read(self) -> AbstractContextManager[None]:
         """Hold the lock with other readers. Not reentrant: a waiting writer would block the second entry."""
-        with self._condition:
-            self._waiting_readers += 1
-            self._condition.wait_for(lambda: not self._writing and (self._admitted or not self._waiting_writers))
-            self._waiting_readers -= 1
+        return self._reading_side
+
+    def write(self) -> AbstractContextManager[None]:
+        """Hold the lock alone. Not reentrant."""
+        return self._writing_side
+
+    def _begin_to_read(self) -> None:
+        with self._mutex:
+            if not self._is_open_to_readers():
+                self._waiting_readers += 1
+                self._changed.wait_for(self._is_open_to_readers)
+                self._waiting_readers -= 1
             self._admitted = max(0, self._admitted - 1)
             self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                self._condition.notify_all()
 
-    @contextmanager
-    def write(self) -> Iterator[None]:
-        """Hold the lock alone. Not reentrant."""
+    def _end_reading(self) -> None:
+        with self._mutex:
+            self._readers -= 1
+            # Nobody else waits for readers to leave.
+            if not self._readers and self._waiting_writers:
+                self._changed.notify_all()
+
+    def _begin_to_write(self) -> None:
         me = object()
-        with self._condition:
+        with self._mutex:
             self._waiting_writers.append(me)
             try:
-                self._condition.wait_for(lambda: self._waiting_writers[0] is me and self._is_free_for_a_writer())
+                self._changed.wait_for(lambda: self._waiting_writers[0] is me and self._is_free_for_a_writer())
             finally:
                 self._waiting_writers.remove(me)
             self._writing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
-                self._admitted = self._waiting_readers
-                self._condition.notify_all()
+
+    def _end_writing(self) -> None:
+        with self._mutex:
+            self._writing = False
+            self._admitted = self._waiting_readers
+            if self._waiting_readers or self._waiting_writers:
+                self._changed.notify_all()
+
+    def _is_open_to_readers(self) -> bool:
+        return not self._writing and bool(self._admitted or not self._waiting_writers)
 
     def _is_free_for_a_writer(self) -> bool:
         return not self._writing and not self._readers and not self._admitted
+
+
+class _Side:
+    """One way to hold the lock; made once, since a generator for each search would take as long as its lock's work."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin, self._end = begin, end
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from queue import SimpleQueue
+import time
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
@@ -19,36 +19,61 @@ class Maintainer:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._work: SimpleQueue[Collection | None] = SimpleQueue()
-        #: What is in the queue: many writes of a collection are one piece of work.
-        self._queued: set[Collection] = set()
+        self._changed = threading.Condition()
+        #: Those to be maintained soon, in order: many writes of a collection are one piece of work.
+        self._soon: dict[Collection, None] = {}
+        #: When each of the others is, by the monotonic clock, unless it is written to before.
+        self._at_rest: dict[Collection, float] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def wake(self, collection: Collection) -> None:
         """Have a collection maintained soon."""
-        with self._lock:
-            if self._closed or collection in self._queued:
-                return
-            self._queued.add(collection)
-            self._work.put(collection)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="index-maintenance", daemon=True)
-                self._thread.start()
+        with self._changed:
+            if not self._closed and collection not in self._soon:
+                self._soon[collection] = None
+                self._stir()
+
+    def wake_at_rest(self, collection: Collection, seconds: float) -> None:
+        """Have a collection maintained when this was not said again of it for so many seconds."""
+        with self._changed:
+            known = collection in self._at_rest
+            self._at_rest[collection] = time.monotonic() + seconds
+            # The thread that waits for the moment before sees then that it has moved.
+            if not self._closed and not known:
+                self._stir()
 
     def close(self) -> None:
         """Stop the thread after the collection that it is at; close the collections first, so that it is short."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-            self._work.put(None)
+            self._changed.notify()
         if self._thread:
             self._thread.join()
 
+    def _stir(self) -> None:
+        self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="index-maintenance", daemon=True)
+            self._thread.start()
+
+    def _next(self) -> Collection | None:
+        """Wait until a collection is to be maintained and return it; None at the end."""
+        with self._changed:
+            while not self._closed:
+                soonest = next(iter(self._soon), None)
+                if soonest is not None:
+                    del self._soon[soonest]
+                    return soonest
+                soonest, now = min(self._at_rest, key=self._at_rest.__getitem__, default=None), time.monotonic()
+                if soonest is not None and self._at_rest[soonest] <= now:
+                    del self._at_rest[soonest]
+                    return soonest
+                self._changed.wait(None if soonest is None else self._at_rest[soonest] - now)
+        return None
+
     def _run(self) -> None:
-        while (collection := self._work.get()) is not None:
-            with self._lock:
-                self._queued.discard(collection)
+        while (collection := self._next()) is not None:
             try:
                 collection.maintain()
             except ServiceError as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from emberpc.server.index.buffer import Buffer
 from emberpc.server.index.graph import Graph, GraphError, Saving
 from emberpc.server.index.locks import ReadWriteLock
+from emberpc.server.index.metric import best_of
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Strategy
 
 #: Rows that the graph takes in while searches are kept out; some 5 to 15 ms.
@@ -23,8 +22,7 @@ _READ_BATCH = 2000
 ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):
     """Labels near a query with their scores, nearest first; `complete` if there are no other labels at all."""
 
     labels: list[int]
@@ -139,20 +137,32 @@ class Neighbours:
             moved += len(labels)
         return moved
 
-    def rebuild(self, read: ReadVectors, stop: Callable[[], bool]) -> bool:
+    def rebuild(self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000) -> bool:
         """Build a graph of what is live, beside the one that answers, and put it in its place.
 
-        Must not run beside `drain`. Returns whether it was finished.
+        Must not run beside `drain`.
+
+        Args:
+            read: reads the vectors.
+            stop: whether to leave it.
+            most_waiting: if more wait than that, the old graph takes them in meanwhile, so that searches stay quick.
+
+        Returns:
+            Whether it was finished.
         """
-        with self._lock.read():
-            labels = sorted(self._graph.labels())
-        graph = Graph(self._spec, len(labels))
-        for start in range(0, len(labels), _READ_BATCH):
-            found, vectors = read(labels[start : start + _READ_BATCH])
-            for first in range(0, len(found), _SLICE):
-                if stop():
-                    return False
-                graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
+        graph = Graph(self._spec, self._graph.live)
+        taken: set[int] = set()
+        # What the old graph took in meanwhile must be in the new one too; that is less each time.
+        while labels := sorted(self._graph_labels() - taken):
+            taken.update(labels)
+            for start in range(0, len(labels), _READ_BATCH):
+                found, vectors = read(labels[start : start + _READ_BATCH])
+                for first in range(0, len(found), _SLICE):
+                    if stop():
+                        return False
+                    graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
+                    if self.waiting > most_waiting:
+                        self.drain(_READ_BATCH, stop)
         with self._lock.write():
             graph.remove(graph.labels() - self._graph.labels())
             self._graph = graph
@@ -162,6 +172,10 @@ class Neighbours:
         """Begin to write the graph as it stands; searches and writes go on meanwhile."""
         with self._lock.read():
             return self._graph.save(path)
+
+    def _graph_labels(self) -> set[int]:
+        with self._lock.read():
+            return self._graph.labels()
 
     def _forget(self, labels: set[int]) -> None:
         if labels:
@@ -180,12 +194,14 @@ class Neighbours:
 
     def _search_both(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         """Search graph and buffer, and merge what they found; the caller holds the lock."""
-        old_labels, old_scores = self._graph.search(queries, k)
-        new_labels, new_scores = self._buffer.search(queries, k)
-        labels, scores = np.hstack([old_labels, new_labels]), np.hstack([old_scores, new_scores])
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        labels, scores = np.take_along_axis(labels, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        found = [self._graph.search(queries, k)] if self._graph.live else []
+        if len(self._buffer) or not found:
+            found.append(self._buffer.search(queries, k))
+        labels, scores = best_of(found, k)
         complete = labels.shape[1] == self._graph.live + len(self._buffer)
         used = bool(self._graph.live)
         plan = Plan(Strategy.HNSW if used else Strategy.EXACT, ef if used else 0, len(self._buffer))
-        return [Candidates(labels[i].tolist(), scores[i].tolist(), complete, plan) for i in range(len(queries))]
+        return [
+            Candidates(of_query, its_scores, complete, plan)
+            for of_query, its_scores in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]

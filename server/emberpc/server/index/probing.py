@@ -6,7 +6,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ class Probe:
         start = monotonic()
         for sample in samples:
             # More than it asked for: what was written since must not take the place of what was there.
-            again = replace(sample.request, top_k=[2 * sample.request.top_k[0] + 10], exact=True, with_vectors=False)
+            again = sample.request._replace(top_k=[2 * sample.request.top_k[0] + 10], exact=True, with_vectors=False)
             (truth,) = search(again)
             found = _recall(sample, truth, get([record.id for record, _ in sample.outcome.hits]))
             with self._lock:

@@ -15,8 +15,9 @@ from itertools import count
 from emberpc.server.index.types import StoredRecord
 from emberpc.server.lru import LruCache
 
-#: Bytes of an entry beside its texts: the tuple, the dates, the dictionaries and the slot.
-_OVERHEAD = 900
+#: Bytes of an entry beside its texts: the tuple, the dates, the dictionaries, the slot, and what an answer's form of it
+#: has beside texts.
+_OVERHEAD = 1200
 
 _Key = tuple[int, int]
 
@@ -40,8 +41,8 @@ class RecordCache:
     def find(self, owner: int, labels: Sequence[int]) -> dict[int, StoredRecord]:
         """Return the records that are there, by label."""
         with self._lock:
-            found = self._entries.find([(owner, label) for label in labels])
-        return {label: record for (_, label), record in found.items()}
+            found = self._entries.each([(owner, label) for label in labels])
+        return {label: record for label, record in zip(labels, found, strict=True) if record is not None}
 
     def add(self, owner: int, records: Mapping[int, StoredRecord]) -> None:
         """Keep records, by label."""
@@ -52,4 +53,5 @@ class RecordCache:
 def _size(_: _Key, record: StoredRecord) -> int:
     # Metadata takes, as objects, some times its size as text; counting it exactly would cost more than it is worth.
     metadata = 200 * len(record.metadata) + (len(str(record.metadata)) if record.metadata else 0)
-    return sys.getsizeof(record.text) + sys.getsizeof(record.id) + metadata + _OVERHEAD
+    # Twice: once in the form that an answer has it in.
+    return 2 * (sys.getsizeof(record.text) + sys.getsizeof(record.id)) + metadata + _OVERHEAD

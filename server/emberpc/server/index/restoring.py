@@ -125,13 +125,16 @@ class Restoration:
             raise damaged("it was cut off or changed, or is none, since its last line is not the SHA-256 of the rest")
 
     def _make_ours(self) -> None:
-        """Make a collection's database of the file: at the last version, with words that go with the texts."""
+        """Make a collection's database of the file: at the last version, with words that go with the texts.
+
+        It is another one than what the backup was taken of, whose graphs are not its own.
+        """
         with closing(connect(self._path)) as connection:
             schema.prepare(connection, self._what, create=False)
             with transaction(connection):
                 connection.execute("DROP TABLE backup")
                 connection.execute("PRAGMA application_id = 0")
-                for statement in schema.WORDS_ANEW:
+                for statement in (*schema.WORDS_ANEW, schema.IDENTITY_ANEW):
                     connection.execute(statement)
 
     def _check_open(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sqlite3
 import zlib
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index.types import Labels, Matrix, StoredRecord
-
-log = logging.getLogger(__name__)
+from emberpc.server.index.metric import are_fit
+from emberpc.server.index.types import CollectionSpec, Matrix, StoredRecord
 
 #: `json.loads` looks for encodings and blanks first, which takes as long again.
 _DECODE = json.JSONDecoder().raw_decode
@@ -43,14 +41,17 @@ class Row(NamedTuple):
     checksum: int | None
 
     @property
+    def name(self) -> str:
+        """Its id, as far as that can be read."""
+        return self.id if isinstance(self.id, str) else ascii(self.id)
+
+    @property
     def is_whole(self) -> bool:
-        """Whether it is as it was written; a row of an older version is taken to be."""
-        if self.checksum is None:
-            return True
+        """Whether it is as it was written; a row of an older version is taken to be if it can be read."""
         texts = (self.id, self.text, self.metadata, self.class_label)
         if not isinstance(self.vector, bytes) or not all(isinstance(each, str) for each in texts):
             return False
-        return self.checksum == checksum_of(texts, self.vector)
+        return self.checksum is None or self.checksum == checksum_of(texts, self.vector)
 
 
 #: The columns of a Row.
@@ -67,35 +68,35 @@ def columns_of(with_vectors: bool) -> str:
     return f"{_COLUMNS}, vector" if with_vectors else _COLUMNS
 
 
-def record_of(row: Sequence[Any]) -> StoredRecord:
+def record_of(row: Sequence[Any], spec: CollectionSpec) -> StoredRecord:
     """Make a record of a row of `columns_of`.
 
     Raises:
         ServiceError: INTERNAL if it is damaged so much that it is none.
     """
+    record_id, text, label = row[1], row[2], row[4]
     try:
         metadata = _DECODE(row[3])[0]
-        vector = np.frombuffer(row[9], dtype="<f4") if len(row) > 9 else None
-    except (TypeError, ValueError) as error:
-        raise damaged(row[1]) from error
-    return StoredRecord(
-        id=row[1],
-        text=row[2],
-        metadata=metadata,
-        label=row[4],
-        revision=row[5],
-        create_time=_moment(row[6]),
-        update_time=_moment(row[7]),
-        vector=vector,
-        expire_time=_moment_or_none(row[8]),
-    )
+        _check_types(record_id, text, metadata, label)
+        return StoredRecord(
+            record_id,
+            text,
+            metadata,
+            label,
+            row[5],
+            _moment(row[6]),
+            _moment(row[7]),
+            _vector(row[9], spec) if len(row) > 9 else None,
+            None if row[8] is None else _moment(row[8]),
+        )
+    except (TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
+        raise damaged(record_id) from error
 
 
 def record_of_json(row: Sequence[Any]) -> StoredRecord:
-    """Make a record of a row of the value of `AS_ONE_ROW`; raises as `record_of`."""
+    """Make a record of a row of the value of `AS_ONE_ROW`; raises one of several errors if it is damaged."""
     _, record_id, text, metadata, label, revision, created, updated, expires = row
-    if metadata is None:
-        raise damaged(record_id)
+    _check_types(record_id, text, metadata, label)
     return StoredRecord(
         record_id,
         text,
@@ -108,38 +109,32 @@ def record_of_json(row: Sequence[Any]) -> StoredRecord:
     )
 
 
-def damaged(record_id: str) -> ServiceError:
-    """Return the error for a record whose row is none any more."""
+def _check_types(record_id: object, text: object, metadata: object, label: object) -> None:
+    if type(metadata) is not dict or not (type(record_id) is type(text) is type(label) is str):
+        raise TypeError
+
+
+def _vector(data: Any, spec: CollectionSpec) -> Matrix:
+    """Return a stored vector; raise ValueError or TypeError if none of the collection can be such."""
+    vector: Matrix = np.frombuffer(data, dtype="<f4")
+    if len(vector) != spec.dimensions or not are_fit(vector[None], spec.distance)[0]:
+        raise ValueError
+    return vector
+
+
+def damaged(record_id: object) -> ServiceError:
+    """Return the error for a record whose row is none any more, and whose id may be of any type."""
+    name = record_id if isinstance(record_id, str) else ascii(record_id)
     return ServiceError(
         Code.INTERNAL,
-        f"record {record_id!r} is damaged on disk; delete it or write it anew, and see what VerifyCollection finds",
+        f"record {name!r} is damaged on disk; delete it or write it anew, and see what VerifyCollection finds",
         reason="RECORD_DAMAGED",
-        metadata={"record": record_id},
+        metadata={"record": name},
     )
 
 
 def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, timezone.utc)
-
-
-def _moment_or_none(seconds: float | None) -> datetime | None:
-    return None if seconds is None else _moment(seconds)
-
-
-def vectors_of(rows: Sequence[tuple[Any, ...]], dimensions: int) -> tuple[Labels, Matrix]:
-    """Return labels and vectors of rows of both: int64 (n,) and float32 (n, dimensions).
-
-    A vector that is damaged is left out, so that the others can be searched; VerifyCollection tells of it.
-    """
-    whole = [row for row in rows if isinstance(row[1], bytes) and len(row[1]) == 4 * dimensions]
-    matrix = np.frombuffer(b"".join([row[1] for row in whole]), dtype="<f4").reshape(len(whole), dimensions)
-    finite = np.isfinite(matrix).all(axis=1)
-    labels = np.array([row[0] for row in whole], dtype=np.int64)
-    if len(whole) == len(rows) and finite.all():
-        return labels, matrix
-    lost = len(rows) - int(finite.sum())
-    log.error("%d vectors are damaged on disk and not searched: see what VerifyCollection finds", lost)
-    return labels[finite], matrix[finite]
 
 
 def insert_row(

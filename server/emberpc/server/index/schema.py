@@ -51,11 +51,17 @@ _EXPIRY = (
 # `rows.checksum_of` what the others hold; NULL in rows of an older version.
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
 
+#: Gives the database an identity that no other has.
+IDENTITY_ANEW = "UPDATE state SET identity = lower(hex(randomblob(16)))"
+
+# What says of a snapshot whose it is.
+_IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", IDENTITY_ANEW)
+
 #: Makes the words anew, of a database at the last step.
 WORDS_ANEW = ("INSERT INTO words (words) VALUES ('delete-all')", _WORDS[-1])
 
 #: What each step does, statement by statement; a new database goes through all of them too.
-STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM)
+STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM, _IDENTITY)
 #: After so many steps rows have checksums.
 CHECKSUMMED = 3
 

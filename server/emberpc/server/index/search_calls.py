@@ -9,13 +9,16 @@ from emberpc.server.index.calls import Calls
 from emberpc.server.index.filter_sql import Clause, compile_filter
 from emberpc.server.index.filters import Filter
 from emberpc.server.index.hybrid import HybridSearcher, WordsRequest, fused_from
-from emberpc.server.index.metric import check_vectors, prepare
+from emberpc.server.index.metric import prepare_queries
 from emberpc.server.index.probing import Probe
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
-from emberpc.server.index.types import CollectionSpec, Matrix, SearchOutcome
+from emberpc.server.index.types import CollectionSpec, Fusion, Matrix, SearchOutcome
 from emberpc.server.index.upkeep import Upkeep
 from emberpc.server.index.validation import check_search
+
+#: What a request calls the vector of query i.
+_VECTOR = items_of("queries", "vector")
 
 
 class SearchCalls:
@@ -54,13 +57,13 @@ class SearchCalls:
             with_vectors: whether the hits have their vectors.
             conditions: what the hits of each query must meet, or None; empty: nothing.
         """
-        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
+        prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
         excluded = list(exclude_ids) or [None] * len(queries)
         check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
-        request = self._request(queries, sizes, excluded, ef, with_vectors, conditions, min_recall)
+        request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
         with self._calls.one():
             # Filtered ones have ways of their own to be exact.
             probed = not any(request.conditions) and self._probe.wants_one()
@@ -91,35 +94,38 @@ class SearchCalls:
         top_k: Sequence[int],
         *,
         dense_weight: float,
+        fusion: Fusion = Fusion.SCORES,
         ef: int = 0,
         min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused by score.
+        """Find records by vectors and by words, fused.
 
         Args:
             queries: float32 (queries, dimensions).
             texts: the text of each query.
             top_k: most hits of each.
             dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
+            fusion: how the two become one.
             ef: as in `search`.
             min_recall: as in `search`, of the candidates by vectors.
             with_vectors: as in `search`.
             conditions: as in `search`.
         """
-        check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
+        prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
         with self._calls.one():
             return self._hybrid.by_both(
                 self._request(
-                    queries, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
+                    prepared, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
                 ),
                 texts,
                 top_k,
                 dense_weight,
+                fusion,
             )
 
     def _request(
@@ -137,7 +143,7 @@ class SearchCalls:
         most = max(top_k)
         keep = self._upkeep.effort.ef(most, ef, min_recall)
         return Request(
-            prepare(queries, self.spec.distance),
+            queries,
             top_k,
             excluded,
             max(keep or 0, most + 1),

@@ -10,9 +10,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,11 +35,10 @@ _FEW = 1000
 #: A search of the graph that found too few that match keeps so many times the candidates the next time.
 _WIDER = 4
 #: Times that a search which a write came across is done before it holds writes off.
-_TRIES = 3
+_TRIES = 8
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """Prepared queries, float32 (queries, dimensions), and for each how many hits and which id to leave out."""
 
     queries: Matrix
@@ -52,13 +52,14 @@ class Request:
 
     @property
     def candidates(self) -> int:
-        """How many to look for: one more than hits, since one may be left out."""
-        return max(self.top_k) + 1
+        """How many to look for: one more than hits if one may be left out."""
+        return max(self.top_k) + any(each is not None for each in self.exclude)
 
     def only(self, rows: Sequence[int]) -> Request:
         """Return the request for some of the queries."""
-        return replace(
-            self,
+        if len(rows) == len(self.queries):
+            return self
+        return self._replace(
             queries=self.queries[list(rows)],
             top_k=[self.top_k[i] for i in rows],
             exclude=[self.exclude[i] for i in rows],
@@ -102,6 +103,8 @@ class Searcher:
             request: the queries.
             settled: the caller holds the lock of writes.
         """
+        if not any(request.conditions):
+            return self._search(request, None, settled=settled)
         rows_of: dict[Clause | None, list[int]] = {}
         for i, condition in enumerate(request.conditions):
             rows_of.setdefault(condition, []).append(i)
@@ -119,8 +122,7 @@ class Searcher:
     def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
         if request.exact:
-            _fill(outcomes, request, partial(self._scan, condition))
-            return [outcome for outcome in outcomes if outcome is not None]
+            return self._from_store(outcomes, request, condition)
         for _ in range(0 if settled else _TRIES):
             _fill(outcomes, request, partial(self._answer, condition, settled=False))
             if None not in outcomes:
@@ -133,68 +135,84 @@ class Searcher:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
             log.error("memory and store disagree; answering from the store")
+        return self._from_store(outcomes, request, condition)
+
+    def _from_store(
+        self, outcomes: list[SearchOutcome | None], request: Request, condition: Clause | None
+    ) -> list[SearchOutcome]:
+        """Return all outcomes, those that are missing from the store."""
+        while None in outcomes:  # again, if a record turned out to be damaged: then the store leaves that out
             _fill(outcomes, request, partial(self._scan, condition))
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _answer(self, condition: Clause | None, request: Request, *, settled: bool) -> list[SearchOutcome | None]:
+    def _answer(self, condition: Clause | None, request: Request, *, settled: bool) -> Sequence[SearchOutcome | None]:
         """Answer from memory; None where a write came in between, which it cannot if that is `settled`."""
         return self._look_up(request) if condition is None else self._look_up_among(condition, request, settled=settled)
 
-    def _look_up(self, request: Request) -> list[SearchOutcome | None]:
+    def _look_up(self, request: Request) -> Sequence[SearchOutcome | None]:
         """Answer from memory; None where the store has no more what memory found."""
         found = self._neighbours.search(request.queries, request.candidates, request.ef)
-        labels = sorted({label for each in found if each for label in each.labels})
-        records = self._store.by_label(labels, with_vectors=request.with_vectors)
-        outcomes = [
-            _outcome(
-                each.labels,
-                each.scores,
-                records,
-                k,
-                exclude,
-                each.plan,
-                _holds(len(each.labels), filtered=False),
-                complete=each.complete,
-            )
-            if each
-            else None
-            for each, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
-        ]
+        outcomes = self._outcomes(request, found)
         untold = [i for i, each in enumerate(found) if each is None]
         if untold:
             for i, outcome in zip(untold, self._scan(None, request.only(untold)), strict=True):
                 outcomes[i] = outcome
         return outcomes
 
-    def _look_up_among(self, condition: Clause, request: Request, *, settled: bool) -> list[SearchOutcome | None]:
-        """Answer with records that meet a condition."""
+    def _look_up_among(self, condition: Clause, request: Request, *, settled: bool) -> Sequence[SearchOutcome | None]:
+        """Answer with records that meet a condition; None where a write changed which do."""
         k, held = request.candidates, max(1, self._neighbours.count)
         few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
         selection = self._selector.select(condition, few)
-        if not settled and self._selector.applied != selection.sequence:
-            return [None] * len(request.queries)
         found: list[Candidates | None] = [None] * len(request.queries)
         count = len(selection.labels)
         # As many candidates as hold k that meet the condition, were those spread evenly; and as many again.
         ef = max(request.ef, 2 * -(-k * held // max(1, count)))
-        while None in found and selection.vectors is None and count > _exact_up_to(ef):
-            rows = [i for i, each in enumerate(found) if each is None]
-            for i, each in zip(rows, self._neighbours.search(request.queries[rows], ef, ef), strict=True):
-                found[i] = _among(each, selection.labels, k) if each else None
-            ef *= _WIDER
+        if selection.vectors is None and count > _exact_up_to(ef):
+            # Memory must have had the selection's records, those and no others, while it was searched.
+            self._selector.wait_for(selection.sequence)
+            self._look_up_in_graph(found, request.queries, ef, k, selection)
+            if not settled and not self._still_holds(condition, selection):
+                return [None] * len(request.queries)
         rows = [i for i, each in enumerate(found) if each is None]
         if rows:
-            for i, each in zip(rows, self._compare(request.queries[rows], k, selection), strict=True):
+            compared = self._compare(request.queries[rows], k, selection)
+            if not settled and compared[0].plan.compared_count < count:
+                return [None] * len(request.queries)  # of some of them, the vectors were gone
+            for i, each in zip(rows, compared, strict=True):
                 found[i] = each
-        labels = sorted({label for each in found if each for label in each.labels})
-        records = self._store.by_label(labels, with_vectors=request.with_vectors)
-        if not settled and self._store.sequence() != selection.sequence:
-            return [None] * len(request.queries)
-        holds = _holds(count, filtered=True)
+        return self._outcomes(request, found, matching=count)
+
+    def _look_up_in_graph(
+        self, found: list[Candidates | None], queries: Matrix, ef: int, k: int, selection: Selection
+    ) -> None:
+        """Search the graph, for more and more candidates until k are of a selection or comparing it is cheaper."""
+        while None in found and len(selection.labels) > _exact_up_to(ef):
+            rows = [i for i, each in enumerate(found) if each is None]
+            for i, each in zip(rows, self._neighbours.search(queries[rows], ef, ef), strict=True):
+                found[i] = _among(each, selection.labels, k) if each else None
+            ef *= _WIDER
+
+    def _still_holds(self, condition: Clause, selection: Selection) -> bool:
+        """Whether no write since then changed which records meet a condition: most writes are about others."""
+        if self._store.sequence() == selection.sequence:
+            return True
+        return np.array_equal(self._selector.select(condition, 0).labels, selection.labels)
+
+    def _outcomes(
+        self, request: Request, found: Sequence[Candidates | None], matching: int | None = None
+    ) -> list[SearchOutcome | None]:
+        """Turn what was found into hits; None where a record is gone.
+
+        Args:
+            request: the queries.
+            found: of each.
+            matching: how many records meet the condition; None: there is none.
+        """
+        labels = {label for each in found if each is not None for label in each.labels}
+        records = self._store.by_label(list(labels), with_vectors=request.with_vectors)
         return [
-            _outcome(each.labels, each.scores, records, k, exclude, each.plan, holds, complete=each.complete)
-            if each
-            else None
+            None if each is None else _outcome(each, records, k, exclude, matching)
             for each, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
         ]
 
@@ -235,19 +253,11 @@ class Searcher:
             )
             labels, scores, total = self._nearest(batches, request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
-        plan, holds = Plan(Strategy.EXACT, 0, total), _holds(total, filtered=condition is not None)
+        plan, matching = Plan(Strategy.EXACT, 0, total), None if condition is None else total
+        found = zip(labels.tolist(), scores.tolist(), request.top_k, request.exclude, strict=True)
         return [
-            _outcome(
-                labels[i].tolist(),
-                scores[i].tolist(),
-                records,
-                request.top_k[i],
-                request.exclude[i],
-                plan,
-                holds,
-                complete=total <= k,
-            )
-            for i in range(len(request.queries))
+            _outcome(Candidates(of_query, its_scores, total <= k, plan), records, size, exclude, matching)
+            for of_query, its_scores, size, exclude in found
         ]
 
 
@@ -263,8 +273,8 @@ def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
     chosen = np.flatnonzero(allowed[places] == labels)[:k]
     if len(chosen) < k:
         return None
-    return replace(
-        found, labels=labels[chosen].tolist(), scores=[found.scores[i] for i in chosen.tolist()], complete=False
+    return found._replace(
+        labels=labels[chosen].tolist(), scores=[found.scores[i] for i in chosen.tolist()], complete=False
     )
 
 
@@ -277,38 +287,29 @@ def _holds(count: int, *, filtered: bool) -> str:
 def _fill(outcomes: list[SearchOutcome | None], request: Request, answer: Answer) -> None:
     """Answer the queries that are not answered yet."""
     rows = [i for i, outcome in enumerate(outcomes) if outcome is None]
-    for i, outcome in zip(rows, answer(request.only(rows)), strict=True):
-        outcomes[i] = outcome
+    if rows:
+        for i, outcome in zip(rows, answer(request.only(rows)), strict=True):
+            outcomes[i] = outcome
 
 
 def _outcome(
-    labels: Sequence[int],
-    scores: Sequence[float],
-    records: dict[int, StoredRecord],
-    k: int,
-    exclude: str | None,
-    plan: Plan,
-    holds: str,
-    *,
-    complete: bool,
+    found: Candidates, records: dict[int, StoredRecord], k: int, exclude: str | None, matching: int | None
 ) -> SearchOutcome | None:
-    """Turn candidates, nearest first, into hits; None if one is gone, or they are too few and there are more."""
-    hits: list[tuple[StoredRecord, float]] = []
-    left_out = False
-    for label, score in zip(labels, scores, strict=True):
-        if len(hits) == k:
-            break
-        record = records.get(label)
-        if record is None:
-            return None
-        if record.id == exclude:
-            left_out = True
-        else:
-            hits.append((record, score))
-    if len(hits) == k:
-        return SearchOutcome(hits, plan)
-    if not complete:
+    """Turn candidates into hits; None if one is gone, or they are too few and there are more.
+
+    `matching` records meet the condition; None: there is none.
+    """
+    try:
+        here = [records[label] for label in found.labels]
+    except KeyError:
         return None
-    return SearchOutcome(
-        hits, replace(plan, shortfall_reason=f"{holds}, the record asked about left out" if left_out else holds)
-    )
+    hits = list(zip(here, found.scores, strict=True))
+    if exclude is not None:
+        hits = [hit for hit in hits if hit[0].id != exclude]
+    if len(hits) >= k:
+        return SearchOutcome(hits[:k], found.plan)
+    if not found.complete:
+        return None
+    holds = _holds(len(found.labels) if matching is None else matching, filtered=matching is not None)
+    reason = f"{holds}, the record asked about left out" if len(hits) < len(here) else holds
+    return SearchOutcome(hits, replace(found.plan, shortfall_reason=reason))

@@ -26,6 +26,8 @@ _MOMENT = 1.0
 class Selection:
     """The labels that meet a condition as of a write, int64 (n,), ascending; their prepared vectors if asked for.
 
+    With vectors, there are no labels but those that have one which is not damaged.
+
     `newest` is the greatest label that any record had by then.
     """
 
@@ -61,11 +63,6 @@ class Selector:
         self._removed: OrderedDict[int, Labels] = OrderedDict()
         self._applied = store.sequence()
 
-    @property
-    def applied(self) -> int:
-        """Number of the last write that was noted."""
-        return self._applied
-
     def note(self, sequence: int, removed: Iterable[int]) -> None:
         """Take over what a write removed, once memory has it too; writes must come in the store's order."""
         labels = np.fromiter(removed, dtype=np.int64)
@@ -96,7 +93,8 @@ class Selector:
             if selection is None:
                 selection = Selection(sequence, self._store.newest_label(), self._store.matching(condition))
             if selection.vectors is None and len(selection.labels) <= vectors_up_to:
-                selection = replace(selection, vectors=self._read(selection.labels))
+                labels, vectors = self._read(selection.labels)
+                selection = replace(selection, labels=labels, vectors=vectors)
         if selection is not kept:
             self._keep(condition, selection)
         return selection
@@ -112,15 +110,22 @@ class Selector:
             return None
         stay = ~np.isin(kept.labels, np.concatenate(gone)) if gone else np.ones(len(kept.labels), dtype=bool)
         new = self._store.matching(condition, after=kept.newest)
-        labels = np.concatenate([kept.labels[stay], new])
-        vectors = None if kept.vectors is None else np.concatenate([kept.vectors[stay], self._read(new)])
-        return Selection(sequence, self._store.newest_label(), labels, vectors)
+        vectors = None
+        if kept.vectors is not None:
+            new, new_vectors = self._read(new)
+            vectors = np.concatenate([kept.vectors[stay], new_vectors])
+        return Selection(sequence, self._store.newest_label(), np.concatenate([kept.labels[stay], new]), vectors)
 
-    def _read(self, labels: Labels) -> Matrix:
-        if not len(labels):
-            return np.empty((0, self._spec.dimensions), dtype=np.float32)
-        _, vectors = self._store.vectors(labels.tolist())
-        return prepare(vectors, self._spec.distance)
+    def _read(self, labels: Labels) -> tuple[Labels, Matrix]:
+        """Return those of the labels whose vectors are not damaged, and these, prepared."""
+        found, vectors = self._store.vectors(labels.tolist())
+        return found, prepare(vectors, self._spec.distance)
+
+    def forget(self) -> None:
+        """Forget what is kept: some of it turned out to be damaged."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
 
     def _keep(self, condition: Clause, selection: Selection) -> None:
         with self._lock:

@@ -21,16 +21,21 @@ from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2
 
 
-def save(begin: Callable[[Path], Saving], spec: CollectionSpec, folder: Path) -> None:
+class AheadError(Exception):
+    """A snapshot has labels that the database never gave: the database is an older copy of the one it was made of."""
+
+
+def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, folder: Path) -> None:
     """Write a snapshot, and drop the oldest ones.
 
     Args:
         begin: begins to write the graph to a path.
         spec: the collection's.
+        identity: its database's.
         folder: where its snapshots are.
 
     Raises:
@@ -47,11 +52,12 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, folder: Path) ->
             raise OSError(f"{path.name} has {size} of {saving.size} bytes")
         synchronise(path)
         facts = {
-            **_facts(spec),
+            **_facts(spec, identity),
             "size": size,
             "sha256": sha256_of(path),
             "count": saving.live,
             "dead": saving.dead.tolist(),
+            "newest": saving.newest,
         }
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"facts": facts, "facts_sha256": _digest(facts)}), encoding="utf-8")
@@ -62,25 +68,39 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, folder: Path) ->
         _clean(folder)
 
 
-def load(spec: CollectionSpec, folder: Path) -> Graph | None:
-    """Return the newest snapshot that is whole and fits the collection, or None."""
+def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Graph | None:
+    """Return the newest snapshot that is whole and the collection's own, or None.
+
+    Args:
+        spec: the collection's.
+        identity: its database's.
+        newest: the greatest label that the database ever gave.
+        folder: where its snapshots are.
+
+    Raises:
+        AheadError: the newest that is the collection's own has greater labels. Those would come to stand for other
+            vectors as the database goes on, so it must take another identity.
+    """
     for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
         try:
-            return _load(spec, sidecar)
+            return _load(spec, identity, newest, sidecar)
         except (OSError, ValueError, KeyError, TypeError, GraphError) as error:
             log.warning("collection %s: %s is left aside: %s", spec.name, sidecar.name, error or type(error).__name__)
     return None
 
 
-def _load(spec: CollectionSpec, sidecar: Path) -> Graph:
+def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Graph:
     """Read one snapshot; any of several errors if anything about it is wrong."""
     path = sidecar.with_suffix(".bin")
     document = json.loads(sidecar.read_text(encoding="utf-8"))
     facts = document["facts"]
     if document["facts_sha256"] != _digest(facts):
         raise ValueError("its facts are not what was written")
-    if {key: facts[key] for key in _facts(spec)} != _facts(spec):
-        raise ValueError("it is of another kind of collection")
+    own = _facts(spec, identity)
+    if {key: facts.get(key) for key in own} != own:
+        raise ValueError("it is of another collection, or of an older version")
+    if facts["newest"] > newest:
+        raise AheadError
     if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
         raise ValueError("its graph is not what was written")
     graph = Graph.load(spec, path, np.array(facts["dead"], dtype=np.int64))
@@ -89,10 +109,12 @@ def _load(spec: CollectionSpec, sidecar: Path) -> Graph:
     return graph
 
 
-def _facts(spec: CollectionSpec) -> dict[str, object]:
+def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
     """What must be the same for a graph to be this collection's."""
     return {
         "format": _FORMAT,
+        "identity": identity,
+        "model_fingerprint": spec.model_fingerprint,
         "dimensions": spec.dimensions,
         "distance": spec.distance.value,
         "m": spec.m,

@@ -16,8 +16,10 @@ import numpy as np
 
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.index import schema
+from emberpc.server.index.damage import Damage
 from emberpc.server.index.database import connect, transaction, translated
-from emberpc.server.index.filter_sql import EVERYTHING, Clause, can_be_indexed, index_statement
+from emberpc.server.index.filter_sql import EVERYTHING, Clause
+from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.rows import (
     AS_ONE_ROW,
@@ -27,9 +29,8 @@ from emberpc.server.index.rows import (
     insert_row,
     record_of,
     record_of_json,
-    vectors_of,
 )
-from emberpc.server.index.types import Labels, Matrix, NewRecord, StoredRecord
+from emberpc.server.index.types import CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
 
 DATABASE_NAME = "records.db"
 _MAX_VARIABLES = 900
@@ -49,32 +50,25 @@ class Change:
 class Store:
     """One collection's database. Reads may come from any number of threads; the caller lets one write in at a time.
 
-    Every method may raise `ServiceError`: INTERNAL if the database fails.
+    Every method may raise `ServiceError`: INTERNAL if the database fails. Records that are damaged are left out of what
+    is read, unless it says otherwise.
 
     Args:
         folder: the collection's folder.
-        name: the collection's name, for messages.
-        dimensions: of its vectors.
+        spec: what the collection is.
         cache: keeps records that are found often.
-        indexed_fields: metadata fields to keep indexes on.
         create: make the database anew.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        dimensions: int,
-        cache: RecordCache,
-        indexed_fields: Sequence[str] = (),
-        *,
-        create: bool = False,
-    ) -> None:
+    def __init__(self, folder: Path, spec: CollectionSpec, cache: RecordCache, *, create: bool = False) -> None:
         self._path = folder / DATABASE_NAME
-        self._dimensions = dimensions
+        self._spec = spec
+        self._damage = Damage(spec)
+        #: Called with labels that a search came upon, of records that turned out to be damaged.
+        self.on_damage: Callable[[set[int]], None] = lambda _: None
         self._cache = cache
         self._owner = cache.new_owner()
-        self._what = f"collection {name!r}"
+        self._what = f"collection {spec.name!r}"
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
         self._readers_lock = threading.Lock()
@@ -83,8 +77,7 @@ class Store:
         try:
             with translated(self._what):
                 schema.prepare(self._writer, self._what, create=create)
-                for field in filter(can_be_indexed, indexed_fields):
-                    self._writer.execute(index_statement(field))
+                make_indexes(self._writer, spec)
             self._sequence(self._writer)
         except ServiceError:
             self._writer.close()
@@ -121,7 +114,7 @@ class Store:
                 _check_revision(record.id, revision, present[record.id][1] if record.id in present else 0)
             sequence = self._next_sequence(connection)
             removed = {row[0] for row in present.values()}
-            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
+            delete_rows(connection, self._spec, removed)
             added = []
             for record, document, vector in zip(records, documents, vectors, strict=True):
                 created = present[record.id][2] if record.id in present else now
@@ -146,7 +139,7 @@ class Store:
         """
         with self._writing() as connection:
             removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
-            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
+            delete_rows(connection, self._spec, removed)
             added = [
                 insert_row(
                     connection,
@@ -163,6 +156,16 @@ class Store:
             ]
             return Change(self._sequence(connection), np.array(added, dtype=np.int64), removed)
 
+    def identity(self) -> str:
+        """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
+        with translated(self._what):
+            return str(self._reader().execute("SELECT identity FROM state").fetchone()[0])
+
+    def take_another_identity(self) -> None:
+        """Be another one from now on than the databases that this one was copied from, or to."""
+        with self._writing() as connection:
+            connection.execute(schema.IDENTITY_ANEW)
+
     def set_sequence(self, sequence: int) -> None:
         """Say what the number of the last write is."""
         with self._writing() as connection:
@@ -176,7 +179,7 @@ class Store:
 
     def delete_matching(self, condition: Clause) -> Change:
         """Delete the records that meet a condition, all at once; if none does it is no write."""
-        return self._delete(lambda connection: set(_matching(connection, condition).tolist()))
+        return self._delete(lambda connection: set(self._matching(connection, condition).tolist()))
 
     def delete_expired(self, most: int | None = None) -> Change:
         """Delete records whose time is up, all or at most so many of them at once; none is no write."""
@@ -197,53 +200,76 @@ class Store:
             connection.rollback()
 
     def get(self, ids: Sequence[str], *, with_vectors: bool) -> dict[str, StoredRecord]:
-        """Return the records of those ids that are there, all as of one moment."""
+        """Return the records of those ids that are there, all as of one moment.
+
+        Raises:
+            ServiceError: besides the usual, INTERNAL if one of them is damaged.
+        """
         with self.snapshot():
             rows = self._by(self._reader(), "id", list(dict.fromkeys(ids)), columns_of(with_vectors))
-            return {row[1]: record_of(row) for row in rows}
+            return {row[1]: record_of(row, self._spec) for row in rows}
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
         """Return the records of those labels that are there, or were when they were last found."""
         if with_vectors:
-            rows = self._by(self._reader(), "label", labels, columns_of(with_vectors))
-            return {row[0]: record_of(row) for row in rows}
+            return self._read(labels, with_vectors=True)
         found = self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
         if missing:
-            read = self._read(missing)
+            read = self._read_plain(missing)
             self._cache.add(self._owner, read)
             found |= read
         return found
 
-    def _read(self, labels: Sequence[int]) -> dict[int, StoredRecord]:
-        """Read the records of those labels that are there.
+    def _read_plain(self, labels: Sequence[int]) -> dict[int, StoredRecord]:
+        """Read the records of those labels that are there, without vectors.
 
         All of them as one row: sqlite3 lets go of the interpreter's lock for every row, and waits for it again.
         """
         with translated(self._what):
-            (document,) = self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()
-        return {row[0]: record_of_json(row) for row in json.loads(document)}
+            try:
+                (document,) = self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()
+                return {row[0]: record_of_json(row) for row in json.loads(document)}
+            except (sqlite3.OperationalError, ValueError, TypeError, OverflowError, OSError):
+                pass  # one of them is damaged
+        return self._read(labels, with_vectors=False)
+
+    def _read(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
+        """Read the records of those labels that are there, one by one, and say which turned out to be damaged."""
+        rows = list(self._by(self._reader(), "label", labels, columns_of(with_vectors)))
+        found = dict(self._damage.records(rows))
+        if len(found) < len(rows):
+            self.on_damage({row[0] for row in rows} - found.keys())
+        return found
 
     def page(self, after: str, count: int, *, with_vectors: bool, condition: Clause = EVERYTHING) -> list[StoredRecord]:
         """Return the records that follow an id in byte order and meet a condition, at most `count`."""
-        with translated(self._what):
-            rows = self._reader().execute(
-                f"SELECT {columns_of(with_vectors)} FROM records "  # noqa: S608 - our columns and conditions
-                f"WHERE id > ? AND {condition.sql} ORDER BY id LIMIT ?",
-                (after, *condition.parameters, count),
-            )
-            return [record_of(row) for row in rows]
+        found: list[StoredRecord] = []
+        seen = 0
+        with self.snapshot(), translated(self._what):
+            while (wanted := count - len(found)) > 0:
+                rows = self._damage.select(
+                    self._reader(),
+                    f"SELECT {columns_of(with_vectors)} FROM records "  # noqa: S608 - our columns and conditions
+                    f"WHERE id > ? AND {condition.sql} ORDER BY id LIMIT ? OFFSET ?",
+                    (after, *condition.parameters, wanted, seen),
+                )
+                found += [record for _, record in self._damage.records(rows)]
+                if len(rows) < wanted:
+                    break
+                seen += len(rows)
+        return found
 
     def count(self, condition: Clause = EVERYTHING) -> int:
         """Return the number of records that meet a condition."""
         with translated(self._what):
             statement = f"SELECT count(*) FROM records WHERE {condition.sql}"  # noqa: S608 - our own conditions
-            return int(self._reader().execute(statement, condition.parameters).fetchone()[0])
+            return int(self._damage.select(self._reader(), statement, condition.parameters)[0][0])
 
     def matching(self, condition: Clause, after: int | None = None) -> Labels:
         """Return the labels of the records that meet a condition, int64, ascending; only those above `after`."""
         with translated(self._what):
-            return _matching(self._reader(), condition, after)
+            return self._damage.sound(self._matching(self._reader(), condition, after))
 
     def with_words(self, expression: str, count: int, condition: Clause) -> list[tuple[int, float]]:
         """Return the labels whose texts best match an FTS5 query, and that meet a condition, with their BM25 scores.
@@ -260,7 +286,7 @@ class Store:
             f"WHERE words MATCH ? AND {condition.sql} ORDER BY score DESC, words.rowid LIMIT ?"
         )
         with translated(self._what):
-            return self._reader().execute(statement, (expression, *condition.parameters, count)).fetchall()
+            return self._damage.select(self._reader(), statement, (expression, *condition.parameters, count))
 
     def count_with_words(self, expression: str) -> int:
         """Return the number of texts that match an FTS5 query."""
@@ -290,26 +316,33 @@ class Store:
 
     def vectors(self, labels: Sequence[int]) -> tuple[Labels, Matrix]:
         """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
-        return vectors_of(list(self._by(self._reader(), "label", labels, "label, vector")), self._dimensions)
+        return self._damage.vectors(list(self._by(self._reader(), "label", labels, "label, vector")))
 
     def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
         """Return the vectors of all that meet a condition as `vectors` does, so many at a time; within a `snapshot`."""
+        if condition is not EVERYTHING:
+            labels = self.matching(condition).tolist()
+            for start in range(0, len(labels), batch):
+                yield self.vectors(labels[start : start + batch])
+            return
         with translated(self._what):
-            cursor = self._reader().execute(
-                f"SELECT label, vector FROM records WHERE {condition.sql} ORDER BY label",  # noqa: S608 - our conditions
-                condition.parameters,
-            )
+            cursor = self._reader().execute("SELECT label, vector FROM records ORDER BY label")
             while rows := cursor.fetchmany(batch):
-                yield vectors_of(rows, self._dimensions)
+                yield self._damage.vectors(rows)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
-        """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing."""
+        """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing.
+
+        Raises:
+            ServiceError: besides the usual, INTERNAL if one of them is damaged.
+        """
         with translated(self._what):
-            found = self._reader().execute(
+            found = self._damage.select(
+                self._reader(),
                 f"SELECT {columns_of(False)} FROM records WHERE label > ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
                 (label, count),
             )
-            return [(row[0], record_of(row)) for row in found]
+        return [(row[0], record_of(row, self._spec)) for row in found]
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
         """Return the revisions of those ids that are there."""
@@ -323,9 +356,10 @@ class Store:
         return found
 
     def rows(self, after: int, count: int) -> list[Row]:
-        """Return the rows that follow a label, at most `count`, by label."""
+        """Return the rows that follow a label, at most `count`, by label, damaged or not."""
         with translated(self._what):
-            found = self._reader().execute(
+            found = self._damage.select(
+                self._reader(),
                 f"SELECT {ROW_COLUMNS} FROM records WHERE label > ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
                 (after, count),
             )
@@ -358,7 +392,7 @@ class Store:
         with self._writing() as connection:
             removed = find(connection)
             sequence = self._next_sequence(connection) if removed else self._sequence(connection)
-            connection.executemany("DELETE FROM records WHERE label = ?", [(label,) for label in removed])
+            delete_rows(connection, self._spec, removed)
         return Change(sequence, np.empty(0, dtype=np.int64), removed)
 
     @contextmanager
@@ -374,10 +408,21 @@ class Store:
             for start in range(0, len(keys), _MAX_VARIABLES):
                 part = keys[start : start + _MAX_VARIABLES]
                 marks = ",".join("?" * len(part))
-                yield from connection.execute(
+                yield from self._damage.select(
+                    connection,
                     f"SELECT {columns} FROM records WHERE {column} IN ({marks}) ORDER BY {column}",  # noqa: S608 - our own names
-                    list(part),
-                ).fetchall()
+                    part,
+                )
+
+    def _matching(self, connection: sqlite3.Connection, condition: Clause, after: int | None = None) -> Labels:
+        # Sorted here: asked for the order, SQLite would rather walk over all records than use an index on metadata.
+        newer, parameters = ("", ()) if after is None else ("label > ? AND ", (after,))
+        rows = self._damage.select(
+            connection,
+            f"SELECT label FROM records WHERE {newer}{condition.sql}",  # noqa: S608 - our own conditions
+            (*parameters, *condition.parameters),
+        )
+        return np.sort(np.array([row[0] for row in rows], dtype=np.int64))
 
     def _sequence(self, connection: sqlite3.Connection) -> int:
         with translated(self._what):
@@ -386,16 +431,6 @@ class Store:
     def _next_sequence(self, connection: sqlite3.Connection) -> int:
         connection.execute("UPDATE state SET sequence = sequence + 1")
         return self._sequence(connection)
-
-
-def _matching(connection: sqlite3.Connection, condition: Clause, after: int | None = None) -> Labels:
-    # Sorted here: asked for the order, SQLite would rather walk over all records than use an index on metadata.
-    newer, parameters = ("", ()) if after is None else ("label > ? AND ", (after,))
-    rows = connection.execute(
-        f"SELECT label FROM records WHERE {newer}{condition.sql}",  # noqa: S608 - our own conditions
-        (*parameters, *condition.parameters),
-    ).fetchall()
-    return np.sort(np.array([row[0] for row in rows], dtype=np.int64))
 
 
 def _check_revision(record_id: str, expected: int, present: int) -> None:

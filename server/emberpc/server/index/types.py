@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,13 @@ class Strategy(str, Enum):
     EXACT = "exact"
     HNSW = "hnsw"
     LEXICAL = "lexical"
+
+
+class Fusion(str, Enum):
+    """How a ranking by likeness and one by words become one."""
+
+    SCORES = "scores"
+    RANKS = "ranks"
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,7 @@ class NewRecord:
     time_to_live: float | None = None
 
 
-class StoredRecord(NamedTuple):
-    """A record as it stands; `vector` is float32 (dimensions,) as it was given, or None where it was not asked for.
-
-    A tuple, since an answer may have thousands, and a dataclass takes four times as long to make.
-    """
-
+class _RecordFields(NamedTuple):
     id: str
     text: str
     metadata: dict[str, Any]
@@ -114,9 +117,22 @@ class StoredRecord(NamedTuple):
     revision: int
     create_time: datetime
     update_time: datetime
+    #: float32 (dimensions,) as it was given, or None where it was not asked for.
     vector: Matrix | None = None
     #: When it will be gone; None: it stays.
     expire_time: datetime | None = None
+
+
+class StoredRecord(_RecordFields):
+    """A record as it stands.
+
+    A tuple, since an answer may have thousands, and a dataclass takes four times as long to make.
+    """
+
+    @cached_property
+    def forms(self) -> dict[Hashable, bytes]:
+        """What answers made of it, by what they asked for: one that is found again need not be put into words again."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -141,8 +157,7 @@ class Plan:
     lexical_count: int = 0
 
 
-@dataclass(frozen=True)
-class SearchOutcome:
+class SearchOutcome(NamedTuple):
     """What was found for one query, nearest first, each with its score; greater is nearer."""
 
     hits: list[tuple[StoredRecord, float]]

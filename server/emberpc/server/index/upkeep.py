@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,26 @@ from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
 
+#: The graph goes on taking in vectors, once it began, until so small a share of the limit waits.
+_REST_SHARE = 1 / 16
 #: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
 _MAX_DEAD_SHARE = 0.25
 _SNAPSHOT_TRIES = 3
+#: A snapshot is of the whole graph, so that a large one is saved no sooner than so much of it is new.
+_NEW_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Pace:
     """When a graph takes in vectors, and when it is saved."""
 
-    #: Newest vectors that are compared one by one. Measured at 384 dimensions: up to here that takes no longer than a
-    #: search of the graph (0.1 ms), and it is exact.
+    #: Newest vectors that are compared one by one; a collection of no more is exact. Comparing as many takes four times
+    #: as long as searching the graph, so they are that many for a short time only.
     buffer_limit: int = 4000
-    #: Vectors that the graph takes in between snapshots: some 10 to 20 seconds' work.
+    #: Vectors that the graph takes in between snapshots, at least: some 10 to 20 seconds' work.
     snapshot_every: int = 20_000
+    #: Seconds without a write after which the graph takes in all that waits.
+    rest_seconds: float = 1.0
 
 
 class Upkeep:
@@ -65,25 +72,37 @@ class Upkeep:
         self._stop = stop
         self._lock = threading.Lock()
         self._unsaved = 0
+        self._last_write = time.monotonic()
         self.effort = Effort(folder, neighbours)
+
+    def note_write(self) -> None:
+        """Take note that something was written."""
+        self._last_write = time.monotonic()
 
     @property
     def due(self) -> bool:
-        """Whether there is something to do."""
+        """Whether there is something to do now."""
         return (
             self._neighbours.waiting > self._pace.buffer_limit
             or self._neighbours.dead_share > _MAX_DEAD_SHARE
             or self.effort.due
         )
 
+    @property
+    def due_at_rest(self) -> float | None:
+        """Seconds without a write after which there is something to do; None if there is not."""
+        return self._pace.rest_seconds if self._neighbours.waiting and self._neighbours.graph_size else None
+
     def run(self) -> None:
         """Do what is to be done; takes long, and lets searches and writes in between."""
         with self._lock:
-            if self._neighbours.waiting > self._pace.buffer_limit:
-                self._drain()
-            if self._neighbours.dead_share > _MAX_DEAD_SHARE and self._neighbours.rebuild(self._read, self._stop):
+            self._drain()
+            limit = self._pace.buffer_limit
+            if self._neighbours.dead_share > _MAX_DEAD_SHARE and self._neighbours.rebuild(
+                self._read, self._stop, limit
+            ):
                 # All of the graph is new.
-                self._unsaved = self._pace.snapshot_every
+                self._unsaved = self._between_snapshots
                 self.effort.forget()
             self._snapshot_if_due()
             if self.effort.due:
@@ -98,7 +117,7 @@ class Upkeep:
         """Save a snapshot, if it can be."""
         for tries_left in reversed(range(_SNAPSHOT_TRIES)):
             try:
-                snapshots.save(self._neighbours.save, self._spec, self._folder)
+                snapshots.save(self._neighbours.save, self._spec, self._store.identity(), self._folder)
                 self._unsaved = 0
             except (OSError, RuntimeError) as error:
                 if tries_left and isinstance(error, ChildKilledError):
@@ -108,12 +127,23 @@ class Upkeep:
             return
 
     def _drain(self) -> None:
-        while moved := self._neighbours.drain(self._pace.snapshot_every, self._stop):
+        """Have the graph take in what waits, if that is too much; of a collection that rests, all."""
+        if self._neighbours.waiting <= self._pace.buffer_limit and not self._rests():
+            return
+        least = self._pace.buffer_limit * _REST_SHARE
+        while moved := self._neighbours.drain(self._between_snapshots, self._stop):
             self._unsaved += moved
             self._snapshot_if_due()
-            if self._neighbours.waiting <= self._pace.buffer_limit:
+            if self._neighbours.waiting <= least:
                 return
 
+    def _rests(self) -> bool:
+        return self.due_at_rest is not None and time.monotonic() - self._last_write >= self._pace.rest_seconds
+
     def _snapshot_if_due(self) -> None:
-        if self._unsaved >= self._pace.snapshot_every:
+        if self._unsaved >= self._between_snapshots:
             self.snapshot()
+
+    @property
+    def _between_snapshots(self) -> int:
+        return max(self._pace.snapshot_every, int(_NEW_SHARE * self._neighbours.graph_size))

@@ -74,7 +74,7 @@ class Verifier:
             try:
                 whole.append((row, self._decoded(row)))
             except ServiceError as error:
-                problems.append(Problem(row.id, "RECORD_DAMAGED", f"record {row.id!r}: {error.message}"))
+                problems.append(Problem(row.name, "RECORD_DAMAGED", f"record {row.name!r}: {error.message}"))
         if whole:
             labels = np.array([row.label for row, _ in whole], dtype=np.int64)
             vectors = prepare(np.vstack([vector for _, vector in whole]), self.spec.distance)
@@ -89,7 +89,7 @@ class Verifier:
         """
         try:
             metadata = json.loads(row.metadata)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             metadata = None
         if not isinstance(metadata, dict):
             raise ServiceError(Code.INTERNAL, "its metadata is no JSON object; upsert it again")

@@ -18,6 +18,7 @@ from emberpc.server.index.metric import check_vectors
 from emberpc.server.index.types import (
     CollectionInfo,
     CollectionSpec,
+    Fusion,
     Matrix,
     NewRecord,
     SearchOutcome,
@@ -190,6 +191,7 @@ class MilvusCollection:
         top_k: Sequence[int],
         *,
         dense_weight: float,
+        fusion: Fusion = Fusion.SCORES,
         ef: int = 0,
         min_recall: float = 0,
         with_vectors: bool = False,

@@ -48,6 +48,19 @@ class Parts:
         self.metadata = not parts or pb.RECORD_PART_METADATA in parts
         self.vector = pb.RECORD_PART_VECTOR in parts
 
+    @property
+    def of_record(self) -> tuple[bool, bool]:
+        """What tells the messages of one record apart; a vector comes beside it."""
+        return self.text, self.metadata
+
+    @classmethod
+    def of(cls, parts: Sequence[pb.RecordPart.ValueType]) -> Parts:
+        """Read them as the constructor does; what most requests ask for is not made anew."""
+        return cls(parts) if parts else _DEFAULT_PARTS
+
+
+_DEFAULT_PARTS = Parts(())
+
 
 def collection_message(collection: CollectionBackend) -> pb.Collection:
     """Describe a collection."""

@@ -86,10 +86,15 @@ def caller(
     Raises:
         ServiceError: INVALID_ARGUMENT for a priority that this server does not know.
     """
-    if priority not in _LANES:
-        raise invalid(field, f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
+    check_priority(priority, field)
     lane, left = _LANES[priority], context.time_remaining()
     return Caller(context.peer(), default if lane is None else lane, perf_counter() + left if left is not None else inf)
+
+
+def check_priority(priority: types_pb2.Priority.ValueType, field: str = "priority") -> None:
+    """Raise INVALID_ARGUMENT for a priority that this server does not know."""
+    if priority not in _LANES:
+        raise invalid(field, f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
 
 
 def truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation") -> Truncation:

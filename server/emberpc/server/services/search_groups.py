@@ -8,12 +8,12 @@ calls. Together these are paid once. Nothing waits while there is room.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -28,18 +28,17 @@ _GROUP_SECONDS = 0.01
 #: Seconds of a query from which on cores are better used by more groups than by larger ones.
 _SLOW = 0.001
 
+T = TypeVar("T")
 Outcomes = list[SearchOutcome]
-_Done = tuple[Sequence["Outcomes | ServiceError"], float]
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """The arguments of `Collection.search`."""
 
     collection: CollectionBackend
     queries: Matrix
     top_k: Sequence[int]
-    exclude_ids: Sequence[str | None]
+    exclude_ids: Sequence[str | None] = ()
     ef: int = 0
     with_vectors: bool = False
     conditions: Sequence[Filter | None] = ()
@@ -66,6 +65,9 @@ class Search:
         )
 
 
+_Group: TypeAlias = list[tuple[Search, "asyncio.Future[Outcomes]"]]
+
+
 @dataclass
 class _Kind:
     """The searches that may be done together: those that wait, and how many groups of them are under way."""
@@ -80,10 +82,10 @@ class _Kind:
         """Whether one more group beside those under way gains more than it costs: a thread's change, some 0.1 ms."""
         return self.seconds_per_query > _SLOW or sum(len(search.queries) for search, _ in self.waiting) >= _MOST_QUERIES
 
-    def take(self) -> list[tuple[Search, asyncio.Future[Outcomes]]]:
+    def take(self) -> _Group:
         """Take out a group of what waits and is still wanted."""
         most = min(_MOST_QUERIES, max(1, int(_GROUP_SECONDS / self.seconds_per_query)) if self.seconds_per_query else 1)
-        group: list[tuple[Search, asyncio.Future[Outcomes]]] = []
+        group: _Group = []
         queries = 0
         while self.waiting and (not group or queries + len(self.waiting[0][0].queries) <= most):
             search, outcome = self.waiting.popleft()
@@ -104,7 +106,7 @@ class SearchGroups:
     def __init__(self, pool: Executor, at_once: int) -> None:
         self._pool = pool
         self._at_once = at_once
-        self._kinds: defaultdict[Hashable, _Kind] = defaultdict(_Kind)
+        self._kinds: dict[Hashable, _Kind] = {}
 
     async def search(self, search: Search) -> Outcomes:
         """Return the outcome of each query; if the caller goes away, what still waits is not done.
@@ -112,68 +114,85 @@ class SearchGroups:
         Raises:
             ServiceError: as `Collection.search` says, for this search alone.
         """
-        outcome: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
-        kind = self._kinds[search.kind]
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[Outcomes] = loop.create_future()
+        key = search.kind
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind()
+            # Calls that came in together are at this point in the same round of the loop: they make one group.
+            loop.call_soon(self._start, loop, key, kind)
         kind.waiting.append((search, outcome))
-        self._start(search.kind, kind)
+        if kind.running and kind.running < self._at_once:
+            self._start(loop, key, kind)
         return await outcome
 
-    def _start(self, key: Hashable, kind: _Kind) -> None:
+    def _start(self, loop: asyncio.AbstractEventLoop, key: Hashable, kind: _Kind) -> None:
         """Run what waits, if it should wait no longer."""
         while kind.waiting and (not kind.running or (kind.running < self._at_once and kind.worth_another)):
             if group := kind.take():
                 kind.running += 1
-                searches = [search for search, _ in group]
-                running = asyncio.get_running_loop().run_in_executor(self._pool, _search_together, searches)
-                running.add_done_callback(partial(self._settle, key, kind, [outcome for _, outcome in group]))
+                # Not by run_in_executor: a second future, and its callbacks, cost as much as a search of the graph.
+                self._pool.submit(self._run, loop, key, kind, group)
         if not kind.waiting and not kind.running:
             self._kinds.pop(key, None)
 
+    def _run(self, loop: asyncio.AbstractEventLoop, key: Hashable, kind: _Kind, group: _Group) -> None:
+        """Search for a group; in the pool."""
+        outcomes: Sequence[Outcomes | BaseException]
+        start = perf_counter()
+        try:
+            outcomes = _outcomes([search for search, _ in group])
+        except BaseException as error:  # for those who wait: in the pool nobody would see it
+            outcomes = [error] * len(group)
+        seconds = (perf_counter() - start) / sum(len(search.queries) for search, _ in group)
+        loop.call_soon_threadsafe(self._settle, loop, key, kind, group, outcomes, seconds)
+
     def _settle(
-        self, key: Hashable, kind: _Kind, waiting: list[asyncio.Future[Outcomes]], done: asyncio.Future[_Done]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        key: Hashable,
+        kind: _Kind,
+        group: _Group,
+        outcomes: Sequence[Outcomes | BaseException],
+        seconds_per_query: float,
     ) -> None:
         """Hand out a group's outcomes, and run the next."""
         kind.running -= 1
-        outcomes: Sequence[Outcomes | BaseException]
-        error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if error is None:
-            outcomes, kind.seconds_per_query = done.result()
-        else:
-            outcomes = [error] * len(waiting)
-        for one, outcome in zip(waiting, outcomes, strict=True):
+        kind.seconds_per_query = seconds_per_query
+        self._start(loop, key, kind)
+        for (_, one), outcome in zip(group, outcomes, strict=True):
             if one.done():
                 continue
             if isinstance(outcome, BaseException):
                 one.set_exception(outcome)
             else:
                 one.set_result(outcome)
-        self._start(key, kind)
-
-
-def _search_together(searches: Sequence[Search]) -> _Done:
-    """Run searches of one kind as one; return their outcomes, and the seconds that a query took."""
-    start = perf_counter()
-    outcomes = _outcomes(searches)
-    return outcomes, (perf_counter() - start) / sum(len(search.queries) for search in searches)
 
 
 def _outcomes(searches: Sequence[Search]) -> Sequence[Outcomes | ServiceError]:
     first = searches[0]
     if len(searches) == 1:
         return [_search_alone(first)]
-    together = replace(
-        first,
-        queries=np.vstack([search.queries for search in searches]),
+    together = first._replace(
+        queries=np.concatenate([search.queries for search in searches]),
         top_k=[k for search in searches for k in search.top_k],
-        exclude_ids=[record_id for search in searches for record_id in search.exclude_ids],
-        conditions=[condition for search in searches for condition in search.conditions],
+        exclude_ids=_of_each([(search, search.exclude_ids) for search in searches]),
+        conditions=_of_each([(search, search.conditions) for search in searches]),
     )
     outcomes = _search_alone(together)
     if isinstance(outcomes, ServiceError):
         # Only a search that is wrong itself shall fail.
         return [_search_alone(search) for search in searches]
     found = iter(outcomes)
-    return [[next(found) for _ in search.queries] for search in searches]
+    return [[next(found) for _ in search.top_k] for search in searches]
+
+
+def _of_each(options: Sequence[tuple[Search, Sequence[T | None]]]) -> Sequence[T | None]:
+    """Put together an option of which each search has one for each query, or none at all."""
+    if not any(given for _, given in options):
+        return ()
+    return [each for search, given in options for each in given or [None] * len(search.top_k)]
 
 
 def _search_alone(search: Search) -> Outcomes | ServiceError:

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from emberpc.server.engine import Caller, Engine, Truncation
-from emberpc.server.errors import invalid, items_of, not_found
-from emberpc.server.index import MAX_TOP_K, CollectionBackend, SearchOutcome, Strategy
+from emberpc.server.errors import ServiceError, invalid, items_of, not_found
+from emberpc.server.index import MAX_TOP_K, CollectionBackend, Fusion, SearchOutcome
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.filters import read_filter
 from emberpc.server.services.forms import Matrix, shape
-from emberpc.server.services.records import Parts, caller_vectors, fill_record, record_vectors
+from emberpc.server.services.records import Parts, caller_vectors
 from emberpc.server.services.search_groups import Search, SearchGroups
+from emberpc.server.services.wire_hits import response_bytes
 from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import types_pb2
 
 _MAX_QUERIES = 1000
 _DEFAULT_TOP_K = 10
 #: Hits of all queries of a call together: an answer of more would be hundreds of megabytes.
 _MAX_HITS = 100_000
 
-_STRATEGIES = {
-    Strategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
-    Strategy.HNSW: pb.SEARCH_STRATEGY_HNSW,
-    Strategy.LEXICAL: pb.SEARCH_STRATEGY_LEXICAL,
-}
 _BY_WORDS = (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_HYBRID)
+_FUSIONS = {
+    pb.SEARCH_FUSION_UNSPECIFIED: Fusion.SCORES,
+    pb.SEARCH_FUSION_SCORES: Fusion.SCORES,
+    pb.SEARCH_FUSION_RANKS: Fusion.RANKS,
+}
 _DENSE_WEIGHT = 0.5
 
+T = TypeVar("T")
 InPool = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
@@ -54,18 +58,26 @@ class Searcher:
         self._groups = groups
 
     async def search(
-        self, request: pb.SearchRequest, collection: CollectionBackend, caller: Caller
-    ) -> pb.SearchResponse:
+        self, request: pb.SearchRequest, collection: CollectionBackend, caller: Callable[[], Caller]
+    ) -> bytes:
         """Answer one request.
+
+        Args:
+            request: the request.
+            collection: where to search.
+            caller: says whose call it is, which only texts need to know.
+
+        Returns:
+            The SearchResponse, written.
 
         Raises:
             ServiceError: a query is wrong, or asks for what this version does not do.
         """
-        _check(request)
-        parts = Parts(request.parts)
+        sizes = _check(request)
+        parts = Parts.of(request.parts)
         conditions = _conditions(request)
-        response = pb.SearchResponse(results=[pb.SearchResult() for _ in request.queries])
-        sizes = [_top_k(request, query) for query in request.queries]
+        response = pb.SearchResponse()
+        usages: list[types_pb2.TokenUsage | None] = []
         texts = self._texts(request) if request.mode in _BY_WORDS else []
         outcomes: list[SearchOutcome]
         if request.mode == pb.SEARCH_MODE_LEXICAL:
@@ -74,32 +86,51 @@ class Searcher:
                 lambda: collection.search_words(texts, sizes, with_vectors=parts.vector, conditions=conditions)
             )
         else:
-            matrix = await self._query_vectors(request.queries, collection, caller, response)
+            queries = request.queries
+            kinds = [query.WhichOneof("query") for query in queries]
+            matrix = _given_vectors(queries, kinds, collection)
+            if "text" in kinds:
+                usages = await self._embed_texts(matrix, queries, kinds, collection, caller(), response)
+            if "record_id" in kinds:
+                await self._get_records(matrix, queries, kinds, collection)
             start = perf_counter()
             if request.mode == pb.SEARCH_MODE_HYBRID:
                 weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-                search_both = partial(
-                    collection.search_both,
-                    matrix,
-                    texts,
-                    sizes,
-                    dense_weight=weight,
-                    ef=request.ef,
-                    min_recall=request.min_recall,
-                    with_vectors=parts.vector,
-                    conditions=conditions,
-                )
-                outcomes = await self._in_pool(search_both)
+
+                def search_some(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+                    search_both = partial(
+                        collection.search_both,
+                        matrix[list(rows)],
+                        _some(texts, rows),
+                        _some(sizes, rows),
+                        dense_weight=weight,
+                        fusion=_FUSIONS[request.fusion],
+                        ef=ef,
+                        min_recall=request.min_recall,
+                        with_vectors=parts.vector,
+                        conditions=_some(conditions, rows),
+                    )
+                    return self._in_pool(search_both)
+
             else:
-                excluded = [query.record_id or None for query in request.queries]
-                search = Search(
-                    collection, matrix, sizes, excluded, request.ef, parts.vector, conditions, request.min_recall
-                )
-                outcomes = await self._groups.search(search)
+                excluded = [query.record_id or None for query in queries] if "record_id" in kinds else []
+
+                def search_some(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+                    search = Search(
+                        collection,
+                        matrix if len(rows) == len(matrix) else matrix[list(rows)],
+                        _some(sizes, rows),
+                        _some(excluded, rows),
+                        ef,
+                        parts.vector,
+                        _some(conditions, rows),
+                        request.min_recall,
+                    )
+                    return self._groups.search(search)
+
+            outcomes = await _by_ef([query.ef or request.ef for query in queries], search_some)
         response.timings.lookup_seconds += perf_counter() - start
-        for result, outcome in zip(response.results, outcomes, strict=True):
-            _fill(result, outcome, parts)
-        return response
+        return response_bytes(outcomes, parts, response, usages)
 
     def _texts(self, request: pb.SearchRequest) -> list[str]:
         """Return the queries' texts, which a search by words needs."""
@@ -111,47 +142,18 @@ class Searcher:
         self._limits.check_texts(texts, items_of("queries", "text"))
         return texts
 
-    async def _query_vectors(
-        self,
-        queries: Sequence[pb.SearchQuery],
-        collection: CollectionBackend,
-        caller: Caller,
-        response: pb.SearchResponse,
-    ) -> Matrix:
-        """Return the vector of each query, float32 (queries, dimensions); the response gets what embedding tells."""
-        dimensions = collection.spec.dimensions
-        matrix = np.empty((len(queries), dimensions), dtype=np.float32)
-        kinds = [query.WhichOneof("query") for query in queries]
-        for i, (query, kind) in enumerate(zip(queries, kinds, strict=True)):
-            if kind is None:
-                raise invalid(f"queries[{i}]", "asks for nothing; set text, vector or record_id")
-            if kind == "vector":
-                vector = caller_vectors(query.vector, 1, f"queries[{i}].vector")
-                if vector.shape[1] != dimensions:
-                    raise invalid(
-                        f"queries[{i}].vector.dimensions",
-                        f"is {vector.shape[1]}; collection {collection.spec.name!r} has {dimensions}",
-                    )
-                matrix[i] = vector[0]
-        await self._embed_texts(
-            matrix, queries, [i for i, kind in enumerate(kinds) if kind == "text"], collection, caller, response
-        )
-        await self._get_records(matrix, queries, [i for i, kind in enumerate(kinds) if kind == "record_id"], collection)
-        return matrix
-
     async def _embed_texts(
         self,
         matrix: Matrix,
         queries: Sequence[pb.SearchQuery],
-        rows: list[int],
+        kinds: Sequence[str | None],
         collection: CollectionBackend,
         caller: Caller,
         response: pb.SearchResponse,
-    ) -> None:
-        """Fill in the vectors of the queries that are texts."""
-        if not rows:
-            return
+    ) -> list[types_pb2.TokenUsage | None]:
+        """Fill in the vectors of the queries that are texts; return what became of each query's text."""
         model = collection_model(self._engine, collection)
+        rows = [i for i, kind in enumerate(kinds) if kind == "text"]
         texts = [queries[row].text for row in rows]
 
         def path(i: int) -> str:
@@ -164,15 +166,20 @@ class Searcher:
         matrix[rows] = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
         response.model.CopyFrom(replies.model_version(model))
         response.timings.CopyFrom(replies.timings([inference]))
+        usages: list[types_pb2.TokenUsage | None] = [None] * len(queries)
         for row, usage in zip(rows, replies.usages(inference), strict=True):
-            response.results[row].usage.CopyFrom(usage)
+            usages[row] = usage
+        return usages
 
     async def _get_records(
-        self, matrix: Matrix, queries: Sequence[pb.SearchQuery], rows: list[int], collection: CollectionBackend
+        self,
+        matrix: Matrix,
+        queries: Sequence[pb.SearchQuery],
+        kinds: Sequence[str | None],
+        collection: CollectionBackend,
     ) -> None:
         """Fill in the vectors of the queries that are records."""
-        if not rows:
-            return
+        rows = [i for i, kind in enumerate(kinds) if kind == "record_id"]
         ids = sorted({queries[row].record_id for row in rows})
         records = await self._in_pool(lambda: collection.get(ids, with_vectors=True))
         found = {record.id: record.vector for record in records}
@@ -183,32 +190,89 @@ class Searcher:
             matrix[row] = found[record_id]
 
 
-def _check(request: pb.SearchRequest) -> None:
-    """Raise INVALID_ARGUMENT for what is out of bounds."""
-    if not 1 <= len(request.queries) <= _MAX_QUERIES:
-        raise invalid("queries", f"has {len(request.queries)} queries; it must have 1 to {_MAX_QUERIES}")
-    sizes = {"top_k": request.top_k, **{f"queries[{i}].top_k": query.top_k for i, query in enumerate(request.queries)}}
-    for field, top_k in sizes.items():
-        if not 0 <= top_k <= MAX_TOP_K:
-            raise invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {MAX_TOP_K}")
-    total = sum(_top_k(request, query) for query in request.queries)
-    if total > _MAX_HITS:
-        raise invalid("queries", f"ask for {total} hits in all; a call gives at most {_MAX_HITS}, split it")
-    if request.ef < 0:
-        raise invalid("ef", f"is {request.ef}; it must be 0 (the server chooses) or more")
+def _given_vectors(
+    queries: Sequence[pb.SearchQuery], kinds: Sequence[str | None], collection: CollectionBackend
+) -> Matrix:
+    """Return a row for each query, float32 (queries, dimensions); those of queries that are vectors are filled in."""
+    dimensions = collection.spec.dimensions
+    matrix = np.empty((len(queries), dimensions), dtype=np.float32)
+    for i, (query, kind) in enumerate(zip(queries, kinds, strict=True)):
+        if kind is None:
+            raise invalid(f"queries[{i}]", "asks for nothing; set text, vector or record_id")
+        if kind == "vector":
+            vector = caller_vectors(query.vector, 1, f"queries[{i}].vector")
+            if vector.shape[1] != dimensions:
+                raise invalid(
+                    f"queries[{i}].vector.dimensions",
+                    f"is {vector.shape[1]}; collection {collection.spec.name!r} has {dimensions}",
+                )
+            matrix[i] = vector[0]
+    return matrix
+
+
+async def _by_ef(
+    efs: Sequence[int], search: Callable[[int, Sequence[int]], Awaitable[list[SearchOutcome]]]
+) -> list[SearchOutcome]:
+    """Return the outcome of each query, those with the same `ef` searched together.
+
+    Args:
+        efs: of each query.
+        search: searches for those in some rows with an `ef`.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for i, ef in enumerate(efs):
+        rows_of.setdefault(ef, []).append(i)
+    if len(rows_of) == 1:
+        return await search(efs[0], range(len(efs)))
+    found = await asyncio.gather(*(search(ef, rows) for ef, rows in rows_of.items()))
+    outcomes = {
+        row: outcome
+        for rows, some in zip(rows_of.values(), found, strict=True)
+        for row, outcome in zip(rows, some, strict=True)
+    }
+    return [outcomes[i] for i in range(len(efs))]
+
+
+def _some(option: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
+    """Return what an option is for some queries; as it is for all of them, or where no query has it."""
+    return [option[i] for i in rows] if len(rows) < len(option) else option
+
+
+def _check(request: pb.SearchRequest) -> list[int]:
+    """Return how many hits each query is to have; raise INVALID_ARGUMENT for what is out of bounds."""
+    queries = request.queries
+    if not 1 <= len(queries) <= _MAX_QUERIES:
+        raise invalid("queries", f"has {len(queries)} queries; it must have 1 to {_MAX_QUERIES}")
+    common, own = request.top_k, [query.top_k for query in queries]
+    if not (0 <= common <= MAX_TOP_K and min(own) >= 0 and max(own) <= MAX_TOP_K):
+        raise _wrong_top_k(common, own)
+    sizes = [each or common or _DEFAULT_TOP_K for each in own]
+    if sum(sizes) > _MAX_HITS:
+        raise invalid("queries", f"ask for {sum(sizes)} hits in all; a call gives at most {_MAX_HITS}, split it")
+    efs = [request.ef, *(query.ef for query in queries)]
+    if min(efs) < 0:
+        place = next(i for i, ef in enumerate(efs) if ef < 0)
+        name = f"queries[{place - 1}].ef" if place else "ef"
+        raise invalid(name, f"is {efs[place]}; it must be 0 (the server chooses) or more")
     _check_mode(request)
+    return sizes
 
 
-def _top_k(request: pb.SearchRequest, query: pb.SearchQuery) -> int:
-    return query.top_k or request.top_k or _DEFAULT_TOP_K
+def _wrong_top_k(common: int, own: Sequence[int]) -> ServiceError:
+    sizes = {"top_k": common, **{f"queries[{i}].top_k": each for i, each in enumerate(own)}}
+    field, top_k = next(each for each in sizes.items() if not 0 <= each[1] <= MAX_TOP_K)
+    return invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {MAX_TOP_K}")
 
 
 def _conditions(request: pb.SearchRequest) -> list[Filter | None]:
-    """Read what the hits of each query must meet: its own filter, or the request's."""
+    """Read what the hits of each query must meet: its own filter, or the request's; empty if no query has one."""
     common = read_filter(request.filter) if request.HasField("filter") else None
+    own = [query.HasField("filter") for query in request.queries]
+    if common is None and not any(own):
+        return []
     return [
-        read_filter(query.filter, f"queries[{i}].filter") if query.HasField("filter") else common
-        for i, query in enumerate(request.queries)
+        read_filter(query.filter, f"queries[{i}].filter") if has else common
+        for i, (query, has) in enumerate(zip(request.queries, own, strict=True))
     ]
 
 
@@ -221,25 +285,11 @@ def _check_mode(request: pb.SearchRequest) -> None:
             raise invalid("dense_weight", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
         if not 0 <= request.dense_weight <= 1:
             raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
-    if request.ef and request.mode == pb.SEARCH_MODE_LEXICAL:
+    if request.fusion not in _FUSIONS:
+        raise invalid("fusion", f"is {request.fusion}, which is no SearchFusion; use SCORES or RANKS")
+    if request.fusion and request.mode != pb.SEARCH_MODE_HYBRID:
+        raise invalid("fusion", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+    if (request.ef or any(query.ef for query in request.queries)) and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
     if request.min_recall and request.mode == pb.SEARCH_MODE_LEXICAL:
         raise invalid("min_recall", "is set, and LEXICAL search uses no graph; leave it out")
-
-
-def _fill(result: pb.SearchResult, outcome: SearchOutcome, parts: Parts) -> None:
-    """Put what was found into a result."""
-    for record, score in outcome.hits:
-        fill_record(result.hits.add(score=score).record, record, parts)
-    block = record_vectors([record for record, _ in outcome.hits], parts)
-    if block is not None:
-        result.vectors.CopyFrom(block)
-    result.plan.CopyFrom(
-        pb.SearchPlan(
-            strategy=_STRATEGIES[outcome.plan.strategy],
-            ef=outcome.plan.ef,
-            compared_count=outcome.plan.compared_count,
-            shortfall_reason=outcome.plan.shortfall_reason,
-            lexical_count=outcome.plan.lexical_count,
-        )
-    )

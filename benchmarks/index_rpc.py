@@ -1,0 +1,188 @@
+"""A search by vector through gRPC beside what gRPC takes alone, in alternating rounds of one run.
+
+What it is held against, each in a process of its own: a server whose handler
+does nothing; one whose handler gives ten hits that are ready, so that gRPC
+carries the same bytes; and hnswlib in this process, with the candidates that
+the server says it kept, on as many threads as there are cores.
+
+As a program it is one of these servers:
+
+    python benchmarks/index_rpc.py SAID [ANSWER]
+
+It writes its address to the file SAID; ANSWER holds the SearchResponse that it gives, else an empty one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import grpc
+import grpc.aio
+import hnswlib
+import numpy as np
+
+from emberpc.server.cores import usable_cores
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import index_pb2_grpc
+from emberpc.wire import vectors as wire
+from load import capacity, middle
+
+SEARCH = "/emberpc.v1.IndexService/Search"
+COLLECTION, K, BATCH = "c", 10, 64
+#: Callers at a time, and calls of each, where the calls a second are measured; and calls where one follows the other.
+CALLERS, CALLS, ONE_BY_ONE = 8, 500, 1000
+CORES = usable_cores()
+
+Figures = dict[str, Any]
+
+
+def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int) -> Figures:
+    """Measure a server, what stands beside it, and the ratios of each round.
+
+    Args:
+        address: the server's; it has the collection.
+        graph: of the same vectors.
+        queries: float32 (at least 128, dimensions).
+        rounds: how many; the figures are their medians.
+
+    Returns:
+        `servers`: of each, calls a second (`queries_per_second_1`) and milliseconds of a call while there is no other
+        (`latency_ms`); `hnswlib` and `emberpc` have `queries_per_second_64` too. `shares`: what the server has of each.
+    """
+    found: dict[str, list[Figures]] = {"emberpc": [], "empty handler": [], "ten ready hits": [], "hnswlib": []}
+    with grpc.insecure_channel(address) as channel:
+        answer = index_pb2_grpc.IndexServiceStub(channel).Search(_requests(queries, 1, 1)[0])
+    ef = answer.results[0].plan.ef
+    with ExitStack() as stack:
+        addresses = {
+            "emberpc": address,
+            "empty handler": stack.enter_context(_beside(b"")),
+            "ten ready hits": stack.enter_context(_beside(answer.SerializeToString())),
+        }
+        # A round that does not count: what is searched for first is read from the disk.
+        for _ in range(rounds + 1):
+            for name, each in addresses.items():
+                calls = _calls_per_second(each, queries)
+                found[name].append({"queries_per_second_1": calls, "latency_ms": _latency(each, queries)})
+            found["emberpc"][-1]["queries_per_second_64"] = _calls_per_second(address, queries, CORES, BATCH)
+            found["hnswlib"].append({"queries_per_second_64": _raw(graph, queries, ef)})
+    counted = {name: each[1:] for name, each in found.items()}
+    servers = {
+        name: {key: middle([figures[key] for figures in each]) for key in each[0]} for name, each in counted.items()
+    }
+    return {"ef": ef, "rounds": rounds, "servers": servers, "shares": _shares(counted)}
+
+
+def _shares(found: dict[str, list[Figures]]) -> Figures:
+    """Return what the server has of the others: the medians of the rounds' ratios."""
+
+    def share(name: str, key: str, *, of_time: bool = False) -> float:
+        ratios = [ours[key] / theirs[key] for ours, theirs in zip(found["emberpc"], found[name], strict=True)]
+        return middle([1 / ratio for ratio in ratios] if of_time else ratios)
+
+    return {
+        "calls, of an empty handler": share("empty handler", "queries_per_second_1"),
+        "calls, of ten ready hits": share("ten ready hits", "queries_per_second_1"),
+        "latency, of an empty handler": share("empty handler", "latency_ms", of_time=True),
+        "latency, of ten ready hits": share("ten ready hits", "latency_ms", of_time=True),
+        "64 a call, of hnswlib": share("hnswlib", "queries_per_second_64"),
+    }
+
+
+def _requests(queries: np.ndarray, calls: int, each: int) -> list[pb.SearchRequest]:
+    requests = []
+    for first in range(0, calls * each, each):
+        wanted = [pb.SearchQuery(vector=wire.encode(query[None])) for query in queries[first : first + each]]
+        requests.append(pb.SearchRequest(collection=COLLECTION, queries=wanted, top_k=K))
+    return requests
+
+
+def _calls_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
+    """Return the queries a second of callers who each send the same so many queries again and again."""
+    calls = max(20, CALLS // each)
+    return callers * calls * each / capacity(address, SEARCH, _requests(queries, callers, each), calls)
+
+
+def _latency(address: str, queries: np.ndarray) -> float:
+    """Return the milliseconds of a call, the median, where one call follows the other; by a client in Python."""
+    requests: Sequence[pb.SearchRequest] = _requests(queries, 100, 1)
+    times = []
+    with grpc.insecure_channel(address) as channel:
+        # The bytes of an answer are not looked into: that would be the client's work.
+        search: Any = channel.unary_unary(SEARCH, request_serializer=pb.SearchRequest.SerializeToString)
+        for i in range(ONE_BY_ONE):
+            start = perf_counter()
+            search(requests[i % len(requests)])
+            times.append(1000 * (perf_counter() - start))
+    return middle(times)
+
+
+def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
+    """Return the queries a second of the library, 64 at a time."""
+    graph.set_ef(ef)
+    start, count = perf_counter(), 0
+    while perf_counter() - start < 0.5:
+        for first in range(0, len(queries) - BATCH + 1, BATCH):
+            graph.knn_query(queries[first : first + BATCH], K, num_threads=CORES)
+            count += BATCH
+    return count / (perf_counter() - start)
+
+
+@contextmanager
+def _beside(answer: bytes) -> Iterator[str]:
+    """Run a server that gives one answer; give its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        said, ready = Path(folder) / "address", Path(folder) / "answer"
+        ready.write_bytes(answer)
+        child = subprocess.Popen([sys.executable, __file__, str(said), str(ready)])
+        try:
+            while not said.exists():
+                if child.poll() is not None:
+                    raise RuntimeError("the server beside ended")
+                sleep(0.05)
+            yield said.read_text()
+        finally:
+            child.kill()
+            child.wait()
+
+
+async def _serve(said: Path, answer: pb.SearchResponse) -> None:
+    async def search(request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
+        return answer
+
+    method = grpc.unary_unary_rpc_method_handler(
+        search,
+        request_deserializer=pb.SearchRequest.FromString,
+        response_serializer=pb.SearchResponse.SerializeToString,
+    )
+    server = grpc.aio.server()
+    service, name = SEARCH.strip("/").split("/")
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: method}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    temporary = said.with_suffix(".part")
+    temporary.write_text(f"127.0.0.1:{port}")
+    temporary.rename(said)
+    await server.wait_for_termination()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("said", type=Path)
+    parser.add_argument("answer", type=Path, nargs="?")
+    arguments = parser.parse_args()
+    written = arguments.answer.read_bytes() if arguments.answer else b""
+    asyncio.run(_serve(arguments.said, pb.SearchResponse.FromString(written)))
+
+
+if __name__ == "__main__":
+    main()

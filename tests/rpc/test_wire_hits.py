@@ -1,0 +1,97 @@
+"""A response that is put together from kept bytes is the one that messages would make."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emberpc.server.index import Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.services.records import Parts, fill_record, record_vectors
+from emberpc.server.services.wire_hits import response_bytes
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import types_pb2
+
+VALUES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
+METADATA = st.dictionaries(
+    st.text(max_size=5), VALUES | st.lists(VALUES, max_size=3) | st.dictionaries(st.text(), VALUES), max_size=3
+)
+MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2200, 1, 1), timezones=st.just(timezone.utc))
+RECORDS = st.builds(
+    StoredRecord,
+    id=st.text(min_size=1),
+    # A length takes one byte, two, or three.
+    text=st.text() | st.sampled_from(["x" * 200, "ä" * 20_000]),
+    metadata=METADATA,
+    label=st.text(),
+    revision=st.integers(0, 2**62),
+    create_time=MOMENTS,
+    update_time=MOMENTS,
+    vector=st.just(np.array([1, 2], dtype=np.float32)),
+    expire_time=st.none(),
+)
+SCORES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
+PLANS = st.builds(
+    Plan, st.sampled_from(Strategy), st.integers(0, 2**31 - 1), st.integers(0, 2**62), st.text(), st.integers(0, 2**31)
+)
+OUTCOMES = st.builds(SearchOutcome, st.lists(st.tuples(RECORDS, SCORES), max_size=4), PLANS)
+USAGES = st.none() | st.builds(types_pb2.TokenUsage, tokens=st.integers(0, 2**31 - 1), truncated=st.booleans())
+
+
+def message_of(
+    outcomes: list[SearchOutcome], parts: Parts, rest: pb.SearchResponse, usages: list[types_pb2.TokenUsage | None]
+) -> pb.SearchResponse:
+    response = pb.SearchResponse()
+    for i, outcome in enumerate(outcomes):
+        result = response.results.add(
+            plan=pb.SearchPlan(
+                strategy=pb.SearchStrategy.Value(f"SEARCH_STRATEGY_{outcome.plan.strategy.name}"),
+                ef=outcome.plan.ef,
+                compared_count=outcome.plan.compared_count,
+                shortfall_reason=outcome.plan.shortfall_reason,
+                lexical_count=outcome.plan.lexical_count,
+            ),
+            vectors=record_vectors([record for record, _ in outcome.hits], parts),
+            usage=usages[i] if usages else None,
+        )
+        for record, score in outcome.hits:
+            fill_record(result.hits.add(score=score).record, record, parts)
+    response.MergeFrom(rest)
+    return response
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), outcomes=st.lists(OUTCOMES, max_size=3), lookup_seconds=st.floats(0, 10))
+def test_the_bytes_are_those_of_the_message(
+    data: st.DataObject, outcomes: list[SearchOutcome], lookup_seconds: float
+) -> None:
+    rest = pb.SearchResponse(timings=types_pb2.Timings(lookup_seconds=lookup_seconds))
+    count = len(outcomes)
+    usages = data.draw(st.just([]) | st.lists(USAGES, min_size=count, max_size=count))
+    wanted = st.lists(st.sampled_from([pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR]))
+    # Of the same records again and again: what is kept of them for one request must not go into the answer of another.
+    for asked in data.draw(st.lists(wanted, min_size=1, max_size=4)):
+        parts = Parts.of(asked)
+        written = response_bytes(outcomes, parts, rest, usages)
+        assert pb.SearchResponse.FromString(written) == message_of(outcomes, parts, rest, usages)
+
+
+def record(**fields: Any) -> StoredRecord:
+    now = datetime.now(timezone.utc)
+    return StoredRecord("a", "text", {}, "", 1, now, now, **fields)
+
+
+@pytest.mark.parametrize(("stays", "kept"), [(True, 1), (False, 0)])
+def test_what_changes_with_time_is_written_anew(stays: bool, kept: int) -> None:
+    """The time that a record still has is told from the moment of the answer on."""
+    expires = None if stays else datetime.now(timezone.utc) + timedelta(seconds=100)
+    found = record(expire_time=expires)
+    outcome = SearchOutcome([(found, 0.5)], Plan(Strategy.EXACT, 0, 1))
+    written = response_bytes([outcome], Parts.of([]), pb.SearchResponse())
+    (hit,) = pb.SearchResponse.FromString(written).results[0].hits
+    assert hit.record.HasField("time_to_live") is not stays
+    assert len(found.forms) == kept
