@@ -82,45 +82,54 @@ class Searcher:
         else:
             matrix = await self._query_vectors(request.queries, collection, caller, response)
             start = perf_counter()
-            if request.mode == pb.SEARCH_MODE_HYBRID:
-                weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-
-                def search_some(ef: int, rows: list[int]) -> Awaitable[list[SearchOutcome]]:
-                    search_both = partial(
-                        collection.search_both,
-                        matrix[rows],
-                        [texts[i] for i in rows],
-                        [sizes[i] for i in rows],
-                        dense_weight=weight,
-                        fusion=_FUSIONS[request.fusion],
-                        ef=ef,
-                        min_recall=request.min_recall,
-                        with_vectors=parts.vector,
-                        conditions=[conditions[i] for i in rows],
-                    )
-                    return self._in_pool(search_both)
-
-            else:
-                excluded = [query.record_id or None for query in request.queries]
-
-                def search_some(ef: int, rows: list[int]) -> Awaitable[list[SearchOutcome]]:
-                    search = Search(
-                        collection,
-                        matrix[rows],
-                        [sizes[i] for i in rows],
-                        [excluded[i] for i in rows],
-                        ef,
-                        parts.vector,
-                        [conditions[i] for i in rows],
-                        request.min_recall,
-                    )
-                    return self._groups.search(search)
-
-            outcomes = await _by_ef(request, search_some)
+            outcomes = await self._by_vectors(request, collection, matrix, texts, sizes, conditions, parts)
         response.timings.lookup_seconds += perf_counter() - start
         for result, outcome in zip(response.results, outcomes, strict=True):
             _fill(result, outcome, parts)
         return response
+
+    async def _by_vectors(
+        self,
+        request: pb.SearchRequest,
+        collection: CollectionBackend,
+        matrix: Matrix,
+        texts: Sequence[str],
+        sizes: Sequence[int],
+        conditions: Sequence[Filter | None],
+        parts: Parts,
+    ) -> list[SearchOutcome]:
+        """Search by vectors, float32 (queries, dimensions), and in HYBRID mode by texts too."""
+        weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
+
+        def search_both(ef: int, rows: list[int]) -> Awaitable[list[SearchOutcome]]:
+            call = partial(
+                collection.search_both,
+                matrix[rows],
+                [texts[i] for i in rows],
+                [sizes[i] for i in rows],
+                dense_weight=weight,
+                fusion=_FUSIONS[request.fusion],
+                ef=ef,
+                min_recall=request.min_recall,
+                with_vectors=parts.vector,
+                conditions=[conditions[i] for i in rows],
+            )
+            return self._in_pool(call)
+
+        def search_dense(ef: int, rows: list[int]) -> Awaitable[list[SearchOutcome]]:
+            search = Search(
+                collection,
+                matrix[rows],
+                [sizes[i] for i in rows],
+                [request.queries[i].record_id or None for i in rows],
+                ef,
+                parts.vector,
+                [conditions[i] for i in rows],
+                request.min_recall,
+            )
+            return self._groups.search(search)
+
+        return await _by_ef(request, search_both if request.mode == pb.SEARCH_MODE_HYBRID else search_dense)
 
     def _texts(self, request: pb.SearchRequest) -> list[str]:
         """Return the queries' texts, which a search by words needs."""
