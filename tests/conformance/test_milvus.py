@@ -15,9 +15,10 @@ import pytest
 
 from emberpc.client import Client, Record
 from emberpc.server.errors import Code
-from emberpc.server.index import CollectionSpec, Distance, NewRecord
+from emberpc.server.index import CollectionSpec, Distance, NewRecord, Strategy
+from emberpc.server.index.filters import Comparison, Operator
 from index.support import refused
-from index_helpers import vectors
+from index_helpers import true_scores, vectors
 from milvus_lite_process import MilvusLiteProcess, need_milvus
 from server_process import ServerProcess
 
@@ -178,6 +179,30 @@ def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
         collection.search_words(["word"], [1])
     with refused(Code.UNIMPLEMENTED, "mode HYBRID", "'milvus'", "DENSE"):
         collection.search_both(vectors(1, dimensions=DIMENSIONS), ["word"], [1], dense_weight=0.5)
+
+
+@pytest.mark.parametrize("one_in", [2, 10, 100])
+def test_a_filter_is_met_by_the_true_nearest_when_the_graph_is_searched(
+    collection: MilvusCollection, monkeypatch: pytest.MonkeyPatch, one_in: int
+) -> None:
+    """Few that match are compared here by default, so only with that off is Milvus asked for more candidates."""
+    from emberpc.server.milvus import searching
+
+    monkeypatch.setattr(searching, "_FEW", 0)
+    matrix = vectors(3000, dimensions=DIMENSIONS)
+    for start in range(0, len(matrix), 1000):
+        some = range(start, start + 1000)
+        collection.upsert([NewRecord(f"r{i}", metadata={"kind": i % one_in}) for i in some], matrix[some])
+    queries = vectors(3020, dimensions=DIMENSIONS)[3000:]
+    condition = Comparison("kind", Operator.EQUAL, 0)
+    found = 0
+    for query, outcome in zip(queries, collection.search(queries, 10, conditions=[condition] * 20), strict=True):
+        assert outcome.plan.strategy is Strategy.HNSW
+        assert outcome.plan.ef >= 200 * one_in
+        assert all(record.metadata["kind"] == 0 for record, _ in outcome.hits)
+        best = np.argsort(-true_scores(query, matrix[::one_in], Distance.COSINE))[:10]
+        found += len({record.id for record, _ in outcome.hits} & {f"r{one_in * row}" for row in best})
+    assert found / 200 >= 0.98
 
 
 def test_a_write_does_not_claim_to_be_on_disk(collection: MilvusCollection) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
-from emberpc.server.index.types import Matrix
+from emberpc.server.index.types import Matrix, StoredRecord
 from index.support import gaussian, recall
 
 WIDTH, BATCH = 64, 20
@@ -58,7 +58,7 @@ def fill(collection: Collection, first: int) -> tuple[dict[str, tuple[int, Matri
 
 def check(collection: Collection, written: dict[str, tuple[int, Matrix]]) -> None:
     """Check that just what was acknowledged is there, and that search finds it."""
-    found = []
+    found: list[StoredRecord] = []
     token = ""
     while not found or token:
         page, token = collection.page(1000, token, with_vectors=True)

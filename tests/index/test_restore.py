@@ -327,8 +327,8 @@ def test_no_room_is_said_in_bytes_at_the_first_message_or_when_it_comes_to_it(
             restoration.write(whole)
 
 
-def test_a_disk_that_refuses_a_write_is_an_error_and_nothing_is_restored(index: Index, whole: bytes) -> None:
-    with largest_file(20_000), refused(Code.INTERNAL, "data directory"):
+def test_a_file_that_may_not_grow_is_told_as_a_full_disk_and_nothing_is_restored(index: Index, whole: bytes) -> None:
+    with largest_file(20_000), refused(Code.RESOURCE_EXHAUSTED, "disk is full", "nothing was restored"):
         restored(index, "d", whole)
     with refused(Code.NOT_FOUND):
         index.get("d")

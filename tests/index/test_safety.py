@@ -125,15 +125,6 @@ def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path:
     index.close()
 
 
-def test_a_file_that_may_not_grow_is_told_as_a_full_disk(tmp_path: Path) -> None:
-    index = Index(tmp_path)
-    index.create(CollectionSpec("c", 64)).upsert(numbered(500), gaussian(500, 64))
-    whole = taken(index.get("c"))
-    with largest_file(50_000), refused(Code.RESOURCE_EXHAUSTED, "disk is full", "nothing was restored"):
-        restored(index, "d", whole)
-    index.close()
-
-
 def test_a_snapshot_is_used_so_that_nothing_waits_for_the_graph_again(tmp_path: Path) -> None:
     make(tmp_path, 200)
     index = Index(tmp_path, buffer_limit=8)

@@ -275,7 +275,7 @@ def search(
         filter=filter_of(where),
         mode=value_of("mode", mode, SEARCH_MODES),
         dense_weight=None if dense_weight is None else _checks.number(dense_weight, "dense_weight"),
-        fusion=None if fusion is None else value_of("fusion", fusion, FUSIONS),
+        fusion=pb.SEARCH_FUSION_UNSPECIFIED if fusion is None else value_of("fusion", fusion, FUSIONS),
         parts=_parts(with_vectors),
     )
 

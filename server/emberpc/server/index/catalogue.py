@@ -41,7 +41,7 @@ class Index:
     Args:
         data_dir: the directory; made if it is not there.
         buffer_limit: vectors of a collection that may wait for its graph.
-        snapshot_every: vectors that a graph takes in between snapshots.
+        snapshot_every: vectors that a graph takes in between snapshots, at least.
         record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
         probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
 

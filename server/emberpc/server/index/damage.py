@@ -90,7 +90,8 @@ class Damage:
 
     def sound(self, labels: Labels) -> Labels:
         """Return those of the labels, int64 (n,), that are not known to be damaged."""
-        return labels[self._are_sound(labels)]
+        found: Labels = labels[self._are_sound(labels)]
+        return found
 
     def _are_sound(self, labels: Labels) -> np.ndarray[Any, np.dtype[np.bool_]]:
         damaged = self._labels

@@ -94,43 +94,54 @@ class Searcher:
             if "record_id" in kinds:
                 await self._get_records(matrix, queries, kinds, collection)
             start = perf_counter()
-            if request.mode == pb.SEARCH_MODE_HYBRID:
-                weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
-
-                def search_some(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
-                    search_both = partial(
-                        collection.search_both,
-                        matrix[list(rows)],
-                        _some(texts, rows),
-                        _some(sizes, rows),
-                        dense_weight=weight,
-                        fusion=_FUSIONS[request.fusion],
-                        ef=ef,
-                        min_recall=request.min_recall,
-                        with_vectors=parts.vector,
-                        conditions=_some(conditions, rows),
-                    )
-                    return self._in_pool(search_both)
-
-            else:
-                excluded = [query.record_id or None for query in queries] if "record_id" in kinds else []
-
-                def search_some(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
-                    search = Search(
-                        collection,
-                        matrix if len(rows) == len(matrix) else matrix[list(rows)],
-                        _some(sizes, rows),
-                        _some(excluded, rows),
-                        ef,
-                        parts.vector,
-                        _some(conditions, rows),
-                        request.min_recall,
-                    )
-                    return self._groups.search(search)
-
-            outcomes = await _by_ef([query.ef or request.ef for query in queries], search_some)
+            outcomes = await self._by_vectors(request, collection, matrix, texts, sizes, conditions, parts)
         response.timings.lookup_seconds += perf_counter() - start
         return response_bytes(outcomes, parts, response, usages)
+
+    async def _by_vectors(
+        self,
+        request: pb.SearchRequest,
+        collection: CollectionBackend,
+        matrix: Matrix,
+        texts: Sequence[str],
+        sizes: Sequence[int],
+        conditions: Sequence[Filter | None],
+        parts: Parts,
+    ) -> list[SearchOutcome]:
+        """Search by vectors, float32 (queries, dimensions), and in HYBRID mode by texts too."""
+        weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
+
+        def search_both(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+            call = partial(
+                collection.search_both,
+                matrix[list(rows)],
+                _some(texts, rows),
+                _some(sizes, rows),
+                dense_weight=weight,
+                fusion=_FUSIONS[request.fusion],
+                ef=ef,
+                min_recall=request.min_recall,
+                with_vectors=parts.vector,
+                conditions=_some(conditions, rows),
+            )
+            return self._in_pool(call)
+
+        def search_dense(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+            search = Search(
+                collection,
+                matrix if len(rows) == len(matrix) else matrix[list(rows)],
+                _some(sizes, rows),
+                _some(excluded, rows),
+                ef,
+                parts.vector,
+                _some(conditions, rows),
+                request.min_recall,
+            )
+            return self._groups.search(search)
+
+        excluded = [query.record_id or None for query in request.queries]
+        efs = [query.ef or request.ef for query in request.queries]
+        return await _by_ef(efs, search_both if request.mode == pb.SEARCH_MODE_HYBRID else search_dense)
 
     def _texts(self, request: pb.SearchRequest) -> list[str]:
         """Return the queries' texts, which a search by words needs."""
