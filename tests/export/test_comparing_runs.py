@@ -51,7 +51,11 @@ def test_a_training_that_is_done_is_not_lost_before_its_outcome_is_kept(wanted: 
     with pytest.raises(StopError):
         run(wanted, tmp_path / "report", stop)
     assert any(detail.startswith("training on all texts") for detail in details)
-    compared = run(wanted, tmp_path / "report", lambda _stage, _done, _total, detail="": told.append(detail))
+
+    def tell(stage: str, done: int, total: int, detail: str = "") -> None:
+        told.append(detail)
+
+    compared = run(wanted, tmp_path / "report", tell)
     assert not [detail for detail in told if detail.startswith("training")]
     (outcome,) = compared.outcomes
     assert outcome.figures["held_out_texts"] > 0
@@ -127,7 +131,7 @@ class Clock:
 
         monkeypatch.setattr(bases, "convert_encoder", converted)
 
-    def progress(self, _stage: str, _done: int, _total: int, _detail: str = "") -> None:
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self.now += 1.0
 
 
