@@ -137,7 +137,8 @@ def _in_turns(
         The seconds of the reference for a text, and the other's as a multiple of them: the medians over the rounds.
     """
     reference(0), own(0)
-    seconds, ratios = [], []
+    seconds: list[float] = []
+    ratios: list[float] = []
     for done in range(_ROUNDS):
         progress("timing", done, _ROUNDS)
         taken = [(_seconds(reference, number), _seconds(own, number)) for number in range(count)]
