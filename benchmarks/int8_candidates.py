@@ -18,7 +18,9 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -81,7 +83,7 @@ class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no 
 def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | None) -> onnx.ModelProto:
     """Make the products int8 with fixed ranges of activations: their extremes, or what a percentile leaves of them."""
     method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it tells what it is doing
         path = Path(folder) / "model.onnx"
         quantize_static(
             model,

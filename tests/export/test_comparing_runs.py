@@ -13,9 +13,11 @@ import torch
 from emberpc.export import compare as room
 from emberpc.export import workbench
 from emberpc.export.classifier import Data
-from emberpc.export.comparing import bases, identity, running
+from emberpc.export.comparing import identity, running
 from emberpc.export.comparing.cells import ALL
+from emberpc.export.comparing.planning import Planner
 from emberpc.export.comparing.running import FOR_REPORT, Wanted, run
+from emberpc.export.embedding import convert_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.strategies import contrastive
 from emberpc.export.tuning.backbone import Backbone
@@ -123,13 +125,12 @@ class Clock:
         self.now = 0.0
         for module in (running, workbench):
             monkeypatch.setattr(module, "perf_counter", lambda: self.now)
-        convert = bases.convert_encoder
 
         def converted(*arguments: Any) -> Any:
             self.now += CONVERSION
-            return convert(*arguments)
+            return convert_encoder(*arguments)
 
-        monkeypatch.setattr(bases, "convert_encoder", converted)
+        monkeypatch.setattr("emberpc.export.comparing.bases.convert_encoder", converted)
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self.now += 1.0
@@ -154,13 +155,13 @@ def test_what_is_done_once_is_part_of_the_first_estimate(
 ) -> None:
     clock = Clock(monkeypatch)
     extra: list[float] = []
-    choose = running.Planner.choose
+    choose = Planner.choose
 
     def watched(self: Any, cells: Any, done: Any, left: Any) -> Any:
         extra.append(self.estimate(cells[0], done) - self._own(cells[0], done))
         return choose(self, cells, done, left)
 
-    monkeypatch.setattr(running.Planner, "choose", watched)
+    monkeypatch.setattr(Planner, "choose", watched)
     run(replace(wanted, seeds=2), tmp_path / "report", clock.progress)
     # Loading the encoder to be trained, and converting the tuned one: each about what the base took.
     assert extra[0] > 2 * CONVERSION
