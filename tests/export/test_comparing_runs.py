@@ -136,7 +136,7 @@ class Clock:
         self.now += 1.0
 
 
-@pytest.mark.parametrize("limit", [10, 40, 90, 200, 600])
+@pytest.mark.parametrize("limit", [10, 40, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (90, 200, 600))])
 def test_a_time_limit_is_kept_but_for_what_cannot_be_interrupted(
     wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
