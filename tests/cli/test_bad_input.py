@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from emberpc.bundle import read_bundle
+from emberpc.export import finetune
 from fixtures_bundles import MakeSource
 
 Emberpc = Any
@@ -127,6 +128,39 @@ def test_a_full_disk(emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_d
     arguments = [tiny_source] if kind == "embedding" else ["--base", tiny_source, "--train", train]
     outcome = emberpc("export", kind, *arguments, "-o", full_disk / "bundle")
     refused(outcome, full_disk, "room on the disk")
+
+
+@pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
+def test_a_full_disk_after_an_embedding_model_was_tuned(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "_no_gain", lambda _quality: "")
+    (train := tmp_path / "train.csv").write_text("query,passage\n" + "".join(f"{a},{a} b\n" for a in "cdefghijklmn"))
+    arguments = ["--train", train, "--base", tiny_source, "--epochs", 1]
+    outcome = emberpc("export", "finetune-embedding", *arguments, "-o", full_disk / "bundle")
+    refused(outcome, full_disk, "room on the disk")
+
+
+# It is full when a checkpoint is written, or by the report and its pictures.
+@pytest.mark.parametrize(("full_disk", "strategy"), [(16, "top-layers"), (64, "linear")], indirect=["full_disk"])
+def test_a_full_disk_ends_a_comparison_and_what_was_measured_stays(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, strategy: str
+) -> None:
+    (train := tmp_path / "train.csv").write_text(TEXTS)
+    data = ["--train", train, "--test", train, "--base", tiny_source, "--seeds", 1]
+    outcome = emberpc("compare", *data, "--strategy", strategy, "--budget", "2,all", "-o", full_disk / "report")
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    message = outcome.err.splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "room on the disk" in message
+    assert "nothing was written" not in message
+    assert "Traceback" not in outcome.err
+    assert not (full_disk / "report" / "report.html").exists()
+    assert not list((full_disk / "report").rglob("*.new"))
+    if strategy == "linear":
+        assert f"what was measured is kept in {full_disk / 'report'}" in message
+        assert len(list((full_disk / "report" / "cells").iterdir())) == 2
 
 
 @pytest.mark.parametrize("full_disk", [16], indirect=True)

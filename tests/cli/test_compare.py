@@ -85,6 +85,9 @@ def test_a_comparison_is_reported_resumed_and_its_winner_exported(
     assert emberpc("verify", bundle).code == 0
     assert report["winner"]["strategy"] == json.loads((bundle / "emberpc.json").read_text())["strategy"]
     shows_itself(folder)
+    # What the temperature changed is in the page, too.
+    raw = next(point["ece_uncalibrated"] for point in report["points"] if point["strategy"] == "linear")
+    assert re.search(rf"<td[^>]*>linear</td>.*<td[^>]*>{raw:.3f}</td>", (folder / "report.html").read_text("utf-8"))
 
 
 def shows_itself(folder: Path) -> None:
@@ -95,6 +98,42 @@ def shows_itself(folder: Path) -> None:
     assert "<b>" not in page.partition("<h2>What is mixed up</h2>")[2]
     for name in ("learning-curves", "accuracy-cost", "reliability", "confusions"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("base", ["tiny"], indirect=True)
+def test_a_place_that_a_winner_cannot_be_written_to_is_refused_before_anything_is_measured(
+    emberpc: Emberpc, files: list[object], tmp_path: Path
+) -> None:
+    (taken := tmp_path / "taken").mkdir()
+    (taken / "notes.txt").write_text("mine")
+    report = tmp_path / "report"
+    options = ["--strategy", "linear", "--budget", "1", "-o", report, "--export-winner"]
+    outcome = emberpc("compare", *files, *options, taken, "--overwrite")
+    assert outcome.code == 5, outcome.err
+    assert "holds something that is not a bundle" in outcome.err
+    outcome = emberpc("compare", *files, *options, tmp_path / "winner", "--strategy", "nearest")
+    assert outcome.code == 2
+    assert "none of nearest can be exported; add one of zero-shot, centroids, linear" in outcome.err
+    assert not report.exists()
+    assert (taken / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("base", ["tiny"], indirect=True)
+def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_reported(
+    emberpc: Emberpc, files: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*sentences(slice(5, 8)), ("I saw a goat", "beast"), ("a drum", "tool"), ("a drum", "fruit")]
+    test = write(tmp_path / "test.csv", rows)
+    options = ["--strategy", "linear", "--budget", "1", "--seeds", 1, "-o", tmp_path / "report"]
+    outcome = emberpc("compare", *files, *options)
+    assert outcome.code == 0, outcome.err
+    assert f"{test}: 1 texts stand there with different labels, such as 'a drum'" in caplog.text
+    assert f"{test}: 1 texts are training texts, too, such as 'I saw a goat' (line 29)" in caplog.text
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    for words in ("1 test texts are training texts", "Fitted once only", "linear at 1 a label"):
+        assert words in page
+        assert words in outcome.err
+    assert "Too few texts to hold any out" in outcome.err
 
 
 @pytest.mark.slow

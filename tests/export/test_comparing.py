@@ -16,7 +16,7 @@ from emberpc.export.comparing.findings import confusions, suspects
 from emberpc.export.comparing.planning import Planner, budgets_of
 from emberpc.export.comparing.running import Compared
 from emberpc.export.comparing.serving import ServingCost
-from emberpc.export.comparing.summary import Summary, crossover, recommendation, skipped_lines
+from emberpc.export.comparing.summary import Summary, caveats, crossover, recommendation, skipped_lines
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import Examples
 
@@ -49,6 +49,7 @@ def outcome(
         "accuracy": 1 - wrong / TEXTS,
         "macro_f1": accuracy,
         "ece": 0.01,
+        "ece_uncalibrated": 0.02,
         "cpu_seconds": cpu_seconds,
         "wall_seconds": wall_seconds,
     }
@@ -63,7 +64,7 @@ def summary(outcomes: Iterable[Outcome], worth: float = 0.005) -> Summary:
     alternating = replace(data, targets=np.eye(2, dtype=bool)[[row % 2 for row in range(TEXTS)]])
     found = tuple(outcomes)
     budgets = {o.cell.budget: float(o.cell.budget) for o in found if o.cell.budget > 0}
-    serving = (ServingCost("base", "linear", 10, 3.0, 90_000_000, 1.0),)
+    serving = (ServingCost("base", "linear", 10, 1.0, 3.0, 90_000_000, 1.0),)
     return Summary(Compared("data", data, alternating, found, serving, (), budgets, {"base": "source"}), worth)
 
 
@@ -195,6 +196,20 @@ def test_the_crossover_is_where_fine_tuning_is_ahead_for_good() -> None:
     assert "from 4 a label on" in crossover(found)
     assert summary([*linear, outcome("full", 4, 0.9), outcome("full", 16, 0.8)]).crossover is None
     assert crossover(summary(linear)) == "No fine-tuning was measured."
+
+
+def test_what_to_know_of_the_figures_is_said() -> None:
+    found = summary([outcome("linear", 4, 0.9, seed=seed) for seed in range(2)])
+    (shared,) = caveats(found)  # the texts of `summary` are the same for training and test
+    assert shared == f"{TEXTS} test texts are training texts, too, such as “text 0”: accuracy flatters by as much."
+    apart = replace(found.compared, train=replace(found.compared.train, texts=()))
+    assert caveats(Summary(apart)) == []
+    bare = outcome("full", 1, 0.8)
+    bare.figures["held_out_texts"] = 0.0
+    once, raw = caveats(Summary(replace(apart, outcomes=(*apart.outcomes, bare, outcome("full", 4, 0.9)),
+        per_label={1: 1.0, 4: 4.0})))  # fmt: skip
+    assert once.endswith("is not counted in what is called sure: full at 1 a label, 4 a label.")
+    assert raw.endswith("probabilities are not calibrated: full at 1 a label.")
 
 
 def test_bands_are_over_seeds() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberpc.bundle import read_bundle
+from emberpc.export import finetune
 from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.finetune import finetune_embedding
@@ -28,6 +29,7 @@ from emberpc.export.retrieval.mining import Neighbours, mine
 from emberpc.export.retrieval.ranking import Options, Outcome, multiple_negatives_ranking, tune
 from emberpc.export.stdlib_texts import read_stdlib
 from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import minilm_source
 
@@ -281,7 +283,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tiny: Encoder, tmp_path: P
 
     steps: list[int] = []
 
-    def run(stop_at: int | None, checkpoints: Path | None) -> Outcome:
+    def run(stop_at: int | None, checkpoints: Checkpoints) -> Outcome:
         steps.clear()
 
         def progress(stage: str, done: int, total: int, detail: str = "") -> None:
@@ -293,14 +295,20 @@ def test_an_interrupted_training_goes_on_where_it_was(tiny: Encoder, tmp_path: P
         return tune(data, tiny, replace(QUICK, checkpoints=checkpoints, progress=progress))
 
     data, kept = tiny_data(tmp_path), tmp_path / "kept"
-    plain = run(None, None)
+    plain = run(None, Checkpoints())
     with pytest.raises(StopError):
-        run(len(steps) // 2 + 1, kept)
+        run(len(steps) // 2 + 1, Checkpoints(kept))
     assert len(list(kept.iterdir())) == 1
-    resumed = run(None, kept)
+    resumed = run(None, checkpoints := Checkpoints(kept))
     assert steps[0] > 1
     assert resumed.figures == plain.figures
     assert same(resumed, plain)
+    # A training that is done is not lost before what comes of it is stored.
+    again = run(None, Checkpoints(kept))
+    assert steps == []
+    assert again.figures == plain.figures
+    assert same(again, plain)
+    checkpoints.remove()
     assert list(kept.iterdir()) == []
 
 
@@ -356,6 +364,26 @@ def test_an_interruption_leaves_nothing(tiny_source: Path, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         finetune_embedding(Files(train), str(tiny_source), tmp_path / "bundle", progress=progress)
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
+
+
+def test_all_that_a_killed_one_leaves_is_what_the_next_removes(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: set[str] = set()
+
+    def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage == "converting to ONNX":
+            beside.update(path.name for path in (tmp_path / "bundles").iterdir())
+
+    monkeypatch.setattr(finetune, "_no_gain", lambda _quality: "")
+    train = write(tmp_path / "train.csv", pairs(12))
+    target = tmp_path / "bundles" / "bundle"
+    finetune_embedding(Files(train), str(tiny_source), target, epochs=1, checkpoints=tmp_path / "c", progress=progress)
+    (name,) = beside
+    assert name.startswith(".bundle-new-")
+    assert verify_bundle(target).ok
+    assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+    assert list((tmp_path / "c").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import onnx
@@ -12,20 +15,22 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from emberpc.bundle import Manifest, read_bundle
+from emberpc.bundle import Manifest, Prompts, read_bundle
 from emberpc.export.calibration import probabilities
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.datasets import read_labelled
 from emberpc.export.embedding import export_embedding
-from emberpc.export.encoder import read_encoder
+from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import Examples, label_names, training_examples
 from emberpc.export.runner import Runner
 from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Options, layers
 from emberpc.export.strategies.contrastive import paired, supervised_contrastive
 from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints, TrainingState
+from emberpc.export.tuning.loop import Recipe
 from emberpc.export.verify import verify_bundle
-from emberpc.export.workbench import Workbench
+from emberpc.export.workbench import Cost, Workbench
 from fixtures_bundles import MODULES, minilm_source
 
 TUNING = [name for name, strategy in STRATEGIES.items() if strategy.tunes]
@@ -168,11 +173,16 @@ def test_an_interrupted_training_goes_on_where_it_was(
         pass
 
     steps: list[int] = []
+    stages: set[str] = set()
 
     def export(folder: str, stop_at: int | None = None, checkpoints: Path | None = None) -> Manifest:
         steps.clear()
+        stages.clear()
 
         def progress(stage: str, done: int, total: int, detail: str = "") -> None:
+            stages.add(stage)
+            if stage == "comparing with PyTorch" and stop_at == 0:
+                raise StopError
             if stage == "training on all texts":
                 steps.append(done)
                 if done == stop_at:
@@ -193,17 +203,20 @@ def test_an_interrupted_training_goes_on_where_it_was(
     total = steps[-1]
     with pytest.raises(StopError):
         export("resumed", stop_at=total // 2 + 1, checkpoints=kept)
-    assert len(list(kept.iterdir())) == 1
+    assert len(list(kept.iterdir())) == 2
     assert not (tmp_path / "resumed").exists()
-    resumed = export("resumed", checkpoints=kept)
+    with pytest.raises(StopError):
+        export("resumed", stop_at=0, checkpoints=kept)
     assert steps[0] > 1
+    assert "training to see when to stop" not in stages
+    # Both trainings are done, and are there until the bundle is.
+    resumed = export("resumed", checkpoints=kept)
+    assert steps == []
     assert resumed.weights_sha256 == plain.weights_sha256
     assert list(kept.iterdir()) == []
 
 
 def test_a_checkpoint_that_is_damaged_is_begun_anew(tiny_source: Path, train: Path, tmp_path: Path) -> None:
-    from emberpc.export.tuning.checkpoint import Checkpoint, TrainingState
-
     checkpoint = Checkpoint(tmp_path / "kept" / "a.safetensors")
     checkpoint.write(TrainingState({"value.a": torch.ones(2)}, 3, [0.5]))
     state = checkpoint.read()
@@ -295,3 +308,33 @@ def test_the_contrastive_loss_is_less_where_fellows_are_near() -> None:
     assert supervised_contrastive(near, targets) < supervised_contrastive(near[[0, 2, 1, 3]], targets)
     alone = supervised_contrastive(near[:2], torch.eye(2))
     assert alone.item() == 0
+
+
+def test_what_a_training_took_before_it_was_interrupted_is_counted(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).of(seed=0).write(TrainingState({}, 3, [0.5], Cost(20.0, 30.0)))
+    checkpoints = Checkpoints(tmp_path)
+    state = checkpoints.of(seed=0).read()
+    assert state is not None
+    assert state.spent == checkpoints.spent == Cost(20.0, 30.0)
+    checkpoints.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_of_one_encoder_as_it_is_used_and_of_one_split(tiny_source: Path, tmp_path: Path) -> None:
+    encoder = read_encoder(tiny_source)
+    known = Examples(("a", "b"), np.eye(2, dtype=bool), ("x", "y"))
+    swapped = replace(known, targets=known.targets[::-1])
+    options = Options(checkpoints=Checkpoints(tmp_path))
+
+    def written(of: Encoder, held_out: Examples) -> None:
+        bench = cast("Workbench", SimpleNamespace(encoder=of))
+        checkpoint = layers.checkpoint_of("full", known, held_out, Recipe(1), bench, options)
+        checkpoint.write(TrainingState({"value.a": torch.ones(1)}))
+
+    written(encoder, known)
+    written(encoder, known)
+    assert len(list(tmp_path.iterdir())) == 1
+    written(replace(encoder, max_tokens=encoder.max_tokens - 1), known)
+    written(replace(encoder, prompts=Prompts(passage="passage: ")), known)
+    written(encoder, swapped)
+    assert len(list(tmp_path.iterdir())) == 4

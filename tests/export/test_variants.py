@@ -22,6 +22,7 @@ from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.runner import Runner
 from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.strategies import base as strategies
 from emberpc.export.variants import CANDIDATES, Candidate, choosing, surgery
 from emberpc.export.variants.candidates import Material
 from emberpc.export.variants.measuring import neighbour_agreement
@@ -312,6 +313,50 @@ def test_a_corpus_without_queries_is_refused(tiny_source: Path, tmp_path: Path) 
     corpus.write_text("text\na passage\n")
     with pytest.raises(ExportError, match="columns query and passage"):
         export_embedding(str(tiny_source), tmp_path / "b", corpus=corpus)
+
+
+def test_a_classifiers_vectors_are_held_to_the_bound_too(
+    training_file: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(material: Material) -> onnx.ModelProto:
+        """Leave the logits alone, and double the vectors: they go by direction, as the head does."""
+        graph = material.model.graph
+        for node in graph.node:
+            node.input[:] = ["inner" if name == "sentence_embedding" else name for name in node.input]
+            node.output[:] = ["inner" if name == "sentence_embedding" else name for name in node.output]
+        graph.initializer.append(numpy_helper.from_array(np.float32(2), "two"))
+        graph.node.append(onnx.helper.make_node("Mul", ["inner", "two"], ["sentence_embedding"]))
+        return material.model
+
+    bound = Bound(cosine_min=0.99, difference_max=0.01)
+    monkeypatch.setattr(choosing, "CANDIDATES", (Candidate("fp16", "onnx/model_fp16.onnx", bound, broken),))
+    with pytest.raises(ExportError, match="sentence_embedding of the reference texts one by one: a difference"):
+        export_classifier(Data(training_file), tiny_source, tmp_path / "b", variants=["fp16"])
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "refit_below", "words"),
+    [
+        ("linear", 0, "training texts that the classifier was fitted to"),
+        ("top-layers", 10_000, "training texts that the classifier was fitted to"),
+        ("top-layers", 0, "training texts that were held out"),
+    ],
+)
+def test_it_is_said_whether_a_classifier_had_seen_what_its_variants_are_measured_on(
+    training_file: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    strategy: str, refit_below: int, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(strategies, "_REFIT_BELOW", refit_below)
+    manifest = export_classifier(
+        Data(training_file), tiny_source, tmp_path / "b", strategy=strategy, epochs=1, variants=["fp16"]
+    )
+    assert manifest.measured_on.startswith(words)
+    found = manifest.variant("fp16").measured
+    assert found is not None
+    held_out = words == "training texts that were held out"
+    assert found.texts == manifest.quality["held_out_texts" if held_out else "train_texts"]
+    assert f"Measured on {found.texts} texts: {words}" in (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ def compare(
     time_limit: Annotated[
         str | None,
         typer.Option(
-            metavar="TIME", help="Such as 90s, 30m or 2h; what there is no time for is listed.", show_default=False
+            metavar="TIME",
+            help="Such as 90s, 30m or 2h, for all but --export-winner; what there is no time for is listed.",
+            show_default=False,
         ),
     ] = None,
     out_of_scope: Annotated[
@@ -82,7 +84,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tuning or embedding? Compare all strategies on your own data, and say which one to take."""
-    with exporting("emberpc compare") as progress:
+    left = f"what was measured is kept in {output}, and the same command goes on from there"
+    with exporting("emberpc compare", left) as progress:
         from emberpc.export import compare as room
         from emberpc.export.classifier import Data
         from emberpc.export.comparing.running import Wanted
@@ -108,8 +111,8 @@ def compare(
             balanced=balanced,
             max_tokens=max_tokens,
         )
-        if export_winner is not None and export_winner.exists() and not overwrite:
-            raise CliError(f"{export_winner} is there already; give another folder, or --overwrite")
+        if export_winner is not None:
+            room.check_winner(wanted, export_winner, overwrite=overwrite)
         summary = room.compare(wanted, output, worth=worth / 100, progress=progress)
         if export_winner is not None:
             room.export_winner(summary, wanted, export_winner, overwrite=overwrite, progress=progress)
@@ -141,7 +144,7 @@ def _seconds(text: str | None) -> float | None:
 def _show(summary: Summary, folder: Path, as_json: bool) -> None:
     from emberpc.export.comparing.cells import ALL, NO_TEXTS
     from emberpc.export.comparing.report import content
-    from emberpc.export.comparing.summary import crossover, recommendation, skipped_lines
+    from emberpc.export.comparing.summary import caveats, crossover, recommendation, skipped_lines
 
     if as_json:
         print_json([content(summary)])
@@ -173,6 +176,8 @@ def _show(summary: Summary, folder: Path, as_json: bool) -> None:
     print_table(columns, rows)
     print_gap()
     print_lines([recommendation(summary), crossover(summary)])
+    for line in caveats(summary):
+        note(line)
     for line in skipped_lines(summary):
         note(f"not measured: {line}")
     note(f"the report is in {folder / 'report.html'}")

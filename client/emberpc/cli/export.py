@@ -225,8 +225,13 @@ def _option(text: str) -> tuple[str, str]:
 
 
 @contextmanager
-def exporting(command: str = "emberpc export") -> Iterator[Stages]:
-    """Show the progress of a command of the export room, and turn its errors into ours."""
+def exporting(command: str = "emberpc export", left: str = "nothing was written") -> Iterator[Stages]:
+    """Show the progress of a command of the export room, and turn its errors into ours.
+
+    Args:
+        command: what to call it.
+        left: what there is after a full disk.
+    """
     require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.errors import ExportError
 
@@ -239,7 +244,7 @@ def exporting(command: str = "emberpc export") -> Iterator[Stages]:
         raise CliError(str(error), ExitCode.CONFLICT) from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise CliError(f"{where}{error.strerror}; nothing was written; is there room on the disk?") from error
+        raise CliError(f"{where}{error.strerror}; {left}; is there room on the disk?") from error
 
 
 def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
@@ -282,6 +287,8 @@ def _show_variants(manifest: Manifest) -> None:
         cells += [f"{found.texts_per_cpu_second:.1f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
         rows.append([*cells, f"{found.load_seconds:.2f}"])
     print_table([Column("variant"), *(Column(title, "right") for title in titles)], rows)
+    if len(rows) > 1:
+        note(f"variants were measured on {manifest.measured_on}")
     for name, reason in manifest.dropped.items():
         note(f"{name} was not kept: {reason}")
 

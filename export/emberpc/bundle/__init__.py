@@ -12,7 +12,7 @@ from emberpc.bundle.interface import Graph, Interface, Tensor, find_inputs
 from emberpc.bundle.manifest import FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
 from emberpc.bundle.reading import Bundle, read_bundle
 from emberpc.bundle.reference import Reference
-from emberpc.bundle.writing import finish_bundle, staged_folder
+from emberpc.bundle.writing import check_target, finish_bundle, staged_folder
 
 __all__ = [
     "PROBES",
@@ -33,6 +33,7 @@ __all__ = [
     "Tensor",
     "UnstatedError",
     "Variant",
+    "check_target",
     "cosines",
     "find_inputs",
     "finish_bundle",

@@ -128,6 +128,8 @@ class Manifest:
     quality: dict[str, float] = field(default_factory=dict)
     #: Variants that were tried and not kept, each with the reason.
     dropped: dict[str, str] = field(default_factory=dict)
+    #: Which texts the variants were measured on, in words; empty: the bundle is of a time before that was kept.
+    measured_on: str = ""
     #: Versions of the tools used.
     tools: dict[str, str] = field(default_factory=dict)
     #: When it was made, ISO 8601 in UTC.

@@ -32,15 +32,7 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         BundleError: `target` is there and not an empty folder, and `overwrite` is
             not set; or it holds something that is not a bundle; or no folder can be made there.
     """
-    target = Path(target).absolute()
-    remove_abandoned(target)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise BundleError(f"{target} is there and is no folder; choose another place")
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / MANIFEST_NAME).exists():
-            raise BundleError(f"{target} holds something that is not a bundle; choose an empty or a new folder")
-        if not overwrite:
-            raise BundleError(f"{target} holds a bundle already; choose another folder, or replace it with --overwrite")
+    target = check_target(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +52,27 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         raise
     finally:
         os.close(lock)
+
+
+def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
+    """See that a bundle may be written to a folder, as `staged_folder` does; what a killed process left is removed.
+
+    Returns:
+        The folder, with its whole path.
+
+    Raises:
+        BundleError: as for `staged_folder`, but that it cannot be made.
+    """
+    target = Path(target).absolute()
+    remove_abandoned(target)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise BundleError(f"{target} is there and is no folder; choose another place")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST_NAME).exists():
+            raise BundleError(f"{target} holds something that is not a bundle; choose an empty or a new folder")
+        if not overwrite:
+            raise BundleError(f"{target} holds a bundle already; choose another folder, or replace it with --overwrite")
+    return target
 
 
 def remove_abandoned(target: Path) -> None:

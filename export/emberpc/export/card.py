@@ -72,6 +72,8 @@ def _variants(manifest: Manifest) -> list[str]:
         cells += [f"{figure:.4f}" for figure in (found.accuracy, found.ndcg_at_10) if figure is not None]
         cells += [f"{found.texts_per_cpu_second:.0f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
         lines.append(f"| {' | '.join([*cells, f'{found.load_seconds:.2f}'])} |")
+    if manifest.measured_on:
+        lines.append(f"\nMeasured on {rows[0][1].texts} texts: {manifest.measured_on}.")
     lines.append("\nServe one with `--variant NAME=VARIANT`. Never mix variants in one collection.")
     lines += [f"\nTried and not kept: {name}: {reason}." for name, reason in manifest.dropped.items()]
     return lines

@@ -6,13 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from emberpc.bundle import Manifest
+from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
 from emberpc.export.comparing.report import write_report
 from emberpc.export.comparing.running import Wanted, run
 from emberpc.export.comparing.summary import Summary
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.strategies import EXPORTABLE
 
 
 def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progress: Progress = no_progress) -> Summary:
@@ -38,6 +39,8 @@ def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progres
     folder.mkdir(parents=True, exist_ok=True)
     compared = run(wanted, folder, progress)
     if not compared.outcomes:
+        if failed := [skipped for skipped in compared.skipped if not skipped.for_time]:
+            raise ExportError(f"nothing could be measured; {failed[0].cell.strategy}: {failed[0].reason}")
         raise ExportError(f"the time limit of {wanted.time_limit:.0f} s left no time for anything; allow more")
     if not compared.skipped:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -47,10 +50,32 @@ def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progres
     return summary
 
 
+def check_winner(wanted: Wanted, target: Path | str, *, overwrite: bool = False) -> None:
+    """See that a winner could be exported, before a comparison spends hours on finding it.
+
+    Args:
+        wanted: what is to be compared.
+        target: the bundle's folder.
+        overwrite: whether to replace a bundle that is there.
+
+    Raises:
+        ExportError: no strategy that is wanted can be exported.
+        BundleError: `target` is taken.
+    """
+    check_target(target, overwrite=overwrite)
+    if not set(wanted.strategies) & set(EXPORTABLE):
+        raise ExportError(
+            f"none of {', '.join(wanted.strategies)} can be exported; add one of {', '.join(EXPORTABLE)}, "
+            "or do without the winner's bundle"
+        )
+
+
 def export_winner(
     summary: Summary, wanted: Wanted, target: Path | str, *, overwrite: bool = False, progress: Progress = no_progress
 ) -> Manifest:
     """Fit the recommended way to all training texts, and export it as a bundle.
+
+    That takes time of its own, beyond the limit of the comparison; its estimate is told as progress.
 
     Args:
         summary: the comparison.
@@ -63,7 +88,10 @@ def export_winner(
         ExportError: it cannot be fitted or exported, such as if the winner keeps its examples.
         BundleError: `target` is taken.
     """
-    way = summary.winner.way
+    winner = summary.winner
+    way, share = winner.way, len(summary.compared.train.texts) / max(1, winner.texts)
+    seconds = winner.means["wall_seconds"] * (share if winner.texts else 1)
+    progress(f"exporting the winner, {way.strategy}: about {seconds:.0f} s to fit it to all texts", 0, 1)
     return export_classifier(
         replace(wanted.data, outside=None),  # its texts were measured on
         summary.compared.sources[way.base],

@@ -83,9 +83,10 @@ def export_embedding(
     if matryoshka is not None:
         encoder = replace(encoder, matryoshka_dimensions=tuple(sorted(set(matryoshka), reverse=True)))
     with staged_folder(target, overwrite=overwrite) as folder:
-        return write_embedding(
+        manifest = write_embedding(
             encoder, folder, variants=variants, texts_to_try=texts_to_try, judged=judged, progress=progress
         )
+        return finish_bundle(folder, manifest)
 
 
 def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[list[str], Judged | None]:
@@ -111,7 +112,7 @@ def write_embedding(
     quality: Mapping[str, float] | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Write an encoder into a staged folder as an embedding bundle, and check it against PyTorch.
+    """Write an encoder into a staged folder as an embedding bundle to be finished, and check it against PyTorch.
 
     Args:
         encoder: the encoder.
@@ -146,10 +147,23 @@ def write_embedding(
     )
     model_type = str(encoder.config.get("model_type", ""))
     manifest = add_variants(
-        folder, manifest, variants, model_type=model_type, texts=texts_to_try, judged=judged, progress=progress
+        folder,
+        manifest,
+        variants,
+        model_type=model_type,
+        texts=texts_to_try,
+        judged=judged,
+        measured_on=_measured_on(texts_to_try, judged),
+        progress=progress,
     )
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    return finish_bundle(folder, manifest)
+    return manifest
+
+
+def _measured_on(texts: Sequence[str], judged: Judged | None) -> str:
+    if judged is not None:
+        return "passages, and queries with those that answer them"
+    return "the texts of the validation file" if texts else "docstrings of Python's standard library"
 
 
 @dataclass(frozen=True)

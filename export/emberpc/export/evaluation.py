@@ -25,11 +25,13 @@ class HeldOut:
     """Logits that a classifier gave texts that it was not fitted to, (texts, labels), and what they are, bool.
 
     `rows` says which of the training texts they are, int (texts,); empty if they are those of a validation file.
+    `unseen` tells that the very classifier had not seen them, and not only others fitted the same way.
     """
 
     logits: Matrix
     targets: Targets
     rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    unseen: bool = False
 
     def __len__(self) -> int:
         return len(self.logits)

@@ -125,7 +125,7 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
 
 
 def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
-    """Give texts to measure on the labels of the training texts.
+    """Give texts to measure on the labels of the training texts; warn of conflicts, and of texts that are in both.
 
     Raises:
         ExportError: a label is not among those; the row is named.
@@ -137,7 +137,24 @@ def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
                 f"{data.path}, {place}: no training text has the label {unknown[0]!r}; "
                 "correct it, remove the row, or add training texts with it"
             )
+    report_conflicts(data, multi_label=like.multi_label)
+    _report_shared(data, like)
     return replace(like, texts=tuple(data.texts), targets=targets_of(data, like.labels))
+
+
+def _report_shared(data: LabelledTexts, training: Examples) -> None:
+    """Warn of texts to measure on that are learnt from, too."""
+    learnt_from = set(training.texts)
+    shared = [(text, place) for text, place in zip(data.texts, data.places, strict=True) if text in learnt_from]
+    if shared:
+        text, place = shared[0]
+        _LOGGER.warning(
+            "%s: %d texts are training texts, too, such as %.60r (%s); what is measured on them flatters; remove them",
+            data.path,
+            len(shared),
+            text,
+            place,
+        )
 
 
 def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:

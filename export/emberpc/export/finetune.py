@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from emberpc.bundle import Manifest, staged_folder
+from emberpc.bundle import Manifest, finish_bundle, staged_folder
 from emberpc.export.embedding import write_embedding
 from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
@@ -15,6 +15,7 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.data import Files, Judged, read_data
 from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.ranking import Options, tune
+from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, check_names
 from emberpc.export.workbench import Cost
 
@@ -67,7 +68,8 @@ def finetune_embedding(
     check_names(variants)
     data = read_data(files, seed)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
-    options = Options(seed, epochs, layers, hard_negatives, checkpoints=checkpoints, progress=progress)
+    kept = Checkpoints(checkpoints)
+    options = Options(seed, epochs, layers, hard_negatives, checkpoints=kept, progress=progress)
     with staged_folder(target, overwrite=overwrite) as folder:
         with Cost() as cost:
             outcome = tune(data, encoder, options)
@@ -76,20 +78,21 @@ def finetune_embedding(
             "held_out_queries": float(len(data.held_out)),
             **({"test_queries": float(len(data.test))} if data.test else {}),
             "passages": float(len(data.passages)),
-            "fit_seconds": cost.seconds,
-            "fit_cpu_seconds": cost.cpu_seconds,
+            "fit_seconds": kept.spent.seconds + cost.seconds,
+            "fit_cpu_seconds": kept.spent.cpu_seconds + cost.cpu_seconds,
             **outcome.figures,
         }
-        _require_gain(quality)
-        # Not in the bundle's own folder: all that is there becomes part of it.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tuned-") as raw:
+        if fault := _no_gain(quality):
+            kept.remove()  # a training that is done, and came to nothing
+            raise ExportError(fault)
+        with tempfile.TemporaryDirectory(dir=folder) as raw:
             outcome.save(Path(raw))
             tuned = replace(
                 read_encoder(raw, name=encoder.name, max_tokens=encoder.max_tokens),
                 revision=encoder.revision,
                 prompts=encoder.prompts,
             )
-            return write_embedding(
+            manifest = write_embedding(
                 tuned,
                 folder,
                 variants=variants,
@@ -98,15 +101,20 @@ def finetune_embedding(
                 quality=quality,
                 progress=progress,
             )
+        # Only now that the tuned encoder is gone from the folder: all that is there becomes part of the bundle.
+        manifest = finish_bundle(folder, manifest)
+    kept.remove()
+    return manifest
 
 
-def _require_gain(quality: dict[str, float]) -> None:
-    """Refuse a model that finds no more than before."""
+def _no_gain(quality: dict[str, float]) -> str:
+    """Say that a model finds no more than before; empty if it does."""
     before, after = (quality[f"held_out_{DECIDING}_{when}"] for when in ("before", "after"))
-    if after <= before:
-        tried = "; no epoch was better than none" if not quality["share"] else f", after {after:.4f}"
-        raise ExportError(
-            f"fine-tuning did not help: nDCG@10 of {quality['held_out_queries']:.0f} held-out queries was {before:.4f} "
-            f"before{tried}; nothing was written; give more data, or export the model as it is with "
-            "`emberpc export embedding`"
-        )
+    if after > before:
+        return ""
+    tried = "; no epoch was better than none" if not quality["share"] else f", after {after:.4f}"
+    return (
+        f"fine-tuning did not help: nDCG@10 of {quality['held_out_queries']:.0f} held-out queries was {before:.4f} "
+        f"before{tried}; nothing was written; give more data, or export the model as it is with "
+        "`emberpc export embedding`"
+    )

@@ -96,6 +96,11 @@ class Workbench:
                 self._vectors.update(zip(new, found, strict=True))
         return np.stack([self._vectors[text] for text in texts])
 
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the encoder was loaded to be trained, which takes seconds and may fail."""
+        return "backbone" in vars(self)
+
     @cached_property
     def backbone(self) -> Backbone:
         """The encoder in PyTorch."""

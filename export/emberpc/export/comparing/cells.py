@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emberpc.export.comparing.writing import write_text
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import Examples, Rows
 
@@ -94,7 +95,7 @@ class Store:
             raise ExportError(
                 f"{folder} holds a comparison of other data, bases or options; give another folder, or remove this one"
             )
-        self._key_path.write_text(key, encoding="utf-8")
+        write_text(self._key_path, key)
 
     def read(self, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
         """Return the outcomes that are there; a file that cannot be read is as none."""
@@ -109,10 +110,7 @@ class Store:
 
     def write(self, outcome: Outcome) -> None:
         """Keep an outcome."""
-        path = self._folder / outcome.cell.file_name
-        staged = path.with_suffix(".new")
-        staged.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-        staged.replace(path)
+        write_text(self._folder / outcome.cell.file_name, json.dumps(asdict(outcome)))
 
 
 def _outcome(data: dict[str, object]) -> Outcome:

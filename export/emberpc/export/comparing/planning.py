@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
 
@@ -26,6 +26,8 @@ class Skipped:
 
     cell: Cell
     reason: str
+    #: Whether more time is all that it needs.
+    for_time: bool = False
 
 
 class Planner:
@@ -35,21 +37,31 @@ class Planner:
         texts: how many texts each cell learns from.
         per_label: texts of a label with each budget, the mean.
         seconds_per_text: what embedding a text takes, by base: the first guess.
+        once: the seconds that a cell takes beside its own for what is done once for all like it and is not done yet,
+            such as measuring what serving costs.
     """
 
     def __init__(
-        self, texts: Mapping[Cell, int], per_label: Mapping[int, float], seconds_per_text: Mapping[str, float]
+        self,
+        texts: Mapping[Cell, int],
+        per_label: Mapping[int, float],
+        seconds_per_text: Mapping[str, float],
+        once: Callable[[Cell], float] = lambda _cell: 0.0,
     ) -> None:
         self._texts = texts
         self._per_label = per_label
         self._seconds_per_text = seconds_per_text
+        self._once = once
 
     def estimate(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
         """Return the seconds that a cell will take, by what was measured of its strategy with the most like budget.
 
-        Time grows with the number of texts. Passes over them get fewer with
+        That is with what is done once. Time grows with the number of texts. Passes over them get fewer with
         more texts, so from a smaller budget this errs on the long side.
         """
+        return self._own(cell, done) + self._once(cell)
+
+    def _own(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
         like = [known for known in done if (known.strategy, known.base) == (cell.strategy, cell.base)]
         if like:
             nearest = min(like, key=lambda known: (abs(log2(self._texts[known] / self._texts[cell])), known.seed))
@@ -114,6 +126,7 @@ class Planner:
                 cell,
                 f"it would take about {self.estimate(cell, done):.0f} s, and {max(0.0, seconds_left):.0f} s were left"
                 + ("; by its smaller budgets it would not win" if (cell.base, cell.strategy) in hopeless else ""),
+                for_time=True,
             )
             for cell in cells
         ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from emberpc.export.comparing.cells import ALL, NO_TEXTS
 from emberpc.export.comparing.findings import Confusion
 from emberpc.export.comparing.summary import Point, Summary, Way
+from emberpc.export.comparing.writing import staged
 from emberpc.export.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def _draw(plot: Callable[[Axes], None], path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     plot(axes)
-    figure.savefig(path)
+    with staged(path) as beside:
+        figure.savefig(beside, format="png")
     return path
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from emberpc.export.comparing.cells import budget_name
 from emberpc.export.comparing.findings import confusions, suspects
 from emberpc.export.comparing.plots import draw_plots
-from emberpc.export.comparing.summary import Point, Summary, crossover, recommendation, skipped_lines
+from emberpc.export.comparing.summary import Point, Summary, caveats, crossover, recommendation, skipped_lines
+from emberpc.export.comparing.writing import write_text
 
 _BYTES_PER_MB = 1e6
 
@@ -32,7 +33,7 @@ def write_report(summary: Summary, folder: Path) -> Path:
     from jinja2 import Environment
 
     found = content(summary)
-    _write(folder / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     plots = draw_plots(summary, confusions(summary, summary.winner), folder)
     template = files("emberpc.export.comparing").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = (
@@ -43,11 +44,12 @@ def write_report(summary: Summary, folder: Path) -> Path:
             largest=f"At the largest budget: {budget_name(summary.largest)}",
             table=[table_row(summary, point) for point in summary.at(summary.largest)],
             all_rows=[table_row(summary, point) for point in summary.points],
+            more_time=any(skipped.for_time for skipped in summary.compared.skipped),
             scope="out_of_scope_auroc" in summary.winner.means,
             images={name: _inline(path) for name, path in plots.items()},
         )
     )
-    return _write(folder / "report.html", page)
+    return write_text(folder / "report.html", page)
 
 
 def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
@@ -61,6 +63,7 @@ def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
         "budget": budget_name(point.budget),
         "accuracy": f"{point.accuracy:.4f}" + (f" ± {point.band:.4f}" if point.band is not None else ""),
         "macro_f1": f"{point.means['macro_f1']:.3f}",
+        "ece_before": f"{point.means['ece_uncalibrated']:.3f}",
         "ece": f"{point.means['ece']:.3f}",
         "auroc": "" if auroc is None else f"{auroc:.3f}",
         "cpu_seconds": f"{cpu:.1f}" if cpu < 10 else f"{cpu:,.0f}",
@@ -77,6 +80,7 @@ def content(summary: Summary) -> dict[str, Any]:
     return {
         "recommendation": recommendation(summary),
         "crossover": crossover(summary),
+        "caveats": caveats(summary),
         "winner": {"base": winner.way.base, "strategy": winner.way.strategy, "budget": budget_name(winner.budget)},
         "data": {
             "title": compared.title,
@@ -99,7 +103,7 @@ def content(summary: Summary) -> dict[str, Any]:
             for point in summary.points
         ],
         "cells": [{**asdict(outcome.cell), "figures": outcome.figures} for outcome in compared.outcomes],
-        "serving": [asdict(cost) for cost in compared.serving],
+        "serving": [{**asdict(cost), "milliseconds": cost.milliseconds} for cost in compared.serving],
         "confusions": [asdict(confusion) for confusion in confusions(summary, winner)],
         "suspects": [asdict(suspect) for suspect in suspects(summary)],
         "skipped": skipped_lines(summary),
@@ -110,9 +114,3 @@ def content(summary: Summary) -> dict[str, Any]:
 
 def _inline(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _write(path: Path, text: str) -> Path:
-    staged = path.with_suffix(".new")
-    staged.write_text(text, encoding="utf-8")
-    return staged.replace(path)

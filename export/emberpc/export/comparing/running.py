@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
@@ -17,20 +14,24 @@ from emberpc.export.calibration import reliability
 from emberpc.export.classifier import Data, read_data
 from emberpc.export.comparing.bases import Base, open_base
 from emberpc.export.comparing.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
+from emberpc.export.comparing.identity import key_of
 from emberpc.export.comparing.planning import Planner, Skipped, budgets_of
 from emberpc.export.comparing.serving import ServingCost, ServingCosts
 from emberpc.export.datasets import read_labelled
 from emberpc.export.describing import described_examples
-from emberpc.export.errors import ExportError
+from emberpc.export.errors import ExportError, NoRoomError
 from emberpc.export.evaluation import Calibration, calibrate, measure, measure_scope
 from emberpc.export.examples import Examples, held_out_examples, label_names
 from emberpc.export.linear import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.strategies import STRATEGIES, Fitted, Options
+from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.workbench import Cost, Workbench
 
-#: Seconds of a time limit that are kept for the report.
-_FOR_REPORT = 15.0
+#: Seconds of a time limit that are kept for the report. What cannot be interrupted may still go beyond it: that is the
+#: conversion of one encoder, 5 to 15 s for one of MiniLM's size (docs/compare.md).
+FOR_REPORT = 15.0
+_NO_LABEL_TEXTS = "it goes by what labels are called and nothing else, and their texts are left out"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,16 @@ def run(wanted: Wanted, folder: Path, progress: Progress = no_progress) -> Compa
         for number, source in enumerate(wanted.bases):
             base = open_base(source, Path(name) / str(number), wanted.max_tokens, progress)
             bases[base.encoder.name] = base
-        store = Store(folder, _key(wanted, train, test, outside, list(bases.values())))
+        key = key_of(
+            train,
+            test,
+            outside,
+            bases.values(),
+            label_texts=wanted.label_texts,
+            balanced=wanted.balanced,
+            descriptions=wanted.data.descriptions,
+        )
+        store = Store(folder, key)
         comparison = _Comparison(wanted, train, test, outside, bases, store, folder, start, progress)
         done, skipped = comparison.run()
     return Compared(
@@ -124,21 +134,6 @@ def _check(wanted: Wanted) -> None:
         raise ExportError(f"a budget is {bad[0]}; it must be at least 1, or all")
 
 
-def _key(wanted: Wanted, train: Examples, test: Examples, outside: Sequence[str], bases: Sequence[Base]) -> str:
-    """Return what tells a comparison from one of other data, bases or options."""
-    descriptions = wanted.data.descriptions
-    parts = {
-        "train": [train.texts, train.targets.tolist(), train.labels],
-        "test": [test.texts, test.targets.tolist()],
-        "outside": list(outside),
-        "bases": {base.encoder.name: [base.encoder.weights_sha256, base.encoder.max_tokens] for base in bases},
-        "options": [wanted.label_texts, wanted.balanced],
-        "descriptions": Path(descriptions).read_text(encoding="utf-8") if descriptions else "",
-        "version": version("emberpc"),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 class _Comparison:
     """The cells of a comparison, and what fits them."""
 
@@ -156,7 +151,7 @@ class _Comparison:
     ) -> None:
         self._wanted, self._train, self._test, self._outside = wanted, train, test, outside
         self._bases, self._store, self._progress = bases, store, progress
-        self._end = None if wanted.time_limit is None else start + wanted.time_limit - _FOR_REPORT
+        self._end = None if wanted.time_limit is None else start + wanted.time_limit - FOR_REPORT
         self._checkpoints = folder / "checkpoints"
         self.serving = ServingCosts(folder / "serving.json")
         budgets = budgets_of(wanted.budgets, int(train.targets.sum(axis=0).max()))
@@ -164,38 +159,76 @@ class _Comparison:
             (budget, seed): take_budget(train, budget, seed) for budget in budgets for seed in range(wanted.seeds)
         }
         self.per_label = {budget: self._samples[budget, 0].per_label for budget in budgets}
-        self._cells = [
+        cells = [
             Cell(base, strategy, budget, seed)
             for base in bases
             for strategy in wanted.strategies
-            if strategy != "zero-shot" or wanted.label_texts  # it has nothing else to go by
             for budget, seed in ([(NO_TEXTS, 0)] if strategy == "zero-shot" else self._samples)
         ]
+        self._left_out = [cell for cell in cells if cell.strategy == "zero-shot" and not wanted.label_texts]
+        self._cells = [cell for cell in cells if cell not in self._left_out]
 
     def run(self) -> tuple[dict[Cell, Outcome], list[Skipped]]:
         """Fit what is not there yet."""
         done = self._store.read(self._cells)
         todo = [cell for cell in self._cells if cell not in done]
-        skipped: list[Skipped] = []
-        planner = Planner(
-            {cell: len(self._sample(cell).texts) for cell in self._cells},
-            self.per_label,
-            {name: self._embed(base) for name, base in self._bases.items()} if todo else {},
-        )
+        skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
+        try:
+            seconds = {name: self._embed(base) for name, base in self._bases.items()} if todo else {}
+        except _OutOfTimeError:
+            reason = "the time was up before the texts were embedded"
+            return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo)]
+        texts = {cell: len(self._sample(cell).texts) for cell in self._cells}
+        planner = Planner(texts, self.per_label, seconds, lambda cell: self._once(cell, seconds[cell.base]))
         while todo:
             cell = planner.choose(todo, done, self._seconds_left())
             if cell is None:
                 break
             todo.remove(cell)
+            kept = Checkpoints(self._checkpoints)
             try:
-                done[cell] = self._fit(cell, f"{len(done) + 1} of {len(self._cells)}")
-                self._store.write(done[cell])
+                outcome = self._fit(cell, f"{len(done) + 1} of {len(self._cells)}", kept)
+                self._store.write(outcome)
             except _OutOfTimeError:
-                skipped.append(Skipped(cell, "the time was up before it was done; more time goes on from there"))
+                reason = "the time was up before it was done; more time goes on from there"
+                skipped.append(Skipped(cell, reason, for_time=True))
+                continue
+            except NoRoomError:
+                raise
+            except ExportError as error:
+                failed = [cell, *self._as_bad(cell, todo)]
+                skipped += [Skipped(other, f"it failed: {error}") for other in failed]
+                todo = [other for other in todo if other not in failed]
+            else:
+                done[cell] = outcome
+            kept.remove()
         return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
+
+    def _as_bad(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
+        """Return the other cells that will fail as this one did: all that tune, if the encoder cannot be trained."""
+        if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].workbench.is_trainable:
+            return []
+        return [other for other in todo if other.base == cell.base and STRATEGIES[other.strategy].tunes]
 
     def _seconds_left(self) -> float | None:
         return None if self._end is None else self._end - perf_counter()
+
+    def _timed(self, title: str) -> Progress:
+        """Return a progress that tells what is done of something, and ends it when the time is up."""
+
+        def tell(stage: str, done: int, total: int, detail: str = "") -> None:
+            if self._end is not None and perf_counter() > self._end:
+                raise _OutOfTimeError
+            self._progress(title, done, total, f"{stage} {detail}".strip())
+
+        return tell
+
+    def _once(self, cell: Cell, per_text: float) -> float:
+        """Return the seconds that a cell takes for what is done once for all like it."""
+        base = self._bases[cell.base]
+        loading = STRATEGIES[cell.strategy].tunes and not base.workbench.is_trainable
+        texts = len(self._sample(cell).texts)
+        return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
 
     def _sample(self, cell: Cell) -> Examples:
         """Return what a cell learns from; without texts, all tell at least what labels there are."""
@@ -206,19 +239,15 @@ class _Comparison:
     def _embed(self, base: Base) -> float:
         """Embed all texts; return the seconds that one takes."""
         texts = {*self._train.texts, *self._test.texts, *self._outside}
+        base.workbench.progress = self._timed("embedding all texts")
         with Cost() as cost:
             base.workbench.vectors(sorted(texts))
         return cost.seconds / len(texts)
 
-    def _fit(self, cell: Cell, number: str) -> Outcome:
+    def _fit(self, cell: Cell, number: str, checkpoints: Checkpoints) -> Outcome:
         """Fit and measure one cell."""
         base, sample = self._bases[cell.base], self._sample(cell)
-
-        def tell(stage: str, done: int, total: int, detail: str = "") -> None:
-            if self._end is not None and perf_counter() > self._end:
-                raise _OutOfTimeError
-            self._progress(f"{number}: {cell.title}", done, total, f"{stage} {detail}".strip())
-
+        tell = self._timed(f"{number}: {cell.title}")
         tell("beginning", 0, 1)
         workbench = base.workbench
         workbench.progress = tell
@@ -226,16 +255,17 @@ class _Comparison:
             _ = workbench.backbone  # which takes seconds to load, once
         with Cost() as wall:
             sample = self._described(sample, workbench)
-            options = Options(cell.seed, self._wanted.balanced, checkpoints=self._checkpoints, progress=tell)
+            options = Options(cell.seed, self._wanted.balanced, checkpoints=checkpoints, progress=tell)
             with workbench.account() as account, Cost() as cost:
                 fitted = STRATEGIES[cell.strategy].fit(sample, workbench, options)
             price = workbench.price(account)
             outcome = self._measure(cell, sample, fitted)
-        self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts)
+        before = checkpoints.spent
+        self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, tell)
         outcome.figures.update(
-            wall_seconds=wall.seconds,
-            seconds=cost.seconds - account.waited.seconds + price.seconds,
-            cpu_seconds=cost.cpu_seconds - account.waited.cpu_seconds + price.cpu_seconds,
+            wall_seconds=wall.seconds + before.seconds,
+            seconds=before.seconds + cost.seconds - account.waited.seconds + price.seconds,
+            cpu_seconds=before.cpu_seconds + cost.cpu_seconds - account.waited.cpu_seconds + price.cpu_seconds,
         )
         return outcome
 
@@ -251,10 +281,11 @@ class _Comparison:
         """Measure what a strategy made on the test texts, calibrated by what it held out."""
         calibration = calibrate(fitted.held_out, multi_label=sample.multi_label)
         logits = fitted.classify(self._test.texts)
-        figures = {**fitted.figures, **measure(logits, self._test.targets, calibration)}
+        held_out = fitted.held_out
+        figures = {**fitted.figures, "held_out_texts": float(len(held_out))}
+        figures |= measure(logits, self._test.targets, calibration)
         if self._outside:
             figures |= measure_scope(logits, fitted.classify(self._outside), calibration)
-        held_out = fitted.held_out
         return Outcome(
             cell,
             len(sample.texts),

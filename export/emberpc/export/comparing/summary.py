@@ -221,13 +221,48 @@ def crossover(summary: Summary) -> str:
         return "No fine-tuning was measured."
     if summary.tuned is None or summary.frozen is None:
         return "Fine-tuning and frozen vectors were not both measured at the largest budget."
+    # Of several strategies the luckiest is the best: the more there are of a road, the more that favours it.
+    said = "The best fine-tuning was surely ahead of the best on frozen vectors, both chosen by the test texts, {}"
     if summary.crossover is None:
-        return f"Fine-tuning was surely ahead of frozen vectors at no budget up to {budget_name(budgets[-1])}."
+        return said.format(f"at no budget up to {budget_name(budgets[-1])}.")
     if summary.crossover == budgets[0]:
-        return f"Fine-tuning was surely ahead of frozen vectors at every budget from {budget_name(budgets[0])} on."
-    return (
-        f"Fine-tuning was surely ahead of frozen vectors from {budget_name(summary.crossover)} on; "
-        "below that the cheaper road is as good."
+        return said.format(f"at every budget from {budget_name(budgets[0])} on.")
+    return said.format(f"from {budget_name(summary.crossover)} on; below that the cheaper road is as good.")
+
+
+def caveats(summary: Summary) -> list[str]:
+    """Return what to know of the figures before they are believed, a sentence each."""
+    learnt_from = set(summary.compared.train.texts)
+    shared = [text for text in summary.compared.test.texts if text in learnt_from]
+    once = [point for point in summary.points if point.seeds == 1 and point.budget != NO_TEXTS]
+    raw = [point for point in summary.points if point.means.get("held_out_texts") == 0]
+    found = []
+    if shared:
+        found.append(
+            f"{len(shared)} test texts are training texts, too, such as “{shared[0]:.60}”: "
+            "accuracy flatters by as much."
+        )
+    if once:
+        found.append(
+            "Fitted once only, so that the chance of what was drawn is not counted in what is called sure: "
+            f"{_listed(once, summary)}."
+        )
+    if raw:
+        found.append(
+            "Too few texts to hold any out, so that no temperature could be fitted and probabilities are not "
+            f"calibrated: {_listed(raw, summary)}."
+        )
+    return found
+
+
+def _listed(points: Sequence[Point], summary: Summary) -> str:
+    """Name points, by way."""
+    budgets: dict[Way, list[str]] = {}
+    for point in points:
+        budgets.setdefault(point.way, []).append(budget_name(point.budget))
+    several = len(summary.compared.sources) > 1
+    return "; ".join(
+        f"{way.strategy}{f' ({way.base})' if several else ''} at {', '.join(names)}" for way, names in budgets.items()
     )
 
 

@@ -47,8 +47,8 @@ class Options:
     hard_negatives: int = 1
     encoder_rate: float = 1e-4
     batch: int = 32
-    #: Where a training keeps what it needs to be resumed; None: nowhere.
-    checkpoints: Path | None = None
+    #: Where the training keeps what it needs to be resumed; whoever stores the outcome removes that.
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
 
@@ -214,7 +214,7 @@ class _Tuning:
     def _checkpoint(self, recipe: Recipe, negatives: Sequence[Sequence[int]]) -> Checkpoint:
         """Return the training's checkpoint, found again by all that its outcome depends on."""
         train, held_out = self._data.train, self._data.held_out
-        return Checkpoints(self._options.checkpoints).of(
+        return self._options.checkpoints.of(
             method="multiple-negatives-ranking",
             encoder=self._encoder.weights_sha256,
             tokens=self._encoder.max_tokens,

@@ -14,6 +14,7 @@ from emberpc.export.evaluation import HeldOut
 from emberpc.export.examples import Examples, Rows
 from emberpc.export.linear import Matrix, right, stratify
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class Options:
     validation: Examples | None = None
     #: Passes over the texts; default: fewer the more texts there are.
     epochs: int | None = None
-    #: Where a training keeps what it needs to be resumed; None: nowhere.
-    checkpoints: Path | None = None
+    #: Where trainings keep what they need to be resumed; whoever stores the outcome removes that.
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
 
@@ -162,4 +163,4 @@ def fit_and_hold_out(
 def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -> Fitted:
     """Return what was fitted, with the logits that another fit gave texts that it had not seen."""
     logits = by.classify(held_out.texts)
-    return replace(fitted, held_out=HeldOut(logits, held_out.targets, rows))
+    return replace(fitted, held_out=HeldOut(logits, held_out.targets, rows, unseen=by is fitted))

@@ -37,7 +37,7 @@ class ZeroShot:
             return Fitted(_by(head, workbench), no_texts(examples), head)
         logits = head.logits(workbench.vectors(held_out.texts))
         rows = np.arange(0 if options.validation else len(examples.texts))
-        return Fitted(_by(head, workbench), HeldOut(logits, held_out.targets, rows), head)
+        return Fitted(_by(head, workbench), HeldOut(logits, held_out.targets, rows, unseen=True), head)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from emberpc.export.examples import Examples
 from emberpc.export.linear import Matrix, balanced_weights
 from emberpc.export.strategies.base import Fitted, Options, Tuned, accuracy, fit_and_hold_out, no_texts, standard_error
 from emberpc.export.strategies.frozen import COSINE_SCALE, class_means
-from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
+from emberpc.export.tuning.checkpoint import Checkpoint
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 from emberpc.export.workbench import Workbench
 
@@ -159,12 +159,15 @@ def checkpoint_of(
     strategy: str, examples: Examples, held_out: Examples | None, recipe: Recipe, workbench: Workbench, options: Options
 ) -> Checkpoint:
     """Return the checkpoint of one training, found again by all that its outcome depends on."""
-    return Checkpoints(options.checkpoints).of(
+    encoder = workbench.encoder
+    return options.checkpoints.of(
         strategy=strategy,
-        encoder=workbench.encoder.weights_sha256,
+        encoder=encoder.weights_sha256,
+        tokens=encoder.max_tokens,
+        prompt=encoder.prompts.passage,
         texts=examples.texts,
         targets=examples.targets.tolist(),
-        held_out=held_out and held_out.texts,
+        held_out=held_out and (held_out.texts, held_out.targets.tolist()),
         recipe=repr(recipe),
         seed=options.seed,
         balanced=options.balanced,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.checkpoint import Checkpoint, TrainingState
+from emberpc.export.workbench import Cost
 
 #: So many batches are put together before their texts are sorted by length: short with short wastes little on padding.
 _BUCKET = 8
@@ -67,7 +68,8 @@ def train(
             that is as good as the best. Default: those of the last one.
         tolerance: a score so much below the best is as good: the standard error, or where few texts are held out
             chance would stop the training.
-        checkpoint: where to keep the state after each epoch, and to find one to go on from.
+        checkpoint: where to keep the state after each epoch, and to find one to go on from; a training that is done
+            leaves its weights there, for whoever stores what comes of it to remove.
         stage: what to call it in the progress.
         progress: told of every step, the loss and the time left.
 
@@ -87,7 +89,12 @@ def train(
     total = per_epoch * recipe.epochs
     state, best = _resumed(checkpoint, everything, optimizer)
     log = Log([], state.scores)
-    began = perf_counter()
+    began, began_cpu = perf_counter(), process_time()
+
+    def spent() -> Cost:
+        before = state.spent
+        return Cost(before.seconds + perf_counter() - began, before.cpu_seconds + process_time() - began_cpu)
+
     for epoch in range(state.epoch, recipe.epochs):
         if score and epoch - _best_epoch(log.scores, tolerance) >= recipe.patience:
             break
@@ -112,12 +119,13 @@ def train(
             log.scores.append(score())
             if _best_epoch(log.scores, tolerance) == epoch + 1:
                 best = {name: parameter.detach().clone() for name, parameter in everything.items()}
-        checkpoint.write(_state(everything, optimizer, best, epoch + 1, log.scores))
+        checkpoint.write(_state(everything, optimizer, best, epoch + 1, log.scores, spent()))
     if best:
         with torch.no_grad():
             for name, parameter in everything.items():
                 parameter.copy_(best[name])
-    checkpoint.remove()
+    # It stays until what comes of the training is stored; the optimizer's state, twice the weights, need not.
+    checkpoint.write(TrainingState(_values(everything), recipe.epochs, log.scores, spent()))
     return Log(log.losses, log.scores, _best_epoch(log.scores, tolerance) if log.scores else recipe.epochs)
 
 
@@ -144,19 +152,23 @@ def _best_epoch(scores: Sequence[float], tolerance: float) -> int:
     return max((i for i, score in enumerate(scores, 1) if score >= max(scores) - tolerance), default=0)
 
 
+def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {f"value.{name}": parameter.detach() for name, parameter in parameters.items()}
+
+
 def _state(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     best: Mapping[str, torch.Tensor],
     epoch: int,
     scores: list[float],
+    spent: Cost,
 ) -> TrainingState:
-    tensors = {f"best.{name}": tensor for name, tensor in best.items()}
+    tensors = {**_values(parameters), **{f"best.{name}": tensor for name, tensor in best.items()}}
     for name, parameter in parameters.items():
-        tensors[f"value.{name}"] = parameter.detach()
         for kind, tensor in optimizer.state[parameter].items():
             tensors[f"{kind}.{name}"] = tensor
-    return TrainingState(tensors, epoch, scores)
+    return TrainingState(tensors, epoch, scores, spent)
 
 
 def _resumed(
@@ -170,7 +182,8 @@ def _resumed(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors[f"value.{name}"])
-            optimizer.state[parameter] = {kind: state.tensors[f"{kind}.{name}"] for kind in kinds}
+            if f"step.{name}" in state.tensors:  # else the training was done
+                optimizer.state[parameter] = {kind: state.tensors[f"{kind}.{name}"] for kind in kinds}
     prefix = "best."
     best = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}
     return state, best

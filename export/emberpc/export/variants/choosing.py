@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from emberpc.bundle import Manifest, Measured, Variant
+from emberpc.bundle import Manifest, Measured, Parity, Variant
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import Examples, evenly
 from emberpc.export.graph import check_size, save_model
@@ -60,6 +60,7 @@ def add_variants(
     texts: Sequence[str] = (),
     examples: Examples | None = None,
     judged: Judged | None = None,
+    measured_on: str,
     progress: Progress = no_progress,
 ) -> Manifest:
     """Measure a bundle's fp32, and add the variants that are wanted and keep to their bounds.
@@ -72,6 +73,7 @@ def add_variants(
         texts: what to measure an embedder on; default: docstrings of Python's standard library.
         examples: what to measure a classifier on.
         judged: what to measure an embedder on instead of texts, by what its queries find.
+        measured_on: what those texts are, in words.
         progress: told what is being tried.
 
     Returns:
@@ -101,7 +103,7 @@ def add_variants(
             dropped[candidate.name] = str(error)
         else:
             variants.append(variant)
-    return replace(manifest, variants=tuple(variants), dropped=dropped)
+    return replace(manifest, variants=tuple(variants), dropped=dropped, measured_on=measured_on)
 
 
 def _trial(
@@ -136,13 +138,22 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
     measured, faults = trial.measure(candidate.path, candidate.bound)
     if faults:
         raise ExportError("; ".join(faults))
-    reference = trial.reference
-    expected = reference.embeddings if reference.logits is None else reference.logits
-    got = trial.runner(candidate.path).run(reference.texts, trial.output)
-    if faults := candidate.bound.faults(expected, got):
-        raise ExportError(f"on the reference texts {'; '.join(faults)}")
-    parity = compare(expected, got, labels=reference.logits is not None)
-    return Variant(candidate.name, candidate.path, parity, candidate.bound, measured)
+    return Variant(candidate.name, candidate.path, _parity(trial, candidate), candidate.bound, measured)
+
+
+def _parity(trial: Trial, candidate: Candidate) -> Parity:
+    """Hold a candidate to its bound on the reference texts as `verify` will: each output, one by one and in a batch."""
+    reference, runner = trial.reference, trial.runner(candidate.path)
+    outputs = {"sentence_embedding": reference.embeddings}
+    if reference.logits is not None:
+        outputs["logits"] = reference.logits
+    for output, expected in outputs.items():
+        # Under int8 what a text gives depends on its batch.
+        for how, size in (("one by one", 1), ("in one batch", len(reference.texts))):
+            got = runner.run(reference.texts, output, batch_size=size)
+            if faults := candidate.bound.faults(expected, got):
+                raise ExportError(f"{output} of the reference texts {how}: {'; '.join(faults)}")
+    return compare(expected, got, labels=reference.logits is not None)
 
 
 def _require_gain(variant: Variant, kept: Sequence[Variant]) -> None:

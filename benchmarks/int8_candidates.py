@@ -1,0 +1,255 @@
+"""Which way to int8 is the best? Builds the ways that were thought of, and measures each against fp32.
+
+BUNDLE is an embedding model as `emberpc export embedding` writes it. For each
+candidate the table has the mean cosine to fp32, the share of a text's 10
+nearest that are among fp32's, and texts per CPU-second as a multiple of fp32's:
+inference alone, one thread, in turns with fp32, the median of the ratios. What
+is calibrated or looked at beforehand are other texts than those measured on.
+
+    python benchmarks/int8_candidates.py BUNDLE [--texts FILE] [--count 256] [--only NAME …]
+
+FILE has a column `text`; without it the texts are docstrings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_dynamic
+from onnxruntime.quantization.quantize import quantize_static
+from rich.console import Console
+from rich.table import Table
+
+from emberpc.bundle import read_bundle, unit
+from emberpc.export.datasets import read_texts
+from emberpc.export.examples import evenly
+from emberpc.export.runner import Feeds, Matrix, Runner
+from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.variants.measuring import ROUNDS, neighbour_agreement
+from emberpc.export.variants.outliers import find_outliers
+from emberpc.export.variants.surgery import products, split_outliers
+
+#: Texts that ranges are calibrated and outliers looked for on, and every how many of the batches is timed.
+LOOKED_AT = 64
+TIMED_EVERY = 4
+#: Tokens of a text that static ranges are calibrated on.
+CUT_AT = 32
+OUTPUT = "sentence_embedding"
+
+
+def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProto] = ()) -> onnx.ModelProto:
+    """Make the products int8, weights by column; activations get one scale for each batch as they come."""
+    left = {node.name for node in without}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[node.name for node in products(model) if node.name not in left],
+            per_channel=True,
+            reduce_range=bits == 7,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT},
+        )
+        return onnx.load(str(path))
+
+
+class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    """Gives a calibration its texts, one after the other: the longer ones, cut, as it stacks what they give."""
+
+    def __init__(self, feeds: Sequence[Feeds]) -> None:
+        long = [one for one in feeds if all(values.shape[1] >= CUT_AT for values in one.values())]
+        self._feeds = iter([{name: values[:, :CUT_AT] for name, values in one.items()} for one in long])
+
+    def get_next(self) -> Feeds | None:
+        return next(self._feeds, None)
+
+
+def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | None) -> onnx.ModelProto:
+    """Make the products int8 with fixed ranges of activations: their extremes, or what a percentile leaves of them."""
+    method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it tells what it is doing
+        path = Path(folder) / "model.onnx"
+        quantize_static(
+            model,
+            path,
+            Texts(feeds),
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[node.name for node in products(model)],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=method,
+            extra_options={} if percentile is None else {"CalibPercentile": percentile},
+        )
+        return onnx.load(str(path))
+
+
+def second(model: onnx.ModelProto) -> list[NodeProto]:
+    """Return the second product of each feed-forward block: of those with constant weights, the one that narrows."""
+    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    return [node for node in products(model) if dims[node.input[1]][0] > dims[node.input[1]][1]]
+
+
+def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
+    """Cut each column's weights, in place, at a percentile of their magnitudes."""
+    wanted = {node.input[1] for node in products(model)}
+    for tensor in model.graph.initializer:
+        if tensor.name in wanted:
+            weights = numpy_helper.to_array(tensor)
+            most = np.percentile(np.abs(weights), percentile, axis=0, keepdims=True).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(np.clip(weights, -most, most), tensor.name))
+
+
+def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeProto], alpha: float = 0.5) -> None:
+    """Move range from inputs to weights, in place: x @ W = (x / s) @ (s W), as SmoothQuant does."""
+    names = list(dict.fromkeys(node.input[0] for node in nodes))
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    session = session_of(watched)
+    found = [session.run(names, one) for one in feeds]
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for number, (name, values) in enumerate(zip(names, zip(*found, strict=True), strict=True)):
+        peaks = np.max([np.abs(part).reshape(-1, part.shape[-1]).max(axis=0) for part in values], axis=0)
+        own = [node for node in nodes if node.input[0] == name]
+        weights = np.max([np.abs(numpy_helper.to_array(tensors[node.input[1]])).max(axis=1) for node in own], axis=0)
+        scale = np.maximum(peaks**alpha / np.maximum(weights, 1e-6) ** (1 - alpha), 1e-3).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(1 / scale, f"smooth_{number}"))
+        place = min(list(model.graph.node).index(node) for node in own)
+        smoothed = helper.make_node("Mul", [name, f"smooth_{number}"], [f"smoothed_{number}"], name=f"smooth_{number}")
+        for node in own:
+            tensor = tensors[node.input[1]]
+            tensor.CopyFrom(numpy_helper.from_array(scale[:, None] * numpy_helper.to_array(tensor), tensor.name))
+            node.input[0] = f"smoothed_{number}"
+        model.graph.node.insert(place, smoothed)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to int8: its graph, made of fp32's (which it may change) and of some texts; `exact`: see `session_of`."""
+
+    name: str
+    make: Callable[[onnx.ModelProto, Sequence[Feeds]], onnx.ModelProto]
+    exact: bool = False
+
+
+def _clipped(percentile: float) -> Callable[[onnx.ModelProto, Sequence[Feeds]], onnx.ModelProto]:
+    def make(model: onnx.ModelProto, _feeds: Sequence[Feeds]) -> onnx.ModelProto:
+        clip_weights(model, percentile)
+        return dynamic(model)
+
+    return make
+
+
+def _apart(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> onnx.ModelProto:
+    split_outliers(model, find_outliers(model, feeds))
+    return dynamic(model)
+
+
+def _smoothed(choose: Callable[[onnx.ModelProto], list[NodeProto]]) -> Callable[..., onnx.ModelProto]:
+    def make(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> onnx.ModelProto:
+        smooth(model, feeds, choose(model))
+        return dynamic(model)
+
+    return make
+
+
+CANDIDATES = (
+    Candidate("8-bit", lambda model, _: dynamic(model, bits=8)),
+    Candidate("8-bit-exact", lambda model, _: dynamic(model, bits=8), exact=True),
+    Candidate("7-bit", lambda model, _: dynamic(model)),
+    Candidate("7-bit-second-fp32", lambda model, _: dynamic(model, without=second(model))),
+    Candidate("7-bit-outliers-apart", _apart),
+    Candidate("7-bit-smooth-second", _smoothed(second)),
+    Candidate("7-bit-smooth-all", _smoothed(products)),
+    Candidate("7-bit-weights-99.9", _clipped(99.9)),
+    Candidate("7-bit-weights-99", _clipped(99.0)),
+    Candidate("static-minmax", lambda model, feeds: static(model, feeds, None)),
+    Candidate("static-99.999", lambda model, feeds: static(model, feeds, 99.999)),
+    Candidate("static-99.99", lambda model, feeds: static(model, feeds, 99.99)),
+    Candidate("static-99.9", lambda model, feeds: static(model, feeds, 99.9)),
+)
+
+
+def session_of(model: onnx.ModelProto, *, exact: bool = False) -> ort.InferenceSession:
+    """Load a graph, on one thread; `exact`: 8-bit products that cannot saturate, where they else may."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def embed(session: ort.InferenceSession, batches: Sequence[Feeds]) -> Matrix:
+    return np.concatenate([session.run([OUTPUT], batch)[0] for batch in batches])
+
+
+def speedup(fp32: ort.InferenceSession, own: ort.InferenceSession, batches: Sequence[Feeds]) -> float:
+    def seconds(session: ort.InferenceSession) -> float:
+        start = process_time()
+        embed(session, batches)
+        return process_time() - start
+
+    seconds(fp32), seconds(own)
+    return median(seconds(fp32) / seconds(own) for _ in range(ROUNDS))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--texts", type=Path, help="a file with a column `text` (default: docstrings)")
+    parser.add_argument("--count", type=int, default=256, help="texts to measure on (default: %(default)s)")
+    names = [candidate.name for candidate in CANDIDATES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="; ".join(names))
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # the quantisers' advice on every call
+    manifest = read_bundle(arguments.bundle).manifest
+    path = arguments.bundle / manifest.variant().path
+    most = arguments.count + LOOKED_AT
+    texts = list(dict.fromkeys(read_texts(arguments.texts))) if arguments.texts else sample_texts(most)
+    texts = [manifest.prompts.passage + texts[row] for row in evenly(len(texts), most)]
+    looked_at = [texts[row] for row in evenly(len(texts), LOOKED_AT)]
+    measured_on = [text for text in texts if text not in set(looked_at)]
+    runner = Runner(path, arguments.bundle / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1)
+    batches = runner.prepare(measured_on)
+    feeds = [batch for text in looked_at for batch in runner.prepare([text])]
+    fp32 = session_of(onnx.load(str(path)))
+    expected = embed(fp32, batches)
+    table = Table("candidate", "mean cosine", "least cosine", "same 10 nearest", "times fp32")
+    for candidate in CANDIDATES:
+        if candidate.name not in arguments.only:
+            continue
+        session = session_of(candidate.make(onnx.load(str(path)), feeds), exact=candidate.exact)
+        got = embed(session, batches)
+        cosines = (unit(got) * unit(expected)).sum(axis=1)
+        agreement = neighbour_agreement(expected, got)
+        cells = [f"{cosines.mean():.4f}", f"{cosines.min():.4f}", f"{agreement:.3f}"]
+        cells.append(f"{speedup(fp32, session, batches[::TIMED_EVERY]):.2f}")
+        Console(stderr=True).print(candidate.name, *cells)
+        table.add_row(candidate.name, *cells)
+    print(f"{len(measured_on)} texts, ONNX Runtime {ort.__version__}")
+    Console(width=100).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
