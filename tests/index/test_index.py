@@ -209,11 +209,11 @@ def test_who_opens_a_collection_keeps_nobody_waiting_for_another(
     index, opening, go_on = Index(tmp_path), threading.Event(), threading.Event()
     load = snapshots.load
 
-    def slow(spec: CollectionSpec, folder: Path) -> Graph | None:
+    def slow(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Graph | None:
         if spec.name == "large":
             opening.set()
             assert go_on.wait(30)
-        return load(spec, folder)
+        return load(spec, identity, newest, folder)
 
     monkeypatch.setattr(snapshots, "load", slow)
     with ThreadPoolExecutor(2) as pool:

@@ -88,7 +88,7 @@ class Collection(SearchCalls):
         self._folder = folder
         self.created = created
         self._wake = lambda: wake(self)
-        self._wake_at_rest = lambda seconds: wake_at_rest(self, seconds)
+        self._wake_at_rest: Callable[[float], None] = lambda seconds: wake_at_rest(self, seconds)
         self._expire_at = expire_at
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.

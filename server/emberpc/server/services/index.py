@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from emberpc.bundle import Task
 from emberpc.server.cores import usable_cores
@@ -350,7 +350,7 @@ def add_index_service(service: IndexService, server: Any) -> None:
 
     Search answers with bytes: nobody is to write them once more.
     """
-    index_pb2_grpc.add_IndexServiceServicer_to_server(service, _Written(server))
+    index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _Written(server)))
 
 
 class _Written:
