@@ -29,8 +29,9 @@ from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.search_calls import SearchCalls, clause_of
 from emberpc.server.index.searching import Searcher
 from emberpc.server.index.selection import Selector
-from emberpc.server.index.store import Change, Store
+from emberpc.server.index.store import Store
 from emberpc.server.index.types import (
+    Change,
     CollectionInfo,
     CollectionSpec,
     Labels,

@@ -7,44 +7,25 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emberpc.server.errors import Code, ServiceError, invalid
+from emberpc.server.errors import ServiceError, invalid
 from emberpc.server.index import schema
 from emberpc.server.index.damage import Damage
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.rows import (
-    AS_ONE_ROW,
-    ROW_COLUMNS,
-    Row,
-    columns_of,
-    insert_row,
-    record_of,
-    record_of_json,
-)
-from emberpc.server.index.types import CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
+from emberpc.server.index.rows import AS_ONE_ROW, ROW_COLUMNS, Row, columns_of, insert_row, record_of, record_of_json
+from emberpc.server.index.types import Change, CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
+from emberpc.server.index.validation import check_revision
 
 DATABASE_NAME = "records.db"
 _MAX_VARIABLES = 900
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a write did: its number, the labels that came and went, how many ids were new, and how many replaced."""
-
-    sequence: int
-    added: Labels
-    removed: set[int]
-    inserted: int = 0
-    updated: int = 0
 
 
 class Store:
@@ -111,7 +92,7 @@ class Store:
                 for row in self._by(connection, "id", [record.id for record in records], "id, label, revision, created")
             }
             for record, revision in zip(records, expected_revisions or (), strict=False):
-                _check_revision(record.id, revision, present[record.id][1] if record.id in present else 0)
+                check_revision(record.id, revision, present[record.id][1] if record.id in present else 0)
             sequence = self._next_sequence(connection)
             removed = {row[0] for row in present.values()}
             delete_rows(connection, self._spec, removed)
@@ -431,13 +412,3 @@ class Store:
     def _next_sequence(self, connection: sqlite3.Connection) -> int:
         connection.execute("UPDATE state SET sequence = sequence + 1")
         return self._sequence(connection)
-
-
-def _check_revision(record_id: str, expected: int, present: int) -> None:
-    if expected != present:
-        raise ServiceError(
-            Code.ABORTED,
-            f"record {record_id!r} has revision {present}, not {expected}; nothing was written, read it and retry",
-            reason="REVISION_MISMATCH",
-            metadata={"record": record_id, "expected_revision": str(expected), "present_revision": str(present)},
-        )

@@ -176,3 +176,14 @@ def check_page_size(page_size: int) -> None:
     """Raise INVALID_ARGUMENT unless a page can have so many items."""
     if not 1 <= page_size <= MAX_PAGE_SIZE:
         raise invalid("page_size", f"is {page_size}; it must be 1 to {MAX_PAGE_SIZE}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a write did: its number, the labels that came and went, how many ids were new, and how many replaced."""
+
+    sequence: int
+    added: Labels
+    removed: set[int]
+    inserted: int = 0
+    updated: int = 0

@@ -6,7 +6,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from emberpc.server.errors import Violation, invalid, invalid_fields
+from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
 from emberpc.server.index.types import NewRecord
 
 _MAX_ID_BYTES = 512
@@ -59,6 +59,17 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
         raise invalid("min_recall", f"is {min_recall:g}; it must be above 0 and at most 1, or 0 for no target")
     if ef and min_recall:
         raise invalid("min_recall", "is given beside ef; give one of the two")
+
+
+def check_revision(record_id: str, expected: int, present: int) -> None:
+    """Raise ABORTED unless a record has the revision that a write expects, 0 for one that is not there."""
+    if expected != present:
+        raise ServiceError(
+            Code.ABORTED,
+            f"record {record_id!r} has revision {present}, not {expected}; nothing was written, read it and retry",
+            reason="REVISION_MISMATCH",
+            metadata={"record": record_id, "expected_revision": str(expected), "present_revision": str(present)},
+        )
 
 
 def _wrong_id(record_id: str) -> str:
