@@ -2,7 +2,8 @@
 
 python benchmarks/index_page.py RESULT.json --vectors "what they are" [--filters FILTERS.json] [--churn RECALL.json]
 
-FILTERS.json is of `benchmarks/filters.py`, RECALL.json of `benchmarks/recall.py`.
+FILTERS.json is of `benchmarks/filters.py`, RECALL.json of `benchmarks/recall.py`. What stands on the page after its
+marker is kept: figures of other runs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ BESIDE = {
 #: Servers beside, which keep nothing.
 RPC_ONLY = ("empty handler", "ten ready hits")
 MILLION = 1_000_000
+KEPT = "<!-- figures of other runs -->\n"
 
 HEAD = """# Benchmarks of the index
 
@@ -186,7 +188,9 @@ def main() -> None:
         lines += churned(json.loads(arguments.churn.read_text(encoding="utf-8")))
     for name, reason in found["failed"].items():
         lines.append(f"- {name} was not measured: {reason}")
-    (DOCS / "index-benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page = DOCS / "index-benchmarks.md"
+    kept = page.read_text(encoding="utf-8").partition(KEPT)[2]
+    page.write_text("\n".join(lines) + f"\n\n{KEPT}{kept}", encoding="utf-8")
 
 
 if __name__ == "__main__":
