@@ -69,11 +69,13 @@ class Encoder:
         except SessionError as error:  # one thread does it, too
             log.warning("%s; texts that are alone run on one core", error)
             return
-        return_memory()  # reading the weights took as much again as they take in the end
         if self._is_faster(wide):
             self._wide = wide
         else:
             log.info("%s is no faster on %d threads", self._session.path, threads)
+        del wide
+        # Reading the weights took as much again as they take in the end; and if the session is not kept, all of it.
+        return_memory()
 
     def _is_faster(self, wide: OnnxSession) -> bool:
         """Run a short text on both sessions, in turns, since what else runs holds up both; the fastest run counts."""
