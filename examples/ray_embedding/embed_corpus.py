@@ -30,7 +30,7 @@ import ray.data
 
 from emberpc.bundle import BundleError, Task, read_bundle
 from emberpc.server.cores import usable_cores
-from emberpc.server.engine import Caller, Engine, Lane, Truncation
+from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
@@ -66,8 +66,9 @@ class Embedder:
         self._out = Path(out)
         self._columns = [id_column, text_column]
         self._loop = asyncio.new_event_loop()
-        self._engine = Engine(ThreadPoolExecutor(1), workers=1, batch_tokens=0, max_queue_tokens=_QUEUE_TOKENS)
-        self._model = self._engine.load("model", Path(model))
+        pool = ThreadPoolExecutor(1)
+        self._engine = Engine(Registry(pool), pool, workers=1, batch_tokens=0, max_queue_tokens=_QUEUE_TOKENS)
+        self._model = self._engine.registry.load("model", Path(model))
 
     def __call__(self, parts: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
         """Embed parts and write them; tell of each its name, rows and seconds."""

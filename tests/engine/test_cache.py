@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.engine import Caller, Engine, Lane, Truncation
+from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
 from emberpc.server.engine.encoders import Encoder
 from emberpc.server.engine.inference import Inference
@@ -79,8 +79,10 @@ class Serving:
     """An engine with one model, whose runs are counted and may be made to wait or fail."""
 
     def __init__(self, bundle: Path, pool: ThreadPoolExecutor, cache_bytes: int) -> None:
-        self.engine = Engine(pool, workers=1, batch_tokens=64, max_queue_tokens=10_000, cache_bytes=cache_bytes)
-        self.model = self.engine.load("tiny", bundle)
+        self.engine = Engine(
+            Registry(pool), pool, workers=1, batch_tokens=64, max_queue_tokens=10_000, cache_bytes=cache_bytes
+        )
+        self.model = self.engine.registry.load("tiny", bundle)
 
     async def embed(self, *texts: str, lane: Lane = Lane.INTERACTIVE) -> Inference:
         return await self.engine.infer(self.model, texts, "", Truncation.REFUSE, items_of("texts"), Caller(lane=lane))

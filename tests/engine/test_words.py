@@ -19,7 +19,7 @@ PIECES = st.sampled_from(
 ) | st.sampled_from(
     ["Hello", "world", "42", "e\u0301", "--", "'s", "[SEP]", "[sep]", "[MASK]", "  ", "\r\n", "x" * 120]
 )
-TEXTS = st.lists(PIECES | st.characters(), max_size=12).map("".join)
+TEXTS = st.lists(PIECES | st.characters(codec="utf-8"), max_size=12).map("".join)
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -16,7 +16,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Truncation
+from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Registry, Truncation
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, FieldPath, ServiceError
@@ -34,7 +34,7 @@ class WatchedEngine(Engine):
     """The real engine, with something awaited before it is asked; it may raise."""
 
     def __init__(self, pool: ThreadPoolExecutor, max_queue_tokens: int = 2**20) -> None:
-        super().__init__(pool, workers=1, batch_tokens=512, max_queue_tokens=max_queue_tokens)
+        super().__init__(Registry(pool), pool, workers=1, batch_tokens=512, max_queue_tokens=max_queue_tokens)
         self.before: Callable[[Sequence[str], Caller], Any] | None = None
         self.under_way = 0
         self.asked = 0
@@ -63,7 +63,7 @@ async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedE
     """A server in this loop, on a real port; gives its engine and the method EmbedStream of a stub."""
     with ThreadPoolExecutor(2) as pool:
         engine = WatchedEngine(pool, **settings)
-        engine.load("tiny", bundle)
+        engine.registry.load("tiny", bundle)
         server = grpc.aio.server()
         service = EmbeddingService(engine, Limits(4096, 2**20))
         Handlers(server).add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, service)

@@ -84,10 +84,10 @@ def test_the_extras_are_as_promised(extra: str) -> None:
 def test_every_command_and_exit_code_is_documented() -> None:
     from typer.main import get_command
 
-    from emberpc.cli.app import app
+    from emberpc.cli.app import app_with
 
     text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    commands = get_command(app).commands  # type: ignore[attr-defined]  # Typer's group has it, its base has not
+    commands = get_command(app_with()).commands  # type: ignore[attr-defined]  # Typer's group has it, its base has not
     for name, command in commands.items():
         for sub in getattr(command, "commands", {"": None}):
             assert f"emberpc {name}" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,13 +31,18 @@ def loaded_by(statement: str) -> set[str]:
         ("import emberpc.bundle", (*TRAINING, "onnxruntime", "tokenizers", "grpc", "google")),
         ("import emberpc.export.verify", (*TRAINING[:-1], "grpc", "emberpc.server")),
         ("import emberpc.cli.main", (*TRAINING, "onnxruntime", "hnswlib", "grpc")),
+        # How soon a server serves counts.
+        (
+            "from emberpc.cli.app import app_with; app_with('serve')",
+            (*TRAINING, "onnxruntime", "hnswlib", "grpc", "emberpc.client", "emberpc.bundle", "rich.progress"),
+        ),
     ],
 )
 def test_a_room_loads_only_what_it_needs(statement: str, never: tuple[str, ...]) -> None:
     assert loaded_by(statement) & set(never) == set()
 
 
-def test_grpc_is_imported_by_serve_when_forks_are_known_to_be_none_of_its_business() -> None:
+def test_grpc_is_imported_by_serve_when_forks_are_known_to_be_none_of_its_business(tmp_path: Path) -> None:
     """It reads the variable once; a snapshot's child, with gRPC's own handlers of forks, aborted now and then."""
     code = """
 import os, sys
@@ -48,7 +54,7 @@ sys.meta_path.insert(0, Watch())
 os.environ.pop("GRPC_ENABLE_FORK_SUPPORT", None)
 from emberpc.cli.main import main
 sys.stdout.reconfigure(line_buffering=True)
-sys.exit(main(["serve", "--no-such-flag"]))
+sys.exit(main(["serve", "--data-dir", sys.argv[1], "--model", f"none={sys.argv[1]}"]))
 """
-    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "0\n")

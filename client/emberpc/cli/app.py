@@ -6,12 +6,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextvars import ContextVar
-from importlib.metadata import version
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from emberpc.cli import collections, compare, export, finetune, models, output, records, server, texts
+from emberpc.cli import output
 from emberpc.cli.errors import ExitCode, exit_code
 
 _EPILOG = (
@@ -22,42 +24,67 @@ _EPILOG = (
 #: Whether errors are shown with their traceback.
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 
-app = typer.Typer(
-    name="emberpc",
-    help="Embeddings, vector search and classification over gRPC, on plain CPUs.",
-    epilog=_EPILOG,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+
+@dataclass(frozen=True)
+class _Command:
+    """A command or a group of them: where in the help it stands, and where it is."""
+
+    panel: str
+    module: str
+    attribute: str
+
 
 _MAKING, _SERVING, _ASKING = "Make a model", "On the server's host", "Ask a server"
-export.app.command("finetune-embedding")(finetune.finetune_embedding)
-app.add_typer(export.app, name="export", rich_help_panel=_MAKING)
-app.command(rich_help_panel=_MAKING)(compare.compare)
-app.command(rich_help_panel=_MAKING)(export.verify)
-app.command(rich_help_panel=_SERVING)(server.serve)
-app.command(rich_help_panel=_SERVING)(server.config)
-app.command(rich_help_panel=_ASKING)(models.health)
-app.add_typer(models.app, name="models", rich_help_panel=_ASKING)
-app.command(rich_help_panel=_ASKING)(texts.embed)
-app.command("count-tokens", rich_help_panel=_ASKING)(texts.count_tokens)
-app.command(rich_help_panel=_ASKING)(texts.similarity)
-app.command(rich_help_panel=_ASKING)(texts.classify)
-app.add_typer(collections.app, name="collection", rich_help_panel=_ASKING)
-app.command(rich_help_panel=_ASKING)(records.upsert)
-app.command(rich_help_panel=_ASKING)(records.get)
-app.command(rich_help_panel=_ASKING)(records.delete)
-app.command(rich_help_panel=_ASKING)(records.search)
+_COMMANDS = {
+    "export": _Command(_MAKING, "finetune", "app"),
+    "compare": _Command(_MAKING, "compare", "compare"),
+    "verify": _Command(_MAKING, "export", "verify"),
+    "serve": _Command(_SERVING, "server", "serve"),
+    "config": _Command(_SERVING, "server", "config"),
+    "health": _Command(_ASKING, "models", "health"),
+    "models": _Command(_ASKING, "models", "app"),
+    "embed": _Command(_ASKING, "texts", "embed"),
+    "count-tokens": _Command(_ASKING, "texts", "count_tokens"),
+    "similarity": _Command(_ASKING, "texts", "similarity"),
+    "classify": _Command(_ASKING, "texts", "classify"),
+    "collection": _Command(_ASKING, "collections", "app"),
+    "upsert": _Command(_ASKING, "records", "upsert"),
+    "get": _Command(_ASKING, "records", "get"),
+    "delete": _Command(_ASKING, "records", "delete"),
+    "search": _Command(_ASKING, "records", "search"),
+}
+
+
+@cache
+def app_with(*names: str) -> typer.Typer:
+    """Return the command line with some of its commands; default: with all."""
+    app = typer.Typer(
+        name="emberpc",
+        help="Embeddings, vector search and classification over gRPC, on plain CPUs.",
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_every_command)
+    for name in names or _COMMANDS:
+        command = _COMMANDS[name]
+        found = getattr(import_module(f"emberpc.cli.{command.module}"), command.attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name, rich_help_panel=command.panel)
+        else:
+            app.command(name, rich_help_panel=command.panel)(found)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         sys.stdout.write(f"emberpc {version('emberpc')}\n")
         raise typer.Exit
 
 
-@app.callback()
 def _every_command(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="EMBERPC_DEBUG", help="Show errors with their traceback.")
@@ -74,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     _debug.set(False)
     try:
         # Not standalone: Typer then leaves errors and the exit to this function.
-        code = int(app(list(arguments), prog_name="emberpc", standalone_mode=False) or 0)
+        code = int(_app_for(arguments)(list(arguments), prog_name="emberpc", standalone_mode=False) or 0)
         return code or _flushed()
     except typer.TyperException as error:
         # Of an error in usage, Typer tells which command it was.
@@ -89,6 +116,12 @@ def run(arguments: Sequence[str]) -> int:
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
         return _failed(str(error), known)
+
+
+def _app_for(arguments: Sequence[str]) -> typer.Typer:
+    """Return what runs these: with the one command that is asked for, since the others take long to import."""
+    named = next((argument for argument in arguments if argument != "--debug"), "")
+    return app_with(named) if named in _COMMANDS else app_with()
 
 
 def _is_of_an_interrupt(error: BaseException | None) -> bool:

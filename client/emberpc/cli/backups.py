@@ -11,7 +11,8 @@ import typer
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import AsJson, Name, Overwrite
-from emberpc.cli.output import Stages, print_fields, print_json, stages
+from emberpc.cli.output import print_fields, print_json
+from emberpc.cli.progress import Stages, stages
 from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
 

@@ -13,7 +13,8 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.maps.command import draw_map
 from emberpc.cli.options import AsJson, Name, Where
-from emberpc.cli.output import Column, note, print_fields, print_json, print_table, progress
+from emberpc.cli.output import Column, note, print_fields, print_json, print_table
+from emberpc.cli.progress import progress
 from emberpc.cli.records import WithVectors
 from emberpc.client import Client, Collection
 from emberpc.client.types import Distance, Progress, Truncation

@@ -6,22 +6,6 @@ from collections.abc import Sequence
 from enum import IntEnum
 from importlib.util import find_spec
 
-from emberpc.client import (
-    Aborted,
-    AlreadyExists,
-    DeadlineExceeded,
-    EmberpcError,
-    FailedPrecondition,
-    InputError,
-    InputTypeError,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-    ResourceExhausted,
-    Unauthenticated,
-    Unavailable,
-)
-
 
 class ExitCode(IntEnum):
     """What the exit codes mean; the table is in `emberpc.cli.main`."""
@@ -45,22 +29,6 @@ class CliError(Exception):
         self.code = code
 
 
-_CODES: dict[type[Exception], ExitCode] = {
-    InvalidArgument: ExitCode.INPUT,
-    InputError: ExitCode.INPUT,
-    InputTypeError: ExitCode.INPUT,
-    Unavailable: ExitCode.UNAVAILABLE,
-    DeadlineExceeded: ExitCode.UNAVAILABLE,
-    NotFound: ExitCode.NOT_FOUND,
-    AlreadyExists: ExitCode.CONFLICT,
-    FailedPrecondition: ExitCode.CONFLICT,
-    Aborted: ExitCode.CONFLICT,
-    Unauthenticated: ExitCode.REFUSED,
-    PermissionDenied: ExitCode.REFUSED,
-    ResourceExhausted: ExitCode.REFUSED,
-    EmberpcError: ExitCode.INTERNAL,
-}
-
 #: What the packages of each extra are imported as, or of the part of it that a command needs.
 SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
@@ -75,7 +43,24 @@ def exit_code(error: Exception) -> ExitCode | None:
     """Return the code for an error that is told in one line; None for one that is a fault of the program."""
     if isinstance(error, CliError):
         return error.code
-    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+    from emberpc import client
+
+    codes = {
+        client.InvalidArgument: ExitCode.INPUT,
+        client.InputError: ExitCode.INPUT,
+        client.InputTypeError: ExitCode.INPUT,
+        client.Unavailable: ExitCode.UNAVAILABLE,
+        client.DeadlineExceeded: ExitCode.UNAVAILABLE,
+        client.NotFound: ExitCode.NOT_FOUND,
+        client.AlreadyExists: ExitCode.CONFLICT,
+        client.FailedPrecondition: ExitCode.CONFLICT,
+        client.Aborted: ExitCode.CONFLICT,
+        client.Unauthenticated: ExitCode.REFUSED,
+        client.PermissionDenied: ExitCode.REFUSED,
+        client.ResourceExhausted: ExitCode.REFUSED,
+        client.EmberpcError: ExitCode.INTERNAL,
+    }
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), None)
 
 
 def require(packages: Sequence[str], extra: str, command: str) -> None:

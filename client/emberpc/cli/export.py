@@ -12,7 +12,8 @@ import typer
 from emberpc.bundle import BundleError, Manifest, Prompts, Task
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
 from emberpc.cli.options import AsJson, Overwrite
-from emberpc.cli.output import Column, Stages, note, plain, print_fields, print_gap, print_json, print_table, stages
+from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table
+from emberpc.cli.progress import Stages, stages
 
 app = typer.Typer(help="Make bundles from PyTorch models, offline.", no_args_is_help=True)
 

@@ -12,6 +12,7 @@ from emberpc.cli.export import (
     MaxTokens,
     Target,
     Variants,
+    app,
     exporting,
     show_bundle,
     variant_names,
@@ -20,6 +21,7 @@ from emberpc.cli.options import AsJson, Overwrite
 from emberpc.cli.output import note
 
 
+@app.command("finetune-embedding")
 def finetune_embedding(
     train: Annotated[
         Path,

@@ -10,7 +10,8 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson, Where
-from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table, progress
+from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table
+from emberpc.cli.progress import progress
 from emberpc.cli.writing import Failures, write_stream
 from emberpc.client import Client, RecordId
 from emberpc.client.types import Fusion, Query, SearchMode

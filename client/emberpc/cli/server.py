@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -73,12 +72,8 @@ def serve(loaded: LoadedSettings) -> None:
     `emberpc config` shows what comes of it.
     """
     require(SERVER_PACKAGES, "server", "emberpc serve")
-    from emberpc.server.portable import hnswlib_problem
-
-    # The engine takes as long to import as that check.
-    if problem := hnswlib_problem(loaded.settings.data_dir, lambda: import_module("emberpc.server.engine")):
-        raise CliError(problem)
-    from emberpc.server.app import StartupError, serve
+    from emberpc.server.errors import StartupError
+    from emberpc.server.start import serve
 
     try:
         serve(loaded.settings)

@@ -14,7 +14,8 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson
-from emberpc.cli.output import Column, note, print_json, print_table, progress
+from emberpc.cli.output import Column, note, print_json, print_table
+from emberpc.cli.progress import progress
 from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
 from emberpc.client.types import Classification, InputKind, Progress, StreamedEmbedding, Truncation

@@ -16,7 +16,8 @@ from emberpc.cli.errors import CliError, ExitCode, require
 from emberpc.cli.files import JSON_LINES, LINE_FILES, LineFile
 from emberpc.cli.folders import Split, TextFolder
 from emberpc.cli.options import AsJson, Name, Overwrite, Where
-from emberpc.cli.output import json_line, note, print_json, progress
+from emberpc.cli.output import json_line, note, print_json
+from emberpc.cli.progress import progress
 from emberpc.cli.remaking import Settings
 from emberpc.cli.sources import RECORD_KEYS, Source
 from emberpc.cli.whole_files import check_place, whole_file

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from emberpc.cli.errors import CliError, ExitCode, exit_code
-from emberpc.cli.output import note, plain, print_fields, print_json, progress
+from emberpc.cli.output import note, plain, print_fields, print_json
+from emberpc.cli.progress import progress
 from emberpc.cli.sources import RecordError, Source
 from emberpc.client import Client, FailedRecord
 from emberpc.client.types import UpsertResult

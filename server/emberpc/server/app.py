@@ -1,4 +1,4 @@
-"""The server as a process: put together, started, stopped."""
+"""The server put together, started and stopped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import signal
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 # gRPC's core would write a line of its own about every failure that is reported here in a better one.
@@ -17,10 +16,8 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from emberpc.server.cores import usable_cores
-from emberpc.server.engine import Engine, Loader, ModelLoadError, ModelsDirectory
-from emberpc.server.engine.memory import keep_freed_memory
-from emberpc.server.errors import ServiceError
+from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
+from emberpc.server.errors import ServiceError, StartupError
 from emberpc.server.handlers import Handlers, Observe
 from emberpc.server.index import Index, IndexBackend
 from emberpc.server.services.classification import ClassificationService
@@ -42,13 +39,8 @@ from emberpc.v1 import (
 
 log = logging.getLogger(__name__)
 
-#: How long a thread that runs Python may keep others waiting that want to. A short call changes threads several times;
-#: with Python's 5 ms it took 67 ms at the 99th percentile while a call of 10,000 texts was tokenised.
-_SWITCH_SECONDS = 0.0005
 #: Between tries to start the workers that are missing.
 _REVIVAL_SECONDS = 1.0
-#: Threads for tokenising, index and disk, beyond one for each worker: a few slow calls must not hold up the others.
-_EXTRA_THREADS = 4
 
 SERVICE_NAMES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -61,37 +53,33 @@ SERVICE_NAMES = tuple(
 )
 
 
-class StartupError(Exception):
-    """The server cannot start; the message says why and the remedy."""
-
-
-def serve(settings: Settings) -> None:
+async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models: Future[Registry]) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
+    Args:
+        settings: the settings.
+        workers: threads that run models.
+        pool: where everything runs that takes long; it must be large enough for some slow calls beside others.
+        models: those to serve, which may still be being loaded.
+
     Raises:
-        StartupError: the address is taken, a bundle is wrong, or the data directory cannot be used.
+        StartupError: the address is taken, a model cannot be served, or the data directory cannot be used.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    keep_freed_memory()
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    asyncio.run(_serve(settings))
-
-
-async def _serve(settings: Settings) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     async with AsyncExitStack() as stack:
-        workers = settings.workers or usable_cores()
-        pool = stack.enter_context(ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool"))
         statuses = health.aio.HealthServicer()
         server, address = _bind(settings)
 
         def on_failure() -> None:
             asyncio.run_coroutine_threadsafe(_revive(engine, workers, statuses), loop)
 
+        index = await loop.run_in_executor(pool, _open_index, settings)
+        stack.callback(index.close)
         engine = Engine(
+            await asyncio.wrap_future(models),
             pool,
             workers=workers,
             batch_tokens=settings.batch_tokens,
@@ -102,9 +90,6 @@ async def _serve(settings: Settings) -> None:
         loader = Loader(engine.registry, settings.models_dir, settings.named_variants(), settings.named_options())
         stack.callback(loader.close)
         stack.callback(engine.close)
-        index = await loop.run_in_executor(pool, _open_index, settings)
-        stack.callback(index.close)
-        await loop.run_in_executor(pool, _load_models, engine, settings)
         if settings.models_dir is not None:
             directory = ModelsDirectory(settings.models_dir, engine.registry, loader, settings.named_models())
             await asyncio.wrap_future(loader.submit(directory.poll))
@@ -206,18 +191,6 @@ def _milvus_index(settings: Settings) -> IndexBackend:
         return MilvusIndex(settings.milvus_uri, settings.milvus_token)
     except ServiceError as error:
         raise StartupError(f"{error.message}; or give another --milvus-uri") from error
-
-
-def _load_models(engine: Engine, settings: Settings) -> None:
-    if settings.models_dir is not None and not settings.models_dir.is_dir():
-        raise StartupError(f"--models-dir: there is no folder {settings.models_dir}; make it, or name another")
-    variants, options = settings.named_variants(), settings.named_options()
-    for name, folder in settings.named_models().items():
-        try:
-            model = engine.load(name, folder, variants.get(name, ""), options.get(name, {}))
-        except ModelLoadError as error:
-            raise StartupError(str(error)) from error
-        log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
 
 
 def _register(

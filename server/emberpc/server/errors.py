@@ -1,4 +1,4 @@
-"""The one error type of the server.
+"""The error types of the server: of a call, and of a start.
 
 Engine, index and services raise `ServiceError`; `statuses` says how it travels,
 and only `handlers` ends a call with it. Its message is for the caller: it names the item, the limit
@@ -29,6 +29,10 @@ class Code(Enum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+
+
+class StartupError(Exception):
+    """The server cannot start; the message says why and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import typer
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import MAP_PACKAGES, CliError, ExitCode, require
 from emberpc.cli.options import Name, Overwrite, Where
-from emberpc.cli.output import note, stages
+from emberpc.cli.output import note
+from emberpc.cli.progress import stages
 from emberpc.cli.whole_files import check_place, whole_file
 from emberpc.client import Client
 

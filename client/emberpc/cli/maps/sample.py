@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from emberpc.cli.output import Stages
+from emberpc.cli.progress import Stages
 from emberpc.client import Client
 from emberpc.client.types import Record
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class Engine:
     """Serves models.
 
     Args:
+        registry: the models that it serves.
         pool: where tokenising runs.
         workers: threads that run models.
         batch_tokens: most tokens of a micro-batch, padding included; 0: 512, until `calibrate` found a better size.
@@ -33,6 +34,7 @@ class Engine:
 
     def __init__(
         self,
+        registry: Registry,
         pool: Executor,
         *,
         workers: int,
@@ -41,25 +43,9 @@ class Engine:
         cache_bytes: int = 0,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self.registry = Registry(pool)
+        self.registry = registry
         self._scheduler = Scheduler(workers, batch_tokens or DEFAULT_BATCH_TOKENS, max_queue_tokens, on_failure)
         self._inferrer = Inferrer(pool, self._scheduler, cache_bytes)
-
-    def load(self, name: str, folder: Path, variant: str = "", options: Mapping[str, str] | None = None) -> Model:
-        """Load a bundle and serve it under a name, instead of one that has the name already. Takes seconds.
-
-        Args:
-            name: the name.
-            folder: the bundle.
-            variant: which of its ONNX files; empty: the first.
-            options: what is stated of a model that emberpc did not export.
-
-        Raises:
-            ModelLoadError: it cannot be served.
-        """
-        model = Model.load(name, folder, variant, options, self.registry.encoders)
-        self.registry.put(model)
-        return model
 
     def calibrate(self, record: Path) -> None:
         """Measure which size of micro-batches is best on this host, and use it from now on. Takes a second.

@@ -115,14 +115,12 @@ class Loader:
         self, name: str, folder: Path, variant: str, options: Mapping[str, str], tell: Tell, *, fresh: bool = False
     ) -> Model:
         try:
-            model = Model.load(name, folder, variant, options, self._registry.encoders, fresh=fresh, tell=tell)
+            model = self._registry.load(name, folder, variant, options, fresh=fresh, tell=tell)
         except ModelLoadError as error:
             raise ServiceError(
                 Code.FAILED_PRECONDITION, str(error), reason="MODEL_UNFIT", metadata={"model": name}
             ) from error
-        self._registry.put(model)
         return_memory()  # reading a file of weights takes as much again as they take in the end
-        log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
         return model
 
     def _folder(self, path: str) -> Path:

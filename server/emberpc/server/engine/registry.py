@@ -7,14 +7,16 @@ import gc
 import logging
 import threading
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from emberpc.bundle import Task
 from emberpc.server.engine.encoders import Encoders
 from emberpc.server.engine.memory import return_memory
-from emberpc.server.engine.model import Model
+from emberpc.server.engine.model import Model, Tell
 from emberpc.server.errors import Code, ServiceError, invalid, not_found
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,25 @@ class Registry:
         self._lock = threading.RLock()
         self._versions: dict[str, _Version] = {}
         self._closed = False
+
+    def load(
+        self,
+        name: str,
+        folder: Path,
+        variant: str = "",
+        options: Mapping[str, str] | None = None,
+        *,
+        fresh: bool = False,
+        tell: Tell = lambda stage: None,
+    ) -> Model:
+        """Load a bundle and serve it under a name, instead of one that has the name already. Takes seconds.
+
+        The arguments and errors are those of `Model.load`.
+        """
+        model = Model.load(name, folder, variant, options, self.encoders, fresh=fresh, tell=tell)
+        self.put(model)
+        log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
+        return model
 
     def put(self, model: Model) -> None:
         """Serve a model under its name from now on, instead of one that has the name already."""

@@ -94,11 +94,13 @@ def _written(path: Path) -> tuple[int, ...]:
 
 
 def _options(threads: int) -> ort.SessionOptions:
-    """None spins: the server's workers are the parallelism, and a spinning thread takes a core from them."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that wait for the next operation of a run must not sleep: waking them takes as long as one of a short
+    # text. Between runs none spins: the server's workers are the parallelism, and it would take a core from them.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # Both keep memory for every shape ever seen, and a server sees every shape.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
