@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberpc.client import Client, InputError, InputTypeError, Record
+from emberpc.client import Client, InputError, InputTypeError, Record, SearchQuery
 from emberpc.client._calls import chunks
 from emberpc.client._plain import mapping, moment, struct
 from fake_server import FakeServer
@@ -119,6 +119,12 @@ def test_a_batch_of_queries(fake: FakeServer, shell: Shell) -> None:
         shell("search_batch", "c", "a query")
     with pytest.raises(InputError, match=r"queries\[1\] has shape \(0,\)"):
         shell("search_batch", "c", ["a", []])
+    with pytest.raises(InputTypeError, match="queries is one SearchQuery, it must be a list"):
+        shell("search_batch", "c", SearchQuery("a query"))
+    with pytest.raises(InputError, match=r"queries\[1\].ef"):
+        shell("search_batch", "c", ["a", SearchQuery("b", ef=-1)])
+    with pytest.raises(InputError, match=r"queries\[0\].where"):
+        shell("search_batch", "c", [SearchQuery("b", where="year >")])
     assert not fake.asked
 
 

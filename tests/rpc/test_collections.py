@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound, Record, RecordId
+from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound, Record, RecordId, SearchQuery
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from server_process import ServerProcess
 
@@ -46,6 +46,18 @@ def test_search_by_vector_and_by_record_agree_with_search_by_text(client: Client
     neighbours = client.search(books, RecordId("whale"), top_k=10)
     assert len(neighbours) == 4
     assert "whale" not in {hit.record.id for hit in neighbours}
+
+
+def test_queries_of_one_call_have_options_of_their_own(client: Client, books: str) -> None:
+    queries: list[str | SearchQuery] = [
+        SearchQuery("sea adventure", top_k=1),
+        SearchQuery("sea adventure", where='tags = "bees"'),
+        "insects",
+    ]
+    whale, bees, insects = client.search_batch(books, queries, top_k=3, where="length > 0", mode="hybrid")
+    assert [hit.record.id for hit in whale.hits] == ["whale"]
+    assert [hit.record.id for hit in bees.hits] == ["bees"]
+    assert len(insects.hits) == 3
 
 
 def test_a_search_for_the_neighbours_of_a_missing_record_is_not_found(client: Client, books: str) -> None:
@@ -160,6 +172,25 @@ def test_words_are_searched_alone_and_beside_likeness(client: Client, books: str
     by_rank = client.search(books, "making loaves, with honey", mode="hybrid", fusion="ranks")
     assert len(by_rank) == 5
     assert 2 * 0.5 / 61 >= by_rank[0].score > by_rank[-1].score > 0
+
+
+def test_queries_by_words_and_likeness_have_an_ef_of_their_own(client: Client) -> None:
+    """Of a graph: it takes more records than other collections here have."""
+    client.create_collection("many", model="minilm")
+    try:
+        matrix = np.random.default_rng(0).standard_normal((4200, 384), dtype=np.float32)
+        client.upsert("many", [Record(str(i), f"record {i}") for i in range(len(matrix))], vectors=matrix)
+        queries: list[str | SearchQuery] = [
+            SearchQuery("record 7", ef=150),
+            "record 7",
+            SearchQuery("record 7", ef=300, top_k=2),
+        ]
+        found = client.search_batch("many", queries, mode="hybrid", ef=120)
+        assert [result.plan.ef for result in found] == [150, 120, 300]
+        assert [len(result.hits) for result in found] == [10, 10, 2]
+        assert all("7" in [hit.record.id for hit in result.hits] for result in found)
+    finally:
+        client.delete_collection("many")
 
 
 def test_a_collection_without_a_model_is_searched_by_words(client: Client) -> None:

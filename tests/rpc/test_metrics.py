@@ -8,14 +8,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client, InvalidArgument, Record
-from emberpc.v1 import index_pb2 as pb
-from emberpc.v1 import index_pb2_grpc
-from emberpc.wire import vectors
+from emberpc.client import Client, InvalidArgument, Record, SearchQuery
 from server_process import ServerProcess
 
 
@@ -64,21 +60,19 @@ def test_they_tell_the_recall_of_searches_of_a_graph(tiny_bundle: Path, tmp_path
     with (
         ServerProcess({"tiny": tiny_bundle}, tmp_path, *options) as process,
         Client(process.address) as client,
-        grpc.insecure_channel(process.address) as channel,
     ):
         client.create_collection("points", dimensions=8)
         client.upsert("points", [Record(str(i)) for i in range(len(matrix))], vectors=matrix)
         assert not [name for name in figures(process) if name.startswith("emberpc_search_recall")]
-        queries = [pb.SearchQuery(vector=vectors.encode(matrix[:1]), ef=ef) for ef in (150, 0, 300, 150)]
-        request = pb.SearchRequest(collection="points", queries=queries, ef=120, top_k=5)
+        queries = [SearchQuery(matrix[0], ef=ef) for ef in (150, 0, 300, 150)]
         found: dict[str, float] = {}
         deadline = time.monotonic() + 60
         while not found.get('emberpc_search_probes_total{collection="points"}'):
             assert time.monotonic() < deadline
-            response = index_pb2_grpc.IndexServiceStub(channel).Search(request)
+            results = client.search_batch("points", queries, ef=120, top_k=5)
             found = figures(process)
-    assert [result.plan.ef for result in response.results] == [150, 120, 300, 150]
-    assert [result.hits[0].record.id for result in response.results] == ["0"] * 4
+    assert [result.plan.ef for result in results] == [150, 120, 300, 150]
+    assert [result.hits[0].record.id for result in results] == ["0"] * 4
     assert found['emberpc_search_recall{collection="points"}'] >= 0.9
 
 

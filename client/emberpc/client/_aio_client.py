@@ -33,6 +33,7 @@ from emberpc.client.types import (
     Query,
     Record,
     SearchMode,
+    SearchQuery,
     SearchResult,
     StreamedEmbedding,
     StreamItem,
@@ -339,7 +340,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
     async def search_batch(
         self,
         collection: str,
-        queries: Iterable[Query],
+        queries: Iterable[Query | SearchQuery],
         *,
         top_k: int = 10,
         ef: int = 0,

@@ -30,6 +30,7 @@ from emberpc.client.types import (
     Query,
     Record,
     SearchMode,
+    SearchQuery,
     SearchResult,
     Truncation,
     UpsertCheckpoint,
@@ -335,7 +336,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
     def search_batch(
         self,
         collection: str,
-        queries: Iterable[Query],
+        queries: Iterable[Query | SearchQuery],
         *,
         top_k: int = 10,
         ef: int = 0,
@@ -348,6 +349,8 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         timeout: float | None = None,
     ) -> list[SearchResult]:
         """Find the records nearest to each query, and say how; the arguments are those of `search`.
+
+        A query may be a `SearchQuery`, with options of its own.
 
         Returns:
             Item i: what was found for query i.

@@ -27,6 +27,7 @@ from emberpc.client.types import (
     Reembedding,
     SearchMode,
     SearchPlan,
+    SearchQuery,
     SearchResult,
     Truncation,
     UpsertResult,
@@ -251,7 +252,7 @@ def count(collection: str, where: Where | None) -> Call[pb.CountRecordsResponse,
 
 def search(
     collection: str,
-    queries: Iterable[Query],
+    queries: Iterable[Query | SearchQuery],
     *,
     top_k: int,
     ef: int,
@@ -264,7 +265,7 @@ def search(
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
     """Return the calls of `Client.search_batch`; `name` is what messages call query `{}`."""
-    if isinstance(queries, (str, RecordId)) or not isinstance(queries, Iterable):
+    if isinstance(queries, (str, RecordId, SearchQuery)) or not isinstance(queries, Iterable):
         raise InputTypeError(f"queries is one {type(queries).__name__}, it must be a list; use `search` for one query")
     messages = [_query(query, name.format(i)) for i, query in enumerate(queries)]
     template = pb.SearchRequest(
@@ -300,7 +301,16 @@ def _parts(with_vectors: bool) -> list[pb.RecordPart.ValueType]:
     return [*_TEXT_AND_METADATA, *([pb.RECORD_PART_VECTOR] if with_vectors else [])]
 
 
-def _query(query: Query, name: str) -> pb.SearchQuery:
+def _query(query: Query | SearchQuery, name: str) -> pb.SearchQuery:
+    if isinstance(query, SearchQuery):
+        message = _query(query.query, f"{name}.query")
+        options = pb.SearchQuery(
+            filter=filter_of(query.where, f"{name}.where"),
+            top_k=_checks.count(query.top_k, f"{name}.top_k"),
+            ef=_checks.count(query.ef, f"{name}.ef"),
+        )
+        message.MergeFrom(options)
+        return message
     if isinstance(query, str):
         return pb.SearchQuery(text=_checks.text(query, name))
     if isinstance(query, RecordId):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.client.exceptions import EmberpcError, InputError, InputTypeError
+from emberpc.v1 import filter_pb2 as pb
 
 #: float32, shape (rows, dimensions).
 Matrix: TypeAlias = npt.NDArray[np.float32]
@@ -137,6 +138,16 @@ class RecordId:
 
 #: A text, a vector (dimensions,) or a record.
 Query: TypeAlias = "str | RecordId | npt.NDArray[Any] | Sequence[float]"
+
+
+@dataclass(frozen=True, eq=False)
+class SearchQuery:
+    """A query of `search_batch` with options of its own, instead of the call's; what is not set is as the call says."""
+
+    query: Query
+    where: str | pb.Filter | None = None
+    top_k: int = 0
+    ef: int = 0
 
 
 @dataclass(frozen=True)
