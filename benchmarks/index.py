@@ -32,6 +32,7 @@ import numpy as np
 import index_rpc
 from emberpc.client import Client, Record
 from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.index.recall import GROWTH, MIN_SIZE
 from load import cpu_seconds, host, resident_megabytes
 from server_process import ServerProcess
 
@@ -109,6 +110,7 @@ def emberpc(
         _await_graph(client, queries[0])
         figures["build_seconds"] = perf_counter() - start
         figures["build_cpu_seconds"] = cpu_seconds(pid) - cpu
+        _await_measured(folder, len(vectors))
         figures["curve"] = [_searched(client, queries, true, ef) for ef in (*EFS, 0)]
         beside = index_rpc.measure(server.address, graph, queries, ROUNDS)
         figures["megabytes"] = resident_megabytes(pid)
@@ -184,6 +186,15 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
     while True:
         plan = client.search_batch(COLLECTION, [query])[0].plan
         if not plan.compared_count or not plan.ef:
+            return
+        sleep(0.2)
+
+
+def _await_measured(folder: Path, count: int) -> None:
+    """Wait until it is known of the graph how many candidates it takes: what is chosen by default follows from that."""
+    while count >= MIN_SIZE:
+        measured = [json.loads(path.read_text())["size"] for path in folder.rglob("recall.json")]
+        if any(size * GROWTH > count for size in measured):
             return
         sleep(0.2)
 

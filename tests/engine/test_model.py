@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
-from emberpc.server.engine import Model, ModelLoadError
+from emberpc.server.engine import Model, ModelLoadError, Registry
 from emberpc.server.engine.calibration import calibrated_batch_tokens, choose
 from emberpc.server.engine.encoders import Encoder, Encoders
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
@@ -126,6 +129,19 @@ def test_a_classifier_shares_the_encoder_that_it_was_made_on(bundle: Path, class
     session = OnnxSession(classifier / "onnx" / "model.onnx")
     in_graph = session.run(batch, read_bundle(classifier).interface(session.graph), 0)
     np.testing.assert_allclose(shared, in_graph, atol=1e-4)
+
+
+def test_a_classifier_goes_over_to_the_encoder_that_is_loaded_anew(bundle: Path, classifier: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        registry = Registry(pool)
+        for name, folder in (("embedder", bundle), ("classifier", classifier)):
+            registry.load(name, folder)
+        old = weakref.ref(registry.get("embedder").encoder)
+        reloaded = registry.load("embedder", bundle, fresh=True)
+        assert registry.get("classifier").encoder is reloaded.encoder is not old()
+        assert registry.get("classifier").head is not None
+        pool.submit(gc.collect).result()  # after what let go of the old versions
+        assert old() is None
 
 
 def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bundle: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,21 @@ class Registry:
         return model
 
     def put(self, model: Model) -> None:
-        """Serve a model under its name from now on, instead of one that has the name already."""
+        """Serve a model under its name from now on, instead of one that has the name already.
+
+        Others with the same weights go over to its encoder, or the weights would be in memory twice.
+        """
         with self._lock:
-            old = self._versions.get(model.name)
-            self._versions[model.name] = _Version(model)
-            if old is not None:
-                self._retire(old)
+            self._replace(model)
+            for other in self.models():
+                if _alike(other, model) and other.encoder is not model.encoder:
+                    self._replace(replace(other, encoder=model.encoder))
+
+    def _replace(self, model: Model) -> None:
+        old = self._versions.get(model.name)
+        self._versions[model.name] = _Version(model)
+        if old is not None:
+            self._retire(old)
 
     def remove(self, name: str) -> Future[None]:
         """Serve a model no more.
@@ -214,3 +224,8 @@ class Registry:
         """Return the memory of a model that something held beyond its last call."""
         with suppress(RuntimeError):  # the pool is shut down: the process ends
             self._pool.submit(return_memory)
+
+
+def _alike(one: Model, other: Model) -> bool:
+    """Whether what one encoder gives serves both models."""
+    return (one.fingerprint, one.manifest.max_tokens) == (other.fingerprint, other.manifest.max_tokens)
