@@ -5,7 +5,8 @@ embedding --max-tokens 512`), each another, are embedded by 8 callers at a time 
 so many minutes, alone or up to 32 in a call, by one of the callers in streams,
 and the server's resident memory is read each second. Asked:
 after the first two minutes it grows by 2 % at most (the median of the last
-minute against that of the third).
+minute against that of the third). Another allocator is tried with it in the
+environment, as LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
     python benchmarks/soak.py BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
 """
@@ -24,7 +25,7 @@ import matplotlib as mpl
 from emberpc.bundle import read_bundle
 from emberpc.client import Client
 from emberpc.export.stdlib_texts import read_stdlib
-from load import host, middle, resident_megabytes, serving
+from load import cpu_seconds, host, middle, resident_megabytes, serving
 
 mpl.use("Agg")
 from matplotlib import pyplot
@@ -66,22 +67,26 @@ def main() -> None:
         threads = [threading.Thread(target=caller, args=(server.address, i, stop, done)) for i in range(CALLERS)]
         for thread in threads:
             thread.start()
-        begin = perf_counter()
+        begin, cpu = perf_counter(), cpu_seconds(server.process.pid)
         while (now := perf_counter() - begin) < 60 * arguments.minutes:
             samples.append((now, resident_megabytes(server.process.pid)))
             sleep(1)
         stop.set()
         for thread in threads:
             thread.join()
+        cpu = (cpu_seconds(server.process.pid) - cpu) / sum(done)
     after = [(at, memory) for at, memory in samples if at > WARM_SECONDS] or samples
     first = middle([memory for at, memory in after if at <= after[0][0] + 60])
     last = middle([memory for at, memory in after if at >= after[-1][0] - 60])
     growth = last / first - 1
-    print(f"{sum(done)} texts; idle {idle:.0f} MB, minute 3 {first:.0f} MB, last minute {last:.0f} MB: {growth:+.1%}")
+    print(
+        f"{sum(done)} texts at {1000 * cpu:.1f} CPU-ms; idle {idle:.0f} MB, minute 3 {first:.0f} MB, last minute {last:.0f} MB: {growth:+.1%}"
+    )
     if arguments.output:
         result = {
             "host": host(),
             "texts": sum(done),
+            "cpu_seconds_per_text": cpu,
             "idle": idle,
             "growth": growth,
             "megabytes": samples,
