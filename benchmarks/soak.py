@@ -79,9 +79,8 @@ def main() -> None:
     first = middle([memory for at, memory in after if at <= after[0][0] + 60])
     last = middle([memory for at, memory in after if at >= after[-1][0] - 60])
     growth = last / first - 1
-    print(
-        f"{sum(done)} texts at {1000 * cpu:.1f} CPU-ms; idle {idle:.0f} MB, minute 3 {first:.0f} MB, last minute {last:.0f} MB: {growth:+.1%}"
-    )
+    megabytes = f"idle {idle:.0f} MB, minute 3 {first:.0f} MB, last minute {last:.0f} MB"
+    print(f"{sum(done)} texts at {1000 * cpu:.1f} CPU-ms; {megabytes}: {growth:+.1%}")
     if arguments.output:
         result = {
             "host": host(),
