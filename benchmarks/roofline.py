@@ -32,13 +32,12 @@ from emberpc.server.engine import Model, Truncation
 from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
-from load import call, capacity, check_answers, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
+from load import EMBED, call, capacity, check_answers, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
 #: By h2load, as many callers as texts.
 CALLERS = 64
-EMBED = "/emberpc.v1.EmbeddingService/Embed"
 CAPACITY = f"{CALLERS} × 1, h2load"
 FEW = f"bare, {CALLERS} texts"
 ASKED = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
