@@ -8,12 +8,17 @@ from pathlib import Path
 
 import hnswlib
 import numpy as np
+import numpy.typing as npt
 
 from emberpc.server.index.children import in_child
+from emberpc.server.index.helpers import Helpers
 from emberpc.server.index.metric import SPACES, graph_scores
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
 _FIRST_CAPACITY = 1024
+#: Queries that are worth a helper: some milliseconds of work.
+_PART = 8
+_helpers: Helpers[Matrix, tuple[npt.NDArray[np.uint64], Matrix]] = Helpers()
 
 
 class GraphError(Exception):
@@ -130,10 +135,23 @@ class Graph:
         if not self._live:
             return np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
         try:
-            labels, distances = self._index.knn_query(queries, k=k, num_threads=1)
+            labels, distances = self._nearest(queries, k)
         except RuntimeError as error:
             raise GraphError from error
         return labels.view(np.int64), graph_scores(distances, self._spec.distance)
+
+    def _nearest(self, queries: Matrix, k: int) -> tuple[npt.NDArray[np.uint64], Matrix]:
+        """Search for queries, many of them on all cores."""
+
+        def nearest(part: Matrix) -> tuple[npt.NDArray[np.uint64], Matrix]:
+            labels, distances = self._index.knn_query(part, k=k, num_threads=1)
+            return labels, distances
+
+        count = min(_helpers.most + 1, len(queries) // _PART)
+        if count < 2:
+            return nearest(queries)
+        labels, distances = zip(*_helpers.each(nearest, np.array_split(queries, count)), strict=True)
+        return np.concatenate(labels), np.concatenate(distances)
 
     def save(self, path: Path) -> Saving:
         """Begin to write the graph as it stands; what changes it later does not change the file.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from emberpc.server.cores import usable_cores
 from emberpc.server.index.buffer import Buffer
 from emberpc.server.index.graph import Graph, GraphError, Saving
 from emberpc.server.index.locks import ReadWriteLock
@@ -14,8 +15,8 @@ from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Str
 
 #: Rows that the graph takes in while searches are kept out; some 5 to 15 ms.
 _SLICE = 16
-#: Queries answered before a writer gets its turn.
-_QUERIES_PER_TURN = 32
+#: Queries answered before a writer gets its turn, some 32 on each core.
+_QUERIES_PER_TURN = 32 * usable_cores()
 _READ_BATCH = 2000
 
 #: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).
