@@ -47,7 +47,7 @@ Made by `benchmarks/corpus.py`, `benchmarks/index.py` and `benchmarks/index_page
 TAIL = """
 ![Queries a second against recall](images/index.png)
 
-hnswlib is the library in process, with one thread and ef 200.
+hnswlib is the library in process: built with one thread, its recall at ef 200, its queries as in the path of a search.
 emberpc is measured through gRPC, its records with an id and metadata, every batch on disk before it is answered.
 Its build is from the first upsert until the graph has all.
 Peers run in process and keep ids only.
