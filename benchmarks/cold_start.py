@@ -1,8 +1,8 @@
 """How soon does a server serve, and how much memory does it take idle?
 
 Starts `emberpc serve` with one bundle again and again; from exec to the first
-answer SERVING of its health service, and the resident memory two seconds
-later. Printed are medians, and what was slowest to import.
+answer SERVING of its health service, and the resident memory once the size of
+micro-batches is measured. Printed are medians, and what was slowest to import.
 
     python benchmarks/cold_start.py BUNDLE [--rounds 7] [-o RESULT.json]
 """
@@ -23,8 +23,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from load import host, middle, resident_megabytes
 
-#: Two seconds: the size of micro-batches is measured in the first one, and takes memory too.
-SETTLED = 2.0
+#: Seconds after the size of micro-batches was measured, which takes memory too.
+SETTLED = 1.0
 
 
 def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
@@ -42,6 +42,8 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
                 if answer.status != health_pb2.HealthCheckResponse.SERVING:
                     raise SystemExit("the server started and does not serve")
             seconds = perf_counter() - began
+            while not Path(data, "calibration.json").exists():
+                sleep(0.1)
             sleep(SETTLED)
             memory = resident_megabytes(process.pid)
             process.terminate()
