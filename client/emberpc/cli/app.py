@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import traceback
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ def _every_command(
     ] = False,
 ) -> None:
     _debug.set(debug)
+    gc.enable()  # after the imports, see `main`
 
 
 def run(arguments: Sequence[str]) -> int:

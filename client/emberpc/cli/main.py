@@ -20,6 +20,7 @@ what went wrong.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    gc.disable()  # imports make much, and nothing of it is garbage
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        gc.enable()
+
+
+def _run(arguments: Sequence[str]) -> int:
     # It says how gRPC shall treat forks, which grpc reads when it is imported; the client imports it first.
     importlib.import_module("emberpc.server")
 
@@ -48,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: the command line needs {package}, which is not installed; run: pip install 'emberpc[cli]'\n"
         )
         return 2
-    return run(sys.argv[1:] if arguments is None else arguments)
+    return run(arguments)
 
 
 if __name__ == "__main__":

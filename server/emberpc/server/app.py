@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -107,6 +108,7 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
         await reembedder.resume()
         await server.start()
         await _set_health(statuses, serving=True)
+        gc.enable()
         if not settings.batch_tokens:
             calibrating = loop.run_in_executor(pool, engine.calibrate, settings.data_dir / "calibration.json")
             stack.push_async_callback(asyncio.wait, [calibrating])
