@@ -32,7 +32,7 @@ import numpy as np
 import index_rpc
 from emberpc.client import Client, Record
 from emberpc.server.index import CollectionSpec, Index, NewRecord
-from emberpc.server.index.recall import GROWTH, MIN_SIZE
+from emberpc.server.index.recall import MIN_SIZE, load
 from load import cpu_seconds, host, resident_megabytes
 from server_process import ServerProcess
 
@@ -193,8 +193,8 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
 def _await_measured(folder: Path, count: int) -> None:
     """Wait until it is known of the graph how many candidates it takes: what is chosen by default follows from that."""
     while count >= MIN_SIZE:
-        measured = [json.loads(path.read_text())["size"] for path in folder.rglob("recall.json")]
-        if any(size * GROWTH > count for size in measured):
+        measured = [load(path.parent) for path in folder.rglob("recall.json")]
+        if any(each is not None and not each.outgrown(count) for each in measured):
             return
         sleep(0.2)
 

@@ -43,7 +43,7 @@ def exit_code(error: Exception) -> ExitCode | None:
     """Return the code for an error that is told in one line; None for one that is a fault of the program."""
     if isinstance(error, CliError):
         return error.code
-    from emberpc import client
+    from emberpc import client  # which the commands of the host do without
 
     codes = {
         client.InvalidArgument: ExitCode.INPUT,

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 #: With fewer vectors in the graph comparing all of them is as quick.
 MIN_SIZE = 1000
 #: Measured again when the graph has so many times the vectors that it had.
-GROWTH = 1.5
+_GROWTH = 1.5
 _QUERIES = 128
 #: Length of the noise against the vector's own. Queries are then as unlike the records as questions are unlike texts
 #: that answer them, with a cosine of 0.7, and harder to find for than the records themselves.
@@ -60,7 +60,7 @@ class RecallMap:
 
     def outgrown(self, size: int) -> bool:
         """Whether a graph of so many vectors is another one by now."""
-        return size >= GROWTH * self.size
+        return size >= _GROWTH * self.size
 
     def ef(self, k: int, recall: float) -> int | None:
         """Return the fewest candidates with which so much of the true `k` nearest is found; None if none will do."""
