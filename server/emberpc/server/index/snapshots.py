@@ -21,7 +21,8 @@ from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+#: 3: equal vectors are one node.
+_FORMAT = 3
 _KEPT = 2
 
 
@@ -57,6 +58,7 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, f
             "sha256": sha256_of(path),
             "count": saving.live,
             "dead": saving.dead.tolist(),
+            "members": [[node, labels] for node, labels in saving.members.items()],
             "newest": saving.newest,
         }
         temporary = path.with_suffix(".tmp")
@@ -103,7 +105,8 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Gr
         raise AheadError
     if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
         raise ValueError("its graph is not what was written")
-    graph = Graph.load(spec, path, np.array(facts["dead"], dtype=np.int64))
+    members = {int(node): [int(label) for label in labels] for node, labels in facts["members"]}
+    graph = Graph.load(spec, path, np.array(facts["dead"], dtype=np.int64), members)
     if graph.live != facts["count"]:
         raise ValueError(f"it holds {graph.live} vectors, not {facts['count']}")
     return graph
