@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, verifying
 from index.support import gaussian, numbered
 
 COUNT, WIDTH = 400, 16
@@ -171,6 +171,11 @@ def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest
 
     monkeypatch.setattr(graph, "search", blind)
     assert problems(collection) == [("r00007", "UNREACHABLE")]
+    # A sample may miss it, all records do not.
+    monkeypatch.setattr(verifying, "_SAMPLE", 0)
+    assert problems(collection) == []
+    found = [problem.id for step in collection.verify(full=True) for problem in step.problems]
+    assert found == ["r00007"]
 
 
 def test_a_damaged_database_is_found(tmp_path: Path) -> None:

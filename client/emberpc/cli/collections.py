@@ -128,10 +128,15 @@ def reembed(
 
 @app.command()
 @with_client
-def verify(client: Client, name: Name, as_json: AsJson = False) -> None:
+def verify(
+    client: Client,
+    name: Name,
+    full: Annotated[bool, typer.Option("--full", help="Search for every record, not for a random sample.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check that every record is there, undamaged, and found by a search; the exit code is 7 if one is not."""
     with progress("verifying", client.get_collection(name).record_count) as done:
-        found = client.verify_collection(name, progress=lambda checked, _: done(checked))
+        found = client.verify_collection(name, full=full, progress=lambda checked, _: done(checked))
     if as_json:
         print_json([found])
     elif found.ok:

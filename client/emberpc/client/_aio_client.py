@@ -237,10 +237,15 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         return await self._runner.run_one(_index.delete_collection(name), timeout)
 
     async def verify_collection(
-        self, name: str, *, progress: Callable[[int, int], None] | None = None, timeout: float | None = None
+        self,
+        name: str,
+        *,
+        full: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float | None = None,
     ) -> Verification:
         """Do what `Client.verify_collection` does."""
-        return await self._runner.follow(_index.verify_collection(name, progress), None, timeout)
+        return await self._runner.follow(_index.verify_collection(name, progress, full), None, timeout)
 
     async def upsert(
         self,

@@ -151,18 +151,24 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         return self._runner.run_one(_index.delete_collection(name), timeout)
 
     def verify_collection(
-        self, name: str, *, progress: Callable[[int, int], None] | None = None, timeout: float | None = None
+        self,
+        name: str,
+        *,
+        full: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float | None = None,
     ) -> Verification:
         """Check that every record of a collection is there, undamaged, and found by a search.
 
         Args:
             name: name of the collection, which may be read and written meanwhile.
+            full: search for every record by its own vector; otherwise for a random sample.
             progress: told again and again how many records are checked, of how many.
 
         Returns:
             How many records were checked, and what is wrong.
         """
-        return self._runner.follow(_index.verify_collection(name, progress), None, timeout)
+        return self._runner.follow(_index.verify_collection(name, progress, full), None, timeout)
 
     def upsert(
         self,

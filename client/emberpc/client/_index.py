@@ -124,7 +124,7 @@ def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collecti
 
 
 def verify_collection(
-    name: str, progress: Callable[[int, int], None] | None
+    name: str, progress: Callable[[int, int], None] | None, full: bool
 ) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
     """Return the call of `Client.verify_collection`."""
     problems: list[RecordProblem] = []
@@ -137,7 +137,7 @@ def verify_collection(
             progress(message.checked_count, message.total_count)
         return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
 
-    return Call(VERIFY_COLLECTION, pb.VerifyCollectionRequest(name=_checks.text(name, "name")), read)
+    return Call(VERIFY_COLLECTION, pb.VerifyCollectionRequest(name=_checks.text(name, "name"), full=full), read)
 
 
 class _Writes:

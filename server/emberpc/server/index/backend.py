@@ -70,8 +70,12 @@ class CollectionBackend(Protocol):
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
 
-    def verify(self) -> Iterator[Verified]:
-        """Check that every record is there, undamaged and found, some hundred records a step."""
+    def verify(self, *, full: bool = False) -> Iterator[Verified]:
+        """Check that every record is there, undamaged and found, some hundred records a step.
+
+        Args:
+            full: search for every record by its own vector; otherwise for a random sample.
+        """
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
         """Give a copy of one state of the collection, piece by piece; ends early when told to stop, or closed."""

@@ -238,9 +238,13 @@ class Collection(SearchCalls):
         """What probes of its searches found."""
         return self._probe.figures
 
-    def verify(self) -> Iterator[Verified]:
-        """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile."""
-        steps = Verifier(self._store, self._neighbours, self._write_lock, self.spec).steps()
+    def verify(self, *, full: bool = False) -> Iterator[Verified]:
+        """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile.
+
+        Args:
+            full: search for every record by its own vector; otherwise for a random sample.
+        """
+        steps = Verifier(self._store, self._neighbours, self._write_lock, self.spec, full).steps()
         while True:
             with self._calls.one():
                 step = next(steps, None)

@@ -157,7 +157,7 @@ class MilvusCollection:
             outcomes.update(zip(rows, Searcher(self._reader, condition).search(request), strict=True))
         return [outcomes[row] for row in range(len(queries))]
 
-    def verify(self) -> Iterator[Verified]:
+    def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Raise UNIMPLEMENTED: there are no two copies here that could differ."""
         raise unsupported("VerifyCollection", BACKEND, "use what Milvus offers for that")
 

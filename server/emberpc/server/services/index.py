@@ -208,7 +208,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.VerifyCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
         """Check that every record is there, undamaged and found."""
-        async for message in keeping.verification(await self._collection(request.name), self._in_pool):
+        collection = await self._collection(request.name)
+        async for message in keeping.verification(collection, self._in_pool, full=request.full):
             yield message
 
     def BackupCollection(

@@ -15,10 +15,10 @@ _DOMAIN = "emberpc"
 
 
 async def verification(
-    collection: CollectionBackend, in_pool: Callable[[Callable[[], Any]], Awaitable[Any]]
+    collection: CollectionBackend, in_pool: Callable[[Callable[[], Any]], Awaitable[Any]], *, full: bool = False
 ) -> AsyncIterator[pb.VerifyCollectionResponse]:
     """Verify a collection, a message for each step; a caller who goes away ends it after the step under way."""
-    steps = collection.verify()
+    steps = collection.verify(full=full)
     while (step := await in_pool(lambda: next(steps, None))) is not None:
         yield _message(step)
 
