@@ -134,7 +134,7 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="Search for every record, not for a random sample.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that every record is there, undamaged, and found by a search; the exit code is 7 if one is not."""
+    """Check that every record is undamaged and a sample is found by search; the exit code is 7 if one is not."""
     with progress("verifying", client.get_collection(name).record_count) as done:
         found = client.verify_collection(name, full=full, progress=lambda checked, _: done(checked))
     if as_json:

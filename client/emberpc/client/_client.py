@@ -158,7 +158,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         progress: Callable[[int, int], None] | None = None,
         timeout: float | None = None,
     ) -> Verification:
-        """Check that every record of a collection is there, undamaged, and found by a search.
+        """Check that every record of a collection is undamaged, and that a search finds a random sample of them.
 
         Args:
             name: name of the collection, which may be read and written meanwhile.

@@ -228,7 +228,8 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def VerifyCollection(self, request, context):
-        """Checks that every record is present, reachable and undamaged.
+        """Checks that every record is present and undamaged, and that a search finds
+        a sample of the records, or all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,7 +69,9 @@ class IndexServiceStub:
     CancelReembedding: _grpc.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]
     """Ends a ReembedCollection; the old vectors stay."""
     VerifyCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]
-    """Checks that every record is present, reachable and undamaged."""
+    """Checks that every record is present and undamaged, and that a search finds
+    a sample of the records, or all.
+    """
     BackupCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]
     """Sends a consistent snapshot of a collection as one file, in pieces."""
     RestoreCollection: _grpc.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]
@@ -120,7 +122,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     CancelReembedding: _aio.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]  # type: ignore[assignment]
     """Ends a ReembedCollection; the old vectors stay."""
     VerifyCollection: _aio.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]  # type: ignore[assignment]
-    """Checks that every record is present, reachable and undamaged."""
+    """Checks that every record is present and undamaged, and that a search finds
+    a sample of the records, or all.
+    """
     BackupCollection: _aio.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]  # type: ignore[assignment]
     """Sends a consistent snapshot of a collection as one file, in pieces."""
     RestoreCollection: _aio.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]  # type: ignore[assignment]
@@ -238,7 +242,9 @@ class IndexServiceServicer:
         request: _index_pb2.VerifyCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.VerifyCollectionResponse], _abc.AsyncIterator[_index_pb2.VerifyCollectionResponse]]:
-        """Checks that every record is present, reachable and undamaged."""
+        """Checks that every record is present and undamaged, and that a search finds
+        a sample of the records, or all.
+        """
 
     def BackupCollection(
         self,

@@ -43,6 +43,15 @@ log = logging.getLogger(__name__)
 #: Between tries to start the workers that are missing.
 _REVIVAL_SECONDS = 1.0
 
+#: Pings of HTTP/2. By default gRPC's server takes one ping in 300 seconds of a silent call and then closes the
+#: connection (`too_many_pings`); emberpc's client sends one every 30 seconds. The server's own pings find clients that
+#: are gone without a word.
+_KEEPALIVE = (
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
 SERVICE_NAMES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -137,6 +146,7 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            *_KEEPALIVE,
         ],
     )
     host = settings.listen.rpartition(":")[0]

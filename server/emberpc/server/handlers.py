@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.statuses import status_of
@@ -42,6 +43,9 @@ class Handlers:
     is not a `ServiceError` is logged with the request id, and its caller learns
     the id only. An interceptor would do the same anew for every call, for a
     tenth of what a short call costs the event loop.
+
+    Requests are decoded here, not by gRPC: gRPC answers a request that cannot be
+    decoded with UNKNOWN and Python's exception text, without a request id.
 
     Args:
         server: the server.
@@ -92,13 +96,14 @@ def _unary(handler: Any, method: str, observe: Observe) -> Any:
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     if not inspect.iscoroutinefunction(inner):
         inner = _as_coroutine(inner)
+    read = _reader(handler, method)
 
     async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
         start, code = perf_counter(), "OK"
         try:
-            return await inner(request, context)
+            return await inner(read(request), context)
         except BaseException as error:
             code = _code_name(error)
             if not isinstance(error, Exception):
@@ -108,7 +113,42 @@ def _unary(handler: Any, method: str, observe: Observe) -> Any:
             observe(method, code, perf_counter() - start)
 
     make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    return make(call, handler.request_deserializer, handler.response_serializer)
+    return make(call, None, handler.response_serializer)
+
+
+def _reader(handler: Any, method: str) -> Callable[[Any], Any]:
+    """Return the function that decodes the request of a call: one message, or an iterator over messages."""
+    name = method.rpartition("/")[2]
+
+    def decode(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except (DecodeError, ValueError, RecursionError) as error:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                f"a request of {name} cannot be decoded: its bytes are malformed, a string is not UTF-8, or messages "
+                "are nested more than 100 levels deep; generate the client's code from emberpc's .proto files",
+                reason="MALFORMED_REQUEST",
+            ) from error
+
+    return (lambda messages: _Decoded(messages, decode)) if handler.request_streaming else decode
+
+
+class _Decoded:
+    """The messages of a stream of requests.
+
+    No generator, since a cancelled `anext` would end a generator, and handlers cancel and repeat it.
+    """
+
+    def __init__(self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Any]) -> None:
+        self._messages = aiter(messages)
+        self._decode = decode
+
+    def __aiter__(self) -> _Decoded:
+        return self
+
+    async def __anext__(self) -> Any:
+        return self._decode(await anext(self._messages))
 
 
 def _as_coroutine(method: Any) -> Any:
@@ -123,6 +163,7 @@ def _as_coroutine(method: Any) -> Any:
 def _stream(handler: Any, method: str, observe: Observe) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+    read = _reader(handler, method)
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
@@ -130,7 +171,7 @@ def _stream(handler: Any, method: str, observe: Observe) -> Any:
         start, code = perf_counter(), "OK"
         try:
             # Closed at once when the caller leaves: a stream may have work in flight that nobody wants any more.
-            async with aclosing(inner(request, context)) as answers:
+            async with aclosing(inner(read(request), context)) as answers:
                 async for answer in answers:
                     yield answer
         except BaseException as error:
@@ -142,7 +183,7 @@ def _stream(handler: Any, method: str, observe: Observe) -> Any:
             observe(method, code, perf_counter() - start)
 
     make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-    return make(call, handler.request_deserializer, handler.response_serializer)
+    return make(call, None, handler.response_serializer)
 
 
 def _request_id(context: Context) -> str:

@@ -8,31 +8,77 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status
 
+# gRPC drops a reply whose metadata has more than 8 KiB. The message is in it twice: with each byte as up to three, and
+# in the details, whose bytes travel as 4/3. So 600 bytes of message and 2,900 of details make at most 6.7 KiB.
+#: Most bytes (UTF-8) of an error's message.
+_MAX_MESSAGE = 600
+#: Most bytes of the field violations of an error, and of the description or the path of one of them.
+_MAX_VIOLATIONS = 2000
+_MAX_VIOLATION = 400
+#: Most bytes of one value of an error's metadata, and of all keys and values together.
+_MAX_VALUE = 200
+_MAX_METADATA = 600
+
 
 def status_of(error: ServiceError, request_id: str) -> errors_pb2.ErrorStatus:
     """Return an error in the form that travels, with its details and the request id that finds it in the log."""
     message = error.message
     if error.code is Code.INTERNAL:
         message = f"{message}; its log tells more under request id {request_id}"
-    return status.make(error.code.value, message, _details(error, request_id))
+    return status.make(error.code.value, _shortened(message, _MAX_MESSAGE), _details(error, request_id))
 
 
 def _details(error: ServiceError, request_id: str) -> list[Message]:
     details: list[Message] = [
-        errors_pb2.ErrorInfo(reason=error.reason, domain="emberpc", metadata=error.metadata),
+        errors_pb2.ErrorInfo(reason=error.reason, domain="emberpc", metadata=_metadata(error)),
         errors_pb2.RequestInfo(request_id=request_id),
     ]
     if error.violations:
-        details.append(
-            errors_pb2.BadRequest(
-                field_violations=[
-                    errors_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
-                    for violation in error.violations
-                ]
-            )
-        )
+        details.append(_bad_request(error))
     if error.retry_after is not None:
         retry = errors_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(retry)
     return details
+
+
+def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
+    """Return the violations of an error: the first ones, and how many more there are."""
+    bad = errors_pb2.BadRequest()
+    for i, violation in enumerate(error.violations):
+        bad.field_violations.add(
+            field=_shortened(violation.field, _MAX_VIOLATION),
+            description=_shortened(violation.description, _MAX_VIOLATION),
+        )
+        if i and bad.ByteSize() > _MAX_VIOLATIONS:
+            del bad.field_violations[i]
+            bad.field_violations.add(description=f"{len(error.violations) - i} more violations are not listed")
+            break
+    return bad
+
+
+def _metadata(error: ServiceError) -> dict[str, str]:
+    """Return the values of an error that fit in a reply."""
+    fitting, size = {}, 0
+    for key, value in error.metadata.items():
+        short = _shortened(value, _MAX_VALUE)
+        size += len(key) + len(short.encode())
+        if size > _MAX_METADATA:
+            break
+        fitting[key] = short
+    return fitting
+
+
+def _shortened(text: str, most: int) -> str:
+    """Return a text of at most `most` bytes (UTF-8). A longer one loses its middle: the remedy stands at the end."""
+    # A character has at most four bytes: most texts need not be encoded to be known to be short enough.
+    if len(text) * 4 <= most:
+        return text
+    # Only the ends are encoded: the text may have megabytes.
+    data = text.encode(errors="replace") if len(text) <= 2 * most else b""
+    if data and len(data) <= most:
+        return text
+    half = (most - len("…".encode())) // 2
+    head = text[:half].encode(errors="replace")[:half].decode(errors="ignore")
+    tail = text[-half:].encode(errors="replace")[-half:].decode(errors="ignore")
+    return f"{head}…{tail}"

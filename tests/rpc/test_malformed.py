@@ -1,0 +1,101 @@
+"""Requests that cannot be decoded: refused with the caller's mistake, a request id, and no text of an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from emberpc.client._connection import Connection
+from emberpc.server.app import _KEEPALIVE
+from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, errors_pb2, filter_pb2, index_pb2
+from emberpc.wire import status
+from server_process import ServerProcess
+
+
+def nested(levels: int) -> bytes:
+    """A CountRecordsRequest whose filter is a negation of a negation, `levels` deep."""
+    number = filter_pb2.Filter.DESCRIPTOR.fields_by_name["not"].number
+    inner = b""
+    for _ in range(levels):
+        inner = bytes([number << 3 | 2]) + _varint(len(inner)) + inner
+    field = index_pb2.CountRecordsRequest.DESCRIPTOR.fields_by_name["filter"].number
+    return bytes([field << 3 | 2]) + _varint(len(inner)) + inner
+
+
+def _varint(value: int) -> bytes:
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+_BAD = {
+    "cut off": ("EmbeddingService/Embed", b"\x0a\x7f"),
+    "no protobuf": ("ModelService/ListModels", b"\xff" * 40),
+    "bad UTF-8": ("IndexService/GetCollection", b"\x0a\x02\xff\xfe"),
+    "nested too deeply": ("IndexService/CountRecords", nested(300)),
+    "classification": ("ClassificationService/Classify", b"\x0a\x7f"),
+}
+
+
+@pytest.fixture(scope="module")
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.address) as opened:
+        yield opened
+
+
+def check(raised: grpc.RpcError, name: str) -> None:
+    assert isinstance(raised, grpc.Call)
+    assert raised.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"a request of {name} cannot be decoded" in raised.details()
+    trailing = dict(raised.trailing_metadata())
+    assert trailing[status.REQUEST_ID_KEY]
+    info = status.detail(status.unpack(trailing[status.DETAILS_KEY]), errors_pb2.ErrorInfo)
+    assert info is not None
+    assert info.reason == "MALFORMED_REQUEST"
+
+
+@pytest.mark.parametrize("kind", _BAD)
+def test_a_malformed_request_is_refused(server: ServerProcess, channel: grpc.Channel, kind: str) -> None:
+    method, data = _BAD[kind]
+    call: Any = channel.unary_unary(f"/emberpc.v1.{method}")
+    with pytest.raises(grpc.RpcError) as raised:
+        call(data, timeout=60)
+    check(raised.value, method.partition("/")[2])
+    assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize("name", ["UpsertRecordsStream", "RestoreCollection"])
+def test_a_malformed_message_of_a_stream_is_refused(server: ServerProcess, channel: grpc.Channel, name: str) -> None:
+    open_stream: Any = channel.stream_stream(f"/emberpc.v1.IndexService/{name}")
+    with pytest.raises(grpc.RpcError) as raised:
+        list(open_stream(iter([b"\x0a\x7f"]), timeout=60))
+    check(raised.value, name)
+    assert "Traceback" not in server.output
+
+
+def test_many_wrong_items_are_an_invalid_argument(channel: grpc.Channel) -> None:
+    request = embedding_pb2.EmbedRequest(model="minilm", texts=[" "] * 400)
+    with pytest.raises(grpc.RpcError) as raised:
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=60)
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "(and 399 more)" in str(raised.value.details())
+
+
+def test_long_names_are_a_refusal_that_arrives(channel: grpc.Channel) -> None:
+    request = embedding_pb2.EmbedRequest(model="é" * 100_000, texts=["a"])
+    with pytest.raises(grpc.RpcError) as raised:
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=60)
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_the_server_takes_the_pings_of_the_client() -> None:
+    connection = Connection("localhost:50051", timeout=1, tls=None, token=None, in_flight=1, own_channel=False)
+    client, server = dict(connection.options), dict(_KEEPALIVE)
+    assert int(client["grpc.keepalive_time_ms"]) >= 2 * server["grpc.http2.min_ping_interval_without_data_ms"]

@@ -1,0 +1,74 @@
+"""Errors in the form that travels: whatever is in them, they fit in the metadata of a reply."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emberpc.server.errors import Code, ServiceError, Violation, invalid_fields
+from emberpc.server.statuses import status_of
+from emberpc.v1 import errors_pb2
+from emberpc.wire import status
+
+#: gRPC refuses the metadata of a reply above 8 KiB, by default.
+_METADATA_BYTES = 8 * 1024
+
+texts = st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=5), st.sampled_from([1, 100, 20_000]))
+
+
+def size_on_the_wire(told: errors_pb2.ErrorStatus) -> int:
+    """The bytes of the metadata at most: the message percent-encoded, the details in base64."""
+    return 3 * len(told.message.encode()) + 4 * (len(told.SerializeToString()) + 2) // 3
+
+
+def violations_of(told: errors_pb2.ErrorStatus) -> list[errors_pb2.BadRequest.FieldViolation]:
+    bad = status.detail(told, errors_pb2.BadRequest)
+    assert bad is not None
+    return list(bad.field_violations)
+
+
+@given(
+    message=texts,
+    violations=st.lists(st.builds(Violation, texts, texts), max_size=3),
+    times=st.sampled_from([1, 1000]),
+    metadata=st.dictionaries(st.text(min_size=1, max_size=20), texts, max_size=5),
+)
+def test_any_error_fits_in_the_metadata_of_a_reply(
+    message: str, violations: list[Violation], times: int, metadata: dict[str, str]
+) -> None:
+    error = ServiceError(
+        Code.INVALID_ARGUMENT, message, violations=violations * times, metadata=metadata, retry_after=1.0
+    )
+    assert size_on_the_wire(status_of(error, "r" * 128)) < _METADATA_BYTES - 512  # keys, request id and pushback
+
+
+def test_the_first_violations_are_listed_and_the_others_counted() -> None:
+    wrong = [Violation(f"texts[{i}]", "is empty; leave it out or give it some text") for i in range(400)]
+    listed = violations_of(status_of(invalid_fields(wrong), "id"))
+    assert len(listed) > 10
+    assert [each.field for each in listed[:-1]] == [f"texts[{i}]" for i in range(len(listed) - 1)]
+    assert listed[-1].description == f"{401 - len(listed)} more violations are not listed"
+
+
+def test_a_single_violation_is_listed_whatever_its_length() -> None:
+    (only,) = violations_of(status_of(invalid_fields([Violation("f" * 10_000, "d" * 10_000)]), "id"))
+    assert only.field.startswith("fff")
+    assert only.description.endswith("ddd")
+
+
+def test_a_long_message_keeps_its_remedy() -> None:
+    told = status_of(ServiceError(Code.NOT_FOUND, f"there is no model {'é' * 50_000!r}; load it first"), "id")
+    assert told.message.startswith("there is no model 'é")
+    assert told.message.endswith("; load it first")
+
+
+def test_short_errors_are_sent_as_they_are() -> None:
+    error = ServiceError(
+        Code.INVALID_ARGUMENT, "wrong", violations=[Violation("a", "b"), Violation("c", "d")], metadata={"k": "v"}
+    )
+    told = status_of(error, "id")
+    assert told.message == "wrong"
+    assert [(each.field, each.description) for each in violations_of(told)] == [("a", "b"), ("c", "d")]
+    info = status.detail(told, errors_pb2.ErrorInfo)
+    assert info is not None
+    assert dict(info.metadata) == {"k": "v"}
