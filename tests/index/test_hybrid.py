@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Fusion, Index, NewRecord, Strategy, hybrid
 from emberpc.server.index.filters import Comparison, Filter, Operator
-from emberpc.server.index.hybrid import fused
+from emberpc.server.index.hybrid import fused, words_of
 from index.support import gaussian, refused
 
 TEXTS = {
@@ -165,3 +167,33 @@ def test_texts_of_an_older_database_are_found(tmp_path: Path) -> None:
     collection.delete(["empty", "honey"])
     assert words(collection, "honey") == ["bees"]
     index.close()
+
+
+_MARKS = ["\u0301\u0327", "\u0301", "\u0f73", "\u0f71\u0f72", "a\u0301" + "\u0345" * 90, "\U0001d165\u0315"]
+
+
+@pytest.mark.parametrize("piece", _MARKS)
+def test_normalising_never_sees_a_long_run_of_marks(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time goes by the square of the run."""
+    seen: list[str] = []
+    normalize = unicodedata.normalize
+
+    def watched(form: Literal["NFC"], text: str) -> str:
+        seen.append(text)
+        return normalize(form, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unicodedata, "normalize", watched)
+        words_of("word " + piece * 2000)
+    (text,) = seen
+    longest = run = 0
+    for character in normalize("NFD", text):
+        run = run + 1 if unicodedata.combining(character) else 0
+        longest = max(longest, run)
+    assert longest <= 3 * 30  # a character that is a mark decomposes into three at most
+
+
+@given(st.lists(st.sampled_from("aéßІ中\u0301\u0323\u3099カ가 ")).map("".join).filter(lambda text: len(text) < 30))
+def test_words_are_those_of_the_composed_text(text: str) -> None:
+    composed = unicodedata.normalize("NFC", text)
+    assert words_of(text) == words_of(composed) == words_of(unicodedata.normalize("NFD", text))

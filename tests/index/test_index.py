@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,6 +19,7 @@ import pytest
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index, snapshots
 from emberpc.server.index.graph import Graph
+from index.support import refused
 from index_helpers import DIMENSIONS, records, vectors
 
 
@@ -138,6 +140,100 @@ def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     (tmp_path / "data" / "catalogue.db").write_bytes(os.urandom(8192))
     with pytest.raises(ServiceError, match="damaged"):
         Index(tmp_path / "data")
+
+
+def damage_catalogue(data_dir: Path, statement: str, *parameters: object) -> None:
+    with sqlite3.connect(data_dir / "catalogue.db") as database:
+        assert database.execute(statement, parameters).rowcount == 1
+    database.close()
+
+
+_DAMAGED_SPECS: dict[str, Callable[[bytes], bytes]] = {
+    "no JSON": lambda spec: spec[1:],
+    "no UTF-8": lambda spec: spec[:10] + b"\xff" + spec[11:],
+    "another key": lambda spec: spec.replace(b"dimensions", b"dimensionr"),
+    "another name": lambda spec: spec.replace(b'"b"', b'"c"'),
+    "a distance that there is not": lambda spec: spec.replace(b"cosine", b"cosinf"),
+    "a truncation that there is not": lambda spec: spec.replace(b"refuse", b"rdfuse"),
+    "no dimensions": lambda spec: spec.replace(b'"dimensions": 16', b'"dimensions": -6'),
+    "a fraction": lambda spec: spec.replace(b'"dimensions": 16', b'"dimensions": 1.6'),
+    "a list": lambda spec: b"[]",
+    "a number": lambda spec: b"7",
+}
+
+
+@pytest.mark.parametrize("kind", _DAMAGED_SPECS)
+def test_a_damaged_entry_hides_no_other_and_can_be_deleted(tmp_path: Path, kind: str) -> None:
+    index = Index(tmp_path)
+    for name in "abc":
+        index.create(CollectionSpec(name, 16)).upsert(records("1"), vectors(1))
+    index.close()
+    with sqlite3.connect(tmp_path / "catalogue.db") as database:
+        ((spec,),) = database.execute("SELECT spec FROM collections WHERE name = 'b'").fetchall()
+    database.close()
+    damaged = _DAMAGED_SPECS[kind](spec.encode())
+    assert damaged != spec.encode()
+    damage_catalogue(tmp_path, "UPDATE collections SET spec = CAST(? AS TEXT) WHERE name = 'b'", damaged)
+
+    index = Index(tmp_path)
+    try:
+        assert [spec.name for spec in index.page(10, "")[0]] == ["a", "b", "c"]
+        assert [index.get(name).count() for name in "ac"] == [1, 1]
+        with refused(Code.INTERNAL, "'b'", "catalogue.db is damaged", "restore"):
+            index.get("b")
+        with refused(Code.ALREADY_EXISTS):
+            index.create(CollectionSpec("b", 16))
+        index.delete("b")
+        index.create(CollectionSpec("b", 16))
+        assert index.get("b").count() == 0
+    finally:
+        index.close()
+
+
+@pytest.mark.parametrize("created", [1e300, float("inf"), "soon"])
+def test_a_damaged_time_is_a_damaged_entry(tmp_path: Path, created: object) -> None:
+    index = Index(tmp_path)
+    index.create(CollectionSpec("a", 16))
+    index.close()
+    damage_catalogue(tmp_path, "UPDATE collections SET created = ?", created)
+    index = Index(tmp_path)
+    with refused(Code.INTERNAL, "is damaged"):
+        index.get("a")
+    index.close()
+
+
+@pytest.mark.parametrize("folder", ["0123abcd" * 4, "../elsewhere", b"\xff"])
+def test_a_damaged_name_of_a_folder_costs_no_data(tmp_path: Path, folder: str | bytes) -> None:
+    index = Index(tmp_path)
+    index.create(CollectionSpec("a", 16)).upsert(records("1"), vectors(1))
+    index.close()
+    (there,) = (tmp_path / "collections").iterdir()
+    damage_catalogue(tmp_path, "UPDATE collections SET folder = CAST(? AS TEXT)", folder)
+    Index(tmp_path).close()
+    damage_catalogue(tmp_path, "UPDATE collections SET folder = ?", there.name)
+    index = Index(tmp_path)
+    assert index.get("a").count() == 1
+    index.close()
+
+
+def test_a_damaged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
+    Index(tmp_path).close()
+    path = tmp_path / "catalogue.db"
+    data = path.read_bytes()
+    start = data.index(b"CREATE TABLE collections")
+    failed = 0
+    for place in range(start - 30, start + 110, 4):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x80]) + data[place + 1 :])
+        try:
+            index = Index(tmp_path)
+        except ServiceError as error:
+            assert "catalogue" in error.message
+            failed += 1
+            continue
+        with suppress(ServiceError):
+            index.page(10, "")
+        index.close()
+    assert failed
 
 
 # The superuser may write anywhere, so it becomes nobody first; who may import nothing where Python is the superuser's.

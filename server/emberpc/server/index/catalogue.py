@@ -154,7 +154,9 @@ class Index:
             ServiceError: NOT_FOUND if there is none of that name.
         """
         with self._use():
-            folder = self._existing(name).folder
+            folder = self._directory.folder(name)
+            if folder is None:
+                raise no_collection(name)
             self.cancel_reembedding(name)
             self._directory.delete(name)
             opened = self._open.pop(name, None)
@@ -279,7 +281,7 @@ class Index:
         return entry
 
     def _check_free(self, name: str) -> None:
-        if self._directory.find(name) is not None:
+        if self._directory.folder(name) is not None:
             raise collection_exists(name)
 
     def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:

@@ -25,6 +25,8 @@ _DATABASE = "catalogue.db"
 _COLLECTIONS = "collections"
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _WHAT = "the catalogue"
+#: Columns of an entry, but for its time. As bytes: one damaged text would otherwise fail the query for all entries.
+_ROW = "CAST(name AS BLOB), CAST(spec AS BLOB), CAST(folder AS BLOB)"
 _SCHEMA = """
 BEGIN;
 CREATE TABLE collections (
@@ -95,20 +97,47 @@ class DataDirectory:
         self._resources.close()
 
     def find(self, name: str) -> Entry | None:
-        """Return a collection's entry; None if there is none of that name."""
+        """Return a collection's entry; None if there is none of that name.
+
+        Raises:
+            ServiceError: besides the usual, INTERNAL if the entry is damaged.
+        """
         with translated(_WHAT):
             row = self._database.execute(
-                "SELECT spec, folder, created FROM collections WHERE name = ?", (name,)
+                f"SELECT {_ROW}, created FROM collections WHERE name = ?",  # noqa: S608 - our own columns
+                (name,),
             ).fetchone()
         return None if row is None else self._entry(row)
 
+    def folder(self, name: str) -> Path | None:
+        """Return a collection's folder, also if the rest of its entry is damaged; None if there is none of that name.
+
+        Raises:
+            ServiceError: besides the usual, INTERNAL if the folder's name is damaged.
+        """
+        with translated(_WHAT):
+            row = self._database.execute(
+                "SELECT CAST(folder AS BLOB) FROM collections WHERE name = ?", (name,)
+            ).fetchone()
+        return None if row is None else self._path_of(name, row[0])
+
     def specs(self, after: str, count: int) -> list[CollectionSpec]:
-        """Return what the collections that follow a name are, at most `count`, by name."""
+        """Return the specs of the collections that follow a name, at most `count`, by name.
+
+        Of a collection whose entry is damaged, only the name is right, and the dimensions are 0.
+        """
         with translated(_WHAT):
             rows = self._database.execute(
-                "SELECT spec FROM collections WHERE name > ? ORDER BY name LIMIT ?", (after, count)
+                "SELECT CAST(name AS BLOB), CAST(spec AS BLOB) FROM collections WHERE name > ? ORDER BY name LIMIT ?",
+                (after, count),
             ).fetchall()
-        return [CollectionSpec.from_json(row[0]) for row in rows]
+        specs = []
+        for name, text in rows:
+            try:
+                specs.append(_spec(name, text))
+            except ServiceError:
+                specs.append(CollectionSpec(name.decode(errors="replace"), 0))
+        return specs
 
     def add(self, entry: Entry) -> None:
         """Name a collection; for good when this returns.
@@ -124,10 +153,21 @@ class DataDirectory:
             self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
 
     def reembeddings(self) -> list[Entry]:
-        """Return the entries of those that are to take the place of the collections of their names."""
+        """Return the entries of those that are to take the place of the collections of their names.
+
+        A damaged entry is left out, and its folder stays.
+        """
         with translated(_WHAT):
-            rows = self._database.execute("SELECT spec, folder, started FROM reembeddings").fetchall()
-        return [self._entry(row) for row in rows]
+            rows = self._database.execute(
+                f"SELECT {_ROW}, started FROM reembeddings"  # noqa: S608 - our own columns
+            ).fetchall()
+        entries = []
+        for row in rows:
+            try:
+                entries.append(self._entry(row))
+            except ServiceError:
+                log.exception("a re-embedding cannot go on")
+        return entries
 
     def add_reembedding(self, entry: Entry) -> None:
         """Name one that is to take a collection's place; raises as `add`."""
@@ -158,20 +198,72 @@ class DataDirectory:
                 (entry.spec.name, entry.folder.name, entry.spec.to_json(), entry.since.timestamp()),
             )
 
-    def _entry(self, row: tuple[str, str, float]) -> Entry:
-        spec, folder, since = row
-        return Entry(
-            CollectionSpec.from_json(spec), self.collections / folder, datetime.fromtimestamp(since, timezone.utc)
-        )
+    def _entry(self, row: tuple[bytes, bytes, bytes, float]) -> Entry:
+        name, spec, folder, since = row
+        try:
+            moment = datetime.fromtimestamp(since, timezone.utc)
+        except (ValueError, OverflowError, OSError, TypeError) as error:
+            raise _damaged(name.decode(errors="replace")) from error
+        return Entry(_spec(name, spec), self._path_of(name.decode(errors="replace"), folder), moment)
+
+    def _path_of(self, name: str, folder: bytes) -> Path:
+        text = folder.decode(errors="replace")
+        if not _FOLDER.fullmatch(text):
+            raise _damaged(name)
+        return self.collections / text
 
     def _remove_orphans(self) -> None:
-        """Remove what a crash left of collections that were being made or deleted; nothing that is not ours."""
-        rows = self._database.execute("SELECT folder FROM collections UNION ALL SELECT folder FROM reembeddings")
-        known = {row[0] for row in rows}
-        for path in _collection_folders(self._path):
+        """Remove what a crash left of collections that were being made or deleted; nothing that is not ours.
+
+        If a folder that the catalogue names is missing, nothing is removed: one damaged bit in that name would cost
+        the collection its data.
+        """
+        with translated(_WHAT):
+            rows = self._database.execute(
+                "SELECT CAST(folder AS BLOB) FROM collections UNION ALL SELECT CAST(folder AS BLOB) FROM reembeddings"
+            ).fetchall()
+        known = {row[0].decode(errors="replace") for row in rows}
+        there = _collection_folders(self._path)
+        if missing := known - {path.name for path in there}:
+            log.error(
+                "%d folders that the catalogue names are missing, such as %r; no other folder is removed",
+                len(missing),
+                min(missing),
+            )
+            return
+        for path in there:
             if path.name not in known:
                 log.info("removing %s: no collection has it", path)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _spec(name: bytes, text: bytes) -> CollectionSpec:
+    """Read the spec of a collection from the catalogue.
+
+    Raises:
+        ServiceError: INTERNAL if it is damaged, as far as that can be known.
+    """
+    try:
+        spec = CollectionSpec.from_json(text.decode())
+        spec.check()
+        whole = spec.name == name.decode() and all(
+            type(number) is int for number in (spec.dimensions, spec.m, spec.ef_construction)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ServiceError) as error:
+        raise _damaged(name.decode(errors="replace")) from error
+    if not whole:
+        raise _damaged(name.decode(errors="replace"))
+    return spec
+
+
+def _damaged(name: str) -> ServiceError:
+    return ServiceError(
+        Code.INTERNAL,
+        f"the entry of collection {name!r} in {_DATABASE} is damaged; stop the server and restore a copy of the data "
+        "directory, or delete the collection and restore a backup of it",
+        reason="COLLECTION_DAMAGED",
+        metadata={"collection": name},
+    )
 
 
 def _collection_folders(data_dir: Path) -> list[Path]:
@@ -217,7 +309,8 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             raise _unusable(
                 data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
             ) from error
-        except sqlite3.DatabaseError as error:
+        # Python decodes names and messages of SQLite, which hold damaged bytes of the schema.
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             log.exception("%s cannot be read", path)
             raise _unusable(data_dir, f"has a damaged {_DATABASE}; restore it from a copy") from error
         stack.pop_all()

@@ -41,7 +41,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         # In WAL mode anything less than FULL may lose what was acknowledged.
         connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error:
+    except BaseException:
         connection.close()
         raise
     return connection
@@ -82,6 +82,7 @@ def translated(what: str) -> Iterator[None]:
             ) from error
         log.exception("%s: the database failed", what)
         raise ServiceError(Code.INTERNAL, f"the database of {what} failed", reason="DATABASE_FAILED") from error
-    except sqlite3.DatabaseError as error:
+    # Python decodes names and messages of SQLite, which hold damaged bytes of the schema.
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         log.exception("%s: the database is damaged", what)
         raise ServiceError(Code.INTERNAL, f"the database of {what} is damaged", reason="DATABASE_DAMAGED") from error

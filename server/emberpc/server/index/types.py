@@ -22,6 +22,8 @@ Matrix = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 MAX_DIMENSIONS = 16_000
+#: Values of the engine's `Truncation`.
+_TRUNCATIONS = ("refuse", "end", "start")
 
 
 class Distance(str, Enum):
@@ -73,6 +75,8 @@ class CollectionSpec:
         for name, (value, low, high) in bounds.items():
             if not low <= value <= high:
                 raise invalid(f"collection.{name}", f"is {value}; it must be {low} to {high}")
+        if self.truncation not in _TRUNCATIONS:
+            raise invalid("collection.truncation", f"is {self.truncation!r}; it must be one of {_TRUNCATIONS}")
 
     def to_json(self) -> str:
         """Return the spec as the catalogue keeps it."""
@@ -80,7 +84,11 @@ class CollectionSpec:
 
     @classmethod
     def from_json(cls, text: str) -> CollectionSpec:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: the text is damaged.
+        """
         values = json.loads(text)
         values["distance"] = Distance(values["distance"])
         values["indexed_fields"] = tuple(values["indexed_fields"])
