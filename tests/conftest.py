@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# As in `emberpc.server`, which the tests import after the client: gRPC's fork handlers start threads in the child that
+# writes a snapshot, and the child closes their files. A test then found an empty snapshot.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from emberpc.client import Client
 from server_process import ServerProcess
