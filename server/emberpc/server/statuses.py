@@ -71,12 +71,8 @@ def _metadata(error: ServiceError) -> dict[str, str]:
 
 def _shortened(text: str, most: int) -> str:
     """Return a text of at most `most` bytes (UTF-8). A longer one loses its middle: the remedy stands at the end."""
-    # A character has at most four bytes: most texts need not be encoded to be known to be short enough.
-    if len(text) * 4 <= most:
-        return text
-    # Only the ends are encoded: the text may have megabytes.
-    data = text.encode(errors="replace") if len(text) <= 2 * most else b""
-    if data and len(data) <= most:
+    # A character has at least one byte. Of a longer text only the ends are encoded: it may have megabytes.
+    if len(text) <= most and len(text.encode(errors="replace")) <= most:
         return text
     half = (most - len("…".encode())) // 2
     head = text[:half].encode(errors="replace")[:half].decode(errors="ignore")

@@ -134,9 +134,9 @@ class DataDirectory:
         specs = []
         for name, text in rows:
             try:
-                specs.append(_spec(name, text))
+                specs.append(_spec(_text(name), text))
             except ServiceError:
-                specs.append(CollectionSpec(name.decode(errors="replace"), 0))
+                specs.append(CollectionSpec(_text(name), 0))
         return specs
 
     def add(self, entry: Entry) -> None:
@@ -199,18 +199,17 @@ class DataDirectory:
             )
 
     def _entry(self, row: tuple[bytes, bytes, bytes, float]) -> Entry:
-        name, spec, folder, since = row
+        name = _text(row[0])
         try:
-            moment = datetime.fromtimestamp(since, timezone.utc)
+            since = datetime.fromtimestamp(row[3], timezone.utc)
         except (ValueError, OverflowError, OSError, TypeError) as error:
-            raise _damaged(name.decode(errors="replace")) from error
-        return Entry(_spec(name, spec), self._path_of(name.decode(errors="replace"), folder), moment)
+            raise _damaged(name) from error
+        return Entry(_spec(name, row[1]), self._path_of(name, row[2]), since)
 
     def _path_of(self, name: str, folder: bytes) -> Path:
-        text = folder.decode(errors="replace")
-        if not _FOLDER.fullmatch(text):
+        if not _FOLDER.fullmatch(_text(folder)):
             raise _damaged(name)
-        return self.collections / text
+        return self.collections / _text(folder)
 
     def _remove_orphans(self) -> None:
         """Remove what a crash left of collections that were being made or deleted; nothing that is not ours.
@@ -222,7 +221,7 @@ class DataDirectory:
             rows = self._database.execute(
                 "SELECT CAST(folder AS BLOB) FROM collections UNION ALL SELECT CAST(folder AS BLOB) FROM reembeddings"
             ).fetchall()
-        known = {row[0].decode(errors="replace") for row in rows}
+        known = {_text(row[0]) for row in rows}
         there = _collection_folders(self._path)
         if missing := known - {path.name for path in there}:
             log.error(
@@ -237,7 +236,12 @@ class DataDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _spec(name: bytes, text: bytes) -> CollectionSpec:
+def _text(data: bytes) -> str:
+    """Return a name of the catalogue; damaged bytes become a character that no valid name has."""
+    return data.decode(errors="replace")
+
+
+def _spec(name: str, text: bytes) -> CollectionSpec:
     """Read the spec of a collection from the catalogue.
 
     Raises:
@@ -246,13 +250,13 @@ def _spec(name: bytes, text: bytes) -> CollectionSpec:
     try:
         spec = CollectionSpec.from_json(text.decode())
         spec.check()
-        whole = spec.name == name.decode() and all(
+        whole = spec.name == name and all(
             type(number) is int for number in (spec.dimensions, spec.m, spec.ef_construction)
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ServiceError) as error:
-        raise _damaged(name.decode(errors="replace")) from error
+        raise _damaged(name) from error
     if not whole:
-        raise _damaged(name.decode(errors="replace"))
+        raise _damaged(name)
     return spec
 
 
