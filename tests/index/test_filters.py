@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from emberpc.server.index.filter_sql import can_be_indexed, compile_filter, index_statement
 from emberpc.server.index.filters import (
+    MAX_KEYS,
     AllOf,
     AnyOf,
     Comparison,
@@ -210,3 +212,52 @@ def test_fields_name_keys() -> None:
     assert can_be_indexed("a\\.b.c")
     assert not can_be_indexed('a"b')
     assert not can_be_indexed("a\\")
+
+
+ODD = ".".join(['"'] * MAX_KEYS)
+#: Each takes as much of SQLite's limits as one condition can.
+LARGE = [Membership(name, ("x", 1.0, True, False, None)) for name in ("plain", ODD, "'" * 1000)]
+
+
+def chain(levels: int, beside: int, leaf: Filter) -> Filter:
+    """A condition at the end of nested lists; each list has others before and after it."""
+    found = leaf
+    for level in range(levels):
+        kind = AllOf if level % 2 else AnyOf
+        found = kind((leaf,) * (beside // 2) + (found,) + (leaf,) * (beside - beside // 2))
+    return found
+
+
+def tree(levels: int, width: int, leaf: Filter) -> Filter:
+    if not levels:
+        return leaf
+    return (AllOf if levels % 2 else AnyOf)((tree(levels - 1, width, leaf),) * width)
+
+
+def negated(condition: Filter, times: int) -> Filter:
+    for _ in range(times):
+        condition = Not(condition)
+    return condition
+
+
+@pytest.mark.parametrize("leaf", LARGE, ids=["plain", "odd", "long"])
+def test_sqlite_takes_the_largest_filters(leaf: Filter) -> None:
+    filters = [
+        chain(31, 7, leaf),
+        chain(15, 15, Not(leaf)),
+        tree(7, 2, leaf),
+        tree(4, 3, leaf),
+        tree(2, 15, leaf),
+        negated(leaf, 31),
+        negated(tree(2, 15, negated(leaf, 14)), 14),
+        AnyOf(tuple(chain(15, 1, leaf) for _ in range(8))),
+    ]
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE records (metadata TEXT)")
+        database.execute("INSERT INTO records VALUES (?)", (json.dumps({"plain": "x"}),))
+        for each in filters:
+            clause = compile_filter(each)
+            # Nested as the deepest statement of the index nests it.
+            statement = f"SELECT count(*) FROM records WHERE rowid IN (SELECT rowid FROM records WHERE ({clause.sql}))"
+            found = database.execute(statement, clause.parameters).fetchone()
+            assert found == (matches(each, {"plain": "x"}),)

@@ -17,6 +17,7 @@ import pytest
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from emberpc.server.index.backup import LAST_LINE_SIZE
 from index.backups import accept_all, changed, folders, restored, sealed, taken
 from index.support import gaussian, numbered, refused
 from index.test_safety import largest_file
@@ -122,6 +123,13 @@ def test_any_table_trigger_or_view_but_ours_is_refused(index: Index, whole: byte
     with refused(Code.INVALID_ARGUMENT) as caught:
         restored(index, "d", changed(whole, tmp_path / "changed.db", change))
     assert caught.value.reason == "NOT_A_BACKUP"
+
+
+def test_names_that_are_not_utf8_are_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
+    for name in (b"sequence", b"metadata", b"record"):
+        body = changed(whole, tmp_path / "changed.db")[:-LAST_LINE_SIZE].replace(name, b"\xff\xfe" + name[2:])
+        with refused(Code.INVALID_ARGUMENT):
+            restored(index, "d", sealed(body))
 
 
 def test_a_view_in_place_of_a_table_is_refused(index: Index, whole: bytes, tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ LIST = pb.FilterList(filters=[comparing()] * 90)
         (comparing(field=""), "filter.comparison.field", "empty"),
         (comparing(field="a\\b"), "filter.comparison.field", "backslash"),
         (comparing(field="x" * 2000), "filter.comparison.field", "2000 characters"),
+        (comparing(field=".".join("k" * 41)), "filter.comparison.field", "41 nested keys"),
+        (pb.Filter(existence=pb.Existence(field="." * 80)), "filter.existence.field", "81 nested keys"),
         (comparing(operator=0), "filter.comparison.operator", "ComparisonOperator"),
         (comparing(operator=3, value={"bool_value": True}), "filter.comparison.operator", "numbers and strings"),
         (comparing(value={}), "filter.comparison.value", "not set"),
@@ -105,6 +107,27 @@ def test_a_wrong_filter_is_refused_by_its_place(
             call()
         assert [violation.field for violation in refused.value.violations] == [field]
     assert client.count(points) == len(ROWS)
+
+
+def values(count: int) -> pb.Filter:
+    return pb.Filter(membership=pb.Membership(field="x", values=[pb.FilterValue(null_value=True)] * count))
+
+
+@pytest.mark.parametrize(
+    ("each", "words"),
+    [
+        (pb.Filter(any=pb.FilterList(filters=[comparing()] * 99)), "2100 conditions"),
+        (values(2_500), "52500 values"),
+        (pb.Filter(any=pb.FilterList(filters=[values(10_000)] * 6)), "more than 50000 values"),
+    ],
+)
+def test_all_filters_of_a_request_have_a_limit(
+    stub: index_pb2_grpc.IndexServiceStub, points: str, each: pb.Filter, words: str
+) -> None:
+    queries = [index_pb2.SearchQuery(record_id="b", filter=each)] * 21
+    with pytest.raises(grpc.RpcError, match=words) as refused:
+        stub.Search(index_pb2.SearchRequest(collection=points, queries=queries))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
 
 
 def test_the_largest_filters_are_answered(client: Client, points: str) -> None:

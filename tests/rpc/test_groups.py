@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from emberpc.client import AsyncClient, Client, InvalidArgument
+from emberpc.server.paging import encode_token
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from server_process import ServerProcess
@@ -87,9 +88,24 @@ def test_what_is_out_of_bounds_is_named(client: Client, texts: str, ask: Callabl
     assert [violation.field for violation in raised.value.violations] == [field]
 
 
-@pytest.mark.parametrize("token", ["x", "WzFd", "bm90IGpzb24="])
-def test_a_page_token_of_elsewhere_is_refused(server: ServerProcess, texts: str, token: str) -> None:
-    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="page_token"):
+FORGED = {
+    "no base64": "x",
+    "one item": encode_token("[1]"),
+    "no JSON": encode_token("not json"),
+    "nested": encode_token("[" * 5_000),
+    "too long": encode_token('"' + "x" * 20_000),
+    "not finite": encode_token('[NaN, "a", "b"]'),
+    "infinite": encode_token('[1e999, "a", "b"]'),
+    "a huge number": encode_token("[1" + "0" * 400 + ', "a", "b"]'),
+    "ids that are numbers": encode_token("[0.5, 1, 2]"),
+    "an object": encode_token('{"a": 1, "b": 2, "c": 3}'),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_page_token_of_elsewhere_is_refused(server: ServerProcess, texts: str, kind: str) -> None:
+    token = FORGED[kind]
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="page_token: is not"):
         index_pb2_grpc.IndexServiceStub(channel).FindDuplicates(
             pb.FindDuplicatesRequest(collection=texts, page_token=token)
         )

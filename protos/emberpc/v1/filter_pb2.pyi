@@ -67,7 +67,9 @@ class Filter(_message.Message):
     before a dot or a backslash makes that a part of the key. A comparison with a
     field that is missing or of another type is false. A list matches if one of
     its items does; an item that is a list or an object does not. Conditions may
-    be nested 32 levels deep; there may be 256 in one filter.
+    be nested 32 levels deep; there may be 256 in one filter, and 2,000 conditions
+    and 50,000 values of memberships in all filters of a request. A field names at
+    most 40 nested keys.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

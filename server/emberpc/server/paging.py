@@ -8,10 +8,12 @@ from __future__ import annotations
 import base64
 import binascii
 
-from emberpc.server.errors import invalid
+from emberpc.server.errors import ServiceError, invalid
 
 #: Most items of a page of any list.
 MAX_PAGE_SIZE = 1000
+#: Longest token, in characters: that of a pair of ids of 512 bytes, each byte written as six characters of JSON.
+_MAX_TOKEN = 16 * 1024
 
 
 def encode_token(last: str) -> str:
@@ -25,7 +27,18 @@ def decode_token(token: str) -> str:
     Raises:
         ServiceError: INVALID_ARGUMENT if the token is none that this server gave.
     """
+    if len(token) > _MAX_TOKEN:
+        raise wrong_token()
     try:
-        return base64.b64decode(token, altchars=b"-_", validate=True).decode()
+        last = base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError) as error:
-        raise invalid("page_token", "is none that this server gave; start again without one") from error
+        raise wrong_token() from error
+    # No id and no name has a control character.
+    if any(ord(character) < ord(" ") for character in last):
+        raise wrong_token()
+    return last
+
+
+def wrong_token() -> ServiceError:
+    """Return the INVALID_ARGUMENT error for a page token that this server did not give."""
+    return invalid("page_token", "is not a token that this call returned; start again without a token")

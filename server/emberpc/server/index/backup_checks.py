@@ -99,7 +99,8 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
                 connection.execute(f"PRAGMA {pragma}")
             connection.set_progress_handler(stop, backup.STEPS_BETWEEN_LOOKS)
             yield connection
-    except sqlite3.Error as error:
+    # Python decodes names and messages of SQLite, which hold bytes of the file.
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         if stop():
             raise given_up() from error
         log.warning("a backup cannot be read: %s", error)

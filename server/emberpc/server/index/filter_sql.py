@@ -38,6 +38,8 @@ class Clause:
 
     sql: str
     parameters: tuple[Any, ...] = ()
+    #: Entries of the stack of SQLite's parser that the expression takes, beyond those of one condition.
+    depth: int = 0
 
 
 #: Met by every record.
@@ -56,7 +58,10 @@ def compile_filter(condition: Filter) -> Clause:
     if isinstance(condition, Existence):
         return _somewhere(path, [_Test("{type} IS NOT NULL")], lists=False)
     if isinstance(condition, Membership):
-        return _join(" OR ", [_somewhere(path, [test]) for test in _memberships(condition.values)])
+        tests = _memberships(condition.values)
+        if _json_path(path) is None:
+            return _step_by_step(path, _any(tests), lists=True)
+        return _join(" OR ", [_somewhere(path, [test]) for test in tests])
     if isinstance(condition, Comparison) and condition.operator is Operator.NOT_EQUAL:
         return _negated(compile_filter(Comparison(condition.field, Operator.EQUAL, condition.value)))
     return _somewhere(path, [_test(condition)])
@@ -142,6 +147,12 @@ def _memberships(values: Sequence[Value]) -> list[_Test]:
     return tests
 
 
+def _any(tests: Sequence[_Test]) -> _Test:
+    """Return the test that at least one of several tests is met."""
+    template = " OR ".join(f"({test.template})" for test in tests)
+    return _Test(f"({template})", tuple(value for test in tests for value in test.parameters))
+
+
 def _prefix(prefix: str) -> _Test:
     """Return the test for strings from the prefix on up to the first that is past all that start so."""
     test = "{type} IS 'text' AND {value} >= ?"
@@ -203,10 +214,17 @@ def _json_path(path: tuple[str, ...]) -> str | None:
 
 
 def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
-    sql = operator.join(clause.sql for clause in clauses)
-    return Clause(f"({sql})", tuple(value for clause in clauses for value in clause.parameters))
+    """Return clauses joined by AND or OR, the deepest first.
+
+    The stack of SQLite's parser has 100 entries. A nested expression takes one of them if it is the first operand, and
+    three otherwise. With the deepest first, few levels of a filter with a limited number of conditions take three.
+    """
+    ordered = sorted(clauses, key=lambda clause: -clause.depth)
+    depth = max(clause.depth + (1 if i == 0 else 3) for i, clause in enumerate(ordered))
+    parameters = tuple(value for clause in ordered for value in clause.parameters)
+    return Clause(f"({operator.join(clause.sql for clause in ordered)})", parameters, depth)
 
 
 def _negated(clause: Clause) -> Clause:
     # Not NOT: what is null, as of a field that is missing, does not match, so its opposite does.
-    return Clause(f"({clause.sql} IS NOT TRUE)", clause.parameters)
+    return Clause(f"({clause.sql} IS NOT TRUE)", clause.parameters, clause.depth + 1)

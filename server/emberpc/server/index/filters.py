@@ -22,6 +22,9 @@ MAX_LIST = 100
 MAX_VALUES = 10_000
 #: Longest field, in characters.
 MAX_FIELD = 1000
+#: Most nested keys of a field. Metadata of a request cannot be nested deeper: a message may have 100 levels, and each
+#: level of metadata takes three. SQLite joins at most 64 tables, and a key of an unusual name takes one.
+MAX_KEYS = 40
 
 _FIELD = re.compile(r"(?:[^\\]|\\[.\\])*", re.DOTALL)
 _PART = re.compile(r"\\([.\\])|(\.)", re.DOTALL)

@@ -22,32 +22,60 @@ _MAX_INDEXED_FIELDS = 16
 _EQUALITIES = (filters.Operator.EQUAL, filters.Operator.NOT_EQUAL)
 
 
+#: Of all filters of a request together; of one filter, see `filters`.
+MAX_REQUEST_CONDITIONS = 2_000
+MAX_REQUEST_VALUES = 50_000
+
+
 def read_filter(message: pb.Filter, path: str = "filter") -> filters.Filter:
-    """Read a filter from a request.
+    """Read the only filter of a request.
 
     Args:
         message: the filter.
         path: what the request calls it.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the part that is wrong or past a bound.
+        ServiceError: INVALID_ARGUMENT, naming the part that is wrong or over a limit.
     """
-    return _Reader(path).read(message, path, 1)
+    return FilterReader().read(message, path)
+
+
+class FilterReader:
+    """Reads the filters of one request, and counts the conditions and values of all of them."""
+
+    def __init__(self) -> None:
+        self._conditions = 0
+        self._values = 0
+
+    def read(self, message: pb.Filter, path: str) -> filters.Filter:
+        """Read a filter; arguments and errors as of `read_filter`."""
+        reader = _Reader(path)
+        found = reader.read(message, path, 1)
+        self._conditions += reader.conditions
+        self._values += reader.values
+        for count, limit, name in (
+            (self._conditions, MAX_REQUEST_CONDITIONS, "conditions"),
+            (self._values, MAX_REQUEST_VALUES, "values of memberships"),
+        ):
+            if count > limit:
+                raise invalid(path, f"makes {count} {name} in the request, which may have {limit}; split the request")
+        return found
 
 
 class _Reader:
-    """Reads one filter and counts its conditions."""
+    """Reads one filter, and counts its conditions and the values of its memberships."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._conditions = 0
+        self.conditions = 0
+        self.values = 0
 
     def read(self, message: pb.Filter, path: str, depth: int) -> filters.Filter:
         """Read a condition, so deep within the filter."""
         if depth > filters.MAX_DEPTH:
             raise invalid(path, f"is nested more than {filters.MAX_DEPTH} levels deep; make the filter flatter")
-        self._conditions += 1
-        if self._conditions > filters.MAX_CONDITIONS:
+        self.conditions += 1
+        if self.conditions > filters.MAX_CONDITIONS:
             raise invalid(
                 self._path,
                 f"has more than {filters.MAX_CONDITIONS} conditions; leave some out, or use a membership for many "
@@ -63,6 +91,12 @@ class _Reader:
         if kind == "comparison":
             return _comparison(message.comparison, f"{path}.comparison")
         if kind == "membership":
+            self.values += len(message.membership.values)
+            if self.values > MAX_REQUEST_VALUES:
+                raise invalid(
+                    self._path,
+                    f"has more than {MAX_REQUEST_VALUES} values of memberships; leave some out, or split the request",
+                )
             return _membership(message.membership, f"{path}.membership")
         if kind == "prefix":
             prefix = message.prefix.prefix
@@ -121,6 +155,8 @@ def _field(field: str, path: str) -> str:
         raise invalid(path, f"has {len(field)} characters, it may have {filters.MAX_FIELD}; shorten the keys")
     if not filters.is_field(field):
         raise invalid(path, f"is {field!r}; a backslash may only stand before a dot or a backslash of a key")
+    if (count := len(filters.keys(field))) > filters.MAX_KEYS:
+        raise invalid(path, f"has {count} nested keys, it may have {filters.MAX_KEYS}; metadata is never deeper")
     return _string(field, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from emberpc.server.errors import invalid
 from emberpc.server.index import CollectionBackend, DuplicatePair
-from emberpc.server.paging import decode_token, encode_token
+from emberpc.server.paging import decode_token, encode_token, wrong_token
 from emberpc.server.services import requests
 from emberpc.server.services.records import Parts, fill_record
 from emberpc.v1 import index_pb2 as pb
@@ -117,6 +118,9 @@ def _read_token(token: str) -> tuple[float, str, str] | None:
         return None
     try:
         score, first_id, second_id = json.loads(decode_token(token))
-        return float(score), str(first_id), str(second_id)
-    except (ValueError, TypeError) as error:
-        raise invalid("page_token", "is none that this call gave; start again without one") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise wrong_token() from error
+    ids = isinstance(first_id, str) and isinstance(second_id, str)
+    if not (ids and isinstance(score, float) and math.isfinite(score)):
+        raise wrong_token()
+    return score, first_id, second_id

@@ -16,7 +16,7 @@ from emberpc.server.index import MAX_TOP_K, CollectionBackend, Fusion, SearchOut
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
-from emberpc.server.services.filters import read_filter
+from emberpc.server.services.filters import FilterReader
 from emberpc.server.services.forms import Matrix, shape
 from emberpc.server.services.records import Parts, caller_vectors
 from emberpc.server.services.search_groups import Search, SearchGroups
@@ -277,12 +277,13 @@ def _wrong_top_k(common: int, own: Sequence[int]) -> ServiceError:
 
 def _conditions(request: pb.SearchRequest) -> list[Filter | None]:
     """Read what the hits of each query must meet: its own filter, or the request's; empty if no query has one."""
-    common = read_filter(request.filter) if request.HasField("filter") else None
+    reader = FilterReader()
+    common = reader.read(request.filter, "filter") if request.HasField("filter") else None
     own = [query.HasField("filter") for query in request.queries]
     if common is None and not any(own):
         return []
     return [
-        read_filter(query.filter, f"queries[{i}].filter") if has else common
+        reader.read(query.filter, f"queries[{i}].filter") if has else common
         for i, (query, has) in enumerate(zip(request.queries, own, strict=True))
     ]
 
