@@ -127,7 +127,7 @@ def test_all_filters_of_a_request_have_a_limit(
     queries = [index_pb2.SearchQuery(record_id="b", filter=each)] * 21
     with pytest.raises(grpc.RpcError, match=words) as refused:
         stub.Search(index_pb2.SearchRequest(collection=points, queries=queries))
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_the_largest_filters_are_answered(client: Client, points: str) -> None:
