@@ -150,3 +150,29 @@ def test_ids_and_a_filter_exclude_each_other(stub: index_pb2_grpc.IndexServiceSt
     with pytest.raises(grpc.RpcError) as refused:
         stub.DeleteRecords(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_number_compared_with_strings_is_warned_of(
+    client: Client, points: str, stub: index_pb2_grpc.IndexServiceStub
+) -> None:
+    client.upsert(points, [Record("s", "", {"size": "12", "sizes": ["1", "2"], "year": "old"})], vectors=[[1.0, 0.0]])
+    greater = comparing(field="size", operator=pb.COMPARISON_OPERATOR_GREATER)
+    member = pb.Filter(membership=pb.Membership(field="sizes", values=[pb.FilterValue(number_value=1)]))
+    both = pb.Filter(any=pb.FilterList(filters=[greater, member]))
+    (query,) = [index_pb2.SearchQuery(record_id="a")]
+    answers: list[Any] = [
+        stub.CountRecords(index_pb2.CountRecordsRequest(collection=points, filter=both)),
+        stub.ListRecords(index_pb2.ListRecordsRequest(collection=points, filter=both)),
+        stub.Search(index_pb2.SearchRequest(collection=points, queries=[query], filter=both)),
+        stub.DeleteRecords(index_pb2.DeleteRecordsRequest(collection=points, filter=both)),
+    ]
+    for answer in answers:
+        assert len(answer.warnings) == 2
+        assert "'size'" in answer.warnings[0]
+        assert "'sizes'" in answer.warnings[1]
+    # A field with numbers in some records, and one that finds something.
+    for right in (
+        comparing(field="year", operator=pb.COMPARISON_OPERATOR_LESS),
+        pb.Filter(existence=pb.Existence(field="lang")),
+    ):
+        assert not stub.CountRecords(index_pb2.CountRecordsRequest(collection=points, filter=right)).warnings

@@ -65,7 +65,7 @@ async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedE
         engine = WatchedEngine(pool, **settings)
         engine.registry.load("tiny", bundle)
         server = grpc.aio.server()
-        service = EmbeddingService(engine, Limits(4096, 2**20))
+        service = EmbeddingService(engine, Limits(4096, 2**20, 2**24, 2**25, 2**20))
         Handlers(server).add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, service)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -148,7 +148,7 @@ WRONG = [
     ([message(0)], "batch_number: is 0 after 0"),
     ([message(2), message(2)], "batch_number: is 2 after 2"),
     ([message(1), message(2, collection="w")], "collection: is 'w', and the stream is of 'v'"),
-    ([message(1, 4097)], "records: has 4097 records"),
+    ([message(1, 4097)], "records: has more than 4096"),
 ]
 
 

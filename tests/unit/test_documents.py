@@ -11,7 +11,7 @@ import pytest
 
 from emberpc.server.app import SERVICE_NAMES
 from emberpc.server.settings import Settings
-from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2
+from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,7 +39,7 @@ def test_every_rpc_is_documented_as_built_or_to_come() -> None:
         "BackupCollection", "RestoreCollection", "FindDuplicates", "ClusterRecords", "ListClassifiers", "GetClassifier",
         "CreateClassifier", "UpdateClassifier", "DeleteClassifier", "FitClassifier", "SubmitCorrections",
     }  # fmt: skip
-    for module in (embedding_pb2, index_pb2, classification_pb2, model_pb2):
+    for module in (embedding_pb2, index_pb2, classification_pb2, model_pb2, server_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             assert service.full_name in SERVICE_NAMES
             for method in service.methods:

@@ -9,6 +9,7 @@ from emberpc.v1 import filter_pb2 as _filter_pb2
 from emberpc.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -262,8 +263,8 @@ class Collection(_message.Message):
     distance: Global___Distance.ValueType
     """How vectors compare. Default: COSINE."""
     truncation: _types_pb2.Truncation.ValueType
-    """What happens to over-long texts, of records and queries alike.
-    Default: REFUSE.
+    """How the texts of records are truncated, unless an upsert says otherwise.
+    Queries do not use this setting, see SearchRequest. Default: REFUSE.
     """
     record_count: _builtins.int
     """Output only. Number of records."""
@@ -378,7 +379,7 @@ class Record(_message.Message):
     text: _builtins.str
     """Its text. May be empty if a vector is given."""
     label: _builtins.str
-    """Its label, if it is an example of a classifier."""
+    """Its label, if it is an example of a classifier: at most 512 bytes of UTF-8."""
     revision: _builtins.int
     """Output only. Sequence number of the write that made it what it is."""
     @_builtins.property
@@ -594,6 +595,62 @@ class ListCollectionsResponse(_message.Message):
 Global___ListCollectionsResponse: _TypeAlias = ListCollectionsResponse  # noqa: Y015
 
 @_typing.final
+class UpdateCollectionRequest(_message.Message):
+    """Request of IndexService.UpdateCollection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def collection(self) -> Global___Collection:
+        """Name of the collection, and the new values of the fields in `update_mask`."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to change. Only `truncation` can be changed; any other path is
+        refused with INVALID_ARGUMENT.
+        """
+
+    def __init__(
+        self,
+        *,
+        collection: Global___Collection | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateCollectionRequest: _TypeAlias = UpdateCollectionRequest  # noqa: Y015
+
+@_typing.final
+class UpdateCollectionResponse(_message.Message):
+    """Response of IndexService.UpdateCollection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def collection(self) -> Global___Collection:
+        """The collection after the change."""
+
+    def __init__(
+        self,
+        *,
+        collection: Global___Collection | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateCollectionResponse: _TypeAlias = UpdateCollectionResponse  # noqa: Y015
+
+@_typing.final
 class DeleteCollectionRequest(_message.Message):
     """Request of IndexService.DeleteCollection."""
 
@@ -642,8 +699,11 @@ class UpsertRecordsRequest(_message.Message):
     RECORDS_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
     EXPECTED_REVISIONS_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Name of the collection."""
+    truncation: _types_pb2.Truncation.ValueType
+    """How over-long texts are truncated. Default: the collection's `truncation`."""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
         """The records, 1 to the server's limit, no id twice."""
@@ -667,10 +727,11 @@ class UpsertRecordsRequest(_message.Message):
         records: _abc.Iterable[Global___Record] | None = ...,
         vectors: _types_pb2.Vectors | None = ...,
         expected_revisions: _abc.Iterable[_builtins.int] | None = ...,
+        truncation: _types_pb2.Truncation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "expected_revisions", b"expected_revisions", "records", b"records", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "expected_revisions", b"expected_revisions", "records", b"records", "truncation", b"truncation", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -730,10 +791,15 @@ class UpsertRecordsStreamRequest(_message.Message):
     BATCH_NUMBER_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Name of the collection; required in the first message."""
     batch_number: _builtins.int
     """The client's own number of this message, from 1; they must grow."""
+    truncation: _types_pb2.Truncation.ValueType
+    """How over-long texts of this message are truncated. Default: the
+    collection's `truncation`.
+    """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
         """The records, up to the server's limit. None: the answer is a checkpoint."""
@@ -749,10 +815,11 @@ class UpsertRecordsStreamRequest(_message.Message):
         batch_number: _builtins.int = ...,
         records: _abc.Iterable[Global___Record] | None = ...,
         vectors: _types_pb2.Vectors | None = ...,
+        truncation: _types_pb2.Truncation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_number", b"batch_number", "collection", b"collection", "records", b"records", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_number", b"batch_number", "collection", b"collection", "records", b"records", "truncation", b"truncation", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -940,21 +1007,27 @@ class DeleteRecordsResponse(_message.Message):
 
     DELETED_COUNT_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     deleted_count: _builtins.int
     """How many were deleted."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
         """Number and durability of the write."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As ListRecordsResponse.warnings."""
+
     def __init__(
         self,
         *,
         deleted_count: _builtins.int = ...,
         receipt: Global___WriteReceipt | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_count", b"deleted_count", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_count", b"deleted_count", "receipt", b"receipt", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1011,6 +1084,7 @@ class ListRecordsResponse(_message.Message):
     RECORDS_FIELD_NUMBER: _builtins.int
     VECTORS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token of the next page. Empty: this was the last."""
     @_builtins.property
@@ -1021,16 +1095,23 @@ class ListRecordsResponse(_message.Message):
     def vectors(self) -> _types_pb2.Vectors:
         """Row i is the vector of `records[i]`, if asked for."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Conditions of the filter that probably do not mean what was intended, such
+        as a numeric comparison with a field that holds strings only.
+        """
+
     def __init__(
         self,
         *,
         records: _abc.Iterable[Global___Record] | None = ...,
         vectors: _types_pb2.Vectors | None = ...,
         next_page_token: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "records", b"records", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "records", b"records", "vectors", b"vectors", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1071,16 +1152,22 @@ class CountRecordsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COUNT_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """How many."""
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As ListRecordsResponse.warnings."""
+
     def __init__(
         self,
         *,
         count: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1153,6 +1240,7 @@ class SearchRequest(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     FUSION_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Name of the collection."""
     top_k: _builtins.int
@@ -1177,6 +1265,10 @@ class SearchRequest(_message.Message):
     """How urgent it is. Default: INTERACTIVE."""
     fusion: Global___SearchFusion.ValueType
     """HYBRID: how the two rankings become one. Default: SCORES."""
+    truncation: _types_pb2.Truncation.ValueType
+    """How over-long query texts are truncated; TokenUsage says which queries
+    were. Default: END.
+    """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchQuery]:
         """The queries, 1 to 1000."""
@@ -1203,10 +1295,11 @@ class SearchRequest(_message.Message):
         parts: _abc.Iterable[Global___RecordPart.ValueType] | None = ...,
         priority: _types_pb2.Priority.ValueType = ...,
         fusion: Global___SearchFusion.ValueType = ...,
+        truncation: _types_pb2.Truncation.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "dense_weight", b"dense_weight", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "collection", b"collection", "dense_weight", b"dense_weight", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_recall", b"min_recall", "mode", b"mode", "parts", b"parts", "priority", b"priority", "queries", b"queries", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "collection", b"collection", "dense_weight", b"dense_weight", "ef", b"ef", "filter", b"filter", "fusion", b"fusion", "min_recall", b"min_recall", "mode", b"mode", "parts", b"parts", "priority", b"priority", "queries", b"queries", "top_k", b"top_k", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dense_weight: _TypeAlias = _typing.Literal["dense_weight"]  # noqa: Y015
     _WhichOneofArgType__dense_weight: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight"]  # noqa: Y015
@@ -1333,6 +1426,7 @@ class SearchResponse(_message.Message):
     RESULTS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchResult]:
         """Item i is the result of `queries[i]`."""
@@ -1345,16 +1439,21 @@ class SearchResponse(_message.Message):
     def timings(self) -> _types_pb2.Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As ListRecordsResponse.warnings."""
+
     def __init__(
         self,
         *,
         results: _abc.Iterable[Global___SearchResult] | None = ...,
         model: _types_pb2.ModelVersion | None = ...,
         timings: _types_pb2.Timings | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "results", b"results", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "results", b"results", "timings", b"timings", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

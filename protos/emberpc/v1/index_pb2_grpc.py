@@ -50,6 +50,11 @@ class IndexServiceStub(object):
                 request_serializer=emberpc_dot_v1_dot_index__pb2.ListCollectionsRequest.SerializeToString,
                 response_deserializer=emberpc_dot_v1_dot_index__pb2.ListCollectionsResponse.FromString,
                 _registered_method=True)
+        self.UpdateCollection = channel.unary_unary(
+                '/emberpc.v1.IndexService/UpdateCollection',
+                request_serializer=emberpc_dot_v1_dot_index__pb2.UpdateCollectionRequest.SerializeToString,
+                response_deserializer=emberpc_dot_v1_dot_index__pb2.UpdateCollectionResponse.FromString,
+                _registered_method=True)
         self.DeleteCollection = channel.unary_unary(
                 '/emberpc.v1.IndexService/DeleteCollection',
                 request_serializer=emberpc_dot_v1_dot_index__pb2.DeleteCollectionRequest.SerializeToString,
@@ -147,6 +152,13 @@ class IndexServiceServicer(object):
 
     def ListCollections(self, request, context):
         """Lists the collections, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateCollection(self, request, context):
+        """Changes settings of a collection. Only `truncation` can be changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -280,6 +292,11 @@ def add_IndexServiceServicer_to_server(servicer, server):
                     servicer.ListCollections,
                     request_deserializer=emberpc_dot_v1_dot_index__pb2.ListCollectionsRequest.FromString,
                     response_serializer=emberpc_dot_v1_dot_index__pb2.ListCollectionsResponse.SerializeToString,
+            ),
+            'UpdateCollection': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateCollection,
+                    request_deserializer=emberpc_dot_v1_dot_index__pb2.UpdateCollectionRequest.FromString,
+                    response_serializer=emberpc_dot_v1_dot_index__pb2.UpdateCollectionResponse.SerializeToString,
             ),
             'DeleteCollection': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCollection,
@@ -439,6 +456,33 @@ class IndexService(object):
             '/emberpc.v1.IndexService/ListCollections',
             emberpc_dot_v1_dot_index__pb2.ListCollectionsRequest.SerializeToString,
             emberpc_dot_v1_dot_index__pb2.ListCollectionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateCollection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/emberpc.v1.IndexService/UpdateCollection',
+            emberpc_dot_v1_dot_index__pb2.UpdateCollectionRequest.SerializeToString,
+            emberpc_dot_v1_dot_index__pb2.UpdateCollectionResponse.FromString,
             options,
             channel_credentials,
             insecure,

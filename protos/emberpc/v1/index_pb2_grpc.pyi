@@ -39,6 +39,8 @@ class IndexServiceStub:
     """Describes a collection."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]
     """Lists the collections, by name."""
+    UpdateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]
+    """Changes settings of a collection. Only `truncation` can be changed."""
     DeleteCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]
     """Deletes a collection with all its records."""
     UpsertRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]
@@ -92,6 +94,8 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Describes a collection."""
     ListCollections: _aio.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]  # type: ignore[assignment]
     """Lists the collections, by name."""
+    UpdateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]  # type: ignore[assignment]
+    """Changes settings of a collection. Only `truncation` can be changed."""
     DeleteCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]  # type: ignore[assignment]
     """Deletes a collection with all its records."""
     UpsertRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]  # type: ignore[assignment]
@@ -157,6 +161,13 @@ class IndexServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListCollectionsResponse, _abc.Awaitable[_index_pb2.ListCollectionsResponse]]:
         """Lists the collections, by name."""
+
+    def UpdateCollection(
+        self,
+        request: _index_pb2.UpdateCollectionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_index_pb2.UpdateCollectionResponse, _abc.Awaitable[_index_pb2.UpdateCollectionResponse]]:
+        """Changes settings of a collection. Only `truncation` can be changed."""
 
     def DeleteCollection(
         self,

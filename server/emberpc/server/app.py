@@ -27,6 +27,7 @@ from emberpc.server.services.index import IndexService, add_index_service
 from emberpc.server.services.models import ModelService
 from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.requests import Limits
+from emberpc.server.services.server_info import ServerService
 from emberpc.server.settings import Settings
 from emberpc.v1 import (
     classification_pb2,
@@ -36,6 +37,8 @@ from emberpc.v1 import (
     index_pb2,
     model_pb2,
     model_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
 )
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ SERVICE_NAMES = tuple(
         (index_pb2, "IndexService"),
         (classification_pb2, "ClassificationService"),
         (model_pb2, "ModelService"),
+        (server_pb2, "ServerService"),
     )
 )
 
@@ -107,8 +111,15 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
                 watch = asyncio.create_task(_watch(directory, loader, settings.watch_models))
                 stack.callback(watch.cancel)
 
-        handlers = Handlers(server, *([_serve_metrics(settings, engine, index)] if settings.metrics_listen else []))
-        limits = Limits(settings.max_texts, settings.max_text_bytes)
+        limits = Limits(
+            settings.max_texts,
+            settings.max_text_bytes,
+            settings.max_message_bytes,
+            settings.max_response_bytes,
+            settings.max_queue_tokens,
+        )
+        observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
+        handlers = Handlers(server, observe, limits.counts)
         reembedder = Reembedder(engine, index, pool, limits)
         stack.push_async_callback(reembedder.close)
         _register(handlers, engine, loader, IndexService(engine, index, pool, limits, reembedder), limits, settings)
@@ -186,7 +197,10 @@ def _open_index(settings: Settings) -> IndexBackend:
         return _milvus_index(settings)
     try:
         return Index(
-            settings.data_dir, record_cache_bytes=settings.record_cache_bytes, probe_share=settings.recall_probe
+            settings.data_dir,
+            record_cache_bytes=settings.record_cache_bytes,
+            probe_share=settings.recall_probe,
+            answer_bytes=settings.max_response_bytes,
         )
     except ServiceError as error:
         raise StartupError(error.message) from error
@@ -221,6 +235,8 @@ def _register(
     handlers.add(
         model_pb2_grpc.add_ModelServiceServicer_to_server, ModelService(engine, loader, admin=settings.model_admin)
     )
+    features = [f"index_backend:{settings.index_backend}", *(["model_admin"] if settings.model_admin else [])]
+    handlers.add(server_pb2_grpc.add_ServerServiceServicer_to_server, ServerService(limits, features))
 
 
 async def _set_health(statuses: health.aio.HealthServicer, *, serving: bool) -> None:

@@ -97,6 +97,16 @@ def invalid_fields(violations: Sequence[Violation]) -> ServiceError:
     )
 
 
+def response_too_large(limit: int, remedy: str) -> ServiceError:
+    """Return the RESOURCE_EXHAUSTED error for a response over a limit in bytes."""
+    return ServiceError(
+        Code.RESOURCE_EXHAUSTED,
+        f"the response would have more than {limit} bytes (the server's max_response_bytes); {remedy}",
+        reason="RESPONSE_TOO_LARGE",
+        metadata={"max_response_bytes": str(limit)},
+    )
+
+
 def not_found(kind: str, name: str, remedy: str) -> ServiceError:
     """Return a NOT_FOUND error about a thing of a kind, such as `model`."""
     return ServiceError(

@@ -11,12 +11,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from itertools import count
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
+from emberpc.server.element_counts import check_counts
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.statuses import status_of
 from emberpc.wire import status
@@ -50,11 +54,20 @@ class Handlers:
     Args:
         server: the server.
         observe: told of each call that ended: its method, the name of its status code, and the seconds it took.
+            None: nobody is told.
+        counts: most elements of a repeated field of a request, by the field's name. They are counted before the
+            request is decoded.
     """
 
-    def __init__(self, server: grpc.aio.Server, observe: Observe = lambda _method, _code, _seconds: None) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        observe: Observe | None = None,
+        counts: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._server = server
-        self._observe = observe
+        self._observe = observe or (lambda _method, _code, _seconds: None)
+        self._counts = counts
 
     def add(self, add_to_server: Callable[[Service, Any], None], service: Service) -> None:
         """Register a service.
@@ -77,7 +90,8 @@ class Handlers:
 
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         wrap = _stream if handler.response_streaming else _unary
-        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, self._observe)
+        read = _reader(handler, method, self._counts)
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, read, self._observe)
         return wrapped
 
 
@@ -91,12 +105,11 @@ def _code_name(error: BaseException) -> str:
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
 
 
-def _unary(handler: Any, method: str, observe: Observe) -> Any:
+def _unary(handler: Any, method: str, read: Callable[[Any], Any], observe: Observe) -> Any:
     """Wrap the handler of a method that answers once."""
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     if not inspect.iscoroutinefunction(inner):
         inner = _as_coroutine(inner)
-    read = _reader(handler, method)
 
     async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
@@ -116,11 +129,19 @@ def _unary(handler: Any, method: str, observe: Observe) -> Any:
     return make(call, None, handler.response_serializer)
 
 
-def _reader(handler: Any, method: str) -> Callable[[Any], Any]:
-    """Return the function that decodes the request of a call: one message, or an iterator over messages."""
-    name = method.rpartition("/")[2]
+def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> Callable[[Any], Any]:
+    """Return the function that decodes the request of a call: one message, or an iterator over messages.
+
+    Args:
+        handler: the method.
+        method: its path.
+        counts: most elements of a repeated field, by its name.
+    """
+    service, _, name = method[1:].partition("/")
+    request: Descriptor = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
 
     def decode(data: bytes) -> Any:
+        check_counts(data, request, counts)
         try:
             return handler.request_deserializer(data)
         except (DecodeError, ValueError, RecursionError) as error:
@@ -160,10 +181,9 @@ def _as_coroutine(method: Any) -> Any:
     return call
 
 
-def _stream(handler: Any, method: str, observe: Observe) -> Any:
+def _stream(handler: Any, method: str, read: Callable[[Any], Any], observe: Observe) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-    read = _reader(handler, method)
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)

@@ -99,7 +99,8 @@ class Settings:
     )
     max_texts: int = _setting(4096, "Most texts or records of one call.")
     max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
-    max_message_bytes: int = _setting(64 * 2**20, "Most bytes of one message.")
+    max_message_bytes: int = _setting(16 * 2**20, "Most bytes of one request message.")
+    max_response_bytes: int = _setting(32 * 2**20, "Most bytes of one response.")
     drain_seconds: float = _setting(30.0, "How long a stopping server waits for calls in flight.")
     log_level: str = _setting("info", f"How much to log: {', '.join(LOG_LEVELS)}.")
 
@@ -109,7 +110,7 @@ class Settings:
         Raises:
             SettingsError: a value is out of range.
         """
-        for name in ("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes"):
+        for name in ("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes", "max_response_bytes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("workers", "batch_tokens", "cache_bytes", "record_cache_bytes", "drain_seconds", "watch_models"):

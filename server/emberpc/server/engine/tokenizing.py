@@ -111,7 +111,7 @@ class TextTokenizer:
     def _too_long(self, count: str) -> str:
         return (
             f"has {count} tokens, the model takes at most {self.max_tokens}; "
-            "shorten it, or set `truncation` to END or START"
+            "shorten it, or set the call's `truncation` to END or START"
         )
 
     def _head(self, text: str, truncation: Truncation) -> str:

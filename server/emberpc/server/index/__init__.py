@@ -17,10 +17,13 @@ from emberpc.server.index.types import (
     Strategy,
     WriteResult,
 )
-from emberpc.server.index.validation import MAX_TOP_K
+from emberpc.server.index.validation import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K
 from emberpc.server.index.verifying import Verified
 
 __all__ = [
+    "MAX_ID_BYTES",
+    "MAX_LABEL_BYTES",
+    "MAX_METADATA_BYTES",
     "MAX_TOP_K",
     "Collection",
     "CollectionBackend",

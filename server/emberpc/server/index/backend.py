@@ -70,6 +70,9 @@ class CollectionBackend(Protocol):
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
 
+    def mismatches(self, condition: Filter) -> list[str]:
+        """Return a sentence for each comparison with a number whose field holds strings only."""
+
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Check that every record is there, undamaged and found, some hundred records a step.
 
@@ -139,6 +142,9 @@ class IndexBackend(Protocol):
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+
+    def update(self, name: str, truncation: str) -> None:
+        """Set how a collection truncates over-long texts."""
 
     def delete(self, name: str) -> None:
         """Delete a collection."""

@@ -212,7 +212,7 @@ def _check_records(
                 raise damaged(f"its record {record_id!r} {what}")
             vectors.append(np.frombuffer(vector, dtype="<f4"))
             try:
-                check_records([NewRecord(record_id, text, json.loads(metadata), label)])
+                check_records([NewRecord(record_id, text, json.loads(metadata), label)], restored=True)
             except (ValueError, RecursionError) as error:
                 raise damaged(f"its record {record_id!r} has metadata that is no JSON") from error
             except ServiceError as error:

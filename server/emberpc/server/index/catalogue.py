@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.restoring import Restoration
-from emberpc.server.index.types import CollectionSpec, check_name, check_page_size
+from emberpc.server.index.types import ANSWER_BYTES, CollectionSpec, check_name, check_page_size
 from emberpc.server.index.upkeep import Pace
 from emberpc.server.paging import decode_token, encode_token
 
@@ -44,6 +45,7 @@ class Index:
         snapshot_every: vectors that a graph takes in between snapshots, at least.
         record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
         probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
+        answer_bytes: most bytes of the records of one answer.
 
     Raises:
         ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
@@ -57,9 +59,11 @@ class Index:
         snapshot_every: int = Pace.snapshot_every,
         record_cache_bytes: int = 0,
         probe_share: float = 0,
+        answer_bytes: int = ANSWER_BYTES,
     ) -> None:
         self._pace = Pace(buffer_limit, snapshot_every)
         self._probe_share = probe_share
+        self._answer_bytes = answer_bytes
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
@@ -146,6 +150,23 @@ class Index:
             specs = self._directory.specs(after, page_size + 1)
         token = encode_token(specs[page_size - 1].name) if len(specs) > page_size else ""
         return specs[:page_size], token
+
+    def update(self, name: str, truncation: str) -> None:
+        """Set how a collection truncates over-long texts, also while it is taken over to another model.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is none of that name, INVALID_ARGUMENT if there is no such truncation,
+                RESOURCE_EXHAUSTED if the disk is full.
+        """
+        collection = self.get(name)
+        with self._use():
+            spec = replace(self._existing(name).spec, truncation=truncation)
+            spec.check()
+            self._directory.update(spec)
+            collection.spec = spec
+            reembedding = self._reembeddings.get(name)
+            if reembedding is not None:
+                reembedding.target.spec = replace(reembedding.target.spec, truncation=truncation)
 
     def delete(self, name: str) -> None:
         """Delete a collection; calls under way finish first.
@@ -326,5 +347,6 @@ class Index:
             self._cache,
             pace=self._pace,
             probe_share=self._probe_share,
+            answer_bytes=self._answer_bytes,
             create=create,
         )

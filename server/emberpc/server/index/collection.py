@@ -19,7 +19,7 @@ from emberpc.server.index.calls import Calls
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
-from emberpc.server.index.filters import Filter
+from emberpc.server.index.filters import MISMATCH_RECORDS, Filter, mismatches
 from emberpc.server.index.graph import Graph
 from emberpc.server.index.hybrid import HybridSearcher
 from emberpc.server.index.metric import check_vectors, prepare
@@ -31,6 +31,7 @@ from emberpc.server.index.searching import Searcher
 from emberpc.server.index.selection import Selector
 from emberpc.server.index.store import Store
 from emberpc.server.index.types import (
+    ANSWER_BYTES,
     Change,
     CollectionInfo,
     CollectionSpec,
@@ -68,6 +69,7 @@ class Collection(SearchCalls):
         cache: keeps records that are found often.
         pace: when the graph takes in vectors, and is saved.
         probe_share: share of the searches that are done again, exactly, to measure recall.
+        answer_bytes: most bytes of the records of one answer.
         create: make its files; the folder must be there and empty.
     """
 
@@ -83,6 +85,7 @@ class Collection(SearchCalls):
         *,
         pace: Pace,
         probe_share: float = 0,
+        answer_bytes: int = ANSWER_BYTES,
         create: bool = False,
     ) -> None:
         self.spec = spec
@@ -94,7 +97,7 @@ class Collection(SearchCalls):
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._store = Store(folder, spec, cache, create=create)
+        self._store = Store(folder, spec, cache, answer_bytes=answer_bytes, create=create)
         try:
             self._delete_expired_before_use()
             self._neighbours = Neighbours(spec, self._snapshot() or Graph(spec))
@@ -209,7 +212,7 @@ class Collection(SearchCalls):
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for; vectors as they were given."""
-        with self._calls.one():
+        with self._calls.one(), self._store.answers.one():
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
@@ -218,15 +221,22 @@ class Collection(SearchCalls):
     ) -> tuple[list[StoredRecord], str]:
         """Return a page of records by id in byte order, and the token of the next page, empty after the last.
 
+        A page has fewer records if these have the bytes of one answer.
         With a condition, only records that meet it.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
         clause = clause_of(condition) or EVERYTHING
         with self._calls.one():
-            records = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
-        more = len(records) > page_size
-        return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
+            found, cut = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
+        records = found[:page_size]
+        more = cut or len(found) > page_size
+        return records, encode_token(records[-1].id) if more else ""
+
+    def mismatches(self, condition: Filter) -> list[str]:
+        """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
+        with self._calls.one():
+            return mismatches(condition, self._store.metadata(MISMATCH_RECORDS))
 
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, with a condition, of those that meet it."""
@@ -265,7 +275,7 @@ class Collection(SearchCalls):
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
         """Group the records by likeness; see `cluster_records`."""
-        with self._calls.one(stop) as ends:
+        with self._calls.one(stop) as ends, self._store.answers.one():
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:

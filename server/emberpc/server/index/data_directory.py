@@ -147,6 +147,15 @@ class DataDirectory:
         """
         self._insert("collections", entry)
 
+    def update(self, spec: CollectionSpec) -> None:
+        """Replace the spec of a collection; of one that is to take its place, the truncation only."""
+        with translated(_WHAT), transaction(self._database):
+            self._database.execute("UPDATE collections SET spec = ? WHERE name = ?", (spec.to_json(), spec.name))
+            self._database.execute(
+                "UPDATE reembeddings SET spec = json_set(spec, '$.truncation', ?) WHERE name = ?",
+                (spec.truncation, spec.name),
+            )
+
     def delete(self, name: str) -> None:
         """Name a collection no more."""
         with translated(_WHAT), transaction(self._database):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -140,6 +140,45 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
         found = _meets(value, condition)
     negated = isinstance(condition, Comparison) and condition.operator is Operator.NOT_EQUAL
     return found is not negated
+
+
+#: Records whose metadata is looked at for `mismatches`.
+MISMATCH_RECORDS = 1000
+
+
+def mismatches(condition: Filter, documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each field that a condition compares with a number, and that holds strings only.
+
+    Args:
+        condition: the condition.
+        documents: metadata of some records.
+    """
+    sentences = []
+    for field in dict.fromkeys(_compared_with_numbers(condition)):
+        kinds: set[str] = set()
+        for metadata in documents:
+            there, value = _look_up(metadata, keys(field))
+            if there:
+                kinds.update(map(kind_of, value) if isinstance(value, (list, tuple)) else [kind_of(value)])
+        if "string" in kinds and "number" not in kinds:
+            sentences.append(
+                f"the filter compares {field[:100]!r} with a number, and the records have strings there; compare with "
+                "a string, or write the records with numbers (on the command line with --types)"
+            )
+    return sentences
+
+
+def _compared_with_numbers(condition: Filter) -> Iterator[str]:
+    """Give the field of each comparison with a number."""
+    if isinstance(condition, (AllOf, AnyOf)):
+        for each in condition.conditions:
+            yield from _compared_with_numbers(each)
+    elif isinstance(condition, Not):
+        yield from _compared_with_numbers(condition.condition)
+    elif (isinstance(condition, Comparison) and kind_of(condition.value) == "number") or (
+        isinstance(condition, Membership) and any(kind_of(value) == "number" for value in condition.values)
+    ):
+        yield condition.field
 
 
 def _look_up(metadata: Any, path: tuple[str, ...]) -> tuple[bool, Any]:

@@ -64,7 +64,7 @@ class SearchCalls:
         if not len(queries):
             return []
         request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
-        with self._calls.one():
+        with self._calls.one(), self._store.answers.one():
             # Filtered ones have ways of their own to be exact.
             probed = not any(request.conditions) and self._probe.wants_one()
             sequence = self._store.sequence() if probed else 0
@@ -84,7 +84,7 @@ class SearchCalls:
         """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
         check_search(len(texts), top_k, len(texts), 0)
         clauses = [clause_of(condition) for condition in conditions] or [None] * len(texts)
-        with self._calls.one():
+        with self._calls.one(), self._store.answers.one():
             return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
 
     def search_both(
@@ -117,7 +117,7 @@ class SearchCalls:
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
-        with self._calls.one():
+        with self._calls.one(), self._store.answers.one():
             return self._hybrid.by_both(
                 self._request(
                     prepared, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall

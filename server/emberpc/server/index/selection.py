@@ -18,6 +18,8 @@ from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 _MAX_BYTES = 64 * 2**20
 #: Writes that what is kept can be brought past.
 _MAX_WRITES = 1000
+#: Bytes of an object that holds a parameter, beside its characters.
+_VALUE_BYTES = 64
 #: Seconds from a write's commit to its note, at most: memory takes it over in between.
 _MOMENT = 1.0
 
@@ -130,7 +132,13 @@ class Selector:
     def _keep(self, condition: Clause, selection: Selection) -> None:
         with self._lock:
             before = self._kept.pop(condition, None)
-            self._bytes += selection.size - (before.size if before else 0)
+            self._bytes += _kept_bytes(condition, selection) - (_kept_bytes(condition, before) if before else 0)
             self._kept[condition] = selection
             while self._bytes > _MAX_BYTES:
-                self._bytes -= self._kept.popitem(last=False)[1].size
+                self._bytes -= _kept_bytes(*self._kept.popitem(last=False))
+
+
+def _kept_bytes(condition: Clause, selection: Selection) -> int:
+    """Return the bytes that a condition and its selection take, about."""
+    parameters = sum(_VALUE_BYTES + (len(each) if isinstance(each, str) else 0) for each in condition.parameters)
+    return selection.size + len(condition.sql) + parameters

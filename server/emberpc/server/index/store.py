@@ -15,17 +15,20 @@ import numpy as np
 
 from emberpc.server.errors import ServiceError, invalid
 from emberpc.server.index import schema
+from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, row_bytes
 from emberpc.server.index.damage import Damage
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.rows import AS_ONE_ROW, ROW_COLUMNS, Row, columns_of, insert_row, record_of, record_of_json
-from emberpc.server.index.types import Change, CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
+from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
 from emberpc.server.index.validation import check_revision
 
 DATABASE_NAME = "records.db"
 _MAX_VARIABLES = 900
+#: Of so few records, the bytes are not looked up before they are read.
+_FEW = 8
 
 
 class Store:
@@ -38,10 +41,21 @@ class Store:
         folder: the collection's folder.
         spec: what the collection is.
         cache: keeps records that are found often.
+        answer_bytes: most bytes of the records that are read for one answer.
         create: make the database anew.
     """
 
-    def __init__(self, folder: Path, spec: CollectionSpec, cache: RecordCache, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: CollectionSpec,
+        cache: RecordCache,
+        *,
+        answer_bytes: int = ANSWER_BYTES,
+        create: bool = False,
+    ) -> None:
+        #: Limits what is read for one answer.
+        self.answers = AnswerBytes(answer_bytes)
         self._path = folder / DATABASE_NAME
         self._spec = spec
         self._damage = Damage(spec)
@@ -187,16 +201,25 @@ class Store:
             ServiceError: besides the usual, INTERNAL if one of them is damaged.
         """
         with self.snapshot():
+            self._spend("id", list(dict.fromkeys(ids)))
             rows = self._by(self._reader(), "id", list(dict.fromkeys(ids)), columns_of(with_vectors))
             return {row[1]: record_of(row, self._spec) for row in rows}
+
+    def _spend(self, column: str, keys: Sequence[object]) -> None:
+        """Count records that are about to be read against the limit of the answer."""
+        with translated(self._what):
+            self.answers.spend(self._reader(), column, keys)
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
         """Return the records of those labels that are there, or were when they were last found."""
         if with_vectors:
+            self._spend("label", labels)
             return self._read(labels, with_vectors=True)
         found = self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
         if missing:
+            if len(missing) > _FEW:
+                self._spend("label", missing)
             read = self._read_plain(missing)
             self._cache.add(self._owner, read)
             found |= read
@@ -223,23 +246,40 @@ class Store:
             self.on_damage({row[0] for row in rows} - found.keys())
         return found
 
-    def page(self, after: str, count: int, *, with_vectors: bool, condition: Clause = EVERYTHING) -> list[StoredRecord]:
-        """Return the records that follow an id in byte order and meet a condition, at most `count`."""
+    def page(
+        self, after: str, count: int, *, with_vectors: bool, condition: Clause = EVERYTHING
+    ) -> tuple[list[StoredRecord], bool]:
+        """Return the records that follow an id in byte order and meet a condition.
+
+        Returns:
+            At most `count` records, and whether there are fewer only because they have the bytes of one answer.
+        """
         found: list[StoredRecord] = []
-        seen = 0
+        seen = size = 0
+        statement = f"SELECT label FROM records WHERE id > ? AND {condition.sql} ORDER BY id LIMIT ? OFFSET ?"  # noqa: S608 - our own conditions
         with self.snapshot(), translated(self._what):
             while (wanted := count - len(found)) > 0:
-                rows = self._damage.select(
-                    self._reader(),
-                    f"SELECT {columns_of(with_vectors)} FROM records "  # noqa: S608 - our columns and conditions
-                    f"WHERE id > ? AND {condition.sql} ORDER BY id LIMIT ? OFFSET ?",
-                    (after, *condition.parameters, wanted, seen),
-                )
-                found += [record for _, record in self._damage.records(rows)]
-                if len(rows) < wanted:
+                parameters = (after, *condition.parameters, wanted, seen)
+                labels = [row[0] for row in self._damage.select(self._reader(), statement, parameters)]
+                for start in range(0, len(labels), SIZES_AT_ONCE):
+                    part = labels[start : start + SIZES_AT_ONCE]
+                    rows = {row[0]: row for row in self._by(self._reader(), "label", part, columns_of(with_vectors))}
+                    records = dict(self._damage.records(rows.values()))
+                    for label in part:
+                        size += row_bytes(rows[label])
+                        if size > self.answers.limit and found:
+                            return found, True
+                        found += [records[label]] if label in records else []
+                if len(labels) < wanted:
                     break
-                seen += len(rows)
-        return found
+                seen += len(labels)
+        return found, False
+
+    def metadata(self, count: int) -> list[dict[str, Any]]:
+        """Return the metadata of the first records, at most `count`."""
+        with translated(self._what):
+            rows = self._reader().execute("SELECT metadata FROM records ORDER BY label LIMIT ?", (count,)).fetchall()
+        return [json.loads(row[0]) for row in rows]
 
     def count(self, condition: Clause = EVERYTHING) -> int:
         """Return the number of records that meet a condition."""

@@ -9,14 +9,19 @@ from collections.abc import Mapping, Sequence
 from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
 from emberpc.server.index.types import NewRecord
 
-_MAX_ID_BYTES = 512
-_MAX_METADATA_BYTES = 64 * 1024
+MAX_ID_BYTES = 512
+MAX_LABEL_BYTES = 512
+MAX_METADATA_BYTES = 64 * 1024
 MAX_TOP_K = 10_000
 _MAX_EF = 1_000_000
 
 
-def check_records(records: Sequence[NewRecord]) -> list[str]:
+def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> list[str]:
     """Check the records of one write.
+
+    Args:
+        records: the records.
+        restored: whether they come from a backup. Older versions had no limit on a label.
 
     Returns:
         The metadata of each, as JSON.
@@ -38,6 +43,9 @@ def check_records(records: Sequence[NewRecord]) -> list[str]:
         if not wrong["id"] and record.id in seen:
             wrong["id"] = f"is {record.id!r} as that of records[{seen[record.id]}]; leave one out"
         seen.setdefault(record.id, i)
+        if not wrong["label"] and not restored and len(record.label.encode()) > MAX_LABEL_BYTES:
+            size = len(record.label.encode())
+            wrong["label"] = f"has {size} bytes, a label has at most {MAX_LABEL_BYTES}; shorten it"
         violations += [Violation(f"records[{i}].{name}", why) for name, why in wrong.items() if why]
     if violations:
         raise invalid_fields(violations)
@@ -79,8 +87,8 @@ def _wrong_id(record_id: str) -> str:
         return "has half a surrogate pair; send Unicode text"
     if not size:
         return "is empty; give every record an id"
-    if size > _MAX_ID_BYTES:
-        return f"has {size} bytes, an id has at most {_MAX_ID_BYTES}; shorten it"
+    if size > MAX_ID_BYTES:
+        return f"has {size} bytes, an id has at most {MAX_ID_BYTES}; shorten it"
     if any(unicodedata.category(character) == "Cc" for character in record_id):
         return "has a control character; leave it out"
     return ""
@@ -95,8 +103,8 @@ def _document(record: NewRecord) -> tuple[str, str]:
         size = len(document.encode())
     except (TypeError, ValueError, RecursionError):
         return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
-    if size > _MAX_METADATA_BYTES:
-        return "", f"has {size} bytes as JSON, it may have {_MAX_METADATA_BYTES}; shorten it"
+    if size > MAX_METADATA_BYTES:
+        return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
     return document, ""
 
 

@@ -85,6 +85,10 @@ class MilvusIndex:
         described = [self._describe(name) for name in names[:page_size]]
         return [found[0] for found in described if found is not None], token
 
+    def update(self, name: str, truncation: str) -> None:
+        """Refuse it."""
+        raise unsupported("UpdateCollection", BACKEND, "set `truncation` in the upserts")
+
     def delete(self, name: str) -> None:
         """Delete a collection."""
         if self._describe(name) is None:

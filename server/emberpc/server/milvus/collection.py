@@ -13,7 +13,7 @@ from emberpc.server.index.backend import unsupported
 from emberpc.server.index.backup import Piece
 from emberpc.server.index.clusters import Cluster
 from emberpc.server.index.duplicates import DuplicatePair
-from emberpc.server.index.filters import Filter
+from emberpc.server.index.filters import MISMATCH_RECORDS, Filter, mismatches
 from emberpc.server.index.metric import check_vectors
 from emberpc.server.index.types import (
     CollectionInfo,
@@ -156,6 +156,11 @@ class MilvusCollection:
             request = Request(queries[rows], [sizes[i] for i in rows], [excluded[i] for i in rows], ef, with_vectors)
             outcomes.update(zip(rows, Searcher(self._reader, condition).search(request), strict=True))
         return [outcomes[row] for row in range(len(queries))]
+
+    def mismatches(self, condition: Filter) -> list[str]:
+        """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
+        records, _ = self.page(MISMATCH_RECORDS, "")
+        return mismatches(condition, [record.metadata for record in records])
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Raise UNIMPLEMENTED: there are no two copies here that could differ."""

@@ -126,7 +126,7 @@ class _Stream:
         self._collection = collection
         self._caller = requests.caller(context, default=Lane.BULK)
         self._request_id = requests.request_id(context)
-        self._embedder: BulkEmbedder | None = None
+        self._embedders: dict[Truncation, BulkEmbedder] = {}
         self._number = 0
         self._sizes: deque[int] = deque()
         #: Holds back the groups of texts beyond those that may be under way.
@@ -167,7 +167,7 @@ class _Stream:
             self._limits.check_count(len(message.records), "records", "record")
         embedder = None
         if message.records and not message.HasField("vectors"):
-            embedder = self._embedder = self._embedder or self._opened_embedder()
+            embedder = self._embedder(message)
         self._sizes.append(len(message.records))
         self.embedding.append(asyncio.create_task(self._embed(message, embedder)))
 
@@ -187,15 +187,25 @@ class _Stream:
                 break
         return batch.response
 
-    def _opened_embedder(self) -> BulkEmbedder:
+    def _embedder(self, message: pb.UpsertRecordsStreamRequest) -> BulkEmbedder:
+        """Return the embedder of a message: one for each kind of truncation."""
+        default = Truncation(self._collection.spec.truncation)
+        truncation = requests.truncation(message.truncation, default=default)
+        found = self._embedders.get(truncation)
+        if found is None:
+            if not self._embedders:
+                self._engine.check_room(self._caller)
+            found = self._embedders[truncation] = self._opened_embedder(truncation)
+        return found
+
+    def _opened_embedder(self, truncation: Truncation) -> BulkEmbedder:
         model = collection_model(self._engine, self._collection)
-        self._engine.check_room(self._caller)
         return BulkEmbedder(
             self._engine,
             self._limits,
             model,
             model.manifest.prompts.passage,
-            Truncation(self._collection.spec.truncation),
+            truncation,
             self._caller,
             self._request_id,
             ending=_ENDING,
@@ -204,14 +214,9 @@ class _Stream:
     async def _embed(self, message: pb.UpsertRecordsStreamRequest, embedder: BulkEmbedder | None) -> _Batch:
         """Read the records of a message and find their vectors."""
         batch = _Batch(pb.UpsertRecordsStreamResponse(batch_number=message.batch_number))
-        places = []
-        for i, record in enumerate(message.records):
-            try:
-                batch.records += self._read(record)
-            except ServiceError as error:
-                self._fail(batch, record.id, _alone(error))
-            else:
-                places.append(i)
+        # In the pool, since the metadata of a message may take seconds to read.
+        reading = asyncio.get_running_loop().run_in_executor(self._pool, self._read, batch, message)
+        places = await reading
         if message.HasField("vectors"):
             try:
                 batch.matrix = self._given(message)[places]
@@ -230,9 +235,18 @@ class _Stream:
             raise invalid("vectors", f"has {matrix.shape[1]} dimensions, the collection has {dimensions}")
         return matrix
 
-    def _read(self, record: pb.Record) -> list[NewRecord]:
-        self._limits.check_texts([record.text], lambda _: "text", allow_empty=True)
-        return new_records([record])
+    def _read(self, batch: _Batch, message: pb.UpsertRecordsStreamRequest) -> list[int]:
+        """Add the records of a message to its batch; return the places of those that do not fail."""
+        places = []
+        for i, record in enumerate(message.records):
+            try:
+                self._limits.check_texts([record.text], lambda _: "text", allow_empty=True)
+                batch.records += new_records([record])
+            except ServiceError as error:
+                self._fail(batch, record.id, _alone(error))
+            else:
+                places.append(i)
+        return places
 
     async def _embed_texts(self, batch: _Batch, embedder: BulkEmbedder) -> None:
         """Embed the texts of a message in groups, and leave out the records that have no vector."""

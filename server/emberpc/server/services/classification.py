@@ -14,6 +14,8 @@ from emberpc.v1 import classification_pb2_grpc
 
 #: The probability from which a multi-label classifier without thresholds of its own gives a label.
 _DEFAULT_THRESHOLD = 0.5
+#: Bytes of a LabelScore beside the label.
+_SCORE_BYTES = 10
 
 Scores = npt.NDArray[np.float32]
 
@@ -39,6 +41,12 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
                 reason="NO_EXAMPLES",
             )
         manifest = model.manifest
+        listed = min(request.top_k or len(manifest.labels), len(manifest.labels))
+        longest = max(len(label.encode()) for label in manifest.labels)
+        self._limits.check_response(
+            len(request.texts) * (listed + len(manifest.labels) * manifest.multi_label) * (longest + _SCORE_BYTES),
+            "set top_k, or send fewer texts in one call",
+        )
         truncation = requests.truncation(request.truncation)
         inference = await self._engine.infer(
             model,

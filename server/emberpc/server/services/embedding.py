@@ -16,6 +16,9 @@ from emberpc.server.services.streaming import embed_stream
 from emberpc.v1 import embedding_pb2 as pb
 from emberpc.v1 import embedding_pb2_grpc
 
+#: Bytes of a score of ComputeSimilarity, a packed float.
+_SCORE_BYTES = 4
+
 
 class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     """Serves the embedding models of an engine."""
@@ -31,6 +34,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         self._limits.check_count(len(texts), "texts", "text")
         self._limits.check_texts(texts, items_of("texts"))
         form = EmbeddingForm.of(model, request)
+        self._limits.check_response(len(texts) * form.bytes_per_text(model), "send fewer texts in one call")
         inference = await self._engine.infer(
             model,
             texts,
@@ -74,6 +78,8 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         self._limits.check_count(len(request.targets), "targets", "text")
         self._limits.check_texts(request.targets, items_of("targets"))
         self._limits.check_count(len(request.sources) + len(request.targets), "sources and targets", "text")
+        size = _SCORE_BYTES * len(request.sources) * len(request.targets)
+        self._limits.check_response(size, "compare fewer texts in one call")
         truncation = requests.truncation(request.truncation)
         prompts, caller = model.manifest.prompts, requests.caller(context)
         sources, targets = await asyncio.gather(

@@ -62,6 +62,10 @@ class EmbeddingForm:
             unit=unit and (bool(asked.dimensions) or not model.manifest.normalize),
         )
 
+    def bytes_per_text(self, model: Model) -> int:
+        """Return the bytes of one vector of a model in this form, as float32, which the server holds it as."""
+        return 4 * (self.dimensions or model.manifest.dimensions)
+
     def encode(self, output: Matrix) -> types_pb2.Vectors:
         """Return a model's output, float32 (texts, all dimensions), as it was asked for."""
         return vectors.encode(shape(output, self.dimensions, unit=self.unit), self.dtype)

@@ -34,9 +34,11 @@ class Groups:
 
     Args:
         pool: where they run.
+        limits: how large a response may be.
     """
 
-    def __init__(self, pool: Executor) -> None:
+    def __init__(self, pool: Executor, limits: requests.Limits) -> None:
+        self._limits = limits
         self._pool = pool
         self._turn = asyncio.Lock()
         #: Of each collection what was found last, for those who ask for the next page.
@@ -87,11 +89,13 @@ class Groups:
         async with self._turn:
             clusters = await self._run(lambda stop: collection.clusters(request.cluster_count, examples, stop))
         response = pb.ClusterRecordsResponse()
-        parts = Parts(())
+        parts, size = Parts(()), 0
         for cluster in clusters:
             message = response.clusters.add(record_count=cluster.record_count)
             for record in cluster.examples:
                 fill_record(message.examples.add(), record, parts)
+            size += message.ByteSize()
+            self._limits.check_response(size, "ask for fewer examples")
         return response
 
     async def _pairs(self, collection: CollectionBackend, min_score: float) -> list[DuplicatePair]:

@@ -14,7 +14,7 @@ from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
 from emberpc.server.index.filters import Filter
-from emberpc.server.services import keeping, replies, requests
+from emberpc.server.services import keeping, reading, replies, requests
 from emberpc.server.services.backups import Backups
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.bulk import upsert_stream
@@ -27,8 +27,6 @@ from emberpc.server.services.records import (
     caller_vectors,
     collection_message,
     new_records,
-    record_message,
-    record_vectors,
     spec_message,
 )
 from emberpc.server.services.reembedding import Reembedder
@@ -36,8 +34,6 @@ from emberpc.server.services.search_groups import SearchGroups
 from emberpc.server.services.searching import Searcher
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
-
-_MAX_IDS = 10_000
 
 Result = TypeVar("Result")
 
@@ -61,7 +57,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self._pool = pool
         self._limits = limits
         self._reembedder = reembedder
-        self._groups = Groups(pool)
+        self._groups = Groups(pool, limits)
         self._backups = Backups(index, pool)
         self._searcher = Searcher(engine, limits, self._in_pool, SearchGroups(pool, usable_cores()))
 
@@ -90,6 +86,20 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             collections=[collection for collection in found if collection is not None], next_page_token=token
         )
 
+    async def UpdateCollection(
+        self, request: pb.UpdateCollectionRequest, context: requests.Context
+    ) -> pb.UpdateCollectionResponse:
+        """Change settings of a collection."""
+        if not request.update_mask.paths:
+            raise invalid("update_mask", "is empty; name the fields to change, such as truncation")
+        for i, path in enumerate(request.update_mask.paths):
+            if path != "truncation":
+                raise invalid(f"update_mask.paths[{i}]", f"is {path!r}; only truncation can be changed")
+        truncation = requests.truncation(request.collection.truncation, "collection.truncation").value
+        name = request.collection.name
+        await self._in_pool(lambda: self._index.update(name, truncation))
+        return pb.UpdateCollectionResponse(collection=await self._with(name, self._describe))
+
     async def DeleteCollection(
         self, request: pb.DeleteCollectionRequest, context: requests.Context
     ) -> pb.DeleteCollectionResponse:
@@ -109,14 +119,16 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def _upsert(
         self, request: pb.UpsertRecordsRequest, context: requests.Context, collection: CollectionBackend
     ) -> pb.UpsertRecordsResponse:
-        records = new_records(request.records)
+        records = await self._in_pool(lambda: new_records(request.records))
         response = pb.UpsertRecordsResponse()
         if request.HasField("vectors"):
             self._limits.check_texts([record.text for record in records], items_of("records", "text"), allow_empty=True)
             matrix = caller_vectors(request.vectors, len(records), "vectors")
         else:
             texts = [record.text for record in records]
-            matrix = await self._embed_records(collection, texts, requests.caller(context), response)
+            default = Truncation(collection.spec.truncation)
+            truncation = requests.truncation(request.truncation, default=default)
+            matrix = await self._embed_records(collection, texts, truncation, requests.caller(context), response)
         result = await self._in_pool(
             lambda: collection.upsert(records, matrix, list(request.expected_revisions) or None)
         )
@@ -139,16 +151,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.BatchGetRecordsResponse:
         """Get records by id."""
         parts = Parts(request.parts)
-        if not 1 <= len(request.ids) <= _MAX_IDS:
-            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
-        records = await self._call(
-            request.collection, lambda collection: collection.get(request.ids, with_vectors=parts.vector)
-        )
-        found = {record.id for record in records}
-        return pb.BatchGetRecordsResponse(
-            records=[record_message(record, parts) for record in records],
-            vectors=record_vectors(records, parts),
-            missing_ids=[record_id for record_id in request.ids if record_id not in found],
+        if not 1 <= len(request.ids) <= requests.MAX_IDS:
+            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {requests.MAX_IDS}")
+        return await self._call(
+            request.collection, lambda collection: reading.batch_get(collection, request.ids, parts, self._limits)
         )
 
     async def DeleteRecords(
@@ -158,38 +164,38 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         condition = _filter(request)
         if condition is not None and request.ids:
             raise invalid("filter", "is set and so are ids; give one of the two")
-        if condition is None and not 1 <= len(request.ids) <= _MAX_IDS:
-            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {_MAX_IDS}")
+        if condition is None and not 1 <= len(request.ids) <= requests.MAX_IDS:
+            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {requests.MAX_IDS}")
 
         def delete(collection: CollectionBackend) -> WriteResult:
             return collection.delete(request.ids) if condition is None else collection.delete_matching(condition)
 
         await self._reembedder.writable(request.collection)
         result = await self._call(request.collection, delete)
-        return pb.DeleteRecordsResponse(deleted_count=result.deleted, receipt=replies.receipt(result))
+        return pb.DeleteRecordsResponse(
+            deleted_count=result.deleted,
+            receipt=replies.receipt(result),
+            warnings=await self._warnings(request.collection, condition, result.deleted),
+        )
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
         """List records by id."""
         condition = _filter(request)
         parts = Parts(request.parts)
         size = requests.page_size(request.page_size)
-        records, token = await self._call(
+        response = await self._call(
             request.collection,
-            lambda collection: collection.page(
-                size, request.page_token, with_vectors=parts.vector, condition=condition
-            ),
+            lambda collection: reading.page(collection, size, request.page_token, condition, parts, self._limits),
         )
-        return pb.ListRecordsResponse(
-            records=[record_message(record, parts) for record in records],
-            vectors=record_vectors(records, parts),
-            next_page_token=token,
-        )
+        if not request.page_token:
+            response.warnings.extend(await self._warnings(request.collection, condition, len(response.records)))
+        return response
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Count records."""
         condition = _filter(request)
         count = await self._call(request.collection, lambda collection: collection.count(condition))
-        return pb.CountRecordsResponse(count=count)
+        return pb.CountRecordsResponse(count=count, warnings=await self._warnings(request.collection, condition, count))
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
         """Find the records nearest to each query; the answer is written already, see `add_index_service`."""
@@ -283,7 +289,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def _embed_records(
-        self, collection: CollectionBackend, texts: list[str], caller: Caller, response: pb.UpsertRecordsResponse
+        self,
+        collection: CollectionBackend,
+        texts: list[str],
+        truncation: Truncation,
+        caller: Caller,
+        response: pb.UpsertRecordsResponse,
     ) -> Matrix:
         """Embed the texts of records, and say in the response how it went."""
         model = collection_model(self._engine, collection)
@@ -292,13 +303,19 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             model,
             texts,
             model.manifest.prompts.passage,
-            Truncation(collection.spec.truncation),
+            truncation,
             items_of("records", "text"),
             caller,
         )
         response.usages.extend(replies.usages(inference))
         response.timings.CopyFrom(replies.timings([inference]))
         return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
+
+    async def _warnings(self, name: str, condition: Filter | None, found: int) -> list[str]:
+        """Say why a filter that matches nothing probably does not."""
+        if condition is None or found:
+            return []
+        return await self._call(name, lambda collection: collection.mismatches(condition))
 
     async def _collection(self, name: str) -> CollectionBackend:
         opened = self._index.opened(name)

@@ -13,11 +13,21 @@ from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from emberpc.server.errors import invalid
-from emberpc.server.index import CollectionBackend, CollectionSpec, Distance, NewRecord, StoredRecord
+from emberpc.server.index import (
+    MAX_METADATA_BYTES,
+    CollectionBackend,
+    CollectionSpec,
+    Distance,
+    NewRecord,
+    StoredRecord,
+)
+from emberpc.server.services.requests import MAX_PARTS
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 from emberpc.wire import vectors
 
+#: Bytes of metadata as a message, which takes at most four times as many as JSON: a number has 11 and 3 bytes.
+_MAX_METADATA_MESSAGE = 4 * MAX_METADATA_BYTES
 #: Seconds; a hundred years.
 _MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
 
@@ -41,6 +51,8 @@ class Parts:
         Raises:
             ServiceError: INVALID_ARGUMENT for a part that this server does not know.
         """
+        if len(parts) > MAX_PARTS:
+            raise invalid("parts", f"has {len(parts)} items, it may have {MAX_PARTS}; name each part once")
         for i, part in enumerate(parts):
             if part not in (pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR):
                 raise invalid(f"parts[{i}]", f"is {part}; use TEXT, METADATA or VECTOR")
@@ -160,6 +172,10 @@ def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
 
 
 def _metadata(struct: Struct, field: str) -> dict[str, Any]:
+    if (size := struct.ByteSize()) > _MAX_METADATA_MESSAGE:
+        raise invalid(
+            field, f"has {size} bytes, which are more than {MAX_METADATA_BYTES} bytes as JSON; shorten the metadata"
+        )
     try:
         metadata: dict[str, Any] = json_format.MessageToDict(struct)
     except (json_format.SerializeToJsonError, ValueError, RecursionError) as error:

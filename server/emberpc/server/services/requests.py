@@ -12,18 +12,24 @@ import grpc.aio
 
 from emberpc.bundle import Prompts
 from emberpc.server.engine import Caller, Lane, Truncation
-from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
+from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields, response_too_large
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.v1 import types_pb2
 from emberpc.wire import status
 
 DEFAULT_PAGE_SIZE = 100
+#: Queries of one Search, and hits of all of them together.
+MAX_QUERIES = 1000
+MAX_HITS = 100_000
+#: Ids of one BatchGetRecords or DeleteRecords.
+MAX_IDS = 10_000
+#: Parts of a record that a request names; there are three.
+MAX_PARTS = 100
 
 #: gRPC's view of a call; the services need none of its type parameters.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _TRUNCATIONS: dict[types_pb2.Truncation.ValueType, Truncation] = {
-    types_pb2.TRUNCATION_UNSPECIFIED: Truncation.REFUSE,
     types_pb2.TRUNCATION_REFUSE: Truncation.REFUSE,
     types_pb2.TRUNCATION_END: Truncation.END,
     types_pb2.TRUNCATION_START: Truncation.START,
@@ -37,10 +43,36 @@ _LANES: dict[types_pb2.Priority.ValueType, Lane | None] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a call may be: texts or records in it, and bytes (UTF-8) of one text."""
+    """How large a call may be.
+
+    Attributes:
+        max_texts: texts or records of a call.
+        max_text_bytes: bytes (UTF-8) of a text.
+        max_message_bytes: bytes of a request.
+        max_response_bytes: bytes of a response.
+        max_queue_tokens: tokens that may wait for inference.
+    """
 
     max_texts: int
     max_text_bytes: int
+    max_message_bytes: int
+    max_response_bytes: int
+    max_queue_tokens: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Most elements of a repeated field of a request, by its name."""
+        return {
+            **dict.fromkeys(("texts", "records", "items", "sources", "targets", "expected_revisions"), self.max_texts),
+            "ids": MAX_IDS,
+            "queries": MAX_QUERIES,
+            "parts": MAX_PARTS,
+        }
+
+    def check_response(self, size: int, remedy: str) -> None:
+        """Raise RESOURCE_EXHAUSTED if a response of `size` bytes would be over the limit."""
+        if size > self.max_response_bytes:
+            raise response_too_large(self.max_response_bytes, remedy)
 
     def check_count(self, count: int, field: str, what: str) -> None:
         """Raise INVALID_ARGUMENT unless there is at least one item and at most the limit."""
@@ -97,12 +129,16 @@ def check_priority(priority: types_pb2.Priority.ValueType, field: str = "priorit
         raise invalid(field, f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
 
 
-def truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation") -> Truncation:
-    """Return the engine's term for a truncation.
+def truncation(
+    value: types_pb2.Truncation.ValueType, field: str = "truncation", default: Truncation = Truncation.REFUSE
+) -> Truncation:
+    """Return the engine's term for a truncation; `default` if it is not set.
 
     Raises:
         ServiceError: INVALID_ARGUMENT for a value that this server does not know.
     """
+    if value == types_pb2.TRUNCATION_UNSPECIFIED:
+        return default
     if value not in _TRUNCATIONS:
         raise invalid(field, f"is {value}, which is no Truncation; use REFUSE, END or START")
     return _TRUNCATIONS[value]

@@ -24,10 +24,9 @@ from emberpc.server.services.wire_hits import response_bytes
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
-_MAX_QUERIES = 1000
 _DEFAULT_TOP_K = 10
-#: Hits of all queries of a call together: an answer of more would be hundreds of megabytes.
-_MAX_HITS = 100_000
+#: From so many hits on, the response is written in the pool.
+_MANY_HITS = 200
 
 _BY_WORDS = (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_HYBRID)
 _FUSIONS = {
@@ -74,6 +73,9 @@ class Searcher:
             ServiceError: a query is wrong, or asks for what this version does not do.
         """
         sizes = _check(request)
+        if Parts.of(request.parts).vector:
+            self._check_size(4 * sum(sizes) * collection.spec.dimensions)
+        truncation = requests.truncation(request.truncation, default=Truncation.END)
         parts = Parts.of(request.parts)
         conditions = _conditions(request)
         response = pb.SearchResponse()
@@ -90,13 +92,19 @@ class Searcher:
             kinds = [query.WhichOneof("query") for query in queries]
             matrix = _given_vectors(queries, kinds, collection)
             if "text" in kinds:
-                usages = await self._embed_texts(matrix, queries, kinds, collection, caller(), response)
+                usages = await self._embed_texts(matrix, queries, kinds, collection, truncation, caller(), response)
             if "record_id" in kinds:
                 await self._get_records(matrix, queries, kinds, collection)
             start = perf_counter()
             outcomes = await self._by_vectors(request, collection, matrix, texts, sizes, conditions, parts)
         response.timings.lookup_seconds += perf_counter() - start
-        return response_bytes(outcomes, parts, response, usages)
+        await self._warn(collection, conditions, outcomes, response)
+        write = partial(response_bytes, outcomes, parts, response, usages, check=self._check_size)
+        # A record that was not written before takes some 10 µs: a large response would hold up the event loop.
+        return await self._in_pool(write) if sum(len(outcome.hits) for outcome in outcomes) > _MANY_HITS else write()
+
+    def _check_size(self, size: int) -> None:
+        self._limits.check_response(size, "ask for fewer hits, or fewer parts of the records")
 
     async def _by_vectors(
         self,
@@ -143,6 +151,19 @@ class Searcher:
         efs = [query.ef or request.ef for query in request.queries]
         return await _by_ef(efs, search_both if request.mode == pb.SEARCH_MODE_HYBRID else search_dense)
 
+    async def _warn(
+        self,
+        collection: CollectionBackend,
+        conditions: Sequence[Filter | None],
+        outcomes: Sequence[SearchOutcome],
+        response: pb.SearchResponse,
+    ) -> None:
+        """Say why a filter probably matches nothing, for the first query without hits."""
+        for condition, outcome in zip(conditions, outcomes, strict=False):
+            if condition is not None and not outcome.hits:
+                response.warnings.extend(await self._in_pool(partial(collection.mismatches, condition)))
+                return
+
     def _texts(self, request: pb.SearchRequest) -> list[str]:
         """Return the queries' texts, which a search by words needs."""
         for i, query in enumerate(request.queries):
@@ -159,6 +180,7 @@ class Searcher:
         queries: Sequence[pb.SearchQuery],
         kinds: Sequence[str | None],
         collection: CollectionBackend,
+        truncation: Truncation,
         caller: Caller,
         response: pb.SearchResponse,
     ) -> list[types_pb2.TokenUsage | None]:
@@ -171,9 +193,7 @@ class Searcher:
             return f"queries[{rows[i]}].text"
 
         self._limits.check_texts(texts, path)
-        inference = await self._engine.infer(
-            model, texts, model.manifest.prompts.query, Truncation(collection.spec.truncation), path, caller
-        )
+        inference = await self._engine.infer(model, texts, model.manifest.prompts.query, truncation, path, caller)
         matrix[rows] = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
         response.model.CopyFrom(replies.model_version(model))
         response.timings.CopyFrom(replies.timings([inference]))
@@ -252,14 +272,16 @@ def _some(option: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
 def _check(request: pb.SearchRequest) -> list[int]:
     """Return how many hits each query is to have; raise INVALID_ARGUMENT for what is out of bounds."""
     queries = request.queries
-    if not 1 <= len(queries) <= _MAX_QUERIES:
-        raise invalid("queries", f"has {len(queries)} queries; it must have 1 to {_MAX_QUERIES}")
+    if not 1 <= len(queries) <= requests.MAX_QUERIES:
+        raise invalid("queries", f"has {len(queries)} queries; it must have 1 to {requests.MAX_QUERIES}")
     common, own = request.top_k, [query.top_k for query in queries]
     if not (0 <= common <= MAX_TOP_K and min(own) >= 0 and max(own) <= MAX_TOP_K):
         raise _wrong_top_k(common, own)
     sizes = [each or common or _DEFAULT_TOP_K for each in own]
-    if sum(sizes) > _MAX_HITS:
-        raise invalid("queries", f"ask for {sum(sizes)} hits in all; a call gives at most {_MAX_HITS}, split it")
+    if sum(sizes) > requests.MAX_HITS:
+        raise invalid(
+            "queries", f"ask for {sum(sizes)} hits in all; a call gives at most {requests.MAX_HITS}, split it"
+        )
     efs = [request.ef, *(query.ef for query in queries)]
     if min(efs) < 0:
         place = next(i for i, ef in enumerate(efs) if ef < 0)

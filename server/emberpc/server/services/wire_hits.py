@@ -7,7 +7,7 @@ A record that is found again was written before, and its bytes are with it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from emberpc.server.index import Plan, SearchOutcome, StoredRecord, Strategy
@@ -39,6 +39,8 @@ def response_bytes(
     parts: Parts,
     rest: pb.SearchResponse,
     usages: Sequence[types_pb2.TokenUsage | None] = (),
+    *,
+    check: Callable[[int], None] = lambda _: None,
 ) -> bytes:
     """Write a SearchResponse.
 
@@ -47,10 +49,14 @@ def response_bytes(
         parts: what the hits have of their records.
         rest: what the response has beside results.
         usages: what became of each query's text; empty: there were none.
+        check: raises an error if the response may not have so many bytes.
     """
     pieces: list[bytes] = []
+    size = 0
     for i, outcome in enumerate(outcomes):
         result = _result(outcome, parts, usages[i] if usages else None)
+        size += len(result)
+        check(size)
         pieces += (_FIRST, _varint(len(result)), result)
     pieces.append(rest.SerializeToString())
     return b"".join(pieces)

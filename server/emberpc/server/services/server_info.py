@@ -1,0 +1,52 @@
+"""ServerService: the server's version, limits and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from emberpc.server.index import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K, filters
+from emberpc.server.paging import MAX_PAGE_SIZE
+from emberpc.server.services import requests
+from emberpc.server.services.filters import MAX_REQUEST_CONDITIONS, MAX_REQUEST_VALUES
+from emberpc.v1 import server_pb2 as pb
+from emberpc.v1 import server_pb2_grpc
+
+
+class ServerService(server_pb2_grpc.ServerServiceServicer):
+    """Describes the server.
+
+    Args:
+        limits: how large a call may be.
+        features: optional capabilities of the server, such as `model_admin`.
+    """
+
+    def __init__(self, limits: requests.Limits, features: Sequence[str]) -> None:
+        self._response = pb.GetServerInfoResponse(
+            version=version("emberpc"),
+            limits=pb.ServerLimits(
+                max_message_bytes=limits.max_message_bytes,
+                max_response_bytes=limits.max_response_bytes,
+                max_texts=limits.max_texts,
+                max_text_bytes=limits.max_text_bytes,
+                max_queue_tokens=limits.max_queue_tokens,
+                max_id_bytes=MAX_ID_BYTES,
+                max_label_bytes=MAX_LABEL_BYTES,
+                max_metadata_bytes=MAX_METADATA_BYTES,
+                max_queries=requests.MAX_QUERIES,
+                max_top_k=MAX_TOP_K,
+                max_hits=requests.MAX_HITS,
+                max_ids=requests.MAX_IDS,
+                max_page_size=MAX_PAGE_SIZE,
+                max_filter_conditions=filters.MAX_CONDITIONS,
+                max_request_conditions=MAX_REQUEST_CONDITIONS,
+                max_filter_values=MAX_REQUEST_VALUES,
+            ),
+            features=features,
+        )
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: requests.Context
+    ) -> pb.GetServerInfoResponse:
+        """Return the server's version, limits and features."""
+        return self._response

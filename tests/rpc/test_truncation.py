@@ -1,0 +1,132 @@
+"""Over-long texts: queries are cut and say so, writes follow the collection's setting or their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import index_pb2_grpc, types_pb2
+from emberpc.wire import vectors
+from server_process import ServerProcess
+
+LONG = "first " + "word " * 2000 + "last"
+
+
+@pytest.fixture
+def stub(server: ServerProcess) -> Iterator[index_pb2_grpc.IndexServiceStub]:
+    with grpc.insecure_channel(server.address) as channel:
+        opened = index_pb2_grpc.IndexServiceStub(channel)
+        opened.CreateCollection(pb.CreateCollectionRequest(collection=pb.Collection(name="cut", model="minilm")))
+        yield opened
+        opened.DeleteCollection(pb.DeleteCollectionRequest(name="cut"))
+
+
+def upsert(
+    stub: index_pb2_grpc.IndexServiceStub, truncation: types_pb2.Truncation.ValueType = types_pb2.TRUNCATION_UNSPECIFIED
+) -> list[float]:
+    """Write a long text; return its vector."""
+    record = pb.Record(id="long", text=LONG)
+    response = stub.UpsertRecords(pb.UpsertRecordsRequest(collection="cut", records=[record], truncation=truncation))
+    assert response.usages[0].truncated
+    return stored(stub)
+
+
+def stored(stub: index_pb2_grpc.IndexServiceStub) -> list[float]:
+    request = pb.BatchGetRecordsRequest(collection="cut", ids=["long"], parts=[pb.RECORD_PART_VECTOR])
+    found: list[float] = vectors.decode(stub.BatchGetRecords(request).vectors)[0].tolist()
+    return found
+
+
+def update(stub: index_pb2_grpc.IndexServiceStub, truncation: types_pb2.Truncation.ValueType) -> pb.Collection:
+    request = pb.UpdateCollectionRequest(
+        collection=pb.Collection(name="cut", truncation=truncation), update_mask=FieldMask(paths=["truncation"])
+    )
+    return stub.UpdateCollection(request).collection
+
+
+def test_a_long_query_is_cut_and_says_so(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    queries = [pb.SearchQuery(text=LONG), pb.SearchQuery(text="word")]
+    response = stub.Search(pb.SearchRequest(collection="cut", queries=queries))
+    assert [result.usage.truncated for result in response.results] == [True, False]
+
+
+def test_a_search_may_refuse_long_queries(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    request = pb.SearchRequest(
+        collection="cut", queries=[pb.SearchQuery(text=LONG)], truncation=types_pb2.TRUNCATION_REFUSE
+    )
+    with pytest.raises(grpc.RpcError, match=r"queries\[0\].text: has .* tokens"):
+        stub.Search(request)
+
+
+def test_an_upsert_chooses_how_its_texts_are_cut(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    with pytest.raises(grpc.RpcError, match="set the call's `truncation`"):
+        upsert(stub)
+    assert upsert(stub, types_pb2.TRUNCATION_END) != upsert(stub, types_pb2.TRUNCATION_START)
+
+
+def test_a_message_of_a_stream_chooses_how_its_texts_are_cut(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    start = upsert(stub, types_pb2.TRUNCATION_START)
+    truncations = (types_pb2.TRUNCATION_END, types_pb2.TRUNCATION_START, types_pb2.TRUNCATION_UNSPECIFIED)
+    messages = [
+        pb.UpsertRecordsStreamRequest(
+            collection="cut", batch_number=number, records=[pb.Record(id="long", text=LONG)], truncation=truncation
+        )
+        for number, truncation in enumerate(truncations, start=1)
+    ]
+    responses = list(stub.UpsertRecordsStream(iter(messages)))
+    assert [bool(response.failures) for response in responses] == [False, False, True]
+    assert np.allclose(stored(stub), start, atol=1e-6)
+
+
+def test_the_setting_of_a_collection_can_be_changed(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    assert update(stub, types_pb2.TRUNCATION_END).truncation == types_pb2.TRUNCATION_END
+    end = upsert(stub)
+    update(stub, types_pb2.TRUNCATION_START)
+    assert upsert(stub) != end
+    update(stub, types_pb2.TRUNCATION_REFUSE)
+    with pytest.raises(grpc.RpcError, match="tokens"):
+        upsert(stub)
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.UpdateCollectionRequest(collection=pb.Collection(name="cut")), "update_mask"),
+        (
+            pb.UpdateCollectionRequest(
+                collection=pb.Collection(name="cut"), update_mask=FieldMask(paths=["truncation", "dimensions"])
+            ),
+            r"update_mask.paths\[1\]",
+        ),
+        (
+            pb.UpdateCollectionRequest(
+                collection=pb.Collection(name="cut", truncation=9),  # type: ignore[arg-type]  # no Truncation
+                update_mask=FieldMask(paths=["truncation"]),
+            ),
+            "collection.truncation",
+        ),
+    ],
+)
+def test_a_wrong_change_is_refused_by_its_field(
+    stub: index_pb2_grpc.IndexServiceStub, request_: pb.UpdateCollectionRequest, field: str
+) -> None:
+    with pytest.raises(grpc.RpcError, match=f"{field}: ") as refused:
+        stub.UpdateCollection(request_)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_change_outlives_a_restart(tmp_path: Path) -> None:
+    with ServerProcess({}, tmp_path) as process, grpc.insecure_channel(process.address) as channel:
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+        stub.CreateCollection(pb.CreateCollectionRequest(collection=pb.Collection(name="cut", dimensions=2)))
+        update(stub, types_pb2.TRUNCATION_START)
+    with ServerProcess({}, tmp_path) as process, grpc.insecure_channel(process.address) as channel:
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+        found = stub.GetCollection(pb.GetCollectionRequest(name="cut")).collection
+    assert found.truncation == types_pb2.TRUNCATION_START
