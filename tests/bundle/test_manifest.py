@@ -41,8 +41,8 @@ COMMON = {
     "dimensions": st.integers(4096, 8192),
     "pooling": st.sampled_from(["mean", "cls", "max"]),
     "normalize": st.booleans(),
-    "max_tokens": COUNT,
-    "pad_token_id": st.integers(0, 2**31),
+    "max_tokens": st.integers(1, 2**20),
+    "pad_token_id": st.integers(0, 2**31 - 1),
     "variants": st.lists(VARIANT, min_size=1, max_size=3, unique_by=lambda variant: variant.name).map(tuple),
     "dropped": st.dictionaries(TEXT, TEXT, max_size=3),
     "prompts": st.builds(Prompts, query=TEXT, passage=TEXT),
@@ -59,6 +59,7 @@ MANIFESTS = st.one_of(
     st.builds(Manifest, task=st.just(Task.EMBEDDING), **COMMON),
     st.builds(Manifest, task=st.just(Task.CLASSIFICATION), labels=LABELS, multi_label=st.booleans(), **COMMON),
 )
+PARITY_JSON = {"texts": 1, "max_abs_diff": 0.0, "cosine_min": 1.0}
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("\ud800")),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
@@ -87,6 +88,12 @@ def test_any_json_in_any_field_is_read_or_refused_in_words(field: str, value: ob
         assert Manifest.from_json(read.to_json()) == read
 
 
+@pytest.mark.parametrize("change", [{"base_model": "\ud800"}, {"labels": ("\ud800", "b")}])
+def test_no_text_that_utf8_cannot_write_gets_into_a_manifest(change: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match="no valid Unicode"):
+        dataclasses.replace(_manifest(), **change)
+
+
 @given(JSON)
 def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
     with pytest.raises(BundleError, match=r"emberpc\.json"):
@@ -101,9 +108,21 @@ def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
         ({"dimensions": "384"}, "dimensions is '384', which is not of type int"),
         ({"dimensions": True}, "not of type int"),
         ({"dimensions": 384.0}, "not of type int"),
-        ({"dimensions": 0}, "must be at least 1"),
-        ({"max_tokens": -1}, "must be at least 1"),
-        ({"pad_token_id": -1}, "must be at least 0"),
+        ({"dimensions": 0}, "dimensions is 0; it must be a whole number from 1 to 65536"),
+        ({"dimensions": 65_537}, "whole number from 1 to 65536"),
+        ({"max_tokens": -1}, "whole number from 1 to 1048576"),
+        ({"max_tokens": 10**12}, "max_tokens is 1000000000000; it must be a whole number from 1 to 1048576"),
+        ({"pad_token_id": -1}, "whole number from 0 to"),
+        ({"pad_token_id": 2**31}, "whole number from 0 to 2147483647"),
+        ({"files": {"a": {"sha256": "0", "size": 2**63}}}, "size.* is 9223372036854775808; it must be"),
+        ({"base_model": "x" * 1025}, "base_model has 1025 characters; it may have at most 1024"),
+        ({"variants": [{"name": "x" * 1025, "path": "x", "parity": PARITY_JSON}]}, "variant's name or path has 1025"),
+        ({"prompts": {"query": "x" * 16_385}}, "query has 16385 characters"),
+        ({"quality": {"x" * 1025: 1}}, "key of quality has 1025"),
+        ({"labels": ["x" * 1025, "b"]}, r"labels\[0\] has 1025 characters"),
+        ({"labels": [str(i) for i in range(30_001)]}, "labels has 30001 entries; it may have at most 30000"),
+        ({"labels": [f"{i}{'x' * 1000}" for i in range(1100)]}, "characters in all; it may have at most 1048576"),
+        ({"matryoshka_dimensions": [1] * 1001}, "matryoshka_dimensions has 1001 entries"),
         ({"normalize": 1}, "not of type bool"),
         ({"variants": []}, "at least one ONNX file"),
         ({"variants": [{"name": "fp32", "path": "x"}]}, r"variants\[0\]\.parity is missing"),

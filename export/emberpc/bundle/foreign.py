@@ -16,8 +16,19 @@ from typing import Any
 
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.interface import POOLINGS, Graph, Interface, Tensor, find_inputs, find_output
+from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TEXT_LENGTH, MAX_TOKENS, check_length, whole_number
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
-from emberpc.bundle.peers import read_json, read_max_tokens, read_modules, read_pooling, read_prompts
+from emberpc.bundle.peers import (
+    read_dimensions,
+    read_json,
+    read_labels,
+    read_max_tokens,
+    read_modules,
+    read_name,
+    read_pooling,
+    read_prompts,
+    read_token_id,
+)
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 
 #: Of different lengths, so that a batch of them is padded.
@@ -62,9 +73,11 @@ class Stated:
         for name, values in takes.items():
             if options.get(name, values[0]) not in values:
                 raise BundleError(f"the model option {name} is {options[name]!r}; it is one of {', '.join(values)}")
-        for name in ("max_tokens", "dimensions"):
-            if not options.get(name, "1").isdecimal() or int(options.get(name, "1")) < 1:
-                raise BundleError(f"the model option {name} is {options[name]!r}; it is a whole number from 1")
+        for name, most in (("max_tokens", MAX_TOKENS), ("dimensions", MAX_DIMENSIONS)):
+            if options.get(name):
+                whole_number(options[name], f"the model option {name}", 1, most)
+        for name, text in options.items():
+            check_length(text, f"the model option {name}", MAX_TEXT_LENGTH)
         return cls(**options)
 
 
@@ -113,7 +126,6 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         )
     graph = look(folder / model)
     config = read_json(folder / "config.json")
-    labels = _labels(config)
     # Encoders, too, have labels in config.json: those that transformers makes up.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
@@ -128,17 +140,17 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
     weights.update(f"{interface}".encode())
     manifest = Manifest(
         task=task,
-        base_model=str(config.get("_name_or_path") or folder.resolve().name),
+        base_model=read_name(config, folder),
         revision=weights.hexdigest()[:12],
         weights_sha256=weights.hexdigest(),
         dimensions=_dimensions(config, output, task, stated),
         pooling=pooling,
         normalize=interface.normalize,
         max_tokens=_max_tokens(folder, config, stated),
-        pad_token_id=int(config.get("pad_token_id") or 0),
+        pad_token_id=read_token_id(config, "pad_token_id", 0),
         variants=(Variant(VARIANT, model, Parity(0, 0.0, 1.0)),),
         prompts=_prompts(folder, stated),
-        labels=_checked_labels(labels, output, folder) if task is Task.CLASSIFICATION else (),
+        labels=_checked_labels(read_labels(config), output, folder) if task is Task.CLASSIFICATION else (),
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
@@ -212,10 +224,13 @@ def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stat
     """Return the width of a text's vector, or of the vectors that a classifier does not give, 1."""
     if task is Task.CLASSIFICATION:
         return 1
+    if stated.dimensions:
+        return int(stated.dimensions)
     width = output.shape[-1] if output.shape else None
-    for known in (stated.dimensions, width, config.get("hidden_size"), config.get("dim"), config.get("d_model")):
-        if known and str(known).isdecimal():
-            return int(known)
+    if isinstance(width, int):
+        return whole_number(width, f"the width of the output {output.name}", 1, MAX_DIMENSIONS)
+    if (known := read_dimensions(config)) is not None:
+        return known
     raise UnstatedError(f"how many dimensions the output {output.name} has is not stated", "dimensions=NUMBER")
 
 
@@ -229,13 +244,6 @@ def _max_tokens(folder: Path, config: dict[str, Any], stated: Stated) -> int:
 def _prompts(folder: Path, stated: Stated) -> Prompts:
     own = read_prompts(read_json(folder / "config_sentence_transformers.json"))
     return Prompts(query=stated.query_prompt or own.query, passage=stated.passage_prompt or own.passage)
-
-
-def _labels(config: dict[str, Any]) -> tuple[str, ...]:
-    given = config.get("id2label")
-    if not isinstance(given, dict) or not all(str(key).isdecimal() for key in given):
-        return ()
-    return tuple(str(given[key]) for key in sorted(given, key=int))
 
 
 def _checked_labels(labels: tuple[str, ...], output: Tensor, folder: Path) -> tuple[str, ...]:

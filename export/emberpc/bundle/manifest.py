@@ -15,6 +15,22 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from emberpc.bundle.bounds import Bound
 from emberpc.bundle.errors import BundleError
+from emberpc.bundle.limits import (
+    MAX_DIMENSIONS,
+    MAX_ENTRIES,
+    MAX_INTEGER,
+    MAX_LABELS,
+    MAX_MATRYOSHKA_DIMENSIONS,
+    MAX_TEXT_LENGTH,
+    MAX_TOKEN_ID,
+    MAX_TOKENS,
+    MAX_VARIANTS,
+    check_count,
+    check_labels,
+    check_length,
+    is_unicode,
+    whole_number,
+)
 
 MANIFEST_NAME = "emberpc.json"
 #: Grows when an older reader could misunderstand a newer bundle.
@@ -144,16 +160,12 @@ class Manifest:
         Raises:
             BundleError: a value is out of range or contradicts another.
         """
-        for name, value in (("dimensions", self.dimensions), ("max_tokens", self.max_tokens)):
-            if value < 1:
-                raise BundleError(f"{MANIFEST_NAME}: {name} is {value}; it must be at least 1")
+        self._check_limits()
         if not self.variants:
             raise BundleError(f"{MANIFEST_NAME}: variants is empty; a bundle has at least one ONNX file")
         names = [variant.name for variant in self.variants]
         if len(set(names)) != len(names):
             raise BundleError(f"{MANIFEST_NAME}: two variants have the same name: {', '.join(names)}")
-        if self.pad_token_id < 0:
-            raise BundleError(f"{MANIFEST_NAME}: pad_token_id is {self.pad_token_id}; it must be at least 0")
         for size in self.matryoshka_dimensions:
             if not 1 <= size <= self.dimensions:
                 raise BundleError(
@@ -167,6 +179,39 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME}: labels holds the same label twice")
         if self.thresholds and len(self.thresholds) != len(self.labels):
             raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
+
+    def _check_limits(self) -> None:
+        """Refuse numbers, texts and lists beyond `emberpc.bundle.limits`.
+
+        Raises:
+            BundleError: one is beyond its limit.
+        """
+        numbers = {
+            "dimensions": (1, MAX_DIMENSIONS),
+            "max_tokens": (1, MAX_TOKENS),
+            "pad_token_id": (0, MAX_TOKEN_ID),
+        }
+        for name, (least, most) in numbers.items():
+            whole_number(getattr(self, name), f"{MANIFEST_NAME}: {name}", least, most)
+        check_labels(self.labels, f"{MANIFEST_NAME}: labels")
+        counts = {
+            "matryoshka_dimensions": MAX_MATRYOSHKA_DIMENSIONS,
+            "variants": MAX_VARIANTS,
+            "thresholds": MAX_LABELS,
+            **dict.fromkeys(("quality", "dropped", "tools", "files"), MAX_ENTRIES),
+        }
+        for name, most in counts.items():
+            check_count(len(getattr(self, name)), f"{MANIFEST_NAME}: {name}", most)
+        for name in ("base_model", "revision", "weights_sha256", "pooling", "strategy", "created"):
+            check_length(getattr(self, name), f"{MANIFEST_NAME}: {name}")
+        for name, text in (*vars(self.prompts).items(), ("measured_on", self.measured_on)):
+            check_length(text, f"{MANIFEST_NAME}: {name}", MAX_TEXT_LENGTH)
+        for variant in self.variants:
+            for text in (variant.name, variant.path):
+                check_length(text, f"{MANIFEST_NAME}: a variant's name or path")
+        for table in ("quality", "dropped", "tools", "files"):
+            for key in getattr(self, table):
+                check_length(key, f"{MANIFEST_NAME}: a key of {table}")
 
     def variant(self, name: str = "") -> Variant:
         """Return the variant of a name, or the first one for an empty name.
@@ -257,10 +302,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return hint(value)
     if hint is float and type(value) in (int, float) and _is_finite(value):
         return float(value)
-    if hint is str and type(value) is str and _is_unicode(value):
+    if (hint is bool and type(value) is bool) or (hint is str and type(value) is str and is_unicode(value)):
         return value
-    if hint in (int, bool) and type(value) is hint:
-        return value
+    if hint is int and type(value) is int:
+        return whole_number(value, f"{MANIFEST_NAME}: {path}", -MAX_INTEGER, MAX_INTEGER)
     kind = getattr(hint, "__name__", hint)
     raise BundleError(f"{MANIFEST_NAME}: {path} is {reprlib.repr(value)}, which is not of type {kind}")
 
@@ -271,8 +316,3 @@ def _is_finite(number: float) -> bool:
         return math.isfinite(number)
     except OverflowError:
         return False
-
-
-def _is_unicode(text: str) -> bool:
-    """Return False for a text with half a surrogate pair, which JSON can escape and UTF-8 cannot write."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.interface import POOLINGS
+from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TOKEN_ID, check_labels, check_length, whole_number
 from emberpc.bundle.manifest import Prompts
 
 #: Such files are some kilobytes; one larger than this (bytes) is something else.
@@ -78,7 +79,7 @@ def read_pooling(path: Path) -> str:
     config = read_json(path)
     older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
     stated = config.get("pooling_mode", older or "mean")  # the newer key goes before the older ones
-    modes = [stated] if isinstance(stated, str) else [str(mode) for mode in stated]
+    modes = [str(mode) for mode in stated] if isinstance(stated, list) else [str(stated)]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise BundleError(
             f"{path}: the pooling {' + '.join(modes)} is not supported yet; supported are {', '.join(POOLINGS)}"
@@ -88,13 +89,68 @@ def read_pooling(path: Path) -> str:
     return modes[0]
 
 
+def read_token_id(config: dict[str, Any], key: str, default: int) -> int:
+    """Return a token's id that config.json states; `default` if it states none.
+
+    Raises:
+        BundleError: it is no whole number from 0 to 2**31 - 1.
+    """
+    stated = config.get(key)
+    return default if stated is None else whole_number(stated, f"config.json: {key}", 0, MAX_TOKEN_ID)
+
+
+def read_dimensions(config: dict[str, Any]) -> int | None:
+    """Return the width of the hidden states that config.json states; None if it states none.
+
+    Raises:
+        BundleError: it is no whole number from 1 to the greatest width that is served.
+    """
+    for key in ("hidden_size", "dim", "d_model"):
+        if config.get(key) is not None:
+            return whole_number(config[key], f"config.json: {key}", 1, MAX_DIMENSIONS)
+    return None
+
+
+def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the labels that config.json states in `id2label`, by their ids; none if it states none.
+
+    Raises:
+        BundleError: they are too many or too long.
+    """
+    given = config.get("id2label")
+    if not isinstance(given, dict) or not given:
+        return ()
+    if not all(isinstance(label, (str, int, float)) for label in given.values()):
+        raise BundleError("config.json: id2label must give a text for each id; correct it")
+    ids = {whole_number(key, "config.json: an id of id2label", 0, MAX_TOKEN_ID): key for key in given}
+    labels = tuple(str(given[ids[number]]) for number in sorted(ids))
+    check_labels(labels, "config.json: id2label")
+    return labels
+
+
+def read_name(config: dict[str, Any], folder: Path) -> str:
+    """Return the model's name: what config.json states, else the folder's name.
+
+    Raises:
+        BundleError: it is too long or no text.
+    """
+    stated = config.get("_name_or_path") or folder.resolve().name.encode(errors="replace").decode()
+    if not isinstance(stated, str):
+        raise BundleError("config.json: _name_or_path must be a text; correct it")
+    return check_length(stated, "config.json: _name_or_path")
+
+
 def read_positions(config: dict[str, Any]) -> int | None:
-    """Return how many tokens the model has positions for; None if it does not say."""
+    """Return how many tokens the model has positions for; None if it does not say, or more than any model has.
+
+    Raises:
+        BundleError: the padding token's id, which some models count from, is out of range.
+    """
     positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int) or not positions:
+    if type(positions) is not int or not 0 < positions < _MOST_TOKENS:
         return None
     if config.get("model_type") in _OFFSET:
-        positions -= int(config.get("pad_token_id", 1)) + 1
+        positions -= read_token_id(config, "pad_token_id", 1) + 1
     return positions
 
 
@@ -105,7 +161,7 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
         read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
         read_json(folder / "tokenizer_config.json").get("model_max_length"),
     ]
-    limits = [int(limit) for limit in stated if isinstance(limit, (int, float)) and 0 < limit < _MOST_TOKENS]
+    limits = [int(limit) for limit in stated if isinstance(limit, (int, float)) and 1 <= limit < _MOST_TOKENS]
     return min(limits, default=None)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
+from emberpc.bundle.peers import read_token_id
 from emberpc.export.card import model_card
 from emberpc.export.convert import convert
 from emberpc.export.datasets import read_texts
@@ -202,7 +203,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     for key in _BAKED_IN:
         tokenizer_config.pop(key, None)
     write_json(folder / "tokenizer_config.json", {**tokenizer_config, "model_max_length": encoder.max_tokens})
-    return Converted(graph, dimensions, int(encoder.config.get("pad_token_id") or 0))
+    return Converted(graph, dimensions, read_token_id(encoder.config, "pad_token_id", 0))
 
 
 def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:

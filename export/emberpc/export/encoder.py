@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.bundle import BundleError, Prompts
+from emberpc.bundle.limits import MAX_TOKENS
 from emberpc.bundle.peers import (
     read_json,
     read_max_tokens,
@@ -179,8 +180,9 @@ def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int
     """Return the most tokens of a text: what was asked for, else the least of the limits that the source states."""
     if wanted is not None:
         positions = read_positions(config)
-        if positions and not 0 < wanted <= positions:
-            raise ExportError(f"max_tokens is {wanted}; {folder} takes 1 to {positions} tokens")
+        most = positions or MAX_TOKENS
+        if not 0 < wanted <= most:
+            raise ExportError(f"max_tokens is {wanted}; {folder} takes 1 to {most} tokens")
         return wanted
     found = read_max_tokens(folder, config)
     if found is None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from emberpc.bundle.limits import MAX_DIMENSIONS
 from emberpc.export.errors import ExportError
 
 #: The parameters are an indented JSON object in a code block; only the list is needed of it.
@@ -35,9 +37,10 @@ def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     stated = config.get("matryoshka_dimensions")
     if stated is None:
         stated = _in_card(folder / "README.md")
-    if not isinstance(stated, list) or any(type(size) is not int or size < 1 for size in stated):
+    if not isinstance(stated, list) or any(type(size) is not int or not 1 <= size <= MAX_DIMENSIONS for size in stated):
         raise ExportError(
-            f"{folder / 'config.json'}: matryoshka_dimensions is {stated!r}; it must be a list of whole numbers above 0"
+            f"{folder / 'config.json'}: matryoshka_dimensions is {reprlib.repr(stated)}; "
+            f"it must be a list of whole numbers from 1 to {MAX_DIMENSIONS}"
         )
     return tuple(sorted(set(stated), reverse=True))
 

@@ -13,6 +13,10 @@ from emberpc.server.services import requests
 from emberpc.v1 import model_pb2 as pb
 from emberpc.v1 import model_pb2_grpc
 
+#: A page of models ends before this many bytes, or after one model: models with many labels would exceed the limit of
+#: a message.
+_MAX_PAGE_BYTES = 2**20
+
 _TASKS = {
     Task.EMBEDDING: pb.MODEL_TASK_EMBEDDING,
     Task.CLASSIFICATION: pb.MODEL_TASK_CLASSIFICATION,
@@ -38,11 +42,17 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         models = [model for model in self._engine.models() if model.name > after]
-        page = models[:size]
-        return pb.ListModelsResponse(
-            models=[describe(model) for model in page],
-            next_page_token=encode_token(page[-1].name) if len(models) > size else "",
-        )
+        response = pb.ListModelsResponse()
+        size_bytes = 0
+        for model in models[:size]:
+            description = describe(model)
+            size_bytes += description.ByteSize()
+            if response.models and size_bytes > _MAX_PAGE_BYTES:
+                break
+            response.models.append(description)
+        if response.models and len(response.models) < len(models):
+            response.next_page_token = encode_token(response.models[-1].name)
+        return response
 
     async def GetModel(self, request: pb.GetModelRequest, context: requests.Context) -> pb.GetModelResponse:
         """Describe one model."""

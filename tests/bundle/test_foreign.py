@@ -1,0 +1,124 @@
+"""Folders of other tools: numbers and texts of their files are checked against limits, whatever stands there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from emberpc.bundle import Bundle, BundleError, Graph, Manifest, Stated, Tensor, open_bundle
+
+BIG = 10**12
+
+
+def foreign(
+    folder: Path,
+    files: Mapping[str, object],
+    options: Mapping[str, str] | None = None,
+    *,
+    width: int | str = 8,
+    output: str = "last_hidden_state",
+) -> Bundle:
+    """Read a folder with these JSON files and a graph of this output, which is not loaded."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{}")
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    shape: list[str | int] = ["batch", "tokens", width] if output == "last_hidden_state" else ["batch", width]
+    graph = Graph(
+        [Tensor(name, "tensor(int64)", ["batch", "tokens"]) for name in ("input_ids", "attention_mask")],
+        [Tensor(output, "tensor(float)", shape)],
+    )
+    return open_bundle(folder, {"pooling": "mean", **(options or {})} if shape[2:] else options or {}, lambda _: graph)
+
+
+CONFIG: dict[str, Any] = {"hidden_size": 8, "max_position_embeddings": 32, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"pad_token_id": BIG}, {}, "config.json: pad_token_id is 1000000000000; it must be a whole number from 0"),
+        ({"pad_token_id": [1]}, {}, "config.json: pad_token_id is"),
+        ({"pad_token_id": "x", "model_type": "roberta"}, {}, "config.json: pad_token_id is 'x'"),
+        ({"hidden_size": BIG}, {}, "config.json: hidden_size is 1000000000000; it must be a whole number from 1"),
+        ({"max_position_embeddings": BIG}, {}, "does not say how many tokens"),
+        ({"max_position_embeddings": True}, {}, "does not say how many tokens"),
+        ({"_name_or_path": "x" * 1025}, {}, "_name_or_path has 1025 characters"),
+        ({"_name_or_path": "\ud800"}, {}, "no valid Unicode"),
+        ({"_name_or_path": ["x"]}, {}, "_name_or_path must be a text"),
+        ({}, {"max_tokens": str(BIG)}, "the model option max_tokens is '1000000000000'; it must be a whole number"),
+        ({}, {"max_tokens": "9" * 5000}, "the model option max_tokens is"),
+        ({}, {"dimensions": "65537"}, "the model option dimensions is '65537'"),
+        ({}, {"query_prompt": "x" * 16_385}, "the model option query_prompt has 16385 characters"),
+        ({}, {"query_prompt": "\ud800"}, "no valid Unicode"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_named(
+    tmp_path: Path, change: dict[str, Any], options: Mapping[str, str], words: str
+) -> None:
+    with pytest.raises(BundleError, match=words):
+        foreign(tmp_path, {"config.json": CONFIG | change}, options, width="hidden")
+
+
+def test_the_width_of_the_output_has_a_limit(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="the width of the output last_hidden_state is 1000000000000"):
+        foreign(tmp_path, {"config.json": CONFIG}, width=BIG)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"0": "x" * 1025, "1": "b"}, "id2label.* has 1025 characters"),
+        ({"9" * 5000: "a", "1": "b"}, "an id of id2label is"),
+        ({"0": ["a"], "1": "b"}, "must give a text for each id"),
+        ({"0": "\ud800", "1": "b"}, "no valid Unicode"),
+    ],
+)
+def test_labels_have_limits(tmp_path: Path, labels: Mapping[str, object], words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        foreign(tmp_path, {"config.json": CONFIG | {"id2label": labels}}, width=2, output="logits")
+
+
+def test_prompts_and_poolings_of_any_form_are_refused_in_words(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "\ud800"}}
+    with pytest.raises(BundleError, match="no valid Unicode"):
+        foreign(tmp_path, {"config.json": CONFIG, "config_sentence_transformers.json": prompts})
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "."}]
+    with pytest.raises(BundleError, match="the pooling 7 is not supported"):
+        foreign(tmp_path, {"config.json": CONFIG | {"pooling_mode": 7}, "modules.json": modules})
+
+
+def test_a_folder_with_a_name_that_is_no_utf8_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    assert foreign(folder, {"config.json": CONFIG}).manifest.base_model == "caf?"
+
+
+JSON = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([BIG]), st.just({}))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["pad_token_id", "hidden_size", "max_position_embeddings", "_name_or_path", "id2label"]),
+    JSON,
+    st.sampled_from(["bert", "roberta"]),
+)
+def test_any_json_in_config_is_read_within_the_limits_or_refused_in_words(
+    tmp_path: Path, key: str, value: object, kind: str
+) -> None:
+    try:
+        bundle = foreign(tmp_path, {"config.json": CONFIG | {"model_type": kind, key: value}}, width="hidden")
+    except BundleError as error:
+        assert str(error)
+    else:
+        assert Manifest.from_json(bundle.manifest.to_json()) == bundle.manifest
+
+
+def test_options_within_the_limits_are_taken() -> None:
+    assert Stated.parse({"max_tokens": "512", "dimensions": "8"}) == Stated(max_tokens="512", dimensions="8")
