@@ -17,10 +17,11 @@ import pytest
 from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
-from emberpc.server.engine import Model, ModelLoadError, Registry
+from emberpc.server.deadlines import Deadline
+from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
 from emberpc.server.engine.calibration import calibrated_batch_tokens, choose
 from emberpc.server.engine.encoders import Encoder, Encoders
-from emberpc.server.engine.session import OnnxSession, Output, SessionError
+from emberpc.server.engine.session import LoadCancellation, OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
 
@@ -189,6 +190,84 @@ def test_a_file_that_was_written_anew_is_not_loaded_beside_the_old_one(bundle: P
     path.unlink()
     with pytest.raises(SessionError):
         OnnxSession(path)
+
+
+class SlowLoading:
+    """Holds up the loading of the session with several threads until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.probed = False
+        load, seconds = OnnxSession.with_threads, Encoder._seconds
+
+        def slow(session: OnnxSession, threads: int, cancellation: LoadCancellation | None = None) -> OnnxSession:
+            self.begun.set()
+            assert self.go_on.wait(30)
+            return load(session, threads, None)  # as with an ONNX Runtime that cannot cancel
+
+        def probe(encoder: Encoder, session: OnnxSession, batch: Sequence[TokenIds]) -> float:
+            self.probed = True
+            return seconds(encoder, session, batch)
+
+        monkeypatch.setattr(OnnxSession, "with_threads", slow)
+        monkeypatch.setattr(Encoder, "_seconds", probe)
+
+
+def test_a_closed_encoder_has_no_thread_that_makes_a_session(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, batch = Model.load("m", bundle).encoder, [np.array([2, 7, 3])]
+    loading = SlowLoading(monkeypatch)
+    encoder.run(batch, threads=2)
+    assert loading.begun.wait(30)
+    assert not encoder.close(Deadline(0))
+    loading.go_on.set()
+    assert encoder.close(Deadline(30))
+    assert not loading.probed
+    assert not encoder.wide
+    assert encoder.run(batch, threads=2).shape == (1, 32)
+
+
+def test_a_closed_encoder_starts_no_thread(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Model.load("m", bundle).encoder
+    loading = SlowLoading(monkeypatch)
+    assert encoder.close(Deadline(0))
+    encoder.run([np.array([2, 7, 3])], threads=2)
+    assert not loading.begun.is_set()
+
+
+def test_an_engine_closes_the_encoders_of_versions_that_are_served_no_more(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        engine = Engine(Registry(pool), pool, workers=1, batch_tokens=64, max_queue_tokens=1000)
+        loading = SlowLoading(monkeypatch)
+        engine.registry.load("m", bundle).encoder.run([np.array([2, 7, 3])], threads=2)
+        assert loading.begun.wait(30)
+        engine.registry.load("m", bundle, fresh=True)
+        assert not engine.close(Deadline(0))
+        loading.go_on.set()
+        assert engine.close(Deadline(30))
+    assert "widen" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_loading_can_be_cancelled(bundle: Path) -> None:
+    path, cancellation = bundle / "onnx" / "model.onnx", LoadCancellation()
+    OnnxSession(path, cancellation=cancellation)
+    cancellation.cancel()
+    with pytest.raises(SessionError):
+        OnnxSession(path, cancellation=cancellation)
+
+
+def test_a_system_without_threads_fails_no_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, batch = Model.load("m", bundle).encoder, [np.array([2, 7, 3])]
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_thread)
+        assert encoder.run(batch, threads=2).shape == (1, 32)
+    monkeypatch.setattr(Encoder, "_is_faster", lambda *_: True)
+    assert widened(encoder, batch).wide
 
 
 def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from time import perf_counter, sleep
 import numpy as np
 import pytest
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Item, Queue
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
@@ -150,6 +151,16 @@ async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) 
     with pytest.raises(ServiceError) as refused:
         await busy.run(gate, texts(1))
     assert refused.value.code is Code.UNAVAILABLE
+
+
+async def test_closing_waits_for_a_running_batch_until_its_deadline_only(scheduler: Make) -> None:
+    busy, gate = scheduler(workers=1), Gate()
+    running = asyncio.create_task(busy.run(gate, texts(50)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    assert not busy.close(Deadline(0))
+    gate.open.set()
+    await running
+    assert busy.close(Deadline(30))
 
 
 async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(scheduler: Make) -> None:

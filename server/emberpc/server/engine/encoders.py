@@ -12,8 +12,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from emberpc.bundle import Interface
+from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.memory import return_memory
-from emberpc.server.engine.session import OnnxSession, Output, SessionError
+from emberpc.server.engine.session import LoadCancellation, OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,10 @@ class Encoder:
         self._session = session
         self._pad_token_id = pad_token_id
         self._wide: OnnxSession | None = None
-        self._widening = threading.Lock()
+        self._lock = threading.Lock()
+        #: Makes the session with several threads; started once.
+        self._widener: threading.Thread | None = None
+        self._closing = LoadCancellation()
 
     @property
     def wide(self) -> bool:
@@ -54,10 +58,38 @@ class Encoder:
             threads: that are free for it. More than one need a session of their own, which takes the model's memory
                 once more, less the large tables: it is made beside the first run that could use it.
         """
-        if threads > 1 and self._widening.acquire(blocking=False):  # once; never released
-            threading.Thread(target=self._widen, args=(threads,), name="widen", daemon=True).start()
+        if threads > 1 and self._widener is None:
+            self._start_widening(threads)
         session = self._wide if threads > 1 and self._wide is not None else self._session
         return self._run_on(session, batch)
+
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Stop making a session with several threads. `run` keeps working on the session that is there.
+
+        A thread that is inside ONNX Runtime when the interpreter ends would abort the process.
+
+        Args:
+            deadline: until when to wait for the thread; None: without limit.
+
+        Returns:
+            Whether the thread has ended.
+        """
+        with self._lock:
+            self._closing.cancel()
+            widener = self._widener
+        return widener is None or (deadline or Deadline()).join(widener)
+
+    def _start_widening(self, threads: int) -> None:
+        with self._lock:
+            if self._widener is not None or self._closing.cancelled:
+                return
+            widener = threading.Thread(target=self._widen, args=(threads,), name="widen", daemon=True)
+            try:
+                widener.start()
+            except RuntimeError:  # the system gives no thread; the next run tries again
+                log.warning("no thread could be started to load %s for several threads", self._session.path)
+                return
+            self._widener = widener
 
     def _run_on(self, session: OnnxSession, batch: Sequence[TokenIds]) -> Output:
         return session.run(batch, self.interface, self._pad_token_id)
@@ -65,22 +97,31 @@ class Encoder:
     def _widen(self, threads: int) -> None:
         """Make a session with several threads, and keep it if it is the faster one."""
         try:
-            wide = self._session.with_threads(threads)
+            wide = self._session.with_threads(threads, self._closing)
         except SessionError as error:  # one thread does it, too
-            log.warning("%s; texts that are alone run on one core", error)
+            if not self._closing.cancelled:
+                log.warning("%s; texts that are alone run on one core", error)
             return
-        if self._is_faster(wide):
+        faster = self._is_faster(wide)
+        if faster:
             self._wide = wide
-        else:
+        elif not self._closing.cancelled:
             log.info("%s is no faster on %d threads", self._session.path, threads)
         del wide
         # Reading the weights took as much again as they take in the end; and if the session is not kept, all of it.
         return_memory()
 
     def _is_faster(self, wide: OnnxSession) -> bool:
-        """Run a short text on both sessions, in turns, since what else runs holds up both; the fastest run counts."""
+        """Run a short text on both sessions, in turns, since what else runs holds up both; the fastest run counts.
+
+        False as soon as the encoder is closed.
+        """
         probe = [np.full(_PROBE_TOKENS, self._pad_token_id, dtype=np.int64)]
-        times = [(self._seconds(wide, probe), self._seconds(self._session, probe)) for _ in range(_PROBES)]
+        times = []
+        for _ in range(_PROBES):
+            if self._closing.cancelled:
+                return False
+            times.append((self._seconds(wide, probe), self._seconds(self._session, probe)))
         return min(ours for ours, _ in times) < min(theirs for _, theirs in times)
 
     def _seconds(self, session: OnnxSession, batch: Sequence[TokenIds]) -> float:

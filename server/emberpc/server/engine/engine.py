@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from emberpc.bundle import Task
+from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.calls import Caller
@@ -128,7 +129,16 @@ class Engine:
         """The outcomes kept."""
         return self._inferrer.cache
 
-    def close(self) -> None:
-        """Stop the workers; what waits fails with UNAVAILABLE."""
-        self.registry.close()
-        self._scheduler.close()
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Stop the workers and all other threads that run models; what waits fails with UNAVAILABLE.
+
+        Args:
+            deadline: until when to wait for the threads; None: without limit.
+
+        Returns:
+            Whether none of them runs any more.
+        """
+        deadline = deadline or Deadline()
+        self._scheduler.stop()
+        encoders, workers = self.registry.close(deadline), self._scheduler.close(deadline)
+        return encoders and workers

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from emberpc.bundle import Task
-from emberpc.server.engine.encoders import Encoders
+from emberpc.server.deadlines import Deadline
+from emberpc.server.engine.encoders import Encoder, Encoders
 from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.model import Model, Tell
 from emberpc.server.errors import Code, ServiceError, invalid, not_found
@@ -48,6 +49,8 @@ class Registry:
     def __init__(self, pool: Executor) -> None:
         #: What the models have in common.
         self.encoders = Encoders()
+        #: Of all versions, the retired ones too: a thread may still make a session of one.
+        self._served: weakref.WeakSet[Encoder] = weakref.WeakSet()
         self._pool = pool
         self._lock = threading.RLock()
         self._versions: dict[str, _Version] = {}
@@ -85,6 +88,7 @@ class Registry:
 
     def _replace(self, model: Model) -> None:
         old = self._versions.get(model.name)
+        self._served.add(model.encoder)
         self._versions[model.name] = _Version(model)
         if old is not None:
             self._retire(old)
@@ -144,10 +148,21 @@ class Registry:
             self._hold(self._versions[model.name])
         return model
 
-    def close(self) -> None:
-        """Return no more memory: the process ends, and so does the pool."""
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Return no more memory, since the process and the pool end, and close the encoders.
+
+        Args:
+            deadline: until when to wait for the encoders' threads; None: without limit.
+
+        Returns:
+            Whether no thread of an encoder runs any more.
+        """
         with self._lock:
             self._closed = True
+            served = list(self._served)
+        now, deadline = Deadline(0), deadline or Deadline()
+        waiting = [encoder for encoder in served if not encoder.close(now)]  # all are stopped before any is waited for
+        return all(encoder.close(deadline) for encoder in waiting)
 
     def _named(self, name: str, task: Task | None) -> Model:
         model = self.get(name)

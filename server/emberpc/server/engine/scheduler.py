@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.outcomes import fail, failure, result_of, tell
@@ -153,8 +154,20 @@ class Scheduler:
         """What one worker does, as lately measured."""
         return self._rate
 
-    def close(self) -> None:
-        """Stop the workers after the batches they are at; what waits fails with UNAVAILABLE."""
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Stop the workers after the batches that they run, and wait for them; what waits fails with UNAVAILABLE.
+
+        Args:
+            deadline: until when to wait; None: without limit.
+
+        Returns:
+            Whether all workers have ended.
+        """
+        threads, deadline = self.stop(), deadline or Deadline()
+        return all(deadline.join(thread) for thread in threads)
+
+    def stop(self) -> list[threading.Thread]:
+        """Have the workers stop after the batches that they run, and return them; what waits fails with UNAVAILABLE."""
         with self._lock:
             self._closing = True
             waiting = self._backlog.drain()
@@ -162,8 +175,7 @@ class Scheduler:
             self._express_waits.notify_all()
             threads = list(self._threads.values())
         fail(waiting, ServiceError(Code.UNAVAILABLE, "the server is stopping; try again", reason="STOPPING"))
-        for thread in threads:
-            thread.join()
+        return threads
 
     def _submit(self, job: Job) -> None:
         if job.tokens > self._max_queue_tokens:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,42 @@ class SessionError(Exception):
     """An ONNX file cannot be loaded; the message says which."""
 
 
+class LoadCancellation:
+    """Cancels the loading of sessions, from another thread. Thread-safe.
+
+    ONNX Runtime before 1.22 cannot cancel: a session that is being loaded is then loaded to its end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loading: ort.SessionOptions | None = None
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Cancel the session that is being loaded, and all that follow."""
+        with self._lock:
+            self._cancelled = True
+            if self._loading is not None:
+                _set_cancelled(self._loading)
+
+    def begin(self, options: ort.SessionOptions) -> None:
+        """Make the loading that begins with these options the one that `cancel` cancels."""
+        with self._lock:
+            self._loading = options
+            if self._cancelled:
+                _set_cancelled(options)
+
+
+def _set_cancelled(options: ort.SessionOptions) -> None:
+    with suppress(AttributeError):  # ONNX Runtime before 1.22
+        options.set_load_cancellation_flag(True)
+
+
 class OnnxSession:
     """An ONNX model, run on token ids. Safe to run from several threads.
 
@@ -27,18 +65,27 @@ class OnnxSession:
         path: the ONNX file.
         threads: that one run may use.
         tables: those of the file, if another session has them in memory; None: they are read.
+        cancellation: cancels the loading; None: nothing does.
 
     Raises:
-        SessionError: the file does not load.
+        SessionError: the file does not load, or loading was cancelled.
     """
 
-    def __init__(self, path: Path, threads: int = 1, tables: Tables | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 1,
+        tables: Tables | None = None,
+        cancellation: LoadCancellation | None = None,
+    ) -> None:
         self.path = path
         self._written = _written(path)
         self._tables = read_tables(path) if tables is None else tables
         # ONNX Runtime does not keep them: they must live as long as the session.
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in self._tables.items()}
         options = _options(threads)
+        if cancellation is not None:
+            cancellation.begin(options)
         try:
             for name, value in self._values.items():
                 options.add_initializer(name, value)
@@ -52,13 +99,17 @@ class OnnxSession:
             [Tensor(node.name, node.type, node.shape) for node in outputs],
         )
 
-    def with_threads(self, threads: int) -> OnnxSession:
-        """Return a session of the same model that uses so many threads; they share the large tables.
+    def with_threads(self, threads: int, cancellation: LoadCancellation | None = None) -> OnnxSession:
+        """Return a session of the same model that uses `threads` threads; they share the large tables.
+
+        Args:
+            threads: that one run may use.
+            cancellation: cancels the loading; None: nothing does.
 
         Raises:
-            SessionError: the file does not load any more, or is not the one that it was.
+            SessionError: the file does not load any more, is not the one that it was, or loading was cancelled.
         """
-        session = OnnxSession(self.path, threads, self._tables)
+        session = OnnxSession(self.path, threads, self._tables, cancellation)
         if session._written != self._written:
             raise SessionError(f"{self.path} was written anew since it was loaded")
         return session
