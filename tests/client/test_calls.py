@@ -15,6 +15,7 @@ from emberpc.client import (
     Client,
     FailedPrecondition,
     Health,
+    InputError,
     InputTypeError,
     Internal,
     LabelScore,
@@ -322,3 +323,64 @@ def test_changing_models_tells_the_stages_and_gives_the_model(shell: Shell, fake
     assert error.value.reason == "MODEL_UNFIT"
     with pytest.raises(InputTypeError):
         shell("load_model", "m", 7)
+
+
+def test_expected_revisions_go_with_their_records(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    records = [Record(str(i), "t") for i in range(5)]
+    shell("upsert", "c", iter(records), expected_revisions=iter([0, 1, 2, 3, 2**63 - 1]), batch_size=2)
+    asked = [list(asked.request.expected_revisions) for asked in fake.asked["UpsertRecords"]]
+    assert asked == [[0, 1], [2, 3], [2**63 - 1]]
+
+
+@pytest.mark.parametrize(
+    ("expected", "error", "words"),
+    [
+        ([1], InputError, r"expected_revisions has 1 items for 2 records; give one for each"),
+        ([1, 2, 3], InputError, r"has 3 items for 2 records"),
+        ([1, -1], InputError, r"expected_revisions\[1\] is -1; it must be at least 0 and below 2\*\*63"),
+        ([1, 2**63], InputError, r"expected_revisions\[1\] is 9223372036854775808"),
+        ([1, None], InputTypeError, r"expected_revisions\[1\] is of type NoneType"),
+        (7, InputTypeError, r"expected_revisions is of type int"),
+    ],
+)
+def test_wrong_expected_revisions_are_refused_before_anything_is_sent(
+    fake: FakeServer, shell: Shell, expected: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        shell("upsert", "c", [Record("a", "t"), Record("b", "t")], expected_revisions=expected, batch_size=1)
+    assert "UpsertRecords" not in fake.asked
+
+
+@pytest.mark.parametrize("field", ["revision", "create_time", "update_time"])
+def test_a_record_whose_output_fields_were_set_by_hand_is_refused(shell: Shell, field: str) -> None:
+    value: Any = 99 if field == "revision" else datetime(2026, 1, 1, tzinfo=timezone.utc)
+    record = Record("a", "t", **{field: value})
+    with pytest.raises(InputError, match=rf"records\[0\]\.{field} is .*only the server sets.*expected_revisions"):
+        shell("upsert", "c", [record])
+
+
+def test_a_record_from_an_answer_can_be_written_again(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    shell("upsert", "c", [Record("a", "t", revision=4, create_time=now, update_time=now)], expected_revisions=[4])
+    assert list(fake.asked["UpsertRecords"][0].request.expected_revisions) == [4]
+    assert fake.asked["UpsertRecords"][0].request.records[0].revision == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options", "words"),
+    [
+        ("duplicates", ("c",), {"min_score": "0.9"}, "min_score is of type str"),
+        ("verify_collection", ("c",), {"full": "yes"}, "full is of type str"),
+        ("embed", (["a"],), {"normalize": "no"}, "normalize is of type str"),
+        ("embed_stream", (["a"],), {"normalize": 1}, "normalize is of type int"),
+        ("get", ("c", ["a"]), {"with_vectors": "no"}, "with_vectors is of type str"),
+        ("search", ("c", "a"), {"min_recall": None}, "min_recall is of type NoneType"),
+    ],
+)
+def test_an_option_of_a_wrong_type_is_named(
+    shell: Shell, name: str, arguments: tuple[Any, ...], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputTypeError, match=words):
+        shell(name, *arguments, **options)

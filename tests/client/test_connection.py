@@ -72,6 +72,16 @@ def test_targets_elsewhere(target: str) -> None:
         ({"target": 50051}, InputTypeError, "target is of type int"),
         ({"target": "http://host:1"}, InputError, "give HOST:PORT alone"),
         ({"timeout": 0}, InputError, "timeout is 0"),
+        ({"timeout": None}, InputTypeError, "timeout is None; it must be a number of seconds"),
+        ({"timeout": "30"}, InputTypeError, "timeout is of type str"),
+        ({"timeout": float("nan")}, InputError, "timeout is nan"),
+        ({"timeout": float("inf")}, InputError, "timeout is inf"),
+        ({"timeout": 9e9}, InputError, "at most 3153600000, a hundred years"),
+        ({"timeout": 10**400}, InputError, "timeout is beyond the range of a float"),
+        ({"in_flight": None}, InputTypeError, "in_flight is of type NoneType"),
+        ({"in_flight": 10**5000}, InputError, "in_flight is beyond"),
+        ({"tls": "roots.pem"}, InputTypeError, "tls is of type str"),
+        ({"token": b"t"}, InputTypeError, "token is of type bytes"),
         ({"in_flight": 0}, InputError, "in_flight is 0"),
         ({"target": "host:1", "token": "t"}, InputError, "the token would travel to host:1 in plain text"),
         ({"token": ""}, InputError, "token is empty or has characters"),
@@ -83,6 +93,35 @@ def test_wrong_settings_are_refused_at_once(
 ) -> None:
     with pytest.raises(error, match=words):
         client(**settings)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 9e9, "30", 10**400])
+def test_a_wrong_timeout_of_a_call_is_refused_before_anything_is_sent(
+    fake: FakeServer, shell_type: Any, timeout: Any
+) -> None:
+    shell = shell_type(fake.target)
+    try:
+        for name, arguments in (("embed", (["a"],)), ("embed_stream", (["a"],)), ("verify_collection", ("c",))):
+            with pytest.raises((InputError, InputTypeError), match="timeout is"):
+                shell(name, *arguments, timeout=timeout)
+    finally:
+        shell.close()
+    assert not fake.asked
+
+
+def test_the_longest_timeout_works(fake: FakeServer, shell_type: Any) -> None:
+    shell = shell_type(fake.target, timeout=100 * 365 * 24 * 3600)
+    try:
+        assert shell("embed", ["a"]).shape == (1, 8)
+        assert len(shell("embed_stream", ["a"])) == 1
+    finally:
+        shell.close()
+    assert fake.asked["Embed"][0].seconds_left > 365 * 24 * 3600  # gRPC sends at most 27,000 hours
+
+
+def test_a_path_in_place_of_a_certificate_is_refused() -> None:
+    with pytest.raises(InputTypeError, match=r"root_certificates is of type str; .*TLS\.from_files"):
+        TLS("roots.pem")  # type: ignore[arg-type]  # that is the point
 
 
 def test_no_message_or_repr_tells_the_token() -> None:

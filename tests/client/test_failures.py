@@ -161,6 +161,23 @@ def test_a_text_is_named_by_its_place_in_the_whole_list(fake: FakeServer, shell:
     assert raised.value.violations[0].description == "is empty; it is alike to texts[20]"
 
 
+def test_messages_name_options_as_this_client_takes_them(fake: FakeServer, shell: Shell) -> None:
+    said = "texts[0]: has 600 tokens; shorten it, or set `truncation` to END or START"
+    fault = Fault(
+        grpc.StatusCode.INVALID_ARGUMENT, said, "INVALID_FIELD", [("texts[0]", "set `truncation` to END or START")]
+    )
+    fake.faults["Embed"].append(fault)
+    with pytest.raises(InvalidArgument) as raised:
+        shell("embed", ["a"])
+    assert str(raised.value) == "texts[0]: has 600 tokens; shorten it, or set `truncation` to 'end' or 'start'"
+    assert raised.value.violations[0].description == "set `truncation` to 'end' or 'start'"
+    own = "there is no model 'THE END' or \"START\" or BACKEND; search DENSE"
+    fake.faults["Embed"].append(Fault(grpc.StatusCode.NOT_FOUND, own, "MODEL_NOT_FOUND"))
+    with pytest.raises(NotFound) as other:
+        shell("embed", ["a"])
+    assert str(other.value) == "there is no model 'THE END' or \"START\" or BACKEND; search 'dense'"
+
+
 def test_a_record_is_named_by_its_place_too_and_those_before_are_written(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     fault = Fault(

@@ -48,7 +48,9 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
     """A connection to an emberpc server, for asyncio; see `Client` for all that the two have in common.
 
     The connection is made by the first call, and belongs to the event loop
-    that runs it. The arguments are those of `Client`, but `channel` is one of
+    that runs it. When that loop is closed, the first call in another one makes
+    a new connection; while it is open, a call in another loop raises
+    FailedPrecondition. The arguments are those of `Client`, but `channel` is one of
     `grpc.aio`.
     """
 
@@ -253,12 +255,20 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         records: Iterable[Record | Mapping[str, Any]],
         *,
         vectors: npt.ArrayLike | None = None,
+        expected_revisions: Iterable[int] | None = None,
         batch_size: int = 256,
         progress: Progress | None = None,
         timeout: float | None = None,
     ) -> UpsertResult:
         """Do what `Client.upsert` does."""
-        job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
+        job = _index.upsert(
+            collection,
+            records,
+            matrix=vectors,
+            expected_revisions=expected_revisions,
+            batch_size=batch_size,
+            progress=progress,
+        )
         return await self._runner.run(job, timeout)
 
     def upsert_stream(

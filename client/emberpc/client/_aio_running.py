@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -13,7 +15,9 @@ from google.protobuf.message import Message
 from emberpc.client._aio_stream_running import AsyncLine, run_stream
 from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
 from emberpc.client._connection import Connection
+from emberpc.client._running import CHANNEL_CLOSED, CLIENT_CLOSED
 from emberpc.client._streaming import StreamJob
+from emberpc.client.exceptions import Cancelled, FailedPrecondition, InputTypeError
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -25,17 +29,33 @@ class AsyncRunner:
     Args:
         connection: where to.
         channel: a channel of the caller's; None: make one at the first call, since it belongs to the loop that runs.
+
+    Raises:
+        InputTypeError: the channel is one of another kind.
     """
 
     def __init__(self, connection: Connection, channel: grpc.aio.Channel | None) -> None:
+        if isinstance(channel, grpc.Channel):
+            raise InputTypeError("channel is one of grpc; give one of grpc.aio, or use Client")
         self._connection = connection
+        self._closed = False
         self._owns_channel = channel is None
         self._channel = channel
+        #: The loop that the client's own channel belongs to.
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def close(self) -> None:
-        """Close the channel, unless it is the caller's."""
-        if self._owns_channel and self._channel is not None:
-            await self._channel.close()
+        """Take no more calls, and close the channel unless it is the caller's; once is enough."""
+        self._closed = True
+        channel = self._channel
+        if not self._owns_channel or channel is None or self._loop is None:
+            return
+        self._channel = None
+        if self._loop is asyncio.get_running_loop():
+            await channel.close()
+        elif self._loop.is_running():
+            # Not awaited: nothing says that the other loop goes on running.
+            asyncio.run_coroutine_threadsafe(channel.close(), self._loop)
 
     async def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
         """Run the calls of a job, a few at a time unless they are ordered, and return what they make together."""
@@ -69,29 +89,23 @@ class AsyncRunner:
 
     async def receive(self, call: Call[Any, Item], timeout: float | None) -> AsyncGenerator[Item, None]:
         """Run one call of several answers, and give them as they come; closing ends it."""
-        method: Any = self._opened().unary_stream(
-            call.method.path,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.method.response.FromString,
-        )
-        answers = method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        answers = self._begin("unary_stream", call, call.request, timeout=self._connection.deadline(timeout))
+        iterator = aiter(answers)
         try:
-            async for message in answers:
+            while True:
+                with self._errors(call, timeout):
+                    try:
+                        message = await anext(iterator)
+                    except StopAsyncIteration:
+                        return
                 yield call.read(message)
-        except grpc.aio.AioRpcError as error:
-            raise self._connection.error(error, call, timeout) from error
         finally:
             answers.cancel()
 
     async def send(self, call: Call[Any, Result], requests: AsyncIterator[Message], timeout: float | None) -> Result:
         """Run one call of several requests, which are taken as they are sent."""
-        method: Any = self._opened().stream_unary(
-            call.method.path,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.method.response.FromString,
-        )
         timeout = self._connection.deadline(timeout)
-        answer = method(requests, timeout=timeout, metadata=self._connection.metadata)
+        answer = self._begin("stream_unary", call, requests, timeout=timeout)
         try:
             return await self._answer(call, answer, timeout)
         finally:
@@ -109,16 +123,8 @@ class AsyncRunner:
     ) -> AsyncIterator[Result]:
         """Run a stream; give the results as they come."""
         self._connection.deadline(timeout)  # known to be wrong now, not at the first result
-
-        def open_line() -> AsyncLine:
-            method: Any = self._opened().stream_stream(
-                job.call.method.path,
-                request_serializer=type(job.call.request).SerializeToString,
-                response_deserializer=job.call.method.response.FromString,
-            )
-            return AsyncLine(method, self._connection.metadata)
-
-        return run_stream(job, items, open_line, self._connection, timeout)
+        start = partial(self._begin, "stream_stream", job.call)
+        return run_stream(job, items, lambda: AsyncLine(start), self._connection, timeout)
 
     async def _walk(
         self, call: Call[Any, Page[Item]], page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None
@@ -141,24 +147,58 @@ class AsyncRunner:
 
     def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
         """Send a request; return gRPC's awaitable of the answer."""
-        method: Any = self._opened().unary_unary(
+        return self._begin("unary_unary", call, call.request, timeout=self._connection.deadline(timeout))
+
+    def _begin(self, kind: str, call: Call[Any, Any], request: Message | AsyncIterator[Message], **options: Any) -> Any:
+        """Begin a call; `kind` is gRPC's word, such as `unary_stream`.
+
+        Raises:
+            Cancelled: the client or the channel is closed.
+            FailedPrecondition: the client is in use in another event loop.
+        """
+        if self._closed:
+            raise Cancelled(CLIENT_CLOSED)
+        method = getattr(self._opened(), kind)(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
             response_deserializer=call.method.response.FromString,
         )
-        return method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
+        try:
+            return method(request, metadata=self._connection.metadata, **options)
+        except grpc.aio.UsageError as error:
+            raise Cancelled(CHANNEL_CLOSED) from error
+
+    @contextmanager
+    def _errors(self, call: Call[Any, Any], timeout: float | None) -> Iterator[None]:
+        """Turn gRPC's errors into ours, and a cancellation that was not the caller's into Cancelled."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error, call, timeout) from error
+        except asyncio.CancelledError as error:
+            # So gRPC says that the channel was closed. Python 3.10 does not say whether the task was cancelled.
+            cancelling = getattr(asyncio.current_task(), "cancelling", lambda: not self._closed)
+            if cancelling():
+                raise
+            raise Cancelled("the call was cancelled before its answer came") from error
 
     async def _answer(self, call: Call[Any, Result], future: Any, timeout: float | None) -> Result:
         """Wait for an answer, and read it."""
-        try:
+        with self._errors(call, timeout):
             response = await future
-        except grpc.aio.AioRpcError as error:
-            raise self._connection.error(error, call, timeout) from error
         return call.read(response)
 
     def _opened(self) -> grpc.aio.Channel:
-        if self._channel is None:
+        if self._channel is not None and not self._owns_channel:
+            return self._channel
+        running = asyncio.get_running_loop()
+        if self._loop is not None and self._loop is not running and not self._loop.is_closed():
+            raise FailedPrecondition(
+                "this AsyncClient was used in another event loop, which is still open; make one client for each loop"
+            )
+        if self._channel is None or self._loop is not running:
             self._channel = _open(self._connection)
+            self._loop = running
         return self._channel
 
 

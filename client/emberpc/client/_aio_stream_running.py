@@ -21,15 +21,14 @@ class AsyncLine:
     """One stream over a channel. What comes in is a response, None at its end, or the error that ended it.
 
     Args:
-        method: gRPC's method.
-        metadata: what goes with the call.
+        start: begins the call for an iterator of requests, and returns gRPC's call.
     """
 
-    def __init__(self, method: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, start: Callable[[AsyncIterator[Message]], Any]) -> None:
         self._outbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self._inbox: asyncio.Queue[Incoming | Cancelled] = asyncio.Queue()
         self._finished = False
-        self._call = method(self._requests(), metadata=metadata)
+        self._call = start(self._requests())
         self._receiving = asyncio.create_task(self._receive())
 
     @property

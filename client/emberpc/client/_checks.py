@@ -52,8 +52,8 @@ def texts(values: Iterable[str], name: str) -> list[str]:
     return checked
 
 
-def count(value: int, name: str, least: int = 0) -> int:
-    """Return a whole number from `least` to the most that an int32 holds.
+def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
+    """Return a whole number from `least` to below 2**`bits`, by default the bound of an int32.
 
     Raises:
         InputTypeError: it is not an int.
@@ -61,9 +61,22 @@ def count(value: int, name: str, least: int = 0) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be an int")
-    if not least <= value < 2**31:
-        raise InputError(f"{name} is {value}; it must be at least {least} and below 2**31")
+    if not least <= value < 2**bits:
+        # Python refuses to print an int of thousands of digits.
+        shown = str(value) if -(2**64) < value < 2**64 else "beyond 2**64"
+        raise InputError(f"{name} is {shown}; it must be at least {least} and below 2**{bits}")
     return int(value)
+
+
+def flag(value: bool, name: str) -> bool:
+    """Return a bool.
+
+    Raises:
+        InputTypeError: it is none.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a bool")
+    return bool(value)
 
 
 def number(value: float, name: str) -> float:
@@ -71,10 +84,14 @@ def number(value: float, name: str) -> float:
 
     Raises:
         InputTypeError: it is no real number.
+        InputError: a float cannot hold it.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{name} is beyond the range of a float; give a smaller number") from None
 
 
 def vector(value: npt.ArrayLike, name: str) -> Vector:

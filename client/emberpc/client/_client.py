@@ -49,7 +49,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
     tell of the first try whose answer was lost: `create_collection` may raise
     AlreadyExists and `delete_collection` NotFound for what the call itself
     did, `upsert` may count as updated what it inserted, and `delete` may count
-    fewer.
+    fewer. After `close()` every call raises Cancelled.
 
     What the methods have in common: `timeout` is in seconds, for each request;
     None: that of the constructor. A list longer than `batch_size` is sent in
@@ -59,7 +59,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
 
     Args:
         target: HOST:PORT, or any target that gRPC knows; calls are spread over all its addresses.
-        timeout: seconds that one request may take, its repetitions included.
+        timeout: seconds that one request may take, its repetitions included; at most a hundred years.
         tls: how to encrypt; None: plain text.
         token: sent as `authorization: Bearer`; refused in plain text unless the target is on this host.
         in_flight: requests that one method call keeps in flight; more is of use where several servers stand behind
@@ -176,6 +176,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         records: Iterable[Record | Mapping[str, Any]],
         *,
         vectors: npt.ArrayLike | None = None,
+        expected_revisions: Iterable[int] | None = None,
         batch_size: int = 256,
         progress: Progress | None = None,
         timeout: float | None = None,
@@ -191,13 +192,24 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`.
             vectors: shape (records, dimensions), if the server is not to embed the texts; then all records are taken
                 at once.
+            expected_revisions: item i is the `revision` that record i must have in the collection, 0 if no record of
+                its id may exist. All records are then checked before anything is sent.
 
         Raises:
+            Aborted: a record has another revision, perhaps from a try of this very call whose answer was lost. Nothing
+                of its request was written.
             InputError: a record is wrong; the requests before its own were sent.
             InputTypeError: a record has a wrong type; the requests before its own were sent.
             EmberpcError: a call failed.
         """
-        job = _index.upsert(collection, records, matrix=vectors, batch_size=batch_size, progress=progress)
+        job = _index.upsert(
+            collection,
+            records,
+            matrix=vectors,
+            expected_revisions=expected_revisions,
+            batch_size=batch_size,
+            progress=progress,
+        )
         return self._runner.run(job, timeout)
 
     def upsert_stream(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import unquote
 
 import grpc
 
+from emberpc.client import _checks
 from emberpc.client._calls import Call
 from emberpc.client.exceptions import (
     Circumstances,
@@ -27,6 +27,8 @@ from emberpc.client.exceptions import (
 ChannelOptions = list[tuple[str, "str | int"]]
 
 _MEBIBYTE = 2**20
+#: Seconds; a hundred years. Some way past it gRPC's clock overflows, and a call would fail at once.
+_MAX_TIMEOUT = 100 * 365 * 24 * 3600
 #: All that a bearer token may hold (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
@@ -69,6 +71,12 @@ class TLS:
     server_name: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("root_certificates", "private_key", "certificate_chain"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bytes):
+                raise InputTypeError(
+                    f"{name} is of type {type(value).__name__}; it must be PEM as bytes, or use TLS.from_files"
+                )
         if (self.private_key is None) != (self.certificate_chain is None):
             raise InputError("private_key and certificate_chain go together; give both or neither")
 
@@ -129,11 +137,17 @@ class Connection:
             raise InputError("target is empty; give HOST:PORT")
         if self.target.startswith(("http:", "https:")):
             raise InputError(f"target is {self.target!r}; give HOST:PORT alone, and tls=TLS(...) for an encrypted one")
+        if self.timeout is None:
+            raise InputTypeError("timeout is None; it must be a number of seconds, since every call has a deadline")
         self.deadline(self.timeout)
-        if not 1 <= self.in_flight <= 1000:
+        if not 1 <= _checks.count(self.in_flight, "in_flight") <= 1000:
             raise InputError(f"in_flight is {self.in_flight}; it must be 1 to 1000")
+        if self.tls is not None and not isinstance(self.tls, TLS):
+            raise InputTypeError(f"tls is of type {type(self.tls).__name__}; it must be TLS(...) or None")
         if self.token is None:
             return
+        if not isinstance(self.token, str):
+            raise InputTypeError(f"token is of type {type(self.token).__name__}; it must be a str")
         if not _TOKEN.fullmatch(self.token):
             raise InputError("token is empty or has characters that a bearer token may not have; check how it was read")
         if self.tls is None and not self.own_channel and not is_local(self.target):
@@ -142,14 +156,17 @@ class Connection:
             )
 
     def deadline(self, timeout: float | None) -> float:
-        """Return the seconds that a call may take.
+        """Return the seconds that a call may take; None: those of the constructor.
 
         Raises:
-            InputError: it is not above 0 and finite: every call has a deadline.
+            InputTypeError: it is no number.
+            InputError: it is not above 0 and at most a hundred years: every call has a deadline.
         """
-        seconds = self.timeout if timeout is None else timeout
-        if not (seconds > 0 and math.isfinite(seconds)):
-            raise InputError(f"timeout is {seconds} seconds; it must be above 0 and finite")
+        seconds = _checks.number(self.timeout if timeout is None else timeout, "timeout")
+        if not 0 < seconds <= _MAX_TIMEOUT:  # nor is NaN
+            raise InputError(
+                f"timeout is {seconds:g} seconds; it must be above 0 and at most {_MAX_TIMEOUT}, a hundred years"
+            )
         return seconds
 
     def error(self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None) -> EmberpcError:

@@ -66,7 +66,7 @@ def embed(
         dimensions=_checks.count(dimensions, "dimensions"),
         truncation=value_of("truncation", truncation, TRUNCATIONS),
         dtype=value_of("dtype", dtype, DTYPES),
-        normalize=normalize,
+        normalize=None if normalize is None else _checks.flag(normalize, "normalize"),
         priority=value_of("priority", priority, PRIORITIES),
     )
 

@@ -18,7 +18,9 @@ def find_duplicates(
 ) -> Call[pb.FindDuplicatesResponse, Page[DuplicatePair]]:
     """Return the call for one page of `Client.duplicates`."""
     request = pb.FindDuplicatesRequest(
-        collection=_checks.text(collection, "collection"), min_score=min_score, page_token=page_token
+        collection=_checks.text(collection, "collection"),
+        min_score=_checks.number(min_score, "min_score"),
+        page_token=page_token,
     )
     return Call(
         FIND_DUPLICATES,

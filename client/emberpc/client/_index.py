@@ -137,7 +137,8 @@ def verify_collection(
             progress(message.checked_count, message.total_count)
         return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
 
-    return Call(VERIFY_COLLECTION, pb.VerifyCollectionRequest(name=_checks.text(name, "name"), full=full), read)
+    request = pb.VerifyCollectionRequest(name=_checks.text(name, "name"), full=_checks.flag(full, "full"))
+    return Call(VERIFY_COLLECTION, request, read)
 
 
 class _Writes:
@@ -161,20 +162,39 @@ def upsert(
     records: Iterable[Record | Mapping[str, Any]],
     *,
     matrix: npt.ArrayLike | None,
+    expected_revisions: Iterable[int] | None,
     batch_size: int,
     progress: Progress | None,
 ) -> Job[UpsertResult, UpsertResult]:
     """Return the calls of `Client.upsert`."""
     collection = _checks.text(collection, "collection")
-    parts = chunks(new_records(records, matrix), _checks.count(batch_size, "batch_size", 1), lambda record: record.size)
+    items = new_records(records, matrix)
+    expected: list[int] = []
+    if expected_revisions is not None:
+        items = list(items)
+        expected = _revisions(expected_revisions, len(items))
+    parts = chunks(items, _checks.count(batch_size, "batch_size", 1), lambda record: record.size)
 
     def call(first: int, part: list[NewRecord]) -> Call[pb.UpsertRecordsResponse, UpsertResult]:
         request = pb.UpsertRecordsRequest(
-            collection=collection, records=[record.message for record in part], vectors=block(part, first)
+            collection=collection,
+            records=[record.message for record in part],
+            vectors=block(part, first),
+            expected_revisions=expected[first : first + len(part)],
         )
         return Call(UPSERT_RECORDS, request, _write, "records", first, len(part))
 
     return Job((call(*part) for part in parts), _Writes(), progress=progress, ordered=True)
+
+
+def _revisions(values: Iterable[int], records: int) -> list[int]:
+    """Check the revisions that a write of so many records expects."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
+    checked = [_checks.count(value, f"expected_revisions[{i}]", bits=63) for i, value in enumerate(values)]
+    if len(checked) != records:
+        raise InputError(f"expected_revisions has {len(checked)} items for {records} records; give one for each")
+    return checked
 
 
 def get(collection: str, ids: Sequence[str], *, with_vectors: bool) -> Job[list[Record], list[Record]]:
@@ -298,6 +318,7 @@ def _id_chunks(ids: Sequence[str]) -> Iterable[tuple[int, list[str]]]:
 
 
 def _parts(with_vectors: bool) -> list[pb.RecordPart.ValueType]:
+    with_vectors = _checks.flag(with_vectors, "with_vectors")
     return [*_TEXT_AND_METADATA, *([pb.RECORD_PART_VECTOR] if with_vectors else [])]
 
 

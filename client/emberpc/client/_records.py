@@ -118,6 +118,7 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
         record = Record(**record)
     if not isinstance(record, Record):
         raise InputTypeError(f"{name} is of type {type(record).__name__}; it must be a Record or a dict")
+    _refuse_hand_made_output(record, name)
     if record.vector is not None and vector is not None:
         raise InputError(f"{name} has a vector, and so has `vectors`; give it once")
     if record.vector is not None:
@@ -137,3 +138,19 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
             )
         message.time_to_live.FromMilliseconds(max(round(seconds * 1000), 1))
     return NewRecord(message, vector)
+
+
+def _refuse_hand_made_output(record: Record, name: str) -> None:
+    """Raise InputError if the caller set a field that only the server sets.
+
+    A record from an answer has all of them, and may be written again as it is; a write ignores them.
+    """
+    if record.update_time is not None and record.create_time is not None:
+        return
+    for field in ("revision", "create_time", "update_time"):
+        value = getattr(record, field)
+        if value:
+            raise InputError(
+                f"{name}.{field} is {value}, which only the server sets; leave it out, and use expected_revisions of "
+                "`upsert` to write only what is unchanged"
+            )

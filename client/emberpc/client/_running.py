@@ -6,17 +6,22 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
+import grpc.aio
 from google.protobuf.message import Message
 
 from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
 from emberpc.client._connection import Connection
 from emberpc.client._stream_running import Line, run_stream
 from emberpc.client._streaming import StreamJob
-from emberpc.client.exceptions import Cancelled
+from emberpc.client.exceptions import Cancelled, InputTypeError
 
+#: Messages for a call that begins too late.
+CLIENT_CLOSED = "the client is closed; make another one"
+CHANNEL_CLOSED = "the channel is closed; give the client an open one"
 #: For what takes milliseconds.
 _CLOSE_SECONDS = 2.0
 
@@ -30,15 +35,22 @@ class Runner:
     Args:
         connection: where to.
         channel: a channel of the caller's; None: make one.
+
+    Raises:
+        InputTypeError: the channel is one of another kind.
     """
 
     def __init__(self, connection: Connection, channel: grpc.Channel | None) -> None:
+        if isinstance(channel, grpc.aio.Channel):
+            raise InputTypeError("channel is one of grpc.aio; give one of grpc, or use AsyncClient")
         self._connection = connection
+        self._closed = False
         self._owns_channel = channel is None
         self._channel = channel or _open(connection)
 
     def close(self) -> None:
-        """Close the channel, unless it is the caller's."""
+        """Take no more calls, and close the channel unless it is the caller's; once is enough."""
+        self._closed = True
         if not self._owns_channel:
             return
         # If Ctrl-C came while gRPC began a call, its own close waits for that call for ever (grpc/grpc#19973).
@@ -76,12 +88,9 @@ class Runner:
 
     def receive(self, call: Call[Any, Item], timeout: float | None) -> Generator[Item, None, None]:
         """Run one call of several answers, and give them as they come; closing ends it."""
-        method: Any = self._channel.unary_stream(
-            call.method.path,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.method.response.FromString,
+        answers = self._begin(
+            self._method("unary_stream", call), call.request, timeout=self._connection.deadline(timeout)
         )
-        answers = method(call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata)
         try:
             for message in answers:
                 yield call.read(message)
@@ -92,13 +101,8 @@ class Runner:
 
     def send(self, call: Call[Any, Result], requests: Iterator[Message], timeout: float | None) -> Result:
         """Run one call of several requests, which are taken as they are sent, in another thread."""
-        method: Any = self._channel.stream_unary(
-            call.method.path,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.method.response.FromString,
-        )
         timeout = self._connection.deadline(timeout)
-        future = method.future(requests, timeout=timeout, metadata=self._connection.metadata)
+        future = self._begin(self._method("stream_unary", call).future, requests, timeout=timeout)
         try:
             return self._answer(call, future, timeout)
         finally:
@@ -114,12 +118,8 @@ class Runner:
     ) -> Iterator[Result]:
         """Run a stream; give the results as they come."""
         self._connection.deadline(timeout)  # known to be wrong now, not at the first result
-        method: Any = self._channel.stream_stream(
-            job.call.method.path,
-            request_serializer=type(job.call.request).SerializeToString,
-            response_deserializer=job.call.method.response.FromString,
-        )
-        return run_stream(job, items, lambda: Line(method, self._connection.metadata), self._connection, timeout)
+        start = partial(self._begin, self._method("stream_stream", job.call))
+        return run_stream(job, items, lambda: Line(start), self._connection, timeout)
 
     def _walk(
         self, call: Call[Any, Page[Item]], page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None
@@ -141,14 +141,26 @@ class Runner:
 
     def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
         """Send a request; return gRPC's future of the answer."""
-        method: Any = self._channel.unary_unary(
+        method = self._method("unary_unary", call)
+        return self._begin(method.future, call.request, timeout=self._connection.deadline(timeout))
+
+    def _method(self, kind: str, call: Call[Any, Any]) -> Any:
+        """Return what gRPC makes calls of one method with; `kind` is gRPC's word, such as `unary_stream`."""
+        return getattr(self._channel, kind)(
             call.method.path,
             request_serializer=type(call.request).SerializeToString,
             response_deserializer=call.method.response.FromString,
         )
-        return method.future(
-            call.request, timeout=self._connection.deadline(timeout), metadata=self._connection.metadata
-        )
+
+    def _begin(self, start: Callable[..., Any], request: Message | Iterator[Message], **options: Any) -> Any:
+        """Begin a call; raises Cancelled if the client or the channel is closed."""
+        if self._closed:
+            raise Cancelled(CLIENT_CLOSED)
+        try:
+            return start(request, metadata=self._connection.metadata, **options)
+        except ValueError as error:
+            # gRPC's error for a closed channel: the caller's own, or one that another thread has just closed.
+            raise Cancelled(CLIENT_CLOSED if self._closed else CHANNEL_CLOSED) from error
 
     def _answer(self, call: Call[Any, Result], future: Any, timeout: float | None) -> Result:
         """Wait for an answer, and read it."""

@@ -25,15 +25,14 @@ class Line:
     """One stream over a channel. What comes in is a response, None at its end, or the error that ended it.
 
     Args:
-        method: gRPC's method.
-        metadata: what goes with the call.
+        start: begins the call for an iterator of requests, and returns gRPC's call.
     """
 
-    def __init__(self, method: Any, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, start: Callable[[Iterator[Message]], Any]) -> None:
         self._outbox: SimpleQueue[Message | None] = SimpleQueue()
         self._inbox: SimpleQueue[Message | grpc.RpcError | None] = SimpleQueue()
         self._finished = False
-        self._call = method(iter(self._outbox.get, None), metadata=metadata)
+        self._call = start(iter(self._outbox.get, None))
         threading.Thread(target=self._receive, name="emberpc-stream", daemon=True).start()
 
     @property

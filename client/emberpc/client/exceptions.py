@@ -182,6 +182,13 @@ class RpcFailure(Protocol):
         """Return the trailing metadata: pairs of a key and a str or bytes, or None."""
 
 
+#: Enum values in the server's messages. Quoted text is matched first and left alone: it may be the caller's.
+_WIRE_WORD = re.compile(
+    r"""(?<!\w)'[^']*'|"[^"]*"|\b(REFUSE|END|START|DENSE|LEXICAL|HYBRID|SCORES|RANKS|QUERY|PASSAGE|INTERACTIVE|BULK|"""
+    r"""COSINE|DOT_PRODUCT|EUCLIDEAN|FLOAT32|FLOAT16|INT8|BINARY)\b"""
+)
+
+
 @dataclass(frozen=True)
 class Circumstances:
     """What a message says of a failed call.
@@ -242,11 +249,11 @@ def _error(
     bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
     retry = wire_status.detail(status, errors_pb2.RetryInfo)
     return _BY_CODE.get(code, EmberpcError)(
-        rename(message),
+        _python_words(rename(message)),
         code=code,
         reason=info.reason,
         violations=[
-            Violation(rename(violation.field), rename(violation.description))
+            Violation(rename(violation.field), _python_words(rename(violation.description)))
             for violation in bad_request.field_violations
         ],
         metadata=info.metadata,
@@ -267,6 +274,11 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return f"the server at {call.target} does not know {call.method}; it is no emberpc server, or another version"
     return details or f"{call.method} ended with {code.name}"
+
+
+def _python_words(text: str) -> str:
+    """Write the enum values that a server's message names as this client takes them, such as 'end' for END."""
+    return _WIRE_WORD.sub(lambda found: repr(found[1].lower()) if found[1] else found[0], text)
 
 
 def _renumber(text: str, call: Circumstances) -> str:

@@ -123,7 +123,8 @@ class Record:
     vector: Vector | None = field(default=None, compare=False)
     #: Seconds that it stays, from the write on; in an answer, from then on. None: it stays for good.
     time_to_live: float | None = field(default=None, compare=False)
-    #: Sequence number of the write that made it what it is.
+    #: Sequence number of the write that made it what it is. The server sets it and the two times; a write ignores them
+    #: in a record from an answer, and refuses them in another. See `expected_revisions` of `Client.upsert`.
     revision: int = field(default=0, compare=False)
     create_time: datetime | None = field(default=None, compare=False)
     update_time: datetime | None = field(default=None, compare=False)
