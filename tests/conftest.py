@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # As in `emberpc.server`, which the tests import after the client: gRPC's fork handlers start threads in the child that
 # writes a snapshot, and the child closes their files. A test then found an empty snapshot.
@@ -16,6 +17,10 @@ from emberpc.client import Client
 from server_process import ServerProcess
 
 pytest_plugins = ["fixtures_bundles"]
+
+# A slow host must not fail a test.
+settings.register_profile("emberpc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("emberpc")
 
 
 @pytest.fixture(scope="session")

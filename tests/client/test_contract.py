@@ -16,6 +16,7 @@ from emberpc.client import (
     AsyncClient,
     Client,
     _backup,
+    _collections,
     _embed_stream,
     _embedding,
     _index,
@@ -24,11 +25,11 @@ from emberpc.client import (
     exceptions,
 )
 from emberpc.client._calls import Method
-from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2
+from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2
 
 METHODS = [
     value
-    for module in (_backup, _embed_stream, _embedding, _index, _models, _upsert_stream)
+    for module in (_backup, _collections, _embed_stream, _embedding, _index, _models, _upsert_stream)
     for value in vars(module).values()
     if isinstance(value, Method)
 ]
@@ -43,7 +44,7 @@ def test_methods_are_those_of_the_protos(method: Method) -> None:  # type: ignor
     _, service_name, name = method.path.split("/")
     services = {
         service.full_name: service
-        for module in (classification_pb2, embedding_pb2, index_pb2, model_pb2)
+        for module in (classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
     }
     assert services[service_name].methods_by_name[name].output_type is method.response.DESCRIPTOR

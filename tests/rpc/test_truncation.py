@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from emberpc.cli.app import run
+from emberpc.client import AsyncClient, Client, FilterWarning, InvalidArgument, Record
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc, types_pb2
 from emberpc.wire import vectors
@@ -130,3 +133,58 @@ def test_a_change_outlives_a_restart(tmp_path: Path) -> None:
         stub = index_pb2_grpc.IndexServiceStub(channel)
         found = stub.GetCollection(pb.GetCollectionRequest(name="cut")).collection
     assert found.truncation == types_pb2.TRUNCATION_START
+
+
+@pytest.mark.usefixtures("stub")
+async def test_both_clients_truncate(server: ServerProcess, client: Client) -> None:
+    records = [Record("long", LONG)]
+    with pytest.raises(InvalidArgument, match="tokens"):
+        client.upsert("cut", records)
+    assert client.upsert("cut", records, truncation="end").inserted == 1
+    (checkpoint,) = client.upsert_stream("cut", records, truncation="start")
+    assert checkpoint.failures == ()
+    assert [result.truncated for result in client.search_batch("cut", [LONG, "word"])] == [True, False]
+    with pytest.raises(InvalidArgument, match="tokens"):
+        client.search("cut", LONG, truncation="refuse")
+    async with AsyncClient(server.address) as asynchronous:
+        assert (await asynchronous.update_collection("cut", truncation="start")).truncation == "start"
+        assert (await asynchronous.upsert("cut", records)).updated == 1
+        assert await asynchronous.server_info() == client.server_info()
+    assert client.server_info().limits["max_texts"] == 4096
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_filter_that_compares_strings_with_a_number_is_warned_of(
+    server: ServerProcess, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.upsert("cut", [Record("a", "text", {"year": "1999"})])
+    calls: list[Callable[[], object]] = [
+        lambda: client.count("cut", where="year >= 1990"),
+        lambda: client.search("cut", "text", where="year >= 1990"),
+        lambda: list(client.records("cut", where="year >= 1990")),
+        lambda: client.delete("cut", where="year >= 1990"),
+    ]
+    for call in calls:
+        with pytest.warns(FilterWarning, match="'year' with a number"):
+            call()
+    assert run(["search", "cut", LONG, "--where", "year >= 1990", "--target", server.address]) == 0
+    notes = capsys.readouterr().err
+    assert "warning: the filter compares 'year' with a number" in notes
+    assert "was truncated" in notes
+
+
+@pytest.mark.usefixtures("stub")
+def test_the_command_line_changes_a_setting_and_shows_limits(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = ["--target", server.address]
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"id": "long", "text": LONG}) + "\n")
+    assert run(["upsert", "cut", str(path), *target]) == 2
+    assert run(["upsert", "cut", str(path), "--truncation", "end", *target]) == 0
+    assert run(["upsert", "cut", str(path), "--truncation", "end", "--stream", *target]) == 0
+    assert run(["collection", "update", "cut", "--truncation", "start", *target]) == 0
+    assert run(["upsert", "cut", str(path), *target]) == 0
+    capsys.readouterr()
+    assert run(["info", "--json", *target]) == 0
+    assert json.loads(capsys.readouterr().out)["limits"]["max_texts"] == 4096

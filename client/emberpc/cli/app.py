@@ -43,6 +43,7 @@ _COMMANDS = {
     "serve": _Command(_SERVING, "server", "serve"),
     "config": _Command(_SERVING, "server", "config"),
     "health": _Command(_ASKING, "models", "health"),
+    "info": _Command(_ASKING, "models", "info"),
     "models": _Command(_ASKING, "models", "app"),
     "embed": _Command(_ASKING, "texts", "embed"),
     "count-tokens": _Command(_ASKING, "texts", "count_tokens"),

@@ -35,7 +35,9 @@ def create(
     model: Annotated[str, typer.Option(help="The model that embeds its texts; none: it takes vectors only.")] = "",
     dimensions: Annotated[int, typer.Option(min=0, help="Of its vectors; 0: the model's.")] = 0,
     distance: Annotated[Distance, typer.Option(help="How vectors compare.")] = "cosine",
-    truncation: Annotated[Truncation, typer.Option(help="What happens to over-long texts.")] = "refuse",
+    truncation: Annotated[
+        Truncation, typer.Option(help="How the over-long texts of records are truncated.")
+    ] = "refuse",
     m: Annotated[int, typer.Option("--m", min=0, help="Links of a node of the graph; 0: the server's default.")] = 0,
     ef_construction: Annotated[
         int, typer.Option(min=0, help="Candidates kept while inserting; 0: the server's default.")
@@ -90,6 +92,18 @@ def list_collections(client: Client, as_json: AsJson = False) -> None:
 def get(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Show one collection."""
     _show(client.get_collection(name), as_json)
+
+
+@app.command()
+@with_client
+def update(
+    client: Client,
+    name: Name,
+    truncation: Annotated[Truncation, typer.Option(help="How the over-long texts of records are truncated.")],
+    as_json: AsJson = False,
+) -> None:
+    """Change a collection's setting; the records that it has stay as they are."""
+    _show(client.update_collection(name, truncation=truncation), as_json)
 
 
 @app.command()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import add_options
-from emberpc.client import TLS, Client
+from emberpc.cli.output import note
+from emberpc.client import TLS, Client, FilterWarning
 
 _PANEL = "Connection"
 
@@ -67,10 +70,34 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the connection's options, and the client that they make as its first argument."""
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
-        with connect(**options) as client:
+        with connect(**options) as client, _filter_warnings():
             command(client, **values)
 
     return add_options(command, _OPTIONS, run)
+
+
+@contextmanager
+def _filter_warnings() -> Iterator[None]:
+    """Print warnings of a filter as notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FilterWarning)
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, FilterWarning):
+                note(f"warning: {message}")
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None) -> Client:

@@ -117,6 +117,16 @@ def health(
         raise CliError("the server answers, and takes no calls now", ExitCode.UNAVAILABLE)
 
 
+@with_client
+def info(client: Client, as_json: AsJson = False) -> None:
+    """Show the server's version, limits and features."""
+    found = client.server_info()
+    if as_json:
+        print_json([found])
+    else:
+        print_fields({"version": found.version, "features": ", ".join(found.features), **found.limits})
+
+
 def _tell(stage: str) -> None:
     if stage != "ready":  # the model itself says so
         note(f"{stage} …")

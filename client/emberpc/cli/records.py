@@ -14,7 +14,7 @@ from emberpc.cli.output import Column, note, plain, print_fields, print_gap, pri
 from emberpc.cli.progress import progress
 from emberpc.cli.writing import Failures, write_stream
 from emberpc.client import Client, RecordId
-from emberpc.client.types import Fusion, Query, SearchMode
+from emberpc.client.types import Fusion, Query, SearchMode, Truncation
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -34,6 +34,10 @@ def upsert(
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
+    truncation: Annotated[
+        Truncation | None,
+        typer.Option(help="How over-long texts are truncated; default: as the collection says."),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option("--stream", help="For a file of any size: a bad record fails alone, connections are mended."),
@@ -49,10 +53,21 @@ def upsert(
     if stream:
         failures = Failures(source)
         records = source.records(failures.unreadable)
-        write_stream(client, collection, source, records, failures, batch_size=batch_size, as_json=as_json)
+        write_stream(
+            client,
+            collection,
+            source,
+            records,
+            failures,
+            truncation=truncation,
+            batch_size=batch_size,
+            as_json=as_json,
+        )
         return
     with source.locating("records"), progress("upserting") as done:
-        result = client.upsert(collection, source.records(), batch_size=batch_size, progress=done)
+        result = client.upsert(
+            collection, source.records(), truncation=truncation, batch_size=batch_size, progress=done
+        )
     if not source.lines:
         note(f"{source.name} holds no records")
     if as_json:
@@ -122,6 +137,7 @@ def search(
         Fusion | None,
         typer.Option(help="Of hybrid: what the rankings are fused by, scores (the default) or ranks."),
     ] = None,
+    truncation: Annotated[Truncation, typer.Option(help="How an over-long query is truncated.")] = "end",
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
@@ -143,6 +159,7 @@ def search(
         mode=mode,
         dense_weight=dense_weight,
         fusion=fusion,
+        truncation=truncation,
         with_vectors=with_vectors,
     )
     if as_json:
@@ -150,5 +167,7 @@ def search(
     else:
         rows = [(f"{hit.score:.4f}", hit.record.id, hit.record.text) for hit in result.hits]
         print_table([Column("score", "right"), Column("id"), Column("text", wide=True)], rows)
+    if result.truncated:
+        note("the query has more tokens than the model takes; it was truncated")
     if result.plan.shortfall_reason:
         note(f"{len(result.hits)} hits: {result.plan.shortfall_reason}")

@@ -11,7 +11,7 @@ from emberpc.cli.output import note, plain, print_fields, print_json
 from emberpc.cli.progress import progress
 from emberpc.cli.sources import RecordError, Source
 from emberpc.client import Client, FailedRecord
-from emberpc.client.types import UpsertResult
+from emberpc.client.types import Truncation, UpsertResult
 
 
 class Failures:
@@ -53,6 +53,7 @@ def write_stream(
     records: Iterator[dict[str, Any]],
     failures: Failures,
     *,
+    truncation: Truncation | None = None,
     batch_size: int,
     as_json: bool,
 ) -> None:
@@ -64,6 +65,7 @@ def write_stream(
         source: where the records come from.
         records: the records, as the source gives them with `failures.unreadable`.
         failures: those that were found so far.
+        truncation: how over-long texts are truncated; None: as the collection says.
         batch_size: records of one request.
         as_json: whether to print JSON.
 
@@ -74,7 +76,7 @@ def write_stream(
     total = UpsertResult(0, 0, 0)
     given = 0
     with progress("writing", source.count()) as done:
-        for checkpoint in client.upsert_stream(collection, records, batch_size=batch_size):
+        for checkpoint in client.upsert_stream(collection, records, truncation=truncation, batch_size=batch_size):
             given = checkpoint.done
             done(given + failures.unread)
             total = UpsertResult(

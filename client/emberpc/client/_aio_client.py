@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 import numpy.typing as npt
 
-from emberpc.client import _embedding, _index
+from emberpc.client import _collections, _embedding, _index
 from emberpc.client._aio_backup import AsyncBackupCalls
 from emberpc.client._aio_groups import AsyncGroupCalls
 from emberpc.client._aio_models import AsyncModelCalls
@@ -214,7 +214,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         timeout: float | None = None,
     ) -> Collection:
         """Do what `Client.create_collection` does."""
-        call = _index.create_collection(
+        call = _collections.create_collection(
             name,
             model=model,
             dimensions=dimensions,
@@ -228,15 +228,19 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
 
     async def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
         """Do what `Client.get_collection` does."""
-        return await self._runner.run_one(_index.get_collection(name), timeout)
+        return await self._runner.run_one(_collections.get_collection(name), timeout)
 
     def collections(self, *, timeout: float | None = None) -> AsyncIterator[Collection]:
         """Do what `Client.collections` does."""
-        return self._runner.pages(_index.list_collections, timeout)
+        return self._runner.pages(_collections.list_collections, timeout)
+
+    async def update_collection(self, name: str, truncation: Truncation, *, timeout: float | None = None) -> Collection:
+        """Do what `Client.update_collection` does."""
+        return await self._runner.run_one(_collections.update_collection(name, truncation), timeout)
 
     async def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
         """Do what `Client.delete_collection` does."""
-        return await self._runner.run_one(_index.delete_collection(name), timeout)
+        return await self._runner.run_one(_collections.delete_collection(name), timeout)
 
     async def verify_collection(
         self,
@@ -247,7 +251,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         timeout: float | None = None,
     ) -> Verification:
         """Do what `Client.verify_collection` does."""
-        return await self._runner.follow(_index.verify_collection(name, progress, full), None, timeout)
+        return await self._runner.follow(_collections.verify_collection(name, progress, full), None, timeout)
 
     async def upsert(
         self,
@@ -255,6 +259,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         records: Iterable[Record | Mapping[str, Any]],
         *,
         vectors: npt.ArrayLike | None = None,
+        truncation: Truncation | None = None,
         expected_revisions: Iterable[int] | None = None,
         batch_size: int = 256,
         progress: Progress | None = None,
@@ -265,6 +270,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
             collection,
             records,
             matrix=vectors,
+            truncation=truncation,
             expected_revisions=expected_revisions,
             batch_size=batch_size,
             progress=progress,
@@ -276,12 +282,13 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         collection: str,
         records: Iterable[Record | Mapping[str, Any]] | AsyncIterable[Record | Mapping[str, Any]],
         *,
+        truncation: Truncation | None = None,
         batch_size: int = 64,
         window: int = 1024,
         timeout: float | None = None,
     ) -> AsyncIterator[UpsertCheckpoint]:
         """Do what `Client.upsert_stream` does; the records may come from an asynchronous iterable too."""
-        job = UpsertJob(records, collection=collection, batch_size=batch_size, window=window)
+        job = UpsertJob(records, collection=collection, truncation=truncation, batch_size=batch_size, window=window)
         return self._runner.stream(job, records, timeout)
 
     async def get(
@@ -333,6 +340,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
         fusion: Fusion | None = None,
+        truncation: Truncation = "end",
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -347,6 +355,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
             mode=mode,
             dense_weight=dense_weight,
             fusion=fusion,
+            truncation=truncation,
             with_vectors=with_vectors,
             name="query",
         )
@@ -364,6 +373,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
         fusion: Fusion | None = None,
+        truncation: Truncation = "end",
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -379,6 +389,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
                 mode=mode,
                 dense_weight=dense_weight,
                 fusion=fusion,
+                truncation=truncation,
                 with_vectors=with_vectors,
             ),
             timeout,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from emberpc.client import _groups, _index
+from emberpc.client import _collections, _groups
 from emberpc.client._aio_running import AsyncRunner
 from emberpc.client.types import Cluster, Collection, DuplicatePair
 
@@ -32,8 +32,8 @@ class AsyncGroupCalls:
         self, name: str, model: str, *, dimensions: int = 0, timeout: float | None = None
     ) -> Collection:
         """Do what `Client.reembed_collection` does."""
-        return await self._runner.run_one(_index.reembed(name, model, dimensions), timeout)
+        return await self._runner.run_one(_collections.reembed(name, model, dimensions), timeout)
 
     async def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
         """Do what `Client.cancel_reembedding` does."""
-        return await self._runner.run_one(_index.cancel_reembedding(name), timeout)
+        return await self._runner.run_one(_collections.cancel_reembedding(name), timeout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emberpc.client import _models
 from emberpc.client._aio_running import AsyncRunner
-from emberpc.client.types import Health, Model, Stages
+from emberpc.client.types import Health, Model, ServerInfo, Stages
 
 
 class AsyncModelCalls:
@@ -47,6 +47,10 @@ class AsyncModelCalls:
     async def unload_model(self, name: str, *, timeout: float | None = None) -> None:
         """Do what `Client.unload_model` does."""
         return await self._runner.run_one(_models.unload_model(name), timeout)
+
+    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Do what `Client.server_info` does."""
+        return await self._runner.run_one(_models.server_info(), timeout)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Do what `Client.health` does."""

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from emberpc.client import _checks
 from emberpc.client._calls import Call, Method
-from emberpc.client._index import read_collection
+from emberpc.client._collections import read_collection
 from emberpc.client.exceptions import InputError, Internal
 from emberpc.client.types import Collection
 from emberpc.v1 import index_pb2 as pb

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy.typing as npt
 
-from emberpc.client import _index
+from emberpc.client import _collections, _index
 from emberpc.client._calls import Call, Page
 from emberpc.client._client_backup import BackupCalls
 from emberpc.client._client_groups import GroupCalls
@@ -117,7 +117,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             model: the embedding model of its texts; empty: it takes vectors only.
             dimensions: of its vectors; 0: the model's.
             distance: how vectors compare.
-            truncation: what happens to over-long texts, of records and queries alike.
+            truncation: how the over-long texts of records are truncated, unless an upsert says otherwise.
             m: links of a node of its graph, per layer, 4 to 64; 0: the server's default.
             ef_construction: candidates kept while inserting, 16 to 2000; 0: the server's default.
             indexed_fields: metadata fields that filters use often, at most 16; each slows down every write a little.
@@ -126,7 +126,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             AlreadyExists: there is one of that name, perhaps made by a try of this very call whose answer was lost.
             EmberpcError: the call failed otherwise.
         """
-        call = _index.create_collection(
+        call = _collections.create_collection(
             name,
             model=model,
             dimensions=dimensions,
@@ -140,15 +140,23 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
 
     def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
         """Describe a collection; raises NotFound if there is none of that name."""
-        return self._runner.run_one(_index.get_collection(name), timeout)
+        return self._runner.run_one(_collections.get_collection(name), timeout)
 
     def collections(self, *, timeout: float | None = None) -> Iterator[Collection]:
         """Walk over the collections, by name."""
-        return self._runner.pages(_index.list_collections, timeout)
+        return self._runner.pages(_collections.list_collections, timeout)
+
+    def update_collection(self, name: str, truncation: Truncation, *, timeout: float | None = None) -> Collection:
+        """Change how a collection truncates the over-long texts of records; the records that it has stay as they are.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        return self._runner.run_one(_collections.update_collection(name, truncation), timeout)
 
     def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
         """Delete a collection with all its records; raises NotFound if there is none of that name."""
-        return self._runner.run_one(_index.delete_collection(name), timeout)
+        return self._runner.run_one(_collections.delete_collection(name), timeout)
 
     def verify_collection(
         self,
@@ -168,7 +176,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         Returns:
             How many records were checked, and what is wrong.
         """
-        return self._runner.follow(_index.verify_collection(name, progress, full), None, timeout)
+        return self._runner.follow(_collections.verify_collection(name, progress, full), None, timeout)
 
     def upsert(
         self,
@@ -176,6 +184,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         records: Iterable[Record | Mapping[str, Any]],
         *,
         vectors: npt.ArrayLike | None = None,
+        truncation: Truncation | None = None,
         expected_revisions: Iterable[int] | None = None,
         batch_size: int = 256,
         progress: Progress | None = None,
@@ -192,6 +201,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`.
             vectors: shape (records, dimensions), if the server is not to embed the texts; then all records are taken
                 at once.
+            truncation: how over-long texts are truncated; None: as the collection says.
             expected_revisions: item i is the `revision` that record i must have in the collection, 0 if no record of
                 its id may exist. All records are then checked before anything is sent.
 
@@ -206,6 +216,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             collection,
             records,
             matrix=vectors,
+            truncation=truncation,
             expected_revisions=expected_revisions,
             batch_size=batch_size,
             progress=progress,
@@ -217,6 +228,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         collection: str,
         records: Iterable[Record | Mapping[str, Any]],
         *,
+        truncation: Truncation | None = None,
         batch_size: int = 64,
         window: int = 1024,
         timeout: float | None = None,
@@ -230,6 +242,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             collection: name of the collection.
             records: records, or dicts with their fields, some of them with vectors if need be; read as they are needed,
                 in the thread that takes the checkpoints.
+            truncation: how over-long texts are truncated; None: as the collection says.
             batch_size: records of one request, which is atomic but for those that fail.
             window: most records that are read and not yet acknowledged; fewer if they have more than 32 MiB.
             timeout: seconds in which no record at all is acknowledged, attempts to connect again included.
@@ -243,7 +256,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             InputTypeError: an argument has the wrong type.
             EmberpcError: the stream as a whole failed. Raised when the next checkpoint is asked for.
         """
-        job = UpsertJob(records, collection=collection, batch_size=batch_size, window=window)
+        job = UpsertJob(records, collection=collection, truncation=truncation, batch_size=batch_size, window=window)
         return self._runner.stream(job, iter(records), timeout)
 
     def get(
@@ -315,6 +328,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
         fusion: Fusion | None = None,
+        truncation: Truncation = "end",
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[Hit]:
@@ -331,6 +345,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             mode: `dense`, by likeness; `lexical`, by words in common; `hybrid`, by both; the last two need a text.
             dense_weight: of `hybrid`, the weight of likeness against words, 0 to 1; None: 0.5.
             fusion: of `hybrid`, how the two rankings become one: by `scores` (None) or by `ranks`.
+            truncation: how an over-long query text is truncated; `SearchResult.truncated` says whether it was.
             with_vectors: whether to get the vectors of the hits too.
 
         Returns:
@@ -346,6 +361,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             mode=mode,
             dense_weight=dense_weight,
             fusion=fusion,
+            truncation=truncation,
             with_vectors=with_vectors,
             name="query",
         )
@@ -363,6 +379,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         mode: SearchMode = "dense",
         dense_weight: float | None = None,
         fusion: Fusion | None = None,
+        truncation: Truncation = "end",
         with_vectors: bool = False,
         timeout: float | None = None,
     ) -> list[SearchResult]:
@@ -384,6 +401,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
                 mode=mode,
                 dense_weight=dense_weight,
                 fusion=fusion,
+                truncation=truncation,
                 with_vectors=with_vectors,
             ),
             timeout,

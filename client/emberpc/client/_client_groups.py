@@ -6,7 +6,7 @@ from __future__ import annotations
 # ruff: noqa: D417
 from collections.abc import Iterator
 
-from emberpc.client import _groups, _index
+from emberpc.client import _collections, _groups
 from emberpc.client._running import Runner
 from emberpc.client.types import Cluster, Collection, DuplicatePair
 
@@ -66,8 +66,8 @@ class GroupCalls:
             NotFound: there is no such collection or model.
             FailedPrecondition: it is under that model, on its way to another, or has records without text.
         """
-        return self._runner.run_one(_index.reembed(name, model, dimensions), timeout)
+        return self._runner.run_one(_collections.reembed(name, model, dimensions), timeout)
 
     def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
         """Leave a collection under the model that it has; nothing if it is on its way to no other."""
-        return self._runner.run_one(_index.cancel_reembedding(name), timeout)
+        return self._runner.run_one(_collections.cancel_reembedding(name), timeout)

@@ -6,7 +6,7 @@ from __future__ import annotations
 # ruff: noqa: D417
 from emberpc.client import _models
 from emberpc.client._running import Runner
-from emberpc.client.types import Health, Model, Stages
+from emberpc.client.types import Health, Model, ServerInfo, Stages
 
 
 class ModelCalls:
@@ -86,6 +86,14 @@ class ModelCalls:
             EmberpcError: the call failed otherwise.
         """
         return self._runner.run_one(_models.unload_model(name), timeout)
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Return the server's version, limits and features.
+
+        Raises:
+            Unimplemented: the server is older than this call.
+        """
+        return self._runner.run_one(_models.server_info(), timeout)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
         """Ask whether the server takes calls, by the standard grpc.health.v1.

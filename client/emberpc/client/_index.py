@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
 from emberpc.client import _checks
-from emberpc.client._calls import Call, Job, ListCollector, Method, Page, Step, check_count, chunks
-from emberpc.client._plain import moment
+from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
 from emberpc.client._records import NewRecord, block, new_records, read_records
-from emberpc.client._words import DISTANCES, FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
-from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.client._words import FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
+from emberpc.client.exceptions import FilterWarning, InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
-    Collection,
-    Distance,
     Fusion,
     Hit,
     Progress,
     Query,
     Record,
     RecordId,
-    RecordProblem,
-    Reembedding,
     SearchMode,
     SearchPlan,
     SearchQuery,
     SearchResult,
     Truncation,
     UpsertResult,
-    Verification,
 )
 from emberpc.v1 import index_pb2 as pb
-from emberpc.v1.errors_pb2 import ErrorInfo
-from emberpc.wire import status, vectors
+from emberpc.v1 import types_pb2
+from emberpc.wire import vectors
 
 _SERVICE = "/emberpc.v1.IndexService/"
-CREATE_COLLECTION = Method(_SERVICE + "CreateCollection", pb.CreateCollectionResponse)
-GET_COLLECTION = Method(_SERVICE + "GetCollection", pb.GetCollectionResponse)
-LIST_COLLECTIONS = Method(_SERVICE + "ListCollections", pb.ListCollectionsResponse)
-DELETE_COLLECTION = Method(_SERVICE + "DeleteCollection", pb.DeleteCollectionResponse)
 UPSERT_RECORDS = Method(_SERVICE + "UpsertRecords", pb.UpsertRecordsResponse)
 BATCH_GET_RECORDS = Method(_SERVICE + "BatchGetRecords", pb.BatchGetRecordsResponse)
 DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
-VERIFY_COLLECTION = Method(_SERVICE + "VerifyCollection", pb.VerifyCollectionResponse)
-REEMBED_COLLECTION = Method(_SERVICE + "ReembedCollection", pb.ReembedCollectionResponse)
-CANCEL_REEMBEDDING = Method(_SERVICE + "CancelReembedding", pb.CancelReembeddingResponse)
 SEARCH = Method(_SERVICE + "Search", pb.SearchResponse)
 
 #: Ids of one request; the API takes 10,000.
@@ -57,88 +45,6 @@ _IDS = 1000
 #: Queries of one request; the API takes 1000.
 _QUERIES = 100
 _TEXT_AND_METADATA = (pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA)
-
-
-def create_collection(
-    name: str,
-    *,
-    model: str,
-    dimensions: int,
-    distance: Distance,
-    truncation: Truncation,
-    m: int,
-    ef_construction: int,
-    indexed_fields: Sequence[str],
-) -> Call[pb.CreateCollectionResponse, Collection]:
-    """Return the call of `Client.create_collection`."""
-    collection = pb.Collection(
-        name=_checks.text(name, "name"),
-        model=_checks.text(model, "model"),
-        dimensions=_checks.count(dimensions, "dimensions"),
-        distance=value_of("distance", distance, DISTANCES),
-        truncation=value_of("truncation", truncation, TRUNCATIONS),
-        hnsw=pb.HnswParameters(
-            m=_checks.count(m, "m"), ef_construction=_checks.count(ef_construction, "ef_construction")
-        ),
-        indexed_fields=_checks.texts(indexed_fields, "indexed_fields") if indexed_fields else (),
-    )
-    request = pb.CreateCollectionRequest(collection=collection)
-    return Call(CREATE_COLLECTION, request, lambda response: read_collection(response.collection))
-
-
-def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
-    """Return the call of `Client.get_collection`."""
-    request = pb.GetCollectionRequest(name=_checks.text(name, "name"))
-    return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
-
-
-def list_collections(page_token: str) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
-    """Return the call for one page of `Client.collections`."""
-    return Call(
-        LIST_COLLECTIONS,
-        pb.ListCollectionsRequest(page_token=page_token),
-        lambda response: Page([read_collection(message) for message in response.collections], response.next_page_token),
-    )
-
-
-def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
-    """Return the call of `Client.delete_collection`."""
-    request = pb.DeleteCollectionRequest(name=_checks.text(name, "name"))
-    return Call(DELETE_COLLECTION, request, lambda _: None)
-
-
-def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollectionResponse, Collection]:
-    """Return the call of `Client.reembed_collection`."""
-    request = pb.ReembedCollectionRequest(
-        name=_checks.text(name, "name"),
-        model=_checks.text(model, "model"),
-        dimensions=_checks.count(dimensions, "dimensions"),
-    )
-    return Call(REEMBED_COLLECTION, request, lambda response: read_collection(response.collection))
-
-
-def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
-    """Return the call of `Client.cancel_reembedding`."""
-    request = pb.CancelReembeddingRequest(name=_checks.text(name, "name"))
-    return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
-
-
-def verify_collection(
-    name: str, progress: Callable[[int, int], None] | None, full: bool
-) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
-    """Return the call of `Client.verify_collection`."""
-    problems: list[RecordProblem] = []
-
-    def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:
-        for failure in message.failures:
-            info = status.detail(failure.error, ErrorInfo)
-            problems.append(RecordProblem(failure.id, info.reason if info else "", failure.error.message))
-        if progress is not None:
-            progress(message.checked_count, message.total_count)
-        return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
-
-    request = pb.VerifyCollectionRequest(name=_checks.text(name, "name"), full=_checks.flag(full, "full"))
-    return Call(VERIFY_COLLECTION, request, read)
 
 
 class _Writes:
@@ -162,6 +68,7 @@ def upsert(
     records: Iterable[Record | Mapping[str, Any]],
     *,
     matrix: npt.ArrayLike | None,
+    truncation: Truncation | None,
     expected_revisions: Iterable[int] | None,
     batch_size: int,
     progress: Progress | None,
@@ -180,6 +87,7 @@ def upsert(
             collection=collection,
             records=[record.message for record in part],
             vectors=block(part, first),
+            truncation=truncation_of(truncation),
             expected_revisions=expected[first : first + len(part)],
         )
         return Call(UPSERT_RECORDS, request, _write, "records", first, len(part))
@@ -237,7 +145,7 @@ def delete(collection: str, ids: Sequence[str] | None, where: Where | None) -> J
         raise InputError("give ids or where, one of the two")
     if ids is None:
         everywhere = pb.DeleteRecordsRequest(collection=collection, filter=filter_of(where))
-        return Job(iter([Call(DELETE_RECORDS, everywhere, lambda response: response.deleted_count)]), _Sum())
+        return Job(iter([Call(DELETE_RECORDS, everywhere, _read_deleted)]), _Sum())
 
     def call(first: int, part: list[str]) -> Call[pb.DeleteRecordsResponse, int]:
         request = pb.DeleteRecordsRequest(collection=collection, ids=part)
@@ -260,14 +168,14 @@ def list_records(
     return Call(
         LIST_RECORDS,
         request,
-        lambda response: Page(read_records(response.records, response.vectors), response.next_page_token),
+        _read_page,
     )
 
 
 def count(collection: str, where: Where | None) -> Call[pb.CountRecordsResponse, int]:
     """Return the call of `Client.count`."""
     request = pb.CountRecordsRequest(collection=_checks.text(collection, "collection"), filter=filter_of(where))
-    return Call(COUNT_RECORDS, request, lambda response: response.count)
+    return Call(COUNT_RECORDS, request, _read_count)
 
 
 def search(
@@ -281,6 +189,7 @@ def search(
     mode: SearchMode,
     dense_weight: float | None,
     fusion: Fusion | None,
+    truncation: Truncation,
     with_vectors: bool,
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
@@ -297,12 +206,14 @@ def search(
         mode=value_of("mode", mode, SEARCH_MODES),
         dense_weight=None if dense_weight is None else _checks.number(dense_weight, "dense_weight"),
         fusion=pb.SEARCH_FUSION_UNSPECIFIED if fusion is None else value_of("fusion", fusion, FUSIONS),
+        truncation=value_of("truncation", truncation, TRUNCATIONS),
         parts=_parts(with_vectors),
     )
 
     def call(first: int, part: list[pb.SearchQuery]) -> Call[pb.SearchResponse, list[SearchResult]]:
         def decode(response: pb.SearchResponse) -> list[SearchResult]:
             check_count(len(response.results), len(part), "results")
+            warn(response.warnings)
             return [_result(message) for message in response.results]
 
         request = pb.SearchRequest(queries=part)
@@ -311,6 +222,32 @@ def search(
 
     parts = chunks(messages, _QUERIES, lambda message: message.ByteSize())
     return Job((call(*part) for part in parts), ListCollector[SearchResult]())
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Warn of a filter that matches nothing, and probably does not mean what was intended."""
+    for sentence in sentences:
+        warnings.warn(sentence, FilterWarning, stacklevel=2)
+
+
+def truncation_of(truncation: Truncation | None) -> types_pb2.Truncation.ValueType:
+    """Return the API's value; None is what the collection says."""
+    return types_pb2.TRUNCATION_UNSPECIFIED if truncation is None else value_of("truncation", truncation, TRUNCATIONS)
+
+
+def _read_page(response: pb.ListRecordsResponse) -> Page[Record]:
+    warn(response.warnings)
+    return Page(read_records(response.records, response.vectors), response.next_page_token)
+
+
+def _read_count(response: pb.CountRecordsResponse) -> int:
+    warn(response.warnings)
+    return response.count
+
+
+def _read_deleted(response: pb.DeleteRecordsResponse) -> int:
+    warn(response.warnings)
+    return response.deleted_count
 
 
 def _id_chunks(ids: Sequence[str]) -> Iterable[tuple[int, list[str]]]:
@@ -354,35 +291,5 @@ def _result(message: pb.SearchResult) -> SearchResult:
             shortfall_reason=message.plan.shortfall_reason,
             lexical_count=message.plan.lexical_count,
         ),
-    )
-
-
-def read_collection(message: pb.Collection) -> Collection:
-    """Return what an answer says of a collection."""
-    return Collection(
-        name=message.name,
-        model=message.model,
-        model_fingerprint=message.model_fingerprint,
-        dimensions=message.dimensions,
-        distance=word_of(message.distance, DISTANCES),
-        truncation=word_of(message.truncation, TRUNCATIONS),
-        m=message.hnsw.m,
-        ef_construction=message.hnsw.ef_construction,
-        record_count=message.record_count,
-        sequence=message.sequence,
-        size_bytes=message.size_bytes,
-        create_time=moment(message.create_time) if message.HasField("create_time") else None,
-        problem=message.problem,
-        reembedding=_reembedding(message.reembedding) if message.HasField("reembedding") else None,
-        indexed_fields=tuple(message.indexed_fields),
-    )
-
-
-def _reembedding(message: pb.Reembedding) -> Reembedding:
-    return Reembedding(
-        model=message.model,
-        done=message.done,
-        total=message.total,
-        start_time=moment(message.start_time) if message.HasField("start_time") else None,
-        problem=message.problem,
+        truncated=message.usage.truncated,
     )

@@ -8,13 +8,14 @@ from emberpc.client import _checks
 from emberpc.client._calls import Call, Method, Page, Step
 from emberpc.client._plain import moment
 from emberpc.client._words import STATES, TASKS, word_of
-from emberpc.client.types import Health, Model
-from emberpc.v1 import model_pb2
+from emberpc.client.types import Health, Model, ServerInfo
+from emberpc.v1 import model_pb2, server_pb2
 
 LIST_MODELS = Method("/emberpc.v1.ModelService/ListModels", model_pb2.ListModelsResponse)
 GET_MODEL = Method("/emberpc.v1.ModelService/GetModel", model_pb2.GetModelResponse)
 LOAD_MODEL = Method("/emberpc.v1.ModelService/LoadModel", model_pb2.LoadModelResponse)
 RELOAD_MODEL = Method("/emberpc.v1.ModelService/ReloadModel", model_pb2.ReloadModelResponse)
+GET_SERVER_INFO = Method("/emberpc.v1.ServerService/GetServerInfo", server_pb2.GetServerInfoResponse)
 UNLOAD_MODEL = Method("/emberpc.v1.ModelService/UnloadModel", model_pb2.UnloadModelResponse)
 
 # grpc.health.v1 comes with grpcio-health-checking, which the client does not need: a HealthCheckRequest is a message
@@ -65,6 +66,16 @@ def health(service: str) -> Call[Int32Value, Health]:
     request = StringValue(value=_checks.text(service, "service"))
     known = {status.value: status for status in Health}
     return Call(HEALTH_CHECK, request, lambda response: known.get(response.value, Health.UNKNOWN))
+
+
+def server_info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
+    """Return the call of `Client.server_info`."""
+
+    def read(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
+        limits = {field.name: getattr(response.limits, field.name) for field in response.limits.DESCRIPTOR.fields}
+        return ServerInfo(response.version, limits, tuple(response.features))
+
+    return Call(GET_SERVER_INFO, server_pb2.GetServerInfoRequest(), read)
 
 
 def _step(message: model_pb2.LoadModelResponse | model_pb2.ReloadModelResponse) -> Step[Model]:

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 
 from emberpc.client import _checks
 from emberpc.client._calls import Call, Method, chunks
+from emberpc.client._index import truncation_of
 from emberpc.client._records import NewRecord, block, new_record
 from emberpc.client._streaming import StreamJob
 from emberpc.client.exceptions import InputError, InputTypeError, Internal, from_status
-from emberpc.client.types import FailedRecord, Record, UpsertCheckpoint
+from emberpc.client.types import FailedRecord, Record, Truncation, UpsertCheckpoint
 from emberpc.v1 import index_pb2 as pb
 
 UPSERT_RECORDS_STREAM = Method("/emberpc.v1.IndexService/UpsertRecordsStream", pb.UpsertRecordsStreamResponse)
@@ -39,6 +40,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         records: Iterable[RecordItem] | AsyncIterable[RecordItem],
         *,
         collection: str,
+        truncation: Truncation | None,
         batch_size: int,
         window: int,
     ) -> None:
@@ -46,6 +48,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             raise InputTypeError(f"records is of type {type(records).__name__}; it must be an iterable of records")
         super().__init__(batch_size, window)
         self._collection = _checks.text(collection, "collection")
+        self._truncation = truncation_of(truncation)
         self.call = Call(
             UPSERT_RECORDS_STREAM, pb.UpsertRecordsStreamRequest(collection=self._collection), self._checkpoints
         )
@@ -108,6 +111,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
                 batch_number=batch.number,
                 records=[record.message for record in records],
                 vectors=block(records, batch.records[0][0]),
+                truncation=self._truncation,
             )
 
     def _cut(self) -> None:

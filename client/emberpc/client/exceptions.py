@@ -157,6 +157,13 @@ class Internal(EmberpcError):
     code = grpc.StatusCode.INTERNAL
 
 
+class FilterWarning(UserWarning):
+    """A filter matches nothing and probably does not mean what was intended.
+
+    Such a filter compares a number with a field that has strings only.
+    """
+
+
 class InputError(ValueError):
     """An argument is wrong; nothing was sent. The message names the item and the remedy."""
 

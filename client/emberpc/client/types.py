@@ -214,6 +214,8 @@ class SearchResult:
 
     hits: tuple[Hit, ...]
     plan: SearchPlan
+    #: Whether the text of the query was cut to the tokens that the model takes.
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,18 @@ class Model:
     load_time: datetime | None
     #: Figures measured at export, such as `accuracy`.
     quality: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """A server's version, limits and features."""
+
+    #: Of emberpc.
+    version: str
+    #: Largest sizes that the server accepts, by the names of `ServerLimits` in server.proto, such as `max_texts`.
+    limits: Mapping[str, int]
+    #: Optional capabilities, such as `model_admin`.
+    features: tuple[str, ...]
 
 
 class Health(Enum):

@@ -1,0 +1,157 @@
+"""Collections: requests from arguments, results from answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from emberpc.client import _checks
+from emberpc.client._calls import Call, Method, Page, Step
+from emberpc.client._plain import moment
+from emberpc.client._words import DISTANCES, TRUNCATIONS, value_of, word_of
+from emberpc.client.types import (
+    Collection,
+    Distance,
+    RecordProblem,
+    Reembedding,
+    Truncation,
+    Verification,
+)
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1.errors_pb2 import ErrorInfo
+from emberpc.wire import status
+
+_SERVICE = "/emberpc.v1.IndexService/"
+CREATE_COLLECTION = Method(_SERVICE + "CreateCollection", pb.CreateCollectionResponse)
+GET_COLLECTION = Method(_SERVICE + "GetCollection", pb.GetCollectionResponse)
+LIST_COLLECTIONS = Method(_SERVICE + "ListCollections", pb.ListCollectionsResponse)
+UPDATE_COLLECTION = Method(_SERVICE + "UpdateCollection", pb.UpdateCollectionResponse)
+DELETE_COLLECTION = Method(_SERVICE + "DeleteCollection", pb.DeleteCollectionResponse)
+VERIFY_COLLECTION = Method(_SERVICE + "VerifyCollection", pb.VerifyCollectionResponse)
+REEMBED_COLLECTION = Method(_SERVICE + "ReembedCollection", pb.ReembedCollectionResponse)
+CANCEL_REEMBEDDING = Method(_SERVICE + "CancelReembedding", pb.CancelReembeddingResponse)
+
+
+def create_collection(
+    name: str,
+    *,
+    model: str,
+    dimensions: int,
+    distance: Distance,
+    truncation: Truncation,
+    m: int,
+    ef_construction: int,
+    indexed_fields: Sequence[str],
+) -> Call[pb.CreateCollectionResponse, Collection]:
+    """Return the call of `Client.create_collection`."""
+    collection = pb.Collection(
+        name=_checks.text(name, "name"),
+        model=_checks.text(model, "model"),
+        dimensions=_checks.count(dimensions, "dimensions"),
+        distance=value_of("distance", distance, DISTANCES),
+        truncation=value_of("truncation", truncation, TRUNCATIONS),
+        hnsw=pb.HnswParameters(
+            m=_checks.count(m, "m"), ef_construction=_checks.count(ef_construction, "ef_construction")
+        ),
+        indexed_fields=_checks.texts(indexed_fields, "indexed_fields") if indexed_fields else (),
+    )
+    request = pb.CreateCollectionRequest(collection=collection)
+    return Call(CREATE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
+    """Return the call of `Client.get_collection`."""
+    request = pb.GetCollectionRequest(name=_checks.text(name, "name"))
+    return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def list_collections(page_token: str) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
+    """Return the call for one page of `Client.collections`."""
+    return Call(
+        LIST_COLLECTIONS,
+        pb.ListCollectionsRequest(page_token=page_token),
+        lambda response: Page([read_collection(message) for message in response.collections], response.next_page_token),
+    )
+
+
+def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollectionResponse, Collection]:
+    """Return the call of `Client.update_collection`."""
+    request = pb.UpdateCollectionRequest(
+        collection=pb.Collection(
+            name=_checks.text(name, "name"), truncation=value_of("truncation", truncation, TRUNCATIONS)
+        ),
+        update_mask=FieldMask(paths=["truncation"]),
+    )
+    return Call(UPDATE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
+    """Return the call of `Client.delete_collection`."""
+    request = pb.DeleteCollectionRequest(name=_checks.text(name, "name"))
+    return Call(DELETE_COLLECTION, request, lambda _: None)
+
+
+def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollectionResponse, Collection]:
+    """Return the call of `Client.reembed_collection`."""
+    request = pb.ReembedCollectionRequest(
+        name=_checks.text(name, "name"),
+        model=_checks.text(model, "model"),
+        dimensions=_checks.count(dimensions, "dimensions"),
+    )
+    return Call(REEMBED_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
+    """Return the call of `Client.cancel_reembedding`."""
+    request = pb.CancelReembeddingRequest(name=_checks.text(name, "name"))
+    return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
+
+
+def verify_collection(
+    name: str, progress: Callable[[int, int], None] | None, full: bool
+) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
+    """Return the call of `Client.verify_collection`."""
+    problems: list[RecordProblem] = []
+
+    def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:
+        for failure in message.failures:
+            info = status.detail(failure.error, ErrorInfo)
+            problems.append(RecordProblem(failure.id, info.reason if info else "", failure.error.message))
+        if progress is not None:
+            progress(message.checked_count, message.total_count)
+        return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
+
+    request = pb.VerifyCollectionRequest(name=_checks.text(name, "name"), full=_checks.flag(full, "full"))
+    return Call(VERIFY_COLLECTION, request, read)
+
+
+def read_collection(message: pb.Collection) -> Collection:
+    """Return what an answer says of a collection."""
+    return Collection(
+        name=message.name,
+        model=message.model,
+        model_fingerprint=message.model_fingerprint,
+        dimensions=message.dimensions,
+        distance=word_of(message.distance, DISTANCES),
+        truncation=word_of(message.truncation, TRUNCATIONS),
+        m=message.hnsw.m,
+        ef_construction=message.hnsw.ef_construction,
+        record_count=message.record_count,
+        sequence=message.sequence,
+        size_bytes=message.size_bytes,
+        create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        problem=message.problem,
+        reembedding=_reembedding(message.reembedding) if message.HasField("reembedding") else None,
+        indexed_fields=tuple(message.indexed_fields),
+    )
+
+
+def _reembedding(message: pb.Reembedding) -> Reembedding:
+    return Reembedding(
+        model=message.model,
+        done=message.done,
+        total=message.total,
+        start_time=moment(message.start_time) if message.HasField("start_time") else None,
+        problem=message.problem,
+    )
