@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from emberpc.bundle import Bundle, BundleError, Graph, Manifest, Stated, Tensor, open_bundle
 
@@ -23,10 +26,11 @@ def foreign(
     *,
     width: int | str = 8,
     output: str = "last_hidden_state",
+    model: bytes = b"\x08\x09",
 ) -> Bundle:
-    """Read a folder with these JSON files and a graph of this output, which is not loaded."""
+    """Read a folder with these JSON files and an ONNX file, which is taken for a graph with this output."""
     folder.mkdir(exist_ok=True)
-    (folder / "model.onnx").write_bytes(b"")
+    (folder / "model.onnx").write_bytes(model)
     (folder / "tokenizer.json").write_text("{}")
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -122,3 +126,25 @@ def test_any_json_in_config_is_read_within_the_limits_or_refused_in_words(
 
 def test_options_within_the_limits_are_taken() -> None:
     assert Stated.parse({"max_tokens": "512", "dimensions": "8"}) == Stated(max_tokens="512", dimensions="8")
+
+
+def test_the_fingerprint_of_the_old_scheme_is_that_which_collections_were_bound_by(tmp_path: Path) -> None:
+    """The expected values were computed by emberpc before the present scheme."""
+    tmp_path.joinpath("model.onnx_data").write_bytes(b"weights")
+    bundle = foreign(tmp_path, {"config.json": CONFIG}, {"query_prompt": "q'"})
+    assert bundle.manifest.revision == "bbac6fd647f8"
+    assert bundle.legacy_fingerprint() == "fa85bb57d77610cdeda4e1681fb824337773f785fd4c4230aa10b6a46ff660d5"
+    assert bundle.legacy_fingerprint() != bundle.fingerprint()
+
+
+def test_the_old_scheme_does_not_count_where_it_missed_weights(tmp_path: Path) -> None:
+    weights = helper.make_tensor("w", TensorProto.FLOAT, [2], np.ones(2, dtype=np.float32).tobytes(), raw=True)
+    graph = helper.make_graph([], "g", [], [], [weights])
+    for name, covered in (("model.onnx_data", True), ("model.onnx.data", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = helper.make_model(graph)
+        onnx.save(model, str(folder / "model.onnx"), save_as_external_data=True, location=name, size_threshold=0)
+        bundle = foreign(folder, {"config.json": CONFIG}, model=(folder / "model.onnx").read_bytes())
+        assert name in bundle.manifest.files
+        assert bool(bundle.legacy_fingerprint()) is covered

@@ -84,7 +84,7 @@ def test_any_json_in_any_field_is_read_or_refused_in_words(field: str, value: ob
         assert "emberpc.json" in refusal
     else:
         # What was let in can be written, hashed and read again.
-        assert read.fingerprint()
+        assert read.legacy_fingerprint()
         assert Manifest.from_json(read.to_json()) == read
 
 
@@ -177,15 +177,23 @@ def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
         {"files": {"tokenizer.json": FileEntry("11", 1)}},
     ],
 )
-def test_all_that_shapes_vectors_changes_the_fingerprint(change: dict[str, Any]) -> None:
+def test_all_that_the_old_scheme_knew_changes_its_fingerprint(change: dict[str, Any]) -> None:
     manifest = _manifest()
-    assert dataclasses.replace(manifest, **change).fingerprint() != manifest.fingerprint()
+    assert dataclasses.replace(manifest, **change).legacy_fingerprint() != manifest.legacy_fingerprint()
 
 
 @pytest.mark.parametrize("change", [{"created": "now"}, {"quality": {"x": 1.0}}, {"revision": "def"}])
-def test_nothing_else_changes_the_fingerprint(change: dict[str, Any]) -> None:
+def test_nothing_else_changes_the_old_fingerprint(change: dict[str, Any]) -> None:
     manifest = _manifest()
-    assert dataclasses.replace(manifest, **change).fingerprint() == manifest.fingerprint()
+    assert dataclasses.replace(manifest, **change).legacy_fingerprint() == manifest.legacy_fingerprint()
+
+
+def test_the_old_fingerprint_is_that_which_collections_were_bound_by() -> None:
+    """The expected value was computed by emberpc before the present scheme."""
+    manifest = dataclasses.replace(
+        _manifest(), prompts=Prompts("q: ", "p: "), files={"tokenizer.json": FileEntry("11", 1)}
+    )
+    assert manifest.legacy_fingerprint() == "530cad5a1d9787853c34abac9882a92d8bc290721d6693b0f77dee98bfd43534"
 
 
 def _manifest() -> Manifest:

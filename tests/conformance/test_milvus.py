@@ -52,6 +52,19 @@ def collection(index: MilvusIndex) -> Iterator[MilvusCollection]:
     index.delete("c")
 
 
+def test_a_collection_is_bound_again_and_stays_so(index: MilvusIndex, milvus: MilvusLiteProcess) -> None:
+    from emberpc.server.milvus import MilvusIndex
+
+    old, new = "0" * 64, "1" * 64
+    index.create(CollectionSpec("bound", DIMENSIONS, model="m", model_fingerprint=old))
+    assert index.rebind("bound", "2" * 64, new).spec.model_fingerprint == old
+    assert index.rebind("bound", old, new).spec.model_fingerprint == new
+    again = MilvusIndex(milvus.uri)
+    assert again.get("bound").spec.model_fingerprint == new
+    again.close()
+    index.delete("bound")
+
+
 def test_milvus_gone_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
     need_milvus("pymilvus", "milvus_lite")
     from emberpc.server.milvus import MilvusIndex

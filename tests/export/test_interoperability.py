@@ -323,7 +323,7 @@ def test_verify_against_the_source_tells_a_wrong_one(tiny_bundle: Path, tiny_sou
     [
         ({"tokenizer.json": None}, {}, "has no tokenizer.json; save the model's tokenizer there"),
         ({"onnx/model.onnx": None}, {}, "has neither emberpc.json nor an ONNX file"),
-        ({"onnx/model.onnx": "no graph"}, {}, "cannot be loaded by ONNX Runtime"),
+        ({"onnx/model.onnx": "no graph"}, {}, "cannot be read as an ONNX file"),
         ({"modules.json": "{"}, {}, "modules.json is not JSON"),
         (
             {"1_Pooling/config.json": {"pooling_mode": "weightedmean"}},
@@ -335,7 +335,7 @@ def test_verify_against_the_source_tells_a_wrong_one(tiny_bundle: Path, tiny_sou
         ({}, {"file": "../edited/onnx/model.onnx"}, "leads out of the model's folder"),
         ({}, {"colour": "red"}, "there is no model option 'colour'; there are: file, inputs"),
         ({}, {"pooling": "middle"}, "the model option pooling is 'middle'; it is one of mean, cls"),
-        ({}, {"max_tokens": "many"}, "the model option max_tokens is 'many'; it is a whole number"),
+        ({}, {"max_tokens": "many"}, "the model option max_tokens is 'many'; it must be a whole number"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_its_reason(
@@ -351,7 +351,7 @@ def test_what_cannot_be_served_is_refused_with_its_reason(
     assert said in refused(folder, options)
     report = verify_bundle(folder, options=options)
     assert not report.ok
-    assert said.partition(" cannot be loaded")[0] in report.checks[-1].detail
+    assert said in report.checks[-1].detail
 
 
 def test_a_link_out_of_the_folder_is_not_followed(peer: Path, tmp_path: Path) -> None:

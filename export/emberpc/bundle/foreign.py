@@ -18,6 +18,7 @@ from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.interface import POOLINGS, Graph, Interface, Tensor, find_inputs, find_output
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TEXT_LENGTH, MAX_TOKENS, check_length, whole_number
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
+from emberpc.bundle.onnx_file import external_files
 from emberpc.bundle.peers import (
     read_dimensions,
     read_json,
@@ -124,6 +125,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
             f"{folder} has no {TOKENIZER_NAME}; save the model's tokenizer there, with transformers: "
             "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)"
         )
+    external = external_files(folder, model)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
     config = read_json(folder / "config.json")
     # Encoders, too, have labels in config.json: those that transformers makes up.
@@ -131,13 +133,14 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
     output = find_output(graph, task, stated.output)
     interface, pooling = _interface(folder, graph, task, output, stated)
-    data = sorted((folder / model).parent.glob(f"{Path(model).name}_data*"))  # weights beyond 2 GiB
-    for path in data:
-        _plain(folder, str(path.relative_to(folder)))
-    names = [TOKENIZER_NAME, model, *(str(path.relative_to(folder)) for path in data)]
+    # The old scheme hashed the files of this form only. Where there are others, the hash is of all of them.
+    named = {str(path.relative_to(folder)) for path in (folder / model).parent.glob(f"{Path(model).name}_data*")}
+    for name in named:
+        _plain(folder, name)
+    names = [TOKENIZER_NAME, model, *sorted(named | set(external))]
     entries = {name: FileEntry(sha256_of(folder / name), (folder / name).stat().st_size) for name in names}
     weights = hashlib.sha256("".join(entries[name].sha256 for name in names[1:]).encode())
-    weights.update(f"{interface}".encode())
+    weights.update(interface.legacy_text().encode())
     manifest = Manifest(
         task=task,
         base_model=read_name(config, folder),
@@ -154,7 +157,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
-    return Bundle(folder, manifest, interface)
+    return Bundle(folder, manifest, interface, legacy_covers_weights=set(external) <= named)
 
 
 def _interface(folder: Path, graph: Graph, task: Task, output: Tensor, stated: Stated) -> tuple[Interface, str]:

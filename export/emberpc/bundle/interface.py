@@ -52,6 +52,10 @@ class Inputs:
     token_type_ids: str
     integers: str
 
+    def roles(self) -> dict[str, str]:
+        """Return the name of the input that has each role, without roles that no input has."""
+        return {role: name for role, name in vars(self).items() if name and role != "integers"}
+
     def feeds(self, input_ids: Integers, mask: Integers) -> dict[str, npt.NDArray[np.integer]]:
         """Return what the graph takes for a batch; both are int64 (texts, tokens), the mask 1 where a token is."""
         named = {self.input_ids: input_ids, self.attention_mask: mask, self.token_type_ids: np.zeros_like(mask)}
@@ -70,6 +74,15 @@ class Interface:
     output: str
     pooling: str = ""
     normalize: bool = False
+
+    def legacy_text(self) -> str:
+        """Return the text that stood for this in fingerprints of the old scheme; it must never change."""
+        inputs = self.inputs
+        return (
+            f"Interface(inputs=Inputs(input_ids={inputs.input_ids!r}, attention_mask={inputs.attention_mask!r}, "
+            f"token_type_ids={inputs.token_type_ids!r}, integers={inputs.integers!r}), output={self.output!r}, "
+            f"pooling={self.pooling!r}, normalize={self.normalize!r})"
+        )
 
     def finish(self, output: npt.NDArray[np.floating], mask: npt.NDArray[np.integer]) -> Matrix:
         """Turn the output of a batch into a vector, or logits, for each text.

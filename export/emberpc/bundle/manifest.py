@@ -225,11 +225,10 @@ class Manifest:
         have = ", ".join(variant.name for variant in self.variants)
         raise BundleError(f"there is no variant {name!r}; the bundle has: {have}")
 
-    def fingerprint(self, variant: str = "") -> str:
-        """Return a SHA-256 (hex) of all that shapes the model's vectors.
+    def legacy_fingerprint(self, variant: str = "") -> str:
+        """Return the fingerprint (hex) by which collections were bound before `Bundle.fingerprint`.
 
-        Two models of one fingerprint give vectors that may stand in one index.
-        The precision counts too: int8 moves vectors enough to change neighbours.
+        It is made of what the manifest says, not of the files, and proves nothing about them.
         """
         tokenizer = self.files.get("tokenizer.json")
         parts = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +12,7 @@ from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.head import HEAD_NAME, Head
 from emberpc.bundle.interface import Graph, Interface, find_inputs
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Task, Variant
+from emberpc.bundle.onnx_file import external_files, output_digest
 from emberpc.bundle.reference import Reference
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -24,12 +27,14 @@ class Bundle:
     """A folder whose manifest was read and whose files were checked.
 
     `foreign` is how to call the graph if emberpc did not write the folder: see
-    `emberpc.bundle.foreign`. Such a bundle has no reference outputs.
+    `emberpc.bundle.foreign`. Such a bundle has no reference outputs. `legacy_covers_weights`: whether the fingerprint
+    of the old scheme was made of all files that hold weights.
     """
 
     folder: Path
     manifest: Manifest
     foreign: Interface | None = None
+    legacy_covers_weights: bool = True
 
     def model_path(self, variant: Variant) -> Path:
         """Return the ONNX file of a variant."""
@@ -52,8 +57,7 @@ class Bundle:
         """
         if self.foreign is not None:
             return self.foreign
-        logits = self.manifest.task is Task.CLASSIFICATION and not headless
-        output = "logits" if logits else "sentence_embedding"
+        output = self.output(headless=headless)
         outputs = [tensor.name for tensor in graph.outputs]
         if output not in outputs:
             raise BundleError(f"the graph's outputs are {', '.join(outputs)}; it must have {output!r}; {_REEXPORT}")
@@ -61,6 +65,47 @@ class Bundle:
             return Interface(find_inputs(graph), output)
         except UnstatedError as error:  # a bundle is not to be explained, but to be whole
             raise BundleError(f"{error}; {_REEXPORT}") from error
+
+    def output(self, *, headless: bool = False) -> str:
+        """Return the name of the graph's output that is asked for; `headless` as in `interface`."""
+        if self.foreign is not None:
+            return self.foreign.output
+        logits = self.manifest.task is Task.CLASSIFICATION and not headless
+        return "logits" if logits else "sentence_embedding"
+
+    def fingerprint(self, variant: str = "", *, headless: bool = False) -> str:
+        """Return a SHA-256 (hex) of all bytes that decide the model's vectors, read from the files now.
+
+        Two models of one fingerprint give vectors that may stand in one index. They may have different ONNX files, if
+        these compute the vectors in the same way: a classifier with a head has the fingerprint of the embedder that it
+        was made on. The manifest's names and hashes do not count.
+
+        Args:
+            variant: name of the variant; empty: the first one.
+            headless: as in `interface`.
+
+        Raises:
+            BundleError: a file cannot be read, lies outside the folder or is not among those of the manifest.
+        """
+        manifest, model = self.manifest, self.manifest.variant(variant).path
+        for name in external_files(self.folder, model):
+            if name not in manifest.files:
+                raise BundleError(f"{self.folder / name} holds weights and is not in the manifest; {_REEXPORT}")
+        parts = {
+            "scheme": 2,
+            "output": output_digest(self.folder, model, self.output(headless=headless)),
+            "tokenizer": sha256_of(self.tokenizer_path),
+            "pooling": manifest.pooling,
+            "prompts": dataclasses.asdict(manifest.prompts),
+            "dimensions": manifest.dimensions,
+            "normalize": manifest.normalize,
+            "inputs": self.foreign.inputs.roles() if self.foreign else {},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def legacy_fingerprint(self, variant: str = "") -> str:
+        """Return the fingerprint (hex) of the old scheme; empty if that was not made of all weights."""
+        return self.manifest.legacy_fingerprint(variant) if self.legacy_covers_weights else ""
 
     def head(self) -> Head | None:
         """Read a classifier's head; None if the bundle has none, or only in its graph.

@@ -31,10 +31,12 @@ class Encoder:
         session: the model, one thread for a run.
         interface: how to call it.
         pad_token_id: what fills up the shorter texts of a batch.
+        sha256: hash (hex) of the ONNX file that was loaded.
     """
 
-    def __init__(self, session: OnnxSession, interface: Interface, pad_token_id: int) -> None:
+    def __init__(self, session: OnnxSession, interface: Interface, pad_token_id: int, sha256: str = "") -> None:
         self.interface = interface
+        self.sha256 = sha256
         #: Of this loading: what a cache kept of one before it is not of this one.
         self.number = next(_numbers)
         self._session = session
@@ -141,7 +143,7 @@ class Encoders:
         """Return an encoder that is in use, or load it.
 
         Args:
-            fingerprint: of the models that it serves.
+            fingerprint: of the models that it serves, made of the bytes of their files.
             max_tokens: where their texts are cut; other cuts are other vectors.
             load: loads it.
             fresh: load it anyway, and share that from now on.

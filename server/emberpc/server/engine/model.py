@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,9 @@ class ModelLoadError(Exception):
 class Model:
     """A model that is served under a name.
 
-    `folder` and `options` are where it came from and what was stated of it.
+    `folder` and `options` are where it came from and what was stated of it. `fingerprint` is a SHA-256 (hex) of all
+    bytes that decide its vectors. `legacy_fingerprint` is that of the old scheme; empty if it does not cover all
+    weights.
     """
 
     name: str
@@ -60,11 +61,8 @@ class Model:
     head: Head | None
     size_bytes: int
     loaded: datetime
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that shapes the model's vectors."""
-        return self.manifest.fingerprint(self.variant.name)
+    fingerprint: str
+    legacy_fingerprint: str
 
     def finish(self, output: Output) -> Output:
         """Make the model's output of its encoder's: float32 (texts, dimensions or labels)."""
@@ -119,6 +117,8 @@ class Model:
                     hashes.result()  # that a file changed is the better reason
                     raise
                 hashes.result()
+            for session in sessions.values():
+                session.check_unchanged()
             tell("warming up")
             model._check(bundle)
         except UnstatedError as error:
@@ -147,14 +147,22 @@ class Model:
         variant = manifest.variant(variant_name)
         head = bundle.head()
 
+        path = bundle.model_path(variant)
+        entry = manifest.files[variant.path]
+        fingerprint = bundle.fingerprint(variant.name, headless=head is not None)
+
         def load_encoder() -> Encoder:
-            session = load(bundle.model_path(variant))
+            session = load(path)
             interface = bundle.interface(session.graph, headless=head is not None)
-            return Encoder(session, interface, manifest.pad_token_id)
+            return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
 
         # One that gives logits is of no use to others.
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
+        encoder = shared.get(fingerprint, manifest.max_tokens, load_encoder, fresh=fresh and head is None)
+        if head is None and encoder.sha256 != entry.sha256:
+            # Another file gives the same vectors. This one must load as well, or the folder is not fit to be served.
+            load_encoder()
         return cls(
             name=name,
             folder=folder,
@@ -162,12 +170,12 @@ class Model:
             manifest=manifest,
             variant=variant,
             tokenizer=_tokenizer(bundle),
-            encoder=shared.get(
-                manifest.fingerprint(variant.name), manifest.max_tokens, load_encoder, fresh=fresh and head is None
-            ),
+            encoder=encoder,
             head=head,
-            size_bytes=manifest.files[variant.path].size,
+            size_bytes=entry.size,
             loaded=datetime.now(timezone.utc),
+            fingerprint=fingerprint,
+            legacy_fingerprint=bundle.legacy_fingerprint(variant.name),
         )
 
     def _check(self, bundle: Bundle) -> None:

@@ -126,6 +126,11 @@ class Registry:
                 raise self._not_found(name)
         return model
 
+    def served(self, name: str) -> Model | None:
+        """Return a model, None if there is none of that name; no call holds it for that."""
+        version = self._versions.get(name)
+        return None if version is None else version.model
+
     def calls(self, name: str) -> int:
         """Return how many calls hold the version of a model that is served now; 0 if there is none of that name."""
         with self._lock:

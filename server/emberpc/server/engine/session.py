@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from emberpc.bundle import Graph, Interface, Tensor
+from emberpc.bundle import BundleError, Graph, Interface, Tensor
+from emberpc.bundle.onnx_file import external_files
 from emberpc.server.engine.tables import Tables, read_tables
 from emberpc.server.engine.tokenizing import TokenIds
 
@@ -111,8 +112,17 @@ class OnnxSession:
         """
         session = OnnxSession(self.path, threads, self._tables, cancellation)
         if session._written != self._written:
-            raise SessionError(f"{self.path} was written anew since it was loaded")
+            raise SessionError(f"{self.path} was written again since it was loaded")
         return session
+
+    def check_unchanged(self) -> None:
+        """See that the files are those that were loaded.
+
+        Raises:
+            SessionError: one was written since.
+        """
+        if _written(self.path) != self._written:
+            raise SessionError(f"{self.path} was written while it was loaded; load it again")
 
     def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
         """Run texts as one batch, padded to the longest.
@@ -135,8 +145,16 @@ class OnnxSession:
         return interface.finish(output, mask)
 
 
-def _written(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written anew; nothing for one that is not there."""
+def _written(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Return what changes when an ONNX file, or a file with weights of it, is written; empty for a missing file."""
+    try:
+        files = [path, *(path.parent / name for name in external_files(path.parent, path.name))]
+    except BundleError:  # the session says what is wrong with it
+        files = [path]
+    return tuple(_status(each) for each in files)
+
+
+def _status(path: Path) -> tuple[int, ...]:
     try:
         status = path.stat()
     except OSError:

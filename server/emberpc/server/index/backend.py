@@ -146,6 +146,9 @@ class IndexBackend(Protocol):
     def update(self, name: str, truncation: str) -> None:
         """Set how a collection truncates over-long texts."""
 
+    def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
+        """Bind a collection to its model by another fingerprint, if it is bound by `legacy`; return the collection."""
+
     def delete(self, name: str) -> None:
         """Delete a collection."""
 

@@ -168,6 +168,28 @@ class Index:
             if reembedding is not None:
                 reembedding.target.spec = replace(reembedding.target.spec, truncation=truncation)
 
+    def rebind(self, name: str, legacy: str, fingerprint: str) -> Collection:
+        """Bind a collection to its model by another fingerprint of the same model.
+
+        Args:
+            name: the collection.
+            legacy: the fingerprint that it is bound by; it stays as it is if it is bound by another one.
+            fingerprint: the new one.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is none of that name, RESOURCE_EXHAUSTED if the disk is full.
+        """
+        collection = self.get(name)
+        with self._use(), written("the collection stays bound as it was"):
+            entry = self._existing(name)
+            if entry.spec.model_fingerprint == legacy:
+                spec = replace(entry.spec, model_fingerprint=fingerprint)
+                self._directory.update(spec)
+                if collection is self._at_hand.get(name):
+                    collection.spec = spec
+                log.info("collection %s: bound to the bytes of model %s", name, spec.model)
+        return collection
+
     def delete(self, name: str) -> None:
         """Delete a collection; calls under way finish first.
 

@@ -117,7 +117,6 @@ def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
     return {
         "format": _FORMAT,
         "identity": identity,
-        "model_fingerprint": spec.model_fingerprint,
         "dimensions": spec.dimensions,
         "distance": spec.distance.value,
         "m": spec.m,

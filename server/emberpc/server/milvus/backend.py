@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -62,10 +63,7 @@ class MilvusIndex:
 
     def get(self, name: str) -> MilvusCollection:
         """Return a collection."""
-        found = self._describe(name)
-        if found is None:
-            raise no_collection(name)
-        spec, created = found
+        spec, created = self._existing(name)
         with self._lock:
             known = self._known.get(name)
         if known is not None and (known.spec, known.created) == (spec, created):
@@ -89,10 +87,17 @@ class MilvusIndex:
         """Refuse it."""
         raise unsupported("UpdateCollection", BACKEND, "set `truncation` in the upserts")
 
+    def rebind(self, name: str, legacy: str, fingerprint: str) -> MilvusCollection:
+        """Bind a collection to its model by another fingerprint, if it is bound by `legacy`; return the collection."""
+        spec, created = self._existing(name)
+        if spec.model_fingerprint == legacy:
+            properties = schema.properties(replace(spec, model_fingerprint=fingerprint), created)
+            self._call(name, "alter_collection_properties", properties=properties)
+        return self.get(name)
+
     def delete(self, name: str) -> None:
         """Delete a collection."""
-        if self._describe(name) is None:
-            raise no_collection(name)
+        self._existing(name)
         with self._lock:
             self._known.pop(name, None)
         self._call(name, "drop_collection")
@@ -137,6 +142,13 @@ class MilvusIndex:
 
     def _exists(self, name: str) -> bool:
         return bool(self._call(name, "has_collection"))
+
+    def _existing(self, name: str) -> tuple[CollectionSpec, datetime]:
+        """Return what a collection is and since when; NOT_FOUND if there is none of that name."""
+        found = self._describe(name)
+        if found is None:
+            raise no_collection(name)
+        return found
 
     def _describe(self, name: str) -> tuple[CollectionSpec, datetime] | None:
         """Return what a collection is and since when; None if there is none of that name, or it is not ours."""

@@ -84,7 +84,7 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     """
     if spec.dimensions < _MIN_DIMENSIONS:
         raise invalid("collection.dimensions", f"is {spec.dimensions}; Milvus needs {_MIN_DIMENSIONS} or more")
-    about = json.dumps({"spec": spec.to_json(), "created": created.timestamp()})
+    about = _about(spec, created)
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False, description=about)
     schema.add_field(ID, DataType.VARCHAR, is_primary=True, max_length=_MAX_ID_BYTES)
     schema.add_field("text", DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
@@ -102,11 +102,20 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     schema.add_field(VECTOR, DataType.FLOAT_VECTOR, dim=spec.dimensions)
     return {
         "schema": schema,
-        "properties": {_PROPERTY: about},
+        "properties": properties(spec, created),
         # One shard: a batch is one message of Milvus's log.
         "num_shards": 1,
         "consistency_level": "Strong",
     }
+
+
+def properties(spec: CollectionSpec, created: datetime) -> dict[str, str]:
+    """Return the properties of a collection, which go before its description when it is read."""
+    return {_PROPERTY: _about(spec, created)}
+
+
+def _about(spec: CollectionSpec, created: datetime) -> str:
+    return json.dumps({"spec": spec.to_json(), "created": created.timestamp()})
 
 
 def graph(spec: CollectionSpec) -> Any:

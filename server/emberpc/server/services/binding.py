@@ -5,7 +5,26 @@ from __future__ import annotations
 from emberpc.bundle import Task
 from emberpc.server.engine import Engine, Model
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import CollectionBackend
+from emberpc.server.index import CollectionBackend, CollectionSpec
+
+
+def unbound_fingerprint(engine: Engine, spec: CollectionSpec) -> str:
+    """Return the fingerprint that a collection bound under the old scheme is to be bound by.
+
+    Returns:
+        The fingerprint (hex) of the served model. Empty if the collection needs no other: it has no model, or it is
+        bound under the present scheme, or the served model is not the one that it is bound to, or the old fingerprint
+        of the served model does not cover all its weights.
+    """
+    model = engine.registry.served(spec.model) if spec.model else None
+    if model is None or spec.model_fingerprint == model.fingerprint:
+        return ""
+    return model.fingerprint if matches(model, spec) else ""
+
+
+def matches(model: Model, spec: CollectionSpec) -> bool:
+    """Return whether a model is the one that made a collection's vectors, by the present scheme or the old one."""
+    return spec.model_fingerprint in filter(None, (model.fingerprint, model.legacy_fingerprint))
 
 
 def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
@@ -24,7 +43,7 @@ def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
             metadata={"collection": spec.name},
         )
     model = engine.model(spec.model, Task.EMBEDDING)
-    if model.fingerprint != spec.model_fingerprint:
+    if not matches(model, spec):
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             f"the vectors of collection {spec.name!r} were made by another {spec.model!r} than is served now; serve "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -16,7 +17,7 @@ from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, reading, replies, requests
 from emberpc.server.services.backups import Backups
-from emberpc.server.services.binding import collection_model
+from emberpc.server.services.binding import collection_model, unbound_fingerprint
 from emberpc.server.services.bulk import upsert_stream
 from emberpc.server.services.filters import check_indexed_fields, read_filter
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
@@ -34,6 +35,8 @@ from emberpc.server.services.search_groups import SearchGroups
 from emberpc.server.services.searching import Searcher
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -202,7 +205,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         requests.check_priority(request.priority)
         caller = partial(requests.caller, context, request.priority)
         collection = self._index.opened(request.collection)
-        if collection is not None:
+        if collection is not None and not unbound_fingerprint(self._engine, collection.spec):
             try:
                 return await self._searcher.search(request, collection, caller)
             except ServiceError as error:
@@ -318,8 +321,16 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         return await self._call(name, lambda collection: collection.mismatches(condition))
 
     async def _collection(self, name: str) -> CollectionBackend:
+        """Return a collection; one that is bound to its model under the old scheme is bound under the present one."""
         opened = self._index.opened(name)
-        return opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
+        collection = opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
+        if fingerprint := unbound_fingerprint(self._engine, collection.spec):
+            legacy = collection.spec.model_fingerprint
+            try:
+                return await self._in_pool(lambda: self._index.rebind(name, legacy, fingerprint))
+            except ServiceError as error:  # such as a full disk, on which the collection stays usable
+                log.warning("collection %s stays bound under the old scheme: %s", name, error.message)
+        return collection
 
     async def _with(self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]]) -> Result:
         """Do something with a collection; once more, if another took its place meanwhile, as re-embedding has it."""

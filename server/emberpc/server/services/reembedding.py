@@ -21,6 +21,7 @@ from emberpc.bundle import Task
 from emberpc.server.engine import Caller, Engine, Lane, Model, Truncation
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import CollectionBackend, IndexBackend, Reembedding, StoredRecord
+from emberpc.server.services.binding import matches
 from emberpc.server.services.bulk_embedding import GROUP_TEXTS, BulkEmbedder
 from emberpc.server.services.forms import check_dimensions, shape
 from emberpc.server.services.requests import Limits
@@ -231,7 +232,7 @@ class _Job:
     def _embedder(self) -> BulkEmbedder:
         spec = self.reembedding.spec
         model: Model = self._engine.model(spec.model, Task.EMBEDDING)
-        if model.fingerprint != spec.model_fingerprint:
+        if not matches(model, spec):  # a job of the old scheme goes on; the collection is bound by the new one later
             message = f"model {spec.model!r} is another one than when this began; serve that, or cancel and begin anew"
             raise ServiceError(Code.UNAVAILABLE, message, reason="MODEL_MISMATCH")
         return BulkEmbedder(

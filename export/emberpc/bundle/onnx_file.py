@@ -1,0 +1,344 @@
+"""Read an ONNX file without ONNX Runtime: the files that hold its weights, and a digest of what decides an output."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from emberpc.bundle.errors import BundleError
+from emberpc.bundle.protobuf import Message
+
+# Numbers of fields (onnx.proto).
+_MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 8, 20, 25
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
+_FUNCTION_NODE = 7
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN, _NODE_OVERLOAD = 1, 2, 4, 5, 7, 8
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
+_SPARSE_VALUES, _SPARSE_INDICES = 1, 2
+_TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 12, 13, 14
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_VALUE_NAME = 1
+_EXTERNAL = 1
+#: Graphs in graphs; no real model comes near.
+_MAX_DEPTH = 16
+#: ONNX Runtime's own format, a FlatBuffer, has this at its fifth byte.
+_ORT_FORMAT = b"ORTM"
+_CHUNK = 1 << 20
+
+
+class _IrregularError(Exception):
+    """The graph has a part that the digest of an output does not follow, so all bytes of the file count."""
+
+
+def external_files(folder: Path, model: str) -> tuple[str, ...]:
+    """Return the files beside an ONNX file that hold weights of it, sorted.
+
+    Args:
+        folder: the model's folder, which no file may lie outside.
+        model: the ONNX file, as a path in the folder.
+
+    Returns:
+        Paths in the folder, with slashes.
+
+    Raises:
+        BundleError: the ONNX file cannot be read, or a file that it names is missing or lies outside the folder.
+    """
+    with _opened(folder / model) as data:
+        names = set() if _is_ort_format(data) else set(_locations(Message(data, 0, len(data))))
+    return tuple(sorted(_place(folder, model, name) for name in names))
+
+
+def output_digest(folder: Path, model: str, output: str) -> str:
+    """Return a SHA-256 (hex) of all that decides an output of an ONNX graph.
+
+    These are the operators that the output depends on with their attributes and weights, wherever the weights lie, and
+    the versions of the operator sets. Names of values, other outputs and documentation do not count. Of a graph with
+    parts that this cannot follow, such as loops or functions, all bytes of all its files count.
+
+    Args:
+        folder: the model's folder, which no file may lie outside.
+        model: the ONNX file, as a path in the folder.
+        output: the output's name.
+
+    Raises:
+        BundleError: as `external_files`.
+    """
+    files = external_files(folder, model)
+    try:
+        with _opened(folder / model) as data:
+            return _Digests.read(folder, model, data).of(output).hex()
+    except _IrregularError:
+        digest = hashlib.sha256(b"files")
+        for name in (model, *files):
+            _update(digest, b"" if name == model else name.encode(), _sha256(folder / name))
+        return digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[mmap.mmap]:
+    """Map an ONNX file into memory; what the block raises because of the file's form becomes a BundleError."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+    except (OSError, ValueError, OverflowError) as error:
+        raise BundleError(f"{path} cannot be read as an ONNX file; get the model again or export it again") from error
+
+
+def _is_ort_format(data: mmap.mmap) -> bool:
+    return data[4:8] == _ORT_FORMAT
+
+
+def _place(folder: Path, model: str, location: str) -> str:
+    """Return the path in the folder of a file that an ONNX file names relative to itself."""
+    pure = PurePosixPath(model).parent / location
+    outside = PurePosixPath(location).is_absolute() or ".." in pure.parts or "\\" in location or "\0" in location
+    if outside or not (folder / pure).resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"{folder / model} takes weights from {location!r}, which leads out of the model's folder; copy the files "
+            "there (cp -rL)"
+        )
+    if not (folder / pure).is_file():
+        raise BundleError(f"{folder / pure} is missing, which holds weights of {folder / model}; get the model again")
+    return str(pure)
+
+
+def _locations(model: Message) -> Iterator[str]:
+    """Give the names of files that tensors of a model lie in."""
+    for graph in model.messages(_MODEL_GRAPH):
+        yield from _graph_locations(graph, 0)
+    for training in model.messages(_MODEL_TRAINING):
+        for part in (1, 2):  # initialization, algorithm
+            for graph in training.messages(part):
+                yield from _graph_locations(graph, 0)
+    for function in model.messages(_MODEL_FUNCTION):
+        for node in function.messages(_FUNCTION_NODE):
+            yield from _node_locations(node, 0)
+
+
+def _graph_locations(graph: Message, depth: int) -> Iterator[str]:
+    if depth > _MAX_DEPTH:
+        raise ValueError("graphs are nested too deep")
+    for number, value in graph.fields():
+        if not isinstance(value, Message):
+            continue
+        if number == _GRAPH_INITIALIZER:
+            yield from _tensor_locations(value)
+        elif number == _GRAPH_SPARSE:
+            yield from _sparse_locations(value)
+        elif number == _GRAPH_NODE:
+            yield from _node_locations(value, depth)
+
+
+def _node_locations(node: Message, depth: int) -> Iterator[str]:
+    for attribute in node.messages(_NODE_ATTRIBUTE):
+        for number, value in attribute.fields():
+            if not isinstance(value, Message):
+                continue
+            if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+                yield from _tensor_locations(value)
+            elif number in (_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES):
+                yield from _sparse_locations(value)
+            elif number in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
+                yield from _graph_locations(value, depth + 1)
+
+
+def _sparse_locations(sparse: Message) -> Iterator[str]:
+    for part in (_SPARSE_VALUES, _SPARSE_INDICES):
+        for tensor in sparse.messages(part):
+            yield from _tensor_locations(tensor)
+
+
+def _tensor_locations(tensor: Message) -> Iterator[str]:
+    entries, external = _storage(tensor)
+    if external or entries:
+        yield entries.get("location", "")
+
+
+def _storage(tensor: Message) -> tuple[dict[str, str], bool]:
+    """Return what a tensor says of the file that it lies in, and whether it lies in one."""
+    entries: dict[str, str] = {}
+    external = False
+    for number, value in tensor.fields():
+        if number == _TENSOR_LOCATION:
+            external = value == _EXTERNAL
+        elif number == _TENSOR_EXTERNAL and isinstance(value, Message):
+            entries[_text(value, _ENTRY_KEY)] = _text(value, _ENTRY_VALUE)
+    return entries, external
+
+
+def _text(message: Message, wanted: int) -> str:
+    """Return a text field; of several the last counts, and a missing one is empty."""
+    found = [value.bytes().decode() for value in message.messages(wanted)]
+    return found[-1] if found else ""
+
+
+@dataclass(frozen=True)
+class _Node:
+    message: Message
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class _Digests:
+    """Digests of the values of a graph, each made of what the value is computed from."""
+
+    folder: Path
+    model_path: str
+    model: Message
+    _initializers: dict[str, Message] = field(default_factory=dict)
+    _inputs: set[str] = field(default_factory=set)
+    _nodes: list[_Node] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path, model: str, data: mmap.mmap) -> _Digests:
+        """Find the graph's parts by their names.
+
+        Raises:
+            _IrregularError: there is a part that cannot be followed.
+        """
+        if _is_ort_format(data):
+            raise _IrregularError
+        return cls(folder, model, Message(data, 0, len(data)))
+
+    def __post_init__(self) -> None:
+        """Find the graph's parts by their names; raises as `read`."""
+        graphs = list(self.model.messages(_MODEL_GRAPH))
+        if len(graphs) != 1 or any(True for _ in self.model.messages(_MODEL_FUNCTION)):
+            raise _IrregularError
+        for number, value in graphs[0].fields():
+            if not isinstance(value, Message):
+                continue
+            if number == _GRAPH_INITIALIZER:
+                name = _text(value, _TENSOR_NAME)
+                if name in self._initializers:
+                    raise _IrregularError
+                self._initializers[name] = value
+            elif number == _GRAPH_INPUT:
+                self._inputs.add(_text(value, _VALUE_NAME))
+            elif number == _GRAPH_NODE:
+                texts = {kind: tuple(each.bytes().decode() for each in value.messages(kind)) for kind in (1, 2)}
+                self._nodes.append(_Node(value, texts[_NODE_INPUT], texts[_NODE_OUTPUT]))
+            elif number == _GRAPH_SPARSE:
+                raise _IrregularError
+
+    def of(self, output: str) -> bytes:
+        """Return the digest of an output, with the versions of the operator sets.
+
+        Raises:
+            _IrregularError: the graph does not give it, or has a part that cannot be followed.
+        """
+        wanted, needed = {output}, list[_Node]()
+        # A graph's nodes stand in the order in which they are computed.
+        for node in reversed(self._nodes):
+            if wanted.intersection(node.outputs):
+                needed.append(node)
+                wanted.update(filter(None, node.inputs))
+        known = {"": hashlib.sha256(b"absent").digest()}
+        for name in sorted(wanted):
+            if name in self._initializers:
+                known[name] = self._tensor(self._initializers[name])
+            elif name in self._inputs:
+                known[name] = _digest(b"input", name.encode())
+        for node in reversed(needed):
+            if any(name in known for name in node.outputs if name) or not all(name in known for name in node.inputs):
+                raise _IrregularError
+            own = self._node(node, [known[name] for name in node.inputs])
+            known |= {name: _digest(b"value", own, str(i).encode()) for i, name in enumerate(node.outputs) if name}
+        if output not in known:
+            raise _IrregularError
+        opsets = sorted(each.bytes() for each in self.model.messages(_MODEL_OPSET))
+        return _digest(b"output", known[output], *opsets)
+
+    def _node(self, node: _Node, inputs: Sequence[bytes]) -> bytes:
+        message = node.message
+        attributes = list(message.messages(_NODE_ATTRIBUTE))
+        for attribute in attributes:
+            for number, value in attribute.fields():
+                graph = number in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS)
+                sparse = number in (_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES)
+                tensor = number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS) and isinstance(value, Message)
+                if graph or sparse or (tensor and isinstance(value, Message) and any(_storage(value))):
+                    raise _IrregularError
+        kind = [_text(message, number).encode() for number in (_NODE_OPERATOR, _NODE_DOMAIN, _NODE_OVERLOAD)]
+        outputs = bytes(bool(name) for name in node.outputs)
+        return _digest(
+            b"node",
+            *kind,
+            outputs,
+            _digest(b"attributes", *sorted(each.bytes() for each in attributes)),
+            _digest(b"inputs", *inputs),
+        )
+
+    def _tensor(self, tensor: Message) -> bytes:
+        """Return the digest of a tensor's type, shape and values, wherever these lie."""
+        entries, external = _storage(tensor)
+        digest = hashlib.sha256(b"tensor")
+        for number, value in tensor.fields():
+            if number in (_TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION):
+                continue
+            if isinstance(value, int):
+                _update(digest, str(number).encode(), str(value).encode())
+            else:
+                _update(digest, str(number).encode(), _sha256_of_part(value))
+        if external:
+            _update(digest, b"9", self._external(entries))  # as raw_data
+        elif entries:
+            raise _IrregularError
+        return digest.digest()
+
+    def _external(self, entries: dict[str, str]) -> bytes:
+        """Return the SHA-256 of the part of a file that a tensor lies in."""
+        place = _place(self.folder, self.model_path, entries.get("location", ""))
+        offset, length = entries.get("offset", "0"), entries.get("length", "")
+        if not all(each.isascii() and each.isdecimal() and len(each) < 19 for each in (offset, length or "0")):
+            raise _IrregularError
+        return _sha256(self.folder / place, int(offset), int(length) if length else None)
+
+
+def _digest(kind: bytes, *parts: bytes) -> bytes:
+    digest = hashlib.sha256(kind)
+    _update(digest, *parts)
+    return digest.digest()
+
+
+def _update(digest: hashlib._Hash, *parts: bytes) -> None:
+    """Add parts with their lengths, so that no two lists of parts are the same bytes."""
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+
+
+def _sha256_of_part(part: Message) -> bytes:
+    digest = hashlib.sha256()
+    for start in range(part.start, part.end, _CHUNK):
+        digest.update(part.data[start : min(start + _CHUNK, part.end)])
+    return digest.digest()
+
+
+def _sha256(path: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """Return the SHA-256 of a part of a file; without a length, up to its end.
+
+    Raises:
+        BundleError: the file cannot be read or is shorter.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while length is None or length > 0:
+                chunk = file.read(_CHUNK if length is None else min(_CHUNK, length))
+                if not chunk:
+                    break
+                digest.update(chunk)
+                length = None if length is None else length - len(chunk)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read; see that this user may read it") from error
+    if length:
+        raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
+    return digest.digest()

@@ -1,0 +1,144 @@
+"""Models share an encoder only if the bytes of their files give the same vectors, whatever their manifests claim."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from emberpc.bundle import Manifest, finish_bundle, read_bundle
+from emberpc.server.engine import Model, ModelLoadError, Registry
+from emberpc.server.engine.session import OnnxSession, SessionError
+
+MODEL = Path("onnx") / "model.onnx"
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    with ThreadPoolExecutor(1) as pool:
+        yield Registry(pool)
+
+
+def forged(folder: Path, tiny_bundle: Path) -> None:
+    """Make the manifest fit the files as they are, and claim the weights of the tiny bundle."""
+    claimed = read_bundle(tiny_bundle).manifest.weights_sha256
+    manifest = Manifest.from_json((folder / "emberpc.json").read_text(encoding="utf-8"))
+    finish_bundle(folder, replace(manifest, weights_sha256=claimed))
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, folder)
+    return folder
+
+
+def test_a_copy_shares_the_encoder(registry: Registry, tiny_bundle: Path, copy: Path) -> None:
+    first, second = registry.load("first", tiny_bundle), registry.load("second", copy)
+    assert first.encoder is second.encoder
+    assert first.fingerprint == second.fingerprint == read_bundle(copy).fingerprint()
+
+
+def test_other_weights_that_claim_to_be_those_served_are_not_answered_by_them(
+    registry: Registry, tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "forged"
+    shutil.copytree(other_tiny_bundle, folder)
+    forged(folder, tiny_bundle)
+    served, other = registry.load("served", tiny_bundle), registry.load("other", folder)
+    assert served.legacy_fingerprint == other.legacy_fingerprint  # the old scheme could not tell them apart
+    assert served.fingerprint != other.fingerprint
+    assert served.encoder is not other.encoder
+
+
+def rubbish(path: Path) -> None:
+    path.write_bytes(b"rubbish")
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def an_unknown_operator(path: Path) -> None:
+    """Add an operator that plays no part in the vectors, and that ONNX Runtime does not know."""
+    model = onnx.load(str(path))
+    model.graph.node.append(helper.make_node("NoSuchOperator", ["sentence_embedding"], ["more"]))
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("spoil", [rubbish, cut_off, an_unknown_operator])
+def test_a_model_that_cannot_be_loaded_is_refused_whatever_is_served(
+    registry: Registry, tiny_bundle: Path, copy: Path, spoil: object
+) -> None:
+    registry.load("served", tiny_bundle)
+    assert callable(spoil)
+    spoil(copy / MODEL)
+    forged(copy, tiny_bundle)
+    with pytest.raises(ModelLoadError, match=r"model\.onnx cannot be (loaded|read)"):
+        registry.load("copy", copy)
+    assert [model.name for model in registry.models()] == ["served"]
+
+
+def test_weights_that_the_manifest_does_not_list_are_refused(copy: Path) -> None:
+    onnx.save(onnx.load(str(copy / MODEL)), str(copy / MODEL), save_as_external_data=True, location="w")
+    manifest = Manifest.from_json((copy / "emberpc.json").read_text(encoding="utf-8"))
+    finish_bundle(copy, manifest)
+    assert Model.load("m", copy).fingerprint
+    data = json.loads((copy / "emberpc.json").read_text(encoding="utf-8"))
+    del data["files"]["onnx/w"]
+    (copy / "emberpc.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ModelLoadError, match=r"onnx/w holds weights and is not in the manifest"):
+        Model.load("m", copy)
+
+
+@pytest.fixture
+def foreign(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny encoder as another exporter writes it: no manifest, and the weights in `model.onnx.data`."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(tiny_bundle, folder)
+    (folder / "emberpc.json").unlink()
+    model = onnx.load(str(folder / MODEL))
+    onnx.save(model, str(folder / MODEL), save_as_external_data=True, location="model.onnx.data")
+    return folder
+
+
+def test_foreign_folders_with_one_graph_and_different_data_files_are_two_models(
+    registry: Registry, foreign: Path, tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    shutil.copytree(foreign, second)
+    data = second / "onnx" / "model.onnx.data"
+    weights = np.frombuffer(data.read_bytes(), dtype=np.float32).copy()
+    tensors = onnx.load(str(second / MODEL), load_external_data=False).graph.initializer
+    words = next(each for each in tensors if "word_embeddings" in each.name)
+    place = {entry.key: entry.value for entry in words.external_data}
+    start, length = int(place.get("offset", 0)) // 4, int(place["length"]) // 4
+    weights[start : start + length] *= -1
+    data.write_bytes(weights.tobytes())
+    one, other = registry.load("one", foreign), registry.load("other", second)
+    assert one.fingerprint != other.fingerprint
+    assert one.encoder is not other.encoder
+    assert set(one.manifest.files) == {"tokenizer.json", "onnx/model.onnx", "onnx/model.onnx.data"}
+    assert one.manifest.revision != other.manifest.revision
+    tokens = [np.array([2, 7, 8, 9, 3])]
+    assert not np.allclose(one.encoder.run(tokens), other.encoder.run(tokens), atol=1e-3)
+    assert not one.legacy_fingerprint  # it did not cover model.onnx.data, so it binds nothing
+
+
+def test_a_session_is_not_widened_with_other_weights(foreign: Path) -> None:
+    session = OnnxSession(foreign / MODEL)
+    assert session.with_threads(2)
+    data = foreign / "onnx" / "model.onnx.data"
+    content = data.read_bytes()
+    data.unlink()
+    data.write_bytes(content)
+    with pytest.raises(SessionError, match="was written again"):
+        session.with_threads(2)
