@@ -68,7 +68,7 @@ def test_a_restored_collection_is_the_same_in_all_but_its_name(tmp_path: Path) -
 def test_a_collection_with_a_damaged_record_is_not_backed_up_until_it_is_repaired(collection: Collection) -> None:
     collection.upsert(records("a", "b"), vectors(2))
     collection._store._writer.execute("UPDATE records SET text = 'another' WHERE id = 'b'")
-    with refused(Code.INTERNAL, "'b' is damaged"):
+    with refused(Code.DATA_LOSS, "'b' is damaged"):
         taken(collection)
     collection.delete(["b"])
     assert taken(collection)

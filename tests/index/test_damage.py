@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
 from emberpc.server.index.filters import Comparison, Not, Operator
+from emberpc.server.index.reembedding import Reembedding
 from index.support import gaussian, recall, refused
 
 COUNT, WIDTH = 60, 8
@@ -29,14 +31,19 @@ def new_records() -> list[NewRecord]:
 
 @contextmanager
 def damaged(
-    folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE
+    folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: bool = False
 ) -> Iterator[Collection]:
-    """Make a collection, change one of its records behind the index's back, and open it again."""
+    """Make a collection, change one of its records behind the index's back, and open it again.
+
+    With `older`, a version wrote it that had one checksum for each record.
+    """
     index = Index(folder, buffer_limit=8)
     index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(new_records(), VECTORS)
     index.close()
     (path,) = folder.rglob("records.db")
     with closing(sqlite3.connect(path)) as connection:
+        if older:
+            connection.executescript("ALTER TABLE records DROP COLUMN text_checksum; PRAGMA user_version = 4")
         connection.execute(f"UPDATE records SET {assignment} WHERE id = '{LOST}'", parameters)
         connection.commit()
     for graph in folder.rglob("graph-*"):
@@ -111,14 +118,110 @@ def test_a_record_that_cannot_be_read_is_left_out(
         assert collection.count(EVEN) == COUNT // 2
         assert sum(cluster.record_count for cluster in collection.clusters(3, 50, lambda: False)) >= COUNT - 1
         assert collection.duplicates(0.999, lambda: False) == []
-        with refused(Code.INTERNAL, LOST):
+        with refused(Code.DATA_LOSS, LOST):
             collection.get(["r00001", LOST])
         assert [record.id for record in collection.get(["r00001"])] == ["r00001"]
         assert caplog.text.count("damaged on disk") == 1
         found = [problem.id for step in collection.verify() for problem in step.problems]
         assert found == [LOST]
-        with refused(Code.INTERNAL):
+        with refused(Code.DATA_LOSS, LOST):
             list(collection.backup(lambda: False))
+
+
+#: What was changed reads well; only the checksum shows it.
+FLIPPED = VECTORS[7] * np.where(np.arange(WIDTH) == 3, -1, 1)
+READABLE = {
+    "text": ("text = ?", f"text of {LOST[:-1]}6"),
+    "label": ("class_label = ?", "a"),
+    "metadata": ("metadata = ?", '{"even": false, "n": 1}'),
+    "vector": ("vector = ?", FLIPPED.astype("<f4").tobytes()),
+}
+CHECKSUMS = {
+    "text checksum": ("text_checksum = ?", 7),
+    "text checksum of another type": ("text_checksum = ?", "x"),
+    "checksum of another type": ("checksum = ?", "x"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "older"),
+    [
+        *((change, False) for change in (READABLE | CHECKSUMS).values()),
+        *((change, True) for change in READABLE.values()),
+    ],
+    ids=[*READABLE, *CHECKSUMS, *(f"{name}, older" for name in READABLE)],
+)
+def test_a_record_that_was_changed_on_disk_is_left_out_though_it_reads_well(
+    tmp_path: Path, change: tuple[str, object], older: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Without its vector such a record is as it was written.
+    right_without_vector = change[0].startswith(("vector", "checksum")) and not older
+    with damaged(tmp_path, *change, older=older) as collection:
+        for with_vectors in (False, True):
+            (found,) = collection.search(VECTORS[7:8], COUNT, with_vectors=with_vectors)
+            assert sorted(record.id for record, _ in found.hits) == [each for each in TRUTH if each != LOST]
+        check_pages(collection, with_vectors=True)
+        if not right_without_vector:
+            check_all_but_the_lost(collection, maintained=False)
+            check_pages(collection, with_vectors=False)
+        examples = [each.id for cluster in collection.clusters(3, 50, lambda: False) for each in cluster.examples]
+        assert sorted(examples) == [each for each in TRUTH if each != LOST]
+        for with_vectors in (False, True):
+            if with_vectors or not right_without_vector:
+                with refused(Code.DATA_LOSS, LOST, "upsert it again"):
+                    collection.get(["r00001", LOST], with_vectors=with_vectors)
+        assert caplog.text.count("damaged on disk") == 1
+        with refused(Code.DATA_LOSS, LOST):
+            list(collection.backup(lambda: False))
+        assert [problem.id for step in collection.verify() for problem in step.problems] == [LOST]
+        collection.upsert([NewRecord(LOST, f"text of {LOST}", {"even": False})], VECTORS[7:8])
+        assert collection.search(VECTORS[7:8], 1)[0].hits[0][0].id == LOST
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["", "older"])
+def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older: bool) -> None:
+    with damaged(tmp_path, "id = ?", "changed", older=older) as collection:
+        for found in (
+            collection.search(VECTORS[7:8], COUNT)[0],
+            collection.search_words(["text"], [COUNT])[0],
+        ):
+            assert sorted(record.id for record, _ in found.hits) == [each for each in TRUTH if each != LOST]
+        assert "changed" not in {record.id for record in collection.page(100, "")[0]}
+        with refused(Code.DATA_LOSS, "changed"):
+            collection.get(["changed"])
+        assert collection.duplicates(-1, lambda: False)
+        assert not any(
+            "changed" in (pair.first_id, pair.second_id) for pair in collection.duplicates(-1, lambda: False)
+        )
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["", "older"])
+def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
+    with (
+        damaged(tmp_path / "source", "text = 'another'", older=older) as source,
+        closing(Index(tmp_path / "target")) as index,
+    ):
+        target = index.create(CollectionSpec("c", WIDTH))
+        way = Reembedding(source, target, datetime.now(timezone.utc))
+        with refused(Code.DATA_LOSS, LOST):
+            way.next(COUNT)
+        source.upsert([NewRecord(LOST, f"text of {LOST}")], VECTORS[7:8])
+        while records := way.next(7):
+            way.take(records, VECTORS[: len(records)])
+        assert way.is_complete()
+        assert target.get([LOST])[0].text == f"text of {LOST}"
+
+
+def test_rows_of_an_older_version_are_checked_and_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Opening them gives none a checksum that it did not have."""
+    with damaged(tmp_path, "revision = revision", older=True) as collection:
+        counts = collection._store._writer.execute("SELECT count(checksum), count(text_checksum) FROM records")
+        assert counts.fetchone() == (COUNT, 0)
+        assert recall(collection, TRUTH, VECTORS, 10) == 1
+        assert len(collection.page(100, "", with_vectors=True)[0]) == COUNT
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+    assert "damaged" not in caplog.text
 
 
 @pytest.mark.parametrize("change", METADATA.values(), ids=METADATA)

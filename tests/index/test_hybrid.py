@@ -158,6 +158,7 @@ def test_texts_of_an_older_database_are_found(tmp_path: Path) -> None:
     connection.executescript(
         "DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words; "
         "DROP INDEX records_expiring; ALTER TABLE records DROP COLUMN expires; "
+        "ALTER TABLE records DROP COLUMN text_checksum; "
         "ALTER TABLE records DROP COLUMN checksum; ALTER TABLE state DROP COLUMN identity; PRAGMA user_version = 0"
     )
     connection.close()

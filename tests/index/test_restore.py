@@ -245,7 +245,7 @@ def test_the_backup_of_an_older_version_is_brought_up_to_this_one(index: Index, 
     older = (
         *(f"DROP {what}" for what in ("TRIGGER words_of_new", "TRIGGER words_of_old", "TABLE words")),
         "DROP INDEX records_expiring",
-        *(f"ALTER TABLE records DROP COLUMN {column}" for column in ("checksum", "expires")),
+        *(f"ALTER TABLE records DROP COLUMN {column}" for column in ("text_checksum", "checksum", "expires")),
         "ALTER TABLE state DROP COLUMN identity",
         "PRAGMA user_version = 0",
     )

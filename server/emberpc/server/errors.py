@@ -29,6 +29,7 @@ class Code(Enum):
     UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
 
 
 class StartupError(Exception):

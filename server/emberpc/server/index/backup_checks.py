@@ -20,7 +20,7 @@ import numpy as np
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import backup, schema
 from emberpc.server.index.metric import check_vectors
-from emberpc.server.index.rows import ROW_COLUMNS, Row
+from emberpc.server.index.rows import Row
 from emberpc.server.index.types import CollectionSpec, NewRecord
 from emberpc.server.index.validation import check_records
 
@@ -83,7 +83,7 @@ def check_backup(
             log.warning("a backup is damaged: %s", "; ".join(map(str, found)))
             raise damaged("its database is damaged")
         _check_values(theirs, ours)
-        _check_records(theirs, spec, version >= schema.CHECKSUMMED, stop)
+        _check_records(theirs, _columns(ours), spec, stop)
     return spec, created
 
 
@@ -193,18 +193,21 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
         raise damaged("its numbers contradict each other")
 
 
-def _check_records(
-    theirs: sqlite3.Connection, spec: CollectionSpec, checksummed: bool, stop: Callable[[], bool]
-) -> None:
-    """Check that every record is one that could be written, and as it was written."""
-    columns = ROW_COLUMNS if checksummed else ROW_COLUMNS.replace("checksum", "NULL")
+def _columns(ours: sqlite3.Connection) -> str:
+    """Return the columns of a Row, with NULL for those that the version of a database does not have."""
+    present = {name for (name,) in ours.execute("SELECT name FROM pragma_table_info('records')")}
+    return ", ".join(name if name in present else "NULL" for name in Row._fields)
+
+
+def _check_records(theirs: sqlite3.Connection, columns: str, spec: CollectionSpec, stop: Callable[[], bool]) -> None:
+    """Check that every record is one that could be written, and as it was written; `columns` make a Row."""
     rows = theirs.execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - our own columns
     while batch := rows.fetchmany(_BATCH):
         if stop():
             raise given_up()
         vectors = []
         for row in map(Row._make, batch):
-            _, record_id, text, metadata, label, vector, _ = row
+            _, record_id, text, metadata, label, vector, _, _ = row
             if not row.is_whole:
                 raise damaged(f"its record {record_id!r} is not as it was written")
             if len(vector) != 4 * spec.dimensions:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from emberpc.server.errors import ServiceError
 from emberpc.server.index.metric import are_fit
-from emberpc.server.index.rows import record_of
+from emberpc.server.index.rows import is_sound_vector, record_of
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix, StoredRecord
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _NOT_UTF8 = "Could not decode to UTF-8"
 #: statement's own conditions first.
 _SOUND_ONLY = """WITH records AS (
     SELECT label, id, text, CASE WHEN json_valid(metadata) THEN metadata END AS metadata, class_label, vector, revision,
-        created, updated, expires, checksum
+        created, updated, expires, checksum, text_checksum
     FROM main.records WHERE json_valid(metadata)
 ) """
 
@@ -62,21 +62,25 @@ class Damage:
             self._note(label, f"record {record_id!r}")
         return _select(connection, _SOUND_ONLY + statement, values)
 
-    def records(self, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[int, StoredRecord]]:
-        """Return label and record of each row of `rows.columns_of` that is not damaged."""
+    def records(self, rows: Iterable[Sequence[Any]], *, with_vectors: bool) -> Iterator[tuple[int, StoredRecord]]:
+        """Return label and record of each row of `rows.columns_of(with_vectors)` that is not damaged."""
         for row in rows:
             try:
-                yield row[0], record_of(row, self._spec)
+                yield row[0], record_of(row, self._spec, with_vectors=with_vectors)
             except ServiceError as error:
                 self._note(row[0], f"record {error.metadata['record']!r}")
 
-    def vectors(self, rows: Sequence[Sequence[Any]]) -> tuple[Labels, Matrix]:
-        """Return labels and vectors of rows of both: int64 (n,) and float32 (n, dimensions).
+    def vectors(self, rows: Sequence[Sequence[Any]], damaged: Set[int]) -> tuple[Labels, Matrix]:
+        """Return labels and vectors of rows of `rows.VECTOR_COLUMNS`: int64 (n,) and float32 (n, dimensions).
 
         One that is damaged, or whose record is known to be, is left out.
+
+        Args:
+            rows: the rows.
+            damaged: labels of those that are damaged though a look at these columns does not show it.
         """
         size = 4 * self._spec.dimensions
-        whole = [row for row in rows if isinstance(row[1], bytes) and len(row[1]) == size]
+        whole = [row for row in rows if is_sound_vector(row, size) and row[0] not in damaged]
         data = b"".join([row[1] for row in whole])
         matrix: Matrix = np.frombuffer(data, dtype="<f4").reshape(len(whole), self._spec.dimensions)
         labels = np.array([row[0] for row in whole], dtype=np.int64)

@@ -15,18 +15,26 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.metric import are_fit
 from emberpc.server.index.types import CollectionSpec, Matrix, StoredRecord
 
+#: What Python raises where the value of a damaged column is used.
+DAMAGES = (TypeError, ValueError, OverflowError, OSError, RecursionError)
 #: `json.loads` looks for encodings and blanks first, which takes as long again.
 _DECODE = json.JSONDecoder().raw_decode
-_COLUMNS = "label, id, text, metadata, class_label, revision, created, updated, expires"
+_COLUMNS = "label, id, text, metadata, class_label, revision, created, updated, expires, text_checksum, checksum"
+#: Rows of an older version have only the checksum of texts and vector together.
+_OLDER = "text_checksum IS NULL AND checksum IS NOT NULL"
+#: What `is_sound_vector` takes.
+VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
 # Moments as microseconds, since JSON here has 15 digits only.
-#: Takes a JSON list of labels; gives their records as one value.
-AS_ONE_ROW = """
+#: Takes a JSON list of labels. Gives their records as one JSON value, and the concatenated vectors of those rows that
+#: cannot be checked without them: JSON holds no bytes. For `records_of_one_row`.
+AS_ONE_ROW = f"""
 SELECT json_group_array(json_array(
-    label, id, text, CASE WHEN json_valid(metadata) THEN json(metadata) END, class_label, revision,
+    label, id, text, metadata, class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
-    CAST(round(expires * 1e6) AS INTEGER)
-)) FROM records WHERE label IN (SELECT value FROM json_each(?))
-"""
+    CAST(round(expires * 1e6) AS INTEGER), text_checksum, checksum, CASE WHEN {_OLDER} THEN length(vector) END
+)), CAST(group_concat(CASE WHEN {_OLDER} THEN vector END, '') AS BLOB)
+FROM records WHERE label IN (SELECT value FROM json_each(?))
+"""  # noqa: S608 - our own condition
 
 
 class Row(NamedTuple):
@@ -39,6 +47,7 @@ class Row(NamedTuple):
     class_label: str
     vector: bytes
     checksum: int | None
+    text_checksum: int | None
 
     @property
     def name(self) -> str:
@@ -51,67 +60,118 @@ class Row(NamedTuple):
         texts = (self.id, self.text, self.metadata, self.class_label)
         if not isinstance(self.vector, bytes) or not all(isinstance(each, str) for each in texts):
             return False
-        return self.checksum is None or self.checksum == checksum_of(texts, self.vector)
+        text_checksum = text_checksum_of(*texts)
+        return self.text_checksum in (None, text_checksum) and (
+            self.checksum is None or self.checksum == checksum_of(text_checksum, self.vector)
+        )
 
 
 #: The columns of a Row.
-ROW_COLUMNS = "label, id, text, metadata, class_label, vector, checksum"
+ROW_COLUMNS = ", ".join(Row._fields)
 
 
-def checksum_of(texts: Sequence[str], vector: bytes) -> int:
-    """Return the CRC-32 of id, text, metadata and label, each ended by a byte that no UTF-8 has, and the vector."""
-    return zlib.crc32(vector, zlib.crc32(b"".join(each.encode() + b"\xff" for each in texts)))
+def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
+    """Return the CRC-32 of a record's texts, each ended by a byte that no UTF-8 has; metadata as JSON."""
+    ends = b"\xff"
+    return zlib.crc32(
+        record_id.encode() + ends + text.encode() + ends + metadata.encode() + ends + label.encode() + ends
+    )
+
+
+def checksum_of(text_checksum: int, vector: bytes) -> int:
+    """Return the CRC-32 of a record's texts, whose own is given, and of its vector behind them."""
+    return zlib.crc32(vector, text_checksum)
 
 
 def columns_of(with_vectors: bool) -> str:
     """Return what to select of a record for `record_of`."""
-    return f"{_COLUMNS}, vector" if with_vectors else _COLUMNS
+    return f"{_COLUMNS}, vector" if with_vectors else f"{_COLUMNS}, CASE WHEN {_OLDER} THEN vector END"
 
 
-def record_of(row: Sequence[Any], spec: CollectionSpec) -> StoredRecord:
-    """Make a record of a row of `columns_of`.
+def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
+    """Make a record of a row of `columns_of`, with the same `with_vectors`.
 
     Raises:
-        ServiceError: INTERNAL if it is damaged so much that it is none.
+        ServiceError: DATA_LOSS if it is damaged.
     """
-    record_id, text, label = row[1], row[2], row[4]
+    _, record_id, text, metadata, label, revision, created, updated, expires, text_checksum, checksum, vector = row
     try:
-        metadata = _DECODE(row[3])[0]
-        _check_types(record_id, text, metadata, label)
+        _check_texts(record_id, text, metadata, label, text_checksum, checksum, vector)
         return StoredRecord(
             record_id,
             text,
-            metadata,
+            _decoded(metadata),
             label,
-            row[5],
-            _moment(row[6]),
-            _moment(row[7]),
-            _vector(row[9], spec) if len(row) > 9 else None,
-            None if row[8] is None else _moment(row[8]),
+            revision,
+            _moment(created),
+            _moment(updated),
+            _vector(vector, spec) if with_vectors else None,
+            None if expires is None else _moment(expires),
         )
-    except (TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
+    except DAMAGES as error:
         raise damaged(record_id) from error
 
 
-def record_of_json(row: Sequence[Any]) -> StoredRecord:
-    """Make a record of a row of the value of `AS_ONE_ROW`; raises one of several errors if it is damaged."""
-    _, record_id, text, metadata, label, revision, created, updated, expires = row
-    _check_types(record_id, text, metadata, label)
-    return StoredRecord(
-        record_id,
-        text,
-        metadata,
-        label,
-        revision,
-        _moment(created / 1e6),
-        _moment(updated / 1e6),
-        expire_time=None if expires is None else _moment(expires / 1e6),
-    )
+def records_of_one_row(document: str, vectors: bytes | None) -> dict[int, StoredRecord]:
+    """Make records, by label, of what `AS_ONE_ROW` gives; raises one of `DAMAGES` if one of them is damaged."""
+    records = {}
+    start = 0
+    for row in json.loads(document):
+        label, record_id, text, metadata, class_label, revision, created, updated, expires, text_checksum = row[:10]
+        checksum, size = row[10:]
+        vector = None
+        if size is not None:
+            vector = (vectors or b"")[start : start + size]
+            start += size
+        _check_texts(record_id, text, metadata, class_label, text_checksum, checksum, vector)
+        records[label] = StoredRecord(
+            record_id,
+            text,
+            _decoded(metadata),
+            class_label,
+            revision,
+            _moment(created / 1e6),
+            _moment(updated / 1e6),
+            expire_time=None if expires is None else _moment(expires / 1e6),
+        )
+    return records
 
 
-def _check_types(record_id: object, text: object, metadata: object, label: object) -> None:
-    if type(metadata) is not dict or not (type(record_id) is type(text) is type(label) is str):
+def is_sound_vector(row: Sequence[Any], size: int) -> bool:
+    """Return whether a row of `VECTOR_COLUMNS` has a vector of that many bytes and, as far as it says, the right one.
+
+    A row of an older version has no checksum of its texts; there this says no more than that it has the size.
+    """
+    _, vector, text_checksum, checksum = row
+    if type(vector) is not bytes or len(vector) != size:
+        return False
+    try:
+        return text_checksum is None or checksum is None or checksum_of(text_checksum, vector) == checksum
+    except (TypeError, OverflowError):
+        return False
+
+
+def _check_texts(
+    record_id: Any, text: Any, metadata: Any, label: Any, text_checksum: Any, checksum: Any, vector: Any
+) -> None:
+    """Raise ValueError, TypeError or OverflowError if the texts, or the vector where it is given, are damaged."""
+    if not (type(record_id) is type(text) is type(metadata) is type(label) is str):
         raise TypeError
+    found = text_checksum_of(record_id, text, metadata, label)
+    if text_checksum is not None and text_checksum != found:
+        raise ValueError
+    if vector is not None and checksum is not None and checksum_of(found, vector) != checksum:
+        raise ValueError
+
+
+def _decoded(metadata: str) -> dict[str, Any]:
+    """Return what a JSON object says; raise TypeError or ValueError if it is none."""
+    if metadata == "{}":
+        return {}
+    found = _DECODE(metadata)[0]
+    if type(found) is not dict:
+        raise TypeError
+    return found
 
 
 def _vector(data: Any, spec: CollectionSpec) -> Matrix:
@@ -126,8 +186,8 @@ def damaged(record_id: object) -> ServiceError:
     """Return the error for a record whose row is none any more, and whose id may be of any type."""
     name = record_id if isinstance(record_id, str) else ascii(record_id)
     return ServiceError(
-        Code.INTERNAL,
-        f"record {name!r} is damaged on disk; delete it or write it anew, and see what VerifyCollection finds",
+        Code.DATA_LOSS,
+        f"record {name!r} is damaged on disk; delete it or upsert it again, and see what VerifyCollection finds",
         reason="RECORD_DAMAGED",
         metadata={"record": name},
     )
@@ -145,8 +205,9 @@ def insert_row(
 ) -> int | None:
     """Insert a record: id, text, metadata, label; vector; revision, when made, written, gone. Return its own label."""
     data = vector.astype("<f4").tobytes()
+    text_checksum = text_checksum_of(*texts)
     return connection.execute(
-        "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires, checksum) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*texts, data, *times, checksum_of(texts, data)),
+        "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires, "
+        "text_checksum, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*texts, data, *times, text_checksum, checksum_of(text_checksum, data)),
     ).lastrowid

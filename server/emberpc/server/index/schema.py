@@ -48,8 +48,13 @@ _EXPIRY = (
     "CREATE INDEX records_expiring ON records (expires) WHERE expires IS NOT NULL",
 )
 
-# `rows.checksum_of` what the others hold; NULL in rows of an older version.
+# `rows.checksum_of` the others; NULL in rows of an older version.
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
+
+# `rows.text_checksum_of` id, text, metadata and label, so that these are checked without reading the vector. NULL in
+# rows of an older version, which are checked together with their vectors. The step computes none: given a new checksum,
+# a damaged row would pass for whole.
+_TEXT_CHECKSUM = ("ALTER TABLE records ADD COLUMN text_checksum INTEGER",)
 
 #: Gives the database an identity that no other has.
 IDENTITY_ANEW = "UPDATE state SET identity = lower(hex(randomblob(16)))"
@@ -61,9 +66,7 @@ _IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", IDENTITY_ANEW)
 WORDS_ANEW = ("INSERT INTO words (words) VALUES ('delete-all')", _WORDS[-1])
 
 #: What each step does, statement by statement; a new database goes through all of them too.
-STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM, _IDENTITY)
-#: After so many steps rows have checksums.
-CHECKSUMMED = 3
+STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM, _IDENTITY, _TEXT_CHECKSUM)
 
 
 def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:

@@ -21,7 +21,17 @@ from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.rows import AS_ONE_ROW, ROW_COLUMNS, Row, columns_of, insert_row, record_of, record_of_json
+from emberpc.server.index.rows import (
+    AS_ONE_ROW,
+    DAMAGES,
+    ROW_COLUMNS,
+    VECTOR_COLUMNS,
+    Row,
+    columns_of,
+    insert_row,
+    record_of,
+    records_of_one_row,
+)
 from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
 from emberpc.server.index.validation import check_revision
 
@@ -198,12 +208,12 @@ class Store:
         """Return the records of those ids that are there, all as of one moment.
 
         Raises:
-            ServiceError: besides the usual, INTERNAL if one of them is damaged.
+            ServiceError: besides the usual, DATA_LOSS if one of them is damaged.
         """
         with self.snapshot():
             self._spend("id", list(dict.fromkeys(ids)))
             rows = self._by(self._reader(), "id", list(dict.fromkeys(ids)), columns_of(with_vectors))
-            return {row[1]: record_of(row, self._spec) for row in rows}
+            return {row[1]: record_of(row, self._spec, with_vectors=with_vectors) for row in rows}
 
     def _spend(self, column: str, keys: Sequence[object]) -> None:
         """Count records that are about to be read against the limit of the answer."""
@@ -232,16 +242,15 @@ class Store:
         """
         with translated(self._what):
             try:
-                (document,) = self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()
-                return {row[0]: record_of_json(row) for row in json.loads(document)}
-            except (sqlite3.OperationalError, ValueError, TypeError, OverflowError, OSError):
+                return records_of_one_row(*self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone())
+            except (sqlite3.OperationalError, *DAMAGES):
                 pass  # one of them is damaged
         return self._read(labels, with_vectors=False)
 
     def _read(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
         """Read the records of those labels that are there, one by one, and say which turned out to be damaged."""
         rows = list(self._by(self._reader(), "label", labels, columns_of(with_vectors)))
-        found = dict(self._damage.records(rows))
+        found = dict(self._damage.records(rows, with_vectors=with_vectors))
         if len(found) < len(rows):
             self.on_damage({row[0] for row in rows} - found.keys())
         return found
@@ -264,7 +273,7 @@ class Store:
                 for start in range(0, len(labels), SIZES_AT_ONCE):
                     part = labels[start : start + SIZES_AT_ONCE]
                     rows = {row[0]: row for row in self._by(self._reader(), "label", part, columns_of(with_vectors))}
-                    records = dict(self._damage.records(rows.values()))
+                    records = dict(self._damage.records(rows.values(), with_vectors=with_vectors))
                     for label in part:
                         size += row_bytes(rows[label])
                         if size > self.answers.limit and found:
@@ -333,11 +342,11 @@ class Store:
 
     def ids(self, labels: Sequence[int]) -> dict[int, str]:
         """Return the ids of those labels that are there."""
-        return dict(self._by(self._reader(), "label", labels, "label, id"))
+        return {label: record.id for label, record in self._read(labels, with_vectors=False).items()}
 
     def vectors(self, labels: Sequence[int]) -> tuple[Labels, Matrix]:
         """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
-        return self._damage.vectors(list(self._by(self._reader(), "label", labels, "label, vector")))
+        return self._vectors(list(self._by(self._reader(), "label", labels, VECTOR_COLUMNS)))
 
     def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
         """Return the vectors of all that meet a condition as `vectors` does, so many at a time; within a `snapshot`."""
@@ -347,15 +356,15 @@ class Store:
                 yield self.vectors(labels[start : start + batch])
             return
         with translated(self._what):
-            cursor = self._reader().execute("SELECT label, vector FROM records ORDER BY label")
+            cursor = self._reader().execute(f"SELECT {VECTOR_COLUMNS} FROM records ORDER BY label")  # noqa: S608 - ours
             while rows := cursor.fetchmany(batch):
-                yield self._damage.vectors(rows)
+                yield self._vectors(rows)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
         """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing.
 
         Raises:
-            ServiceError: besides the usual, INTERNAL if one of them is damaged.
+            ServiceError: besides the usual, DATA_LOSS if one of them is damaged.
         """
         with translated(self._what):
             found = self._damage.select(
@@ -363,7 +372,7 @@ class Store:
                 f"SELECT {columns_of(False)} FROM records WHERE label > ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
                 (label, count),
             )
-        return [(row[0], record_of(row, self._spec)) for row in found]
+        return [(row[0], record_of(row, self._spec, with_vectors=False)) for row in found]
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
         """Return the revisions of those ids that are there."""
@@ -420,6 +429,13 @@ class Store:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with translated(self._what), transaction(self._writer):
             yield self._writer
+
+    def _vectors(self, rows: Sequence[tuple[Any, ...]]) -> tuple[Labels, Matrix]:
+        """Return labels and vectors of rows of `VECTOR_COLUMNS`, without the damaged ones."""
+        # Those of an older version, which can be checked only as a whole.
+        older = [row[0] for row in rows if row[2] is None and row[3] is not None]
+        found = [Row(*row) for row in self._by(self._reader(), "label", older, ROW_COLUMNS)]
+        return self._damage.vectors(rows, {row.label for row in found if not row.is_whole})
 
     def _by(
         self, connection: sqlite3.Connection, column: str, keys: Sequence[object], columns: str
