@@ -1,10 +1,10 @@
-"""A disk that is really full: what was acknowledged before stays, and the collection goes on once there is room."""
+"""A disk that is really full: acknowledged writes stay, deletions work, and writes go on once there is room."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,10 @@ import pytest
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.index.filters import Comparison, Operator
+from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.types import Matrix, StoredRecord
-from index.support import gaussian, recall
+from index.support import gaussian, recall, refused
 
 WIDTH, BATCH = 64, 20
 MEGABYTE = 2**20
@@ -79,7 +81,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, caplo
     data = small_disk / "data"
     with closing(Index(data, buffer_limit=8, snapshot_every=50)) as index:
         collection = index.create(CollectionSpec("c", WIDTH))
-        written, refused = fill(collection, 0)
+        written, number = fill(collection, 0)
         check(collection, written)
         collection._upkeep.snapshot()
         assert "no snapshot" in caplog.text
@@ -92,7 +94,85 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, caplo
             check(collection, written)
             collection.maintain()
             check(collection, written)
-            more, refused = fill(collection, refused)
+            more, number = fill(collection, number)
             assert bool(more) >= room
             written |= more
             check(collection, written)
+
+
+def fill_to_the_last_byte(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) -> None:
+    data = small_disk / "data"
+    with closing(Index(data, buffer_limit=8, snapshot_every=50)) as index:
+        for name in ("c", "d"):
+            collection = index.create(CollectionSpec(name, WIDTH))
+            for number in range(8):
+                collection.upsert(*batch(number))
+        fill_to_the_last_byte(small_disk / "ballast")
+        # Until the log is full, writes still find room.
+        _, number = fill(collection, 8)
+        count = collection.count()
+        for i in range(0, count, 5):
+            (gone, *_), _ = collection.page(1, "")
+            deleted = collection.delete([gone.id, "none"])
+            assert deleted.deleted == 1, i
+        ids = [record.id for record in collection.page(1000, "")[0]]
+        assert len(ids) == collection.count() < count
+        assert collection.delete_matching(Comparison("batch", Operator.LESS, 4)).deleted > 0
+        # What the deletions need is not left to other writes.
+        while True:
+            try:
+                collection.upsert(*batch(number))
+            except ServiceError as error:
+                assert error.reason == "DISK_FULL"
+                break
+        assert collection.delete(ids[-3:]).deleted == 3
+        index.delete("c")
+        assert [spec.name for spec in index.page(10, "")[0]] == ["d"]
+        # The space of the collection is free again.
+        assert collection.upsert(*batch(0)).sequence
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+    with closing(Index(data)) as index:
+        assert [spec.name for spec in index.page(10, "")[0]] == ["d"]
+
+
+def test_a_server_that_starts_on_a_full_disk_can_delete(small_disk: Path) -> None:
+    data = small_disk / "data"
+    with closing(Index(data)) as index:
+        for name in ("c", "d"):
+            index.create(CollectionSpec(name, WIDTH)).upsert(*batch(0))
+    fill_to_the_last_byte(small_disk / "ballast")
+    with closing(Index(data)) as index:
+        assert index.get("c").delete(["r00001", "r00002"]).deleted == 2
+        assert index.get("c").count() == BATCH - 2
+        index.delete("d")
+        assert [spec.name for spec in index.page(10, "")[0]] == ["c"]
+    (small_disk / "ballast").unlink()
+    with closing(Index(data)) as index:
+        assert index.get("c").count() == BATCH - 2
+        assert index.get("c").upsert(*batch(0)).inserted == 2
+        assert (data / "reserve").stat().st_size == 1 * MEGABYTE
+
+
+def test_what_only_deletions_may_use_is_allocated_again_once_there_is_room(small_disk: Path) -> None:
+    data = small_disk / "data"
+    with closing(Index(data)) as index:
+        collection = index.create(CollectionSpec("c", WIDTH))
+        collection.upsert(*batch(0))
+        collection.delete(["r00000"])
+        assert (data / "reserve").exists()
+        index.close()
+    (data / "reserve").unlink()
+    fill_to_the_last_byte(small_disk / "ballast")
+    reserve = Reserve(data / "reserve")
+    with refused(Code.RESOURCE_EXHAUSTED, "nothing was done", "make room"):
+        reserve.check("nothing was done")
+    assert not (data / "reserve").exists()
+    (small_disk / "ballast").unlink()
+    reserve.check("nothing was done")
+    assert (data / "reserve").stat().st_blocks * 512 >= 1 * MEGABYTE

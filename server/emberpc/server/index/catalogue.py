@@ -208,6 +208,7 @@ class Index:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             opened.result().drop()
+        self._directory.reserve.refill()
 
     def reembed(self, spec: CollectionSpec) -> Reembedding:
         """Begin to take a collection's records over to another model.
@@ -367,6 +368,7 @@ class Index:
             self._maintainer.wake_at_rest,
             self._expirer.note,
             self._cache,
+            self._directory.reserve,
             pace=self._pace,
             probe_share=self._probe_share,
             answer_bytes=self._answer_bytes,

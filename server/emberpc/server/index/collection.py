@@ -26,6 +26,7 @@ from emberpc.server.index.metric import check_vectors, prepare
 from emberpc.server.index.neighbours import Neighbours
 from emberpc.server.index.probing import Probe, ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
+from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.search_calls import SearchCalls, clause_of
 from emberpc.server.index.searching import Searcher
 from emberpc.server.index.selection import Selector
@@ -67,6 +68,7 @@ class Collection(SearchCalls):
         wake_at_rest: called when there will be, after so many seconds without another such call.
         expire_at: called when there will be work for `expire`, with when, in seconds since 1970.
         cache: keeps records that are found often.
+        reserve: space for deletions on a full disk.
         pace: when the graph takes in vectors, and is saved.
         probe_share: share of the searches that are done again, exactly, to measure recall.
         answer_bytes: most bytes of the records of one answer.
@@ -82,6 +84,7 @@ class Collection(SearchCalls):
         wake_at_rest: Callable[[Collection, float], None],
         expire_at: Callable[[Collection, float], None],
         cache: RecordCache,
+        reserve: Reserve,
         *,
         pace: Pace,
         probe_share: float = 0,
@@ -97,7 +100,7 @@ class Collection(SearchCalls):
         self._calls = Calls(f"collection {spec.name!r}")
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._store = Store(folder, spec, cache, answer_bytes=answer_bytes, create=create)
+        self._store = Store(folder, spec, cache, reserve, answer_bytes=answer_bytes, create=create)
         try:
             self._delete_expired_before_use()
             self._neighbours = Neighbours(spec, self._snapshot() or Graph(spec))

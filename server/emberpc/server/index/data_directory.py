@@ -10,12 +10,14 @@ import sqlite3
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.files import synchronise
+from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 _FORMAT = 2
 _DATABASE = "catalogue.db"
 _COLLECTIONS = "collections"
+_RESERVE = "reserve"
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _WHAT = "the catalogue"
 #: Columns of an entry, but for its time. As bytes: one damaged text would otherwise fail the query for all entries.
@@ -87,7 +90,9 @@ class DataDirectory:
         self.collections = path / _COLLECTIONS
         with ExitStack() as stack:
             stack.enter_context(_lock(path))
-            self._database = _open_catalogue(path)
+            #: What deletions use on a full disk.
+            self.reserve = Reserve(path / _RESERVE)
+            self._database = self.reserve.run(partial(_open_catalogue, path))
             stack.callback(self._database.close)
             self._remove_orphans()
             self._resources = stack.pop_all()
@@ -158,8 +163,7 @@ class DataDirectory:
 
     def delete(self, name: str) -> None:
         """Name a collection no more."""
-        with translated(_WHAT), transaction(self._database):
-            self._database.execute("DELETE FROM collections WHERE name = ?", (name,))
+        self._delete("DELETE FROM collections WHERE name = ?", name)
 
     def reembeddings(self) -> list[Entry]:
         """Return the entries of those that are to take the place of the collections of their names.
@@ -184,8 +188,7 @@ class DataDirectory:
 
     def delete_reembedding(self, name: str) -> None:
         """Name it no more."""
-        with translated(_WHAT), transaction(self._database):
-            self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
+        self._delete("DELETE FROM reembeddings WHERE name = ?", name)
 
     def switch(self, name: str) -> None:
         """Let the one that is to take a collection's place take it; the other is named no more."""
@@ -197,7 +200,15 @@ class DataDirectory:
             )
             self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
 
+    def _delete(self, statement: str, name: str) -> None:
+        def delete() -> None:
+            with translated(_WHAT), transaction(self._database):
+                self._database.execute(statement, (name,))
+
+        self.reserve.run(delete)
+
     def _insert(self, table: str, entry: Entry) -> None:
+        self.reserve.check("no collection was made")
         # The folder must be as lasting as the row that names it.
         for path in (entry.folder, self.collections, self._path):
             synchronise(path)

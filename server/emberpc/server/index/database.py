@@ -61,6 +61,18 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+def empty_log(connection: sqlite3.Connection) -> None:
+    """Move the write-ahead log into the database and give its space back, unless another connection reads it."""
+    connection.execute("PRAGMA busy_timeout = 0")
+    try:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.OperationalError:
+        # What was committed stays in the log.
+        log.warning("the write-ahead log cannot be emptied now", exc_info=True)
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
+
+
 @contextmanager
 def translated(what: str) -> Iterator[None]:
     """Turn SQLite's errors into the server's.

@@ -17,10 +17,11 @@ from emberpc.server.errors import ServiceError, invalid
 from emberpc.server.index import schema
 from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, row_bytes
 from emberpc.server.index.damage import Damage
-from emberpc.server.index.database import connect, transaction, translated
+from emberpc.server.index.database import connect, empty_log, transaction, translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
+from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.rows import (
     AS_ONE_ROW,
     DAMAGES,
@@ -51,6 +52,7 @@ class Store:
         folder: the collection's folder.
         spec: what the collection is.
         cache: keeps records that are found often.
+        reserve: space for deletions on a full disk.
         answer_bytes: most bytes of the records that are read for one answer.
         create: make the database anew.
     """
@@ -60,6 +62,7 @@ class Store:
         folder: Path,
         spec: CollectionSpec,
         cache: RecordCache,
+        reserve: Reserve,
         *,
         answer_bytes: int = ANSWER_BYTES,
         create: bool = False,
@@ -72,13 +75,13 @@ class Store:
         #: Called with labels that a search came upon, of records that turned out to be damaged.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
         self._cache = cache
+        self._reserve = reserve
         self._owner = cache.new_owner()
         self._what = f"collection {spec.name!r}"
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
         self._readers_lock = threading.Lock()
-        with translated(self._what):
-            self._writer = connect(self._path, create=create)
+        self._writer = reserve.run(lambda: self._connect(create=create))
         try:
             with translated(self._what):
                 schema.prepare(self._writer, self._what, create=create)
@@ -109,6 +112,7 @@ class Store:
         if expected_revisions is not None and len(expected_revisions) != len(records):
             what = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
             raise invalid("expected_revisions", what)
+        self._reserve.check(f"nothing was written to {self._what}")
         now = datetime.now(timezone.utc).timestamp()
         with self._writing() as connection:
             present = {
@@ -142,6 +146,7 @@ class Store:
             documents: the metadata of each, as JSON.
             vectors: float32 (records, dimensions), instead of the records' own.
         """
+        self._reserve.check(f"nothing was written to {self._what}")
         with self._writing() as connection:
             removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
             delete_rows(connection, self._spec, removed)
@@ -407,18 +412,30 @@ class Store:
             for connection in (*self._readers, self._writer):
                 connection.close()
 
+    def _connect(self, *, create: bool = False) -> sqlite3.Connection:
+        with translated(self._what):
+            return connect(self._path, create=create)
+
     def _reader(self) -> sqlite3.Connection:
         """Return this thread's own connection."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            with translated(self._what):
-                connection = connect(self._path)
+            connection = self._connect()
             with self._readers_lock:
                 self._readers.append(connection)
             self._local.connection = connection
         return connection
 
     def _delete(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
+        change = self._reserve.run(lambda: self._delete_at_once(find))
+        if not self._reserve.refill():
+            # Most of what the deletion took is in the log, whose pages find room in the database's free ones.
+            with translated(self._what):
+                empty_log(self._writer)
+            self._reserve.refill()
+        return change
+
+    def _delete_at_once(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
         with self._writing() as connection:
             removed = find(connection)
             sequence = self._next_sequence(connection) if removed else self._sequence(connection)

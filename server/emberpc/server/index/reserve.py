@@ -1,0 +1,123 @@
+"""Space on the disk that only deletions use.
+
+A deletion writes to a log before it frees anything, and SQLite makes files when it opens a database, so that neither
+would work on a full disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from emberpc.server.errors import Code, ServiceError
+
+log = logging.getLogger(__name__)
+
+#: Bytes of the reserve: the pages that a deletion of some thousand records writes.
+_SIZE = 16 * 2**20
+#: A disk with less room is full: SQLite needs that much to open a database.
+_FULL = 64 * 2**10
+#: Reasons of errors by which SQLite reports a full disk, beside others.
+_FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
+#: On a small file system the reserve takes this share.
+_SHARE = 8
+
+Result = TypeVar("Result")
+
+
+class Reserve:
+    """A file of allocated blocks that is removed when a deletion finds the disk full. Safe to use from several threads.
+
+    While the file is missing, other writes are refused: they would use the space that the next deletion needs.
+
+    Args:
+        path: the file; allocated here if there is room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._size = min(_SIZE, shutil.disk_usage(path.parent).total // _SHARE)
+        #: Whether other writes are refused.
+        self._missing = False
+        with self._lock:
+            self._allocate()
+
+    def check(self, otherwise: str) -> None:
+        """Allocate the file again if it was removed and there is room.
+
+        Args:
+            otherwise: what is not done without it, for the message, such as "nothing was written".
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if there is no room.
+        """
+        if self.refill():
+            return
+        raise ServiceError(
+            Code.RESOURCE_EXHAUSTED,
+            f"the disk is full; {otherwise}, delete collections or make room, and try again",
+            reason="DISK_FULL",
+        )
+
+    def refill(self) -> bool:
+        """Allocate the file again if it was removed and there is room; return whether writes may go on."""
+        if self._missing:
+            with self._lock:
+                self._allocate()
+        return not self._missing
+
+    def run(self, action: Callable[[], Result]) -> Result:
+        """Run a deletion, or what must come before one; if the disk is full, remove the file and run it again.
+
+        Raises:
+            ServiceError: what `action` raises, RESOURCE_EXHAUSTED if the reserve is used up or does not suffice.
+        """
+        try:
+            return action()
+        except ServiceError as error:
+            full = error.reason == "DISK_FULL" or (error.reason in _FAILURES and self._disk_is_full())
+            if not full or not self._release():
+                raise
+        return action()
+
+    def _disk_is_full(self) -> bool:
+        return shutil.disk_usage(self._path.parent).free < _FULL
+
+    def _release(self) -> bool:
+        """Remove the file; return whether it was there."""
+        with self._lock:
+            self._missing = True
+            try:
+                self._path.unlink()
+            except OSError:
+                return False
+        log.warning(
+            "the disk is full: %s was removed for a deletion; other writes are refused until there is room", self._path
+        )
+        return True
+
+    def _allocate(self) -> None:
+        """Allocate the file; the caller holds the lock."""
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            self._missing = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return
+        try:
+            # A smaller one is left from a crash.
+            os.posix_fallocate(descriptor, 0, self._size)
+            self._missing = False
+        except OSError as error:
+            self._path.unlink(missing_ok=True)
+            self._missing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if not self._missing:
+                log.warning("no space can be reserved for deletions on a full disk: %s cannot be allocated", self._path)
+        finally:
+            os.close(descriptor)
