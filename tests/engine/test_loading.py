@@ -6,12 +6,14 @@ import errno
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.engine import Loader, ModelsDirectory, Registry, watching
 from emberpc.server.errors import Code, ServiceError
 
@@ -219,3 +221,19 @@ def test_an_unreadable_folder_is_told_once_and_holds_up_no_other(
     directory.poll()
     directory.poll()
     assert sorted(served(registry)) == ["a", "b"]
+
+
+def test_closing_waits_for_what_is_loaded_until_its_deadline_only(registry: Registry) -> None:
+    loader, begun, go_on = Loader(registry), threading.Event(), threading.Event()
+
+    def load() -> bool:
+        begun.set()
+        return go_on.wait(30)
+
+    loading, waiting = loader.submit(load), loader.submit(load)
+    assert begun.wait(30)
+    assert not loader.close(Deadline(0))
+    assert waiting.cancelled()
+    go_on.set()
+    assert loading.result(30)
+    assert loader.close(Deadline(30))

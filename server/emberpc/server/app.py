@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
@@ -29,6 +28,7 @@ from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.requests import Limits
 from emberpc.server.services.server_info import ServerService
 from emberpc.server.settings import Settings
+from emberpc.server.stopping import Stopping
 from emberpc.v1 import (
     classification_pb2,
     classification_pb2_grpc,
@@ -67,7 +67,9 @@ SERVICE_NAMES = tuple(
 )
 
 
-async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models: Future[Registry]) -> None:
+async def run(
+    settings: Settings, workers: int, pool: ThreadPoolExecutor, models: Future[Registry], stopping: Stopping
+) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
     Args:
@@ -75,14 +77,13 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
         workers: threads that run models.
         pool: where everything runs that takes long; it must be large enough for some slow calls beside others.
         models: those to serve, which may still be being loaded.
+        stopping: handles the signals; its deadline bounds every wait of the shutdown.
 
     Raises:
         StartupError: the address is taken, a model cannot be served, or the data directory cannot be used.
     """
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    stopping.listen()
     async with AsyncExitStack() as stack:
         statuses = health.aio.HealthServicer()
         server, address = _bind(settings)
@@ -91,7 +92,8 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
             asyncio.run_coroutine_threadsafe(_revive(engine, workers, statuses), loop)
 
         index = await loop.run_in_executor(pool, _open_index, settings)
-        stack.callback(index.close)
+        # Callbacks run last first: what uses the index is stopped before the index is closed.
+        stack.callback(lambda: index.close(stopping.deadline))
         engine = Engine(
             await asyncio.wrap_future(models),
             pool,
@@ -102,8 +104,8 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
             on_failure=on_failure,
         )
         loader = Loader(engine.registry, settings.models_dir, settings.named_variants(), settings.named_options())
-        stack.callback(loader.close)
-        stack.callback(engine.close)
+        stack.callback(lambda: loader.close(stopping.deadline))
+        stack.callback(lambda: engine.close(stopping.deadline))
         if settings.models_dir is not None:
             directory = ModelsDirectory(settings.models_dir, engine.registry, loader, settings.named_models())
             await asyncio.wrap_future(loader.submit(directory.poll))
@@ -121,7 +123,7 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts)
         reembedder = Reembedder(engine, index, pool, limits)
-        stack.push_async_callback(reembedder.close)
+        stack.push_async_callback(lambda: stopping.finish(reembedder.close()))
         _register(handlers, engine, loader, IndexService(engine, index, pool, limits, reembedder), limits, settings)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
         reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -131,12 +133,13 @@ async def run(settings: Settings, workers: int, pool: ThreadPoolExecutor, models
         gc.enable()
         if not settings.batch_tokens:
             calibrating = loop.run_in_executor(pool, engine.calibrate, settings.data_dir / "calibration.json")
-            stack.push_async_callback(asyncio.wait, [calibrating])
+            stack.push_async_callback(lambda: stopping.finish(calibrating))
+        stopping.serving()
         log.info("serving on %s with %d workers", address, workers)
-        await stopping.wait()
+        await stopping.requested.wait()
         log.info("stopping: up to %g seconds for calls in flight", settings.drain_seconds)
         await statuses.enter_graceful_shutdown()
-        await server.stop(settings.drain_seconds)
+        await stopping.finish(server.stop(settings.drain_seconds))
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:

@@ -14,6 +14,7 @@ from emberpc.server.cores import usable_cores
 from emberpc.server.errors import StartupError
 from emberpc.server.portable import hnswlib_problem
 from emberpc.server.settings import Settings
+from emberpc.server.stopping import Stopping
 
 if TYPE_CHECKING:
     from emberpc.server.engine import Registry
@@ -28,6 +29,8 @@ _EXTRA_THREADS = 4
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
+    Returns, or ends the process with exit code 0, at most two seconds after the drain time.
+
     Raises:
         StartupError: the address is taken, a model cannot be served, the data directory cannot be used, or hnswlib
             does not run on this processor.
@@ -38,13 +41,18 @@ def serve(settings: Settings) -> None:
     workers = settings.workers or usable_cores()
     # Before it is used on another thread: two that import the same modules can see one half done.
     import_module("emberpc.server.engine")
-    with ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool") as pool:
+    pool = ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool")
+    stopping = Stopping(settings.drain_seconds)
+    try:
         models = pool.submit(_load_models, settings, pool)
         if problem := hnswlib_problem(settings.data_dir, lambda: import_module("emberpc.server.handlers")):
             raise StartupError(problem)
         from emberpc.server.app import run  # noqa: PLC0415 - it imports hnswlib, and takes as long as loading a model
 
-        asyncio.run(run(settings, workers, pool, models))
+        asyncio.run(run(settings, workers, pool, models, stopping))
+    finally:
+        # Unlike a `with` of the pool, it waits no longer than the deadline, which is infinite without a signal.
+        stopping.end(pool)
 
 
 def _load_models(settings: Settings, pool: Executor) -> Registry:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.model import Model, ModelLoadError, Tell
 from emberpc.server.engine.registry import Registry
@@ -44,14 +45,27 @@ class Loader:
         self._variants = variants or {}
         self._options = options or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        #: Not done yet; a set that only the methods below change.
+        self._submitted: set[Future[Any]] = set()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Run something after what was submitted before; it goes on if nobody waits for it any more."""
-        return self._thread.submit(work)
+        future = self._thread.submit(work)
+        self._submitted.add(future)
+        future.add_done_callback(self._submitted.discard)
+        return future
 
-    def close(self) -> None:
-        """Wait for what is being done, and drop what waits."""
-        self._thread.shutdown(cancel_futures=True)
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Drop what waits, and wait for what is being done.
+
+        Args:
+            deadline: until when to wait; None: without limit.
+
+        Returns:
+            Whether nothing is being done any more.
+        """
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        return not wait(list(self._submitted), (deadline or Deadline()).seconds_left).not_done
 
     def load(self, name: str, path: str, variant: str = "", tell: Tell = lambda stage: None) -> Model:
         """Serve a bundle under a new name. Takes seconds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError, not_found
 from emberpc.server.index.backup import Piece
 from emberpc.server.index.clusters import Cluster
@@ -173,8 +174,8 @@ class IndexBackend(Protocol):
     def probed(self) -> dict[str, ProbeFigures]:
         """Return what probes of searches found, by collection; nothing where there are none."""
 
-    def close(self) -> None:
-        """Let calls under way finish, and give everything up."""
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Let calls under way finish, and give everything up; return whether that was done by the deadline."""
 
 
 def no_collection(name: str) -> ServiceError:

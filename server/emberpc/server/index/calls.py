@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 
 
@@ -53,9 +54,13 @@ class Calls:
     def end(self) -> bool:
         """Let no more calls in and wait for those under way; return False if that was done before."""
         first = self.begin_end()
-        with self._mutex:
-            self._idle.wait_for(lambda: not self._count)
+        self.wait(Deadline())
         return first
+
+    def wait(self, deadline: Deadline) -> bool:
+        """Wait for the calls under way; return whether they ended by the deadline."""
+        with self._mutex:
+            return self._idle.wait_for(lambda: not self._count, deadline.seconds_left)
 
     def begin(self) -> None:
         """Count a call in; for `one`."""

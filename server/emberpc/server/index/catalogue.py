@@ -7,11 +7,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.backend import collection_exists, no_collection
 from emberpc.server.index.collection import Collection
@@ -294,21 +296,50 @@ class Index:
         if reembedding is not None:
             reembedding.target.drop()
 
-    def close(self) -> None:
-        """Let calls under way finish, save snapshots, close every collection, and give up the directory."""
-        with self._lock:
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Let calls under way finish, save snapshots, close every collection, and give up the directory.
+
+        Args:
+            deadline: until when to wait for calls; None: without limit. Collections whose calls run on stay open, and
+                then the directory is not given up. Nothing that was acknowledged is lost by that.
+
+        Returns:
+            Whether all is closed.
+        """
+        deadline = deadline or Deadline()
+        locked = self._lock.acquire(timeout=deadline.seconds_left)
+        try:
             if self._closed:
-                return
+                return True
             self._closed = True
+            opened, reembeddings = list(self._open.values()), list(self._reembeddings.values())
+        finally:
+            if locked:
+                self._lock.release()
+        collections, closed = [reembedding.target for reembedding in reembeddings], [locked]
+        for each in opened:
+            try:
+                if each.exception(deadline.seconds_left) is None:
+                    collections.append(each.result())
+            except FutureTimeoutError:  # it is still being opened
+                closed.append(False)
+        for collection in collections:
+            collection.end_calls()  # so that calls that run long stop, in all collections at once
         with ExitStack() as stack:
-            stack.callback(self._directory.close)
-            stack.callback(self._maintainer.close)
-            stack.callback(self._expirer.close)
-            for opened in [*self._open.values()]:
-                if opened.exception() is None:
-                    stack.callback(opened.result().close)
-            for reembedding in self._reembeddings.values():
-                stack.callback(reembedding.target.close)
+            stack.callback(self._give_up_directory, closed)
+            stack.callback(lambda: closed.append(self._maintainer.close(deadline)))
+            stack.callback(lambda: closed.append(self._expirer.close(deadline)))
+            for collection in collections:
+                stack.callback(self._close_one, collection, deadline, closed)
+        return all(closed)
+
+    def _give_up_directory(self, closed: list[bool]) -> None:
+        if all(closed):  # else the next server would use it while this one still writes
+            self._directory.close()
+
+    @staticmethod
+    def _close_one(collection: Collection, deadline: Deadline, closed: list[bool]) -> None:
+        closed.append(collection.close(deadline))
 
     @contextmanager
     def _use(self) -> Iterator[None]:

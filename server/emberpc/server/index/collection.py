@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.index import snapshots
 from emberpc.server.index.backup import Piece, copy_of, pieces
@@ -98,6 +99,8 @@ class Collection(SearchCalls):
         self._wake_at_rest: Callable[[float], None] = lambda seconds: wake_at_rest(self, seconds)
         self._expire_at = expire_at
         self._calls = Calls(f"collection {spec.name!r}")
+        self._closing = threading.Lock()
+        self._closed = False
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
         self._store = Store(folder, spec, cache, reserve, answer_bytes=answer_bytes, create=create)
@@ -201,7 +204,7 @@ class Collection(SearchCalls):
             self._selector.note(sequence, ())
 
     def end_calls(self) -> None:
-        """Let no more calls in: another collection has taken its place. Those under way can still read."""
+        """Let no more calls in, and have long ones stop. Those under way can still read."""
         self._calls.begin_end()
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
@@ -299,17 +302,38 @@ class Collection(SearchCalls):
         with self._calls.one():
             return self._store.next_expiry()
 
-    def close(self) -> None:
-        """Wait for the calls under way, save a snapshot if the graph changed, and close the database."""
-        if self._calls.end():
-            self._upkeep.save()
-            self._store.close()
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Wait for the calls under way, save a snapshot if the graph changed, and close the database.
+
+        Args:
+            deadline: until when to wait for the calls; None: without limit. If they do not end in time, the database
+                stays open. If it has passed, no snapshot is begun: the next start then takes longer.
+
+        Returns:
+            Whether the database is closed.
+        """
+        deadline = deadline or Deadline()
+        self.end_calls()
+        if not self._calls.wait(deadline):
+            log.warning("collection %s: calls still run, so its database is not closed", self.spec.name)
+            return False
+        with self._closing:
+            if not self._closed and deadline.seconds_left:
+                self._upkeep.save()
+            self._close_store()
+        return True
 
     def drop(self) -> None:
         """Wait for the calls under way, close the database, and remove all that the collection has on disk."""
-        if self._calls.end():
-            self._store.close()
+        self._calls.end()
+        with self._closing:
+            self._close_store()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _close_store(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._store.close()
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
         with self._writing():

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Protocol
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,19 @@ class Expirer:
                 self._thread = threading.Thread(target=self._run, name="index-expiry", daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Stop the thread after the deletion that it is at."""
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Stop the thread after the deletion that it is at.
+
+        Args:
+            deadline: until when to wait for the thread; None: without limit.
+
+        Returns:
+            Whether the thread has ended.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread:
-            self._thread.join()
+        return self._thread is None or (deadline or Deadline()).join(self._thread)
 
     def _run(self) -> None:
         while (collection := self._next()) is not None:

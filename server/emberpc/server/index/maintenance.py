@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
 
@@ -43,13 +44,19 @@ class Maintainer:
             if not self._closed and not known:
                 self._stir()
 
-    def close(self) -> None:
-        """Stop the thread after the collection that it is at; close the collections first, so that it is short."""
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Stop the thread after the collection that it is at; close the collections first, so that it is short.
+
+        Args:
+            deadline: until when to wait for the thread; None: without limit.
+
+        Returns:
+            Whether the thread has ended.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread:
-            self._thread.join()
+        return self._thread is None or (deadline or Deadline()).join(self._thread)
 
     def _stir(self) -> None:
         self._changed.notify()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.backend import RestorationBackend, collection_exists, no_collection, unsupported
 from emberpc.server.index.probing import ProbeFigures
@@ -126,9 +127,10 @@ class MilvusIndex:
         """Return nothing: to repeat a search exactly, all vectors would have to be here."""
         return {}
 
-    def close(self) -> None:
+    def close(self, deadline: Deadline | None = None) -> bool:
         """Give up the connection."""
         self._connection.close()
+        return True
 
     def _keep(self, spec: CollectionSpec, created: datetime) -> MilvusCollection:
         """Have a collection loaded and keep it at hand."""
