@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 from time import perf_counter, sleep
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Item, Queue
 from emberpc.server.engine.calls import Caller, Lane
-from emberpc.server.engine.scheduler import Scheduler
+from emberpc.server.engine.scheduler import Rates, Scheduler
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
@@ -208,9 +211,65 @@ async def test_nothing_is_refused_for_want_of_time_before_a_full_batch_told_how_
     assert len((await idle.run(Lengths(), texts(*[50] * 100), Caller(deadline=perf_counter() + 2))).rows) == 100
 
 
+def timed(rates: Iterable[float]) -> Rates:
+    measured = Rates()
+    for rate in rates:
+        measured.add(rate)
+    return measured
+
+
+def test_one_batch_makes_no_rate() -> None:
+    assert not timed([1.0]).measured
+    assert timed([1.0]).best == inf
+    assert timed([1.0, 4000.0, 5000.0]).usual == 4000.0
+
+
+@given(rates=st.lists(st.floats(1.0, 1e6), min_size=3, max_size=40))
+def test_no_batch_was_faster_than_the_best_rate(rates: list[float]) -> None:
+    measured = timed(rates)
+    assert measured.best == max(rates)
+    assert min(rates) <= measured.usual <= measured.best
+
+
+def test_a_host_that_became_slower_has_another_best_rate_at_last() -> None:
+    assert timed([9000.0, *[100.0] * 1500]).best == 9000.0
+    assert timed([9000.0, *[100.0] * 2500]).best == 100.0
+
+
+async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Make) -> None:
+    """The rate of the slow batches says 800 seconds, their best 20: that is the least that the call takes."""
+    busy, gate = scheduler(workers=1), Gate()
+    running = asyncio.create_task(busy.run(gate, texts(5)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    accepted = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
+    await asyncio.sleep(0)
+    for rate in (400.0, 10.0, 10.0, 10.0, 10.0):
+        busy._rates.add(rate)
+    gate.open.set()
+    assert len((await accepted).rows) == 160
+    await running
+    assert busy.counts.expired == 0
+
+
+async def test_accepted_work_is_dropped_when_its_least_time_is_past_the_deadline(scheduler: Make) -> None:
+    busy, gate = scheduler(workers=1), Gate()
+    running = asyncio.create_task(busy.run(gate, texts(5)))
+    await asyncio.to_thread(gate.entered.wait, 30)
+    hopeless = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        busy._rates.add(10.0)
+    gate.open.set()
+    with pytest.raises(ServiceError) as dropped:
+        await hopeless
+    assert dropped.value.code is Code.DEADLINE_EXCEEDED
+    await running
+
+
 async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    await busy.run(Slow(), texts(64))
+    for _ in range(3):
+        await busy.run(Slow(), texts(64))
     running = asyncio.create_task(busy.run(gate, texts(50)))
     await asyncio.to_thread(gate.entered.wait, 30)
     waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))

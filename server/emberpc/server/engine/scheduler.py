@@ -7,11 +7,13 @@ import logging
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
+from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -26,8 +28,12 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Weight of the newest batch in the running mean of tokens per second.
-_RATE_WEIGHT = 0.05
+#: Batches whose median is the rate that calls are refused by. One slow or fast batch does not move a median.
+_RATE_BATCHES = 9
+#: So many batches are measured before a call is refused for want of time.
+_LEAST_BATCHES = 3
+#: The fastest batch of about so many is the best rate: a host that has become slower for good is noticed at last.
+_BEST_BATCHES = 1000
 #: Smaller batches, as a share of the size that is meant, tell nothing of what a worker does when much waits.
 _TELLING = 0.25
 #: Tokens per second assumed of one worker until one is measured; no call is refused by it for want of time.
@@ -58,6 +64,35 @@ class Counts:
     lost_workers: int = 0
 
 
+class Rates:
+    """Tokens per second of one worker, as measured. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=_RATE_BATCHES)
+        #: The fastest of the batches counted, and of those that were counted before.
+        self._fastest, self._fastest_before, self._counted = 0.0, 0.0, 0
+        self.usual = _FIRST_RATE
+
+    @property
+    def measured(self) -> bool:
+        """Whether enough batches were measured to refuse a call for want of time."""
+        return len(self._latest) >= _LEAST_BATCHES
+
+    @property
+    def best(self) -> float:
+        """The rate of the fastest batch, which no estimate may exceed; infinite until enough were measured."""
+        return max(self._fastest, self._fastest_before) if self.measured else inf
+
+    def add(self, rate: float) -> None:
+        """Take in the rate of a batch."""
+        self._latest.append(rate)
+        self.usual = median(self._latest)
+        if self._counted >= _BEST_BATCHES:
+            self._fastest, self._fastest_before, self._counted = 0.0, self._fastest, 0
+        self._fastest = max(self._fastest, rate)
+        self._counted += 1
+
+
 class Scheduler:
     """Runs jobs on a fixed number of threads.
 
@@ -85,8 +120,7 @@ class Scheduler:
         self._work_waits = threading.Condition(self._lock)
         self._express_waits = threading.Condition(self._lock)
         self._closing = False
-        self._rate = _FIRST_RATE
-        self._measured = False
+        self._rates = Rates()
         self._alive = 0
         self._busy = 0
         self._at_bulk = 0
@@ -152,7 +186,7 @@ class Scheduler:
     @property
     def tokens_per_second(self) -> float:
         """What one worker does, as lately measured."""
-        return self._rate
+        return self._rates.usual
 
     def close(self, deadline: Deadline | None = None) -> bool:
         """Stop the workers after the batches that they run, and wait for them; what waits fails with UNAVAILABLE.
@@ -206,11 +240,11 @@ class Scheduler:
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
         """Refuse a call of so many tokens that would not be done in time."""
-        if caller.deadline == inf or not self._measured:
+        if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
         # Its own tokens, and the rest of the batch that is being run when it comes.
-        needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rate if wait else 0.0)
+        needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
         if _MARGIN * needed > caller.deadline - perf_counter():
             self.counts.refused += 1
             raise ServiceError(
@@ -234,11 +268,11 @@ class Scheduler:
 
     def _seconds(self, tokens: int) -> float:
         """Estimate how long all workers take for so many tokens."""
-        return tokens / (self._rate * max(1, self._alive))
+        return tokens / (self._rates.usual * max(1, self._alive))
 
     def _least_seconds(self, job: Job) -> float:
-        """Estimate how long what is left of a job takes at least; 0 until it was measured."""
-        return self._seconds(job.tokens_left) if self._measured else 0.0
+        """Return how long the rest of a job takes at least, at the best rate of all workers; 0 until it is measured."""
+        return job.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
         """Return whether interactive work waits, and all workers are at bulk work."""
@@ -358,9 +392,7 @@ class Scheduler:
         with self._lock:
             # What several threads did together does not tell of what one worker does.
             if threads == 1 and tokens >= self._batch_tokens * _TELLING:
-                rate = tokens / (end - start)
-                self._rate = self._rate + _RATE_WEIGHT * (rate - self._rate) if self._measured else rate
-                self._measured = True
+                self._rates.add(tokens / (end - start))
             self.counts.batches += 1
             self.counts.texts += len(batch)
             self.counts.tokens += tokens
