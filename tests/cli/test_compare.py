@@ -107,11 +107,11 @@ def test_a_place_that_a_winner_cannot_be_written_to_is_refused_before_anything_i
     (taken := tmp_path / "taken").mkdir()
     (taken / "notes.txt").write_text("mine")
     report = tmp_path / "report"
-    options = ["--strategy", "linear", "--budget", "1", "-o", report, "--export-winner"]
-    outcome = emberpc("compare", *files, *options, taken, "--overwrite")
+    options = ["--budget", "1", "-o", report, "--strategy"]
+    outcome = emberpc("compare", *files, *options, "linear", "--export-winner", taken, "--overwrite")
     assert outcome.code == 5, outcome.err
     assert "holds something that is not a bundle" in outcome.err
-    outcome = emberpc("compare", *files, *options, tmp_path / "winner", "--strategy", "nearest")
+    outcome = emberpc("compare", *files, *options, "nearest", "--export-winner", tmp_path / "winner")
     assert outcome.code == 2
     assert "none of nearest can be exported; add one of zero-shot, centroids, linear" in outcome.err
     assert not report.exists()
@@ -157,7 +157,7 @@ def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[obj
         (["--strategy", "linear,magic"], "there is no strategy 'magic'; there are: zero-shot"),
         (["--time-limit", "soon"], "--time-limit is 'soon'; give a number and s, m or h"),
         (["--time-limit", "1s"], "left no time for anything; allow more"),
-        (["--test", "nothing.csv"], "nothing.csv"),
+        (["--descriptions", "nothing.csv"], "nothing.csv"),
     ],
 )
 def test_bad_options_are_named(

@@ -62,7 +62,7 @@ def test_no_server(emberpc: Emberpc) -> None:
         (["upsert", "c", "no-such-file.jsonl"], "no-such-file.jsonl cannot be read: No such file or directory"),
         (["upsert", "c", "data.xlsx"], "data.xlsx: cannot tell what it holds by its name"),
         (["embed", "a\udce9"], "texts[0] holds a lone surrogate"),
-        (["models", "--timeout", "0"], "timeout is 0.0 seconds"),
+        (["models", "--timeout", "0"], "timeout is 0 seconds"),
     ],
 )
 def test_wrong_usage(emberpc: Emberpc, fake: FakeServer, arguments: list[str], words: str) -> None:

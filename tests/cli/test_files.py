@@ -104,7 +104,7 @@ def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: byte
         ("r.csv", 'id,text\na,t\nb,"open\nand\nopen\n', ":3: the table is damaged here"),
         ("r.csv", "id,metadata\na,{}\nb,{x}\n", ":3: metadata is not JSON"),
         ("r.csv", "id,metadata\na,[1]\n", ":2: metadata is no JSON object"),
-        ("r.tsv", "id,text\n", ":1: there is no column id; the columns are id,text"),
+        ("r.tsv", "id,text\n", ":1: the columns seem to be separated by commas"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:

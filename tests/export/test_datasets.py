@@ -99,7 +99,6 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         ("data.csv", "text,label\n" + "a" * 200_000 + ",x\n", "line 2: .*no text have more than 131072 characters"),
         ("data.csv", "", "has no rows"),
         ("data.csv", "text,label\n", "has no rows"),
-        ("data.tsv", "text,label\na,x\n", "there is no column 'text'; there are: text,label"),
         ("data.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', "line 2: it is not JSON"),
         ("data.jsonl", '["a", "x"]\n', "line 1: it is not a JSON object"),
         ("data.jsonl", "[" * 100_000, "line 1: it is not JSON"),
@@ -151,3 +150,18 @@ def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Pa
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ExportError, match=r"data\.parquet"):
         read_labelled(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.csv", "text;label\na;b\n", "line 1: the columns seem to be separated by semicolons, and .csv has commas"),
+        ("d.csv", "text\tlabel\na\tb\n", "separated by tabs, and .csv has commas"),
+        ("d.tsv", "text,label\na,b\n", "separated by commas, and .tsv has tabs"),
+        ("d.csv", "text,label,label\na,b,c\n", "line 1: the column 'label' is there twice"),
+        ("d.tsv", "text\tlabel\ttext\na\tb\tc\n", "line 1: the column 'text' is there twice"),
+    ],
+)
+def test_a_header_that_cannot_be_meant_so_is_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
+    with pytest.raises(ExportError, match=words):
+        read_labelled(write(tmp_path, name, content))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.sources import find_source
 from fixtures_bundles import MakeSource, minilm_source
@@ -106,3 +107,12 @@ def test_offline_a_hub_id_that_is_not_in_the_cache_is_refused_in_words(
     with pytest.raises(ExportError, match=r"'nobody/nothing' is no folder here .*hub did not give it") as caught:
         find_source("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_refused_with_the_model_that_it_belongs_to(tmp_path: Path, whole: bool) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/encoder"}')
+    if whole:  # the configuration of the base model lies beside it
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ExportError, match=r"is an adapter .* for some/encoder; merge the two .*merge_and_unload"):
+        read_encoder(tmp_path)

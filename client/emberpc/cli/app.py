@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import traceback
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -15,7 +14,8 @@ from typing import Annotated
 import typer
 
 from emberpc.cli import output
-from emberpc.cli.errors import ExitCode, exit_code
+from emberpc.cli.errors import CliError, ExitCode, exit_code
+from emberpc.cli.options import OnceCommand
 
 _EPILOG = (
     "Exit codes: 0 done; 1 unexpected; 2 wrong usage or input; 3 no server, or no answer in time; 4 not found; "
@@ -73,9 +73,11 @@ def app_with(*names: str) -> typer.Typer:
         command = _COMMANDS[name]
         found = getattr(import_module(f"emberpc.cli.{command.module}"), command.attribute)
         if isinstance(found, typer.Typer):
+            for registered in found.registered_commands:
+                registered.cls = OnceCommand
             app.add_typer(found, name=name, rich_help_panel=command.panel)
         else:
-            app.command(name, rich_help_panel=command.panel)(found)
+            app.command(name, cls=OnceCommand, rich_help_panel=command.panel)(found)
     return app
 
 
@@ -83,7 +85,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version  # takes as long to import as a command of its own
 
-        sys.stdout.write(f"emberpc {version('emberpc')}\n")
+        output.print_lines([f"emberpc {version('emberpc')}"])
         raise typer.Exit
 
 
@@ -101,11 +103,17 @@ def _every_command(
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command; return its exit code."""
-    _debug.set(False)
+    arguments = _debug_first(arguments)
+    _debug.set(arguments[:1] == ["--debug"])  # the callback knows the variable too, but the help comes before it
     try:
         # Not standalone: Typer then leaves errors and the exit to this function.
-        code = int(_app_for(arguments)(list(arguments), prog_name="emberpc", standalone_mode=False) or 0)
-        return code or _flushed()
+        code = int(_app_for(arguments)(arguments, prog_name="emberpc", standalone_mode=False) or 0)
+        return code or _flush() or ExitCode.OK
+    except SystemExit as error:
+        # Rich ends the program so where nobody reads the help that it prints.
+        if isinstance(error.__context__, BrokenPipeError):
+            return ExitCode.OK
+        raise
     except typer.TyperException as error:
         # Of an error in usage, Typer tells which command it was.
         command = getattr(getattr(error, "ctx", None), "command_path", "emberpc")
@@ -116,9 +124,20 @@ def run(arguments: Sequence[str]) -> int:
         if _is_of_an_interrupt(error):
             return ExitCode.INTERRUPTED
         known = exit_code(error)
+        if known is None and isinstance(error, OSError) and _is_of_the_help(error):
+            unwritable = output.give_up(error)
+            return _failed(str(unwritable), unwritable.code)
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
         return _failed(str(error), known)
+
+
+def _debug_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with --debug before the command, wherever it stood before a `--`."""
+    options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    rest = list(arguments[len(options) :])
+    kept = [argument for argument in options if argument != "--debug"]
+    return [*(["--debug"] if len(kept) < len(options) else []), *kept, *rest]
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:
@@ -134,16 +153,25 @@ def _is_of_an_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _flushed() -> int:
+def _is_of_the_help(error: OSError) -> bool:
+    """Whether an error comes from the help, which Typer and Rich write to stdout by themselves."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("rich", "typer")
+
+
+def _flush() -> int | None:
+    """Write out what is held back; return None if that went well, else the exit code."""
     try:
         output.flush()
     except typer.Exit as pipe_closed:
         return pipe_closed.exit_code
-    return ExitCode.OK
+    except CliError as error:
+        return _failed(str(error), error.code)
+    return None
 
 
 def _failed(message: str, code: ExitCode) -> int:
     if _debug.get():
-        sys.stderr.write(traceback.format_exc())
+        output.complain(traceback.format_exc())
     output.note(f"error: {message}")
     return code

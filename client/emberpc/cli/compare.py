@@ -21,7 +21,7 @@ from emberpc.cli.export import (
     Train,
     exporting,
 )
-from emberpc.cli.options import AsJson
+from emberpc.cli.options import AsJson, listed
 from emberpc.cli.output import Column, note, print_gap, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -50,9 +50,19 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    budget: Annotated[str, typer.Option(metavar="N,…", help="Training texts of each label.")] = _EVERYTHING,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N,…",
+            help=f"Training texts of each label; may be given several times; default: {_EVERYTHING}.",
+            show_default=False,
+        ),
+    ] = None,
     strategy: Annotated[
-        str | None, typer.Option(metavar="NAME,…", help="Which to compare; default: all.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,…", help="Which to compare; may be given several times; default: all.", show_default=False
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often each is fitted, to other texts of the budget.")] = 3,
     time_limit: Annotated[
@@ -103,8 +113,8 @@ def compare(
             ),
             test=test,
             bases=tuple(base or ["sentence-transformers/all-MiniLM-L6-v2"]),
-            budgets=_budgets(budget),
-            strategies=tuple(strategy.split(",") if strategy else STRATEGIES),
+            budgets=_budgets(budget or [_EVERYTHING]),
+            strategies=tuple(listed("--strategy", strategy) if strategy else STRATEGIES),
             seeds=seeds,
             time_limit=_seconds(time_limit),
             label_texts=label_texts,
@@ -119,15 +129,15 @@ def compare(
     _show(summary, output, as_json)
 
 
-def _budgets(text: str) -> tuple[int, ...]:
+def _budgets(values: list[str]) -> tuple[int, ...]:
     """Read a list of budgets."""
     from emberpc.export.comparing.cells import ALL
 
     found = []
-    for part in text.split(","):
-        if not (part.strip() == "all" or part.strip().isdecimal()):
+    for part in listed("--budget", values):
+        if not (part == "all" or part.isdecimal()):
             raise CliError(f"--budget has {part!r}; give numbers with commas between them, and all for all texts")
-        found.append(ALL if part.strip() == "all" else int(part))
+        found.append(ALL if part == "all" else int(part))
     return tuple(found)
 
 

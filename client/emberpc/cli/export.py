@@ -11,7 +11,7 @@ import typer
 
 from emberpc.bundle import BundleError, Manifest, Prompts, Task
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
-from emberpc.cli.options import AsJson, Overwrite
+from emberpc.cli.options import AsJson, Overwrite, listed
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table
 from emberpc.cli.progress import Stages, stages
 
@@ -44,11 +44,12 @@ TextColumn = Annotated[str, typer.Option(help="The column with the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="The column with the labels.")]
 Train = Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")]
 Variants = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
-        metavar="NAMES",
-        help="What to write beside fp32: optimized, int8, int8-fast, fp16, several with commas; or auto: "
-        "those that are faster or smaller and near enough to fp32.",
+        metavar="NAME,…",
+        help="What to write beside fp32: optimized, int8, int8-fast, fp16, several with commas or given several times; "
+        "or auto: those that are faster or smaller and near enough to fp32.",
+        show_default=False,
     ),
 ]
 
@@ -73,7 +74,7 @@ def embedding(
             show_default=False,
         ),
     ] = None,
-    variants: Variants = "fp32",
+    variants: Variants = None,
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -146,7 +147,7 @@ def classifier(
     checkpoints: Checkpoints = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
-    variants: Variants = "fp32",
+    variants: Variants = None,
     max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option(help="Of splits and order.")] = 0,
     overwrite: Overwrite = False,
@@ -294,6 +295,6 @@ def _show_variants(manifest: Manifest) -> None:
         note(f"{name} was not kept: {reason}")
 
 
-def variant_names(text: str) -> list[str]:
-    """Read the value of --variants."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def variant_names(values: list[str] | None) -> list[str]:
+    """Read the values of --variants."""
+    return listed("--variants", values or ["fp32"])

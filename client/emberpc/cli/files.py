@@ -19,6 +19,7 @@ from emberpc.client import InputError, InputTypeError, InvalidArgument
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
 JSON_LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
 
@@ -142,7 +143,7 @@ class LineFile:
             try:
                 line = next(lines, None)
             except OSError as error:
-                raise CliError(f"{self.name} cannot be read: {error.strerror}") from error
+                raise CliError(f"{self.name} cannot be read: {error.strerror or error}") from error
             if line is None:
                 return
             yield number, line
@@ -206,6 +207,14 @@ class LineFile:
 
     def _header(self, number: int, row: list[str]) -> list[str]:
         header = [title.strip() for title in row]
+        wanted = _DELIMITERS[Path(self._path).suffix.lower()]
+        other = next((sign for sign in _DELIMITER_NAMES if sign != wanted and len(row) == 1 and sign in row[0]), None)
+        if other:
+            self._refuse(
+                number,
+                f"the columns seem to be separated by {_DELIMITER_NAMES[other]}, and this kind of file has "
+                f"{_DELIMITER_NAMES[wanted]} between them; save it again with those",
+            )
         if "id" not in header:
             self._refuse(number, f"there is no column id; the columns are {', '.join(header)}")
         if "vector" in header:

@@ -54,7 +54,7 @@ def finetune_embedding(
         int, typer.Option(min=0, help="Passages near a query that do not answer it, for each query of a batch.")
     ] = 1,
     checkpoints: Checkpoints = None,
-    variants: Variants = "fp32",
+    variants: Variants = None,
     max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option(help="Of split, order and draws.")] = 0,
     overwrite: Overwrite = False,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,11 +36,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _open_standard_streams()
     gc.disable()  # imports make much, and nothing of it is garbage
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
         gc.enable()
+
+
+def _open_standard_streams() -> None:
+    """Open those of stdin, stdout and stderr that were closed, so that no socket or file takes their numbers.
+
+    Reading such a stdin, or writing to such a stdout, fails as on a closed file. What goes to such a stderr is lost.
+    """
+    for number, name, flags, mode in (
+        (0, "stdin", os.O_WRONLY, "r"),
+        (1, "stdout", os.O_RDONLY, "w"),
+        (2, "stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, flags)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _run(arguments: Sequence[str]) -> int:

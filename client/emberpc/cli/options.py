@@ -9,6 +9,9 @@ from inspect import Parameter
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
+
+from emberpc.cli.errors import CliError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines: one object for each result.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
@@ -21,6 +24,38 @@ Where = Annotated[
         "exists, not, or, ( ).",
     ),
 ]
+
+
+class OnceCommand(TyperCommand):
+    """A command that refuses an option given twice if it keeps one value, instead of taking the last silently."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            keeps_one = isinstance(option, TyperOption) and not (option.multiple or option.is_flag or option.count)
+            if keeps_one and given.count(option) > 1:
+                ctx.fail(f"Option {option.opts[0]!r} is given {given.count(option)} times; give it once")
+        return super().parse_args(ctx, args)
+
+
+def listed(option: str, values: Sequence[str]) -> list[str]:
+    """Return the items of an option that may be repeated and may hold several items with commas between them.
+
+    Args:
+        option: its name, for messages.
+        values: its values.
+
+    Raises:
+        CliError: there is an item without characters, or one twice.
+    """
+    items = [item.strip() for value in values for item in value.split(",")]
+    for item in items:
+        if not item:
+            raise CliError(f"{option} has an empty item; put one comma between two items")
+        if items.count(item) > 1:
+            raise CliError(f"{option} has {item} twice; give it once")
+    return items
 
 
 def add_options(

@@ -23,6 +23,8 @@ import numpy as np
 import typer
 from rich.cells import cell_len, set_cell_size
 
+from emberpc.cli.errors import CliError
+
 
 @dataclass(frozen=True)
 class Column:
@@ -69,13 +71,18 @@ def print_lines(lines: Iterable[str]) -> None:
         _write(one_line(line) + "\n")
 
 
+def for_people() -> bool:
+    """Tell whether a table goes to a terminal, where it is fitted to people; elsewhere nothing is cut or rounded."""
+    return sys.stdout.isatty()
+
+
 def print_gap() -> None:
     """Print an empty line between two things."""
     _write("\n")
 
 
 def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    if not sys.stdout.isatty():
+    if not for_people():
         for row in rows:
             _write("\t".join(row) + "\n")
         return
@@ -101,7 +108,17 @@ def _fitted(cell: str, column: Column, width: int) -> str:
 
 def note(message: str) -> None:
     """Tell the user something that is no result."""
-    sys.stderr.write(one_line(message) + "\n")
+    complain(one_line(message) + "\n")
+
+
+def complain(text: str) -> None:
+    """Write to stderr; if it cannot be written to, there is nobody to tell."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        # As in `give_up`: Python would exit with another code if it could not write what is in the buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def one_line(text: str) -> str:
@@ -127,7 +144,12 @@ def plain(value: Any) -> Any:
 
 
 def flush() -> None:
-    """Write out what is still held back."""
+    """Write out what is still held back.
+
+    Raises:
+        typer.Exit: nobody reads stdout any more.
+        CliError: it cannot be written.
+    """
     _in_peace(sys.stdout.flush)
 
 
@@ -138,13 +160,26 @@ def _write(text: str) -> None:
 
 
 def _in_peace(action: Callable[[], object]) -> None:
-    """Do what writes to stdout; end the program without complaint if nobody reads on, as after `| head`."""
+    """Do what writes to stdout; end the program without complaint if nobody reads on, as after `| head`.
+
+    Raises:
+        typer.Exit: nobody reads on.
+        CliError: stdout cannot be written, because it is closed or its disk is full.
+    """
     try:
         action()
-    except BrokenPipeError:
-        # What is still in the buffer goes nowhere, or Python would complain of it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
+    except OSError as error:
+        unwritable = give_up(error)
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(0) from None
+        raise unwritable from error
+
+
+def give_up(error: OSError) -> CliError:
+    """Write no more to stdout after an error; return what to say of it."""
+    # What is still in the buffer goes nowhere, or Python would complain of it at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return CliError(f"stdout cannot be written: {error.strerror or error}; send it elsewhere")
 
 
 def _worded(value: object) -> str:

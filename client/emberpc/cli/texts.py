@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from emberpc.cli.arrays import RowFile, save
@@ -14,11 +15,11 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.files import LineFile
 from emberpc.cli.options import AsJson
-from emberpc.cli.output import Column, note, print_json, print_table
+from emberpc.cli.output import Column, for_people, note, print_json, print_table
 from emberpc.cli.progress import progress
 from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
-from emberpc.client.types import Classification, InputKind, Progress, StreamedEmbedding, Truncation
+from emberpc.client.types import Classification, InputKind, Matrix, Progress, StreamedEmbedding, Truncation
 
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="The texts.")]
 TextFile = Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text a line; - is stdin.")]
@@ -27,7 +28,9 @@ Kind = Annotated[InputKind, typer.Option(help="What the texts are for; decides t
 Cut = Annotated[Truncation, typer.Option(help="What to do with over-long texts: fail, or cut at one side.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one request.")]
 
+#: Numbers of a vector, and labels of a text, that a table for people shows.
 _PREVIEW = 6
+_TOP_K = 3
 #: Most lines of a stream that are read ahead.
 _WINDOW = 1024
 
@@ -89,10 +92,7 @@ def embed(
     elif as_json:
         print_json({"text": text, "vector": row} for text, row in zip(listed, matrix, strict=True))
     else:
-        rows = [
-            (text, " ".join(f"{value:+.4f}" for value in row[:_PREVIEW]) + f" … {len(row)} in all")
-            for text, row in zip(listed, matrix, strict=True)
-        ]
+        rows = [(text, _vector(row)) for text, row in zip(listed, matrix, strict=True)]
         print_table([Column("text", wide=True), Column("vector")], rows)
 
 
@@ -139,12 +139,23 @@ def classify(
     texts: Texts = None,
     file: TextFile = None,
     classifier: Annotated[str, typer.Option(help="The classifier; needed if there are several.")] = "",
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=0, help="Most labels for each text; 0: all.")] = 3,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            "-k",
+            min=0,
+            help=f"Most labels for each text; 0: all; default: {_TOP_K}, but all in a table that is no terminal's.",
+            show_default=False,
+        ),
+    ] = None,
     truncation: Cut = "refuse",
     batch_size: BatchSize = 256,
     as_json: AsJson = False,
 ) -> None:
     """Give texts labels."""
+    if top_k is None:
+        top_k = _TOP_K if as_json or for_people() else 0
     with _given(texts, file) as listed, _shown("classifying", listed, file) as done:
         found = client.classify(
             listed,
@@ -225,4 +236,12 @@ def _label(item: Classification) -> str:
 
 
 def _scores(item: Classification) -> str:
-    return ", ".join(f"{score.label} {score.score:.2f}" for score in item.scores)
+    shown = "{:.2f}" if for_people() else "{}"
+    return ", ".join(f"{score.label} {shown.format(np.float32(score.score))}" for score in item.scores)
+
+
+def _vector(row: Matrix) -> str:
+    """Return a vector for a table: the first numbers for people, else all with all their digits."""
+    if for_people():
+        return " ".join(f"{value:+.4f}" for value in row[:_PREVIEW]) + f" … {len(row)} in all"
+    return " ".join(map(str, row))

@@ -20,6 +20,7 @@ from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TEXT_LENGTH, MAX_TOKENS, c
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
 from emberpc.bundle.onnx_file import external_files
 from emberpc.bundle.peers import (
+    ADAPTER_CONFIG,
     read_dimensions,
     read_json,
     read_labels,
@@ -209,6 +210,11 @@ def _model_file(folder: Path, stated: str) -> str:
     for usual in ("onnx/model.onnx", "model.onnx"):
         if usual in found:
             found = [usual]
+    if not found and (folder / ADAPTER_CONFIG).is_file():
+        raise BundleError(
+            f"{folder} is an adapter ({ADAPTER_CONFIG}, such as LoRA) and no whole model; merge it with its base "
+            "model, and export the result"
+        )
     if not found:
         raise BundleError(f"{folder} has neither emberpc.json nor an ONNX file; export the model first")
     if len(found) > 1:
@@ -251,6 +257,11 @@ def _prompts(folder: Path, stated: Stated) -> Prompts:
 
 def _checked_labels(labels: tuple[str, ...], output: Tensor, folder: Path) -> tuple[str, ...]:
     width = output.shape[-1] if output.shape else None
+    if width == 1 or (len(labels) == 1 and not isinstance(width, int)):
+        raise BundleError(
+            f"{folder} gives one score for a text ({output.name}), as rerankers (cross-encoders) and regressions do, "
+            "and no labels; serve a classifier of at least two labels"
+        )
     if not labels or (isinstance(width, int) and width != len(labels)):
         raise BundleError(
             f"{folder / 'config.json'} names {len(labels)} labels in id2label, and the graph's {output.name} has "

@@ -11,6 +11,8 @@ from emberpc.bundle.interface import POOLINGS
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TOKEN_ID, check_labels, check_length, whole_number
 from emberpc.bundle.manifest import Prompts
 
+#: In a folder of peft's: what was trained, and on which model.
+ADAPTER_CONFIG = "adapter_config.json"
 #: Such files are some kilobytes; one larger than this (bytes) is something else.
 MAX_JSON_BYTES = 16 * 2**20
 _POOLING_KEYS = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emberpc.export.errors import ExportError
 
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _FORMATS = ".csv, .tsv, .jsonl or .parquet"
 
 
@@ -141,6 +142,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
+            _check_header(path, reader.fieldnames or (), delimiter)
             for row in reader:
                 where = f"line {reader.line_num}"
                 if None in row or None in row.values():
@@ -154,6 +156,20 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
                 f"{path}, line {reader.line_num + 1}: it cannot be read, nor what follows it; "
                 f"mend the quotes there, and let no text have more than {csv.field_size_limit()} characters"
             ) from error
+
+
+def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
+    """Raise ExportError if a header has a name twice, or is one cell that another delimiter would cut."""
+    if len(names) == 1 and (
+        other := next((sign for sign in _DELIMITERS if sign != delimiter and sign in names[0]), "")
+    ):
+        raise ExportError(
+            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}, and {path.suffix} has "
+            f"{_DELIMITERS[delimiter]} between them; save it again with those"
+        )
+    for name in names:
+        if names.count(name) > 1:
+            raise ExportError(f"{path}, line 1: the column {name!r} is there twice; give each column its own name")
 
 
 def _tsv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

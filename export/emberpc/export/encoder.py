@@ -12,6 +12,7 @@ import numpy.typing as npt
 from emberpc.bundle import BundleError, Prompts
 from emberpc.bundle.limits import MAX_TOKENS
 from emberpc.bundle.peers import (
+    ADAPTER_CONFIG,
     read_json,
     read_max_tokens,
     read_modules,
@@ -90,6 +91,7 @@ def read_encoder(
 
 def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
     folder = found.folder
+    _refuse_adapter(folder)
     config = read_json(folder / "config.json")
     if not config:
         raise ExportError(
@@ -115,6 +117,18 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
         matryoshka_dimensions=read_matryoshka(folder, config),
         lower_case=bool(read_json(folder / "sentence_bert_config.json").get("do_lower_case")),
         config=config,
+    )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a LoRA or other adapter: a few small matrices that mean nothing without the model they were trained on."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    raise ExportError(
+        f"{folder} is an adapter ({ADAPTER_CONFIG}, such as LoRA) for {base or 'another model'}; merge the two and "
+        "give the folder of the result: with peft, "
+        "AutoPeftModel.from_pretrained(DIR).merge_and_unload().save_pretrained(OUT)"
     )
 
 

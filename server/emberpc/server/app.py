@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
-
-# gRPC's core would write a line of its own about every failure that is reported here in a better one.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc

@@ -1,0 +1,227 @@
+"""Every command with stdin, stdout or stderr closed, full, or read by nobody; and options given twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_server import FakeServer
+
+Emberpc = Any
+#: One call of each command that prints a result, with the fake server below.
+PRINTING = [
+    ["--help"],
+    ["--version"],
+    ["classify", "a"],
+    ["classify", "a", "--json"],
+    ["collection", "export", "c", "-o", "-"],
+    ["collection", "list"],
+    ["collection", "records", "c"],
+    ["collection", "get", "c"],
+    ["collection", "verify", "c"],
+    ["config"],
+    ["count-tokens", "a"],
+    ["delete", "c", "none"],
+    ["embed", "a"],
+    ["embed", "--help"],
+    ["get", "c", "a"],
+    ["health"],
+    ["models"],
+    ["search", "c", "a"],
+    ["similarity", "a", "b"],
+    ["upsert", "c", "RECORDS"],
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server with the collection c; the environment that names it."""
+    with FakeServer() as server:
+        environment = {**os.environ, "EMBERPC_TARGET": server.target}
+        environment.pop("PYTHONUNBUFFERED", None)
+        records = tmp_path_factory.mktemp("records") / "r.csv"
+        records.write_text("id,text\na,words\n")
+        for arguments in (["collection", "create", "c"], ["upsert", "c", str(records)]):
+            subprocess.run(
+                [sys.executable, "-m", "emberpc.cli.main", *arguments],
+                env=environment,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                timeout=120,
+            )
+        yield {**environment, "RECORDS": str(records)}
+
+
+def in_shell(arguments: list[str], redirections: str, environment: dict[str, str]) -> tuple[int, str]:
+    """Run a command with a shell's redirections; return its exit code and what it said on stderr."""
+    words = [environment["RECORDS"] if word == "RECORDS" else word for word in arguments]
+    found = subprocess.run(
+        ["bash", "-c", f'"$@" {redirections}', "bash", sys.executable, "-m", "emberpc.cli.main", *words],
+        env=environment,
+        check=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    return found.returncode, found.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["models"], ["upsert", "c", "RECORDS"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("redirection", "problem"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
+)
+def test_a_stdout_that_cannot_be_written_is_said_in_one_line(
+    served: dict[str, str], arguments: list[str], redirection: str, problem: str
+) -> None:
+    code, err = in_shell(arguments, redirection, served)
+    assert (code, err) == (2, f"error: stdout cannot be written: {problem}; send it elsewhere\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+@pytest.mark.parametrize("redirection", [">/dev/full", "<&- >&-"])
+def test_each_command_says_so(served: dict[str, str], arguments: list[str], redirection: str) -> None:
+    code, err = in_shell(arguments, redirection, served)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: stdout cannot be written: ")
+    assert "emberpc made an error" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+@pytest.mark.parametrize("redirection", ["<&-", "2>&-", "> >(exec <&-)"])
+def test_no_command_minds_the_other_streams(served: dict[str, str], arguments: list[str], redirection: str) -> None:
+    code, err = in_shell(arguments, redirection, served)
+    assert code == 0
+    assert "Traceback" not in err
+    assert "error" not in err
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_an_error_that_cannot_be_told_has_its_exit_code(served: dict[str, str], redirection: str) -> None:
+    assert in_shell(["search", "none", "a"], redirection, served) == (4, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["upsert", "c", "-"],
+        ["embed", "--file", "-"],
+    ],
+    ids=" ".join,
+)
+def test_a_closed_stdin_is_said_in_one_line(served: dict[str, str], arguments: list[str]) -> None:
+    code, err = in_shell(arguments, "<&-", served)
+    assert (code, err) == (2, "error: stdin cannot be read: Bad file descriptor\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["--version"]], ids=" ".join)
+def test_help_that_nobody_reads_is_no_error(served: dict[str, str], arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(
+        [sys.executable, "-m", "emberpc.cli.main", *arguments],
+        env=served,
+        check=False,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["search", "c", "q", "--where", 'a = "b"', "--where", 'c = "d"'], "--where"),
+        (["search", "c", "q", "-k", "1", "--top-k", "2"], "--top-k"),
+        (["delete", "c", "--where", "a exists", "--where=b exists"], "--where"),
+        (["collection", "create", "c", "--model", "m", "--model", "n"], "--model"),
+        (["models", "--target", "a:1", "--target", "b:1"], "--target"),
+        (["config", "--listen", "a:1", "--listen", "b:1"], "--listen"),
+    ],
+)
+def test_an_option_that_keeps_one_value_is_refused_twice(
+    emberpc: Emberpc, fake: FakeServer, arguments: list[str], option: str
+) -> None:
+    outcome = emberpc(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: Option '{option}' is given 2 times; give it once; see emberpc ")
+    assert not fake.asked
+
+
+def test_a_repeatable_option_and_a_flag_may_be_given_twice(emberpc: Emberpc, fake: FakeServer) -> None:
+    arguments = ["--indexed-field", "a", "--indexed-field", "b", "--json", "--json"]
+    assert emberpc("collection", "create", "c", *arguments).code == 0
+    assert list(fake.asked["CreateCollection"][0].request.collection.indexed_fields) == ["a", "b"]
+
+
+def test_nothing_of_a_vector_is_cut_in_a_pipe(emberpc: Emberpc, fake: FakeServer) -> None:
+    ((vector,),) = [row[1:] for row in emberpc("embed", "a").rows[1:]]
+    assert [float(number) for number in vector.split(" ")] == emberpc("embed", "a", "--json").objects[0]["vector"]
+
+
+def test_all_labels_of_a_text_are_in_a_pipe_unless_fewer_are_asked_for(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("classify", "a?").rows[1] == ["question", "question 0.75, statement 0.25", "a?"]
+    assert emberpc("classify", "a?", "-k", "1").rows[1] == ["question", "question 0.75", "a?"]
+    emberpc("classify", "a?", "--json")
+    assert [asked.request.top_k for asked in fake.asked["Classify"]] == [0, 1, 3]
+
+
+def test_debug_is_taken_after_the_command_too(emberpc: Emberpc, fake: FakeServer) -> None:
+    for arguments in (["search", "none", "q", "--debug"], ["search", "--debug", "none", "q"]):
+        outcome = emberpc(*arguments)
+        assert outcome.code == 4
+        assert "Traceback" in outcome.err
+        assert outcome.err.endswith("error: there is no collection 'none'\n")
+    assert emberpc("embed", "--json", "--", "--debug").objects[0]["text"] == "--debug"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "4", "--budget", "4,16"], "--budget has 4 twice"),
+        (["--budget", "4,,16"], "--budget has an empty item"),
+        (["--strategy", "linear", "--strategy", "linear"], "--strategy has linear twice"),
+    ],
+)
+def test_lists_are_checked(emberpc: Emberpc, tmp_path: Path, arguments: list[str], words: str) -> None:
+    outcome = emberpc("compare", "--train", "t.csv", "--test", "t.csv", "-o", tmp_path / "out", *arguments)
+    assert outcome.code == 2
+    assert words in outcome.err
+
+
+def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Path) -> None:
+    environment = {name: value for name, value in served.items() if not name.startswith("GRPC_")}
+    address = environment["EMBERPC_TARGET"]
+    code, err = in_shell(["serve", "--listen", address, "--data-dir", str(tmp_path)], "", environment)
+    assert code == 2
+    assert err == (
+        f"error: cannot listen on {address}: it is in use or not an address of this host; choose another --listen\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("r.csv", "id;text\na;b\n", "the columns seem to be separated by semicolons, and this kind of file has commas"),
+        ("r.tsv", "id,text\na,b\n", "the columns seem to be separated by commas, and this kind of file has tabs"),
+        ("r.csv", "id\ttext\na\tb\n", "the columns seem to be separated by tabs"),
+    ],
+)
+def test_another_delimiter_is_named(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    emberpc("collection", "create", "c")
+    (tmp_path / name).write_text(content)
+    outcome = emberpc("upsert", "c", tmp_path / name)
+    assert outcome.code == 2
+    assert f"{name}:1: {words}" in outcome.err
