@@ -188,12 +188,13 @@ def run(options: argparse.Namespace) -> None:
         JobError: it cannot be done.
         BundleError: the model is none.
     """
-    manifest = read_bundle(options.model).manifest
+    bundle = read_bundle(options.model)
+    manifest = bundle.manifest
     if manifest.task is not Task.EMBEDDING:
         raise JobError(f"{options.model} is no embedding model; name one, or make one by `emberpc export embedding`")
     columns = [options.id_column, options.text_column]
     parts = list(parts_of(options.corpus, columns, options.rows))
-    fingerprint = manifest.fingerprint(manifest.variant("").name)
+    fingerprint = bundle.fingerprint()
     corpus = {part.path: part.stop for part in parts}
     lock = prepare(options.out, {"model": fingerprint, "columns": columns, "rows": options.rows, "corpus": corpus})
     left = [part for part in parts if not (options.out / part.name).exists()]

@@ -29,7 +29,7 @@ class Service:
     def __init__(self, data: Path, pool: ThreadPoolExecutor) -> None:
         self.engine = Engine(Registry(pool), pool, workers=1, batch_tokens=512, max_queue_tokens=4096)
         self.index = Index(data)
-        limits = Limits(100, 10_000)
+        limits = Limits(100, 10_000, 2**24, 2**25, 4096)
         reembedder = Reembedder(self.engine, self.index, pool, limits)
         self._service = IndexService(self.engine, self.index, pool, limits, reembedder)
 
