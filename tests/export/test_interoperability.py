@@ -161,10 +161,12 @@ def two_inputs(model: onnx.ModelProto) -> None:
 
 
 def int32_inputs(model: onnx.ModelProto) -> None:
+    names = {value.name: f"wide_{value.name}" for value in model.graph.input}
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
     for i, value in enumerate(model.graph.input):
         value.type.tensor_type.elem_type = TensorProto.INT32
-        inside, value.name = value.name, f"narrow_{value.name}"
-        model.graph.node.insert(i, helper.make_node("Cast", [value.name], [inside], to=TensorProto.INT64))
+        model.graph.node.insert(i, helper.make_node("Cast", [value.name], [names[value.name]], to=TensorProto.INT64))
 
 
 def a_second_output(model: onnx.ModelProto) -> None:
@@ -190,11 +192,37 @@ def test_inputs_are_known_by_their_names_or_stated(edited: Callable[[Edit], Path
     unknown = {"input_ids": "first", "attention_mask": "second", "token_type_ids": "third"}
     folder = edited(lambda model: rename(model, unknown))
     said = refused(folder)
-    option = said.rpartition("--model-option m.")[2]
-    assert "cannot be told" in said
-    assert sorted(option.removeprefix("inputs=").split(":")) == ["first", "second", "third"]
+    assert "are unknown; the server can give input_ids, attention_mask, token_type_ids, position_ids" in said
+    assert said.endswith("--model-option m.inputs=input_ids=NAME:attention_mask=NAME:token_type_ids=NAME")
+    stated = "attention_mask=second:token_type_ids=third:input_ids=first"
+    np.testing.assert_allclose(served(folder, {"inputs": stated}), expected, atol=1e-5)
     np.testing.assert_allclose(served(folder, {"inputs": "first:second:third"}), expected, atol=1e-5)
     assert "the option inputs names first; the inputs are" in refused(folder, {"inputs": "first"})
+
+
+def position_inputs(model: onnx.ModelProto) -> None:
+    """Have the graph take positions, and no token types."""
+    two_inputs(model)
+    lookup = next(node for node in model.graph.node if node.op_type == "Gather" and "position_emb" in node.input[0])
+    lookup.input[1] = "position_ids"
+    shape = ["batch_size", "sequence_length"]
+    model.graph.input.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, shape))
+
+
+def test_positions_are_computed(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+    folder = edited(position_inputs)
+    np.testing.assert_allclose(served(folder), expected, atol=1e-5)
+    assert verify_bundle(folder).ok
+    # The error once advised this, and zeros were taken for the positions.
+    said = refused(folder, {"inputs": "input_ids:attention_mask:position_ids"})
+    right = "input_ids=input_ids:attention_mask=attention_mask:position_ids=position_ids"
+    assert f"state the role of each input: inputs={right}" in said
+    np.testing.assert_allclose(served(folder, {"inputs": right}), expected, atol=1e-5)
+    assert not Model.load("m", folder).legacy_fingerprint
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "takes positions, and config.json states no model_type" in refused(folder)
 
 
 def test_outputs_are_known_by_their_form_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:

@@ -22,6 +22,7 @@ from emberpc.bundle.onnx_file import external_files
 from emberpc.bundle.peers import (
     ADAPTER_CONFIG,
     read_dimensions,
+    read_first_position,
     read_json,
     read_labels,
     read_max_tokens,
@@ -50,7 +51,7 @@ class Stated:
 
     #: The ONNX file, as a path in the folder.
     file: str = ""
-    #: The names of the inputs for token ids, mask and token types, in this order, with colons between.
+    #: The role and name of each input, `ROLE=NAME` with colons between; see `emberpc.bundle.interface.ROLES`.
     inputs: str = ""
     output: str = ""
     pooling: str = ""
@@ -133,7 +134,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
     output = find_output(graph, task, stated.output)
-    interface, pooling = _interface(folder, graph, task, output, stated)
+    interface, pooling = _interface(folder, graph, config, task, output, stated)
     # The old scheme hashed the files of this form only. Where there are others, the hash is of all of them.
     named = {str(path.relative_to(folder)) for path in (folder / model).parent.glob(f"{Path(model).name}_data*")}
     for name in named:
@@ -158,12 +159,16 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
-    return Bundle(folder, manifest, interface, legacy_covers_weights=set(external) <= named)
+    # The old scheme gave zeros to inputs for positions, so its vectors are not those of the present one.
+    covered = set(external) <= named and not interface.inputs.position_ids
+    return Bundle(folder, manifest, interface, legacy_covers_weights=covered)
 
 
-def _interface(folder: Path, graph: Graph, task: Task, output: Tensor, stated: Stated) -> tuple[Interface, str]:
+def _interface(
+    folder: Path, graph: Graph, config: dict[str, Any], task: Task, output: Tensor, stated: Stated
+) -> tuple[Interface, str]:
     """Return how to call the graph, and what the manifest says of the pooling."""
-    inputs = find_inputs(graph, [name for name in stated.inputs.split(":") if name])
+    inputs = find_inputs(graph, stated.inputs, read_first_position(config))
     if task is Task.CLASSIFICATION:
         return Interface(inputs, output.name), "none"
     by_tokens = len(output.shape) == 3

@@ -18,6 +18,18 @@ _TOKENS = ("last_hidden_state", "token_embeddings")
 #: BERT's pooler was trained to tell whether one sentence follows another: no model means it as a text's vector.
 _POOLER = "pooler_output"
 _LOGITS = "logits"
+#: Names of inputs that tell their role. A name that is not among them tells none: a guess by a part of the name once
+#: gave zeros to inputs for positions.
+_ROLE_NAMES = {
+    "input_ids": ("input_ids", "ids", "tokens", "token_ids", "input_tokens", "input_token_ids", "input_word_ids"),
+    "attention_mask": ("attention_mask", "mask", "input_mask", "padding_mask", "attn_mask"),
+    "token_type_ids": ("token_type_ids", "token_types", "segment_ids", "segments", "input_type_ids", "type_ids"),
+    "position_ids": ("position_ids", "positions", "pos_ids"),
+}
+#: What the server can give an input.
+ROLES = tuple(_ROLE_NAMES)
+#: Roles that may be stated by the order of the names alone.
+_IN_ORDER = ROLES[:3]
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 #: What sentence-transformers divides by at least.
 _TINY = 1e-9
@@ -45,20 +57,28 @@ class Graph:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The names of a graph's inputs, empty where it has none such, and of which integers they are, such as `int64`."""
+    """The names of a graph's inputs by their roles, empty where it has none, and their integer type, such as `int64`.
+
+    `first_position` is the position of a text's first token, where positions are asked for.
+    """
 
     input_ids: str
     attention_mask: str
     token_type_ids: str
     integers: str
+    position_ids: str = ""
+    first_position: int = 0
 
-    def roles(self) -> dict[str, str]:
-        """Return the name of the input that has each role, without roles that no input has."""
-        return {role: name for role, name in vars(self).items() if name and role != "integers"}
+    def roles(self) -> dict[str, str | int]:
+        """Return the name of the input that has each role, without roles that no input has, and the first position."""
+        found: dict[str, str | int] = {role: getattr(self, role) for role in ROLES if getattr(self, role)}
+        return found | ({"first_position": self.first_position} if self.position_ids else {})
 
     def feeds(self, input_ids: Integers, mask: Integers) -> dict[str, npt.NDArray[np.integer]]:
         """Return what the graph takes for a batch; both are int64 (texts, tokens), the mask 1 where a token is."""
         named = {self.input_ids: input_ids, self.attention_mask: mask, self.token_type_ids: np.zeros_like(mask)}
+        if self.position_ids:
+            named[self.position_ids] = np.maximum(mask.cumsum(axis=1) - 1, 0) + self.first_position
         return {name: values.astype(self.integers, copy=False) for name, values in named.items() if name}
 
 
@@ -133,15 +153,17 @@ def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
     return np.asarray(tokens[rows, mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)])
 
 
-def find_inputs(graph: Graph, stated: Sequence[str] = ()) -> Inputs:
-    """Tell by their names which input takes what.
+def find_inputs(graph: Graph, stated: str = "", first_position: int | None = None) -> Inputs:
+    """Return the roles of a graph's inputs, by their names or as stated.
 
     Args:
         graph: the graph.
-        stated: the names, in the order token ids, mask, token types; nothing: to be found out.
+        stated: `ROLE=NAME` with colons between; or names that tell no role, in the order of `ROLES`; empty: by name.
+        first_position: position of a text's first token; None: not known.
 
     Raises:
-        BundleError: an input is none of a text encoder, or cannot be told; the message says which option states it.
+        BundleError: an input is none of a text encoder, or its role is unknown; the message says which option states
+            it. Or it takes positions and `first_position` is None.
     """
     names = [tensor.name for tensor in graph.inputs]
     types = {tensor.type for tensor in graph.inputs}
@@ -150,27 +172,76 @@ def find_inputs(graph: Graph, stated: Sequence[str] = ()) -> Inputs:
             f"the inputs {', '.join(names)} are of the types {', '.join(sorted(types))}; "
             "a text encoder's are all int64 or all int32: export the model again"
         )
-    roles = ("input_ids", "attention_mask", "token_type_ids")
-    if stated:
-        if set(stated) != set(names) or len(stated) > len(roles):
-            raise BundleError(f"the option inputs names {', '.join(stated)}; the inputs are {', '.join(names)}")
-        found = dict(zip(stated, roles, strict=False))
-    else:
-        found = {name: _role(name) for name in names}
-        if len(set(found.values())) < len(names) or "input_ids" not in found.values():
-            raise UnstatedError(f"what the inputs {', '.join(names)} take cannot be told", f"inputs={':'.join(names)}")
-    by_role = {role: name for name, role in found.items()}
-    return Inputs(**{role: by_role.get(role, "") for role in roles}, integers=np.dtype(_INTEGERS[types.pop()]).name)
+    by_role = _stated_roles(stated, names) if stated else _known_roles(names)
+    if "position_ids" in by_role and first_position is None:
+        raise BundleError(
+            f"the input {by_role['position_ids']} takes positions, and config.json states no model_type, which decides "
+            "where they start; add it"
+        )
+    return Inputs(
+        input_ids=by_role["input_ids"],
+        attention_mask=by_role.get("attention_mask", ""),
+        token_type_ids=by_role.get("token_type_ids", ""),
+        integers=np.dtype(_INTEGERS[types.pop()]).name,
+        position_ids=by_role.get("position_ids", ""),
+        first_position=(first_position or 0) if "position_ids" in by_role else 0,
+    )
+
+
+def _known_roles(names: Sequence[str]) -> dict[str, str]:
+    """Return the input of each role, by the inputs' names.
+
+    Raises:
+        UnstatedError: a name tells no role, two tell the same one, or none is for token ids.
+    """
+    found = {role: name for name in names if (role := _role(name))}
+    if len(found) < len(names) or "input_ids" not in found:
+        unknown = [name for name in names if name not in found.values()] or names
+        raise UnstatedError(
+            f"the roles of the inputs {', '.join(unknown)} are unknown; the server can give {', '.join(ROLES)}, and "
+            "nothing else",
+            "inputs=" + ":".join(f"{role}={found.get(role, 'NAME')}" for role in ROLES[: max(len(names), 1)]),
+        )
+    return found
+
+
+def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the input of each role, as the option `inputs` states it.
+
+    Raises:
+        BundleError: it does not give each of the inputs one role.
+    """
+    entries = [entry for entry in stated.split(":") if entry]
+    pairs = [(role, name) for role, equals, name in (entry.partition("=") for entry in entries) if equals]
+    if not pairs:
+        # Names without roles are taken in the order of the roles only where no name tells its role: what stands third
+        # would be given zeros, whatever it is for.
+        pairs = list(zip(ROLES, entries, strict=False))
+        roles = [_role(name) for _, name in pairs]
+        if len(entries) > len(_IN_ORDER) or (any(roles) and roles != [role for role, _ in pairs]):
+            right = ":".join(f"{_role(name) or 'ROLE'}={name}" for name in entries)
+            raise BundleError(
+                f"the option inputs is {stated!r}; state the role of each input: inputs={right}; roles are "
+                f"{', '.join(ROLES)}"
+            )
+    roles = [role for role, _ in pairs]
+    if unknown := [role for role in roles if role not in ROLES]:
+        raise BundleError(f"the option inputs has the role {unknown[0]!r}; roles are {', '.join(ROLES)}")
+    if len(pairs) != len(entries) or len(set(roles)) != len(roles) or "input_ids" not in roles:
+        raise BundleError(
+            f"the option inputs is {stated!r}; it must be ROLE=NAME:ROLE=NAME with each role once and with input_ids"
+        )
+    if sorted(name for _, name in pairs) != sorted(names):
+        raise BundleError(
+            f"the option inputs names {', '.join(name for _, name in pairs)}; the inputs are {', '.join(names)}"
+        )
+    return dict(pairs)
 
 
 def _role(name: str) -> str:
-    """Guess what an input takes; empty if its name does not tell."""
-    lower = name.lower()
-    if "mask" in lower:
-        return "attention_mask"
-    if "type" in lower or "segment" in lower:
-        return "token_type_ids"
-    return "input_ids" if "id" in lower or "token" in lower else ""
+    """Return the role that an input's name tells; empty if it tells none."""
+    plain = name.lower().partition(":")[0]  # TensorFlow's names end with `:0`
+    return next((role for role, known in _ROLE_NAMES.items() if plain in known), "")
 
 
 def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:

@@ -27,7 +27,10 @@ _MOST_TOKENS = 100_000
 _QUERY_NAMES = ("query",)
 _PASSAGE_NAMES = ("document", "passage", "corpus")
 #: Architectures whose first positions, up to the padding token's, are never used.
-_OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")
+_OFFSET = (
+    *("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "roberta-prelayernorm"),
+    *("data2vec-text", "ibert", "xmod", "luke"),
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,9 +154,18 @@ def read_positions(config: dict[str, Any]) -> int | None:
     positions = config.get("max_position_embeddings")
     if type(positions) is not int or not 0 < positions < _MOST_TOKENS:
         return None
-    if config.get("model_type") in _OFFSET:
-        positions -= read_token_id(config, "pad_token_id", 1) + 1
-    return positions
+    return positions - (read_first_position(config) or 0)
+
+
+def read_first_position(config: dict[str, Any]) -> int | None:
+    """Return the position of a text's first token; None if config.json does not state the model's type.
+
+    Raises:
+        BundleError: the padding token's id, which some models count from, is out of range.
+    """
+    if not config.get("model_type"):
+        return None
+    return read_token_id(config, "pad_token_id", 1) + 1 if config["model_type"] in _OFFSET else 0
 
 
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:

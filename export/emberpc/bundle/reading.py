@@ -28,7 +28,7 @@ class Bundle:
 
     `foreign` is how to call the graph if emberpc did not write the folder: see
     `emberpc.bundle.foreign`. Such a bundle has no reference outputs. `legacy_covers_weights`: whether the fingerprint
-    of the old scheme was made of all files that hold weights.
+    of the old scheme was made of all files that hold weights, and its vectors are those of now.
     """
 
     folder: Path
