@@ -357,3 +357,21 @@ def test_a_filter_that_cannot_be_read_is_told_by_its_column(emberpc: Emberpc, bo
     assert "where, column 8: expected a value" in outcome.err
     for arguments in ([], ["a", "--where", "lang exists"]):
         assert emberpc("delete", "books", *arguments).code == 2
+
+
+def test_upsert_gives_columns_the_types_that_are_asked_for(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    emberpc("collection", "create", "c")
+    path = tmp_path / "r.csv"
+    path.write_text("id,text,year,code\na,words,2001,00123\n")
+    assert emberpc("upsert", "c", path, "--types", "year=int").code == 0
+    assert emberpc("get", "c", "a", "--json").objects[0]["metadata"] == {"year": 2001, "code": "00123"}
+    other = tmp_path / "r.jsonl"
+    other.write_text('{"id": "a"}\n')
+    for command in (
+        ("upsert", "c", other),
+        ("collection", "import", "c", other),
+        ("collection", "import", "c", tmp_path),
+    ):
+        outcome = emberpc(*command, "--types", "year=int")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "--types is for tables (.csv, .tsv), and " in outcome.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: byte
         ("r.csv", 'id,text\na,"two\nlines"\nb\n', ":4: there are 1 cells for 2 columns"),
         ("r.csv", 'id,text\na,t\nb,"open\nand\nopen\n', ":3: the table is damaged here"),
         ("r.csv", "id,metadata\na,{}\nb,{x}\n", ":3: metadata is not JSON"),
+        ("r.csv", 'id,year,metadata\na,1,"{""year"": 2}"\n', ":2: metadata has a field 'year', and there is a column"),
+        ("r.jsonl", '{"id": "a", "id": "b"}\n', ":1: the line has 'id' twice; keep one"),
+        ("r.jsonl", '{"id": "a", "metadata": {"x": {"y": 1, "y": 2}}}\n', ":1: the line has 'y' twice; keep one"),
         ("r.csv", "id,metadata\na,[1]\n", ":2: metadata is no JSON object"),
         ("r.tsv", "id,text\n", ":1: the columns seem to be separated by commas"),
     ],
@@ -151,3 +155,70 @@ def test_items_are_located_wherever_a_message_names_them(tmp_path: Path) -> None
     assert source.locate("records[0]: is wrong (and 1 more)", "records") == f"{place}2: is wrong (and 1 more)"
     assert source.locate("records[9]: is not there", "records") == "records[9]: is not there"
     assert source.locate("nothing to place", "records") == "nothing to place"
+
+
+TYPES = ["year=int,price=float", "new=bool", "code=text"]
+
+
+def typed(tmp_path: Path, row: str, types: list[str] = TYPES, header: str = "id,year,price,new,code") -> dict[str, Any]:
+    path = tmp_path / "r.csv"
+    path.write_text(f"{header}\n{row}\n", encoding="utf-8")
+    (record,) = LineFile(str(path), types).records()
+    metadata: dict[str, Any] = record["metadata"]
+    return metadata
+
+
+@pytest.mark.parametrize(
+    ("row", "metadata"),
+    [
+        ("a,2001,1.5,true,00123", {"year": 2001, "price": 1.5, "new": True, "code": "00123"}),
+        ("a,-007, 2e3 ,FALSE,1", {"year": -7, "price": 2000.0, "new": False, "code": "1"}),
+        ("a,+9007199254740992,.5,0,", {"year": 2**53, "price": 0.5, "new": False, "code": ""}),
+        ("a,, ,,", {"code": ""}),
+    ],
+)
+def test_typed_columns_hold_what_the_user_says(tmp_path: Path, row: str, metadata: dict[str, Any]) -> None:
+    found = typed(tmp_path, row)
+    assert found == metadata
+    assert [type(value) for value in found.values()] == [type(value) for value in metadata.values()]
+
+
+def test_without_types_every_cell_is_a_text(tmp_path: Path) -> None:
+    assert typed(tmp_path, "a,2001,1.5,true,00123", []) == {
+        "year": "2001", "price": "1.5", "new": "true", "code": "00123"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("a,2001.0,1,1,x", ":2: the column year holds '2001.0'; by --types it must be a whole number from -9007199254"),
+        ("a,9007199254740993,1,1,x", ":2: the column year holds '9007199254740993'"),
+        ("a,1_000,1,1,x", ":2: the column year holds '1_000'"),
+        ("a,\u0661,1,1,x", ":2: the column year holds '\u0661'"),
+        ("a,1,nan,1,x", ":2: the column price holds 'nan'; by --types it must be a number, such as -1.5 or 2e3"),
+        ("a,1,1e999,1,x", ":2: the column price holds '1e999'"),
+        ("a,1,1,yes,x", ":2: the column new holds 'yes'; by --types it must be true, false, 1 or 0"),
+        (f"a,1,1,{'y' * 500},x", f":2: the column new holds '{'y' * 60}'; by"),
+    ],
+)
+def test_a_cell_of_another_type_is_named_with_row_column_and_value(tmp_path: Path, row: str, words: str) -> None:
+    with pytest.raises(CliError) as raised:
+        typed(tmp_path, row)
+    assert str(raised.value).startswith(f"{tmp_path / 'r.csv'}{words}")
+
+
+@pytest.mark.parametrize(
+    ("types", "words"),
+    [
+        (["year"], "--types has 'year'; it must be COLUMN=TYPE, such as year=int"),
+        (["=int"], "it must be COLUMN=TYPE"),
+        (["year=date"], "--types has 'year=date'; a type is one of int, float, bool, text"),
+        (["year=int", "year=float"], "--types names the column year twice"),
+        (["yaer=int"], "r.csv:1: --types names yaer, which is no metadata column; those are year"),
+        (["id=int"], "--types names id, which is no metadata column"),
+    ],
+)
+def test_wrong_types_are_named(tmp_path: Path, types: list[str], words: str) -> None:
+    with pytest.raises(CliError, match=re.escape(words)):
+        typed(tmp_path, "a,1", types, header="id,year")

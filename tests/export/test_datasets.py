@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from emberpc.export.datasets import read_labelled
 from emberpc.export.errors import ExportError
+from emberpc.export.examples import read_descriptions, training_examples
 
 # csv has no way to write NUL, and reads every line's end as one.
 CELLS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
@@ -34,7 +36,8 @@ def test_whatever_csv_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([("text", "label"), *rows])
     data = read_labelled(path)
-    assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == rows
+    wanted = [(text, unicodedata.normalize("NFC", label).strip()) for text, label in rows]
+    assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == wanted
 
 
 @given(rows=ROWS)
@@ -43,7 +46,8 @@ def test_whatever_json_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     path = write(tmp_path, "data.jsonl", "\n".join(lines))
     data = read_labelled(path)
-    assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == rows
+    wanted = [(text, unicodedata.normalize("NFC", label).strip()) for text, label in rows]
+    assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == wanted
 
 
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".csv", ".tsv", ".jsonl"]))
@@ -165,3 +169,54 @@ def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Pa
 def test_a_header_that_cannot_be_meant_so_is_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
     with pytest.raises(ExportError, match=words):
         read_labelled(write(tmp_path, name, content))
+
+
+PADDED = ["io", "io ", " io", "\u00a0io\t", "caf\u00e9", "cafe\u0301", "cafe\u0301 "]
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl", "several.csv", "several.jsonl"])
+def test_labels_that_look_alike_are_one(tmp_path: Path, name: str) -> None:
+    several = name.startswith("several")
+    path = tmp_path / name
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(
+                json.dumps({"text": str(i), "label": [label] if several else label}) + "\n"
+                for i, label in enumerate(PADDED)
+            )
+        else:
+            rows = [("text", "label"), *((str(i), label) for i, label in enumerate(PADDED))]
+            csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+    data = read_labelled(path, separator=";" if several else None)
+    assert training_examples(data, min_examples=1).labels == ("caf\u00e9", "io")
+
+
+def test_labels_of_descriptions_are_read_as_those_of_texts(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.csv", "label,description\n io ,input\ncafe\u0301,drinks\n")
+    assert read_descriptions(path, ["caf\u00e9", "io"]) == ("drinks", "input")
+
+
+def test_labels_that_differ_only_in_case_are_two_and_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "d.csv", "text,label\na,BASH\nb,bash\nc,io\nd,Bash\n")
+    assert training_examples(read_labelled(path), min_examples=1).labels == ("BASH", "Bash", "bash", "io")
+    assert f"{path}: 2 labels differ from another one only in case, such as 'BASH' and 'Bash' and 'bash'" in caplog.text
+    caplog.clear()
+    path = write(tmp_path, "e.csv", "text,label\na,bash\nb,io\n")
+    training_examples(read_labelled(path), min_examples=1)
+    assert not caplog.text
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "d.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n')
+    with pytest.raises(ExportError, match=r"d\.jsonl, line 2: the field 'label' is there twice; keep one"):
+        read_labelled(path)
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["x"]), pa.array(["y"])], ["text", "label", "label"])
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(ExportError, match="the column 'label' is there twice"):
+        read_labelled(tmp_path / "d.parquet")

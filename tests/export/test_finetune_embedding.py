@@ -135,6 +135,19 @@ def test_texts_of_a_label_answer_those_of_other_files_that_are_measured(tmp_path
         read_data(Files(train, validation, validation), 0)
 
 
+def test_padded_labels_are_one_and_labels_of_another_case_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write(tmp_path / "t.csv", [{"text": f"a{i}", "label": f"{' ' * i}io"} for i in range(4)])
+    validation = write(tmp_path / "v.csv", [{"text": "a7", "label": "io "}])
+    data = read_data(Files(train, validation), 0)
+    assert {data.passages[i] for i in data.held_out.relevant[0]} == {"a0", "a1", "a2", "a3"}
+    assert not caplog.text
+    other = write(tmp_path / "o.csv", [{"text": f"b{i}", "label": "IO"} for i in range(2)])
+    read_data(Files(train, other), 0)
+    assert f"{other}: 1 labels differ from another one only in case, such as 'IO' and 'io'" in caplog.text
+
+
 def test_a_corpus_adds_passages_with_their_titles(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", pairs(10))
     rows: Rows = [{"_id": 7, "title": "A title", "text": "and text"}, {"text": "passage 3"}]

@@ -6,17 +6,20 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from emberpc.cli.column_types import ColumnTypes
 from emberpc.cli.errors import CliError
 from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
 #: What `collection records --json` tells besides; the server sets it anew.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
+#: Columns of a table that are no metadata fields.
+_RECORD_COLUMNS = ("id", "text", "label", "metadata")
 JSON_LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -26,15 +29,25 @@ LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 class LineFile:
     """A file, or stdin for `-`, that knows from which line each of its items came.
 
+    Args:
+        path: the file, - for stdin.
+        types: the values of --types, for a table: what its metadata columns hold.
+
+    Raises:
+        CliError: the types are wrong, or the file is no table.
+
     Attributes:
         name: what messages call it.
         lines: item i came from line `lines[i]`, counted from 1.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, types: Sequence[str] = ()) -> None:
         self.name = "stdin" if path == "-" else path
         self.lines: list[int] = []
         self._path = path
+        self._types = ColumnTypes(types)
+        if self._types and Path(path).suffix.lower() not in _DELIMITERS:
+            raise CliError(f"--types is for tables ({', '.join(_DELIMITERS)}), and {self.name} is none; leave it out")
 
     def texts(self) -> list[str]:
         """Return the file's lines, one text each.
@@ -78,7 +91,7 @@ class LineFile:
 
         `.jsonl`, `.ndjson` and stdin hold JSON Lines; `.csv` and `.tsv` a table
         with the columns `id` and any of `text`, `label` and `metadata` (a JSON
-        object); every other column of it is a metadata field of strings.
+        object); every other column of it is a metadata field of strings, or of the type that was given for it.
 
         Args:
             refused: told of each line that is no record; the others are read all the same if it returns.
@@ -222,6 +235,8 @@ class LineFile:
         for title in header:
             if not title or header.count(title) > 1:
                 self._refuse(number, f"the column {title!r} is there twice, or has no name; give each its own")
+        if problem := self._types.problem([title for title in header if title not in _RECORD_COLUMNS]):
+            raise CliError(f"{self.name}:{number}: {problem}")
         return header
 
     def _table_record(self, number: int, header: list[str], row: list[str]) -> dict[str, Any]:
@@ -230,9 +245,13 @@ class LineFile:
         cells = dict(zip(header, row, strict=True))
         metadata = cells.pop("metadata", "").strip()
         record: dict[str, Any] = {key: cells.pop(key) for key in ("id", "text", "label") if key in cells}
+        fields: dict[str, Any] = {**self._types.convert(cells, lambda problem: self._refuse(number, problem))}
         if metadata:
-            cells |= json_object(metadata, "metadata", lambda problem: self._refuse(number, problem))
-        record["metadata"] = cells
+            given = json_object(metadata, "metadata", lambda problem: self._refuse(number, problem))
+            if both := next((key for key in given if key in cells), None):
+                self._refuse(number, f"metadata has a field {both!r}, and there is a column of that name; keep one")
+            fields |= given
+        record["metadata"] = fields
         return record
 
     def _refuse(self, number: int, problem: str) -> NoReturn:
@@ -242,12 +261,31 @@ class LineFile:
 def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
     """Read a JSON object, or call `refuse` with the problem, in which it is called `what`."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+    except _TwiceError as error:
+        refuse(f"{what} has {error.key!r} twice; keep one")
     except (ValueError, RecursionError):
         refuse(f"{what} is not JSON")
     if not isinstance(value, Mapping):
         refuse(f"{what} is no JSON object; write {{…}}")
     return dict(value)
+
+
+class _TwiceError(ValueError):
+    """A JSON object has a key twice; `key` says which."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; json itself takes the last of two with the same key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

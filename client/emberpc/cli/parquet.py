@@ -164,7 +164,10 @@ class ParquetRecords:
         record = {key: value for key in RECORD_KEYS if (value := row.pop(key, None)) is not None}
         if "id" not in record:
             self._refuse(number, "there is no id; give each record one")
-        return {**record, "metadata": {**row, **dict(metadata)}}
+        metadata = dict(metadata)
+        if both := next((key for key in metadata if key in row), None):
+            self._refuse(number, f"metadata has a field {both!r}, and there is a column of that name; keep one")
+        return {**record, "metadata": {**row, **metadata}}
 
     def _refuse(self, number: int, problem: str) -> NoReturn:
         raise RecordError(f"{self._place(number)}: {problem}")

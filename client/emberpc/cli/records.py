@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.files import LineFile
@@ -42,6 +43,7 @@ def upsert(
         bool,
         typer.Option("--stream", help="For a file of any size: a bad record fails alone, connections are mended."),
     ] = False,
+    types: Types = None,
     as_json: AsJson = False,
 ) -> None:
     """Insert the records of a file, or replace those of the same id.
@@ -49,7 +51,7 @@ def upsert(
     If it fails on the way, the requests before are written; doing it all again
     does no harm.
     """
-    source = LineFile(file)
+    source = LineFile(file, types or ())
     if stream:
         failures = Failures(source)
         records = source.records(failures.unreadable)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, require
 from emberpc.cli.files import JSON_LINES, LINE_FILES, LineFile
@@ -97,6 +98,7 @@ def import_records(
     split: Annotated[
         Split, typer.Option(help="Of a folder: whether a file is a record, or each paragraph (up to an empty line).")
     ] = "files",
+    types: Types = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
     as_json: AsJson = False,
 ) -> None:
@@ -105,7 +107,7 @@ def import_records(
     Doing it again does no harm. If the server is restarted meanwhile, it goes on
     where it was.
     """
-    opened, told = _opened(source, split)
+    opened, told = _opened(source, split, types or ())
     failures = Failures(opened)
     records = opened.records(failures.unreadable)
     if text_only:
@@ -187,13 +189,15 @@ def _without_vector(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "vector"}
 
 
-def _opened(name: str, split: Split) -> tuple[Source, Settings]:
+def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Settings]:
     """Return what records come from, and what it tells of their collection.
 
     Raises:
         CliError: it cannot be read, or holds no records by its name.
     """
     path = Path(name)
+    if types and path.suffix.lower() not in LINE_FILES:
+        raise CliError(f"--types is for tables (.csv, .tsv), and {name} is none; leave it out")
     if name != "-" and path.is_dir():
         return TextFolder(name, split), Settings()
     if split != "files":
@@ -207,7 +211,7 @@ def _opened(name: str, split: Split) -> tuple[Source, Settings]:
     if name != "-" and path.suffix.lower() not in LINE_FILES:
         known = ", ".join((*LINE_FILES, _PARQUET))
         raise CliError(f"{name}: cannot tell what it holds by its name; give a folder, or a file named with {known}")
-    return LineFile(name), Settings()
+    return LineFile(name, types), Settings()
 
 
 def _settings(told: Settings, chosen: Mapping[str, Any], text_only: bool) -> Settings:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emberpc.export.errors import ExportError
 
+_LOGGER = logging.getLogger(__name__)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _FORMATS = ".csv, .tsv, .jsonl or .parquet"
 
@@ -44,7 +47,7 @@ def read_labelled(
     Args:
         path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8.
         text_column: the column with the texts.
-        label_column: the column with the labels.
+        label_column: the column with the labels; space around a label is left out, and its Unicode form is made NFC.
         separator: what stands between the labels of a text that has several; in JSONL and Parquet they
             may also be a list, and may be missing. Default: every text has one label.
 
@@ -58,7 +61,7 @@ def read_labelled(
     for place, row in read_rows(path):
         texts.append(text_of(path, place, row, text_column))
         if separator is None:
-            labels.append((text_of(path, place, row, label_column),))
+            labels.append((label_of(path, place, row, label_column),))
         else:
             labels.append(_several(path, place, row, label_column, separator))
         places.append(place)
@@ -112,6 +115,36 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
+def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
+    """Return a cell that must hold a label, without space around it and in Unicode's normal form NFC.
+
+    Raises:
+        ExportError: as `text_of`.
+    """
+    return _plain_label(text_of(path, place, row, column))
+
+
+def _plain_label(value: str | int) -> str:
+    """Return a label so that two that look alike are one."""
+    return unicodedata.normalize("NFC", str(value)).strip()
+
+
+def report_alike(path: Path, labels: Iterable[str]) -> None:
+    """Warn of labels that differ only in case: they are different labels, and perhaps not meant so."""
+    alike: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        alike.setdefault(label.casefold(), []).append(label)
+    found = [same for same in alike.values() if len(same) > 1]
+    if found:
+        _LOGGER.warning(
+            "%s: %d labels differ from another one only in case, such as %s; they are taken for different labels; "
+            "write them alike if they are one",
+            path,
+            sum(map(len, found)) - len(found),
+            " and ".join(map(repr, found[0])),
+        )
+
+
 def _undecodable(path: Path) -> str:
     """Return the line, and the byte in it, where a file stops being UTF-8; both count from 1."""
     with path.open("rb") as file:
@@ -129,7 +162,7 @@ def _several(path: Path, place: str, row: dict[str, Any], column: str, separator
     parts = value if isinstance(value, list) else [] if value is None else str(value).split(separator)
     if wrong := [part for part in parts if type(part) not in (str, int)]:
         raise ExportError(f"{path}, {place}: {column} holds {wrong[0]!r}, which is no label; write texts")
-    return tuple(sorted({str(part).strip() for part in parts} - {""}))
+    return tuple(sorted({_plain_label(part) for part in parts} - {""}))
 
 
 def _cell(path: Path, place: str, row: dict[str, Any], column: str) -> Any:
@@ -182,12 +215,31 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_once)
+            except _TwiceError as error:
+                raise ExportError(f"{path}, line {number}: the field {error.key!r} is there twice; keep one") from error
             except (ValueError, RecursionError) as error:
                 raise ExportError(f"{path}, line {number}: it is not JSON; write one object a line") from error
             if not isinstance(row, dict):
                 raise ExportError(f"{path}, line {number}: it is not a JSON object; write one object a line")
             yield f"line {number}", row
+
+
+class _TwiceError(ValueError):
+    """A JSON object has a key twice; `key` says which."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; json itself takes the last of two with the same key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -199,6 +251,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{path}: reading Parquet needs pyarrow, which is not installed; run: pip install 'emberpc[parquet]'"
         ) from error
     try:
+        names = pq.read_schema(path).names
+        for name in names:
+            if names.count(name) > 1:
+                raise ExportError(f"{path}: the column {name!r} is there twice; give each column its own name")
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise ExportError(f"{path} is not Parquet; write it again") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.export.datasets import LabelledTexts, read_labelled
+from emberpc.export.datasets import LabelledTexts, read_labelled, report_alike
 from emberpc.export.errors import ExportError
 
 #: bool (texts, labels): which labels each text has.
@@ -120,6 +120,7 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
             f"{' …' if len(few) > len(places) else ''}; is one misspelt? add texts, remove the rows, "
             "or allow it with --min-examples 1"
         )
+    report_alike(data.path, labels)
     report_conflicts(data, multi_label=multi_label)
     return Examples(tuple(data.texts), targets_of(data, labels), labels, multi_label)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.export.datasets import read_rows, text_of
+from emberpc.export.datasets import label_of, read_rows, report_alike, text_of
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import evenly
 
@@ -236,10 +236,11 @@ def _read_labelled(
     places: dict[str, str] = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for place, row in rows:
-        text, label = text_of(path, place, row, "text"), text_of(path, place, row, "label")
+        text, label = text_of(path, place, row, "text"), label_of(path, place, row, "label")
         places.setdefault(text, place)
         labels[text].add(label)
         members[label].add(_index(passages, text))
+    report_alike(path, members)
 
     def queries() -> Queries:
         for text, place in places.items():

@@ -1,0 +1,113 @@
+"""The types of a table's metadata columns, whose cells are texts unless the user says otherwise."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from emberpc.cli.errors import CliError
+from emberpc.cli.options import listed
+
+#: Beyond this, doubles, which metadata holds, do not have all whole numbers.
+_MAX_WHOLE = 2**53
+#: Characters of a cell that a message shows.
+_SHOWN = 60
+_INT = re.compile(r"[+-]?[0-9]+")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+Types = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--types",
+        metavar="COLUMN=TYPE,…",
+        help="Of a table: what metadata columns hold, text (the default), int, float or bool; may be given several "
+        "times. An empty cell of another type than text is left out.",
+        show_default=False,
+    ),
+]
+
+
+def _int(cell: str) -> int | None:
+    if not _INT.fullmatch(cell) or len(cell) > 20:
+        return None
+    number = int(cell)
+    return number if abs(number) <= _MAX_WHOLE else None
+
+
+def _float(cell: str) -> float | None:
+    if not _FLOAT.fullmatch(cell):
+        return None
+    number = float(cell)
+    return number if math.isfinite(number) else None
+
+
+def _bool(cell: str) -> bool | None:
+    return _BOOLS.get(cell.lower())
+
+
+#: Of each type: what makes a value of a cell, None if it holds none, and what messages say that it must be.
+_TYPES: dict[str, tuple[Callable[[str], int | float | bool | None], str]] = {
+    "int": (_int, f"a whole number from -{_MAX_WHOLE} to {_MAX_WHOLE}"),
+    "float": (_float, "a number, such as -1.5 or 2e3"),
+    "bool": (_bool, "true, false, 1 or 0"),
+}
+_TEXT = "text"
+
+
+class ColumnTypes:
+    """What the metadata columns of a table hold.
+
+    Args:
+        values: the values of --types, such as `year=int,price=float`.
+
+    Raises:
+        CliError: one is not COLUMN=TYPE, names no type, or names a column twice.
+    """
+
+    def __init__(self, values: Sequence[str]) -> None:
+        self._types: dict[str, str] = {}
+        for item in listed("--types", values):
+            column, equals, kind = (part.strip() for part in item.rpartition("="))
+            if not (column and equals):
+                raise CliError(f"--types has {item!r}; it must be COLUMN=TYPE, such as year=int")
+            if kind not in (*_TYPES, _TEXT):
+                raise CliError(f"--types has {item!r}; a type is one of {', '.join((*_TYPES, _TEXT))}")
+            if column in self._types:
+                raise CliError(f"--types names the column {column} twice; give it one type")
+            self._types[column] = kind
+
+    def __bool__(self) -> bool:
+        return bool(self._types)
+
+    def problem(self, columns: Sequence[str]) -> str:
+        """Return what is wrong with the types for a table with these metadata columns; empty: nothing."""
+        missing = next((column for column in self._types if column not in columns), None)
+        if missing is None:
+            return ""
+        return f"--types names {missing}, which is no metadata column; those are {', '.join(columns) or '(none)'}"
+
+    def convert(
+        self, cells: Mapping[str, str], refuse: Callable[[str], NoReturn]
+    ) -> dict[str, str | int | float | bool]:
+        """Return the values of a row's metadata cells; an empty cell of a type other than text is left out.
+
+        Args:
+            cells: the cells by column.
+            refuse: called with the problem of a cell that holds something else than its type.
+        """
+        found: dict[str, str | int | float | bool] = {}
+        for column, cell in cells.items():
+            kind = self._types.get(column, _TEXT)
+            if kind == _TEXT:
+                found[column] = cell
+            elif stripped := cell.strip():
+                make, wanted = _TYPES[kind]
+                if (value := make(stripped)) is None:
+                    refuse(f"the column {column} holds {cell[:_SHOWN]!r}; by --types it must be {wanted}")
+                found[column] = value
+        return found
