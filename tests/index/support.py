@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, NewRecord
+from emberpc.server.index import Collection, NewRecord, schema
 from emberpc.server.index.types import Matrix
 from index_helpers import records, true_scores
 
@@ -32,6 +33,24 @@ def recall(collection: Collection, truth: Mapping[str, Matrix], queries: Matrix,
         by_id = dict(zip(truth, scores.tolist(), strict=True))
         found += sum(by_id[record.id] >= bound - 1e-5 for record, _ in outcome.hits)
     return found / (len(queries) * min(k, len(vectors)))
+
+
+def make_older(connection: sqlite3.Connection, version: int) -> None:
+    """Give the database of a collection the tables of an older version, which had done that many steps, 0 to 4."""
+    connection.executescript("DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words")
+    for column in ("search_text", "text_checksum"):
+        connection.execute(f"ALTER TABLE records DROP COLUMN {column}")
+    if version == 0:
+        connection.executescript(
+            "DROP INDEX records_expiring; ALTER TABLE records DROP COLUMN expires; "
+            "ALTER TABLE records DROP COLUMN checksum; ALTER TABLE state DROP COLUMN identity"
+        )
+    else:
+        assert version == 4
+        for statement in schema.STEPS[0]:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.commit()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
 from emberpc.server.index.filters import Comparison, Not, Operator
 from emberpc.server.index.reembedding import Reembedding
-from index.support import gaussian, recall, refused
+from index.support import gaussian, make_older, recall, refused
 
 COUNT, WIDTH = 60, 8
 LOST = "r00007"
@@ -43,7 +43,7 @@ def damaged(
     (path,) = folder.rglob("records.db")
     with closing(sqlite3.connect(path)) as connection:
         if older:
-            connection.executescript("ALTER TABLE records DROP COLUMN text_checksum; PRAGMA user_version = 4")
+            make_older(connection, 4)
         connection.execute(f"UPDATE records SET {assignment} WHERE id = '{LOST}'", parameters)
         connection.commit()
     for graph in folder.rglob("graph-*"):
@@ -211,6 +211,16 @@ def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, o
             way.take(records, VECTORS[: len(records)])
         assert way.is_complete()
         assert target.get([LOST])[0].text == f"text of {LOST}"
+
+
+@pytest.mark.parametrize("change", [*TEXTS.values(), METADATA["blob"]], ids=[*TEXTS, "metadata blob"])
+def test_a_record_that_cannot_be_read_does_not_keep_an_older_collection_from_being_opened(
+    tmp_path: Path, change: tuple[str, object]
+) -> None:
+    with damaged(tmp_path, *change, older=True) as collection:
+        check_all_but_the_lost(collection, maintained=True)
+        assert collection.delete([LOST]).deleted == 1
+        assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
 def test_rows_of_an_older_version_are_checked_and_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

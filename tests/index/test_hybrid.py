@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Fusion, Index, NewRecord, Strategy, hybrid
 from emberpc.server.index.filters import Comparison, Filter, Operator
-from emberpc.server.index.hybrid import fused, words_of
-from index.support import gaussian, refused
+from emberpc.server.index.hybrid import fused
+from emberpc.server.index.words import search_text, words_of
+from index.support import gaussian, make_older, refused
 
 TEXTS = {
     "whale": "A captain hunts a white whale across the oceans",
@@ -148,29 +150,37 @@ def test_any_text_is_a_query(searched: Collection, text: str) -> None:
     assert len(found.hits) == 1
 
 
-def test_texts_of_an_older_database_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [0, 4])
+def test_texts_of_an_older_database_are_found(tmp_path: Path, version: int) -> None:
     index = Index(tmp_path)
     collection = index.create(CollectionSpec("c", 16))
-    collection.upsert([NewRecord(key, text) for key, text in TEXTS.items()], gaussian(len(TEXTS), 16))
+    texts = {**TEXTS, "foot": "Auf dem Fuß", "city": "北京大学"}
+    collection.upsert([NewRecord(key, text) for key, text in texts.items()], gaussian(len(texts), 16))
     index.close()
     (database,) = tmp_path.glob("collections/*/records.db")
-    connection = sqlite3.connect(database)
-    connection.executescript(
-        "DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words; "
-        "DROP INDEX records_expiring; ALTER TABLE records DROP COLUMN expires; "
-        "ALTER TABLE records DROP COLUMN text_checksum; "
-        "ALTER TABLE records DROP COLUMN checksum; ALTER TABLE state DROP COLUMN identity; PRAGMA user_version = 0"
-    )
-    connection.close()
+    with closing(sqlite3.connect(database)) as connection:
+        make_older(connection, version)
     index = Index(tmp_path)
     collection = index.get("c")
     assert words(collection, "honey") == ["honey", "bees"]
-    collection.delete(["empty", "honey"])
+    assert words(collection, "fuß") == ["foot"]
+    assert words(collection, "大学") == ["city"]
+    collection.delete(["empty", "honey", "city"])
     assert words(collection, "honey") == ["bees"]
+    assert words(collection, "大学") == []
+    assert [problem for step in collection.verify() for problem in step.problems] == []
     index.close()
 
 
-_MARKS = ["\u0301\u0327", "\u0301", "\u0f73", "\u0f71\u0f72", "a\u0301" + "\u0345" * 90, "\U0001d165\u0315"]
+_MARKS = [
+    "\u0301\u0327",
+    "\u0301",
+    "\u0f73",
+    "\u0f71\u0f72",
+    "a\u0301" + "\u0345" * 90,
+    "\U0001d165\u0315",
+    "\uff9e\u0301",
+]
 
 
 @pytest.mark.parametrize("piece", _MARKS)
@@ -179,16 +189,17 @@ def test_normalising_never_sees_a_long_run_of_marks(piece: str, monkeypatch: pyt
     seen: list[str] = []
     normalize = unicodedata.normalize
 
-    def watched(form: Literal["NFC"], text: str) -> str:
+    def watched(form: Literal["NFC", "NFD"], text: str) -> str:
         seen.append(text)
         return normalize(form, text)
 
     with monkeypatch.context() as patched:
         patched.setattr(unicodedata, "normalize", watched)
         words_of("word " + piece * 2000)
-    (text,) = seen
+        search_text("word " + piece * 2000)
+    assert len(seen) >= 4
     longest = run = 0
-    for character in normalize("NFD", text):
+    for character in normalize("NFD", " ".join(seen)):
         run = run + 1 if unicodedata.combining(character) else 0
         longest = max(longest, run)
     assert longest <= 3 * 30  # a character that is a mark decomposes into three at most
@@ -198,3 +209,72 @@ def test_normalising_never_sees_a_long_run_of_marks(piece: str, monkeypatch: pyt
 def test_words_are_those_of_the_composed_text(text: str) -> None:
     composed = unicodedata.normalize("NFC", text)
     assert words_of(text) == words_of(composed) == words_of(unicodedata.normalize("NFD", text))
+
+
+#: What is written, and queries that find it.
+_FOUND = {
+    "Gib der Hund der Fuß": ["Fuß", "FUSS", "fuss", "fuß"],
+    "Die STRASSE ist lang": ["Straße", "strasse", "straße"],
+    "Die Straße ist lang": ["STRASSE", "Strasse", "straße"],
+    "Tiếng Việt đẹp": ["tieng", "Tiếng", "TIẾNG", "viet", unicodedata.normalize("NFD", "Tiếng"), "dep"],
+    "Crème brûlée à la carte": ["creme", "BRULEE", "brûlée"],
+    "Ødegård på Łódź": ["odegard", "lodz", "Łódź"],
+    "İstanbul'da ılık": ["istanbul", "ISTANBUL", "ilik"],
+    "Ἀθήνα, ΟΔΟΣ": ["Αθηνα", "οδός", "οδοσ"],
+    "Всё ещё там": ["все", "ЕЩЁ", "еще"],
+    "שָׁלוֹם": ["שלום"],
+    "السَّلَامُ عليكم": ["السلام"],
+    "我在北京大学学习": ["北京", "大学", "北京大学", "学"],
+    "東京都に住んでいます": ["東京", "京都", "住ん", "都"],
+    "ｶﾞﾗｽとガラス ＡＢＣ": ["ガラス", "がらす ガラ", "abc"],
+    "กำลังทำงานที่บ้าน": ["ทำงาน", "บ้าน", "ที่"],
+    "학교에서 공부합니다": ["학교", "공부", unicodedata.normalize("NFD", "학교"), "교"],
+    "हिन्दी में लिखना": ["हिन्दी", "लिखना"],
+    "the ﬁrst iPhone手机 of 2024年": ["first", "iphone", "手机", "2024", "年"],
+    "naïve “quotes” don’t": ["naive", "quotes", "NAÏVE"],
+}
+#: What is written, and queries that must not find it.
+_NOT_FOUND = {
+    "我在北京大学学习": ["京北", "上海", "北学"],
+    "ガラス": ["カ", "カナ"],
+    "हिन्दी": ["हद", "न्द"],
+    "학교에서": ["교학"],
+    "กำลัง": ["ลง"],
+}
+
+
+def test_words_are_found_in_any_script_however_they_are_written(collection: Collection) -> None:
+    texts = [*_FOUND, *_NOT_FOUND]
+    collection.upsert([NewRecord(str(i), text) for i, text in enumerate(texts)], gaussian(len(texts), 16))
+    missed = [
+        (text, query) for text, queries in _FOUND.items() for query in queries if text not in found(collection, query)
+    ]
+    assert missed == []
+    wrong = [
+        (text, query) for text, queries in _NOT_FOUND.items() for query in queries if text in found(collection, query)
+    ]
+    assert wrong == []
+    # What a deletion leaves of the words would be found for other records.
+    collection.delete([str(i) for i in range(len(texts))])
+    words_left = collection._store._writer.execute("SELECT count(*) FROM words_docsize").fetchone()
+    assert words_left == (0,)
+    for query in ("Fuß", "北京", "tieng"):
+        assert found(collection, query) == []
+
+
+def found(collection: Collection, query: str) -> list[str]:
+    (outcome,) = collection.search_words([query], [100])
+    return [record.text for record, _ in outcome.hits]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text(max_size=12) | st.text("aß İÅ我是ガがｶﾞ학교กำที่é\u0301 हिन्दी_'", max_size=12))
+def test_every_word_of_a_text_finds_it(searched: Collection, text: str) -> None:
+    searched.upsert([NewRecord("b", text)], gaussian(1, 16, seed=1))
+    for word in words_of(text):
+        # SQLite's own version of Unicode may know fewer letters than Python's.
+        if all(each in _KNOWN or each.isascii() for each in word):
+            assert "b" in {record.id for record, _ in searched.search_words([word], [5])[0].hits}
+
+
+_KNOWN = set("ßå我是ガが학교กำที่é हिन्दी")

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index
 from emberpc.server.index.backup import LAST_LINE_SIZE
 from index.backups import accept_all, changed, folders, restored, sealed, taken
-from index.support import gaussian, numbered, refused
+from index.support import gaussian, make_older, numbered, refused
 from index.test_safety import largest_file
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -236,20 +237,17 @@ def test_words_are_made_anew_from_the_texts(index: Index, whole: bytes, tmp_path
     """Whatever the file says of them: a search goes by the texts that are there."""
     gone = "INSERT INTO words (words) VALUES ('delete-all')"
     lie = "INSERT INTO words (rowid, text) VALUES (3, 'a lie')"
-    collection = restored(index, "d", changed(whole, tmp_path / "changed.db", gone, lie))
+    other = "UPDATE records SET search_text = 'a lie'"
+    collection = restored(index, "d", changed(whole, tmp_path / "changed.db", gone, lie, other))
     assert len(collection.search_words(["text"], [100])[0].hits) == 49
     assert collection.search_words(["lie"], [100])[0].hits == []
 
 
-def test_the_backup_of_an_older_version_is_brought_up_to_this_one(index: Index, whole: bytes, tmp_path: Path) -> None:
-    older = (
-        *(f"DROP {what}" for what in ("TRIGGER words_of_new", "TRIGGER words_of_old", "TABLE words")),
-        "DROP INDEX records_expiring",
-        *(f"ALTER TABLE records DROP COLUMN {column}" for column in ("text_checksum", "checksum", "expires")),
-        "ALTER TABLE state DROP COLUMN identity",
-        "PRAGMA user_version = 0",
-    )
-    collection = restored(index, "d", changed(whole, tmp_path / "changed.db", *older))
+@pytest.mark.parametrize("version", [0, 4])
+def test_the_backup_of_an_older_version_is_brought_up_to_this_one(
+    index: Index, whole: bytes, tmp_path: Path, version: int
+) -> None:
+    collection = restored(index, "d", changed(whole, tmp_path / "changed.db", partial(make_older, version=version)))
     assert len(collection.search_words(["text"], [100])[0].hits) == 49
 
 

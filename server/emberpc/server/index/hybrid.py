@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import threading
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,14 +10,8 @@ from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
 from emberpc.server.index.types import Fusion, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.index.words import words_of
 
-_WORD = re.compile(r"[^\W_]+")
-#: Marks of one character that count.
-_MAX_MARKS = 30
-#: Each decomposes into marks, but is of combining class 0 itself.
-_MARKS_OF_CLASS_0 = "\u0f73\u0f75\u0f81"
-#: Words of a query that count; each is looked up.
-_MAX_WORDS = 256
 #: Hits of each kind that are fused: so many, or so many times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
 #: A word of more than this share of the texts counts next to nothing in BM25, and takes most of the time.
@@ -148,28 +140,6 @@ class HybridSearcher:
 def fused_from(top_k: Sequence[int]) -> list[int]:
     """Return of how many hits of each kind so many are fused."""
     return [max(_MIN_DEPTH, _DEPTH_PER_HIT * k) for k in top_k]
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text, each once, and no more than are looked up."""
-    return [*dict.fromkeys(_WORD.findall(unicodedata.normalize("NFC", _stream_safe(text)).casefold()))][:_MAX_WORDS]
-
-
-def _stream_safe(text: str) -> str:
-    """Return a text without the marks of a character past its 30th.
-
-    Normalising takes time by the square of such a run of marks: 32 s for 400 KB. No script has more than 30 (Unicode
-    Standard Annex 15, Stream-Safe Text Format).
-    """
-    if text.isascii():
-        return text
-    kept = []
-    run = 0
-    for character in text:
-        run = run + 1 if unicodedata.combining(character) or character in _MARKS_OF_CLASS_0 else 0
-        if run <= _MAX_MARKS:
-            kept.append(character)
-    return "".join(kept)
 
 
 def expression(words: Sequence[str]) -> str:

@@ -134,8 +134,8 @@ class Restoration:
             with transaction(connection):
                 connection.execute("DROP TABLE backup")
                 connection.execute("PRAGMA application_id = 0")
-                for statement in (*schema.WORDS_ANEW, schema.IDENTITY_ANEW):
-                    connection.execute(statement)
+                schema.index_words(connection)
+                connection.execute(schema.IDENTITY_ANEW)
 
     def _check_open(self) -> None:
         if self._closed.is_set():

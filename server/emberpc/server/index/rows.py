@@ -14,6 +14,7 @@ import numpy as np
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.metric import are_fit
 from emberpc.server.index.types import CollectionSpec, Matrix, StoredRecord
+from emberpc.server.index.words import search_text
 
 #: What Python raises where the value of a damaged column is used.
 DAMAGES = (TypeError, ValueError, OverflowError, OSError, RecursionError)
@@ -208,6 +209,6 @@ def insert_row(
     text_checksum = text_checksum_of(*texts)
     return connection.execute(
         "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires, "
-        "text_checksum, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*texts, data, *times, text_checksum, checksum_of(text_checksum, data)),
+        "text_checksum, checksum, search_text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*texts, data, *times, text_checksum, checksum_of(text_checksum, data), search_text(texts[1])),
     ).lastrowid

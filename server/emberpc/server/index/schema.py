@@ -9,6 +9,7 @@ import sqlite3
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.database import transaction
+from emberpc.server.index.words import search_text
 
 # The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
 # so the graph's content follows from the set of labels alone.
@@ -62,11 +63,33 @@ IDENTITY_ANEW = "UPDATE state SET identity = lower(hex(randomblob(16)))"
 # What says of a snapshot whose it is.
 _IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", IDENTITY_ANEW)
 
-#: Makes the words anew, of a database at the last step.
-WORDS_ANEW = ("INSERT INTO words (words) VALUES ('delete-all')", _WORDS[-1])
+#: Computes the texts that are indexed from those that are stored; `_add_functions` has the function.
+_SEARCH_TEXTS = (
+    "UPDATE records SET search_text = search_text_of(CAST(text AS BLOB)) "
+    "WHERE search_text IS NOT search_text_of(CAST(text AS BLOB))"
+)
+_INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
+
+# The words are those of `words.search_text`, NULL where that is the text itself. The table stores no texts: a trigger
+# gives it that of a deleted record. Marks are part of a word; accents were removed before.
+_NORMALISED_WORDS = (
+    "DROP TRIGGER words_of_new",
+    "DROP TRIGGER words_of_old",
+    "DROP TABLE words",
+    "ALTER TABLE records ADD COLUMN search_text TEXT",
+    _SEARCH_TEXTS,
+    "CREATE VIRTUAL TABLE words USING fts5(text, content='', "
+    "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\")",
+    "CREATE TRIGGER words_of_new AFTER INSERT ON records WHEN new.text <> '' "
+    "BEGIN INSERT INTO words (rowid, text) VALUES (new.label, coalesce(new.search_text, new.text)); END",
+    "CREATE TRIGGER words_of_old AFTER DELETE ON records WHEN old.text <> '' "
+    "BEGIN INSERT INTO words (words, rowid, text) "
+    "VALUES ('delete', old.label, coalesce(old.search_text, old.text)); END",
+    _INDEX_WORDS,
+)
 
 #: What each step does, statement by statement; a new database goes through all of them too.
-STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM, _IDENTITY, _TEXT_CHECKSUM)
+STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM, _IDENTITY, _TEXT_CHECKSUM, _NORMALISED_WORDS)
 
 
 def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
@@ -87,6 +110,7 @@ def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
     if done > len(STEPS):
         message = f"{what} was written by a newer version of emberpc; serve it with that, or restore a backup"
         raise ServiceError(Code.INTERNAL, message, reason="NEWER_FORMAT")
+    _add_functions(connection)
     for number, statements in enumerate(STEPS[done:], done + 1):
         with transaction(connection):
             for statement in statements:
@@ -101,5 +125,27 @@ def make(connection: sqlite3.Connection, version: int) -> None:
         sqlite3.Error: it failed.
     """
     connection.executescript(_FIRST)
+    _add_functions(connection)
     for statement in (statement for statements in STEPS[:version] for statement in statements):
         connection.execute(statement)
+
+
+def index_words(connection: sqlite3.Connection) -> None:
+    """Index the words of all texts from the beginning, in a database at the last step, whatever it has of them.
+
+    Raises:
+        sqlite3.Error: it failed.
+    """
+    _add_functions(connection)
+    for statement in (_SEARCH_TEXTS, "INSERT INTO words (words) VALUES ('delete-all')", _INDEX_WORDS):
+        connection.execute(statement)
+
+
+def _add_functions(connection: sqlite3.Connection) -> None:
+    """Add the functions that the steps use; triggers use none, so that any SQLite can write to the database."""
+    connection.create_function("search_text_of", 1, _search_text_of, deterministic=True)
+
+
+def _search_text_of(data: bytes) -> str | None:
+    # A damaged text must not keep its collection from being opened.
+    return search_text(data.decode(errors="replace"))

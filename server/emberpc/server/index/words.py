@@ -1,0 +1,126 @@
+"""Words of texts and of queries, normalised in one way, so that a query finds a word however it is written.
+
+SQLite's tokenizer splits what comes from here at spaces and punctuation, and stems it. Case, accents and the width of
+characters are ignored. Scripts that are written without spaces are split into characters and pairs of characters.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from itertools import pairwise
+
+_WORD = re.compile(r"[^\W_]+")
+#: Words of a query that count; each is looked up.
+_MAX_WORDS = 256
+#: Marks of one character that count.
+_MAX_MARKS = 30
+#: Each decomposes into marks, but is of combining class 0 itself.
+_MARKS_OF_CLASS_0 = "\u0f73\u0f75\u0f81"
+#: Marks that a reader may leave out: accents, and the vowel points of Hebrew and Arabic. Others, such as those of
+#: Japanese and of Indian scripts, make another letter.
+_ACCENTS = re.compile(
+    "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670"
+    "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+"
+)
+#: Letters with a stroke or tied together, which do not decompose.
+_LETTERS = {"đ": "d", "ð": "d", "ø": "o", "ł": "l", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe"}
+_LETTER = re.compile(f"[{''.join(_LETTERS)}]")
+#: Halfwidth and fullwidth forms, by the usual ones. Character by character: only afterwards marks are counted.
+_WIDTHS = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFEF)}
+_WIDTH = re.compile("[\uff01-\uffee]")
+#: Letters of scripts that are written without spaces, or in Korean without those between a word and its endings.
+_UNSPACED = (
+    "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46"  # Thai
+    "\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6\u0edc-\u0edf"  # Lao
+    "\u1000-\u102a\u103f\u1050-\u1055\u105a-\u105d\u1061\u1065\u1066\u106e-\u1070\u1075-\u1081\u108e"  # Burmese
+    "\u1780-\u17b3"  # Khmer
+    "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"  # Hangul
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # Kana
+    "\u2e80-\u2fd5\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Han
+)
+#: Marks and dependent vowels of those scripts.
+_MARKS = (
+    "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u1056-\u1059\u105e-\u1060"
+    "\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u17b4-\u17d3\u17dd\u3099\u309a"
+)
+_CHARACTER = re.compile(f"[{_UNSPACED}][{_MARKS}]*")
+_RUN = re.compile(f"(?:[{_UNSPACED}][{_MARKS}]*)+")
+
+
+class _Spaced(dict[int, int]):
+    """Maps the code of what is no letter, number or mark to a space, and others to themselves.
+
+    Python decides, since SQLite may know another version of Unicode.
+    """
+
+    def __missing__(self, code: int) -> int:
+        category = unicodedata.category(chr(code))
+        found = code if category[0] in "LNM" or category == "Co" else ord(" ")
+        if code < _CACHED:
+            self[code] = found
+        return found
+
+
+#: Codes whose kind is kept in memory: of most alphabets.
+_CACHED = 0x3000
+_SPACED = _Spaced()
+
+
+def search_text(text: str) -> str | None:
+    """Return what is indexed of a text; None if that is the text itself, since SQLite ignores the case of ASCII."""
+    if text.isascii():
+        return None
+    return _RUN.sub(lambda run: f" {' '.join(_characters_and_pairs(run[0]))} ", _folded(text))
+
+
+def words_of(query: str) -> list[str]:
+    """Return the words of a query, each once, and no more than are looked up.
+
+    Of a run without spaces these are the pairs of characters: single ones are in too many texts.
+    """
+    if query.isascii():
+        found = _WORD.findall(query.lower())
+    else:
+        text = _RUN.sub(lambda run: f" {' '.join(_pairs(run[0]))} ", _folded(query))
+        found = text.split()
+    return [*dict.fromkeys(found)][:_MAX_WORDS]
+
+
+def _folded(text: str) -> str:
+    """Return a text without case, accents and widths, with spaces for all that is no part of a word."""
+    text = _stream_safe(_WIDTH.sub(lambda character: _WIDTHS[character[0]], text))
+    text = _ACCENTS.sub("", unicodedata.normalize("NFD", text).casefold())
+    text = _LETTER.sub(lambda letter: _LETTERS[letter[0]], unicodedata.normalize("NFC", text))
+    return text.translate(_SPACED)
+
+
+def _stream_safe(text: str) -> str:
+    """Return a text without the marks of a character past its 30th.
+
+    Normalising takes time by the square of such a run of marks: 32 s for 400 KB. No script has more than 30 (Unicode
+    Standard Annex 15, Stream-Safe Text Format).
+    """
+    kept = []
+    run = 0
+    for character in text:
+        run = run + 1 if unicodedata.combining(character) or character in _MARKS_OF_CLASS_0 else 0
+        if run <= _MAX_MARKS:
+            kept.append(character)
+    return "".join(kept)
+
+
+def _characters_and_pairs(run: str) -> Iterator[str]:
+    before = ""
+    for character in _CHARACTER.findall(run):
+        if before:
+            yield before + character
+        yield character
+        before = character
+
+
+def _pairs(run: str) -> list[str]:
+    """Return the pairs of characters of a run; the character itself if it is a single one."""
+    characters = _CHARACTER.findall(run)
+    return [a + b for a, b in pairwise(characters)] or characters
