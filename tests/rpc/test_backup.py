@@ -9,6 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import numpy as np
@@ -20,6 +21,7 @@ from emberpc.server.handlers import Handlers
 from emberpc.server.index import CollectionSpec, Index, NewRecord
 from emberpc.server.services import requests
 from emberpc.server.services.backups import Backups
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from server_process import ServerProcess
@@ -234,12 +236,14 @@ async def test_a_caller_who_goes_away_leaves_nothing(points: Client, address: st
 
 
 @asynccontextmanager
-async def impatient(tmp_path: Path) -> AsyncIterator[index_pb2_grpc.IndexServiceAsyncStub]:
-    """A server, with a collection of 16 MB, that gives a caller up after half a second."""
+async def impatient(
+    tmp_path: Path, stall_seconds: float = 0.5, contended_seconds: float = 60, count: int = 2000
+) -> AsyncIterator[index_pb2_grpc.IndexServiceAsyncStub]:
+    """A server, with a collection of 16 MB, that gives a caller up, after half a second by default."""
     with closing(Index(tmp_path)) as index, ThreadPoolExecutor(4) as pool:
         collection = index.create(CollectionSpec("points", 2000))
-        collection.upsert([NewRecord(str(i)) for i in range(2000)], np.ones((2000, 2000), dtype=np.float32))
-        backups = Backups(index, pool, stall_seconds=0.5)
+        collection.upsert([NewRecord(str(i)) for i in range(count)], np.ones((count, 2000), dtype=np.float32))
+        backups = Backups(index, IndexPool(pool, heavy=2), stall_seconds, contended_seconds)
 
         async def find(_: str) -> object:
             return collection
@@ -285,3 +289,103 @@ async def test_a_caller_who_stops_sending_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="nothing came for 0.5 s"):
             await asyncio.wait_for(restore, 20)
     assert nothing_but_points(tmp_path)
+
+
+def first_message(name: str) -> pb.RestoreCollectionRequest:
+    return pb.RestoreCollectionRequest(name=name, chunk=b"x" * 1000)
+
+
+async def whole_backup(stub: index_pb2_grpc.IndexServiceAsyncStub) -> tuple[bytes, str]:
+    """A backup of the collection, and its SHA-256."""
+    pieces = [piece async for piece in stub.BackupCollection(pb.BackupCollectionRequest(name="points"))]
+    return b"".join(piece.chunk for piece in pieces), pieces[-1].sha256
+
+
+async def restored(stub: index_pb2_grpc.IndexServiceAsyncStub, data: bytes, sha256: str) -> None:
+    """Restore a backup as `copy`."""
+
+    async def messages() -> AsyncIterator[pb.RestoreCollectionRequest]:
+        yield pb.RestoreCollectionRequest(name="copy", chunk=data[: 2**20])
+        for start in range(2**20, len(data), 2**20):
+            yield pb.RestoreCollectionRequest(chunk=data[start : start + 2**20])
+        yield pb.RestoreCollectionRequest(sha256=sha256)
+
+    await stub.RestoreCollection(messages())
+
+
+async def test_streams_that_never_send_a_message_keep_no_restore_waiting(tmp_path: Path) -> None:
+    async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=1e6, count=200) as stub:
+        silent = [stub.RestoreCollection() for _ in range(20)]
+        for call in silent:
+            await call.wait_for_connection()
+        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 60)
+        for call in silent:
+            call.cancel()
+
+
+async def test_streams_that_fall_silent_are_given_up_when_others_wait(tmp_path: Path) -> None:
+    async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=0.1, count=200) as stub:
+        silent = [stub.RestoreCollection() for _ in range(2)]
+        for i, call in enumerate(silent):
+            await call.write(first_message(f"silent-{i}"))
+        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 60)
+        given_up = [call for call in silent if call.done()]
+        assert given_up
+        for call in given_up:
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing came for"):
+                await call
+        for call in silent:
+            call.cancel()
+
+
+async def test_more_restores_than_may_wait_are_refused_with_a_time(tmp_path: Path) -> None:
+    async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=1e6, count=200) as stub:
+        calls = [stub.RestoreCollection() for _ in range(2 + 8 + 3)]
+        for i, call in enumerate(calls):
+            await call.write(first_message(f"c{i}"))
+        waiting = {asyncio.ensure_future(code_of(call)) for call in calls}
+        refused: set[asyncio.Future[tuple[grpc.StatusCode, str]]] = set()
+        while len(refused) < 3:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            refused |= done
+        assert [each.result() for each in refused] == [(grpc.StatusCode.RESOURCE_EXHAUSTED, "5000")] * 3
+        for call in calls:
+            call.cancel()
+        # Those that are gone keep nobody waiting.
+        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 60)
+
+
+async def test_more_backups_than_may_wait_are_refused_with_a_time(tmp_path: Path) -> None:
+    request = pb.BackupCollectionRequest(name="points")
+    async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=1e6) as stub:
+        calls = [stub.BackupCollection(request) for _ in range(2 + 8 + 3)]
+        # Whoever has its turn gets a first piece and reads no other one.
+        reading = {asyncio.ensure_future(call.read()) for call in calls}
+        ended: list[asyncio.Future[object]] = []
+        while len(ended) < 2 + 3:
+            done, reading = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            ended += done
+        errors = [each.exception() for each in ended if each.exception() is not None]
+        assert [error.code() for error in errors if isinstance(error, grpc.aio.AioRpcError)] == [
+            grpc.StatusCode.RESOURCE_EXHAUSTED
+        ] * 3
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def code_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> tuple[grpc.StatusCode, str]:
+    """How a call ended, and after how many milliseconds it may be made again."""
+    metadata = dict(tuple(await call.trailing_metadata() or ()))
+    return await call.code(), str(metadata.get("grpc-retry-pushback-ms", ""))
+
+
+async def test_backups_nobody_reads_are_given_up_when_others_wait(tmp_path: Path) -> None:
+    request = pb.BackupCollectionRequest(name="points")
+    async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=0.1) as stub:
+        stalled = [stub.BackupCollection(request) for _ in range(2)]
+        for call in stalled:
+            await call.read()
+        assert await asyncio.wait_for(size_of(stub.BackupCollection(request)), 60) > 16_000_000
+        for call in stalled:
+            call.cancel()

@@ -17,6 +17,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import CollectionSpec, Index
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.index import IndexService
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.requests import Limits
 from emberpc.v1 import index_pb2 as pb
@@ -30,8 +31,9 @@ class Service:
         self.engine = Engine(Registry(pool), pool, workers=1, batch_tokens=512, max_queue_tokens=4096)
         self.index = Index(data)
         limits = Limits(100, 10_000, 2**24, 2**25, 4096)
-        reembedder = Reembedder(self.engine, self.index, pool, limits)
-        self._service = IndexService(self.engine, self.index, pool, limits, reembedder)
+        index_pool = IndexPool(pool, heavy=1)
+        reembedder = Reembedder(self.engine, self.index, index_pool, limits)
+        self._service = IndexService(self.engine, self.index, index_pool, limits, reembedder)
 
     def create(self, model: Model, fingerprint: str) -> None:
         self.index.create(CollectionSpec("c", 32, model=model.name, model_fingerprint=fingerprint))
@@ -125,7 +127,7 @@ def test_on_a_full_disk_the_collection_stays_usable(
     def full(*_: object) -> CollectionSpec:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(service.index._directory, "rebind", full)
+    monkeypatch.setattr(service.index._directory, "update", full)
     assert service.bound_by() == model.legacy_fingerprint
     assert collection_model(service.engine, service.index.get("c")) is model
     monkeypatch.undo()

@@ -16,6 +16,7 @@ import pytest
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Index, SearchOutcome
 from emberpc.server.services import search_groups
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.search_groups import Search, SearchGroups
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -56,7 +57,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[SearchGroups]:
     # A collection that waits for the test would else pass for a slow one.
     monkeypatch.setattr(search_groups, "_GROUP_SECONDS", 1000.0)
     with ThreadPoolExecutor(4) as pool:
-        yield SearchGroups(pool, at_once=1)
+        yield SearchGroups(IndexPool(pool, heavy=2), at_once=1)
 
 
 def one(collection: Any, row: int, top_k: int = 3, **options: Any) -> Search:
@@ -101,7 +102,7 @@ async def test_no_group_has_more_than_64_queries(watched: Any, groups: SearchGro
 async def test_slow_searches_have_groups_of_their_own_side_by_side(watched: Any) -> None:
     watched.go_on.set()
     with ThreadPoolExecutor(4) as pool:
-        groups = SearchGroups(pool, at_once=2)
+        groups = SearchGroups(IndexPool(pool, heavy=2), at_once=2)
         watched.seconds = 0.02
         await asyncio.gather(*(groups.search(one(watched, row)) for row in range(6)))
     assert watched.sizes == [1] * 6

@@ -19,6 +19,7 @@ from emberpc.server.index import Index, IndexBackend
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService, add_index_service
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.models import ModelService
 from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.requests import Limits
@@ -64,7 +65,12 @@ SERVICE_NAMES = tuple(
 
 
 async def run(
-    settings: Settings, workers: int, pool: ThreadPoolExecutor, models: Future[Registry], stopping: Stopping
+    settings: Settings,
+    workers: int,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    models: Future[Registry],
+    stopping: Stopping,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
@@ -72,6 +78,7 @@ async def run(
         settings: the settings.
         workers: threads that run models.
         pool: where everything runs that takes long; it must be large enough for some slow calls beside others.
+        threads: threads of the pool, at least five.
         models: those to serve, which may still be being loaded.
         stopping: handles the signals; its deadline bounds every wait of the shutdown.
 
@@ -118,9 +125,15 @@ async def run(
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts)
-        reembedder = Reembedder(engine, index, pool, limits)
+        # Beside the heavy calls of the index, two threads may open collections, and one measures the models.
+        index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
+        # Before the index is closed, which blocks the loop until no call is under way.
+        stack.push_async_callback(lambda: stopping.finish(index_pool.close()))
+        reembedder = Reembedder(engine, index, index_pool, limits)
         stack.push_async_callback(lambda: stopping.finish(reembedder.close()))
-        _register(handlers, engine, loader, IndexService(engine, index, pool, limits, reembedder), limits, settings)
+        _register(
+            handlers, engine, loader, IndexService(engine, index, index_pool, limits, reembedder), limits, settings
+        )
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
         reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         await reembedder.resume()

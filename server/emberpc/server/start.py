@@ -41,7 +41,8 @@ def serve(settings: Settings) -> None:
     workers = settings.workers or usable_cores()
     # Before it is used on another thread: two that import the same modules can see one half done.
     import_module("emberpc.server.engine")
-    pool = ThreadPoolExecutor(workers + _EXTRA_THREADS, thread_name_prefix="pool")
+    threads = workers + _EXTRA_THREADS
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pool")
     stopping = Stopping(settings.drain_seconds)
     try:
         models = pool.submit(_load_models, settings, pool)
@@ -49,7 +50,7 @@ def serve(settings: Settings) -> None:
             raise StartupError(problem)
         from emberpc.server.app import run  # noqa: PLC0415 - it imports hnswlib, and takes as long as loading a model
 
-        asyncio.run(run(settings, workers, pool, models, stopping))
+        asyncio.run(run(settings, workers, pool, threads, models, stopping))
     finally:
         # Unlike a `with` of the pool, it waits no longer than the deadline, which is infinite without a signal.
         stopping.end(pool)

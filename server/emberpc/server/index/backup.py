@@ -23,7 +23,7 @@ from typing import IO
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.damage import lenient_text
-from emberpc.server.index.database import connect, translated
+from emberpc.server.index.database import STEPS_BETWEEN_LOOKS, connect, translated
 from emberpc.server.index.files import new_folder, written
 from emberpc.server.index.filter_sql import INDEX_PREFIX
 from emberpc.server.index.rows import ROW_COLUMNS, Row, damaged
@@ -41,8 +41,6 @@ LAST_LINE_SIZE = len(_LAST_LINE % (b"0" * 64))
 HEADROOM = 64 * 2**20
 _INDEXES = f"{INDEX_PREFIX}*"
 _PIECE_BYTES = 2**20
-#: Steps of SQLite's between two looks whether the copy is still wanted: some milliseconds.
-STEPS_BETWEEN_LOOKS = 20_000
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import backup, schema
+from emberpc.server.index.database import STEPS_BETWEEN_LOOKS
 from emberpc.server.index.metric import check_vectors
 from emberpc.server.index.rows import Row
 from emberpc.server.index.types import CollectionSpec, NewRecord
@@ -97,7 +98,7 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
             # SQLite's own advice for databases from strangers.
             for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "query_only = ON"):
                 connection.execute(f"PRAGMA {pragma}")
-            connection.set_progress_handler(stop, backup.STEPS_BETWEEN_LOOKS)
+            connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
             yield connection
     # Python decodes names and messages of SQLite, which hold bytes of the file.
     except (sqlite3.Error, UnicodeDecodeError) as error:

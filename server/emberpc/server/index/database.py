@@ -10,17 +10,23 @@ from pathlib import Path
 from urllib.parse import quote
 
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import cancellation
 
 log = logging.getLogger(__name__)
 
 #: SQLite's message; its code is in the exception only from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
+_INTERRUPTED = "interrupted"
+#: Steps of SQLite between two looks whether a statement is still wanted: some milliseconds.
+STEPS_BETWEEN_LOOKS = 20_000
 #: Seconds to wait for another connection's lock; there is none but while a connection opens or a log is merged.
 _TIMEOUT = 30
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """Open a database; its connections may go from thread to thread.
+
+    A statement ends early if the call that its thread runs is cancelled. A COMMIT has too few steps to be ended.
 
     Args:
         path: its file.
@@ -41,6 +47,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         # In WAL mode anything less than FULL may lose what was acknowledged.
         connection.execute("PRAGMA synchronous = FULL")
+        connection.set_progress_handler(cancellation.cancelled, STEPS_BETWEEN_LOOKS)
     except BaseException:
         connection.close()
         raise
@@ -81,11 +88,14 @@ def translated(what: str) -> Iterator[None]:
         what: whose database it is, for the message.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk is full, else INTERNAL; the log says more.
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full, DEADLINE_EXCEEDED if the call was cancelled, else
+            INTERNAL; the log says more.
     """
     try:
         yield
     except sqlite3.OperationalError as error:
+        if str(error) == _INTERRUPTED and cancellation.cancelled():
+            raise cancellation.error() from error
         if str(error) == _DISK_FULL:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,

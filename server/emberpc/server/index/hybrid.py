@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from emberpc.server.index import cancellation
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
@@ -106,6 +107,7 @@ class HybridSearcher:
         ]
 
     def _by_words(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
+        cancellation.check()
         words = self._telling(words_of(text))
         hits = self._with_words(expression(words), k, condition, with_vectors=with_vectors) if words else []
         count = len(hits)
@@ -133,7 +135,10 @@ class HybridSearcher:
         total = self._store.count()
         if total < _LARGE:
             return words
-        counts = {word: self._store.count_with_words(expression([word])) for word in words}
+        counts = {}
+        for word in words:
+            cancellation.check()
+            counts[word] = self._store.count_with_words(expression([word]))
         return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or words
 
 

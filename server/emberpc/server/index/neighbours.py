@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from emberpc.server.cores import usable_cores
+from emberpc.server.index import cancellation
 from emberpc.server.index.buffer import Buffer
 from emberpc.server.index.graph import Graph, GraphError, Saving
 from emberpc.server.index.locks import ReadWriteLock
@@ -17,6 +18,8 @@ from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Str
 _SLICE = 16
 #: Queries answered before a writer gets its turn, some 32 on each core.
 _QUERIES_PER_TURN = 32 * usable_cores()
+#: Candidates up to which a query counts as one; one of more counts as more, since it takes as much longer.
+_EF_PER_QUERY = 1000
 _READ_BATCH = 2000
 
 #: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).
@@ -107,8 +110,10 @@ class Neighbours:
             What was found for each; None where the graph cannot tell and vectors must be compared one by one.
         """
         found: list[Candidates | None] = []
-        for start in range(0, len(queries), _QUERIES_PER_TURN):
-            part = queries[start : start + _QUERIES_PER_TURN]
+        turn = max(usable_cores(), _QUERIES_PER_TURN * _EF_PER_QUERY // max(ef, _EF_PER_QUERY))
+        for start in range(0, len(queries), turn):
+            cancellation.check()
+            part = queries[start : start + turn]
             try:
                 found += self._search(part, k, ef)
             except GraphError:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from emberpc.server.index import cancellation
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.metric import nearest, prepare
 from emberpc.server.index.neighbours import Candidates, Neighbours
@@ -110,6 +111,7 @@ class Searcher:
             rows_of.setdefault(condition, []).append(i)
         outcomes: dict[int, SearchOutcome] = {}
         for condition, rows in rows_of.items():
+            cancellation.check()
             outcomes.update(zip(rows, self._search(request.only(rows), condition, settled=settled), strict=True))
         return [outcomes[i] for i in range(len(request.queries))]
 
@@ -236,6 +238,7 @@ class Searcher:
         scores = np.empty((len(queries), 0), dtype=np.float32)
         total = 0
         for batch, vectors in batches:
+            cancellation.check()
             total += len(batch)
             rows, found = nearest(queries, vectors, k, self._distance)
             labels, scores = np.hstack([labels, batch[rows]]), np.hstack([scores, found])

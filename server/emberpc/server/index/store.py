@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from emberpc.server.errors import ServiceError, invalid
-from emberpc.server.index import schema
+from emberpc.server.index import cancellation, schema
 from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, row_bytes
 from emberpc.server.index.damage import Damage
 from emberpc.server.index.database import connect, empty_log, transaction, translated
@@ -363,6 +363,7 @@ class Store:
         with translated(self._what):
             cursor = self._reader().execute(f"SELECT {VECTOR_COLUMNS} FROM records ORDER BY label")  # noqa: S608 - ours
             while rows := cursor.fetchmany(batch):
+                cancellation.check()
                 yield self._vectors(rows)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
@@ -438,6 +439,7 @@ class Store:
     def _delete_at_once(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
         with self._writing() as connection:
             removed = find(connection)
+            cancellation.check()
             sequence = self._next_sequence(connection) if removed else self._sequence(connection)
             delete_rows(connection, self._spec, removed)
         return Change(sequence, np.empty(0, dtype=np.int64), removed)
@@ -460,6 +462,7 @@ class Store:
         """Select rows by many keys, as many at a time as SQLite takes."""
         with translated(self._what):
             for start in range(0, len(keys), _MAX_VARIABLES):
+                cancellation.check()
                 part = keys[start : start + _MAX_VARIABLES]
                 marks = ",".join("?" * len(part))
                 yield from self._damage.select(

@@ -15,8 +15,8 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.bulk_embedding import GROUP_TEXTS, GROUPS, BulkEmbedder, Embedded
 from emberpc.server.services.forms import Matrix, shape
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.records import caller_vectors, new_records
 from emberpc.server.services.tasks import end, next_of
 from emberpc.server.statuses import status_of
@@ -58,7 +59,7 @@ class _Batch:
 async def upsert_stream(
     engine: Engine,
     limits: requests.Limits,
-    pool: Executor,
+    pool: IndexPool,
     find: Callable[[str], Awaitable[CollectionBackend]],
     writable: Callable[[str], Awaitable[None]],
     messages: AsyncIterator[pb.UpsertRecordsStreamRequest],
@@ -116,7 +117,7 @@ class _Stream:
         self,
         engine: Engine,
         limits: requests.Limits,
-        pool: Executor,
+        pool: IndexPool,
         collection: CollectionBackend,
         context: requests.Context,
     ) -> None:
@@ -173,10 +174,10 @@ class _Stream:
 
     async def write(self, batch: _Batch) -> pb.UpsertRecordsStreamResponse:
         """Write the records of a message, but those that the index refuses; return the answer."""
-        loop = asyncio.get_running_loop()
         while batch.records:
+            upsert = partial(self._collection.upsert, batch.records, batch.matrix)
             try:
-                result = await loop.run_in_executor(self._pool, self._collection.upsert, batch.records, batch.matrix)
+                result = await self._pool.run(upsert, within=self._pool.writers(self.name))
             except ServiceError as error:
                 if error.code is not Code.INVALID_ARGUMENT:
                     raise
@@ -215,8 +216,7 @@ class _Stream:
         """Read the records of a message and find their vectors."""
         batch = _Batch(pb.UpsertRecordsStreamResponse(batch_number=message.batch_number))
         # In the pool, since the metadata of a message may take seconds to read.
-        reading = asyncio.get_running_loop().run_in_executor(self._pool, self._read, batch, message)
-        places = await reading
+        places = await self._pool.run(lambda: self._read(batch, message))
         if message.HasField("vectors"):
             try:
                 batch.matrix = self._given(message)[places]

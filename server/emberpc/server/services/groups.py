@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import threading
 from bisect import bisect_right
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from emberpc.server.errors import invalid
-from emberpc.server.index import CollectionBackend, DuplicatePair
+from emberpc.server.index import CollectionBackend, DuplicatePair, cancellation
 from emberpc.server.paging import decode_token, encode_token, wrong_token
 from emberpc.server.services import requests
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.records import Parts, fill_record
+from emberpc.server.services.slots import Slots
 from emberpc.v1 import index_pb2 as pb
 
 _DEFAULT_MIN_SCORE = 0.95
 _MAX_CLUSTERS = 1000
 _DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
+#: Calls that may wait for the one under way; a caller beyond is refused, and may try again after so many seconds.
+_MOST_WAITING, _RETRY_SECONDS = 8, 10.0
 
 #: The number of the write that it goes for, the bound, and the pairs.
 _Found: TypeAlias = tuple[int, float, list[DuplicatePair]]
@@ -37,30 +38,30 @@ class Groups:
         limits: how large a response may be.
     """
 
-    def __init__(self, pool: Executor, limits: requests.Limits) -> None:
+    def __init__(self, pool: IndexPool, limits: requests.Limits) -> None:
         self._limits = limits
         self._pool = pool
-        self._turn = asyncio.Lock()
+        self._turn = Slots(1, _MOST_WAITING, "calls that look at all records of a collection", _RETRY_SECONDS)
         #: Of each collection what was found last, for those who ask for the next page.
         self._duplicates: WeakKeyDictionary[CollectionBackend, tuple[int, float, list[DuplicatePair]]] = (
             WeakKeyDictionary()
         )
 
     async def find_duplicates(
-        self, request: pb.FindDuplicatesRequest, collection: CollectionBackend
+        self, request: pb.FindDuplicatesRequest, collection: CollectionBackend, context: requests.Context
     ) -> pb.FindDuplicatesResponse:
         """Answer a FindDuplicates.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a bound outside (0, 1], a page of another size, or a token of another.
+            ServiceError: INVALID_ARGUMENT for a bound outside (0, 1], a page of another size, or a token of another;
+                RESOURCE_EXHAUSTED if too many calls wait.
         """
         min_score = request.min_score or _DEFAULT_MIN_SCORE
         if not 0 < min_score <= 1:
             raise invalid("min_score", f"is {min_score:g}; it must be above 0 and at most 1")
         size = requests.page_size(request.page_size)
         after = _read_token(request.page_token)
-        async with self._turn:
-            pairs = await self._pairs(collection, min_score)
+        pairs = await self._run(lambda: self._pairs(collection, min_score), context)
         # What changed meanwhile moves no pair to the other side of the one that the page before ended with.
         first = bisect_right(pairs, after, key=lambda pair: pair.order) if after else 0
         page = pairs[first : first + size]
@@ -73,12 +74,13 @@ class Groups:
         )
 
     async def cluster_records(
-        self, request: pb.ClusterRecordsRequest, collection: CollectionBackend
+        self, request: pb.ClusterRecordsRequest, collection: CollectionBackend, context: requests.Context
     ) -> pb.ClusterRecordsResponse:
         """Answer a ClusterRecords.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a number that is out of bounds.
+            ServiceError: INVALID_ARGUMENT for a number that is out of bounds, RESOURCE_EXHAUSTED if too many calls
+                wait.
         """
         if not 2 <= request.cluster_count <= _MAX_CLUSTERS:
             raise invalid("cluster_count", f"is {request.cluster_count}; it must be 2 to {_MAX_CLUSTERS}")
@@ -86,8 +88,9 @@ class Groups:
             what = f"is {request.examples_per_cluster}; it must be 0 (for {_DEFAULT_EXAMPLES}) to {_MAX_EXAMPLES}"
             raise invalid("examples_per_cluster", what)
         examples = request.examples_per_cluster or _DEFAULT_EXAMPLES
-        async with self._turn:
-            clusters = await self._run(lambda stop: collection.clusters(request.cluster_count, examples, stop))
+        clusters = await self._run(
+            lambda: collection.clusters(request.cluster_count, examples, cancellation.cancelled), context
+        )
         response = pb.ClusterRecordsResponse()
         parts, size = Parts(()), 0
         for cluster in clusters:
@@ -98,22 +101,20 @@ class Groups:
             self._limits.check_response(size, "ask for fewer examples")
         return response
 
-    async def _pairs(self, collection: CollectionBackend, min_score: float) -> list[DuplicatePair]:
-        """Return all pairs: those found for the page before, if nothing was written since."""
-        sequence = await self._run(lambda _: collection.info().sequence)
+    def _pairs(self, collection: CollectionBackend, min_score: float) -> list[DuplicatePair]:
+        """Return all pairs: those found for the page before, if nothing was written since; in the pool."""
+        sequence = collection.info().sequence
         kept = self._duplicates.get(collection)
         if kept is None or kept[:2] != (sequence, min_score):
-            pairs = await self._run(lambda stop: collection.duplicates(min_score, stop))
+            pairs = collection.duplicates(min_score, cancellation.cancelled)
+            # What was found until then is not all, so it must not be kept.
+            cancellation.check()
             kept = self._duplicates[collection] = (sequence, min_score, pairs)
         return kept[2]
 
-    async def _run(self, work: Callable[[Callable[[], bool]], Result]) -> Result:
-        """Run work in the pool, which is told when its caller is gone."""
-        stop = threading.Event()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work, stop.is_set)
-        finally:
-            stop.set()
+    async def _run(self, work: Callable[[], Result], context: requests.Context) -> Result:
+        """Run work in the pool, one at a time."""
+        return await self._pool.run(work, context, heavy=True, within=self._turn)
 
 
 def _read_token(token: str) -> tuple[float, str, str] | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -22,6 +19,8 @@ from emberpc.server.services.bulk import upsert_stream
 from emberpc.server.services.filters import check_indexed_fields, read_filter
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
 from emberpc.server.services.groups import Groups
+from emberpc.server.services.index_pool import IndexPool
+from emberpc.server.services.opening import Opener
 from emberpc.server.services.records import (
     DISTANCES,
     Parts,
@@ -33,10 +32,9 @@ from emberpc.server.services.records import (
 from emberpc.server.services.reembedding import Reembedder
 from emberpc.server.services.search_groups import SearchGroups
 from emberpc.server.services.searching import Searcher
+from emberpc.server.services.slots import Slots
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
-
-log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -53,7 +51,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     """
 
     def __init__(
-        self, engine: Engine, index: IndexBackend, pool: Executor, limits: requests.Limits, reembedder: Reembedder
+        self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: requests.Limits, reembedder: Reembedder
     ) -> None:
         self._engine = engine
         self._index = index
@@ -62,14 +60,15 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self._reembedder = reembedder
         self._groups = Groups(pool, limits)
         self._backups = Backups(index, pool)
-        self._searcher = Searcher(engine, limits, self._in_pool, SearchGroups(pool, usable_cores()))
+        self._searcher = Searcher(engine, limits, pool, SearchGroups(pool, usable_cores()))
+        self._opener = Opener(engine, index, pool)
 
     async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: requests.Context
     ) -> pb.CreateCollectionResponse:
         """Create a collection."""
         spec = self._spec(request.collection)
-        collection = await self._in_pool(lambda: self._index.create(spec))
+        collection = await self._pool.run(lambda: self._index.create(spec))
         return pb.CreateCollectionResponse(collection=await self._describe(collection))
 
     async def GetCollection(
@@ -83,7 +82,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.ListCollectionsResponse:
         """List the collections by name."""
         size = requests.page_size(request.page_size)
-        specs, token = await self._in_pool(lambda: self._index.page(size, request.page_token))
+        specs, token = await self._pool.run(lambda: self._index.page(size, request.page_token))
         found = [await self._describe_or_say_why_not(spec) for spec in specs]
         return pb.ListCollectionsResponse(
             collections=[collection for collection in found if collection is not None], next_page_token=token
@@ -100,7 +99,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
                 raise invalid(f"update_mask.paths[{i}]", f"is {path!r}; only truncation can be changed")
         truncation = requests.truncation(request.collection.truncation, "collection.truncation").value
         name = request.collection.name
-        await self._in_pool(lambda: self._index.update(name, truncation))
+        await self._pool.run(lambda: self._index.update(name, truncation), within=self._pool.writers(name))
         return pb.UpdateCollectionResponse(collection=await self._with(name, self._describe))
 
     async def DeleteCollection(
@@ -108,7 +107,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.DeleteCollectionResponse:
         """Delete a collection."""
         await self._reembedder.cancel(request.name)
-        await self._in_pool(lambda: self._index.delete(request.name))
+        await self._pool.run(lambda: self._index.delete(request.name))
         return pb.DeleteCollectionResponse()
 
     async def UpsertRecords(
@@ -122,7 +121,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def _upsert(
         self, request: pb.UpsertRecordsRequest, context: requests.Context, collection: CollectionBackend
     ) -> pb.UpsertRecordsResponse:
-        records = await self._in_pool(lambda: new_records(request.records))
+        records = await self._pool.run(lambda: new_records(request.records))
         response = pb.UpsertRecordsResponse()
         if request.HasField("vectors"):
             self._limits.check_texts([record.text for record in records], items_of("records", "text"), allow_empty=True)
@@ -132,9 +131,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             default = Truncation(collection.spec.truncation)
             truncation = requests.truncation(request.truncation, default=default)
             matrix = await self._embed_records(collection, texts, truncation, requests.caller(context), response)
-        result = await self._in_pool(
-            lambda: collection.upsert(records, matrix, list(request.expected_revisions) or None)
-        )
+        upsert = partial(collection.upsert, records, matrix, list(request.expected_revisions) or None)
+        result = await self._pool.run(upsert, within=self._pool.writers(request.collection))
         response.inserted_count = result.inserted
         response.updated_count = result.updated
         response.receipt.CopyFrom(replies.receipt(result))
@@ -146,7 +144,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Insert or replace the records of a corpus of any size."""
         writable = self._reembedder.writable
         return upsert_stream(
-            self._engine, self._limits, self._pool, self._collection, writable, request_iterator, context
+            self._engine, self._limits, self._pool, self._opener.collection, writable, request_iterator, context
         )
 
     async def BatchGetRecords(
@@ -157,7 +155,9 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         if not 1 <= len(request.ids) <= requests.MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {requests.MAX_IDS}")
         return await self._call(
-            request.collection, lambda collection: reading.batch_get(collection, request.ids, parts, self._limits)
+            request.collection,
+            lambda collection: reading.batch_get(collection, request.ids, parts, self._limits),
+            context,
         )
 
     async def DeleteRecords(
@@ -174,11 +174,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             return collection.delete(request.ids) if condition is None else collection.delete_matching(condition)
 
         await self._reembedder.writable(request.collection)
-        result = await self._call(request.collection, delete)
+        writers = self._pool.writers(request.collection)
+        # What finds the records can be cancelled, and then nothing is deleted.
+        result = await self._call(request.collection, delete, context, heavy=condition is not None, within=writers)
         return pb.DeleteRecordsResponse(
             deleted_count=result.deleted,
             receipt=replies.receipt(result),
-            warnings=await self._warnings(request.collection, condition, result.deleted),
+            warnings=await self._warnings(request.collection, condition, context, result.deleted),
         )
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
@@ -189,43 +191,52 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         response = await self._call(
             request.collection,
             lambda collection: reading.page(collection, size, request.page_token, condition, parts, self._limits),
+            context,
+            heavy=condition is not None,
         )
         if not request.page_token:
-            response.warnings.extend(await self._warnings(request.collection, condition, len(response.records)))
+            response.warnings.extend(
+                await self._warnings(request.collection, condition, context, len(response.records))
+            )
         return response
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Count records."""
         condition = _filter(request)
-        count = await self._call(request.collection, lambda collection: collection.count(condition))
-        return pb.CountRecordsResponse(count=count, warnings=await self._warnings(request.collection, condition, count))
+        count = await self._call(
+            request.collection,
+            lambda collection: collection.count(condition),
+            context,
+            heavy=condition is not None,
+        )
+        warnings = await self._warnings(request.collection, condition, context, count)
+        return pb.CountRecordsResponse(count=count, warnings=warnings)
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
         """Find the records nearest to each query; the answer is written already, see `add_index_service`."""
         requests.check_priority(request.priority)
-        caller = partial(requests.caller, context, request.priority)
         collection = self._index.opened(request.collection)
         if collection is not None and not unbound_fingerprint(self._engine, collection.spec):
             try:
-                return await self._searcher.search(request, collection, caller)
+                return await self._searcher.search(request, collection, context)
             except ServiceError as error:
                 if error.reason != "CLOSED":
                     raise
-        return await self._with(request.collection, lambda again: self._searcher.search(request, again, caller))
+        return await self._with(request.collection, lambda again: self._searcher.search(request, again, context))
 
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
         """Check that every record is there, undamaged and found."""
-        collection = await self._collection(request.name)
-        async for message in keeping.verification(collection, self._in_pool, full=request.full):
+        collection = await self._opener.collection(request.name)
+        async for message in keeping.verification(collection, self._pool, context, full=request.full):
             yield message
 
     def BackupCollection(
         self, request: pb.BackupCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.BackupCollectionResponse]:
         """Send a collection as one file."""
-        return self._backups.backup(self._collection, request, context)
+        return self._backups.backup(self._opener.collection, request, context)
 
     async def RestoreCollection(
         self, request_iterator: AsyncIterator[pb.RestoreCollectionRequest], context: requests.Context
@@ -239,7 +250,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.FindDuplicatesResponse:
         """Find pairs of records that are much alike."""
         return await self._with(
-            request.collection, lambda collection: self._groups.find_duplicates(request, collection)
+            request.collection, lambda collection: self._groups.find_duplicates(request, collection, context)
         )
 
     async def ClusterRecords(
@@ -247,14 +258,14 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.ClusterRecordsResponse:
         """Group the records by likeness."""
         return await self._with(
-            request.collection, lambda collection: self._groups.cluster_records(request, collection)
+            request.collection, lambda collection: self._groups.cluster_records(request, collection, context)
         )
 
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
     ) -> pb.ReembedCollectionResponse:
         """Begin to take a collection over to another model, in the background."""
-        collection = await self._collection(request.name)
+        collection = await self._opener.collection(request.name)
         await self._reembedder.start(collection, request.model, request.dimensions)
         return pb.ReembedCollectionResponse(collection=await self._describe(collection))
 
@@ -262,9 +273,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         self, request: pb.CancelReembeddingRequest, context: requests.Context
     ) -> pb.CancelReembeddingResponse:
         """Leave a collection under the model that it has."""
-        await self._collection(request.name)
+        await self._opener.collection(request.name)
         await self._reembedder.cancel(request.name)
-        return pb.CancelReembeddingResponse(collection=await self._describe(await self._collection(request.name)))
+        return pb.CancelReembeddingResponse(
+            collection=await self._describe(await self._opener.collection(request.name))
+        )
 
     def _spec(self, message: pb.Collection) -> CollectionSpec:
         """Read what a new collection is to be; the index checks the rest."""
@@ -314,43 +327,42 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         response.timings.CopyFrom(replies.timings([inference]))
         return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
 
-    async def _warnings(self, name: str, condition: Filter | None, found: int) -> list[str]:
+    async def _warnings(self, name: str, condition: Filter | None, context: requests.Context, found: int) -> list[str]:
         """Say why a filter that matches nothing probably does not."""
         if condition is None or found:
             return []
-        return await self._call(name, lambda collection: collection.mismatches(condition))
-
-    async def _collection(self, name: str) -> CollectionBackend:
-        """Return a collection; one that is bound to its model under the old scheme is bound under the present one."""
-        opened = self._index.opened(name)
-        collection = opened if opened is not None else await self._in_pool(lambda: self._index.get(name))
-        if fingerprint := unbound_fingerprint(self._engine, collection.spec):
-            legacy = collection.spec.model_fingerprint
-            try:
-                return await self._in_pool(lambda: self._index.rebind(name, legacy, fingerprint))
-            except ServiceError as error:  # such as a full disk, on which the collection stays usable
-                log.warning("collection %s stays bound under the old scheme: %s", name, error.message)
-        return collection
+        return await self._call(name, lambda collection: collection.mismatches(condition), context)
 
     async def _with(self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]]) -> Result:
         """Do something with a collection; once more, if another took its place meanwhile, as re-embedding has it."""
-        collection = await self._collection(name)
+        collection = await self._opener.collection(name)
         try:
             return await work(collection)
         except ServiceError as error:
             if error.reason != "CLOSED":
                 raise
-            successor = await self._collection(name)
+            successor = await self._opener.collection(name)
             if successor is collection:
                 raise
             return await work(successor)
 
-    async def _call(self, name: str, work: Callable[[CollectionBackend], Result]) -> Result:
-        """Do something with a collection in the pool."""
-        return await self._with(name, lambda collection: self._in_pool(lambda: work(collection)))
+    async def _call(
+        self,
+        name: str,
+        work: Callable[[CollectionBackend], Result],
+        context: requests.Context,
+        *,
+        heavy: bool = False,
+        within: Slots | None = None,
+    ) -> Result:
+        """Do something with a collection in the pool, as `IndexPool.run` does."""
+        return await self._with(
+            name,
+            lambda collection: self._pool.run(lambda: work(collection), context, heavy=heavy, within=within),
+        )
 
     async def _describe(self, collection: CollectionBackend) -> pb.Collection:
-        message = await self._in_pool(lambda: collection_message(collection))
+        message = await self._pool.run(lambda: collection_message(collection))
         if (status := await self._reembedder.status(message.name)) is not None:
             message.reembedding.CopyFrom(status)
         return message
@@ -358,16 +370,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:
         """Describe a collection; one that is damaged must not hide the others. None if it is gone by now."""
         try:
-            return await self._describe(await self._collection(spec.name))
+            return await self._describe(await self._opener.collection(spec.name))
         except ServiceError as error:
             if error.code is Code.NOT_FOUND:
                 return None
             if error.code is not Code.INTERNAL:
                 raise
             return spec_message(spec, error.message)
-
-    async def _in_pool(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountRecordsRequest) -> Filter | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 from emberpc.server.errors import Code
 from emberpc.server.index import CollectionBackend, Verified
+from emberpc.server.services.index_pool import IndexPool
+from emberpc.server.services.requests import Context
 from emberpc.v1 import errors_pb2
 from emberpc.v1 import index_pb2 as pb
 from emberpc.wire import status
@@ -15,11 +16,17 @@ _DOMAIN = "emberpc"
 
 
 async def verification(
-    collection: CollectionBackend, in_pool: Callable[[Callable[[], Any]], Awaitable[Any]], *, full: bool = False
+    collection: CollectionBackend, pool: IndexPool, context: Context, *, full: bool = False
 ) -> AsyncIterator[pb.VerifyCollectionResponse]:
-    """Verify a collection, a message for each step; a caller who goes away ends it after the step under way."""
+    """Verify a collection, a message for each step; a caller who goes away ends it within the step under way.
+
+    Raises:
+        ServiceError: as the collection says; RESOURCE_EXHAUSTED if too many calls wait for the first step.
+    """
     steps = collection.verify(full=full)
-    while (step := await in_pool(lambda: next(steps, None))) is not None:
+    first = True
+    while (step := await pool.run(lambda: next(steps, None), context, heavy=True, refuse=first)) is not None:
+        first = False
         yield _message(step)
 
 

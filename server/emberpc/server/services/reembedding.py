@@ -14,7 +14,6 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from typing import TypeVar
 
 from emberpc.bundle import Task
@@ -24,6 +23,7 @@ from emberpc.server.index import CollectionBackend, IndexBackend, Reembedding, S
 from emberpc.server.services.binding import matches
 from emberpc.server.services.bulk_embedding import GROUP_TEXTS, BulkEmbedder
 from emberpc.server.services.forms import check_dimensions, shape
+from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.requests import Limits
 from emberpc.server.services.tasks import end
 from emberpc.v1 import index_pb2 as pb
@@ -52,7 +52,7 @@ class Reembedder:
         limits: how large a text may be.
     """
 
-    def __init__(self, engine: Engine, index: IndexBackend, pool: Executor, limits: Limits) -> None:
+    def __init__(self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits) -> None:
         self._engine = engine
         self._index = index
         self._pool = pool
@@ -81,11 +81,12 @@ class Reembedder:
                 reason="SAME_MODEL",
                 metadata={"collection": spec.name, "model": model_name},
             )
-        self._run(await asyncio.get_running_loop().run_in_executor(self._pool, self._index.reembed, spec))
+        # It looks at every record for one without a text.
+        self._run(await self._pool.run(lambda: self._index.reembed(spec), heavy=True))
 
     async def resume(self) -> None:
         """Go on with what was under way when the server was last stopped."""
-        for reembedding in await asyncio.get_running_loop().run_in_executor(self._pool, self._index.reembeddings):
+        for reembedding in await self._pool.run(self._index.reembeddings):
             log.info("collection %s: going on to %s", reembedding.spec.name, reembedding.spec.model)
             self._run(reembedding)
 
@@ -94,7 +95,7 @@ class Reembedder:
         job = self._jobs.pop(name, None)
         if job is not None:
             await end([job.task])
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._index.cancel_reembedding, name)
+        await self._pool.run(lambda: self._index.cancel_reembedding(name))
 
     async def close(self) -> None:
         """End all jobs; they go on when the server is started again."""
@@ -112,7 +113,7 @@ class Reembedder:
         if job is None:
             return None
         try:
-            done, total = await asyncio.get_running_loop().run_in_executor(self._pool, job.reembedding.counts)
+            done, total = await self._pool.run(job.reembedding.counts)
         except ServiceError:  # it has just ended
             return None
         message = pb.Reembedding(
@@ -136,7 +137,7 @@ class _Job:
     """One collection's way to another model."""
 
     def __init__(
-        self, engine: Engine, index: IndexBackend, pool: Executor, limits: Limits, reembedding: Reembedding
+        self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits, reembedding: Reembedding
     ) -> None:
         self._engine = engine
         self._index = index
@@ -227,7 +228,7 @@ class _Job:
             self.writable.set()
 
     async def _in_pool(self, work: Callable[..., Result], *arguments: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        return await self._pool.run(lambda: work(*arguments))
 
     def _embedder(self) -> BulkEmbedder:
         spec = self.reembedding.spec

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from time import perf_counter
+from functools import partial
+from math import inf
+from time import monotonic, perf_counter
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,19 +22,22 @@ from emberpc.server.errors import ServiceError
 from emberpc.server.index import CollectionBackend, SearchOutcome
 from emberpc.server.index.filters import Filter
 from emberpc.server.services.forms import Matrix
+from emberpc.server.services.index_pool import IndexPool
 
 #: Queries of a group, unless one search alone has more, and the seconds that it may take.
 _MOST_QUERIES = 64
 _GROUP_SECONDS = 0.01
 #: Seconds of a query from which on cores are better used by more groups than by larger ones.
 _SLOW = 0.001
+#: Candidates of all queries of a search of the graph, above which it may take long: 3 µs for each.
+_MANY_CANDIDATES = 100_000
 
 T = TypeVar("T")
 Outcomes = list[SearchOutcome]
 
 
 class Search(NamedTuple):
-    """The arguments of `Collection.search`."""
+    """The arguments of `Collection.search`; and until when the outcome is wanted, in seconds of `monotonic`."""
 
     collection: CollectionBackend
     queries: Matrix
@@ -43,6 +47,13 @@ class Search(NamedTuple):
     with_vectors: bool = False
     conditions: Sequence[Filter | None] = ()
     min_recall: float = 0
+    deadline: float = inf
+
+    @property
+    def heavy(self) -> bool:
+        """Whether it may take long: it may look at every record, or for many candidates."""
+        candidates = len(self.queries) * max(self.ef, *self.top_k)
+        return any(self.conditions) or self.min_recall > 0 or candidates > _MANY_CANDIDATES
 
     @property
     def kind(self) -> Hashable:
@@ -50,7 +61,15 @@ class Search(NamedTuple):
 
         The first search with a filter may take a thousand times as long as one without: those do not wait for it.
         """
-        return self.collection, max(self.top_k), self.ef, self.min_recall, self.with_vectors, any(self.conditions)
+        return (
+            self.collection,
+            max(self.top_k),
+            self.ef,
+            self.min_recall,
+            self.with_vectors,
+            any(self.conditions),
+            self.heavy,
+        )
 
     def run(self) -> Outcomes:
         """Search."""
@@ -72,8 +91,11 @@ _Group: TypeAlias = list[tuple[Search, "asyncio.Future[Outcomes]"]]
 class _Kind:
     """The searches that may be done together: those that wait, and how many groups of them are under way."""
 
+    heavy: bool
     waiting: deque[tuple[Search, asyncio.Future[Outcomes]]] = field(default_factory=deque)
     running: int = 0
+    #: Whether one of the groups under way has not begun, since heavy calls are under way.
+    queued: bool = False
     #: As lately measured; 0 until it was.
     seconds_per_query: float = 0.0
 
@@ -103,46 +125,75 @@ class SearchGroups:
         at_once: most groups of a kind under way at a time, where more than one is worth it.
     """
 
-    def __init__(self, pool: Executor, at_once: int) -> None:
+    def __init__(self, pool: IndexPool, at_once: int) -> None:
         self._pool = pool
         self._at_once = at_once
         self._kinds: dict[Hashable, _Kind] = {}
+        #: The loop keeps none of the tasks that it runs.
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def search(self, search: Search) -> Outcomes:
         """Return the outcome of each query; if the caller goes away, what still waits is not done.
 
         Raises:
-            ServiceError: as `Collection.search` says, for this search alone.
+            ServiceError: as `Collection.search` says, for this search alone; RESOURCE_EXHAUSTED if it is heavy and too
+                many of those wait; DEADLINE_EXCEEDED if it was not done in time.
         """
+        if search.heavy:
+            self._pool.heavy.check_room(sum(len(each.waiting) for each in self._kinds.values() if each.heavy))
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Outcomes] = loop.create_future()
         key = search.kind
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = _Kind()
+            kind = self._kinds[key] = _Kind(search.heavy)
             # Calls that came in together are at this point in the same round of the loop: they make one group.
             loop.call_soon(self._start, loop, key, kind)
         kind.waiting.append((search, outcome))
         if kind.running and kind.running < self._at_once:
             self._start(loop, key, kind)
-        return await outcome
+        try:
+            return await outcome
+        except asyncio.CancelledError:
+            kind.waiting = deque(each for each in kind.waiting if each[1] is not outcome)
+            raise
 
     def _start(self, loop: asyncio.AbstractEventLoop, key: Hashable, kind: _Kind) -> None:
         """Run what waits, if it should wait no longer."""
         while kind.waiting and (not kind.running or (kind.running < self._at_once and kind.worth_another)):
+            if kind.heavy:
+                if not kind.queued:
+                    kind.running, kind.queued = kind.running + 1, True
+                    task = loop.create_task(self._start_heavy(loop, key, kind))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                return
             if group := kind.take():
                 kind.running += 1
                 # Not by run_in_executor: a second future, and its callbacks, cost as much as a search of the graph.
-                self._pool.submit(self._run, loop, key, kind, group)
-        if not kind.waiting and not kind.running:
-            self._kinds.pop(key, None)
+                self._pool.start(partial(self._run, loop, key, kind, group))
+        if not kind.waiting and not kind.running and self._kinds.get(key) is kind:
+            del self._kinds[key]
+
+    async def _start_heavy(self, loop: asyncio.AbstractEventLoop, key: Hashable, kind: _Kind) -> None:
+        """Run a group of what waits by the time that heavy calls have their turn."""
+        # There is one such group of a kind, and the searches of all kinds are bounded.
+        await self._pool.heavy.take(refuse=False)
+        kind.queued = False
+        if group := kind.take():
+            self._pool.start(partial(self._run, loop, key, kind, group), heavy=True)
+        else:
+            self._pool.heavy.release()
+            kind.running -= 1
+        self._start(loop, key, kind)
 
     def _run(self, loop: asyncio.AbstractEventLoop, key: Hashable, kind: _Kind, group: _Group) -> None:
         """Search for a group; in the pool."""
         outcomes: Sequence[Outcomes | BaseException]
         start = perf_counter()
         try:
-            outcomes = _outcomes([search for search, _ in group])
+            with self._pool.cancelled_when(partial(_unwanted, group)):
+                outcomes = _outcomes([search for search, _ in group])
         except BaseException as error:  # for those who wait: in the pool nobody would see it
             outcomes = [error] * len(group)
         seconds = (perf_counter() - start) / sum(len(search.queries) for search, _ in group)
@@ -168,6 +219,11 @@ class SearchGroups:
                 one.set_exception(outcome)
             else:
                 one.set_result(outcome)
+
+
+def _unwanted(group: _Group) -> bool:
+    """Whether every caller of a group left, or its deadline passed."""
+    return all(outcome.done() or search.deadline <= monotonic() for search, outcome in group)
 
 
 def _outcomes(searches: Sequence[Search]) -> Sequence[Outcomes | ServiceError]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from time import perf_counter
-from typing import Any, TypeVar
+from time import monotonic, perf_counter
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.filters import FilterReader
 from emberpc.server.services.forms import Matrix, shape
+from emberpc.server.services.index_pool import IndexPool, seconds_left
 from emberpc.server.services.records import Parts, caller_vectors
 from emberpc.server.services.search_groups import Search, SearchGroups
 from emberpc.server.services.wire_hits import response_bytes
@@ -37,7 +38,6 @@ _FUSIONS = {
 _DENSE_WEIGHT = 0.5
 
 T = TypeVar("T")
-InPool = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Searcher:
@@ -46,31 +46,32 @@ class Searcher:
     Args:
         engine: embeds the queries that are texts.
         limits: how long a text may be.
-        in_pool: runs a blocking call of the index in the pool.
-        groups: runs the searches.
+        pool: runs the blocking calls of the index.
+        groups: runs the searches by vectors.
     """
 
-    def __init__(self, engine: Engine, limits: requests.Limits, in_pool: InPool, groups: SearchGroups) -> None:
+    def __init__(self, engine: Engine, limits: requests.Limits, pool: IndexPool, groups: SearchGroups) -> None:
         self._engine = engine
         self._limits = limits
-        self._in_pool = in_pool
+        self._pool = pool
         self._groups = groups
 
     async def search(
-        self, request: pb.SearchRequest, collection: CollectionBackend, caller: Callable[[], Caller]
+        self, request: pb.SearchRequest, collection: CollectionBackend, context: requests.Context
     ) -> bytes:
         """Answer one request.
 
         Args:
             request: the request.
             collection: where to search.
-            caller: says whose call it is, which only texts need to know.
+            context: gRPC's view of the call.
 
         Returns:
             The SearchResponse, written.
 
         Raises:
-            ServiceError: a query is wrong, or asks for what this version does not do.
+            ServiceError: a query is wrong, or asks for what this version does not do; RESOURCE_EXHAUSTED if too many
+                calls wait that may take long.
         """
         sizes = _check(request)
         if Parts.of(request.parts).vector:
@@ -84,24 +85,24 @@ class Searcher:
         outcomes: list[SearchOutcome]
         if request.mode == pb.SEARCH_MODE_LEXICAL:
             start = perf_counter()
-            outcomes = await self._in_pool(
-                lambda: collection.search_words(texts, sizes, with_vectors=parts.vector, conditions=conditions)
-            )
+            search = partial(collection.search_words, texts, sizes, with_vectors=parts.vector, conditions=conditions)
+            outcomes = await self._pool.run(search, context, heavy=True)
         else:
             queries = request.queries
             kinds = [query.WhichOneof("query") for query in queries]
             matrix = _given_vectors(queries, kinds, collection)
             if "text" in kinds:
-                usages = await self._embed_texts(matrix, queries, kinds, collection, truncation, caller(), response)
+                caller = requests.caller(context, request.priority)
+                usages = await self._embed_texts(matrix, queries, kinds, collection, truncation, caller, response)
             if "record_id" in kinds:
-                await self._get_records(matrix, queries, kinds, collection)
+                await self._get_records(matrix, queries, kinds, collection, context)
             start = perf_counter()
-            outcomes = await self._by_vectors(request, collection, matrix, texts, sizes, conditions, parts)
+            outcomes = await self._by_vectors(request, collection, matrix, texts, sizes, conditions, parts, context)
         response.timings.lookup_seconds += perf_counter() - start
-        await self._warn(collection, conditions, outcomes, response)
+        await self._warn(collection, conditions, outcomes, response, context)
         write = partial(response_bytes, outcomes, parts, response, usages, check=self._check_size)
         # A record that was not written before takes some 10 µs: a large response would hold up the event loop.
-        return await self._in_pool(write) if sum(len(outcome.hits) for outcome in outcomes) > _MANY_HITS else write()
+        return await self._pool.run(write) if sum(len(outcome.hits) for outcome in outcomes) > _MANY_HITS else write()
 
     def _check_size(self, size: int) -> None:
         self._limits.check_response(size, "ask for fewer hits, or fewer parts of the records")
@@ -115,6 +116,7 @@ class Searcher:
         sizes: Sequence[int],
         conditions: Sequence[Filter | None],
         parts: Parts,
+        context: requests.Context,
     ) -> list[SearchOutcome]:
         """Search by vectors, float32 (queries, dimensions), and in HYBRID mode by texts too."""
         weight = request.dense_weight if request.HasField("dense_weight") else _DENSE_WEIGHT
@@ -132,7 +134,7 @@ class Searcher:
                 with_vectors=parts.vector,
                 conditions=_some(conditions, rows),
             )
-            return self._in_pool(call)
+            return self._pool.run(call, context, heavy=True)
 
         def search_dense(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
             search = Search(
@@ -144,9 +146,11 @@ class Searcher:
                 parts.vector,
                 _some(conditions, rows),
                 request.min_recall,
+                deadline,
             )
             return self._groups.search(search)
 
+        deadline = monotonic() + seconds_left(context)
         excluded = [query.record_id or None for query in request.queries]
         efs = [query.ef or request.ef for query in request.queries]
         return await _by_ef(efs, search_both if request.mode == pb.SEARCH_MODE_HYBRID else search_dense)
@@ -157,11 +161,12 @@ class Searcher:
         conditions: Sequence[Filter | None],
         outcomes: Sequence[SearchOutcome],
         response: pb.SearchResponse,
+        context: requests.Context,
     ) -> None:
         """Say why a filter probably matches nothing, for the first query without hits."""
         for condition, outcome in zip(conditions, outcomes, strict=False):
             if condition is not None and not outcome.hits:
-                response.warnings.extend(await self._in_pool(partial(collection.mismatches, condition)))
+                response.warnings.extend(await self._pool.run(partial(collection.mismatches, condition), context))
                 return
 
     def _texts(self, request: pb.SearchRequest) -> list[str]:
@@ -208,11 +213,12 @@ class Searcher:
         queries: Sequence[pb.SearchQuery],
         kinds: Sequence[str | None],
         collection: CollectionBackend,
+        context: requests.Context,
     ) -> None:
         """Fill in the vectors of the queries that are records."""
         rows = [i for i, kind in enumerate(kinds) if kind == "record_id"]
         ids = sorted({queries[row].record_id for row in rows})
-        records = await self._in_pool(lambda: collection.get(ids, with_vectors=True))
+        records = await self._pool.run(lambda: collection.get(ids, with_vectors=True), context)
         found = {record.id: record.vector for record in records}
         for row in rows:
             record_id = queries[row].record_id

@@ -1,0 +1,154 @@
+"""A cancelled call of the index stops within a few steps, and leaves nothing half done."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import count
+from math import inf
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Index, clusters, database
+from emberpc.server.index.cancellation import Cancellation, cancelled, cancelled_when
+from emberpc.server.index.clusters import k_means
+from emberpc.server.index.filters import AnyOf, Filter, Prefix
+from index.support import numbered, refused
+from index_helpers import DIMENSIONS, vectors
+
+COUNT = 600
+MATRIX = vectors(COUNT)
+#: Looks that may follow the one at which a call is to stop: SQLite's handler, our loop, and the error's translation.
+FEW = 10
+
+
+class Looks:
+    """Counts how often a call looks whether it is wanted; from one look on it is not."""
+
+    def __init__(self, wanted: float = inf) -> None:
+        self.count, self.wanted = 0, wanted
+
+    def __call__(self) -> bool:
+        self.count += 1
+        return self.count > self.wanted
+
+
+@pytest.fixture
+def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Collection]:
+    """A collection whose connections look every few steps, so that little work has many looks."""
+    monkeypatch.setattr(database, "STEPS_BETWEEN_LOOKS", 200)
+    with closing(Index(tmp_path, buffer_limit=50)) as index:
+        made = index.create(CollectionSpec("c", DIMENSIONS))
+        made.upsert(numbered(COUNT), MATRIX)
+        made.maintain()
+        yield made
+
+
+_numbers = count()
+
+
+def all_records() -> Filter:
+    """A filter that every record meets, by the last of many prefixes; another one each time, as some are kept."""
+    unmet = (f"{next(_numbers)}-{i}" for i in range(20))
+    return AnyOf((*(Prefix("id", each) for each in unmet), Prefix("id", "r0")))
+
+
+CALLS: dict[str, Callable[[Collection], object]] = {
+    "count": lambda c: c.count(all_records()),
+    "page": lambda c: c.page(1000, "", condition=all_records()),
+    "get": lambda c: c.get([f"r{i:05}" for i in range(COUNT)] * 5, with_vectors=True),
+    "search with a filter": lambda c: c.search(MATRIX[:1], 5, conditions=[all_records()]),
+    "exact search": lambda c: c.search(MATRIX[:1], 5, min_recall=1),
+    "search of many": lambda c: c.search(np.tile(MATRIX, (3, 1)), 5, ef=400),
+    "search by words": lambda c: c.search_words(["text of r00001"] * 20, [5] * 20),
+    "hybrid search": lambda c: c.search_both(MATRIX[:20], ["text of"] * 20, [5] * 20, dense_weight=0.5),
+    "verify": lambda c: list(c.verify(full=True)),
+    "duplicates": lambda c: c.duplicates(0.5, lambda: False),
+    "clusters": lambda c: c.clusters(3, 2, lambda: False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_stops_a_few_looks_after_it_is_cancelled(collection: Collection, name: str) -> None:
+    work = CALLS[name]
+    work(collection)
+    whole = Looks()
+    with cancelled_when(whole):
+        work(collection)
+    assert whole.count > 1, "the call never looks"
+    for wanted in {0, 1, whole.count // 2}:
+        looks = Looks(wanted)
+        with refused(Code.DEADLINE_EXCEEDED, "stopped"), cancelled_when(looks):
+            work(collection)
+        assert looks.count <= wanted + FEW
+    # The connection, the snapshot and what is kept are as before.
+    work(collection)
+    assert collection.count(all_records()) == COUNT
+    assert len(collection.search(MATRIX[:1], COUNT, conditions=[all_records()])[0].hits) == COUNT
+
+
+def test_a_cancelled_delete_deletes_nothing_and_a_committed_one_is_in_memory_too(collection: Collection) -> None:
+    whole = Looks()
+    with cancelled_when(whole):
+        assert collection.delete_matching(Prefix("id", "r0000")).deleted == 10
+    left = COUNT - 10
+    for wanted in range(whole.count):
+        looks = Looks(wanted)
+        with refused(Code.DEADLINE_EXCEEDED), cancelled_when(looks):
+            collection.delete_matching(all_records())
+        assert collection.count() == left
+    assert len(collection.search(MATRIX[:1], COUNT)[0].hits) == left
+    assert [step.problems for step in collection.verify(full=True) if step.problems] == []
+    assert collection.delete_matching(all_records()).deleted == left
+    assert collection.search(MATRIX[:1], 1)[0].hits == []
+
+
+def test_clusters_stop_while_their_first_centres_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    squared = clusters._squared_distances
+
+    def counted(*arguments: np.ndarray) -> np.ndarray:
+        drawn.append(1)
+        return squared(*arguments)
+
+    monkeypatch.setattr(clusters, "_squared_distances", counted)
+    k_means(MATRIX, 100, directions=False)
+    whole = len(drawn)
+    drawn.clear()
+    k_means(MATRIX, 100, directions=False, stop=lambda: len(drawn) > 20)
+    assert len(drawn) < 40 < whole
+
+
+def test_clusters_stop_while_vectors_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_ASSIGNED_AT_ONCE", 100)
+    looks = Looks(10)
+    k_means(MATRIX, 8, directions=True, stop=looks)
+    assert looks.count == 11
+
+
+def test_equal_clusters_come_out_whatever_is_assigned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = k_means(MATRIX, 8, directions=False)
+    monkeypatch.setattr(clusters, "_ASSIGNED_AT_ONCE", 7)
+    assert np.allclose(k_means(MATRIX, 8, directions=False), at_once)
+
+
+def test_a_call_past_its_deadline_does_not_begin() -> None:
+    with refused(Code.DEADLINE_EXCEEDED), cancelled_when(Cancellation(seconds=0)):
+        pytest.fail("it began")
+
+
+def test_threads_are_cancelled_one_by_one() -> None:
+    stop = Cancellation()
+    seen = []
+    with cancelled_when(stop):
+        stop.cancel()
+        other = threading.Thread(target=lambda: seen.append(cancelled()))
+        other.start()
+        other.join()
+        assert cancelled()
+    assert seen == [False]
+    assert not cancelled()

@@ -1,0 +1,324 @@
+"""Blocking calls of the index: abandoned ones end, heavy ones leave threads to the others, and queues are bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import pytest
+
+from emberpc.server.engine import Engine, Registry
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.handlers import Handlers
+from emberpc.server.index import Collection, CollectionSpec, Index, cancellation
+from emberpc.server.index.database import translated
+from emberpc.server.services import index_pool
+from emberpc.server.services.index import IndexService, add_index_service
+from emberpc.server.services.index_pool import IndexPool
+from emberpc.server.services.reembedding import Reembedder
+from emberpc.server.services.requests import Limits
+from emberpc.server.services.slots import Slots
+from emberpc.v1 import filter_pb2, index_pb2_grpc, types_pb2
+from emberpc.v1 import index_pb2 as pb
+from index_helpers import DIMENSIONS, records, vectors
+
+THREADS, HEAVY = 6, 2
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what happens in another thread."""
+
+    async def look() -> None:
+        while not condition():  # noqa: ASYNC110 - what is waited for is in another thread, not an event
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(look(), 60)
+
+
+async def test_slots_are_given_in_order_and_a_user_who_left_gets_none() -> None:
+    slots = Slots(1, 2, "calls", retry_after=3)
+    await slots.take()
+    first, second = (asyncio.create_task(slots.take()) for _ in range(2))
+    await asyncio.sleep(0)
+    with pytest.raises(ServiceError, match="1 calls are under way and 2 wait") as refused:
+        await slots.take()
+    assert (refused.value.code, refused.value.retry_after) == (Code.RESOURCE_EXHAUSTED, 3)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert slots.waiting == 1
+    slots.release()
+    await second
+    assert not slots.idle
+    slots.release()
+    assert slots.idle
+
+
+async def test_a_slot_given_to_a_user_who_leaves_at_that_moment_goes_on() -> None:
+    slots = Slots(1, 2, "calls")
+    await slots.take()
+    leaving, staying = (asyncio.create_task(slots.take()) for _ in range(2))
+    await asyncio.sleep(0)
+    slots.release()
+    leaving.cancel()
+    await staying
+    slots.release()
+    # And one that leaves before its slot is given.
+    await slots.take()
+    leaving = asyncio.create_task(slots.take())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    slots.release()
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert slots.idle
+
+
+async def test_a_call_whose_caller_left_stops_and_one_that_waits_does_not_begin() -> None:
+    began: list[str] = []
+    entered, ended = threading.Event(), threading.Event()
+
+    def work(name: str) -> None:
+        began.append(name)
+        entered.set()
+        while not cancellation.cancelled():
+            threading.Event().wait(0.001)
+        ended.set()
+
+    context: Any = _Context(None)
+    with ThreadPoolExecutor(1) as executor:
+        pool = IndexPool(executor, heavy=1)
+        running = asyncio.create_task(pool.run(lambda: work("running"), context, heavy=True))
+        await asyncio.to_thread(entered.wait, 60)
+        waiting = [
+            asyncio.create_task(pool.run(lambda: work("in the pool"), context)),
+            asyncio.create_task(pool.run(lambda: work("heavy"), context, heavy=True)),
+        ]
+        await asyncio.sleep(0)
+        for task in (*waiting, running):
+            task.cancel()
+        await asyncio.gather(*waiting, running, return_exceptions=True)
+        assert await asyncio.to_thread(ended.wait, 60)
+        await until(lambda: pool.heavy.idle)
+    assert began == ["running"]
+
+
+async def test_a_slot_is_free_when_the_thread_is_and_not_when_the_caller_leaves() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        entered.set()
+        assert go_on.wait(60)
+
+    with ThreadPoolExecutor(2) as executor:
+        pool = IndexPool(executor, heavy=1)
+        writers = pool.writers("c")
+        task = asyncio.create_task(pool.run(work, heavy=True, within=writers))
+        await asyncio.to_thread(entered.wait, 60)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not pool.heavy.idle
+        assert not writers.idle
+        go_on.set()
+        await until(lambda: pool.heavy.idle and writers.idle)
+        assert await pool.run(lambda: 5, heavy=True) == 5
+
+
+async def test_a_deadline_ends_the_work_whether_or_not_the_caller_is_there() -> None:
+    def work() -> None:
+        while True:
+            cancellation.check()
+
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ServiceError) as stopped:
+        await IndexPool(executor, heavy=1).run(work, _Context(0.05))  # type: ignore[arg-type]
+    assert stopped.value.code is Code.DEADLINE_EXCEEDED
+
+
+async def test_closing_ends_what_runs_and_lets_the_loop_go_on_meanwhile() -> None:
+    entered = threading.Event()
+
+    def work() -> None:
+        entered.set()
+        while True:
+            cancellation.check()
+
+    with ThreadPoolExecutor(1) as executor:
+        pool = IndexPool(executor, heavy=1)
+        # A handler that was cancelled, and has not noticed yet when the pool is closed.
+        running = asyncio.create_task(pool.run(work, _Context(None)))  # type: ignore[arg-type]
+        await asyncio.to_thread(entered.wait, 60)
+        await pool.close()
+        with pytest.raises(ServiceError, match="stopped"):
+            await running
+        with pytest.raises(ServiceError, match="stopped"):
+            await pool.run(work, _Context(None))  # type: ignore[arg-type]
+
+
+async def test_slots_of_writers_that_nobody_uses_are_forgotten() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        pool = IndexPool(executor, heavy=1)
+        for name in map(str, range(100)):
+            await pool.run(lambda: None, within=pool.writers(name))
+            await until(lambda name=name: pool.writers(name).idle)  # type: ignore[misc]
+        assert len(pool._writers) == 1
+
+
+class _Context:
+    """The part of gRPC's view of a call that a pool asks for."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+
+    def time_remaining(self) -> float | None:
+        return self._seconds
+
+
+class Served:
+    """A server of two collections, one of which counts without end; in SQLite, as a wide filter does for long."""
+
+    def __init__(self, pool: IndexPool, stub: index_pb2_grpc.IndexServiceAsyncStub) -> None:
+        self.pool, self.stub = pool, stub
+
+    def count(self, **options: Any) -> grpc.aio.UnaryUnaryCall[Any, Any]:
+        return self.stub.CountRecords(pb.CountRecordsRequest(collection="endless", filter=EXISTS), **options)
+
+
+EXISTS = filter_pb2.Filter(existence=filter_pb2.Existence(field="id"))
+
+
+@pytest.fixture
+async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
+    real = Collection.count
+
+    def count(self: Collection, condition: Any = None) -> int:
+        if self.spec.name == "endless" and condition is not None:
+            with self._calls.one(), translated("endless"):
+                return int(self._store._reader().execute(ENDLESS).fetchone()[0])
+        return real(self, condition)
+
+    monkeypatch.setattr(Collection, "count", count)
+    with closing(Index(tmp_path)) as index, ThreadPoolExecutor(THREADS) as executor:
+        for name in ("endless", "other"):
+            index.create(CollectionSpec(name, DIMENSIONS)).upsert(records(*map(str, range(20))), vectors(20, seed=1))
+        pool = IndexPool(executor, heavy=HEAVY)
+        engine = Engine(Registry(executor), executor, workers=1, batch_tokens=1000, max_queue_tokens=1000)
+        limits = Limits(1000, 1000, 2**24, 2**25, 1000)
+        server = grpc.aio.server()
+        service = IndexService(engine, index, pool, limits, Reembedder(engine, index, pool, limits))
+        Handlers(server).add(add_index_service, service)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Served(pool, index_pb2_grpc.IndexServiceStub(channel))
+        await server.stop(0)
+        await pool.close()
+        engine.close()
+
+
+def vector(values: np.ndarray) -> types_pb2.Vectors:
+    return types_pb2.Vectors(data=values.astype("<f4").tobytes(), rows=len(values), dimensions=DIMENSIONS)
+
+
+async def test_writes_gets_and_searches_are_answered_beside_heavy_calls_that_end_with_their_callers(
+    served: Served,
+) -> None:
+    counts = [served.count() for _ in range(8)]
+    await until(lambda: served.pool.heavy.waiting == 8 - HEAVY)
+    stub = served.stub
+    for name in ("other", "endless"):
+        await stub.UpsertRecords(
+            pb.UpsertRecordsRequest(collection=name, records=[pb.Record(id="new")], vectors=vector(vectors(1)))
+        )
+        got = await stub.BatchGetRecords(pb.BatchGetRecordsRequest(collection=name, ids=["new"]))
+        assert [record.id for record in got.records] == ["new"]
+        query = pb.SearchQuery(vector=vector(vectors(1)))
+        found = await stub.Search(pb.SearchRequest(collection=name, queries=[query], top_k=1))
+        assert [hit.record.id for hit in found.results[0].hits] == ["new"]
+    assert not any(call.done() for call in counts)
+    for call in counts:
+        call.cancel()
+    await until(lambda: served.pool.heavy.idle)
+    other = pb.CountRecordsRequest(collection="other", filter=EXISTS)
+    assert (await stub.CountRecords(other)).count == 20
+
+
+async def test_heavy_calls_end_with_their_deadlines(served: Served) -> None:
+    counts = [served.count(timeout=0.2) for _ in range(8)]
+    for each in await asyncio.gather(*counts, return_exceptions=True):
+        assert isinstance(each, grpc.aio.AioRpcError)
+        assert each.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: served.pool.heavy.idle)
+
+
+async def test_filtered_searches_wait_with_heavy_calls_and_leave_with_their_callers(served: Served) -> None:
+    counts = [served.count() for _ in range(HEAVY)]
+    await until(lambda: not served.pool.heavy._free)
+    query = pb.SearchQuery(vector=vector(vectors(1)))
+    request = pb.SearchRequest(collection="other", queries=[query], filter=EXISTS, top_k=20)
+    gone, kept = served.stub.Search(request), served.stub.Search(request)
+    await until(lambda: served.pool.heavy.waiting == 1)
+    gone.cancel()
+    for call in counts:
+        call.cancel()
+    assert len((await kept).results[0].hits) == 20
+    await until(lambda: served.pool.heavy.idle)
+
+
+async def test_too_many_heavy_calls_are_refused_and_may_come_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.pool.heavy, "_most_waiting", 3)
+    counts = [served.count() for _ in range(HEAVY + 3)]
+    await until(lambda: served.pool.heavy.waiting == 3)
+    query = pb.SearchQuery(vector=vector(vectors(1)))
+    for refused in (
+        served.count(),
+        served.stub.ClusterRecords(pb.ClusterRecordsRequest(collection="other", cluster_count=2)),
+        served.stub.DeleteRecords(pb.DeleteRecordsRequest(collection="other", filter=EXISTS)),
+        served.stub.ListRecords(pb.ListRecordsRequest(collection="other", filter=EXISTS)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="try again in 1 s") as caught:
+            await refused
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert ("grpc-retry-pushback-ms", "1000") in tuple(caught.value.trailing_metadata())
+    search = pb.SearchRequest(collection="other", queries=[query], filter=EXISTS, top_k=1)
+    searches = [asyncio.ensure_future(served.stub.Search(search)) for _ in range(4)]
+    done, waiting = await asyncio.wait(searches, return_when=asyncio.FIRST_COMPLETED)
+    assert [each.exception().code() for each in done] == [grpc.StatusCode.RESOURCE_EXHAUSTED]  # type: ignore[union-attr]
+    for call in counts:
+        call.cancel()
+    for each in await asyncio.gather(*waiting):
+        assert len(each.results[0].hits) == 1
+
+
+async def test_writes_of_one_collection_take_two_threads(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    began: list[int] = []
+    real = Collection.upsert
+
+    def upsert(self: Collection, *arguments: Any) -> Any:
+        if self.spec.name == "endless":
+            began.append(1)
+            assert go_on.wait(60)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Collection, "upsert", upsert)
+
+    def write(name: str, number: int) -> grpc.aio.UnaryUnaryCall[Any, Any]:
+        record = pb.Record(id=f"new {number}")
+        request = pb.UpsertRecordsRequest(collection=name, records=[record], vectors=vector(vectors(1)))
+        return served.stub.UpsertRecords(request)
+
+    writes = [write("endless", i) for i in range(THREADS + 2)]
+    await until(lambda: served.pool.writers("endless").waiting == THREADS)
+    assert (await write("other", 0)).inserted_count == 1
+    assert len(began) == 2
+    go_on.set()
+    assert [(await each).inserted_count for each in writes] == [1] * len(writes)
+    assert index_pool._WRITERS == 2
