@@ -148,3 +148,38 @@ def test_the_old_scheme_does_not_count_where_it_missed_weights(tmp_path: Path) -
         bundle = foreign(folder, {"config.json": CONFIG}, model=(folder / "model.onnx").read_bytes())
         assert name in bundle.manifest.files
         assert bool(bundle.legacy_fingerprint()) is covered
+
+
+MODULES = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "words"),
+    [
+        (None, "keeps the case"),
+        ({"type": "BertNormalizer", "lowercase": False}, "keeps the case"),
+        ({"type": "BertNormalizer", "lowercase": True}, ""),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, ""),
+        ([], "keeps the case"),
+        ("x", "is no tokenizer"),
+    ],
+)
+def test_a_tokenizer_must_lower_case_what_the_model_is_to_be_given_in_lower_case(
+    tmp_path: Path, normalizer: object, words: str
+) -> None:
+    files = {
+        "config.json": CONFIG,
+        "modules.json": MODULES,
+        "sentence_roberta_config.json": {"do_lower_case": True, "max_seq_length": 16},
+        "tokenizer.json": {"normalizer": normalizer},
+    }
+    if words:
+        with pytest.raises(BundleError, match=words):
+            foreign(tmp_path, files)
+    else:
+        assert foreign(tmp_path, files).manifest.max_tokens == 16
+
+
+def test_a_limit_that_was_stated_is_told_from_that_of_the_source(tmp_path: Path) -> None:
+    assert foreign(tmp_path, {"config.json": CONFIG}, {"max_tokens": "8"}).manifest.max_tokens_stated
+    assert not foreign(tmp_path, {"config.json": CONFIG}).manifest.max_tokens_stated

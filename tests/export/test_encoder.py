@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from emberpc.bundle import Prompts
+from emberpc.bundle import Prompts, finish_bundle
 from emberpc.export.embedding import export_embedding
 from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.parity import torch_embeddings
 from emberpc.export.runner import Runner
 from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MakeSource, modules_json, pooling_json
 
 MEAN = pooling_json("mean")
@@ -102,7 +104,7 @@ def test_weights_that_are_not_safetensors_are_refused(make_source: MakeSource) -
 @pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
 def test_a_file_that_is_not_json_is_named(make_source: MakeSource, name: str) -> None:
     with pytest.raises(ExportError, match=f"{name} is not JSON"):
-        read_encoder(make_source({name: "{"}))
+        read_encoder(make_source({"modules.json": modules_json("Transformer", "Pooling"), name: "{"}))
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -129,11 +131,119 @@ def test_prompts_are_read_by_every_name(make_source: MakeSource, stated: object,
     assert read_encoder(make_source({"config_sentence_transformers.json": stated})).prompts == expected
 
 
-def test_the_least_of_the_stated_limits_counts(make_source: MakeSource) -> None:
-    assert read_encoder(make_source(name="a")).max_tokens == 32
-    source = make_source({"sentence_bert_config.json": {"max_seq_length": 20}}, name="b")
-    assert read_encoder(source).max_tokens == 20
+MODULES = {"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": MEAN}
+KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_are_read_by_each_name_that_sentence_transformers_reads(make_source: MakeSource, kind: str) -> None:
+    settings = {"max_seq_length": 20, "do_lower_case": True}
+    source = make_source({**MODULES, f"sentence_{kind}_config.json": settings})
+    encoder = read_encoder(source)
+    assert (encoder.max_tokens, encoder.lower_case, encoder.max_tokens_stated) == (20, True, False)
     assert read_encoder(source, max_tokens=24).max_tokens == 24
+    assert read_encoder(source, max_tokens=24).max_tokens_stated
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, 32),
+        ({"sentence_bert_config.json": {"max_seq_length": 20}}, 32),  # not read without modules.json
+        ({**MODULES, "sentence_xlnet_config.json": {"max_seq_length": 20}}, 20),
+        ({**MODULES, "sentence_bert_config.json": {}, "sentence_albert_config.json": {"max_seq_length": 20}}, 20),
+        (
+            {
+                **MODULES,
+                "sentence_bert_config.json": {"max_seq_length": 24},
+                "sentence_roberta_config.json": {"max_seq_length": 20},
+            },
+            24,
+        ),
+        (
+            {
+                **MODULES,
+                "sentence_bert_config.json": {"max_seq_length": 24},
+                "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 16},
+            },
+            24,
+        ),
+        (
+            {
+                **MODULES,
+                "sentence_bert_config.json": {"max_seq_length": 24, "processor_kwargs": {"model_max_length": 12}},
+            },
+            12,
+        ),
+        ({**MODULES, "sentence_bert_config.json": {"max_seq_length": None}}, 32),
+    ],
+)
+def test_the_limit_is_the_one_that_sentence_transformers_takes(
+    make_source: MakeSource, files: dict[str, object], limit: int
+) -> None:
+    source = make_source(files)
+    assert read_encoder(source).max_tokens == limit
+    torch_embeddings(str(source), ["a"], limit)  # compares the limits
+
+
+def test_parity_does_not_hide_another_limit(make_source: MakeSource) -> None:
+    source = make_source({**MODULES, "sentence_roberta_config.json": {"max_seq_length": 12}})
+    long = "a b c d e f g h i j k l m n o p"
+    with pytest.raises(ExportError, match="cut at 32 tokens, and sentence-transformers cuts them at 12"):
+        torch_embeddings(str(source), [long], 32)
+    own = torch_embeddings(str(source), [long], 12)
+    assert not np.allclose(torch_embeddings(str(source), [long], 32, stated=True), own, atol=1e-3)
+
+
+def test_verify_compares_the_limit_with_that_of_the_source(
+    make_source: MakeSource, tiny_source: Path, tmp_path: Path
+) -> None:
+    manifest = export_embedding(tiny_source, tmp_path / "stated", max_tokens=12)
+    assert manifest.max_tokens_stated
+    assert verify_bundle(tmp_path / "stated", against=tiny_source).ok
+    finish_bundle(tmp_path / "stated", replace(manifest, max_tokens_stated=False))
+    report = verify_bundle(tmp_path / "stated", against=tiny_source)
+    assert not report.ok
+    assert "cut at 12 tokens, and sentence-transformers cuts them at 32" in report.checks[-1].detail
+    assert "--max-tokens 12 if that limit is wanted" in report.checks[-1].detail
+
+
+def old_form(source: Path) -> Path:
+    """Lay a source out as sentence-transformers 0 did: the encoder in `0_Transformer`, its vectors pooled by `cls`."""
+    inner = source.parent / "0_Transformer"
+    source.rename(inner)
+    source.mkdir()
+    inner.rename(source / "0_Transformer")
+    modules = modules_json("Transformer", "Pooling")
+    modules[0]["path"] = "0_Transformer"
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling_json("cls")))
+    (source / "0_Transformer" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
+    return source
+
+
+def test_an_encoder_in_a_folder_of_its_own_is_exported_with_its_pooling(
+    make_source: MakeSource, tmp_path: Path
+) -> None:
+    source = old_form(make_source())
+    manifest = export_embedding(source, tmp_path / "bundle")
+    assert (manifest.pooling, manifest.max_tokens) == ("cls", 20)
+    assert verify_bundle(tmp_path / "bundle", against=source).ok
+
+
+def test_the_encoder_alone_is_refused_where_other_parts_pool_its_vectors(make_source: MakeSource) -> None:
+    source = old_form(make_source())
+    with pytest.raises(ExportError, match=f"is a part of the model in {source}, .* name {source}"):
+        read_encoder(source / "0_Transformer")
+
+
+@pytest.mark.parametrize("place", ["../elsewhere", "/etc"])
+def test_an_encoder_outside_the_folder_is_refused(make_source: MakeSource, place: str) -> None:
+    modules = modules_json("Transformer", "Pooling")
+    modules[0]["path"] = place
+    with pytest.raises(ExportError, match="leads out of the folder"):
+        read_encoder(make_source({**MODULES, "modules.json": modules}))
 
 
 @pytest.mark.parametrize("wanted", [-1, 0, 2, 33])

@@ -9,6 +9,7 @@ often `modules.json`, `1_Pooling/config.json` and
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +32,8 @@ from emberpc.bundle.peers import (
     read_pooling,
     read_prompts,
     read_token_id,
+    read_transformer,
+    transformer_folder,
 )
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 
@@ -129,7 +132,8 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         )
     external = external_files(folder, model)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
+    _check_case(folder)
     # Encoders, too, have labels in config.json: those that transformers makes up.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
@@ -152,6 +156,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         pooling=pooling,
         normalize=interface.normalize,
         max_tokens=_max_tokens(folder, config, stated),
+        max_tokens_stated=bool(stated.max_tokens),
         pad_token_id=read_token_id(config, "pad_token_id", 0),
         variants=(Variant(VARIANT, model, Parity(0, 0.0, 1.0)),),
         prompts=_prompts(folder, stated),
@@ -183,6 +188,29 @@ def _interface(
         normalize = stated.normalize == "yes"
     found = Interface(inputs, output.name, pooling if by_tokens else "", normalize)
     return found, pooling or "in the graph"
+
+
+def _check_case(folder: Path) -> None:
+    """Refuse a model whose texts are lower-cased before they are tokenised: the server has its tokenizer alone.
+
+    Raises:
+        BundleError: the folder states it, and its tokenizer does not do it.
+    """
+    if not read_transformer(folder).get("do_lower_case"):
+        return
+    path = folder / TOKENIZER_NAME
+    try:
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        normalizer = tokenizer.get("normalizer") or {}
+        steps = [normalizer, *(normalizer.get("normalizers") or [])]
+        lowers = any(step.get("type") == "Lowercase" or step.get("lowercase") is True for step in steps)
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise BundleError(f"{path} is no tokenizer; get the model again") from error
+    if not lowers:
+        raise BundleError(
+            f"{folder} states do_lower_case, and its {TOKENIZER_NAME} keeps the case; add the normalizer Lowercase "
+            "there, or export the model with `emberpc export embedding`"
+        )
 
 
 def _is_embedder(folder: Path) -> bool:

@@ -146,6 +146,8 @@ class Manifest:
     dropped: dict[str, str] = field(default_factory=dict)
     #: Which texts the variants were measured on, in words; empty: the bundle is of a time before that was kept.
     measured_on: str = ""
+    #: Whether `max_tokens` is what a user asked for, and not where the source's own library cuts texts.
+    max_tokens_stated: bool = False
     #: Versions of the tools used.
     tools: dict[str, str] = field(default_factory=dict)
     #: When it was made, ISO 8601 in UTC.

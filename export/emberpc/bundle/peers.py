@@ -23,6 +23,11 @@ _POOLING_KEYS = {
 }
 #: Of models that state no limit, tokenizers give an absurdly large one.
 _MOST_TOKENS = 100_000
+#: Files with the settings of the Transformer module, in the order in which sentence-transformers looks for them.
+_TRANSFORMER_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 #: Names of prompts, in the order in which sentence-transformers 5 looks for them (`encode_query`, `encode_document`).
 _QUERY_NAMES = ("query",)
 _PASSAGE_NAMES = ("document", "passage", "corpus")
@@ -168,15 +173,58 @@ def read_first_position(config: dict[str, Any]) -> int | None:
     return read_token_id(config, "pad_token_id", 1) + 1 if config["model_type"] in _OFFSET else 0
 
 
+def transformer_folder(folder: Path) -> Path:
+    """Return where the encoder's own files are: the folder itself, or as in old ones the `0_Transformer` in it.
+
+    Raises:
+        BundleError: modules.json is no list of modules, or names a folder that lies outside.
+    """
+    modules = read_modules(folder)
+    if not modules or modules[0][0] != "Transformer":
+        return folder
+    found = folder / modules[0][1]
+    if not found.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder / 'modules.json'} names {modules[0][1]!r}, which leads out of the folder")
+    return found
+
+
+def read_transformer(folder: Path) -> dict[str, Any]:
+    """Return the settings of the Transformer module, from the first file of those that sentence-transformers reads.
+
+    Returns:
+        The settings, such as `max_seq_length` and `do_lower_case`; empty without modules.json, since
+        sentence-transformers reads none of the files then.
+
+    Raises:
+        BundleError: a file is no JSON object.
+    """
+    if not (folder / "modules.json").exists():
+        return {}
+    place = transformer_folder(folder)
+    return next(filter(None, (read_json(place / name) for name in _TRANSFORMER_CONFIGS)), {})
+
+
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
-    """Return the least of the limits that are stated of the tokens of a text; None if none is."""
+    """Return where sentence-transformers cuts a text, in tokens; None if no limit is stated.
+
+    That is what the settings of the Transformer module say, else the tokenizer's, and no more than there are positions.
+    """
+    settings = read_transformer(folder)
+    keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
     stated = [
-        read_positions(config),
-        read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        read_json(folder / "tokenizer_config.json").get("model_max_length"),
+        *(each.get("model_max_length") for each in keywords if isinstance(each, dict)),
+        settings.get("max_seq_length"),
+        read_json(transformer_folder(folder) / "tokenizer_config.json").get("model_max_length"),
     ]
-    limits = [int(limit) for limit in stated if isinstance(limit, (int, float)) and 1 <= limit < _MOST_TOKENS]
+    own = next((limit for limit in stated if limit is not None), None)
+    limits = [limit for limit in map(_limit, (own, read_positions(config))) if limit]
     return min(limits, default=None)
+
+
+def _limit(value: object) -> int:
+    """Return a limit in tokens; 0 for what is none, such as the absurdly large ones."""
+    stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < _MOST_TOKENS
+    return int(value) if stated and isinstance(value, (int, float)) else 0
 
 
 def read_prompts(settings: dict[str, Any]) -> Prompts:

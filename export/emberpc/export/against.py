@@ -10,7 +10,7 @@ import numpy as np
 from emberpc.bundle import Bundle, Task
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
-from emberpc.export.parity import compare, faults, torch_embeddings
+from emberpc.export.parity import compare, faults, require_limit, torch_embeddings
 from emberpc.export.runner import Matrix, Runner
 from emberpc.export.sources import find_source
 from emberpc.export.stdlib_texts import sample_texts
@@ -43,10 +43,9 @@ def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: st
     texts = sample_texts(_TEXTS)
     logits = bundle.foreign is not None and bundle.manifest.task is Task.CLASSIFICATION
     output = bundle.foreign.output if bundle.foreign else "sentence_embedding"
-    if logits:
-        expected = _torch_logits(folder, texts, bundle.manifest.max_tokens)
-    else:
-        expected = torch_embeddings(str(folder), texts, bundle.manifest.max_tokens)
+    manifest = bundle.manifest
+    run = _torch_logits if logits else torch_embeddings
+    expected = run(str(folder), texts, manifest.max_tokens, stated=manifest.max_tokens_stated)
     got = runner.run(texts, output)
     if got.shape != expected.shape:
         raise ExportError(f"{output} has the shape {got.shape}, and {source} gives {expected.shape}; is it the source?")
@@ -63,15 +62,20 @@ def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: st
     return None, words
 
 
-def _torch_logits(folder: Path, texts: Sequence[str], max_tokens: int) -> Matrix:
-    """Classify texts with transformers in fp32; float32 (texts, labels)."""
+def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool) -> Matrix:
+    """Classify texts with transformers in fp32; float32 (texts, labels).
+
+    The arguments and errors are those of `torch_embeddings`.
+    """
     with calling_libraries(f"{folder} cannot be run by transformers", "is it a text classifier?"):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not stated:
+            require_limit(folder, tokenizer.model_max_length, max_tokens, "transformers")
         model = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True
+            folder, local_files_only=True, use_safetensors=True
         ).eval()
         with torch.inference_mode():
             rows = [

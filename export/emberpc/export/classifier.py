@@ -273,7 +273,7 @@ def _compare(folder: Path, head: Head, source: Encoder, runner: Runner) -> Varia
     None of the user's texts: what they trained on is not to travel in the bundle.
     """
     texts: Sequence[str] = sample_texts(PARITY_TEXTS)
-    embeddings = torch_embeddings(str(source.folder), texts, source.max_tokens)
+    embeddings = torch_embeddings(str(source.folder), texts, source.max_tokens, stated=source.max_tokens_stated)
     logits = head.logits(embeddings)
     parity = compare(logits, runner.run(texts, "logits"), labels=True)
     require("the classifier", parity, logits)

@@ -134,7 +134,7 @@ def write_embedding(
     write_json(folder / "config.json", encoder.config)
     progress("comparing with PyTorch", 0, 1)
     texts = sample_texts(PARITY_TEXTS)
-    expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens)
+    expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens, stated=encoder.max_tokens_stated)
     runner = Runner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
     parity = compare(expected, runner.run(texts, "sentence_embedding"))
     require(encoder.name, parity, expected)
@@ -180,7 +180,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     """Convert an encoder, add its pooling, and put its tokenizer into the bundle's folder."""
     progress("converting to ONNX", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as raw:
-        graph = GraphEditor(convert(encoder.folder, Path(raw)))
+        graph = GraphEditor(convert(encoder.transformer, Path(raw)))
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             shutil.copyfile(Path(raw) / name, folder / name)
     graph.take_tokens_alone(encoder.name)
@@ -216,6 +216,7 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
         "pooling": encoder.pooling,
         "normalize": encoder.normalize,
         "max_tokens": encoder.max_tokens,
+        "max_tokens_stated": encoder.max_tokens_stated,
         "pad_token_id": converted.pad_token_id,
         "prompts": encoder.prompts,
         "matryoshka_dimensions": encoder.matryoshka_dimensions,

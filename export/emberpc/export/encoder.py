@@ -19,6 +19,8 @@ from emberpc.bundle.peers import (
     read_pooling,
     read_positions,
     read_prompts,
+    read_transformer,
+    transformer_folder,
 )
 from emberpc.export.errors import ExportError
 from emberpc.export.matryoshka import read_matryoshka
@@ -52,6 +54,8 @@ class Encoder:
 
     #: Its folder on this host.
     folder: Path
+    #: Where config.json, weights and tokenizer are: that folder, or as in old ones the `0_Transformer` in it.
+    transformer: Path
     #: What it is called: a hub id, or the name of its folder.
     name: str
     revision: str
@@ -60,6 +64,8 @@ class Encoder:
     dense: tuple[Dense, ...]
     normalize: bool
     max_tokens: int
+    #: Whether a user asked for that limit, and not the source.
+    max_tokens_stated: bool
     prompts: Prompts
     matryoshka_dimensions: tuple[int, ...]
     #: Whether texts are lower-cased before they are tokenised, whatever the tokenizer does.
@@ -92,20 +98,22 @@ def read_encoder(
 def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
     folder = found.folder
     _refuse_adapter(folder)
-    config = read_json(folder / "config.json")
+    transformer = transformer_folder(folder)
+    config = read_json(transformer / "config.json")
     if not config:
         raise ExportError(
-            f"{folder} has no config.json, so it is no Hugging Face encoder; name the folder that has one"
+            f"{transformer} has no config.json, so it is no Hugging Face encoder; name the folder that has one"
         )
     _refuse_own_code(folder, config)
     pooling, dense, normalize = _modules(folder)
-    weights = sha256_of_all([*find_weights(folder), *(folder / path / _DENSE_WEIGHTS for path in dense)])
+    weights = sha256_of_all([*find_weights(transformer), *(folder / path / _DENSE_WEIGHTS for path in dense)])
     sentence_transformers = read_json(folder / "config_sentence_transformers.json")
     kind = sentence_transformers.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise ExportError(f"{folder} is a {kind}, which gives no text one vector; choose a SentenceTransformer")
     return Encoder(
         folder=folder,
+        transformer=transformer,
         name=name or found.name,
         revision=found.revision or weights[:12],
         weights_sha256=weights,
@@ -113,9 +121,10 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
         dense=tuple(_dense(folder, path) for path in dense),
         normalize=normalize,
         max_tokens=_max_tokens(folder, config, max_tokens),
+        max_tokens_stated=max_tokens is not None,
         prompts=read_prompts(sentence_transformers),
         matryoshka_dimensions=read_matryoshka(folder, config),
-        lower_case=bool(read_json(folder / "sentence_bert_config.json").get("do_lower_case")),
+        lower_case=bool(read_transformer(folder).get("do_lower_case")),
         config=config,
     )
 
@@ -157,9 +166,8 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
     kinds, places = [kind for kind, _ in modules], [place for _, place in modules]
     stage = 0
     for i, (kind, place) in enumerate(zip(kinds, places, strict=True)):
-        # In this order only; and the transformer's files are looked for in the folder itself.
-        wanted = _MODULES[stage : stage + 1] if i < 2 else _MODULES[stage:]
-        if kind not in wanted or (kind == "Transformer" and place):
+        wanted = _MODULES[stage : stage + 1] if i < 2 else _MODULES[stage:]  # in this order only
+        if kind not in wanted:
             raise ExportError(
                 f"{path}: the module {kind} in {place or 'the folder itself'!r} cannot be exported yet; "
                 f"supported are {', '.join(_MODULES)}, in this order"

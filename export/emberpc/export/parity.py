@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from emberpc.bundle import Parity, cosines
+from emberpc.bundle.limits import MAX_TOKENS
+from emberpc.bundle.peers import read_json, read_positions, transformer_folder
 from emberpc.export.errors import ExportError
 from emberpc.export.runner import Matrix
 
@@ -63,11 +66,17 @@ def require(name: str, parity: Parity, expected: Matrix) -> None:
         )
 
 
-def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int) -> Matrix:
+def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool = False) -> Matrix:
     """Embed texts with sentence-transformers in fp32, without any prompt; float32 (texts, dimensions).
 
+    Args:
+        folder: the model.
+        texts: the texts.
+        max_tokens: where the other side of a comparison cuts texts.
+        stated: whether a user asked for that limit; otherwise the model must have it by itself.
+
     Raises:
-        ExportError: sentence-transformers cannot load or run the model.
+        ExportError: sentence-transformers cannot load or run the model, or cuts texts elsewhere.
     """
     from emberpc.export.libraries import calling_libraries
 
@@ -76,7 +85,42 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int) -> Matr
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(folder, device="cpu", local_files_only=True)
+        if not stated:
+            require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
+        # At this point it has that limit already, or one beyond its positions, at which it would fail.
         model.max_seq_length = max_tokens
         with torch.inference_mode():
             found = model.encode(list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False)
     return np.asarray(found, dtype=np.float32)
+
+
+def source_limit(folder: Path, own: float | None) -> int | None:
+    """Return where a model's own library cuts texts, in tokens.
+
+    Args:
+        folder: the model.
+        own: the limit that the library has once it loaded the model; None or absurdly large: none.
+
+    Returns:
+        That limit, or how many positions the model has if that is less; None without either.
+    """
+    positions = read_positions(read_json(transformer_folder(folder) / "config.json"))
+    limits = [int(limit) for limit in (own, positions) if limit is not None and limit <= MAX_TOKENS]
+    return min(limits, default=None)
+
+
+def require_limit(folder: str, own: float | None, max_tokens: int, library: str) -> None:
+    """Raise ExportError unless a model's own library cuts texts where the other side of a comparison does.
+
+    Args:
+        folder: the model.
+        own: as for `source_limit`.
+        max_tokens: where the other side cuts texts.
+        library: the library's name.
+    """
+    limit = source_limit(Path(folder), own)
+    if limit not in (None, max_tokens):
+        raise ExportError(
+            f"texts would be cut at {max_tokens} tokens, and {library} cuts them at {limit} with {folder}; "
+            f"export the model again, with --max-tokens {max_tokens} if that limit is wanted"
+        )

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from emberpc.bundle import BundleError
+from emberpc.bundle.peers import read_modules
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
@@ -59,6 +62,7 @@ def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
 
 
 def _in_folder(folder: Path) -> Source:
+    _refuse_part(folder)
     revision = ""
     if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):  # the hub's cache
         repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -71,6 +75,16 @@ def _in_folder(folder: Path) -> Source:
             commit = branch.read_text(encoding="utf-8").strip()
         revision = commit if _COMMIT.fullmatch(commit) else ""
     return Source(folder.name, folder, revision)
+
+
+def _refuse_part(folder: Path) -> None:
+    """Raise ExportError for the `0_Transformer` of a model: by itself it would be another model, of another pooling."""
+    with suppress(BundleError):  # a parent folder that is no model says nothing
+        if ("Transformer", folder.name) in read_modules(folder.parent):
+            raise ExportError(
+                f"{folder} is a part of the model in {folder.parent}, whose other parts pool its vectors; "
+                f"name {folder.parent}"
+            )
 
 
 def _in_package(name: str) -> Source | None:
