@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
+from emberpc.server.engine.inference import Inferrer
+from emberpc.server.engine.scheduler import Scheduler
+from emberpc.server.engine.tokenizing import AbandonedError, TextTokenizer, Truncation
+from emberpc.server.engine.words import Words
 from emberpc.server.errors import ServiceError, items_of
 
 MAX_TOKENS = 8
@@ -101,3 +110,167 @@ def test_a_text_of_a_megabyte_is_refused_or_cut_by_its_head(tokenizer: TextToken
     cut = words("red", "green", "blue", "red", "green", "blue")
     assert ids(tokenizer, text, Truncation.END) == cut
     assert ids(tokenizer, text, Truncation.START) == cut
+
+
+class Pair:
+    """A tokenizer of the library, and emberpc's of the same file."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        vocabulary = [
+            "[PAD]",
+            "[CLS]",
+            "[SEP]",
+            "[UNK]",
+            "[MASK]",
+            "a",
+            "b",
+            "##a",
+            "##b",
+            "e",
+            "!",
+            "[",
+            "]",
+            "東",
+            "京",
+        ]
+        raw = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+        raw.normalizer = normalizers.BertNormalizer(strip_accents="accents" not in kind, handle_chinese_chars=True)
+        bert = kind != "whitespace"
+        raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if bert else pre_tokenizers.WhitespaceSplit()
+        raw.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+        )
+        if "added" in kind:
+            raw.add_special_tokens(["[SEP]", AddedToken("[MASK]", lstrip=True, normalized=False)])
+            raw.add_tokens([AddedToken("!ab", single_word=True, normalized="normalized" in kind)])
+        path = folder / f"{kind}.json"
+        raw.save(str(path))
+        self.raw, self.ours = raw, TextTokenizer(path, MAX_TOKENS)
+
+    def expected(self, text: str, prompt: str, truncation: Truncation) -> list[int]:
+        """Return what tokenising the whole text and cutting its ids gives."""
+        whole: list[int] = self.raw.encode(prompt + text).ids
+        if len(whole) <= MAX_TOKENS:
+            return whole
+        before, behind, room = self.bare(prompt), self.bare(text), MAX_TOKENS - 2
+        if truncation is Truncation.END:
+            return [CLS, *self.bare(prompt + text)[:room], SEP]
+        return [CLS, *before, *(behind[-(room - len(before)) :] if room > len(before) else []), SEP]
+
+    def bare(self, text: str) -> list[int]:
+        found: list[int] = self.raw.encode(text, add_special_tokens=False).ids
+        return found
+
+
+KINDS = ("bert", "accents", "added", "added normalized", "whitespace")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    return {kind: Pair(tmp_path_factory.mktemp("pairs"), kind) for kind in KINDS}
+
+
+#: Whatever may join over a cut: words, signs, added tokens and their parts, ideographs, marks, blanks, controls.
+PARTS = [
+    "a",
+    "ab",
+    "!",
+    "!ab",
+    "[MASK]",
+    "[MA",
+    "SK]",
+    "[",
+    "東",
+    "京",
+    "e\u0301",
+    "\u0301",
+    "é",
+    "\x00",
+    "\u200d",
+    "�",
+    "Σ",
+]
+BLANKS = [" ", "\n", "\t", "\u3000", "  "]
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    parts=st.lists(
+        st.tuples(st.sampled_from(PARTS + BLANKS), st.sampled_from([1, 1, 2, 40, 300])).map(
+            lambda part: part[0] * part[1]
+        ),
+        max_size=40,
+    ),
+    prompt=st.sampled_from(["", "a: ", "ab", "[MA", "a b a b a b a b"]),
+    truncation=st.sampled_from([Truncation.END, Truncation.START]),
+)
+def test_tokenising_by_pieces_gives_what_tokenising_the_whole_gives(
+    pairs: dict[str, Pair], kind: str, parts: list[str], prompt: str, truncation: Truncation
+) -> None:
+    pair, text = pairs[kind], "".join(parts)
+    assert pair.ours.count([text], prompt) == [len(pair.raw.encode(prompt + text).ids)]
+    assert ids(pair.ours, text, truncation, prompt) == pair.expected(text, prompt, truncation)
+
+
+@pytest.mark.parametrize("truncation", list(Truncation))
+@pytest.mark.parametrize("sign", ["!", "東", "a ", "a!", "! \u0301"])
+def test_only_as_much_of_a_text_is_read_as_is_needed(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, sign: str, truncation: Truncation
+) -> None:
+    read: list[int] = []
+    bare = Words.bare
+
+    def counted(words: Words, text: str) -> list[int] | None:
+        read.append(len(text))
+        return bare(words, text)
+
+    monkeypatch.setattr(Words, "bare", counted)
+    try:
+        pairs["added"].ours.tokenize([sign * 1_000_000], "", truncation, items_of("texts"))
+    except ServiceError:
+        assert truncation is Truncation.REFUSE
+    assert 0 < sum(read) < 2000
+
+
+def test_work_that_nobody_waits_for_stops_after_a_piece(pairs: dict[str, Pair]) -> None:
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) == 3)
+        return asked[-1]
+
+    for kind in ("bert", "whitespace"):
+        asked.clear()
+        with pytest.raises(AbandonedError):
+            pairs[kind].ours.count(["a " * 100_000] * 8, "", stop)
+        assert len(asked) == 4
+
+
+async def test_long_texts_take_turns_and_end_when_their_caller_leaves() -> None:
+    begun, go_on, stopped, order = threading.Event(), threading.Event(), threading.Event(), []
+
+    def first(stop: Callable[[], bool]) -> None:
+        order.append("first")
+        begun.set()
+        assert go_on.wait(30)
+        if stop():
+            stopped.set()
+
+    with ThreadPoolExecutor(4) as pool:
+        scheduler = Scheduler(1, 64, 1000)
+        inferrer, long = Inferrer(pool, scheduler, 0), ["a" * 100_000]
+        leaver = asyncio.create_task(inferrer._in_pool(long, first))
+        assert await asyncio.to_thread(begun.wait, 30)
+        waiter = asyncio.create_task(inferrer._in_pool(long, lambda _: order.append("second")))
+        await inferrer._in_pool(["a"], lambda _: order.append("short"))
+        leaver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaver
+        # Its work is not over yet, and takes memory until then.
+        await inferrer._in_pool(["a"], lambda _: order.append("short"))
+        assert order == ["first", "short", "short"]
+        go_on.set()
+        await asyncio.wait_for(waiter, 30)
+        scheduler.close()
+    assert stopped.is_set()
+    assert order[-1] == "second"

@@ -107,7 +107,7 @@ class Engine:
 
     async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
         """Return the tokens of each text with its prompt, before any truncation."""
-        return await self._inferrer.in_pool(lambda: model.tokenizer.count(texts, prompt))
+        return await self._inferrer.count_tokens(model, texts, prompt)
 
     @property
     def counts(self) -> Counts:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TypeVar
@@ -16,11 +18,13 @@ from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.model import Model
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.session import Output
-from emberpc.server.engine.tokenizing import TokenizedText, Truncation
+from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath
 
 #: Texts of so few characters in all are tokenised at once: handing them to another thread would take longer.
 _FEW_CHARACTERS = 2000
+#: A longer text takes memory, and a thread of the pool for long: calls with one are tokenised one after the other.
+_MANY_CHARACTERS = 2**16
 
 Result = TypeVar("Result")
 
@@ -64,6 +68,7 @@ class Inferrer:
         self._scheduler = scheduler
         self.cache = Cache(cache_bytes)
         self.flights = Flights()
+        self._turn = asyncio.Semaphore(1)
 
     async def infer(
         self,
@@ -94,9 +99,38 @@ class Inferrer:
             infer_seconds=times.infer,
         )
 
-    async def in_pool(self, work: Callable[[], Result]) -> Result:
-        """Run what takes long beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
+        """Return the tokens of each text with its prompt, before any truncation."""
+        return await self._in_pool(texts, lambda stop: model.tokenizer.count(texts, prompt, stop))
+
+    async def _in_pool(self, texts: Sequence[str], tokenize: Callable[[Callable[[], bool]], Result]) -> Result:
+        """Tokenise texts in the pool. If the caller leaves, it stops after the piece that it is at.
+
+        Args:
+            texts: the texts.
+            tokenize: tokenises them; its argument returns whether it is to stop.
+        """
+        stop, loop = threading.Event(), asyncio.get_running_loop()
+        large = any(len(text) > _MANY_CHARACTERS for text in texts)
+        if large:
+            await self._turn.acquire()
+        try:
+            work = self._pool.submit(tokenize, stop.is_set)
+        except BaseException:
+            if large:
+                self._turn.release()
+            raise
+        if large:
+            # Not when the caller leaves: until the piece is done, it takes memory.
+            work.add_done_callback(lambda _: self._end_turn(loop))
+        try:
+            return await asyncio.wrap_future(work)
+        finally:
+            stop.set()
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits for a turn
+            loop.call_soon_threadsafe(self._turn.release)
 
     async def _compute(
         self, model: Model, places: Mapping[Key, int], path: FieldPath, caller: Caller, times: _Times
@@ -131,11 +165,11 @@ class Inferrer:
         first, indexes = next(iter(places)), list(places.values())
         texts = [key.text for key in places]
 
-        def tokenize() -> list[TokenizedText]:
-            return model.tokenizer.tokenize(texts, first.prompt, first.truncation, lambda i: path(indexes[i]))
+        def tokenize(stop: Callable[[], bool]) -> list[TokenizedText]:
+            return model.tokenizer.tokenize(texts, first.prompt, first.truncation, lambda i: path(indexes[i]), stop)
 
         few = sum(map(len, texts)) <= _FEW_CHARACTERS
-        tokenized = tokenize() if few else await self.in_pool(tokenize)
+        tokenized = tokenize(never) if few else await self._in_pool(texts, tokenize)
         times.tokenize = perf_counter() - start
         return dict(zip(places, tokenized, strict=True))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,9 +22,13 @@ from emberpc.server.errors import FieldPath, Violation, invalid_fields
 
 TokenIds = npt.NDArray[np.int64]
 
-#: A text of more characters than this per token that the model takes is tokenised from its head first: that is
-#: mostly enough to see that it is too long, and a text of a megabyte costs no more than one of a page.
-_HEAD_CHARACTERS_PER_TOKEN = 32
+#: A text of more characters than this per token that the model takes is long. It is tokenised alone and by pieces of
+#: that size, until it is known to be too long. At once, 2 MB of punctuation would take 325 MB.
+_CHARACTERS_PER_TOKEN = 32
+#: Where a tokenizer's texts cannot be cut into pieces, a longer head is tried, so many times as long as the one before.
+_GROWTH = 4
+#: Characters of short texts that are tokenised together.
+_TOGETHER = 2**17
 
 
 class Truncation(str, Enum):
@@ -32,6 +37,15 @@ class Truncation(str, Enum):
     REFUSE = "refuse"
     END = "end"
     START = "start"
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the outcome any more."""
+
+
+def never() -> bool:
+    """Return False: work that nobody abandons."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -59,12 +73,37 @@ class TextTokenizer:
         self._words = Words.of(self._tokenizer)
         self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
-    def count(self, texts: Sequence[str], prompt: str) -> list[int]:
-        """Return the tokens of each text with its prompt, before any truncation."""
-        return [len(ids) for ids in self._ids([prompt + text for text in texts])]
+    @property
+    def _long(self) -> int:
+        """Characters of the longest text that is tokenised at once, whatever it holds."""
+        return _CHARACTERS_PER_TOKEN * self.max_tokens
+
+    def count(self, texts: Sequence[str], prompt: str, stop: Callable[[], bool] = never) -> list[int]:
+        """Return the tokens of each text with its prompt, before any truncation.
+
+        Args:
+            texts: the texts.
+            prompt: what goes before each of them.
+            stop: whether nobody waits for the outcome any more; asked between pieces.
+
+        Raises:
+            AbandonedError: `stop` said so.
+        """
+        if self._words is None:
+            return [len(ids) for ids in self._short([prompt + text for text in texts], stop)]
+        frame, counts = len(self._words.framed([])), []
+        for text in texts:
+            pieces = self._words.pieces(prompt + text, self._long)
+            counts.append(frame + sum(len(self._bare(piece, stop)) for piece in pieces))
+        return counts
 
     def tokenize(
-        self, texts: Sequence[str], prompt: str, truncation: Truncation, path: FieldPath
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        truncation: Truncation,
+        path: FieldPath,
+        stop: Callable[[], bool] = never,
     ) -> list[TokenizedText]:
         """Tokenise texts.
 
@@ -73,34 +112,51 @@ class TextTokenizer:
             prompt: what goes before each of them.
             truncation: what to do with those of more than `max_tokens` tokens.
             path: what the request calls text i, for errors.
+            stop: whether nobody waits for the outcome any more; asked between pieces.
 
         Raises:
             ServiceError: INVALID_ARGUMENT, naming each text that has no tokens, or too many where they are refused.
+            AbandonedError: `stop` said so.
         """
-        heads = [self._head(prompt + text, truncation) for text in texts]
+        short = self._short([prompt + text for text in texts if len(prompt) + len(text) <= self._long], stop)
         result = []
         violations = []
-        for i, (text, head, ids) in enumerate(zip(texts, heads, self._ids(heads), strict=True)):
-            cut = len(head) < len(prompt) + len(text)
-            if cut and len(ids) <= self.max_tokens:
-                (ids,) = self._ids([prompt + text])  # noqa: PLW2901 - the head did not tell
-                cut = False
+        for i, text in enumerate(texts):
+            if len(prompt) + len(text) <= self._long:
+                ids, head = next(short), prompt + text
+            else:
+                ids, head = self._read(prompt + text, truncation, stop)
             if not ids:
                 violations.append(Violation(path(i), "has no token that the model knows; give it some text"))
             elif len(ids) <= self.max_tokens:
                 result.append(TokenizedText(np.array(ids, dtype=np.int64)))
             elif truncation is Truncation.REFUSE:
-                count = f"more than {self.max_tokens}" if cut else str(len(ids))
+                read = len(head) == len(prompt) + len(text)
+                count = str(len(ids)) if read else f"more than {self.max_tokens}"
                 violations.append(Violation(path(i), self._too_long(count)))
             else:
-                fitting = self._truncate(prompt, head[len(prompt) :], ids, truncation)
+                fitting = self._truncate(prompt, text, head, ids, truncation, stop)
                 result.append(TokenizedText(np.array(fitting, dtype=np.int64), truncated=True))
         if violations:
             raise invalid_fields(violations)
         return result
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _short(self, texts: Sequence[str], stop: Callable[[], bool]) -> Iterator[list[int]]:
+        """Give the ids of each text, special ones included; some texts at a time."""
+        together: list[str] = []
+        characters = 0
+        for text in texts:
+            if together and characters + len(text) > _TOGETHER:
+                yield from self._ids(together, stop)
+                together, characters = [], 0
+            together.append(text)
+            characters += len(text)
+        yield from self._ids(together, stop)
+
+    def _ids(self, texts: Sequence[str], stop: Callable[[], bool]) -> list[list[int]]:
         """Return the ids of each text, special ones included."""
+        if stop():
+            raise AbandonedError
         found = [None if self._words is None else self._words.ids(text) for text in texts]
         untold = [text for text, ids in zip(texts, found, strict=True) if ids is None]
         if not untold:
@@ -108,32 +164,85 @@ class TextTokenizer:
         encodings = iter(self._tokenizer.encode_batch_fast(untold, add_special_tokens=True))
         return [next(encodings).ids if ids is None else ids for ids in found]
 
+    def _bare(self, piece: str, stop: Callable[[], bool]) -> list[int]:
+        """Return the ids of a piece of a text, without special ones."""
+        if stop():
+            raise AbandonedError
+        ids = None if self._words is None else self._words.bare(piece)
+        if ids is None:
+            ids = self._unframed([piece])[0].ids
+        return ids
+
+    def _read(self, whole: str, truncation: Truncation, stop: Callable[[], bool]) -> tuple[list[int], str]:
+        """Return the ids of the head of a long text, special ones included, and the head.
+
+        The head is the whole text, or has more ids than the model takes. If the start is to be cut, it is a tail.
+        """
+        if self._words is not None:
+            backwards = truncation is Truncation.START
+            bare, head = self._read_pieces(self._words, whole, self._room + 1, stop, backwards=backwards)
+            return self._words.framed(bare), head
+        length = self._long if truncation is not Truncation.START else len(whole)
+        while length < len(whole):
+            head = whole[:length]
+            space = max(head.rfind(" "), head.rfind("\n"))
+            head = head[:space] if space > length // 2 else head
+            (ids,) = self._ids([head], stop)
+            if len(ids) > self.max_tokens:
+                return ids, head
+            length *= _GROWTH
+        return self._ids([whole], stop)[0], whole
+
+    def _read_pieces(
+        self, words: Words, text: str, enough: int, stop: Callable[[], bool], *, backwards: bool = False
+    ) -> tuple[list[int], str]:
+        """Return the first (or last) ids of a text, at least `enough` if it has as many, and the part they are of.
+
+        Special ids are not among them.
+        """
+        pieces: deque[str] = deque(words.pieces(text, self._long))
+        read: list[str] = []
+        ids: list[int] = []
+        while pieces and len(ids) < enough:
+            piece = pieces.pop() if backwards else pieces.popleft()
+            found = self._bare(piece, stop)
+            ids = found + ids if backwards else ids + found
+            read.append(piece)
+        return ids, "".join(reversed(read) if backwards else read)
+
     def _too_long(self, count: str) -> str:
         return (
             f"has {count} tokens, the model takes at most {self.max_tokens}; "
             "shorten it, or set the call's `truncation` to END or START"
         )
 
-    def _head(self, text: str, truncation: Truncation) -> str:
-        """Return as much of a text as is likely to tell whether it is too long, cut between words."""
-        limit = _HEAD_CHARACTERS_PER_TOKEN * self.max_tokens
-        if len(text) <= limit or truncation is Truncation.START:
-            return text
-        head = text[:limit]
-        space = max(head.rfind(" "), head.rfind("\n"))
-        return head[:space] if space > limit // 2 else head
+    def _truncate(
+        self, prompt: str, text: str, head: str, ids: list[int], truncation: Truncation, stop: Callable[[], bool]
+    ) -> list[int]:
+        """Return as many of a text's ids, which are too many, as just fit with its prompt and the special ones.
 
-    def _truncate(self, prompt: str, text: str, ids: list[int], truncation: Truncation) -> list[int]:
-        """Return so many of a text's ids, which are too many, that they just fit with its prompt and special tokens."""
+        Args:
+            prompt: what goes before the text.
+            text: the text.
+            head: the start of both, which has too many ids already.
+            ids: those of the head, special ones included.
+            truncation: END or START.
+            stop: whether nobody waits for the outcome any more.
+        """
         if truncation is Truncation.START:
             # The prompt stands at the start and must stay there: only the text behind it is cut.
+            if self._words is not None:
+                before = self._bare(prompt, stop)
+                room = max(self._room - len(before), 0)
+                bare, _ = self._read_pieces(self._words, text, room, stop, backwards=True)
+                return self._words.framed([*before, *bare[max(len(bare) - room, 0) :]])
             before, encoding = self._unframed([prompt, text])
             encoding.truncate(max(self._room - len(before), 0), direction="left")
             encoding = Encoding.merge([before, encoding], growing_offsets=True)
         elif self._words is not None:
             return self._words.cut(ids, self.max_tokens)
         else:
-            (encoding,) = self._unframed([prompt + text])
+            (encoding,) = self._unframed([head])
             encoding.truncate(self._room, direction="right")
         framed: list[int] = self._tokenizer.post_process(encoding, add_special_tokens=True).ids
         return framed
