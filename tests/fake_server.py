@@ -105,6 +105,8 @@ class FakeServer:
 
     credentials: grpc.ServerCredentials | None = None
     port: int = 0
+    #: More options of gRPC's server.
+    options: Sequence[tuple[str, int]] = ()
     #: Of the model that streams name.
     fingerprint: str = "one"
     #: After so many messages a stream ends, whatever is still to come.
@@ -125,7 +127,11 @@ class FakeServer:
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(
             self._pool,
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)],
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", 64 * 2**20),
+                *self.options,
+            ],
         )
         self.health = HealthServicer()
         self.health.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -32,6 +32,10 @@ _MAX_TIMEOUT = 100 * 365 * 24 * 3600
 #: All that a bearer token may hold (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
+#: Pings find a connection that died in silence while a call waits on it. There are none between calls. A server must
+#: take one each 30 seconds, or it closes the connection of a silent call; see `_KEEPALIVE` of `emberpc.server.app`.
+_KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
+
 #: Spread calls over all addresses of the target, and repeat those that no server took or that a stopping one refused.
 #: gRPC itself repeats: within the call's deadline, after the pause that the server asks for if it asks for one, and
 #: at most four times, the most that it allows. A stream is opened again by `_stream_running`, which knows what was
@@ -194,9 +198,7 @@ class Connection:
             ("grpc.per_rpc_retry_buffer_size", 64 * _MEBIBYTE),
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
-            # Find a connection that died in silence while a call waits on it. No pings between calls.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            *_KEEPALIVE,
             # A server that was restarted is found again soon; gRPC's own pauses grow to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),

@@ -1,0 +1,47 @@
+"""Calls that are silent for longer than three pings of HTTP/2, with the intervals of both sides at 1/100."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from emberpc.client import _connection
+from emberpc.server.app import _KEEPALIVE
+from fake_server import FakeServer
+from ping_proxy import PingProxy
+
+#: More than three, after which gRPC's server closes a connection that pings too often.
+PINGS = 4
+#: A host may take its time to answer a ping; these are not what is tested.
+PATIENCE = ("grpc.keepalive_timeout_ms", 60_000)
+
+
+def hastened(options: Any) -> list[tuple[str, Any]]:
+    """Return the options of pings with 1/100 of their intervals."""
+    return [PATIENCE if name == PATIENCE[0] else (name, value // 100) for name, value in options]
+
+
+@pytest.fixture(autouse=True)
+def frequent_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # After two pings without data in between, the client would send only one a minute.
+    options = [*hastened(_connection._KEEPALIVE), ("grpc.http2.max_pings_without_data", 0)]
+    monkeypatch.setattr(_connection, "_KEEPALIVE", options)
+
+
+@pytest.mark.parametrize(
+    ("rpc", "name", "arguments"), [("Embed", "embed", (["a"],)), ("VerifyCollection", "verify_collection", ("c",))]
+)
+def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
+    shell_type: Any, rpc: str, name: str, arguments: tuple[Any, ...]
+) -> None:
+    with FakeServer(options=hastened(_KEEPALIVE)) as server, PingProxy(server.target, PINGS) as proxy:
+        shell = shell_type(proxy.target, timeout=120)
+        try:
+            shell("create_collection", "c")
+            server.hooks[rpc] = lambda _: proxy.enough.wait(100)
+            shell(name, *arguments)
+        finally:
+            shell.close()
+        assert proxy.count >= PINGS
+        assert len(server.asked[rpc]) == 1
