@@ -16,7 +16,8 @@ import pytest
 from emberpc.client import Client, Record
 from emberpc.server.errors import Code
 from emberpc.server.index import CollectionSpec, Distance, NewRecord, Strategy
-from emberpc.server.index.filters import Comparison, Operator
+from emberpc.server.index.cancellation import cancelled_when
+from emberpc.server.index.filters import Comparison, Existence, Not, Operator
 from index.support import refused
 from index_helpers import true_scores, vectors
 from milvus_lite_process import MilvusLiteProcess, need_milvus
@@ -315,3 +316,23 @@ def test_a_receipt_does_not_state_the_durability(milvus: MilvusLiteProcess, tmp_
         request = index_pb2.DeleteRecordsRequest(collection="over-rpc", ids=["a"])
         assert stub.DeleteRecords(request).receipt.durability == index_pb2.DURABILITY_UNSPECIFIED
         client.delete_collection("over-rpc")
+
+
+def test_a_cancelled_call_asks_milvus_no_more(collection: MilvusCollection, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emberpc.server.milvus import reading
+
+    monkeypatch.setattr(reading.Reader.walk, "__kwdefaults__", {"after": "", "batch": 5, "among": ""})
+    collection.upsert([NewRecord(f"r{i:02}") for i in range(50)], vectors(50, dimensions=DIMENSIONS))
+    asked: list[str] = []
+    call = reading.Reader.call
+
+    def counted(self: reading.Reader, method: str, **arguments: Any) -> Any:
+        asked.append(method)
+        return call(self, method, **arguments)
+
+    monkeypatch.setattr(reading.Reader, "call", counted)
+    # Found page by page, then deleted.
+    with refused(Code.DEADLINE_EXCEEDED, "stopped"), cancelled_when(lambda: len(asked) >= 3):
+        collection.delete_matching(Not(Existence("gone")))
+    assert asked == ["query"] * 3
+    assert collection.count() == 50

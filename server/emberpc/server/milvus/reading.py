@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from emberpc.server.errors import ServiceError
+from emberpc.server.index import cancellation
 from emberpc.server.index.filters import Filter, matches
 from emberpc.server.index.types import CollectionSpec, Matrix
 from emberpc.server.milvus import schema, terms
@@ -111,7 +112,12 @@ class Reader:
         return self._loaded(lambda: list(self.call("query", consistency_level="Strong", **arguments)))
 
     def _loaded(self, read: Callable[[], Result]) -> Result:
-        """Read; if Milvus has the collection no longer loaded, as after its restart, have it loaded first."""
+        """Read; if Milvus has the collection no longer loaded, as after its restart, have it loaded first.
+
+        Raises:
+            ServiceError: besides those of Milvus, DEADLINE_EXCEEDED if the call of this thread is cancelled.
+        """
+        cancellation.check()
         try:
             return read()
         except ServiceError as error:
