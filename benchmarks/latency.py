@@ -20,8 +20,8 @@ import grpc
 
 from emberpc.export.stdlib_texts import read_stdlib
 from emberpc.server.engine import Model, Truncation
-from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.errors import items_of
+from emberpc.server.memory import keep_freed_memory
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from load import host, middle, serving
 

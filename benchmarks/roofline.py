@@ -29,9 +29,9 @@ from time import perf_counter, process_time
 
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Model, Truncation
-from emberpc.server.engine.memory import keep_freed_memory
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
+from emberpc.server.memory import keep_freed_memory
 from load import EMBED, call, capacity, check_answers, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
 
 BATCH_TOKENS = 512

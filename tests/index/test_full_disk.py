@@ -109,9 +109,10 @@ def fill_to_the_last_byte(path: Path) -> None:
 def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) -> None:
     data = small_disk / "data"
     with closing(Index(data, buffer_limit=8, snapshot_every=50)) as index:
-        for name in ("c", "d"):
+        # The space of the first one is more than what is reserved for deletions.
+        for name, batches in (("c", 24), ("d", 8)):
             collection = index.create(CollectionSpec(name, WIDTH))
-            for number in range(8):
+            for number in range(batches):
                 collection.upsert(*batch(number))
         fill_to_the_last_byte(small_disk / "ballast")
         # Until the log is full, writes still find room.

@@ -213,6 +213,9 @@ def _open_index(settings: Settings) -> IndexBackend:
             record_cache_bytes=settings.record_cache_bytes,
             probe_share=settings.recall_probe,
             answer_bytes=settings.max_response_bytes,
+            max_collections=settings.max_collections,
+            max_open=settings.max_open_collections,
+            idle_seconds=settings.close_idle_seconds,
         )
     except ServiceError as error:
         raise StartupError(error.message) from error

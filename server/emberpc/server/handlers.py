@@ -20,6 +20,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
+from emberpc.server import descriptors
 from emberpc.server.element_counts import check_counts
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.statuses import status_of
@@ -99,6 +100,8 @@ def _code_name(error: BaseException) -> str:
     """Return the name of the status code that a call ends with."""
     if isinstance(error, ServiceError):
         return error.code.name
+    if isinstance(error, OSError) and descriptors.is_shortage(error):
+        return Code.RESOURCE_EXHAUSTED.name
     if isinstance(error, NotImplementedError):
         return Code.UNIMPLEMENTED.name
     # A generator that is closed is one whose caller left.
@@ -221,6 +224,9 @@ async def _abort(error: Exception, method: str, request_id: str, context: Contex
     if isinstance(error, NotImplementedError):
         name = method.rpartition("/")[2]
         error = ServiceError(Code.UNIMPLEMENTED, f"{name} is not supported by this version of emberpc")
+    if isinstance(error, OSError) and descriptors.is_shortage(error):
+        log.error("%s failed, request %s: no file descriptor is free", method, request_id)
+        error = descriptors.shortage()
     if not isinstance(error, ServiceError):
         log.error("%s failed, request %s", method, request_id, exc_info=error)
         error = ServiceError(Code.INTERNAL, "the server made an error")

@@ -94,6 +94,15 @@ class Settings:
     record_cache_bytes: int = _setting(
         32 * 2**20, "Most bytes, about, of records kept for searches that find them again; 0: none are kept."
     )
+    max_collections: int = _setting(10_000, "Most collections; past it, none is created or restored.")
+    max_open_collections: int = _setting(
+        0,
+        "Collections that are kept open while nobody uses them; each takes up to 11 file descriptors. "
+        "0: as the limit of file descriptors allows, at most 500.",
+    )
+    close_idle_seconds: float = _setting(
+        1800.0, "A collection without a call for this long is closed; its next call opens it. 0: none is closed."
+    )
     recall_probe: float = _setting(
         0.001, "Share of the searches that are done again, exactly and afterwards, to measure recall; 0: none."
     )
@@ -110,10 +119,26 @@ class Settings:
         Raises:
             SettingsError: a value is out of range.
         """
-        for name in ("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes", "max_response_bytes"):
+        for name in (
+            "max_queue_tokens",
+            "max_texts",
+            "max_text_bytes",
+            "max_message_bytes",
+            "max_response_bytes",
+            "max_collections",
+        ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("workers", "batch_tokens", "cache_bytes", "record_cache_bytes", "drain_seconds", "watch_models"):
+        for name in (
+            "workers",
+            "batch_tokens",
+            "cache_bytes",
+            "record_cache_bytes",
+            "drain_seconds",
+            "watch_models",
+            "max_open_collections",
+            "close_idle_seconds",
+        ):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.recall_probe <= 1:

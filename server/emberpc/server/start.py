@@ -10,6 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from emberpc.server import descriptors
 from emberpc.server.cores import usable_cores
 from emberpc.server.errors import StartupError
 from emberpc.server.portable import hnswlib_problem
@@ -18,6 +19,8 @@ from emberpc.server.stopping import Stopping
 
 if TYPE_CHECKING:
     from emberpc.server.engine import Registry
+
+log = logging.getLogger(__name__)
 
 #: How long a thread that runs Python may keep others waiting that want to. A short call changes threads several times;
 #: with Python's 5 ms it took 67 ms at the 99th percentile while a call of 10,000 texts was tokenised.
@@ -37,6 +40,9 @@ def serve(settings: Settings) -> None:
     """
     gc.disable()  # an eighth of a start otherwise: imports make much, and nothing of it is garbage; `run` has it back
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    before, now = descriptors.raise_limit()
+    if now > before:
+        log.info("raised the limit of file descriptors from %d to %d", before, now)
     sys.setswitchinterval(_SWITCH_SECONDS)
     workers = settings.workers or usable_cores()
     # Before it is used on another thread: two that import the same modules can see one half done.
@@ -63,7 +69,7 @@ def _load_models(settings: Settings, pool: Executor) -> Registry:
         StartupError: a model cannot be served.
     """
     from emberpc.server.engine import ModelLoadError, Registry  # noqa: PLC0415 - imported by `serve`
-    from emberpc.server.engine.memory import keep_freed_memory  # noqa: PLC0415
+    from emberpc.server.memory import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
     if settings.models_dir is not None and not settings.models_dir.is_dir():

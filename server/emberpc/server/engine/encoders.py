@@ -13,9 +13,9 @@ import numpy as np
 
 from emberpc.bundle import Interface
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.session import LoadCancellation, OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
 

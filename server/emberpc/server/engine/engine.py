@@ -12,12 +12,12 @@ from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.inference import Inference, Inferrer
-from emberpc.server.engine.memory import return_memory
 from emberpc.server.engine.model import Model
 from emberpc.server.engine.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import FieldPath
+from emberpc.server.memory import return_memory
 
 
 class Engine:

@@ -7,16 +7,17 @@ import numpy as np
 from emberpc.server.index.metric import best_of, nearest
 from emberpc.server.index.types import Distance, Labels, Matrix
 
-#: Values in a chunk (2 MB), and the fewest vectors.
+#: Values in a full chunk (2 MB), and the fewest vectors of a chunk.
 _CHUNK, _FEWEST = 2**19, 16
 
 
 class Buffer:
     """Prepared vectors by label, in ascending order of labels.
 
-    They lie in chunks of one size. Adding and removing cost in proportion to what
+    They lie in chunks of one size; only the last chunk may be smaller, and then
+    grows to that size by doubling. Adding and removing cost in proportion to what
     is added and removed, however much waits: what is removed is only marked,
-    until its chunk is empty and goes as a whole; nothing is ever moved.
+    until its chunk is empty and goes as a whole.
 
     Not safe to use from several threads; `Neighbours` holds the lock.
     """
@@ -35,9 +36,11 @@ class Buffer:
         """Take in vectors, float32 (n, dimensions), under labels, int64 (n,), ascending and above all before."""
         start = 0
         while start < len(labels):
-            if not self._chunks or not self._chunks[-1].room:
-                self._chunks.append(_Chunk(self._rows, self._dimensions))
+            if not self._chunks or (not self._chunks[-1].room and self._chunks[-1].rows >= self._rows):
+                self._chunks.append(_Chunk(_FEWEST, self._dimensions))
             last = self._chunks[-1]
+            if (wanted := last.rows - last.room + len(labels) - start) > last.rows:
+                last.grow(min(self._rows, max(wanted, 2 * last.rows)))
             end = min(len(labels), start + last.room)
             last.add(labels[start:end], vectors[start:end])
             start = end
@@ -95,6 +98,18 @@ class _Chunk:
         self._vectors: Matrix = np.empty((rows, dimensions), dtype=np.float32)
         self._present = np.zeros(rows, dtype=bool)
         self._first = self._end = self.count = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows in use or free."""
+        return len(self._labels)
+
+    def grow(self, rows: int) -> None:
+        """Make room for that many rows, no fewer than now."""
+        more = rows - self.rows
+        self._labels = np.pad(self._labels, (0, more))
+        self._vectors = np.pad(self._vectors, ((0, more), (0, 0)))
+        self._present = np.pad(self._present, (0, more))
 
     @property
     def room(self) -> int:

@@ -21,6 +21,7 @@ from emberpc.server.index.data_directory import DataDirectory, Entry
 from emberpc.server.index.expiry import Expirer
 from emberpc.server.index.files import new_folder, written
 from emberpc.server.index.maintenance import Maintainer
+from emberpc.server.index.open_collections import OpenCollections, derived_limit
 from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reembedding import Reembedding
@@ -39,7 +40,7 @@ class Index:
     while the files of a deleted collection are still going.
 
     Every method may raise `ServiceError`: UNAVAILABLE once the index is closed,
-    INTERNAL if a database fails.
+    INTERNAL if a database fails, RESOURCE_EXHAUSTED if no file descriptor is free.
 
     Args:
         data_dir: the directory; made if it is not there.
@@ -48,6 +49,10 @@ class Index:
         record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
         probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
         answer_bytes: most bytes of the records of one answer.
+        max_collections: most collections that `create` and `restore` make.
+        max_open: collections that may be open while no calls of theirs are in progress; 0: by the limit of file
+            descriptors.
+        idle_seconds: a collection without a call for this long is closed until its next call; 0: none is.
 
     Raises:
         ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
@@ -62,18 +67,24 @@ class Index:
         record_cache_bytes: int = 0,
         probe_share: float = 0,
         answer_bytes: int = ANSWER_BYTES,
+        max_collections: int = 10_000,
+        max_open: int = 0,
+        idle_seconds: float = 0,
     ) -> None:
+        self._max_collections = max_collections
         self._pace = Pace(buffer_limit, snapshot_every)
         self._probe_share = probe_share
         self._answer_bytes = answer_bytes
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
-        #: Those that are open, or being opened: that takes long for a large one, so it is done outside the lock.
+        #: Those that were opened, or are being opened: that takes long for a large one, so it is done outside the lock.
+        #: They stay here while they are closed between calls, and open themselves again.
         self._open: dict[str, Future[Collection]] = {}
-        #: Those of them that are open and can be had without a lock.
+        #: Those of them that were opened and can be had without a lock.
         self._at_hand: dict[str, Collection] = {}
         self._reembeddings: dict[str, Reembedding] = {}
+        self._open_collections = OpenCollections(max_open or derived_limit(), idle_seconds)
         self._maintainer = Maintainer()
         self._expirer = Expirer()
         self._directory = DataDirectory(Path(data_dir))
@@ -83,7 +94,7 @@ class Index:
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the spec is wrong, ALREADY_EXISTS if there is one of its name,
-                RESOURCE_EXHAUSTED if the disk is full.
+                RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
         """
         spec.check()
         with self._use(), written("no collection was made"):
@@ -102,7 +113,7 @@ class Index:
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the name is wrong, ALREADY_EXISTS if there is one of it,
-                RESOURCE_EXHAUSTED if there is no room.
+                RESOURCE_EXHAUSTED if there is no room or there are too many collections.
         """
         check_name(name, "name")
         with self._use():
@@ -137,11 +148,11 @@ class Index:
         return collection
 
     def opened(self, name: str) -> Collection | None:
-        """Return a collection if it is open already; never waits."""
+        """Return a collection if it was opened already; never waits."""
         return self._at_hand.get(name)
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return what probes of searches found, of each collection that is open and was probed, by name."""
+        """Return what probes of searches found, of each collection that was opened and probed, by name."""
         return {name: each.probed for name, each in list(self._at_hand.items()) if each.probed.count}
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
@@ -161,7 +172,7 @@ class Index:
                 RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
-        with self._use():
+        with self._use(), written("the collection stays as it was"):
             spec = replace(self._existing(name).spec, truncation=truncation)
             spec.check()
             self._directory.update(spec)
@@ -329,17 +340,18 @@ class Index:
             stack.callback(self._give_up_directory, closed)
             stack.callback(lambda: closed.append(self._maintainer.close(deadline)))
             stack.callback(lambda: closed.append(self._expirer.close(deadline)))
+            stack.callback(lambda: closed.append(self._open_collections.close(deadline)))
             for collection in collections:
                 stack.callback(self._close_one, collection, deadline, closed)
         return all(closed)
 
-    def _give_up_directory(self, closed: list[bool]) -> None:
-        if all(closed):  # else the next server would use it while this one still writes
-            self._directory.close()
-
     @staticmethod
     def _close_one(collection: Collection, deadline: Deadline, closed: list[bool]) -> None:
         closed.append(collection.close(deadline))
+
+    def _give_up_directory(self, closed: list[bool]) -> None:
+        if all(closed):  # else the next server would use it while this one still writes
+            self._directory.close()
 
     @contextmanager
     def _use(self) -> Iterator[None]:
@@ -356,8 +368,17 @@ class Index:
         return entry
 
     def _check_free(self, name: str) -> None:
+        """Raise ServiceError unless a collection of this name may be made."""
         if self._directory.folder(name) is not None:
             raise collection_exists(name)
+        if self._directory.count() >= self._max_collections:
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                f"there are {self._directory.count()} collections, and the limit is {self._max_collections}; delete "
+                "some, or start the server with a higher --max-collections",
+                reason="TOO_MANY_COLLECTIONS",
+                metadata={"limit": str(self._max_collections)},
+            )
 
     def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
         """Make a new, empty collection in a folder of its own; the directory does not name it yet."""
@@ -400,6 +421,7 @@ class Index:
             self._expirer.note,
             self._cache,
             self._directory.reserve,
+            self._open_collections,
             pace=self._pace,
             probe_share=self._probe_share,
             answer_bytes=self._answer_bytes,

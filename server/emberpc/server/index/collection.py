@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from emberpc.server.deadlines import Deadline
-from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import snapshots
+from emberpc.server.errors import invalid, items_of
 from emberpc.server.index.backup import Piece, copy_of, pieces
 from emberpc.server.index.calls import Calls
 from emberpc.server.index.clusters import Cluster, cluster_records
 from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
 from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
 from emberpc.server.index.filters import MISMATCH_RECORDS, Filter, mismatches
-from emberpc.server.index.graph import Graph
-from emberpc.server.index.hybrid import HybridSearcher
+from emberpc.server.index.lifecycle import Lifecycle
 from emberpc.server.index.metric import check_vectors, prepare
-from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.open_collections import OpenCollections
 from emberpc.server.index.probing import Probe, ProbeFigures
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.search_calls import SearchCalls, clause_of
-from emberpc.server.index.searching import Searcher
-from emberpc.server.index.selection import Selector
-from emberpc.server.index.store import Store
 from emberpc.server.index.types import (
     ANSWER_BYTES,
     Change,
     CollectionInfo,
     CollectionSpec,
-    Labels,
     Matrix,
     NewRecord,
     StoredRecord,
     WriteResult,
     check_page_size,
 )
-from emberpc.server.index.upkeep import Pace, Upkeep
+from emberpc.server.index.upkeep import Pace
 from emberpc.server.index.validation import check_records
 from emberpc.server.index.verifying import Verified, Verifier
 from emberpc.server.paging import decode_token, encode_token
@@ -55,11 +48,14 @@ log = logging.getLogger(__name__)
 _EXPIRED_AT_ONCE = 1000
 
 
-class Collection(SearchCalls):
+class Collection(Lifecycle, SearchCalls):
     """A set of records whose vectors may be compared with each other. Safe to use from several threads.
 
-    Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails, UNAVAILABLE
-    once the collection is closed or deleted.
+    While nobody uses it, its files and memory can be given up by `close_idle`; the next call opens it again.
+
+    Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails or the
+    collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, UNAVAILABLE once the collection
+    is closed for good or deleted.
 
     Args:
         spec: what it is.
@@ -70,6 +66,7 @@ class Collection(SearchCalls):
         expire_at: called when there will be work for `expire`, with when, in seconds since 1970.
         cache: keeps records that are found often.
         reserve: space for deletions on a full disk.
+        open_collections: those that are open; it may close this one by `close_idle`.
         pace: when the graph takes in vectors, and is saved.
         probe_share: share of the searches that are done again, exactly, to measure recall.
         answer_bytes: most bytes of the records of one answer.
@@ -86,6 +83,7 @@ class Collection(SearchCalls):
         expire_at: Callable[[Collection, float], None],
         cache: RecordCache,
         reserve: Reserve,
+        open_collections: OpenCollections,
         *,
         pace: Pace,
         probe_share: float = 0,
@@ -97,36 +95,30 @@ class Collection(SearchCalls):
         self.created = created
         self._wake = lambda: wake(self)
         self._wake_at_rest: Callable[[float], None] = lambda seconds: wake_at_rest(self, seconds)
-        self._expire_at = expire_at
-        self._calls = Calls(f"collection {spec.name!r}")
-        self._closing = threading.Lock()
-        self._closed = False
+        self._expire_at: Callable[[float], None] = lambda when: expire_at(self, when)
+        self._cache = cache
+        self._open_collections = open_collections
+        self._reserve = reserve
+        self._answer_bytes = answer_bytes
+        self._pace = pace
+        self._create = create
+        self._calls = Calls(f"collection {spec.name!r}", self._open, self._release)
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
-        self._store = Store(folder, spec, cache, reserve, answer_bytes=answer_bytes, create=create)
-        try:
-            self._delete_expired_before_use()
-            self._neighbours = Neighbours(spec, self._snapshot() or Graph(spec))
-            self._neighbours.catch_up(self._store.labels(), self._read_vectors)
-            self._selector = Selector(self._store, spec)
-            self._store.on_damage = self._forget_damaged
-        except BaseException:
-            self._store.close()
-            raise
-        self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, spec.distance)
-        self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
-        self._upkeep = Upkeep(spec, folder, self._store, self._neighbours, self._read_vectors, pace, self._calls.ending)
         self._probe = Probe(probe_share)
-        self._wake_if_needed()
-        if (next_expiry := self._store.next_expiry()) is not None:
-            self._expire_at(self, next_expiry)
+        #: How it stands; while it is closed.
+        self._closed_info: CollectionInfo | None = None
+        with self._calls.one():
+            pass
 
     def info(self) -> CollectionInfo:
-        """Say how it stands."""
-        with self._calls.one():
-            with self._store.snapshot():
-                count, sequence = self._store.count(), self._store.sequence()
-            return CollectionInfo(count, sequence, self.created, self._size())
+        """Say how it stands; does not open the collection if that is closed."""
+        self._calls.check()
+        info = self._closed_info
+        if info is None:
+            with self._calls.one():
+                info = self._info()
+        return replace(info, create_time=self.created)
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
@@ -151,10 +143,10 @@ class Collection(SearchCalls):
             change = self._store.upsert(records, documents, vectors, expected_revisions)
             self._neighbours.change(change.added, prepared, change.removed)
             self._selector.note(change.sequence, change.removed)
-        self._wake_if_needed()
+            self._wake_if_needed()
         lives = [record.time_to_live for record in records if record.time_to_live is not None]
         if lives:
-            self._expire_at(self, time.time() + min(lives))
+            self._expire_at(time.time() + min(lives))
         return WriteResult(change.sequence, change.inserted, change.updated)
 
     def copy(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
@@ -171,10 +163,10 @@ class Collection(SearchCalls):
             change = self._store.copy(records, documents, vectors)
             self._neighbours.change(change.added, prepared, change.removed)
             self._selector.note(change.sequence, change.removed)
-        self._wake_if_needed()
+            self._wake_if_needed()
         expiries = [record.expire_time.timestamp() for record in records if record.expire_time is not None]
         if expiries:
-            self._expire_at(self, min(expiries))
+            self._expire_at(min(expiries))
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
         """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing."""
@@ -260,9 +252,13 @@ class Collection(SearchCalls):
         Args:
             full: search for every record by its own vector; otherwise for a random sample.
         """
-        steps = Verifier(self._store, self._neighbours, self._write_lock, self.spec, full).steps()
+        with self._calls.one():
+            verifier = Verifier(self._store, self._neighbours, self._write_lock, self.spec, full)
+        steps = verifier.steps()
         while True:
             with self._calls.one():
+                # It may have been closed and opened again since the last step.
+                verifier.store, verifier.neighbours = self._store, self._neighbours
                 step = next(steps, None)
             if step is None:
                 return
@@ -287,13 +283,18 @@ class Collection(SearchCalls):
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.
 
-        Takes long, and lets searches and writes in between; ends early when the collection is to be closed.
+        Takes long, and lets searches and writes in between; ends early when the collection is to be closed. A closed
+        one stays closed: when it is opened it asks for what there is to do.
         """
-        with self._calls.one():
+        if not self._calls.begin_upkeep():
+            return
+        try:
             self._upkeep.run()
             if (seconds := self._upkeep.due_at_rest) is not None:
                 self._wake_at_rest(seconds)
             self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
+        finally:
+            self._calls.finish_upkeep()
 
     def expire(self) -> float | None:
         """Delete the records whose time is up; return when the next one's is, in seconds since 1970, None for none."""
@@ -302,45 +303,12 @@ class Collection(SearchCalls):
         with self._calls.one():
             return self._store.next_expiry()
 
-    def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for the calls under way, save a snapshot if the graph changed, and close the database.
-
-        Args:
-            deadline: until when to wait for the calls; None: without limit. If they do not end in time, the database
-                stays open. If it has passed, no snapshot is begun: the next start then takes longer.
-
-        Returns:
-            Whether the database is closed.
-        """
-        deadline = deadline or Deadline()
-        self.end_calls()
-        if not self._calls.wait(deadline):
-            log.warning("collection %s: calls still run, so its database is not closed", self.spec.name)
-            return False
-        with self._closing:
-            if not self._closed and deadline.seconds_left:
-                self._upkeep.save()
-            self._close_store()
-        return True
-
-    def drop(self) -> None:
-        """Wait for the calls under way, close the database, and remove all that the collection has on disk."""
-        self._calls.end()
-        with self._closing:
-            self._close_store()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _close_store(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._store.close()
-
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
         with self._writing():
             change = delete()
             self._neighbours.remove(change.removed)
             self._selector.note(change.sequence, change.removed)
-        self._wake_if_needed()
+            self._wake_if_needed()
         return WriteResult(change.sequence, deleted=len(change.removed))
 
     @contextmanager
@@ -349,47 +317,3 @@ class Collection(SearchCalls):
             # Who waited here while another took this one's place must not write to what is to be thrown away.
             self._calls.check()
             yield
-
-    def _snapshot(self) -> Graph | None:
-        """Return the graph of the newest snapshot, if there is one that is this collection's."""
-        try:
-            return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
-        except snapshots.AheadError:
-            log.warning("collection %s: its database is older than its graph, which is built anew", self.spec.name)
-            self._store.take_another_identity()
-            return None
-
-    def _delete_expired_before_use(self) -> None:
-        """Let no search find what was gone while the collection was closed."""
-        try:
-            self._store.delete_expired()
-        except ServiceError as error:
-            # It can still be read; the deletion is tried again.
-            if error.code is not Code.RESOURCE_EXHAUSTED:
-                raise
-            log.warning("records whose time is up are not deleted yet: %s", error.message)
-
-    def _size(self) -> int:
-        size = 0
-        for path in self._folder.iterdir():
-            try:
-                size += path.stat().st_size
-            except FileNotFoundError:  # an old snapshot, dropped meanwhile
-                continue
-        return size
-
-    def _read_vectors(self, labels: list[int]) -> tuple[Labels, Matrix]:
-        found, vectors = self._store.vectors(labels)
-        return found, prepare(vectors, self.spec.distance)
-
-    def _forget_damaged(self, labels: set[int]) -> None:
-        """Let searches come upon damaged records no more."""
-        self._neighbours.remove(labels)
-        self._selector.forget()
-
-    def _wake_if_needed(self) -> None:
-        self._upkeep.note_write()
-        if self._upkeep.due:
-            self._wake()
-        elif (seconds := self._upkeep.due_at_rest) is not None:
-            self._wake_at_rest(seconds)

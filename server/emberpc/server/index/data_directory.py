@@ -126,6 +126,11 @@ class DataDirectory:
             ).fetchone()
         return None if row is None else self._path_of(name, row[0])
 
+    def count(self) -> int:
+        """Return the number of collections."""
+        with translated(_WHAT):
+            return int(self._database.execute("SELECT count(*) FROM collections").fetchone()[0])
+
     def specs(self, after: str, count: int) -> list[CollectionSpec]:
         """Return the specs of the collections that follow a name, at most `count`, by name.
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from emberpc.server import descriptors
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import cancellation
 
@@ -88,8 +89,8 @@ def translated(what: str) -> Iterator[None]:
         what: whose database it is, for the message.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk is full, DEADLINE_EXCEEDED if the call was cancelled, else
-            INTERNAL; the log says more.
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, DEADLINE_EXCEEDED if the
+            call was cancelled, else INTERNAL; the log says more.
     """
     try:
         yield
@@ -102,6 +103,10 @@ def translated(what: str) -> Iterator[None]:
                 f"the disk is full; nothing was written to {what}, make room and try again",
                 reason="DISK_FULL",
             ) from error
+        # SQLite says "unable to open database file" or "disk I/O error" then.
+        if descriptors.none_free():
+            log.warning("%s: no file descriptor is free; the limit is %d", what, descriptors.limit())
+            raise descriptors.shortage() from error
         log.exception("%s: the database failed", what)
         raise ServiceError(Code.INTERNAL, f"the database of {what} failed", reason="DATABASE_FAILED") from error
     # Python decodes names and messages of SQLite, which hold damaged bytes of the schema.

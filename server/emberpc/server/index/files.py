@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from emberpc.server import descriptors
 from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ def written(otherwise: str) -> Iterator[None]:
         otherwise: what was not done, for the message, such as "no collection was made".
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk is full, else INTERNAL; the log says more.
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, else INTERNAL; the log says
+            more.
     """
     try:
         yield
@@ -33,6 +35,8 @@ def written(otherwise: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message = f"the disk is full; {otherwise}, make room and try again"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
+        if descriptors.is_shortage(error):
+            raise descriptors.shortage() from error
         message = "the data directory cannot be written to; see to its permissions"
         raise ServiceError(Code.INTERNAL, message, reason="DATA_DIRECTORY") from error
 

@@ -64,6 +64,9 @@ class Graph:
     resized meanwhile. `Neighbours` holds the lock: `search` and `save` need its
     read side, all else its write side.
 
+    hnswlib's index is made with the first vector: it takes 2.6 MB for its locks
+    alone, and a small collection is searched without a graph.
+
     Args:
         spec: dimensions, distance and parameters.
         capacity: nodes to make room for; it grows by itself.
@@ -82,10 +85,19 @@ class Graph:
         # hnswlib's own get_current_count counts the deleted ones too.
         self._dead = 0
         self._ef = 0
-        self._index = hnswlib.Index(space=SPACES[spec.distance], dim=spec.dimensions)
-        self._index.init_index(max(capacity, _FIRST_CAPACITY), ef_construction=spec.ef_construction, M=spec.m)
-        # Searches come from several threads already.
-        self._index.set_num_threads(1)
+        self._capacity = max(capacity, _FIRST_CAPACITY)
+        self._made: hnswlib.Index | None = None
+
+    @property
+    def _index(self) -> hnswlib.Index:
+        """The index of hnswlib; made when it is first needed."""
+        if self._made is None:
+            index = hnswlib.Index(space=SPACES[self._spec.distance], dim=self._spec.dimensions)
+            index.init_index(self._capacity, ef_construction=self._spec.ef_construction, M=self._spec.m)
+            # Searches come from several threads already.
+            index.set_num_threads(1)
+            self._made = index
+        return self._made
 
     @property
     def live(self) -> int:
@@ -137,9 +149,9 @@ class Graph:
                 row_of[label] = row
             nodes.append(node)
         need = self._nodes + self._dead + len(row_of)
-        if need > self._index.get_max_elements():
-            self._index.resize_index(max(need, self._index.get_max_elements() * 2))
         rows = list(row_of.values())
+        if rows and need > self._index.get_max_elements():
+            self._index.resize_index(max(need, self._index.get_max_elements() * 2))
         if rows:
             self._index.add_items(vectors[rows], labels[rows], num_threads=1)
         self._nodes += len(rows)
@@ -255,7 +267,7 @@ class Graph:
         """
         graph = cls(spec)
         # A new index, since one that is initialised does not load; its ef is 10, so `_ef` stays unset.
-        graph._index = hnswlib.Index(space=SPACES[spec.distance], dim=spec.dimensions)
+        graph._made = hnswlib.Index(space=SPACES[spec.distance], dim=spec.dimensions)
         try:
             graph._index.load_index(str(path), allow_replace_deleted=False)
         except RuntimeError as error:

@@ -63,8 +63,8 @@ class SearchCalls:
         check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
-        request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
         with self._calls.one(), self._store.answers.one():
+            request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
             # Filtered ones have ways of their own to be exact.
             probed = not any(request.conditions) and self._probe.wants_one()
             sequence = self._store.sequence() if probed else 0

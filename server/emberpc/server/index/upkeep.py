@@ -108,10 +108,18 @@ class Upkeep:
             if self.effort.due:
                 self.effort.measure(self._store, self._spec.distance, self._stop)
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the graph is as it was at the last snapshot."""
+        return not self._unsaved
+
     def save(self) -> None:
-        """Save a snapshot if the graph changed since the last."""
-        if self._unsaved:
-            self.snapshot()
+        """Save a snapshot if the graph changed since the last; not while `run` is at work, which takes long."""
+        if self._unsaved and self._lock.acquire(blocking=False):
+            try:
+                self.snapshot()
+            finally:
+                self._lock.release()
 
     def snapshot(self) -> None:
         """Save a snapshot, if it can be."""

@@ -45,9 +45,11 @@ class Verified:
     done: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verifier:
     """Checks a collection while it is read and written.
+
+    `store` and `neighbours` may be replaced between two steps.
 
     Attributes:
         store: the truth.

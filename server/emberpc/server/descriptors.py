@@ -1,0 +1,54 @@
+"""File descriptors of the process: the limit, and the error when they are used up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+from emberpc.server.errors import Code, ServiceError
+
+#: Reason of the error for programs.
+SHORTAGE = "FILES_EXHAUSTED"
+
+
+def raise_limit() -> tuple[int, int]:
+    """Raise the soft limit to the hard limit, as far as the system allows; return the limit before and after."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # macOS has a lower limit of its own
+        return soft, soft
+    return soft, hard
+
+
+def limit() -> int:
+    """Return the soft limit: the most descriptors that this process may have open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 2**31 - 1 if soft == resource.RLIM_INFINITY else soft
+
+
+def is_shortage(error: OSError) -> bool:
+    """Return whether an error says that no descriptor is free, in this process or on this host."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def none_free() -> bool:
+    """Return whether no descriptor is free now; for libraries whose errors do not say it."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return is_shortage(error)
+    return False
+
+
+def shortage() -> ServiceError:
+    """Return the error of a call for which no file descriptor is free."""
+    return ServiceError(
+        Code.RESOURCE_EXHAUSTED,
+        f"the server has no free file descriptor (its limit is {limit()}); try again, close connections, lower "
+        "--max-open-collections, or start the server with a higher limit (ulimit -n, LimitNOFILE of systemd)",
+        reason=SHORTAGE,
+        metadata={"limit": str(limit())},
+        retry_after=1.0,
+    )

@@ -1,0 +1,240 @@
+"""When a collection has its database open and its vectors in memory: from a call on, until nobody uses it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from emberpc.server import descriptors
+from emberpc.server.deadlines import Deadline
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import snapshots
+from emberpc.server.index.calls import Calls
+from emberpc.server.index.graph import Graph
+from emberpc.server.index.hybrid import HybridSearcher
+from emberpc.server.index.metric import prepare
+from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.open_collections import OpenCollections
+from emberpc.server.index.record_cache import RecordCache
+from emberpc.server.index.reserve import Reserve
+from emberpc.server.index.searching import Searcher
+from emberpc.server.index.selection import Selector
+from emberpc.server.index.store import Store
+from emberpc.server.index.types import CollectionInfo, CollectionSpec, Labels, Matrix
+from emberpc.server.index.upkeep import Pace, Upkeep
+
+log = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """The part of `Collection` that opens and closes it. What `_open` makes is there while a call is in progress."""
+
+    spec: CollectionSpec
+    created: datetime
+    _folder: Path
+    _cache: RecordCache
+    _open_collections: OpenCollections
+    _reserve: Reserve
+    _answer_bytes: int
+    _pace: Pace
+    _calls: Calls
+    _write_lock: threading.Lock
+    #: Whether the files are to be made.
+    _create: bool
+    #: How it stands; while it is closed.
+    _closed_info: CollectionInfo | None
+    #: Asks for maintenance, for maintenance after so many seconds without a write, and for `expire` at a time.
+    _wake: Callable[[], None]
+    _wake_at_rest: Callable[[float], None]
+    _expire_at: Callable[[float], None]
+    _store: Store
+    _neighbours: Neighbours
+    _selector: Selector
+    _searcher: Searcher
+    _hybrid: HybridSearcher
+    _upkeep: Upkeep
+
+    def _open(self) -> None:
+        """Open the database, and read the graph.
+
+        Raises:
+            ServiceError: INTERNAL if it is damaged, RESOURCE_EXHAUSTED if no file descriptor is free.
+        """
+        self._open_collections.admit(self)
+        try:
+            try:
+                self._load()
+            except ServiceError as error:
+                if error.reason != descriptors.SHORTAGE or self._create:
+                    raise
+                self._open_collections.shrink()
+                self._load()
+        except BaseException:
+            self._open_collections.discard(self)
+            raise
+        self._create = False
+        self._closed_info = None
+        self._wake_if_needed()
+
+    def _load(self) -> None:
+        self._store = Store(
+            self._folder,
+            self.spec,
+            self._cache,
+            self._reserve,
+            self._open_collections.shrink,
+            answer_bytes=self._answer_bytes,
+            create=self._create,
+        )
+        try:
+            self._delete_expired_before_use()
+            self._neighbours = Neighbours(self.spec, self._snapshot() or Graph(self.spec))
+            self._neighbours.catch_up(self._store.labels(), self._read_vectors)
+            self._selector = Selector(self._store, self.spec)
+            self._store.on_damage = self._forget_damaged
+            next_expiry = self._store.next_expiry()
+        except BaseException:
+            self._store.close()
+            raise
+        self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, self.spec.distance)
+        self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
+        self._upkeep = Upkeep(
+            self.spec, self._folder, self._store, self._neighbours, self._read_vectors, self._pace, self._calls.ending
+        )
+        if next_expiry is not None:
+            self._expire_at(next_expiry)
+
+    @property
+    def last_used(self) -> float:
+        """When its last call ended, by the monotonic clock."""
+        return self._calls.last_used
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether closing it has no snapshot to write."""
+        upkeep: Upkeep | None = self.__dict__.get("_upkeep")  # another thread may close the collection now
+        return upkeep is None or upkeep.is_saved
+
+    def close_idle(self) -> bool:
+        """Save a snapshot if the graph changed, and close the database, if no call is in progress; `_open` opens it.
+
+        Calls that come while the snapshot is written go on, and the collection stays open.
+
+        Returns:
+            Whether it was closed.
+        """
+        try:
+            if not self._calls.begin_upkeep(idle=True):
+                return False
+        except ServiceError:  # closed for good
+            return False
+        try:
+            begun = self._calls.begun
+            self._upkeep.save()
+            if not self._upkeep.is_saved:
+                return False
+            info = self._info()
+        finally:
+            self._calls.finish_upkeep()
+
+        def close() -> None:
+            self._close_files()
+            self._closed_info = info
+
+        return self._calls.suspend(begun, close)
+
+    def close(self, deadline: Deadline | None = None) -> bool:
+        """Wait for the calls under way, save a snapshot if the graph changed, and close the database for good.
+
+        Args:
+            deadline: until when to wait for the calls; None: without limit. If they do not end in time, the database
+                stays open. If it has passed, no snapshot is begun: the next start then takes longer.
+
+        Returns:
+            Whether the database is closed.
+        """
+        until = deadline or Deadline()
+
+        def close() -> None:
+            if until.seconds_left:
+                self._upkeep.save()
+            self._close_files()
+
+        closed = self._calls.end(close, until)
+        if not closed:
+            log.warning("collection %s: calls still run, so its database is not closed", self.spec.name)
+        return closed
+
+    def drop(self) -> None:
+        """Wait for the calls under way, close the database, and remove all that the collection has on disk."""
+        self._calls.end(self._close_files)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _release(self) -> None:
+        """Let other threads have what a call used to read."""
+        self._store.release()
+
+    def _close_files(self) -> None:
+        """Close the database, and forget all that is in memory; no call may be under way."""
+        self._store.close()
+        del self._store, self._neighbours, self._selector, self._searcher, self._hybrid, self._upkeep
+        self._open_collections.discard(self)
+
+    def _info(self) -> CollectionInfo:
+        with self._store.snapshot():
+            count, sequence = self._store.count(), self._store.sequence()
+        return CollectionInfo(count, sequence, self.created, self._size())
+
+    def _snapshot(self) -> Graph | None:
+        """Return the graph of the newest snapshot, if there is one that is this collection's."""
+        try:
+            return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
+        except snapshots.AheadError:
+            log.warning("collection %s: its database is older than its graph, which is built anew", self.spec.name)
+            self._store.take_another_identity()
+            return None
+
+    def _delete_expired_before_use(self) -> None:
+        """Let no search find what was gone while the collection was closed."""
+        try:
+            self._store.delete_expired()
+        except ServiceError as error:
+            # It can still be read; the deletion is tried again.
+            if error.code is not Code.RESOURCE_EXHAUSTED:
+                raise
+            log.warning("records whose time is up are not deleted yet: %s", error.message)
+
+    def _size(self) -> int:
+        size = 0
+        try:
+            paths = [*self._folder.iterdir()]
+        except OSError as error:
+            if descriptors.is_shortage(error):
+                raise descriptors.shortage() from error
+            raise
+        for path in paths:
+            try:
+                size += path.stat().st_size
+            except FileNotFoundError:  # an old snapshot, dropped meanwhile
+                continue
+        return size
+
+    def _read_vectors(self, labels: list[int]) -> tuple[Labels, Matrix]:
+        found, vectors = self._store.vectors(labels)
+        return found, prepare(vectors, self.spec.distance)
+
+    def _wake_if_needed(self) -> None:
+        self._upkeep.note_write()
+        if self._upkeep.due:
+            self._wake()
+        elif (seconds := self._upkeep.due_at_rest) is not None:
+            self._wake_at_rest(seconds)
+
+    def _forget_damaged(self, labels: set[int]) -> None:
+        """Let searches come upon damaged records no more."""
+        self._neighbours.remove(labels)
+        self._selector.forget()

@@ -1,0 +1,180 @@
+"""How many collections are open at a time: the least recently used are closed, and opened again by their next call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from emberpc.server import descriptors
+from emberpc.server.deadlines import Deadline
+from emberpc.server.index.readers import MOST_DESCRIPTORS
+from emberpc.server.memory import return_memory
+
+log = logging.getLogger(__name__)
+
+#: Descriptors that are left to connections, models, the log and calls in progress, unless that is over half of all.
+_RESERVED = 256
+#: Bounds of the derived limit. An open collection of one record takes about 0.5 MB.
+_FEWEST, _MOST = 4, 500
+#: Most seconds until another try to close a collection that could not be closed.
+_RETRY = 60.0
+#: Freed memory goes back to the system this many seconds after the last collection was closed, or after the first one;
+#: and no sooner than this after the last time, since models must then get theirs again.
+_AFTER_LAST, _AFTER_FIRST, _BETWEEN = 1.0, 10.0, 30.0
+
+
+class Closable(Protocol):
+    """A collection, as this module needs it."""
+
+    @property
+    def last_used(self) -> float:
+        """When its last call ended, by the monotonic clock."""
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether closing it has no snapshot to write."""
+
+    def close_idle(self) -> bool:
+        """Close it unless a call is in progress, and `discard` it; return whether it was closed by this."""
+
+
+def derived_limit() -> int:
+    """Return how many collections may be open, by the limit of file descriptors."""
+    limit = descriptors.limit()
+    return max(_FEWEST, min(_MOST, (limit - min(_RESERVED, limit // 2)) // MOST_DESCRIPTORS))
+
+
+class OpenCollections:
+    """The collections that are open. Safe to use from several threads.
+
+    A thread closes those that nobody used for a while. It starts with the first collection.
+
+    Args:
+        most: collections that may be open. More are open only while all of them have calls in progress, or
+            snapshots that cannot be written.
+        idle_seconds: a collection without a call for this long is closed; 0: none is.
+    """
+
+    def __init__(self, most: int, idle_seconds: float) -> None:
+        self.most = most
+        self._idle_seconds = idle_seconds or float("inf")
+        self._changed = threading.Condition()
+        self._open: set[Closable] = set()
+        #: Those to be closed by the thread, since that takes long.
+        self._soon: set[Closable] = set()
+        #: When to try again to close a collection, by the monotonic clock.
+        self._retry: dict[Closable, float] = {}
+        self._first_freed = self._last_freed = self._last_trim = float("-inf")
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def admit(self, collection: Closable) -> None:
+        """Count in a collection that is about to be opened; close others to make room for it."""
+        with self._changed:
+            self._open.add(collection)
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="index-closing", daemon=True)
+                self._thread.start()
+            if len(self._open) <= self.most:
+                return
+        self._close_until(self.most)
+
+    def shrink(self) -> None:
+        """Close a quarter of the collections, since no file descriptor is free."""
+        self._close_until(3 * len(self._open) // 4)
+
+    def discard(self, collection: Closable) -> None:
+        """Count out a collection that is closed."""
+        with self._changed:
+            if collection not in self._open:
+                return
+            self._open.discard(collection)
+            self._soon.discard(collection)
+            self._retry.pop(collection, None)
+            self._last_freed = time.monotonic()
+            if self._first_freed <= self._last_trim:
+                self._first_freed = self._last_freed
+                self._changed.notify()
+
+    def close(self, deadline: Deadline) -> bool:
+        """Stop the thread after the collection that it is at; return whether it ended by the deadline."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        return self._thread is None or deadline.join(self._thread)
+
+    def _close_until(self, most: int) -> None:
+        """Close the least recently used collections that are idle, until `most` are open or all others are in use."""
+        with self._changed:
+            in_order = sorted(self._open, key=lambda each: each.last_used)
+        unsaved = []
+        for each in in_order:
+            if len(self._open) <= most:
+                break
+            if not each.is_saved:
+                unsaved.append(each)
+            else:
+                _close(each)
+        else:
+            for each in unsaved:
+                if len(self._open) <= most:
+                    return
+                _close(each)
+            return
+        if unsaved:
+            # They were used before those that are closed now. Their snapshots are written while nobody waits.
+            with self._changed:
+                self._soon.update(self._open.intersection(unsaved))
+                self._changed.notify()
+
+    def _run(self) -> None:
+        while (found := self._next()) is not None:
+            if not found:
+                return_memory()
+                continue
+            for each in found:
+                if not _close(each):
+                    with self._changed:
+                        if each in self._open:
+                            self._retry[each] = time.monotonic() + min(_RETRY, self._idle_seconds)
+
+    def _next(self) -> list[Closable] | None:
+        """Wait; return the collections to close now, an empty list to return memory, None at the end."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                if self._soon:
+                    found, self._soon = [*self._soon], set()
+                    return found
+                due = {each: self._due(each) for each in self._open}
+                if found := [each for each, when in due.items() if when <= now]:
+                    return found
+                trim = self._trim_due()
+                if trim <= now:
+                    self._last_trim = now
+                    return []
+                until = min(trim, *due.values(), float("inf"))
+                self._changed.wait(min(until - now, threading.TIMEOUT_MAX))
+        return None
+
+    def _due(self, collection: Closable) -> float:
+        return max(collection.last_used + self._idle_seconds, self._retry.get(collection, 0.0))
+
+    def _trim_due(self) -> float:
+        if self._first_freed <= self._last_trim:
+            return float("inf")
+        return max(min(self._last_freed + _AFTER_LAST, self._first_freed + _AFTER_FIRST), self._last_trim + _BETWEEN)
+
+
+def _close(collection: Closable) -> bool:
+    """Close a collection unless it is in use; return whether it was closed. One bad collection stays open."""
+    try:
+        return collection.close_idle()
+    except Exception:  # it must not fail the call that opens another one
+        log.exception("a collection that is not in use stays open")
+        return False

@@ -1,0 +1,130 @@
+"""Many small collections: what they cost in memory and file descriptors, and what closing them gives back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from textwrap import dedent
+
+#: Makes the functions of the scripts below: the memory and the descriptors of the process that runs them.
+_PRELUDE = f"""
+import os, resource, sys, tempfile, time
+sys.path[:0] = {sys.path!r}
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+import numpy as np
+from emberpc.server.errors import ServiceError
+from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.memory import keep_freed_memory
+
+VECTOR = np.ones((1, 384), dtype=np.float32)
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+def fill(index, i):
+    made = index.create(CollectionSpec(f"c{{i}}", 384))
+    made.upsert([NewRecord(f"r{{i}}", f"text {{i}}")], VECTOR)
+    find(index, i)
+
+def find(index, i):
+    made = index.get(f"c{{i}}")
+    assert [record.id for record, _ in made.search(VECTOR, 2)[0].hits] == [f"r{{i}}"]
+    assert [record.id for record, _ in made.search_words(["text"], [2])[0].hits] == [f"r{{i}}"]
+    assert made.info().record_count == 1
+
+def on_threads(work, count):
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(count)))
+"""
+
+
+def run(script: str) -> None:
+    """Run a script in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PRELUDE + dedent(script)], check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_small_collection_takes_little_memory_and_gives_it_back() -> None:
+    """Each took 3.2 MB, most of it for a graph that a collection of so few records does not use."""
+    run(
+        """
+        keep_freed_memory()
+        with tempfile.TemporaryDirectory() as folder, closing(Index(Path(folder))) as index:
+            fill(index, -1)
+            before = resident()
+            on_threads(lambda i: fill(index, i), 100)
+            full = resident()
+            assert full - before < 130, (before, full)
+            on_threads(lambda i: index.delete(f"c{i}"), 100)
+            deadline = time.monotonic() + 120
+            while resident() > before + 25:
+                assert time.monotonic() < deadline, (before, full, resident())
+                time.sleep(0.1)
+        """
+    )
+
+
+def test_100_collections_fit_in_128_descriptors() -> None:
+    """Each took 6 or 7, so that creates, searches and lists failed at some 150 collections of 1,024 descriptors."""
+    run(
+        """
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+        with tempfile.TemporaryDirectory() as folder:
+            with closing(Index(Path(folder))) as index:
+                on_threads(lambda i: fill(index, i), 100)
+                on_threads(lambda i: find(index, i), 30)
+                assert descriptors() < 110, descriptors()
+            with closing(Index(Path(folder))) as index:
+                specs, token = index.page(1000, "")
+                assert len(specs) == 100 and not token
+                on_threads(lambda i: find(index, i), 100)
+                assert descriptors() < 110, descriptors()
+                on_threads(lambda i: index.delete(f"c{i}"), 100)
+                assert not list((Path(folder) / "collections").iterdir())
+        """
+    )
+
+
+def test_a_shortage_of_descriptors_is_said_and_passes() -> None:
+    """It was INTERNAL."""
+    run(
+        """
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        def refused(call):
+            try:
+                call()
+            except ServiceError as error:
+                assert error.code.name == "RESOURCE_EXHAUSTED", error
+                assert error.reason == "FILES_EXHAUSTED", error
+                assert "64" in error.message and "ulimit -n" in error.message, error
+            else:
+                raise AssertionError("not refused")
+
+        with tempfile.TemporaryDirectory() as folder, closing(Index(Path(folder), max_open=1)) as index:
+            for i in range(3):
+                fill(index, i)
+            taken = []
+            try:
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                pass
+            refused(lambda: index.create(CollectionSpec("another", 384)))
+            os.close(taken.pop())
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+            refused(lambda: find(index, 0))
+            refused(lambda: index.restore("another", 0, lambda spec: None))
+            for each in taken:
+                os.close(each)
+            for i in range(3):
+                find(index, i)
+            fill(index, 3)
+        """
+    )

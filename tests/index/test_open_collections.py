@@ -1,0 +1,261 @@
+"""Collections that are closed while nobody uses them: bounded in number, opened by their next call, nothing lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.deadlines import Deadline
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.index.open_collections import OpenCollections, derived_limit
+from emberpc.server.index.readers import MOST_DESCRIPTORS
+from index.backups import restored, taken
+from index.support import gaussian, numbered, refused
+from index.test_threads import together, until
+
+WIDTH = 8
+MOST = 3
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    with closing(Index(tmp_path, buffer_limit=8, max_open=MOST)) as opened:
+        yield opened
+
+
+def made(index: Index, i: int, count: int = 1) -> Collection:
+    collection = index.create(CollectionSpec(f"c{i}", WIDTH))
+    collection.upsert(numbered(count, first=i), gaussian(count, WIDTH, seed=i))
+    return collection
+
+
+def is_open(collection: Collection) -> bool:
+    return collection in collection._open_collections._open
+
+
+def found(collection: Collection, i: int) -> list[str]:
+    return [record.id for record, _ in collection.search(gaussian(1, WIDTH, seed=i), 1)[0].hits]
+
+
+def descriptors_of(collection: Collection) -> list[str]:
+    names = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            link = path.readlink()
+            if link.parent == collection._folder.absolute():
+                names.append(link.name)
+    return names
+
+
+def test_the_least_recently_used_are_closed_and_their_next_call_opens_them(index: Index) -> None:
+    collections = [made(index, i) for i in range(8)]
+    assert [is_open(each) for each in collections] == [False] * 5 + [True] * 3
+    assert found(collections[5], 5) == ["r00005"]
+    assert found(collections[0], 0) == ["r00000"]
+    assert [i for i, each in enumerate(collections) if is_open(each)] == [0, 5, 7]
+    assert all(bool(descriptors_of(each)) == is_open(each) for each in collections)
+    for i, each in enumerate(collections):
+        assert index.get(f"c{i}") is each
+        assert found(each, i) == [f"r{i:05}"]
+        each.upsert([NewRecord("another")], gaussian(1, WIDTH))
+        assert each.count() == 2
+        assert len(index._open_collections) == MOST
+
+
+def test_one_that_is_closed_can_be_described_and_deleted_and_is_not_opened_for_it(index: Index) -> None:
+    collection = made(index, 0, count=5)
+    before = collection.info()
+    assert collection.close_idle()
+    assert not collection.close_idle()
+    # SQLite merges its log into the database when it is closed.
+    assert replace(collection.info(), size_bytes=0) == replace(before, size_bytes=0)
+    collection.maintain()
+    assert not is_open(collection)
+    index.delete("c0")
+    assert not collection._folder.exists()
+    with refused(Code.UNAVAILABLE):
+        collection.info()
+    with refused(Code.UNAVAILABLE):
+        collection.count()
+
+
+def test_a_call_in_progress_keeps_its_collection_open(index: Index) -> None:
+    collection = made(index, 0)
+    with collection.frozen():
+        for i in range(1, 6):
+            made(index, i)
+        assert is_open(collection)
+        assert not collection.close_idle()
+    assert found(collection, 0) == ["r00000"]
+
+
+def test_a_snapshot_is_saved_only_if_the_graph_changed(index: Index) -> None:
+    collection = made(index, 0, count=40)
+    collection.maintain()
+    until(collection.close_idle)
+    (saved,) = collection._folder.glob("graph-*.json")
+    assert found(collection, 0) == ["r00000"]
+    assert collection._neighbours.graph_size
+    until(collection.close_idle)
+    assert [*collection._folder.glob("graph-*.json")] == [saved]
+
+
+def test_one_whose_snapshot_cannot_be_written_stays_open(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its graph would have to be built once more."""
+    collection = made(index, 0, count=40)
+    collection.maintain()
+    monkeypatch.setattr(collection._upkeep, "snapshot", lambda: None)
+    assert not collection.close_idle()
+    assert is_open(collection)
+    for i in range(1, 6):
+        made(index, i)
+    assert is_open(collection)
+
+
+def test_one_with_a_snapshot_to_write_is_closed_while_nobody_waits(index: Index) -> None:
+    first = made(index, 0, count=40)
+    first.maintain()
+    others = [made(index, i) for i in range(1, 4)]
+    assert not is_open(others[0])
+    until(lambda: not is_open(first))
+    assert list(first._folder.glob("graph-*.json"))
+
+
+def test_records_of_a_closed_collection_go_when_their_time_is_up(index: Index) -> None:
+    collection = index.create(CollectionSpec("c", WIDTH))
+    collection.upsert([NewRecord("goes", time_to_live=0.5), NewRecord("stays")], gaussian(2, WIDTH))
+    assert collection.close_idle()
+    until(lambda: collection.info().record_count == 1)
+
+
+def test_a_verification_goes_on_in_a_collection_that_was_closed_meanwhile(index: Index) -> None:
+    collection = made(index, 0, count=40)
+    steps = collection.verify()
+    checked = []
+    for step in steps:
+        assert not step.problems
+        checked.append(step.checked)
+        until(collection.close_idle)
+    assert checked[-1] == 40
+
+
+def test_reembedding_goes_on_between_closed_collections(index: Index) -> None:
+    source = index.create(CollectionSpec("c", WIDTH))
+    source.upsert([NewRecord(f"r{i}", "text") for i in range(3)], gaussian(3, WIDTH))
+    reembedding = index.reembed(CollectionSpec("c", 4, model="other"))
+    target = reembedding.target
+    for each in (source, target):
+        assert each.close_idle()
+    records = reembedding.next(10)
+    assert source.close_idle()
+    reembedding.take(records, gaussian(3, 4))
+    assert target.close_idle()
+    assert index.switch(reembedding)
+    assert index.get("c").search(gaussian(1, 4), 1)[0].hits
+    assert not descriptors_of(source)
+    assert not is_open(source)
+
+
+def test_those_that_nobody_uses_for_a_while_are_closed(tmp_path: Path) -> None:
+    with closing(Index(tmp_path, idle_seconds=0.01)) as index:
+        collection = made(index, 0)
+        until(lambda: not len(index._open_collections))
+        assert found(collection, 0) == ["r00000"]
+        until(lambda: not descriptors_of(collection))
+
+
+def test_calls_and_closing_do_not_disturb_each_other(index: Index) -> None:
+    """Every call is answered rightly, whatever is closed before, meanwhile and after."""
+    collections = [index.create(CollectionSpec(f"c{i}", WIDTH)) for i in range(5)]
+    left = [*range(4)]
+
+    def work(number: int) -> Callable[[], None]:
+        def run() -> None:
+            vectors = gaussian(25, WIDTH, seed=number)
+            try:
+                for i in range(25):
+                    collection = collections[(number + i) % 5]
+                    collection.upsert([NewRecord(f"{number}-{i}", "word")], vectors[i : i + 1])
+                    assert collection.search(vectors[i : i + 1], 1)[0].hits[0][0].id == f"{number}-{i}"
+                    assert f"{number}-{i}" in {each.id for each, _ in collection.search_words(["word"], [200])[0].hits}
+                    if i % 8 == 0:
+                        collection.maintain()
+            finally:
+                left.remove(number)
+
+        return run
+
+    def close() -> None:
+        while left:
+            for each in collections:
+                each.close_idle()
+
+    together(*(work(number) for number in range(4)), close)
+    assert sum(each.count() for each in collections) == 100
+
+
+def test_the_connections_of_a_collection_are_shared(index: Index) -> None:
+    """However many threads read: each had one for itself."""
+    collection = made(index, 0)
+    inside = threading.Barrier(12)
+
+    def read() -> None:
+        with collection._calls.one(), collection._store.snapshot():
+            inside.wait(30)
+        for _ in range(3):
+            assert found(collection, 0) == ["r00000"]
+
+    for _ in range(3):
+        together(*[read] * 12)
+        inside.reset()
+    open_files = descriptors_of(collection)
+    # SQLite keeps those of the database for the next connections.
+    assert open_files.count("records.db") <= 13
+    assert len(open_files) - open_files.count("records.db") <= (MOST_DESCRIPTORS + 1) // 2
+
+
+def test_more_collections_than_the_limit_are_refused(tmp_path: Path) -> None:
+    with closing(Index(tmp_path, max_collections=2)) as index:
+        for i in range(2):
+            made(index, i)
+        backup = taken(index.get("c0"))
+        with refused(Code.RESOURCE_EXHAUSTED, "2", "--max-collections"):
+            made(index, 2)
+        with refused(Code.ALREADY_EXISTS):
+            made(index, 1)
+        with refused(Code.RESOURCE_EXHAUSTED, "2", "--max-collections"):
+            restored(index, "c2", backup)
+        index.delete("c1")
+        assert restored(index, "c2", backup).count() == 1
+
+
+@pytest.mark.parametrize(("limit", "most"), [(16, 4), (1024, 69), (2**20, 500)])
+def test_the_number_of_open_collections_follows_from_the_limit_of_descriptors(
+    monkeypatch: pytest.MonkeyPatch, limit: int, most: int
+) -> None:
+    monkeypatch.setattr("emberpc.server.descriptors.limit", lambda: limit)
+    assert derived_limit() == most
+
+
+class Stubborn:
+    """One that fails when it is to be closed."""
+
+    last_used = 0.0
+    is_saved = True
+
+    def close_idle(self) -> bool:
+        raise OSError
+
+
+def test_one_that_cannot_be_closed_does_not_keep_others_from_being_opened() -> None:
+    limited = OpenCollections(1, 0)
+    for each in (Stubborn(), Stubborn()):
+        limited.admit(each)
+    assert len(limited) == 2
+    limited.close(Deadline())
