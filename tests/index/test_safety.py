@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,44 @@ def test_a_damaged_database_is_said_without_sqlites_own_words(tmp_path: Path, ca
         index.get("c")
     assert "file is not a database" in caplog.text
     index.close()
+
+
+_DAMAGED_SCHEMAS = {
+    "a column": (b"class_label TEXT", b"clbss_label TEXT"),
+    "no UTF-8": (b"class_label TEXT", b"cl\xffss_label TEXT"),
+    "no SQL": (b"CREATE TABLE records", b"CREATE UABLE records"),
+    "a table": (b"CREATE TABLE records", b"CREATE TABLE recoses"),
+    "a trigger": (b"CREATE TRIGGER words_of_old AFTER DELETE", b"CREATE TRIGGER words_of_old AFTER UPDATE"),
+    "a condition": (b"WHEN old.text <> ''", b"WHEN old.text =  ''"),
+    "the tokenizer": (b"categories 'L* M* N* Co'", b"categories 'L* M* L* Co'"),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), _DAMAGED_SCHEMAS.values(), ids=_DAMAGED_SCHEMAS)
+def test_a_damaged_schema_costs_only_its_collection(tmp_path: Path, before: bytes, after: bytes) -> None:
+    with closing(Index(tmp_path)) as index:
+        for name in "cd":
+            index.create(CollectionSpec(name, 8)).upsert(numbered(3), gaussian(3, 8))
+        path = index.get("c")._folder / "records.db"
+    data = path.read_bytes()
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+    with closing(Index(tmp_path)) as index:
+        with refused(Code.INTERNAL, "'c'", "damaged", "restore a backup"):
+            index.get("c")
+        assert index.get("d").count() == 3
+        assert [spec.name for spec in index.page(10, "")[0]] == ["c", "d"]
+        index.delete("c")
+        assert [spec.name for spec in index.page(10, "")[0]] == ["d"]
+
+
+@pytest.mark.parametrize("version", [0, 2, 5, -1])
+def test_a_wrong_version_of_a_database_is_damage(tmp_path: Path, version: int) -> None:
+    make(tmp_path, 3)
+    with closing(sqlite3.connect(folder_of(tmp_path) / "records.db")) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    with closing(Index(tmp_path)) as index, refused(Code.INTERNAL, "'c'", "damaged", "restore a backup"):
+        index.get("c")
 
 
 def test_a_snapshot_cut_off_by_a_full_disk_never_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import wal
 from emberpc.server.index.database import connect, transaction, translated
 from emberpc.server.index.files import synchronise
 from emberpc.server.index.reserve import Reserve
@@ -321,8 +322,10 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
     path = data_dir / _DATABASE
     with ExitStack() as stack:
         try:
+            found = wal.look(path)
             database = connect(path, create=True)
             stack.callback(database.close)
+            wal.report(database, found, _WHAT)
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > _FORMAT:
                 raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")

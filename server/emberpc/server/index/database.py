@@ -112,4 +112,6 @@ def translated(what: str) -> Iterator[None]:
     # Python decodes names and messages of SQLite, which hold damaged bytes of the schema.
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         log.exception("%s: the database is damaged", what)
-        raise ServiceError(Code.INTERNAL, f"the database of {what} is damaged", reason="DATABASE_DAMAGED") from error
+        raise ServiceError(
+            Code.INTERNAL, f"the database of {what} is damaged; restore a backup", reason="DATABASE_DAMAGED"
+        ) from error

@@ -130,10 +130,11 @@ class Restoration:
         It is another one than what the backup was taken of, whose graphs are not its own.
         """
         with closing(connect(self._path)) as connection:
-            schema.prepare(connection, self._what, create=False)
             with transaction(connection):
                 connection.execute("DROP TABLE backup")
                 connection.execute("PRAGMA application_id = 0")
+            schema.prepare(connection, self._what, create=False)
+            with transaction(connection):
                 schema.index_words(connection)
                 connection.execute(schema.IDENTITY_ANEW)
 

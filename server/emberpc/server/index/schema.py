@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
+from functools import cache
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.database import transaction
+from emberpc.server.index.filter_sql import INDEX_PREFIX
 from emberpc.server.index.words import search_text
 
 # The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
@@ -101,7 +104,7 @@ def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
         create: it is empty.
 
     Raises:
-        ServiceError: INTERNAL if a newer version wrote it.
+        ServiceError: INTERNAL if a newer version wrote it, or its tables are not those of its version.
         sqlite3.Error: it failed.
     """
     if create:
@@ -110,6 +113,9 @@ def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
     if done > len(STEPS):
         message = f"{what} was written by a newer version of emberpc; serve it with that, or restore a backup"
         raise ServiceError(Code.INTERNAL, message, reason="NEWER_FORMAT")
+    if objects(connection) != _objects_of(max(0, done)):
+        message = f"the tables of the database of {what} are not as they were made: it is damaged; restore a backup"
+        raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
     _add_functions(connection)
     for number, statements in enumerate(STEPS[done:], done + 1):
         with transaction(connection):
@@ -128,6 +134,29 @@ def make(connection: sqlite3.Connection, version: int) -> None:
     _add_functions(connection)
     for statement in (statement for statements in STEPS[:version] for statement in statements):
         connection.execute(statement)
+
+
+def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
+    """Return the tables, indexes, triggers and views of a database as they were declared, without indexes on metadata.
+
+    As bytes, since a damaged one may be no UTF-8.
+
+    Raises:
+        sqlite3.Error: they cannot be read.
+    """
+    return connection.execute(
+        "SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(coalesce(sql, '') AS BLOB) "
+        "FROM sqlite_master WHERE NOT (type = 'index' AND name GLOB ?) ORDER BY type, name",
+        (f"{INDEX_PREFIX}*",),
+    ).fetchall()
+
+
+@cache
+def _objects_of(version: int) -> list[tuple[bytes, ...]]:
+    """Return the objects of a database after so many steps."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        make(connection, version)
+        return objects(connection)
 
 
 def index_words(connection: sqlite3.Connection) -> None:

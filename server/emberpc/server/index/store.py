@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.server.errors import ServiceError, invalid
-from emberpc.server.index import cancellation, schema
+from emberpc.server.index import cancellation, schema, wal
 from emberpc.server.index.answers import AnswerBytes
 from emberpc.server.index.database import connect, empty_log, transaction, translated
 from emberpc.server.index.filter_sql import Clause
@@ -54,9 +54,11 @@ class Store(StoreReader):
     ) -> None:
         super().__init__(folder / DATABASE_NAME, spec, cache, AnswerBytes(answer_bytes), on_shortage)
         self._reserve = reserve
+        found = wal.look(self._path)
         self._writer = reserve.run(lambda: self._connect(create=create))
         try:
             with translated(self._what):
+                wal.report(self._writer, found, self._what)
                 schema.prepare(self._writer, self._what, create=create)
                 make_indexes(self._writer, spec)
             self._sequence(self._writer)
