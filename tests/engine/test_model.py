@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +20,8 @@ from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
-from emberpc.server.engine.calibration import calibrated_batch_tokens, choose
+from emberpc.server.engine import Engine, Model, ModelLoadError, Registry, calibration
+from emberpc.server.engine.calibration import Calibration, calibrated_batch_tokens, choose
 from emberpc.server.engine.encoders import Encoder, Encoders
 from emberpc.server.engine.session import LoadCancellation, OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
@@ -301,7 +303,11 @@ def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_u
 
     model, record = Model.load("m", bundle), tmp_path / "calibration.json"
     monkeypatch.setattr(Encoder, "run", counted)
+    monkeypatch.setattr(calibration, "thread_time", calibration.perf_counter)  # as on a host that is not busy
     first = calibrated_batch_tokens(model, record)
+    assert first is not None
+    assert first.batch_tokens in (128, 256, 512, 1024)
+    assert not first.busy
     assert set(runs) == {4, 8, 16, 32}
     runs.clear()
     assert calibrated_batch_tokens(model, record) == first
@@ -309,6 +315,79 @@ def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_u
     for damaged in ("no JSON", "[1]", '{"batch_tokens": "x"}'):
         record.write_text(damaged)
         runs.clear()
-        assert calibrated_batch_tokens(model, record) in (128, 256, 512, 1024)
+        assert calibrated_batch_tokens(model, record) is not None
         assert runs
-    assert calibrated_batch_tokens(model, tmp_path / "missing" / "calibration.json") in (128, 256, 512, 1024)
+    assert calibrated_batch_tokens(model, tmp_path / "missing" / "calibration.json") is not None
+
+
+@pytest.fixture
+def measured(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Path]:
+    """A model, and the record of a calibration on a host that was not busy, which another one would not choose."""
+    model, record = Model.load("m", bundle), tmp_path / "calibration.json"
+    monkeypatch.setattr(calibration, "thread_time", calibration.perf_counter)
+    calibrated_batch_tokens(model, record)
+    monkeypatch.setattr(calibration, "choose", lambda _: 999)
+    return model, record
+
+
+def test_a_calibration_on_a_busy_host_is_used_but_not_kept(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "calibration.json"
+    with ThreadPoolExecutor(1) as pool:
+        engine = Engine(Registry(pool), pool, workers=1, batch_tokens=0, max_queue_tokens=1000)
+        engine.registry.load("m", bundle)
+        # The thread has half a core.
+        monkeypatch.setattr(calibration, "thread_time", lambda: calibration.perf_counter() / 2)
+        assert not engine.calibrate(record)
+        assert not record.exists()
+        monkeypatch.setattr(calibration, "thread_time", calibration.perf_counter)
+        assert engine.calibrate(record)
+        assert record.exists()
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"measured": time.time() - 31 * 24 * 3600},
+        {"measured": time.time() + 3600.0},
+        {"measured": "yesterday"},
+        {"circumstances": "another host"},
+    ],
+)
+def test_an_old_or_foreign_calibration_is_done_again(measured: tuple[Model, Path], change: dict[str, object]) -> None:
+    model, record = measured
+    assert calibrated_batch_tokens(model, record) != Calibration(999)
+    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    assert calibrated_batch_tokens(model, record) == Calibration(999)
+
+
+def test_a_record_of_an_earlier_version_is_done_again(measured: tuple[Model, Path]) -> None:
+    """It does not say when it was measured, nor on how many cores."""
+    model, record = measured
+    known = json.loads(record.read_text())
+    old = {key: known[key] for key in ("circumstances", "batch_tokens", "tokens_per_second")}
+    record.write_text(json.dumps(old))
+    assert calibrated_batch_tokens(model, record) == Calibration(999)
+
+
+@pytest.mark.parametrize(("name", "value"), [("usable_cores", 77), ("quota", 0.5)])
+def test_a_calibration_on_other_cores_is_done_again(
+    measured: tuple[Model, Path], monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    model, record = measured
+    monkeypatch.setattr(calibration, name, lambda: value)
+    assert calibrated_batch_tokens(model, record) == Calibration(999)
+
+
+def test_a_calibration_is_given_up_between_batches(bundle: Path, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) == 2)
+        return asked[-1]
+
+    assert calibrated_batch_tokens(Model.load("m", bundle), tmp_path / "calibration.json", stop) is None
+    assert len(asked) == 3
+    assert not (tmp_path / "calibration.json").exists()

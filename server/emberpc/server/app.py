@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 #: Between tries to start the workers that are missing.
 _REVIVAL_SECONDS = 1.0
+#: Until the size of micro-batches is measured again, if the host was busy; twice as long each time.
+_CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
 #: Pings of HTTP/2. By default gRPC's server takes one ping in 300 seconds of a silent call and then closes the
 #: connection (`too_many_pings`); emberpc's client sends one every 30 seconds. The server's own pings find clients that
@@ -141,14 +144,29 @@ async def run(
         await _set_health(statuses, serving=True)
         gc.enable()
         if not settings.batch_tokens:
-            calibrating = loop.run_in_executor(pool, engine.calibrate, settings.data_dir / "calibration.json")
-            stack.push_async_callback(lambda: stopping.finish(calibrating))
+            calibrating = asyncio.create_task(
+                _calibrate(engine, pool, settings.data_dir / "calibration.json", stopping)
+            )
+            stack.callback(calibrating.cancel)
         stopping.serving()
         log.info("serving on %s with %d workers", address, workers)
         await stopping.requested.wait()
         log.info("stopping: up to %g seconds for calls in flight", settings.drain_seconds)
         await statuses.enter_graceful_shutdown()
         await stopping.finish(server.stop(settings.drain_seconds))
+
+
+async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
+    """Measure the best size of micro-batches, again and again until the host is not busy with other work."""
+    pause = _CALIBRATION_SECONDS
+    try:
+        while not await asyncio.get_running_loop().run_in_executor(
+            pool, engine.calibrate, record, stopping.requested.is_set
+        ):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_CALIBRATION_SECONDS)
+    except Exception:  # the size that is set works too
+        log.exception("the size of micro-batches was not measured")
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time, time
 
 import numpy as np
 import onnxruntime as ort
 
+from emberpc.server.cores import quota, usable_cores
 from emberpc.server.engine.model import Model
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import items_of
@@ -27,34 +29,70 @@ _TEXT_TOKENS = 32
 _ROUNDS = 3
 #: Of the best throughput. A smaller batch that comes so near is better: whoever comes next waits for less.
 _NEAR = 0.98
+#: A thread that had less of a core than this, while it measured, shared it: the host was busy.
+_IDLE_SHARE = 0.9
+#: Seconds after which a measurement is done again at the next start: hosts and neighbours change.
+_MAX_AGE = 30 * 24 * 3600.0
 _SOME_TEXT = "what a text is about does not matter here, only how many tokens it has when it is cut to measure"
 
 
-def calibrated_batch_tokens(model: Model, record: Path) -> int:
+@dataclass(frozen=True)
+class Calibration:
+    """The best size of a micro-batch in tokens, and whether the host was busy when it was measured."""
+
+    batch_tokens: int
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Tokens per second of one thread, by the tokens of a batch; and the share of a core that the thread had."""
+
+    rates: dict[int, float]
+    share: float
+
+
+def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool] = lambda: False) -> Calibration | None:
     """Return the best size of a micro-batch in tokens, from the record if it was measured before.
 
     Args:
         model: what to measure with.
-        record: a JSON file; written if it is not there, or is of other circumstances.
+        record: a JSON file; written if it is not there, is older than 30 days, or is of another model, processor,
+            number of cores or ONNX Runtime. Not written if the host is busy: measure again later.
+        stop: whether to give up; asked between batches.
+
+    Returns:
+        None if it was given up.
     """
-    circumstances = f"{model.fingerprint} {platform.machine()} {_processor()} onnxruntime {ort.__version__}"
+    circumstances = _circumstances(model)
     known = _read(record)
     for tokens in _CANDIDATES:
-        if known.get("circumstances") == circumstances and known.get("batch_tokens") == tokens:
-            return tokens
-    rates = _measure(model)
-    best = choose(rates)
+        if known.get("circumstances") == circumstances and known.get("batch_tokens") == tokens and _is_recent(known):
+            return Calibration(tokens)
+    measured = _measure(model, stop)
+    if measured is None:
+        return None
+    rates, best = measured.rates, choose(measured.rates)
     log.info(
         "micro-batches of %d tokens; measured, in tokens per second of one worker: %s",
         best,
         ", ".join(f"{tokens}: {rate:.0f}" for tokens, rate in rates.items()),
     )
-    found = {"circumstances": circumstances, "batch_tokens": best, "tokens_per_second": rates}
+    if measured.share < _IDLE_SHARE:
+        log.info("the host was busy while that was measured; it is measured again later")
+        return Calibration(best, busy=True)
+    found = {
+        "circumstances": circumstances,
+        "measured": time(),
+        "batch_tokens": best,
+        "tokens_per_second": rates,
+        "core_share": measured.share,
+    }
     try:
         record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except OSError:
         log.warning("%s cannot be written; the size of micro-batches is measured again at the next start", record)
-    return best
+    return Calibration(best)
 
 
 def choose(rates: Mapping[int, float]) -> int:
@@ -63,18 +101,36 @@ def choose(rates: Mapping[int, float]) -> int:
     return min(tokens for tokens, rate in rates.items() if rate >= _NEAR * best)
 
 
-def _measure(model: Model) -> dict[int, float]:
-    """Return tokens per second of one thread, by the tokens of a batch."""
+def _circumstances(model: Model) -> str:
+    """Return what a measurement depends on."""
+    cores = f"{usable_cores()} cores (quota {quota():g})"
+    return f"{model.fingerprint} {platform.machine()} {_processor()} {cores} onnxruntime {ort.__version__}"
+
+
+def _is_recent(known: Mapping[str, object]) -> bool:
+    """Whether a record says when it was measured, and that is not long ago nor in the future."""
+    measured = known.get("measured")
+    return isinstance(measured, float) and 0 <= time() - measured <= _MAX_AGE
+
+
+def _measure(model: Model, stop: Callable[[], bool]) -> _Measured | None:
+    """Measure each size; None if it was given up."""
     (text,) = model.tokenizer.tokenize([_SOME_TEXT], "", Truncation.END, items_of("texts"))
     ids = np.resize(text.ids, min(_TEXT_TOKENS, model.tokenizer.max_tokens))
     seconds = dict.fromkeys(_CANDIDATES, np.inf)
+    all_taken = all_own = 0.0
     for _ in range(_ROUNDS):
         for tokens in _CANDIDATES:
             batch = [ids] * (tokens // len(ids))
-            start = perf_counter()
-            model.encoder.run(batch)
-            seconds[tokens] = min(seconds[tokens], perf_counter() - start)
-    return {tokens: tokens // len(ids) * len(ids) / taken for tokens, taken in seconds.items()}
+            if stop():
+                return None
+            start, start_own = perf_counter(), thread_time()
+            model.encoder.run(batch)  # on one thread: this one
+            taken, own = perf_counter() - start, thread_time() - start_own
+            seconds[tokens] = min(seconds[tokens], taken)
+            all_taken, all_own = all_taken + taken, all_own + own
+    rates = {tokens: tokens // len(ids) * len(ids) / taken for tokens, taken in seconds.items()}
+    return _Measured(rates, all_own / all_taken)
 
 
 def _processor() -> str:

@@ -48,15 +48,23 @@ class Engine:
         self._scheduler = Scheduler(workers, batch_tokens or DEFAULT_BATCH_TOKENS, max_queue_tokens, on_failure)
         self._inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
-    def calibrate(self, record: Path) -> None:
+    def calibrate(self, record: Path, stop: Callable[[], bool] = lambda: False) -> bool:
         """Measure which size of micro-batches is best on this host, and use it from now on. Takes a second.
 
         Args:
             record: a JSON file that keeps what was measured.
+            stop: whether to give up; asked between batches.
+
+        Returns:
+            False if the host was busy, so that it should be measured again later.
         """
-        if models := self.models():
-            self._scheduler.set_batch_tokens(calibrated_batch_tokens(models[0], record))
-            return_memory()  # the largest batches tried took more than those that were chosen will
+        models = self.models()
+        found = calibrated_batch_tokens(models[0], record, stop) if models else None
+        if found is None:
+            return True
+        self._scheduler.set_batch_tokens(found.batch_tokens)
+        return_memory()  # the largest batches tried took more than those that were chosen will
+        return not found.busy
 
     def revive(self) -> int:
         """Start the workers that are missing, as far as the system gives any; return how many live."""
