@@ -108,7 +108,8 @@ def test_the_process_ends_whatever_keeps_it(work: str, code: int, words: str) ->
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
-    run.send_signal(signal.SIGINT)  # a second one changes nothing
+    if words:  # otherwise the process may be so far that the system's own handler is back
+        run.send_signal(signal.SIGINT)  # a second one changes nothing
     output, errors = run.communicate(timeout=60)
     assert run.returncode == code, errors
     assert words in errors

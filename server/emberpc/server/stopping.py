@@ -90,6 +90,7 @@ class Stopping:
         if left := [thread.name for thread in threads if not deadline.join(thread)]:
             _exit(f"the process ends though work still runs on {', '.join(sorted(left))}")
         self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self._begun:
