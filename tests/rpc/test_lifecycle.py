@@ -50,6 +50,22 @@ def test_a_second_server_on_the_same_data_directory_fails_loudly(tmp_path: Path)
     assert "Traceback" not in error
 
 
+def test_too_little_address_space_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    limit = ["prlimit", f"--as={500 * 2**20}"]
+    serve = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)]
+    run = subprocess.run(
+        [*limit, *serve, "--workers", "3"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode > 0  # a signal's would be negative
+    assert "limited to 500 MiB (RLIMIT_AS" in run.stderr
+    assert "needs at least 832 MiB" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

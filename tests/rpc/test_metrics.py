@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from emberpc.client import Client, InvalidArgument, Record, SearchQuery
+from emberpc.server.scraping import MOST_CONNECTIONS
 from server_process import ServerProcess
 
 
@@ -74,6 +77,32 @@ def test_they_tell_the_recall_of_searches_of_a_graph(tiny_bundle: Path, tmp_path
     assert [result.plan.ef for result in results] == [150, 120, 300, 150]
     assert [result.hits[0].record.id for result in results] == ["0"] * 4
     assert found['emberpc_search_recall{collection="points"}'] >= 0.9
+
+
+def test_silent_connections_add_no_threads_and_stop_no_scrape(measured: ServerProcess) -> None:
+    """Also one that sends its request a byte at a time, one that sends no end, and one that takes no answer."""
+    host, port = re.findall(r"figures at http://(\S+):(\d+)", measured.output)[0]
+    tasks = Path(f"/proc/{measured.process.pid}/task")
+    figures(measured)
+    before = len(list(tasks.iterdir()))
+    with ExitStack() as stack:
+        for i in range(3 * MOST_CONNECTIONS):
+            silent = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            with suppress(OSError):  # it was closed for newer ones
+                silent.sendall((b"", b"GET /metr", b"x" * 30_000, b"GET /metrics HTTP/1.1\r\n\r\n")[i % 4])
+        assert figures(measured)["emberpc_models"] == 1
+        # Other work may start some threads meanwhile; one for each connection would be far more.
+        assert len(list(tasks.iterdir())) < before + MOST_CONNECTIONS // 2
+
+
+@pytest.mark.parametrize("request_line", [b"nonsense", b"POST /metrics HTTP/1.1", b"GET / a b c"])
+def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request_line: bytes) -> None:
+    host, port = re.findall(r"figures at http://(\S+):(\d+)", measured.output)[0]
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(request_line + b"\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            assert answer.readline().startswith(b"HTTP/1.1 40")
+    assert figures(measured)["emberpc_models"] == 1
 
 
 def test_an_address_that_is_taken_is_told(measured: ServerProcess, tiny_bundle: Path, tmp_path: Path) -> None:

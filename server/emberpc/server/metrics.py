@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from emberpc.server.engine import Engine
 from emberpc.server.index import IndexBackend
+from emberpc.server.scraping import PageServer
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,6 @@ def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
     registry.register(IndexFigures(index))
     ProcessCollector(registry=registry)
     host, _, port = address.rpartition(":")
-    server, _ = start_http_server(int(port), host.strip("[]"), registry)
-    log.info("figures at http://%s:%d/metrics", host, server.server_port)
+    server = PageServer(host.strip("[]"), int(port), make_wsgi_app(registry))
+    log.info("figures at http://%s:%d/metrics", host, server.port)
     return Calls.register(registry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import resource
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import import_module
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 _SWITCH_SECONDS = 0.0005
 #: Threads for tokenising, index and disk, beyond one for each worker: a few slow calls must not hold up the others.
 _EXTRA_THREADS = 4
+#: MiB of address space without which a library ends the process by a signal: measured, 600 MB are too little for two
+#: workers and 700 MB enough. Each thread has a stack and a heap of its own.
+_ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
 
 
 def serve(settings: Settings) -> None:
@@ -35,8 +39,8 @@ def serve(settings: Settings) -> None:
     Returns, or ends the process with exit code 0, at most two seconds after the drain time.
 
     Raises:
-        StartupError: the address is taken, a model cannot be served, the data directory cannot be used, or hnswlib
-            does not run on this processor.
+        StartupError: there is too little address space, the address is taken, a model cannot be served, the data
+            directory cannot be used, or hnswlib does not run on this processor.
     """
     gc.disable()  # an eighth of a start otherwise: imports make much, and nothing of it is garbage; `run` has it back
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -45,6 +49,7 @@ def serve(settings: Settings) -> None:
         log.info("raised the limit of file descriptors from %d to %d", before, now)
     sys.setswitchinterval(_SWITCH_SECONDS)
     workers = settings.workers or usable_cores()
+    _check_address_space(workers)
     # Before it is used on another thread: two that import the same modules can see one half done.
     import_module("emberpc.server.engine")
     threads = workers + _EXTRA_THREADS
@@ -60,6 +65,22 @@ def serve(settings: Settings) -> None:
     finally:
         # Unlike a `with` of the pool, it waits no longer than the deadline, which is infinite without a signal.
         stopping.end(pool)
+
+
+def _check_address_space(workers: int) -> None:
+    """Check that the process may have as much address space as it needs without models.
+
+    Raises:
+        StartupError: it may not.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needed = _ADDRESS_SPACE + _ADDRESS_SPACE_OF_WORKER * workers
+    if limit != resource.RLIM_INFINITY and limit < needed * 2**20:
+        raise StartupError(
+            f"the address space of the process is limited to {limit // 2**20} MiB (RLIMIT_AS, `ulimit -v`); with "
+            f"{workers} workers it needs at least {needed} MiB, and more for models; raise or remove the limit, or "
+            "give fewer --workers"
+        )
 
 
 def _load_models(settings: Settings, pool: Executor) -> Registry:

@@ -1,0 +1,92 @@
+"""An HTTP server for one page, on one thread, that slow and silent clients cannot fill or hold up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+#: Connections at a time; a new one beyond that closes the oldest, which is silent or slow.
+MOST_CONNECTIONS = 64
+#: Seconds for a client to send its request, and again to take the answer.
+_SECONDS = 10.0
+#: Most bytes of a request's head; a request with a body is answered without it.
+_HEAD_BYTES = 16 * 2**10
+
+#: A WSGI application.
+App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class PageServer:
+    """Serves a WSGI application that answers at once; closes every connection after its answer.
+
+    Args:
+        host: the address to listen on.
+        port: 0 takes a free one, and `port` says which.
+        app: the application; it runs on the server's thread.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+
+    def __init__(self, host: str, port: int, app: App) -> None:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self._socket = socket.create_server(address[:2], family=family)
+        self.port: int = self._socket.getsockname()[1]
+        self._app = app
+        #: Those that are open, the oldest first.
+        self._open: dict[asyncio.StreamWriter, None] = {}
+        threading.Thread(target=asyncio.run, args=(self._serve(),), name="metrics", daemon=True).start()
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._answer, sock=self._socket, limit=_HEAD_BYTES)
+        async with server:
+            await server.serve_forever()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open[writer] = None
+        if len(self._open) > MOST_CONNECTIONS:
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.transport.abort()
+        # So that draining waits until all was taken; what a client does not take is not kept for it.
+        writer.transport.set_write_buffer_limits(0)
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _SECONDS)
+            writer.write(self._response(head))
+            await asyncio.wait_for(writer.drain(), _SECONDS)
+            writer.close()
+        except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
+        except Exception:
+            log.exception("a request for the metrics failed")
+            writer.transport.abort()
+        finally:
+            self._open.pop(writer, None)
+
+    def _response(self, head: bytes) -> bytes:
+        """Return the answer to a request, of which the head is given."""
+        line, *fields = head.decode("latin-1").split("\r\n")
+        parts = line.split(" ")
+        if len(parts) != 3:
+            return _message("400 Bad Request", [], b"")
+        method, target, _ = parts
+        path, _, query = target.partition("?")
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+        for field in fields:
+            name, _, value = field.partition(":")
+            environ["HTTP_" + name.strip().upper().replace("-", "_")] = value.strip()
+        begun: list[tuple[str, list[tuple[str, str]]]] = []
+        body = b"".join(self._app(environ, lambda status, headers, *_: begun.append((status, headers))))
+        return _message(*begun[0], body if method != "HEAD" else b"")
+
+
+def _message(status: str, headers: Iterable[tuple[str, str]], body: bytes) -> bytes:
+    own = [("Content-Length", str(len(body))), ("Connection", "close")]
+    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in [*headers, *own])]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
