@@ -32,6 +32,7 @@ class PingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
         self._lock = threading.Lock()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self.count = 0
         self.enough = threading.Event()
 
@@ -41,12 +42,15 @@ class PingProxy:
         return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> PingProxy:
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        self._acceptor.join()
         self._listener.close()
         self.cut()
 
@@ -63,9 +67,13 @@ class PingProxy:
         while True:
             try:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._address)
             except OSError:
                 return  # the listener was closed
+            try:
+                server = socket.create_connection(self._address)
+            except OSError:
+                client.close()
+                continue
             with self._lock:
                 self._sockets += [client, server]
             threading.Thread(target=self._forward, args=(client, server, True), daemon=True).start()

@@ -32,8 +32,10 @@ from emberpc.client import (
     Unauthenticated,
     Unavailable,
     Unimplemented,
+    _retrying,
 )
 from fake_server import FakeServer, Fault
+from ping_proxy import PingProxy
 
 Shell = Any
 UNAVAILABLE = Fault(grpc.StatusCode.UNAVAILABLE, "starting", "LOADING")
@@ -307,3 +309,80 @@ def test_many_threads_may_use_one_client(fake: FakeServer) -> None:
         texts = [[f"{i}", f"{i} again"] for i in range(64)]
         for wanted, got in zip(map(client.embed, texts), pool.map(client.embed, texts), strict=True):
             assert np.array_equal(wanted, got)
+
+
+@pytest.mark.parametrize("rpc", ["Embed", "VerifyCollection", "UpsertRecords"])
+def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
+    fake: FakeServer, shell_type: Any, monkeypatch: pytest.MonkeyPatch, rpc: str
+) -> None:
+    name, arguments = {
+        "Embed": ("embed", (["a"],)),
+        "VerifyCollection": ("verify_collection", ("c",)),
+        "UpsertRecords": ("upsert", ("c", [{"id": "a", "text": "a"}])),
+    }[rpc]
+    with PingProxy(fake.target, 1) as proxy:
+        shell = shell_type(proxy.target, timeout=120)
+        try:
+            shell("create_collection", "c")
+            monkeypatch.setattr(_retrying, "_SOON", -1.0)  # every call has run for long
+            fake.hooks[rpc] = lambda _: proxy.cut()
+            with pytest.raises(
+                Unavailable, match=rf"the connection to .* broke while .*/{rpc} was running; it was not"
+            ):
+                shell(name, *arguments)
+            assert len(fake.asked[rpc]) == 1
+            fake.hooks.pop(rpc)
+            shell(name, *arguments)  # the client connects again
+        finally:
+            shell.close()
+
+
+def test_a_call_whose_connection_breaks_soon_is_repeated(
+    fake: FakeServer, shell_type: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_retrying, "_SOON", 1000.0)  # however slow the host is
+    with PingProxy(fake.target, 1) as proxy:
+        shell = shell_type(proxy.target, timeout=120)
+        broken = iter([proxy.cut])
+        fake.hooks["Embed"] = lambda _: next(broken, lambda: None)()
+        try:
+            assert shell("embed", ["a"]).shape == (1, 8)
+        finally:
+            shell.close()
+    assert len(fake.asked["Embed"]) == 2
+
+
+@pytest.mark.parametrize("failures", [1, 5])
+def test_a_call_of_several_answers_is_repeated_until_the_first(
+    fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    monkeypatch.setattr(_retrying, "_SOON", 1000.0)
+    shell("create_collection", "c")
+    fake.faults["VerifyCollection"].extend([UNAVAILABLE] * failures)
+    if failures < 5:
+        assert shell("verify_collection", "c").ok
+    else:
+        with pytest.raises(Unavailable, match="starting"):
+            shell("verify_collection", "c")
+    assert len(fake.asked["VerifyCollection"]) == min(failures + 1, 5)
+
+
+def test_grpc_repeats_nothing_by_itself() -> None:
+    """What it repeats, it repeats from zero, however long the call has run, and tells nobody."""
+    with Client("localhost:1") as client:
+        options = dict(client._runner._connection.options)
+    assert "retryPolicy" not in str(options["grpc.service_config"])
+
+
+def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
+    retries = _retrying.Retries(60, allowed=True)
+    first = retries.begin()
+    assert retries.pause(Unavailable("no", retry_after=1.5)) == 1.5
+    assert retries.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
+    assert retries.pause(Internal("no")) is None
+    retries.begin()
+    retries.end(first)
+    assert retries.ended is None
+    once = _retrying.Retries(60, allowed=False)
+    once.begin()
+    assert once.pause(Unavailable("no")) is None

@@ -13,11 +13,12 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from emberpc.client._aio_stream_running import AsyncLine, run_stream
-from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
+from emberpc.client._calls import Call, Job, Page, Step, Steps
 from emberpc.client._connection import Connection
-from emberpc.client._running import CHANNEL_CLOSED, CLIENT_CLOSED
+from emberpc.client._retrying import Retries
+from emberpc.client._running import CHANNEL_CLOSED, CLIENT_CLOSED, Pending
 from emberpc.client._streaming import StreamJob
-from emberpc.client.exceptions import Cancelled, FailedPrecondition, InputTypeError
+from emberpc.client.exceptions import Cancelled, EmberpcError, FailedPrecondition, InputTypeError
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -59,23 +60,24 @@ class AsyncRunner:
 
     async def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
         """Run the calls of a job, a few at a time unless they are ordered, and return what they make together."""
-        pending: deque[tuple[Call[Any, Any], Any]] = deque()
+        pending: deque[Pending] = deque()
         width = 1 if job.ordered else self._connection.in_flight
         try:
             for call in job.calls:
-                pending.append((call, self._start(call, timeout)))
+                pending.append(self._start(call, timeout))
                 if len(pending) == width:
                     await self._take_oldest(job, pending, timeout)
             while pending:
                 await self._take_oldest(job, pending, timeout)
         finally:
-            for _, future in pending:
-                future.cancel()
+            for one in pending:
+                one.future.cancel()
         return job.result()
 
     async def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
         """Run one call."""
-        return await self._answer(call, self._start(call, timeout), timeout)
+        result: Result = await self._answer(self._start(call, timeout), timeout)
+        return result
 
     async def follow(
         self, call: Call[Any, Step[Item]], told: Callable[[str], None] | None, timeout: float | None
@@ -89,27 +91,38 @@ class AsyncRunner:
 
     async def receive(self, call: Call[Any, Item], timeout: float | None) -> AsyncGenerator[Item, None]:
         """Run one call of several answers, and give them as they come; closing ends it."""
-        answers = self._begin("unary_stream", call, call.request, timeout=self._connection.deadline(timeout))
-        iterator = aiter(answers)
-        try:
-            while True:
-                with self._errors(call, timeout):
-                    try:
-                        message = await anext(iterator)
-                    except StopAsyncIteration:
-                        return
-                yield call.read(message)
-        finally:
-            answers.cancel()
+        retries = Retries(self._connection.deadline(timeout), allowed=self._owns_channel)
+        answered = False
+        while True:
+            retries.begin()
+            answers = self._begin("unary_stream", call, call.request, timeout=retries.left)
+            iterator = aiter(answers)
+            try:
+                while True:
+                    with self._errors(call, timeout, retries):
+                        try:
+                            message = await anext(iterator)
+                        except StopAsyncIteration:
+                            return
+                    answered = True
+                    yield call.read(message)
+            except EmberpcError as error:
+                # What was given out cannot be taken back.
+                if answered or (pause := retries.pause(error)) is None:
+                    raise
+            finally:
+                answers.cancel()
+            await asyncio.sleep(pause)
 
     async def send(self, call: Call[Any, Result], requests: AsyncIterator[Message], timeout: float | None) -> Result:
-        """Run one call of several requests, which are taken as they are sent."""
-        timeout = self._connection.deadline(timeout)
-        answer = self._begin("stream_unary", call, requests, timeout=timeout)
+        """Run one call of several requests, which are taken as they are sent; it is not repeated."""
+        pending = Pending(call, Retries(self._connection.deadline(timeout), allowed=False), requests)
+        self._try(pending, "stream_unary")
         try:
-            return await self._answer(call, answer, timeout)
+            result: Result = await self._answer(pending, timeout)
         finally:
-            answer.cancel()
+            pending.future.cancel()
+        return result
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> AsyncIterator[Item]:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""
@@ -137,17 +150,23 @@ class AsyncRunner:
             for item in page.items:
                 yield item
 
-    async def _take_oldest(
-        self, job: Job[Any, Any], pending: deque[tuple[Call[Any, Any], Any]], timeout: float | None
-    ) -> None:
-        call, future = pending[0]
-        part = await self._answer(call, future, timeout)
-        pending.popleft()
-        job.take(call, part)
+    async def _take_oldest(self, job: Job[Any, Any], pending: deque[Pending], timeout: float | None) -> None:
+        part = await self._answer(pending[0], timeout)
+        job.take(pending.popleft().call, part)
 
-    def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
-        """Send a request; return gRPC's awaitable of the answer."""
-        return self._begin("unary_unary", call, call.request, timeout=self._connection.deadline(timeout))
+    def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:
+        """Send a request."""
+        retries = Retries(self._connection.deadline(timeout), allowed=self._owns_channel)
+        pending = Pending(call, retries, call.request)
+        self._try(pending)
+        return pending
+
+    def _try(self, pending: Pending, kind: str = "unary_unary") -> None:
+        """Begin a try of a call; `kind` is gRPC's word."""
+        number = pending.retries.begin()
+        pending.future = self._begin(kind, pending.call, pending.request, timeout=pending.retries.left)
+        # An answer may wait for those before it.
+        pending.future.add_done_callback(lambda _: pending.retries.end(number))
 
     def _begin(self, kind: str, call: Call[Any, Any], request: Message | AsyncIterator[Message], **options: Any) -> Any:
         """Begin a call; `kind` is gRPC's word, such as `unary_stream`.
@@ -169,12 +188,12 @@ class AsyncRunner:
             raise Cancelled(CHANNEL_CLOSED) from error
 
     @contextmanager
-    def _errors(self, call: Call[Any, Any], timeout: float | None) -> Iterator[None]:
+    def _errors(self, call: Call[Any, Any], timeout: float | None, retries: Retries) -> Iterator[None]:
         """Turn gRPC's errors into ours, and a cancellation that was not the caller's into Cancelled."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise self._connection.error(error, call, timeout) from error
+            raise self._connection.error(error, call, timeout, late=retries.late) from error
         except asyncio.CancelledError as error:
             # So gRPC says that the channel was closed. Python 3.10 does not say whether the task was cancelled.
             cancelling = getattr(asyncio.current_task(), "cancelling", lambda: not self._closed)
@@ -182,11 +201,17 @@ class AsyncRunner:
                 raise
             raise Cancelled("the call was cancelled before its answer came") from error
 
-    async def _answer(self, call: Call[Any, Result], future: Any, timeout: float | None) -> Result:
-        """Wait for an answer, and read it."""
-        with self._errors(call, timeout):
-            response = await future
-        return call.read(response)
+    async def _answer(self, pending: Pending, timeout: float | None) -> Any:
+        """Wait for an answer, repeating the call if need be, and read it."""
+        while True:
+            try:
+                with self._errors(pending.call, timeout, pending.retries):
+                    return pending.call.read(await pending.future)
+            except EmberpcError as error:
+                if (pause := pending.retries.pause(error)) is None:
+                    raise
+            await asyncio.sleep(pause)
+            self._try(pending)
 
     def _opened(self) -> grpc.aio.Channel:
         if self._channel is not None and not self._owns_channel:

@@ -44,7 +44,8 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
 
     Every call has a deadline; `embed_stream` and `upsert_stream`, which may take
     days, have one for the next answer. A call that no server took, or that a stopping one refused
-    (UNAVAILABLE), is repeated up to four times within it, with growing pauses.
+    (UNAVAILABLE), is repeated up to four times within it, with growing pauses. One that had run for more than 5
+    seconds is not, since its work would begin from zero: it raises Unavailable. Nor is `restore_collection`.
     A repeated write is written once, but what it answers may
     tell of the first try whose answer was lost: `create_collection` may raise
     AlreadyExists and `delete_collection` NotFound for what the call itself

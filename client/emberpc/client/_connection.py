@@ -26,7 +26,6 @@ from emberpc.client.exceptions import (
 
 ChannelOptions = list[tuple[str, "str | int"]]
 
-_MEBIBYTE = 2**20
 #: Seconds; a hundred years. Some way past it gRPC's clock overflows, and a call would fail at once.
 _MAX_TIMEOUT = 100 * 365 * 24 * 3600
 #: All that a bearer token may hold (RFC 6750).
@@ -36,26 +35,9 @@ _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 #: take one each 30 seconds, or it closes the connection of a silent call; see `_KEEPALIVE` of `emberpc.server.app`.
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
-#: Spread calls over all addresses of the target, and repeat those that no server took or that a stopping one refused.
-#: gRPC itself repeats: within the call's deadline, after the pause that the server asks for if it asks for one, and
-#: at most four times, the most that it allows. A stream is opened again by `_stream_running`, which knows what was
-#: answered and why it broke; were gRPC to repeat it too, neither would know how long the other waits.
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [
-        {"name": [{"service": "emberpc.v1.EmbeddingService", "method": "EmbedStream"}]},
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        },
-    ],
-}
+#: Spread calls over all addresses of the target. No policy of repeating calls is here: see `_retrying`. What never
+#: reached a server gRPC repeats without one.
+_SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
 @dataclass(frozen=True)
@@ -173,16 +155,19 @@ class Connection:
             )
         return seconds
 
-    def error(self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
-        """Return the exception for a failed call."""
-        return from_rpc(failure, self._circumstances(call, timeout))
+    def error(
+        self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None, *, late: bool = False
+    ) -> EmberpcError:
+        """Return the exception for a failed call; `late`: it had run for long."""
+        return from_rpc(failure, self._circumstances(call, timeout, late=late))
 
     def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
         """Return the exception for a stream on which nothing came in time."""
         return no_answer(self._circumstances(call, timeout))
 
-    def _circumstances(self, call: Call[Any, Any], timeout: float | None) -> Circumstances:
-        return Circumstances(self.target, call.method.path, self.deadline(timeout), items=call.items, first=call.first)
+    def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
+        seconds = self.deadline(timeout)
+        return Circumstances(self.target, call.method.path, seconds, items=call.items, first=call.first, late=late)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -194,8 +179,6 @@ class Connection:
         """The channel's settings."""
         options: ChannelOptions = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-            # A request that does not fit in here is not repeated; the default of 256 KiB holds few vectors.
-            ("grpc.per_rpc_retry_buffer_size", 64 * _MEBIBYTE),
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             *_KEEPALIVE,

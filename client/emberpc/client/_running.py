@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,8 +14,9 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from emberpc.client._calls import Call, Job, Page, Response, Step, Steps
+from emberpc.client._calls import Call, Job, Page, Step, Steps
 from emberpc.client._connection import Connection
+from emberpc.client._retrying import Retries
 from emberpc.client._stream_running import Line, run_stream
 from emberpc.client._streaming import StreamJob
 from emberpc.client.exceptions import Cancelled, InputTypeError
@@ -27,6 +29,16 @@ _CLOSE_SECONDS = 2.0
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+
+
+@dataclass
+class Pending:
+    """A call that waits for its answer: what is sent, its tries, and gRPC's future of the present one."""
+
+    call: Call[Any, Any]
+    retries: Retries
+    request: Any
+    future: Any = None
 
 
 class Runner:
@@ -44,13 +56,13 @@ class Runner:
         if isinstance(channel, grpc.aio.Channel):
             raise InputTypeError("channel is one of grpc.aio; give one of grpc, or use AsyncClient")
         self._connection = connection
-        self._closed = False
+        self._closed = threading.Event()
         self._owns_channel = channel is None
         self._channel = channel or _open(connection)
 
     def close(self) -> None:
         """Take no more calls, and close the channel unless it is the caller's; once is enough."""
-        self._closed = True
+        self._closed.set()
         if not self._owns_channel:
             return
         # If Ctrl-C came while gRPC began a call, its own close waits for that call for ever (grpc/grpc#19973).
@@ -60,23 +72,24 @@ class Runner:
 
     def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
         """Run the calls of a job, a few at a time unless they are ordered, and return what they make together."""
-        pending: deque[tuple[Call[Any, Any], Any]] = deque()
+        pending: deque[Pending] = deque()
         width = 1 if job.ordered else self._connection.in_flight
         try:
             for call in job.calls:
-                pending.append((call, self._start(call, timeout)))
+                pending.append(self._start(call, timeout))
                 if len(pending) == width:
                     self._take_oldest(job, pending, timeout)
             while pending:
                 self._take_oldest(job, pending, timeout)
         finally:
-            for _, future in pending:
-                future.cancel()
+            for one in pending:
+                one.future.cancel()
         return job.result()
 
     def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
         """Run one call."""
-        return self._answer(call, self._start(call, timeout), timeout)
+        result: Result = self._answer(self._start(call, timeout), timeout)
+        return result
 
     def follow(self, call: Call[Any, Step[Item]], told: Callable[[str], None] | None, timeout: float | None) -> Item:
         """Run one call that tells its steps, and return what the last one holds."""
@@ -88,25 +101,37 @@ class Runner:
 
     def receive(self, call: Call[Any, Item], timeout: float | None) -> Generator[Item, None, None]:
         """Run one call of several answers, and give them as they come; closing ends it."""
-        answers = self._begin(
-            self._method("unary_stream", call), call.request, timeout=self._connection.deadline(timeout)
-        )
-        try:
-            for message in answers:
-                yield call.read(message)
-        except grpc.RpcError as error:
-            raise self._connection.error(error, call, timeout) from error
-        finally:
-            answers.cancel()
+        retries = Retries(self._connection.deadline(timeout), allowed=self._owns_channel)
+        method = self._method("unary_stream", call)
+        answered = False
+        while True:
+            number = retries.begin()
+            answers = self._begin(method, call.request, timeout=retries.left)
+            try:
+                for message in answers:
+                    answered = True
+                    yield call.read(message)
+            except grpc.RpcError as error:
+                retries.end(number)
+                ours = self._connection.error(error, call, timeout, late=retries.late)
+                # What was given out cannot be taken back.
+                if answered or (pause := retries.pause(ours)) is None:
+                    raise ours from error
+            else:
+                return
+            finally:
+                answers.cancel()
+            self._closed.wait(pause)
 
     def send(self, call: Call[Any, Result], requests: Iterator[Message], timeout: float | None) -> Result:
-        """Run one call of several requests, which are taken as they are sent, in another thread."""
-        timeout = self._connection.deadline(timeout)
-        future = self._begin(self._method("stream_unary", call).future, requests, timeout=timeout)
+        """Run one call of several requests, which are taken as they are sent, in another thread; it is not repeated."""
+        pending = Pending(call, Retries(self._connection.deadline(timeout), allowed=False), requests)
+        self._try(pending, "stream_unary")
         try:
-            return self._answer(call, future, timeout)
+            result: Result = self._answer(pending, timeout)
         finally:
-            future.cancel()
+            pending.future.cancel()
+        return result
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> Iterator[Item]:
         """Walk over the items of all pages; `page_call` makes the call for a page token."""
@@ -130,19 +155,25 @@ class Runner:
             page = self.run_one(page_call(page.next_token), timeout)
             yield from page.items
 
-    def _take_oldest(
-        self, job: Job[Any, Any], pending: deque[tuple[Call[Any, Any], Any]], timeout: float | None
-    ) -> None:
+    def _take_oldest(self, job: Job[Any, Any], pending: deque[Pending], timeout: float | None) -> None:
         # Taken off only when it is answered: on Ctrl-C, all that are still in flight are cancelled.
-        call, future = pending[0]
-        part = self._answer(call, future, timeout)
-        pending.popleft()
-        job.take(call, part)
+        part = self._answer(pending[0], timeout)
+        job.take(pending.popleft().call, part)
 
-    def _start(self, call: Call[Response, Any], timeout: float | None) -> Any:
-        """Send a request; return gRPC's future of the answer."""
-        method = self._method("unary_unary", call)
-        return self._begin(method.future, call.request, timeout=self._connection.deadline(timeout))
+    def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:
+        """Send a request."""
+        retries = Retries(self._connection.deadline(timeout), allowed=self._owns_channel)
+        pending = Pending(call, retries, call.request)
+        self._try(pending)
+        return pending
+
+    def _try(self, pending: Pending, kind: str = "unary_unary") -> None:
+        """Begin a try of a call; `kind` is gRPC's word."""
+        number = pending.retries.begin()
+        method = self._method(kind, pending.call)
+        pending.future = self._begin(method.future, pending.request, timeout=pending.retries.left)
+        # An answer may wait for those before it.
+        pending.future.add_done_callback(lambda _: pending.retries.end(number))
 
     def _method(self, kind: str, call: Call[Any, Any]) -> Any:
         """Return what gRPC makes calls of one method with; `kind` is gRPC's word, such as `unary_stream`."""
@@ -154,23 +185,27 @@ class Runner:
 
     def _begin(self, start: Callable[..., Any], request: Message | Iterator[Message], **options: Any) -> Any:
         """Begin a call; raises Cancelled if the client or the channel is closed."""
-        if self._closed:
+        if self._closed.is_set():
             raise Cancelled(CLIENT_CLOSED)
         try:
             return start(request, metadata=self._connection.metadata, **options)
         except ValueError as error:
             # gRPC's error for a closed channel: the caller's own, or one that another thread has just closed.
-            raise Cancelled(CLIENT_CLOSED if self._closed else CHANNEL_CLOSED) from error
+            raise Cancelled(CLIENT_CLOSED if self._closed.is_set() else CHANNEL_CLOSED) from error
 
-    def _answer(self, call: Call[Any, Result], future: Any, timeout: float | None) -> Result:
-        """Wait for an answer, and read it."""
-        try:
-            response = future.result()
-        except grpc.FutureCancelledError as error:
-            raise Cancelled("the call was cancelled before its answer came") from error
-        except grpc.RpcError as error:
-            raise self._connection.error(error, call, timeout) from error
-        return call.read(response)
+    def _answer(self, pending: Pending, timeout: float | None) -> Any:
+        """Wait for an answer, repeating the call if need be, and read it."""
+        while True:
+            try:
+                return pending.call.read(pending.future.result())
+            except grpc.FutureCancelledError as error:
+                raise Cancelled("the call was cancelled before its answer came") from error
+            except grpc.RpcError as error:
+                ours = self._connection.error(error, pending.call, timeout, late=pending.retries.late)
+                if (pause := pending.retries.pause(ours)) is None:
+                    raise ours from error
+            self._closed.wait(pause)
+            self._try(pending)
 
 
 def _open(connection: Connection) -> grpc.Channel:

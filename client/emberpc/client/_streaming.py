@@ -15,7 +15,7 @@ from emberpc.client.exceptions import EmberpcError, Internal, ResourceExhausted,
 
 #: Pauses before a broken stream is opened again, in seconds: the first, and the longest that they grow to.
 _PAUSES = (0.1, 2.0)
-#: So often a stream is opened that no server has taken yet, as often as gRPC tries any other call.
+#: So often a stream is opened that no server has taken yet, as often as any other call is tried.
 _OPENINGS = 5
 
 Item = TypeVar("Item")

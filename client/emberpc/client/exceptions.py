@@ -201,7 +201,8 @@ class Circumstances:
     """What a message says of a failed call.
 
     `items` names the repeated field of the request that holds one part of the
-    caller's list; `first` is the caller's index of its first item.
+    caller's list; `first` is the caller's index of its first item. `late`: the
+    call had run for long when it failed.
     """
 
     target: str
@@ -209,6 +210,7 @@ class Circumstances:
     timeout: float
     items: str = ""
     first: int = 0
+    late: bool = False
 
 
 def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
@@ -227,9 +229,13 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     if not status.details:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
-    return _error(
+    error = _error(
         code, message, status, request_id if isinstance(request_id, str) else "", lambda text: _renumber(text, call)
     )
+    pushback = trailing.get(wire_status.PUSHBACK_KEY, "")
+    if error.retry_after is None and isinstance(pushback, str) and pushback.isdecimal():
+        error.retry_after = int(pushback) / 1000
+    return error
 
 
 def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
@@ -271,6 +277,11 @@ def _error(
 
 def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
     """Say what gRPC's own status means to the caller."""
+    if code is grpc.StatusCode.UNAVAILABLE and call.late:
+        return (
+            f"the connection to {call.target} broke while {call.method} was running; it was not repeated, since its "
+            "work may be long: see what was done, and repeat it"
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return (
             f"no emberpc server answers at {call.target}; check the address, that one runs there "
