@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import onnx
@@ -303,7 +304,7 @@ def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_u
 
     model, record = Model.load("m", bundle), tmp_path / "calibration.json"
     monkeypatch.setattr(Encoder, "run", counted)
-    monkeypatch.setattr(calibration, "thread_time", calibration.perf_counter)  # as on a host that is not busy
+    monkeypatch.setattr(calibration, "thread_time", perf_counter)  # as on a host that is not busy
     first = calibrated_batch_tokens(model, record)
     assert first is not None
     assert first.batch_tokens in (128, 256, 512, 1024)
@@ -324,7 +325,7 @@ def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_u
 def measured(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Path]:
     """A model, and the record of a calibration on a host that was not busy, which another one would not choose."""
     model, record = Model.load("m", bundle), tmp_path / "calibration.json"
-    monkeypatch.setattr(calibration, "thread_time", calibration.perf_counter)
+    monkeypatch.setattr(calibration, "thread_time", perf_counter)
     calibrated_batch_tokens(model, record)
     monkeypatch.setattr(calibration, "choose", lambda _: 999)
     return model, record
@@ -338,10 +339,10 @@ def test_a_calibration_on_a_busy_host_is_used_but_not_kept(
         engine = Engine(Registry(pool), pool, workers=1, batch_tokens=0, max_queue_tokens=1000)
         engine.registry.load("m", bundle)
         # The thread has half a core.
-        monkeypatch.setattr(calibration, "thread_time", lambda: calibration.perf_counter() / 2)
+        monkeypatch.setattr(calibration, "thread_time", lambda: perf_counter() / 2)
         assert not engine.calibrate(record)
         assert not record.exists()
-        monkeypatch.setattr(calibration, "thread_time", calibration.perf_counter)
+        monkeypatch.setattr(calibration, "thread_time", perf_counter)
         assert engine.calibrate(record)
         assert record.exists()
         engine.close()
