@@ -1,0 +1,124 @@
+"""The most expensive requests stop no server, legal or not; the short form of benchmarks/hostile.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+import hostile_requests
+from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
+from hostile_requests import SHORT, Hostile
+from server_process import ServerProcess
+
+#: Codes of a request that is refused or given up as the API says. Neither INTERNAL nor UNKNOWN is one.
+REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+}
+CASES = hostile_requests.requests(SHORT)
+#: Megabytes that the server may use beyond what it used before the first request.
+MOST_MEGABYTES = 600
+#: Seconds; nothing here takes a hundredth of it on a usual host.
+TIMEOUT = 300
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    process = ServerProcess({"tiny": tiny_bundle}, tmp_path_factory.mktemp("data"))
+    with grpc.insecure_channel(process.address) as channel:
+        for method, request in hostile_requests.preparation():
+            call: Any = channel.unary_unary(method)
+            call(request.SerializeToString(), timeout=TIMEOUT)
+    before = megabytes(process)
+    yield process
+    assert megabytes(process) < before + MOST_MEGABYTES
+    assert process.stop() == 0, process.output
+    assert "Traceback" not in process.output
+
+
+@pytest.fixture(scope="module")
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    with connected(server) as opened:
+        yield opened
+
+
+def connected(server: ServerProcess) -> grpc.Channel:
+    return grpc.insecure_channel(
+        server.address, [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    )
+
+
+def megabytes(server: ServerProcess) -> int:
+    """The most memory that the server has used so far."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) // 1024
+
+
+def send(channel: grpc.Channel, hostile: Hostile, timeout: float = TIMEOUT) -> grpc.StatusCode:
+    """Send a request; return how it ended."""
+    kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
+    call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
+    data: Any = iter(hostile.data) if hostile.streams[0] else hostile.data[0]
+    try:
+        answer = call(data, timeout=timeout)
+        if hostile.streams[1]:
+            for _ in answer:
+                pass
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def check_alive(channel: grpc.Channel) -> None:
+    health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+    response = health_pb2.HealthCheckResponse.FromString(health(b"", timeout=TIMEOUT))
+    assert response.status == health_pb2.HealthCheckResponse.SERVING
+    stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
+    response_ = stub.Embed(embedding_pb2.EmbedRequest(model="tiny", texts=["a b"]), timeout=TIMEOUT)
+    assert response_.embeddings.rows == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_request_is_answered_or_refused(channel: grpc.Channel, name: str) -> None:
+    hostile = CASES[name]
+    code = send(channel, hostile)
+    assert code in (REFUSALS if hostile.refused else {grpc.StatusCode.OK, *REFUSALS}), code
+    check_alive(channel)
+
+
+def test_eight_hostile_requests_from_two_connections(server: ServerProcess) -> None:
+    with connected(server) as one, connected(server) as other, ThreadPoolExecutor(8) as pool:
+        channels = [one, other]
+        jobs = [pool.submit(send, channels[i % 2], hostile) for i, hostile in enumerate(CASES.values())]
+        codes = dict(zip(CASES, [job.result() for job in jobs], strict=True))
+        check_alive(one)
+    wrong = {name: code for name, code in codes.items() if code not in {grpc.StatusCode.OK, *REFUSALS}}
+    assert wrong == {}
+
+
+def test_requests_whose_callers_leave_hold_up_nobody(server: ServerProcess, channel: grpc.Channel) -> None:
+    """A caller leaves once the server has begun with its request, which a second connection then does not notice."""
+    heavy = [CASES[name] for name in ("a wide filter", "many clusters", "all pairs", "a similarity of many")]
+    with connected(server) as abandoned:
+        calls = []
+        for hostile in heavy * 4:
+            call: Any = abandoned.unary_unary(hostile.method)
+            calls.append(call.future(hostile.data[0], timeout=TIMEOUT))
+        left = threading.Thread(target=lambda: [call.cancel() for call in calls])
+        check_alive(channel)
+        left.start()
+        left.join()
+        assert send(channel, CASES["much metadata"]) is grpc.StatusCode.OK
+        assert send(channel, CASES["a wide filter"]) is grpc.StatusCode.OK
