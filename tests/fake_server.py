@@ -127,11 +127,7 @@ class FakeServer:
         self._pool = ThreadPoolExecutor(8)
         self._server = grpc.server(
             self._pool,
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", 64 * 2**20),
-                *self.options,
-            ],
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20), *self.options],
         )
         self.health = HealthServicer()
         self.health.set("", health_pb2.HealthCheckResponse.SERVING)
