@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Item, Queue
 from emberpc.server.engine.calls import Caller, Lane
-from emberpc.server.engine.scheduler import Rates, Scheduler
+from emberpc.server.engine.rates import Rates
+from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError

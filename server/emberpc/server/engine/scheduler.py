@@ -7,13 +7,11 @@ import logging
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
-from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -22,22 +20,15 @@ from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.outcomes import fail, failure, result_of, tell
+from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Batches whose median is the rate that calls are refused by. One slow or fast batch does not move a median.
-_RATE_BATCHES = 9
-#: So many batches are measured before a call is refused for want of time.
-_LEAST_BATCHES = 3
-#: The fastest batch of about so many is the best rate: a host that has become slower for good is noticed at last.
-_BEST_BATCHES = 1000
 #: Smaller batches, as a share of the size that is meant, tell nothing of what a worker does when much waits.
 _TELLING = 0.25
-#: Tokens per second assumed of one worker until one is measured; no call is refused by it for want of time.
-_FIRST_RATE = 2000.0
 #: However much interactive work there is, bulk work has a turn so often: it gets slower, and never stands still.
 _BULK_SECONDS = 0.25
 #: Estimates of time are off by as much; what is begun and not done in time was work for nothing.
@@ -62,35 +53,6 @@ class Counts:
     expired: int = 0
     failed_batches: int = 0
     lost_workers: int = 0
-
-
-class Rates:
-    """Tokens per second of one worker, as measured. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._latest: deque[float] = deque(maxlen=_RATE_BATCHES)
-        #: The fastest of the batches counted, and of those that were counted before.
-        self._fastest, self._fastest_before, self._counted = 0.0, 0.0, 0
-        self.usual = _FIRST_RATE
-
-    @property
-    def measured(self) -> bool:
-        """Whether enough batches were measured to refuse a call for want of time."""
-        return len(self._latest) >= _LEAST_BATCHES
-
-    @property
-    def best(self) -> float:
-        """The rate of the fastest batch, which no estimate may exceed; infinite until enough were measured."""
-        return max(self._fastest, self._fastest_before) if self.measured else inf
-
-    def add(self, rate: float) -> None:
-        """Take in the rate of a batch."""
-        self._latest.append(rate)
-        self.usual = median(self._latest)
-        if self._counted >= _BEST_BATCHES:
-            self._fastest, self._fastest_before, self._counted = 0.0, self._fastest, 0
-        self._fastest = max(self._fastest, rate)
-        self._counted += 1
 
 
 class Scheduler:

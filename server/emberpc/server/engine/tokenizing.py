@@ -25,7 +25,7 @@ TokenIds = npt.NDArray[np.int64]
 #: A text of more characters than this per token that the model takes is long. It is tokenised alone and by pieces of
 #: that size, until it is known to be too long. At once, 2 MB of punctuation would take 325 MB.
 _CHARACTERS_PER_TOKEN = 32
-#: Where a tokenizer's texts cannot be cut into pieces, a longer head is tried, so many times as long as the one before.
+#: Where a tokenizer's texts cannot be cut into pieces, a longer head is tried: this factor times the one before.
 _GROWTH = 4
 #: Characters of short texts that are tokenised together.
 _TOGETHER = 2**17
