@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from emberpc.wire import vectors
 
 #: A collection of the model, and one that takes vectors only.
 TEXTS, POINTS = "hostile-texts", "hostile-points"
-DIMENSIONS = 32
 _INDEX, _EMBEDDING = "/emberpc.v1.IndexService/", "/emberpc.v1.EmbeddingService/"
 
 #: What a text is repeated from.
@@ -70,12 +69,15 @@ class Size:
         text: bytes of a long text.
         message: bytes of a request over the limits of its elements.
         records: records with much metadata in one request.
+        numbers: numbers in the metadata of each.
+        dimensions: of the model's vectors.
     """
 
     text: int = 2**20
     message: int = 15 * 2**20
     records: int = 200
-    numbers: int = field(default=4000)
+    numbers: int = 4000
+    dimensions: int = 32
 
 
 SHORT = Size(text=100_000, message=2**20, records=10)
@@ -93,12 +95,12 @@ def text_of(kind: str, size: int) -> str:
     return unit * (size // len(unit.encode()))
 
 
-def preparation() -> Iterator[tuple[str, Message]]:
+def preparation(size: Size) -> Iterator[tuple[str, Message]]:
     """Give the requests that make the collections, with their methods."""
     for name, model in ((TEXTS, "tiny"), (POINTS, "")):
-        collection = index_pb2.Collection(name=name, model=model, dimensions=DIMENSIONS)
+        collection = index_pb2.Collection(name=name, model=model, dimensions=size.dimensions)
         yield _INDEX + "CreateCollection", index_pb2.CreateCollectionRequest(collection=collection)
-        matrix = np.random.default_rng(0).standard_normal((1000, DIMENSIONS)).astype(np.float32)
+        matrix = np.random.default_rng(0).standard_normal((1000, size.dimensions)).astype(np.float32)
         records = [
             _record(f"r{i:04}", f"the record {i}", {"n": i, "tags": ["a", "b"], "s": f"t{i}"}) for i in range(1000)
         ]
@@ -233,7 +235,7 @@ def _of_answers(size: Size) -> dict[str, Hostile]:
     """Return the requests with much in the request or the response."""
     numbers = [float(i) for i in range(size.numbers)]
     records = [_record(f"m{i}", "", {"n": numbers}) for i in range(size.records)]
-    matrix = vectors.encode(np.ones((size.records, DIMENSIONS), dtype=np.float32))
+    matrix = vectors.encode(np.ones((size.records, size.dimensions), dtype=np.float32))
     some = [f"r{i:04}" for i in range(1000)]
     queries = [index_pb2.SearchQuery(record_id=each) for each in some]
     return {

@@ -36,7 +36,7 @@ TIMEOUT = 300
 def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     process = ServerProcess({"tiny": tiny_bundle}, tmp_path_factory.mktemp("data"))
     with grpc.insecure_channel(process.address) as channel:
-        for method, request in hostile_requests.preparation():
+        for method, request in hostile_requests.preparation(SHORT):
             call: Any = channel.unary_unary(method)
             call(request.SerializeToString(), timeout=TIMEOUT)
     before = megabytes(process)

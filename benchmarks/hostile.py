@@ -1,0 +1,168 @@
+"""Do the worst requests hold up others?
+
+Sends the requests of `examples/hostile_requests.py` in full size, one at a time
+and then all of them, eight at a time from two connections. Meanwhile another
+process asks for health and for a short embedding, one call after the other.
+Then it sends SIGTERM while requests are under way. Prints the slowest of these
+calls for each request, the memory that the server used, and the seconds that
+its end took. Asked: 500 ms, idle + 600 MB, and the drain time + 2 s.
+
+    python benchmarks/hostile.py BUNDLE [-o RESULT.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import grpc
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import hostile_requests  # noqa: E402 - it is in the folder above
+from emberpc.bundle import read_bundle  # noqa: E402
+from emberpc.v1 import embedding_pb2  # noqa: E402
+from hostile_requests import Hostile, Size  # noqa: E402
+from load import host  # noqa: E402
+from server_process import ServerProcess  # noqa: E402
+
+DRAIN = 2.0
+TIMEOUT = 600
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+
+
+def _look(address: str, stop: Event, results: Connection) -> None:
+    """Ask for health and a short embedding until told to stop; send the seconds of the slowest of each."""
+    slowest = [0.0, 0.0]
+    with grpc.insecure_channel(address) as channel:
+        health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        embed: Any = channel.unary_unary("/emberpc.v1.EmbeddingService/Embed")
+        number = 0
+        while True:
+            # A text of its own each time, which no cache has.
+            request = embedding_pb2.EmbedRequest(model="tiny", texts=[f"a short text {number}"])
+            for i, (call, data) in enumerate(((health, b""), (embed, request.SerializeToString()))):
+                start = perf_counter()
+                call(data, timeout=TIMEOUT)
+                slowest[i] = max(slowest[i], perf_counter() - start)
+            number += 1
+            if stop.is_set():
+                break
+            stop.wait(0.01)
+    results.send(slowest)
+
+
+@contextmanager
+def watched(address: str, found: list[float]) -> Iterator[None]:
+    """Watch a server from another process in the block; then put the slowest seconds into a list."""
+    context = multiprocessing.get_context("spawn")
+    stop, (ours, theirs) = context.Event(), context.Pipe()
+    process = context.Process(target=_look, args=(address, stop, theirs))
+    process.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        found.extend(ours.recv())
+        process.join()
+
+
+def send(channel: grpc.Channel, hostile: Hostile) -> str:
+    """Send a request; return the name of the code that it ended with."""
+    kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
+    call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
+    try:
+        answer = call(iter(hostile.data) if hostile.streams[0] else hostile.data[0], timeout=TIMEOUT)
+        if hostile.streams[1]:
+            for _ in answer:
+                pass
+    except grpc.RpcError as error:
+        return str(error.code().name) if isinstance(error, grpc.Call) else "no code"
+    return "OK"
+
+
+def megabytes(process: ServerProcess, field: str) -> int:
+    """Return VmRSS, the memory that a server uses, or VmHWM, the most that it used."""
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) // 1024
+
+
+def measure(bundle: Path, data: Path) -> dict[str, Any]:
+    """Measure a server of a bundle."""
+    size = Size(text=2 * 2**20 - 64, dimensions=read_bundle(bundle).manifest.dimensions)
+    requests = hostile_requests.requests(size)
+    process = ServerProcess({"tiny": bundle}, data, "--drain-seconds", str(DRAIN))
+    rows: dict[str, Any] = {}
+    with (
+        grpc.insecure_channel(process.address, _OPTIONS) as one,
+        grpc.insecure_channel(process.address, _OPTIONS) as other,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        for method, request in hostile_requests.preparation(size):
+            call: Any = one.unary_unary(method)
+            call(request.SerializeToString(), timeout=TIMEOUT)
+        idle = megabytes(process, "VmRSS")
+        for name, hostile in requests.items():
+            slowest: list[float] = []
+            start = perf_counter()
+            with watched(process.address, slowest):
+                start = perf_counter()
+                code = send(one, hostile)
+                seconds = perf_counter() - start
+            rows[name] = {"code": code, "seconds": seconds, "health": slowest[0], "embed": slowest[1]}
+            print(f"{name:45} {code:20} {seconds:7.3f} s, health {slowest[0]:.3f}, embed {slowest[1]:.3f}", flush=True)
+        alone = megabytes(process, "VmHWM")
+        slowest = []
+        with watched(process.address, slowest):
+            channels = [one, other]
+            jobs = [pool.submit(send, channels[i % 2], hostile) for i, hostile in enumerate(requests.values())]
+            for job in jobs:
+                job.result()
+        together = {"health": slowest[0], "embed": slowest[1]}
+        most = megabytes(process, "VmHWM")
+        jobs = [pool.submit(send, channels[i % 2], hostile) for i, hostile in enumerate(requests.values())]
+        start = perf_counter()
+        exit_code = process.stop()
+        end = perf_counter() - start
+        pool.shutdown(cancel_futures=True)
+    return {
+        "host": host(),
+        "requests": rows,
+        "slowest": {key: max(row[key] for row in rows.values()) for key in ("health", "embed")},
+        "eight at a time": together,
+        "idle MB": idle,
+        "most MB, one at a time": alone,
+        "most MB": most,
+        "seconds of the end": end,
+        "exit code": exit_code,
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("-o", "--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(options.bundle, Path(folder))
+    print(json.dumps({key: value for key, value in result.items() if key != "requests"}, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
