@@ -371,14 +371,7 @@ class Index:
         """Raise ServiceError unless a collection of this name may be made."""
         if self._directory.folder(name) is not None:
             raise collection_exists(name)
-        if self._directory.count() >= self._max_collections:
-            raise ServiceError(
-                Code.RESOURCE_EXHAUSTED,
-                f"there are {self._directory.count()} collections, and the limit is {self._max_collections}; delete "
-                "some, or start the server with a higher --max-collections",
-                reason="TOO_MANY_COLLECTIONS",
-                metadata={"limit": str(self._max_collections)},
-            )
+        self._directory.check_count(self._max_collections)
 
     def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
         """Make a new, empty collection in a folder of its own; the directory does not name it yet."""

@@ -127,10 +127,18 @@ class DataDirectory:
             ).fetchone()
         return None if row is None else self._path_of(name, row[0])
 
-    def count(self) -> int:
-        """Return the number of collections."""
+    def check_count(self, most: int) -> None:
+        """Raise RESOURCE_EXHAUSTED if there are `most` collections or more."""
         with translated(_WHAT):
-            return int(self._database.execute("SELECT count(*) FROM collections").fetchone()[0])
+            count = self._database.execute("SELECT count(*) FROM collections").fetchone()[0]
+        if count >= most:
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                f"there are {count} collections, and the limit is {most}; delete some, or start the server with a "
+                "higher --max-collections",
+                reason="TOO_MANY_COLLECTIONS",
+                metadata={"limit": str(most)},
+            )
 
     def specs(self, after: str, count: int) -> list[CollectionSpec]:
         """Return the specs of the collections that follow a name, at most `count`, by name.

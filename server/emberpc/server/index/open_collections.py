@@ -9,6 +9,7 @@ from typing import Protocol
 
 from emberpc.server import descriptors
 from emberpc.server.deadlines import Deadline
+from emberpc.server.index import cancellation
 from emberpc.server.index.readers import MOST_DESCRIPTORS
 from emberpc.server.memory import return_memory
 
@@ -174,7 +175,9 @@ class OpenCollections:
 def _close(collection: Closable) -> bool:
     """Close a collection unless it is in use; return whether it was closed. One bad collection stays open."""
     try:
-        return collection.close_idle()
+        # The call that this thread runs may be cancelled; the collection is another one.
+        with cancellation.cancelled_when(lambda: False):
+            return collection.close_idle()
     except Exception:  # it must not fail the call that opens another one
         log.exception("a collection that is not in use stays open")
         return False
