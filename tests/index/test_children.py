@@ -111,4 +111,4 @@ def test_a_snapshot_being_written_keeps_neither_writes_nor_searches_waiting(
     assert outcome.hits[0][0].id == "r00100"
     assert len(pipe.read_bytes()) == saving.size
     saving.wait()
-    assert saving.live + len(saving.dead) <= 100
+    assert saving.live + len(saving.contents.dead) <= 100

@@ -89,8 +89,9 @@ def test_a_snapshot_of_the_former_format_is_left_aside(tmp_path: Path) -> None:
     snapshots.save(built(with_copies(20, 5)[0]).save, SPEC, "identity", tmp_path)
     (sidecar,) = tmp_path.glob("*.json")
     facts = json.loads(sidecar.read_text(encoding="utf-8"))["facts"]
-    facts["format"] = 2
-    del facts["members"]
+    facts["format"] = 3
+    for key in ("outside", "ghosts", "checked"):
+        del facts[key]
     sidecar.write_text(json.dumps({"facts": facts, "facts_sha256": snapshots._digest(facts)}), encoding="utf-8")
     assert snapshots.load(SPEC, "identity", 500, tmp_path) is None
 

@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 
-from emberpc.server.index import CollectionSpec
-from emberpc.server.index import graph as graphs
-from emberpc.server.index.graph import Graph, GraphError
+from emberpc.server.index import CollectionSpec, hnsw
+from emberpc.server.index.graph import Graph
 from emberpc.server.index.helpers import Helpers
+from emberpc.server.index.hnsw import GraphError
 from emberpc.server.index.metric import prepare
 from emberpc.server.index.types import Distance
 
@@ -79,7 +79,7 @@ def test_without_threads_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_many_queries_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_helpers", Helpers(2))
+    monkeypatch.setattr(hnsw, "_helpers", Helpers(2))
     spec = CollectionSpec("c", 16)
     vectors = prepare(np.random.default_rng(0).standard_normal((600, 16), dtype=np.float32), Distance.COSINE)
     graph = Graph(spec)

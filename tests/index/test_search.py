@@ -126,7 +126,7 @@ def test_what_the_graph_does_not_reach_is_still_found(collection: Collection) ->
     truth = filled(collection, 200)
     graph = collection._neighbours._graph
     for label in sorted(graph.labels())[5:]:
-        graph._index.mark_deleted(label)
+        graph._hnsw._index.mark_deleted(label)
     for outcome in collection.search(gaussian(3, 8, seed=5), 10):
         assert outcome.plan.strategy is Strategy.EXACT
         assert outcome.plan.compared_count == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 from emberpc.server.cores import usable_cores
 from emberpc.server.index import cancellation
 from emberpc.server.index.buffer import Buffer
-from emberpc.server.index.graph import Graph, GraphError, Saving
+from emberpc.server.index.graph import Graph, Saving
+from emberpc.server.index.hnsw import GraphError
 from emberpc.server.index.locks import ReadWriteLock
 from emberpc.server.index.metric import best_of
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Strategy
@@ -21,6 +23,10 @@ _QUERIES_PER_TURN = 32 * usable_cores()
 #: Candidates up to which a query counts as one; one of more counts as more, since it takes as much longer.
 _EF_PER_QUERY = 1000
 _READ_BATCH = 2000
+#: Nodes that are searched for while other searches wait; some 1 ms.
+_CHECKED_AT_ONCE = 32
+#: All nodes are checked again when they are so many times as at the last check: later ones may take links to a node.
+_CHECK_GROWTH = 1.5
 
 #: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).
 ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
@@ -51,6 +57,8 @@ class Neighbours:
         self._graph = graph
         self._buffer = Buffer(spec.dimensions, spec.distance)
         self._lock = ReadWriteLock()
+        #: Nodes that a check of all has still to check.
+        self._unchecked: list[int] = []
 
     @property
     def waiting(self) -> int:
@@ -72,10 +80,25 @@ class Neighbours:
         """Share of the graph's nodes that are deleted."""
         return self._graph.dead_share
 
+    @property
+    def stray_share(self) -> float:
+        """Share of the vectors of the graph that no link leads to, so that they are compared with every query."""
+        return self._graph.stray_share
+
+    def representatives(self) -> list[int]:
+        """Return labels in the graph, one of those whose vectors are equal or nearly equal."""
+        with self._lock.read():
+            return self._graph.representatives()
+
     def catch_up(self, stored: Labels, read: ReadVectors) -> None:
         """Hold exactly the labels that are stored, ascending: what a snapshot misses waits in the buffer."""
-        here = self._graph.labels()
         with self._lock.write():
+            # First, since the last vector of a group takes its leader with it.
+            awaited = sorted(self._graph.awaited & set(stored.tolist()))
+            for start in range(0, len(awaited), _READ_BATCH):
+                self._graph.restore(*read(awaited[start : start + _READ_BATCH]))
+            self._graph.restored()
+            here = self._graph.labels()
             self._graph.remove(here - set(stored.tolist()))
             missing = [label for label in stored.tolist() if label not in here]
             for start in range(0, len(missing), _READ_BATCH):
@@ -143,7 +166,29 @@ class Neighbours:
             moved += len(labels)
         return moved
 
-    def rebuild(self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000) -> bool:
+    def check(self, stop: Callable[[], bool]) -> None:
+        """Search for every node by its own vector, if there are many more than at the last check.
+
+        One that is not found is compared with every query from then on. Searches and writes go on meanwhile. A check
+        that is stopped goes on at the next call. Must not run beside `drain`.
+        """
+        if not self._unchecked:
+            with self._lock.read():
+                if self._graph.to_check < max(1, _CHECK_GROWTH * self._graph.checked):
+                    return
+                self._unchecked = self._graph.check_begins()
+        while self._unchecked:
+            if stop():
+                return
+            with self._lock.write():
+                self._graph.check(self._unchecked[-_CHECKED_AT_ONCE:])
+            del self._unchecked[-_CHECKED_AT_ONCE:]
+        with self._lock.write():
+            self._graph.check_ends()
+
+    def rebuild(
+        self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
+    ) -> bool:
         """Build a graph of what is live, beside the one that answers, and put it in its place.
 
         Must not run beside `drain`.
@@ -152,6 +197,7 @@ class Neighbours:
             read: reads the vectors.
             stop: whether to leave it.
             most_waiting: if more wait than that, the old graph takes them in meanwhile, so that searches stay quick.
+            shuffled: whether to insert them in random order, instead of that of their labels.
 
         Returns:
             Whether it was finished.
@@ -161,8 +207,10 @@ class Neighbours:
         # What the old graph took in meanwhile must be in the new one too; that is less each time.
         while labels := sorted(self._graph_labels() - taken):
             taken.update(labels)
+            if shuffled:
+                random.Random(len(taken)).shuffle(labels)  # noqa: S311 - an order, no secret
             for start in range(0, len(labels), _READ_BATCH):
-                found, vectors = read(labels[start : start + _READ_BATCH])
+                found, vectors = read(sorted(labels[start : start + _READ_BATCH]))
                 for first in range(0, len(found), _SLICE):
                     if stop():
                         return False
@@ -172,6 +220,7 @@ class Neighbours:
         with self._lock.write():
             graph.remove(graph.labels() - self._graph.labels())
             self._graph = graph
+            self._unchecked = []
         return True
 
     def save(self, path: Path) -> Saving:

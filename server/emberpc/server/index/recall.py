@@ -1,6 +1,6 @@
 """How many candidates a search of a collection's graph must keep for a wanted recall: measured, not guessed.
 
-A sample of the stored vectors, each moved by some noise, is searched for
+A sample of the distinct vectors, each moved by some noise, is searched for
 exactly and in the graph. What that took at which recall is kept beside the
 collection, and measured again when the graph has grown by a half or is new.
 """
@@ -80,7 +80,9 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
     Some two seconds at 100,000 vectors, most of it for reading them.
     """
     size = neighbours.graph_size
-    queries = _queries(store, distance)
+    queries = _queries(store, neighbours, distance)
+    if not len(queries):
+        return RecallMap(size, ())
     truth = _best_scores(store, queries, distance, stop)
     if truth is None:
         return None
@@ -125,9 +127,13 @@ def load(folder: Path) -> RecallMap | None:
         return None
 
 
-def _queries(store: Store, distance: Distance) -> Matrix:
-    """Return prepared queries near the records: stored vectors of a sample, each moved by noise."""
-    labels = store.labels()
+def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> Matrix:
+    """Return prepared queries near the records: stored vectors of a sample, each moved by noise.
+
+    Of equal and nearly equal vectors the sample has one at most: a graph may find many copies of one text with few
+    candidates, and other records with many only.
+    """
+    labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
     rng = np.random.default_rng(0)
     chosen = rng.choice(labels, min(_QUERIES, len(labels)), replace=False)
     vectors = store.vectors(sorted(chosen.tolist()))[1]

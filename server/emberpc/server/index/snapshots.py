@@ -12,17 +12,19 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from emberpc.server.index.files import sha256_of, synchronise
-from emberpc.server.index.graph import Graph, GraphError, Saving
+from emberpc.server.index.graph import Contents, Graph, Saving
+from emberpc.server.index.hnsw import GraphError
 from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
 
-#: 3: equal vectors are one node.
-_FORMAT = 3
+#: 3: equal vectors are one node. 4: nearly equal vectors are one node, and nodes that no search finds are none.
+_FORMAT = 4
 _KEPT = 2
 
 
@@ -57,8 +59,7 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, f
             "size": size,
             "sha256": sha256_of(path),
             "count": saving.live,
-            "dead": saving.dead.tolist(),
-            "members": [[node, labels] for node, labels in saving.members.items()],
+            **_contents_to_json(saving.contents),
             "newest": saving.newest,
         }
         temporary = path.with_suffix(".tmp")
@@ -105,10 +106,10 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Gr
         raise AheadError
     if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
         raise ValueError("its graph is not what was written")
-    members = {int(node): [int(label) for label in labels] for node, labels in facts["members"]}
-    graph = Graph.load(spec, path, np.array(facts["dead"], dtype=np.int64), members)
-    if graph.live != facts["count"]:
-        raise ValueError(f"it holds {graph.live} vectors, not {facts['count']}")
+    graph = Graph.load(spec, path, _contents_from_json(facts))
+    count = graph.live + len(graph.awaited)
+    if count != facts["count"]:
+        raise ValueError(f"it holds {count} vectors, not {facts['count']}")
     return graph
 
 
@@ -122,6 +123,27 @@ def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
         "m": spec.m,
         "ef_construction": spec.ef_construction,
     }
+
+
+def _contents_to_json(contents: Contents) -> dict[str, object]:
+    return {
+        "dead": contents.dead.tolist(),
+        "members": [[node, labels] for node, labels in contents.members.items()],
+        "outside": [[leader, labels] for leader, labels in contents.outside.items()],
+        "ghosts": contents.ghosts,
+        "checked": contents.checked,
+    }
+
+
+def _contents_from_json(facts: dict[str, Any]) -> Contents:
+    """Return what `_contents_to_json` was given; KeyError, TypeError or ValueError if it cannot have been."""
+    return Contents(
+        np.array(facts["dead"], dtype=np.int64),
+        {int(node): [int(label) for label in labels] for node, labels in facts["members"]},
+        {int(leader): [int(label) for label in labels] for leader, labels in facts["outside"]},
+        [int(node) for node in facts["ghosts"]],
+        int(facts["checked"]),
+    )
 
 
 def _digest(facts: dict[str, object]) -> str:

@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 _REST_SHARE = 1 / 16
 #: A graph with a greater share of deleted nodes is built anew: inserts cost 1.5 times as much at a third.
 _MAX_DEAD_SHARE = 0.25
+#: A graph with a greater share of strays is built anew, in another order: every search compares all of them.
+_MAX_STRAY_SHARE = 0.02
+#: So few strays cost a search less than 5 %.
+_FEW_STRAYS = 100
 _SNAPSHOT_TRIES = 3
 #: A snapshot is of the whole graph, so that a large one is saved no sooner than so much of it is new.
 _NEW_SHARE = 0.25
@@ -72,6 +76,8 @@ class Upkeep:
         self._stop = stop
         self._lock = threading.Lock()
         self._unsaved = 0
+        #: Vectors in the graph when it was built anew because of strays.
+        self._size_shuffled = 0
         self._last_write = time.monotonic()
         self.effort = Effort(folder, neighbours)
 
@@ -98,12 +104,16 @@ class Upkeep:
         with self._lock:
             self._drain()
             limit = self._pace.buffer_limit
-            if self._neighbours.dead_share > _MAX_DEAD_SHARE and self._neighbours.rebuild(
-                self._read, self._stop, limit
+            self._neighbours.check(lambda: self._stop() or self._neighbours.waiting > limit)
+            shuffled = self._has_many_strays()
+            if (shuffled or self._neighbours.dead_share > _MAX_DEAD_SHARE) and self._neighbours.rebuild(
+                self._read, self._stop, limit, shuffled=shuffled
             ):
                 # All of the graph is new.
                 self._unsaved = self._between_snapshots
                 self.effort.forget()
+            if shuffled:
+                self._size_shuffled = self._neighbours.graph_size
             self._snapshot_if_due()
             if self.effort.due:
                 self.effort.measure(self._store, self._spec.distance, self._stop)
@@ -144,6 +154,11 @@ class Upkeep:
             self._snapshot_if_due()
             if self._neighbours.waiting <= least:
                 return
+
+    def _has_many_strays(self) -> bool:
+        """Whether another graph may have fewer strays; not if the last attempt was at nearly the same vectors."""
+        share, size = self._neighbours.stray_share, self._neighbours.graph_size
+        return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and size >= 1.5 * self._size_shuffled
 
     def _rests(self) -> bool:
         return self.due_at_rest is not None and time.monotonic() - self._last_write >= self._pace.rest_seconds

@@ -1,0 +1,251 @@
+"""Nearly equal vectors hide no other record, and a record that the links of the graph do not lead to is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, snapshots
+from emberpc.server.index.graph import Graph
+from emberpc.server.index.hnsw import Hnsw
+from emberpc.server.index.metric import nearest, prepare
+from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.types import Labels, Matrix
+from index.support import gaussian, numbered
+
+WIDTH = 32
+DEFAULT_EF = 100
+SPEC = CollectionSpec("c", WIDTH)
+#: Parameters with which many nodes get no links to them.
+POOR = CollectionSpec("c", WIDTH, m=4, ef_construction=16)
+
+
+def crowd(others: int, near: int, noise: float) -> tuple[Matrix, Labels]:
+    """Return shuffled vectors, and the rows of those that are not near one mean."""
+    order = np.random.default_rng(0).permutation(others + near)
+    mean = gaussian(1, WIDTH, seed=1)
+    vectors = np.vstack([gaussian(others, WIDTH), mean + noise * gaussian(near, WIDTH, seed=2)])[order]
+    return vectors, np.flatnonzero(order < others)
+
+
+def built(vectors: Matrix, spec: CollectionSpec = SPEC) -> Graph:
+    """Return a graph of prepared vectors; the label of row i is i + 1."""
+    graph = Graph(spec)
+    labels = np.arange(1, len(vectors) + 1, dtype=np.int64)
+    for start in range(0, len(vectors), 16):
+        graph.add(labels[start : start + 16], vectors[start : start + 16])
+    graph.set_ef(DEFAULT_EF)
+    return graph
+
+
+def recalls(
+    graph: Graph, vectors: Matrix, queries: Matrix, distance: Distance = Distance.COSINE
+) -> tuple[float, float]:
+    """Return self-recall and recall@10; an equal score counts."""
+    _, scores = graph.search(queries, 10)
+    _, truth = nearest(queries, vectors, 10, distance)
+    bounds = truth - 1e-5 * np.maximum(1, np.abs(truth))
+    return float(np.mean(scores[:, 0] >= bounds[:, 0])), float(np.mean(scores >= bounds[:, 9:]))
+
+
+@pytest.mark.parametrize("distance", [Distance.COSINE, Distance.EUCLIDEAN])
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.01])
+def test_nearly_equal_vectors_hide_no_other_and_not_each_other(distance: Distance, noise: float) -> None:
+    vectors, others = crowd(500, 1000, noise)
+    vectors = prepare(vectors, distance)
+    graph = built(vectors, CollectionSpec("c", WIDTH, distance=distance))
+    for queries in (vectors[others], vectors[np.setdiff1d(np.arange(1500), others)[::4]]):
+        own, at_ten = recalls(graph, vectors, queries, distance)
+        assert own >= 0.99
+        assert at_ten >= 0.95
+
+
+@pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
+def test_scores_within_a_group_are_exact(near: int) -> None:
+    vectors, _ = crowd(300, near, 0.01)
+    vectors = prepare(vectors, Distance.COSINE)
+    graph = built(vectors)
+    assert graph.nodes < 310, "nothing is grouped"
+    queries = prepare(gaussian(20, WIDTH, seed=7) + 3 * gaussian(1, WIDTH, seed=1), Distance.COSINE)
+    labels, scores = graph.search(queries, 20)
+    assert all(len(set(row)) == 20 for row in labels.tolist())
+    own = np.einsum("qkd,qd->qk", vectors[labels - 1], queries)
+    assert np.allclose(scores, own, atol=1e-5)
+    assert np.mean(scores >= nearest(queries, vectors, 20, Distance.COSINE)[1][:, 19:] - 1e-6) >= 0.99
+
+
+@pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
+def test_a_group_outlives_its_leader_and_goes_with_its_last_label(near: int) -> None:
+    vectors, others = crowd(300, near, 0.001)
+    vectors = prepare(vectors, Distance.COSINE)
+    graph = built(vectors)
+    group = sorted(set(range(1, len(vectors) + 1)) - set((others + 1).tolist()))
+    leader, last = group[0], group[-1]
+    query = vectors[last - 1][None]
+    graph.remove({leader})
+    labels, _ = graph.search(query, 10)
+    assert labels[0, 0] == last
+    assert leader not in labels
+    assert graph.dead_share == 0
+    # The vector of the leader is taken in again.
+    graph.add(np.array([9000], dtype=np.int64), vectors[leader - 1][None])
+    assert graph.search(vectors[leader - 1][None], 1)[0][0, 0] == 9000
+    graph.remove({9000, *group[:-1]})
+    assert graph.search(query, 1)[0][0, 0] == last
+    assert np.array_equal(graph.held([last])[last], query[0])
+    graph.remove({last})
+    assert graph.dead_share > 0
+    assert graph.labels() == set((others + 1).tolist())
+    assert not set(graph.search(query, 10)[0][0].tolist()) & set(group)
+
+
+def unchecked(monkeypatch: pytest.MonkeyPatch, build: Callable[[], object]) -> None:
+    """Build without the check whether a node is found."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[:0])
+        build()
+
+
+def missed(graph: Graph, vectors: Matrix) -> list[int]:
+    labels, _ = graph.search(vectors, 1)
+    return [row for row, label in enumerate(labels[:, 0].tolist()) if label != row + 1]
+
+
+def test_a_node_that_later_ones_cut_off_is_compared_with_every_query() -> None:
+    vectors = prepare(gaussian(1500, WIDTH), Distance.COSINE)
+    graph = built(vectors, POOR)
+    lost = missed(graph, vectors)
+    assert lost, "the graph is too good to show anything"
+    graph.check(graph.check_begins())
+    assert missed(graph, vectors) == []
+    assert 0 < graph.stray_share < 0.1
+    labels = {row + 1 for row in lost}
+    assert graph.held(sorted(labels)).keys() == labels
+    graph.remove(labels)
+    assert not labels & set(graph.search(vectors[lost], 10)[0].ravel().tolist())
+    assert graph.stray_share == 0
+
+
+def test_a_node_of_a_group_that_is_cut_off_is_compared_with_every_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = prepare(gaussian(1, WIDTH, seed=1) + 0.01 * gaussian(400, WIDTH), Distance.COSINE)
+    graph = built(vectors)
+    assert graph.nodes == 1
+    monkeypatch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[nodes == 100])
+    graph.check(graph.check_begins())
+    (group,) = graph._groups.values()
+    assert isinstance(group, Graph)
+    assert group.stray_share > 0
+    assert graph.search(vectors[99][None], 1)[0].tolist() == [[100]]
+
+
+def test_a_leader_that_is_cut_off_still_leads_to_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, others = crowd(300, 100, 0.001)
+    vectors = prepare(vectors, Distance.COSINE)
+    graph = built(vectors)
+    group = sorted(set(range(1, 401)) - set((others + 1).tolist()))
+    monkeypatch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[nodes == group[0]])
+    graph.check(graph.check_begins())
+    rows = np.array(group) - 1
+    assert graph.search(vectors[rows], 1)[0][:, 0].tolist() == group
+    graph.remove(set(group))
+    assert graph.labels() == set((others + 1).tolist())
+    assert graph.stray_share == 0
+
+
+def test_a_snapshot_keeps_groups_and_strays(tmp_path: Path) -> None:
+    vectors, others = crowd(1500, 100, 0.001)
+    vectors = prepare(np.vstack([vectors, vectors[:50]]), Distance.COSINE)
+    graph = built(vectors, POOR)
+    graph.check(graph.check_begins())
+    group = sorted(set(range(1, 1601)) - set((others + 1).tolist()))
+    graph.remove({group[0]})
+    kept = graph.labels()
+    assert graph.stray_share > 0
+    snapshots.save(graph.save, POOR, "identity", tmp_path)
+    loaded = snapshots.load(POOR, "identity", 2000, tmp_path)
+    assert loaded is not None
+    # A record of the group was deleted since, and one added.
+    stored = np.array([*sorted(kept - {group[1]}), 1999], dtype=np.int64)
+    neighbours = Neighbours(POOR, loaded)
+    rows = dict(enumerate(vectors, start=1)) | {1999: vectors[0]}
+    neighbours.catch_up(
+        stored, lambda labels: (np.array(labels, dtype=np.int64), np.stack([rows[label] for label in labels]))
+    )
+    assert neighbours.waiting == 1
+    assert loaded.labels() == kept - {group[1]}
+    assert loaded.nodes == graph.nodes
+    assert loaded.stray_share == graph.stray_share
+    graph.remove({group[1]})
+    loaded.set_ef(DEFAULT_EF)
+    assert np.array_equal(loaded.search(vectors, 3)[1], graph.search(vectors, 3)[1])
+
+
+def test_a_leader_without_records_goes_with_the_group_that_is_gone(tmp_path: Path) -> None:
+    vectors, others = crowd(300, 100, 0.001)
+    graph = built(prepare(vectors, Distance.COSINE))
+    group = set(range(1, 401)) - set((others + 1).tolist())
+    graph.remove({min(group)})
+    snapshots.save(graph.save, SPEC, "identity", tmp_path)
+    loaded = snapshots.load(SPEC, "identity", 2000, tmp_path)
+    assert loaded is not None
+    neighbours = Neighbours(SPEC, loaded)
+    neighbours.catch_up(others + 1, lambda labels: (np.empty(0, dtype=np.int64), np.empty((0, WIDTH), np.float32)))
+    assert (neighbours.count, loaded.nodes) == (300, 300)
+
+
+def problems(collection: Collection) -> list[str]:
+    return [problem.id for step in collection.verify(full=True) for problem in step.problems]
+
+
+def test_a_record_that_verify_names_is_found_after_it_is_upserted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = np.vstack([gaussian(1500, WIDTH), gaussian(1500, WIDTH)[:400]])  # some with a copy, which shares the node
+    index = Index(tmp_path, buffer_limit=8)
+    collection = index.create(POOR)
+    monkeypatch.setattr(collection, "_wake", lambda: None)
+    collection.upsert(numbered(1900), vectors)
+    unchecked(monkeypatch, collection.maintain)
+    named = problems(collection)
+    assert named, "the graph is too good to show anything"
+    for name in named:
+        collection.upsert(numbered(1, first=int(name[1:])), vectors[int(name[1:])][None])
+    collection.maintain()
+    assert problems(collection) == []
+    index.close()
+    index = Index(tmp_path, buffer_limit=8)
+    assert problems(index.get("c")) == []
+    index.close()
+
+
+def test_all_nodes_are_checked_when_the_graph_has_grown_by_a_half(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = index.create(POOR)
+    monkeypatch.setattr(collection, "_wake", lambda: None)
+    vectors = gaussian(2400, WIDTH)
+    collection.upsert(numbered(1500), vectors[:1500])
+    unchecked(monkeypatch, collection.maintain)
+    assert problems(collection) != []
+    collection.upsert(numbered(900, first=1500), vectors[1500:])
+    collection.maintain()
+    assert problems(collection) == []
+
+
+def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
+    """Many nearly equal records, which a search finds easily, do not hide that the others need more candidates."""
+    collection = index.create(CollectionSpec("c", WIDTH, m=8, ef_construction=60))
+    vectors, others = crowd(1500, 3000, 0.001)
+    collection.upsert(numbered(len(vectors)), vectors)
+    collection.maintain()
+    assert len(collection._neighbours.representatives()) < 1600
+    alone = index.create(CollectionSpec("d", WIDTH, m=8, ef_construction=60))
+    alone.upsert(numbered(1500), vectors[others])
+    alone.maintain()
+    ours, theirs = (each._upkeep.effort.ef(10, 0, 0.95) for each in (collection, alone))
+    assert ours is not None
+    assert theirs is not None
+    assert ours >= theirs / 2
