@@ -50,8 +50,7 @@ class Index:
         probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
         answer_bytes: most bytes of the records of one answer.
         max_collections: most collections that `create` and `restore` make.
-        max_open: collections that may be open while no calls of theirs are in progress; 0: by the limit of file
-            descriptors.
+        max_open: collections that are kept open while nobody uses them; 0: by the limit of file descriptors.
         idle_seconds: a collection without a call for this long is closed until its next call; 0: none is.
 
     Raises:
@@ -78,8 +77,7 @@ class Index:
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
-        #: Those that were opened, or are being opened: that takes long for a large one, so it is done outside the lock.
-        #: They stay here while they are closed between calls, and open themselves again.
+        #: Those that were opened, also if they are closed between calls, or are being opened, outside the lock.
         self._open: dict[str, Future[Collection]] = {}
         #: Those of them that were opened and can be had without a lock.
         self._at_hand: dict[str, Collection] = {}

@@ -1,0 +1,407 @@
+"""The vectors of a collection behind an HNSW graph in which equal and nearly equal ones hide no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+
+from emberpc.server.index.hnsw import FIRST_CAPACITY, GraphError, Hnsw
+from emberpc.server.index.metric import best_of, nearest
+from emberpc.server.index.pool import Pool
+from emberpc.server.index.types import CollectionSpec, Labels, Matrix
+
+#: Vectors are nearly equal if their distance is at most this share of their length: a cosine of 0.9998.
+_NEAR = 0.02
+#: Nodes that a search reads for each hit where there are groups, since a leader may be less near than its group.
+_LEADERS_PER_HIT = 5
+#: Candidates of the search for a nearly equal vector: a twentieth of an insert. The way to one is easy to find.
+_LEADER_EF = 2
+#: A group of more vectors has an HNSW graph of its own. The insert of so many takes some 10 ms.
+_MOST_COMPARED = 128
+#: Capacity of the graph of a group.
+_GROUP_CAPACITY = 2 * _MOST_COMPARED
+
+#: Instead of a leader: the vector is compared with every query.
+STRAY = -1
+
+
+class _Group(Protocol):
+    """Vectors outside the graph, by label: a `Pool`, or `GroupedVectors` without groups."""
+
+    def __len__(self) -> int: ...
+    def add(self, labels: Labels, vectors: Matrix) -> None: ...
+    def remove(self, labels: set[int]) -> None: ...
+    def held(self, labels: list[int]) -> dict[int, Matrix]: ...
+    def found(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]: ...
+
+
+class GroupedVectors:
+    """Labelled vectors, most of them nodes of an HNSW graph. A label is added once and never changed.
+
+    Labels with equal vectors share one vector, which is named by the label that it was added for, and stays until its
+    last label is removed. Many nodes that are nearly equal would take up the candidates of a search, and the links that
+    lead to other nodes. So a vector that is nearly equal to a node, its leader, joins the group of that leader and is
+    no node. A search that finds a leader searches its group too. A node that searches for its own vector do not find is
+    a stray: it is deleted from the graph and its vector is compared with every query.
+
+    `Neighbours` holds the lock: `search` and `save` need its read side, all else its write side.
+
+    Args:
+        spec: dimensions, distance and parameters.
+        capacity: nodes to make room for; it grows by itself.
+        groups: whether nearly equal vectors are grouped.
+    """
+
+    def __init__(self, spec: CollectionSpec, capacity: int = FIRST_CAPACITY, *, groups: bool = True) -> None:
+        self._spec = spec
+        self._has_groups = groups
+        self._hnsw = Hnsw(spec, max(capacity, FIRST_CAPACITY if groups else 1))
+        #: Vector of each label that can be found.
+        self._vector_of: dict[int, int] = {}
+        #: Labels of each vector whose labels are not just the one that it is named by. A dict, since that keeps the
+        #: order and removes in constant time.
+        self._members: dict[int, dict[int, None]] = {}
+        #: Vectors by their hash. Of two with one hash, only the later is here.
+        self._by_hash: dict[int, int] = {}
+        #: Leader of each vector that is no node, or STRAY.
+        self._leader_of: dict[int, int] = {}
+        self._groups: dict[int, _Group] = {}
+        #: Vectors that were nodes, and leaders that have groups, which no search of the graph found.
+        self._strays = Pool(spec.dimensions, spec.distance)
+        self._stray_leaders: set[int] = set()
+        #: Leaders whose own labels are removed.
+        self._ghosts: set[int] = set()
+        #: Leaders of labels that a snapshot has, and whose vectors are to be read.
+        self._awaited: dict[int, int] = {}
+        self._checked = 0
+
+    def __len__(self) -> int:
+        return len(self._vector_of)
+
+    @property
+    def live(self) -> int:
+        """Number of labels that can be found."""
+        return len(self._vector_of)
+
+    @property
+    def dead_share(self) -> float:
+        """Share of the nodes that are deleted; they slow down every insert and search."""
+        return self._hnsw.dead / max(1, self._hnsw.dead + self._hnsw.count)
+
+    @property
+    def stray_share(self) -> float:
+        """Share of the vectors outside groups that are compared with every query."""
+        return len(self._strays) / max(1, self._hnsw.count + len(self._strays))
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes that are not deleted."""
+        return self._hnsw.count
+
+    @property
+    def to_check(self) -> int:
+        """Number of nodes and of vectors in groups."""
+        return self._hnsw.count + len(self._leader_of)
+
+    @property
+    def checked(self) -> int:
+        """What `to_check` was when the last check of all ended."""
+        return self._checked
+
+    @property
+    def ef(self) -> int:
+        """Candidates that a search keeps."""
+        return self._hnsw.ef
+
+    def set_ef(self, ef: int) -> None:
+        """Set how many candidates a search keeps; at least the `k` of the searches that follow."""
+        self._hnsw.set_ef(ef)
+        for group in self._groups.values():
+            if isinstance(group, GroupedVectors):
+                group.set_ef(ef)
+
+    def labels(self) -> set[int]:
+        """Return the labels that can be found."""
+        return set(self._vector_of)
+
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the vectors, float32 (dimensions,), of those labels that can be found."""
+        here = [label for label in labels if label in self._vector_of]
+        return dict(zip(here, self._vectors([self._vector_of[label] for label in here]), strict=True))
+
+    def representatives(self) -> list[int]:
+        """Return one label of each node: of equal and nearly equal vectors, one."""
+        return [next(iter(self._members.get(node, (node,)))) for node in self._node_vectors()]
+
+    def add(self, labels: Labels, vectors: Matrix) -> None:
+        """Add vectors, float32 (n, dimensions), under new labels, int64 (n,); about 0.5 ms each."""
+        # This would be the heap's corruption otherwise.
+        if vectors.shape != (len(labels), self._spec.dimensions) or vectors.dtype != np.float32:
+            raise ValueError(f"vectors are {vectors.dtype} {vectors.shape}")
+        # Nothing here changes until hnswlib has the new nodes, so an add that fails can be repeated.
+        names, row_of, hashes = self._known(labels, vectors)
+        rows = np.array(list(row_of.values()), dtype=np.int64)
+        leaders = self._leaders(labels[rows], vectors[rows])
+        new = rows[leaders == labels[rows]]
+        self._hnsw.add(labels[new], vectors[new])
+        self._join(leaders, labels[rows], vectors[rows])
+        self._name(labels, names, hashes)
+        self._check(labels[new], vectors[new])
+        # A record that is not found is upserted again, and must be found then. If its vector was known, its node or its
+        # leader may be the one that is not found.
+        known = set(names) - set(labels[rows].tolist())
+        self.check(known | {self._leader_of.get(name, name) for name in known})
+
+    def check(self, names: Iterable[int]) -> None:
+        """Search for nodes, of this graph or a group's, by their vectors; compare the missed ones with every query."""
+        here: list[int] = []
+        by_leader: dict[int, list[int]] = {}
+        for name in names:
+            leader = self._leader_of.get(name, STRAY)
+            if leader != STRAY:
+                by_leader.setdefault(leader, []).append(name)
+            elif self._is_node(name):
+                here.append(name)
+        if here:
+            self._check(np.array(here, dtype=np.int64), self._hnsw.vectors(here))
+        for leader, its in by_leader.items():
+            group = self._groups[leader]
+            if isinstance(group, GroupedVectors):
+                group.check(its)
+
+    def check_begins(self) -> list[int]:
+        """Return the vectors to be checked, for a check of all."""
+        return [*dict.fromkeys(self._vector_of.values()), *self._ghosts]
+
+    def check_ends(self) -> None:
+        """Note that all nodes were checked."""
+        self._checked = self.to_check
+
+    def remove(self, labels: set[int]) -> None:
+        """Delete those of the labels that are there."""
+        for label in labels & self._vector_of.keys():
+            name = self._vector_of.pop(label)
+            members = self._members.get(name)
+            if members is not None:
+                del members[label]
+                if members:
+                    continue
+                del self._members[name]
+            self._drop(name)
+
+    def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
+        """Search for prepared queries, float32 (queries, dimensions).
+
+        Args:
+            queries: the queries.
+            k: how many to find for each; cut to the number that can be found.
+
+        Returns:
+            Labels, int64 (queries, found), nearest first, and their scores, float32 of the same shape.
+
+        Raises:
+            GraphError: it would take, or took, more nodes than links lead to.
+        """
+        # Half of a graph is not worth searching.
+        live = len(self._vector_of)
+        if 2 * min(k, live) >= live > 0:
+            raise GraphError
+        if not live:
+            return np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
+        # Few nodes may have many labels. A leader may be less near than its group, so that more nodes must be found.
+        wide = _LEADERS_PER_HIT * k if self._groups else k
+        if 2 * wide >= self._hnsw.count:
+            return self._expanded(*self._compared(queries, k), k)
+        return self._expanded(*self._searched(queries, k, max(k, min(wide, self.ef))), k)
+
+    def found(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
+        """Search, or where that cannot tell compare; as `search`, and always finds `k`, or all there are."""
+        try:
+            return self.search(queries, k)
+        except GraphError:
+            k = min(k, self.live)
+            return self._expanded(*self._compared(queries, k), k)
+
+    def _known(self, labels: Labels, vectors: Matrix) -> tuple[list[int], dict[int, int], dict[int, int]]:
+        """Return the vector of each label, the rows of new vectors by name, and their names by hash."""
+        row_of: dict[int, int] = {}
+        hashes: dict[int, int] = {}
+        names: list[int] = []
+        for row, label in enumerate(labels.tolist()):
+            key = hash_of(vectors[row])
+            name = hashes.get(key, self._by_hash.get(key))
+            if name is not None:
+                known = vectors[row_of[name]] if name in row_of else self._vectors([name])[0]
+            if name is None or not np.array_equal(known, vectors[row]):
+                name = hashes[key] = label
+                row_of[label] = row
+            names.append(name)
+        return names, row_of, hashes
+
+    def _leaders(self, labels: Labels, vectors: Matrix) -> Labels:
+        """Return the leader of each new vector, int64 (n,): a node or a new vector; itself if it is to be a node."""
+        leaders = labels.copy()
+        if not self._has_groups or not len(labels):
+            return leaders
+        near, nodes = self._hnsw.near(vectors, _NEAR, _LEADER_EF)
+        leaders[near] = nodes[near]
+        rest = np.flatnonzero(leaders == labels)
+        products = vectors[rest] @ vectors[rest].T
+        squares = np.diagonal(products)
+        alike = squares[:, None] + squares - 2 * products <= _NEAR**2 * squares[:, None]
+        if np.count_nonzero(alike) == len(rest):
+            return leaders
+        for i in np.flatnonzero(np.tril(alike, -1).any(axis=1)).tolist():
+            for j in np.flatnonzero(alike[i, :i]).tolist():
+                if leaders[rest[j]] == labels[rest[j]]:
+                    leaders[rest[i]] = labels[rest[j]]
+                    break
+        return leaders
+
+    def _join(self, leaders: Labels, labels: Labels, vectors: Matrix) -> None:
+        """Put vectors that have leaders into the groups of those."""
+        for leader in dict.fromkeys(leaders[leaders != labels].tolist()):
+            rows = np.flatnonzero((leaders == leader) & (labels != leader))
+            group = self._groups.get(leader)
+            if group is None:
+                group = self._groups[leader] = Pool(self._spec.dimensions, self._spec.distance)
+            elif isinstance(group, Pool) and len(group) + len(rows) > _MOST_COMPARED:
+                large = GroupedVectors(self._spec, _GROUP_CAPACITY, groups=False)
+                large.set_ef(max(1, self.ef))
+                large.add(*group.all())
+                group = self._groups[leader] = large
+            group.add(labels[rows], vectors[rows])
+            self._leader_of.update((label, leader) for label in labels[rows].tolist())
+
+    def _name(self, labels: Labels, names: list[int], hashes: dict[int, int]) -> None:
+        """Note the vectors of new labels, and the hashes of new vectors."""
+        self._by_hash.update(hashes)
+        for label, name in zip(labels.tolist(), names, strict=True):
+            if name != label:
+                self._members.setdefault(name, {name: None})[label] = None
+            self._vector_of[label] = name
+
+    def _check(self, nodes: Labels, vectors: Matrix) -> None:
+        """As `check`, of nodes whose vectors are at hand."""
+        missed = self._hnsw.missed(nodes, vectors)
+        for row in np.flatnonzero(np.isin(nodes, missed)) if len(missed) else ():
+            node = int(nodes[row])
+            self._hnsw.delete(node)
+            if node in self._groups:
+                self._stray_leaders.add(node)
+            if node in self._ghosts:
+                self._ghosts.remove(node)
+            else:
+                self._leader_of[node] = STRAY
+                self._strays.add(nodes[row : row + 1], vectors[row : row + 1])
+
+    def _drop(self, name: int) -> None:
+        """Delete a vector that has no label any more."""
+        key = hash_of(self._vectors([name])[0])
+        if self._by_hash.get(key) == name:
+            del self._by_hash[key]
+        leader = self._leader_of.pop(name, None)
+        if leader is None:
+            if name in self._groups:
+                self._ghosts.add(name)
+            else:
+                self._hnsw.delete(name)
+        elif leader == STRAY:
+            self._strays.remove({name})
+        else:
+            group = self._groups[leader]
+            group.remove({name})
+            if not len(group):
+                del self._groups[leader]
+                self._stray_leaders.discard(leader)
+                self._drop_if_ghost(leader)
+
+    def _drop_if_ghost(self, node: int) -> None:
+        if node in self._ghosts:
+            self._ghosts.remove(node)
+            self._hnsw.delete(node)
+
+    def _is_node(self, name: int) -> bool:
+        return name in self._ghosts or (
+            name not in self._leader_of and (self._vector_of.get(name) == name or name in self._members)
+        )
+
+    def _node_vectors(self) -> list[int]:
+        """Return the vectors that are nodes."""
+        return [name for name in dict.fromkeys(self._vector_of.values()) if name not in self._leader_of]
+
+    def _vectors(self, names: list[int]) -> Matrix:
+        """Return vectors by name, float32 (names, dimensions)."""
+        if self._leader_of.keys().isdisjoint(names):
+            return self._hnsw.vectors(names)
+        by_leader: dict[int | None, list[int]] = {}
+        for name in names:
+            by_leader.setdefault(self._leader_of.get(name), []).append(name)
+        nodes = by_leader.pop(None, [])
+        held = dict(zip(nodes, self._hnsw.vectors(nodes), strict=True))
+        for leader, its in by_leader.items():
+            held |= (self._strays if leader == STRAY else self._groups[leader]).held(its)  # type: ignore[index]  # None is taken out
+        return np.stack([held[name] for name in names])
+
+    def _searched(self, queries: Matrix, k: int, wide: int) -> tuple[Labels, Matrix]:
+        """Return the vectors nearest to each query, (queries, k), by a search of the graph for `wide` nodes."""
+        nodes, scores = self._hnsw.search(queries, wide)
+        if self._groups:
+            nodes, scores = self._with_groups(queries, nodes, scores, k)
+        if len(self._strays):
+            nodes, scores = best_of([(nodes, scores), self._strays.found(queries, k)], k)
+        return nodes, scores
+
+    def _with_groups(self, queries: Matrix, nodes: Labels, scores: Matrix, k: int) -> tuple[Labels, Matrix]:
+        """Return the `k` best of the nodes found for each query and of the groups that these lead."""
+        rows_of = {leader: list(range(len(queries))) for leader in self._stray_leaders}
+        for row, found in enumerate(nodes.tolist()):
+            if not self._groups.keys().isdisjoint(found):
+                for node in found:
+                    if node in self._groups:
+                        rows_of.setdefault(node, []).append(row)
+        if self._ghosts:
+            scores = np.where(np.isin(nodes, list(self._ghosts)), -np.inf, scores).astype(np.float32)
+        best = nodes[:, :k].copy(), scores[:, :k].copy()
+        parts: dict[int, list[tuple[Labels, Matrix]]] = {}
+        for leader, rows in rows_of.items():
+            its_names, its_scores = self._groups[leader].found(queries[rows], k)
+            for i, row in enumerate(rows):
+                parts.setdefault(row, []).append((its_names[i : i + 1], its_scores[i : i + 1]))
+        for row, others in parts.items():
+            own = (nodes[row : row + 1], scores[row : row + 1])
+            best[0][row], best[1][row] = (part[0] for part in best_of([own, *others], k))
+        return best
+
+    def _compared(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
+        """Return the vectors nearest to each query, (queries, at most k), of all there are."""
+        every = self._node_vectors()
+        rows, scores = nearest(queries, self._hnsw.vectors(every), k, self._spec.distance)
+        parts = [(np.array(every, dtype=np.int64)[rows], scores), self._strays.found(queries, k)]
+        return best_of([*parts, *(group.found(queries, k) for group in self._groups.values())], k)
+
+    def _expanded(self, names: Labels, scores: Matrix, k: int) -> tuple[Labels, Matrix]:
+        """Return the first `k` labels of the vectors found for each query, of at least as many, and their scores."""
+        if not self._members:
+            return names, scores
+        labels = np.empty((len(names), k), dtype=np.int64)
+        expanded = np.empty((len(names), k), dtype=np.float32)
+        for row, (found, its_scores) in enumerate(zip(names.tolist(), scores.tolist(), strict=True)):
+            filled = 0
+            for name, score in zip(found, its_scores, strict=True):
+                members = list(islice(self._members.get(name, (name,)), k - filled))
+                labels[row, filled : filled + len(members)] = members
+                expanded[row, filled : filled + len(members)] = score
+                filled += len(members)
+                if filled == k:
+                    break
+        return labels, expanded
+
+
+def hash_of(vector: Matrix) -> int:
+    """Return a hash, within this process, of a vector, float32 (dimensions,); equal vectors have one hash."""
+    # -0.0 equals 0.0 and has other bytes.
+    return hash((vector + np.float32(0)).tobytes())
