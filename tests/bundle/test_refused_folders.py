@@ -15,7 +15,7 @@ INPUTS = tuple(Tensor(name, "tensor(int64)", ("batch", "tokens")) for name in ("
 
 
 def folder_of(tmp_path: Path, config: dict[str, object]) -> Path:
-    for name, content in {"model.onnx": "x", "tokenizer.json": "{}", "config.json": json.dumps(config)}.items():
+    for name, content in {"model.onnx": "\x08\x09", "tokenizer.json": "{}", "config.json": json.dumps(config)}.items():
         (tmp_path / name).write_text(content)
     return tmp_path
 

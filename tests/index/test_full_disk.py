@@ -110,10 +110,11 @@ def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) ->
     data = small_disk / "data"
     with closing(Index(data, buffer_limit=8, snapshot_every=50)) as index:
         # The space of the first one is more than what is reserved for deletions.
-        for name, batches in (("c", 24), ("d", 8)):
+        for name, batches in (("c", 80), ("d", 8)):
             collection = index.create(CollectionSpec(name, WIDTH))
             for number in range(batches):
                 collection.upsert(*batch(number))
+        assert index.get("c").info().size_bytes > MEGABYTE
         fill_to_the_last_byte(small_disk / "ballast")
         # Until the log is full, writes still find room.
         _, number = fill(collection, 8)

@@ -10,6 +10,7 @@ import pytest
 
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index, snapshots
 from emberpc.server.index.graph import Graph
+from emberpc.server.index.grouped_vectors import GroupedVectors
 from emberpc.server.index.hnsw import Hnsw
 from emberpc.server.index.metric import nearest, prepare
 from emberpc.server.index.neighbours import Neighbours
@@ -136,7 +137,7 @@ def test_a_node_of_a_group_that_is_cut_off_is_compared_with_every_query(monkeypa
     monkeypatch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[nodes == 100])
     graph.check(graph.check_begins())
     (group,) = graph._groups.values()
-    assert isinstance(group, Graph)
+    assert isinstance(group, GroupedVectors)
     assert group.stray_share > 0
     assert graph.search(vectors[99][None], 1)[0].tolist() == [[100]]
 

@@ -204,7 +204,7 @@ def test_a_collection_without_a_model_is_searched_by_words(client: Client) -> No
 
 def test_what_does_not_go_with_a_mode_is_refused(server: ServerProcess, client: Client, books: str) -> None:
     for mode in ("lexical", "hybrid"):
-        with pytest.raises(InvalidArgument, match=f"which {mode.upper()} search goes by; set text, or search DENSE"):
+        with pytest.raises(InvalidArgument, match=f"which {mode!r} search goes by; set text, or search 'dense'"):
             client.search(books, RecordId("ring"), mode=mode)
     with pytest.raises(InvalidArgument, match="HYBRID only"):
         client.search(books, "bees", dense_weight=0.5)

@@ -230,7 +230,7 @@ def test_a_damaged_collection_does_not_hide_the_others(tmp_path: Path) -> None:
     with ServerProcess({}, tmp_path) as server, Client(server.address) as client:
         client.create_collection("good", dimensions=4)
         assert {found.name: found.problem for found in client.collections()} == {
-            "bad": "the database of collection 'bad' is damaged",
+            "bad": "the database of collection 'bad' is damaged; restore a backup",
             "good": "",
         }
         with pytest.raises(Internal, match="'bad' is damaged"):
