@@ -46,7 +46,7 @@ def fill(client: Client, collection: str, ids: list[str]) -> np.ndarray:
 
 def test_records_come_back_as_they_were_written(client: Client, collection: str) -> None:
     matrix = vectors(len(IDS), dimensions=DIMENSIONS)
-    records = [Record(each, f"text of {each}\n\t\\", METADATA, f"label of {each}") for each in IDS]
+    records = [Record(each, f"text of {each}\n\t\\", METADATA, f"label of {each}"[:100]) for each in IDS]
     result = client.upsert(collection, records, vectors=matrix)
     assert (result.inserted, result.updated) == (len(IDS), 0)
     found = client.get(collection, [*reversed(IDS), "none"], with_vectors=True)

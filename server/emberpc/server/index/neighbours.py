@@ -18,8 +18,10 @@ from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Str
 
 #: Rows that the graph takes in while searches are kept out; some 5 to 15 ms.
 _SLICE = 16
+#: Asked for once: the answer is read from files of the system.
+_CORES = usable_cores()
 #: Queries answered before a writer gets its turn, some 32 on each core.
-_QUERIES_PER_TURN = 32 * usable_cores()
+_QUERIES_PER_TURN = 32 * _CORES
 #: Candidates up to which a query counts as one; one of more counts as more, since it takes as much longer.
 _EF_PER_QUERY = 1000
 _READ_BATCH = 2000
@@ -133,7 +135,7 @@ class Neighbours:
             What was found for each; None where the graph cannot tell and vectors must be compared one by one.
         """
         found: list[Candidates | None] = []
-        turn = max(usable_cores(), _QUERIES_PER_TURN * _EF_PER_QUERY // max(ef, _EF_PER_QUERY))
+        turn = max(_CORES, _QUERIES_PER_TURN * _EF_PER_QUERY // max(ef, _EF_PER_QUERY))
         for start in range(0, len(queries), turn):
             cancellation.check()
             part = queries[start : start + turn]
