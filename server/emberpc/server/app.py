@@ -125,6 +125,7 @@ async def run(
             settings.max_message_bytes,
             settings.max_response_bytes,
             settings.max_queue_tokens,
+            settings.max_collections,
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts)

@@ -51,6 +51,7 @@ class Limits:
         max_message_bytes: bytes of a request.
         max_response_bytes: bytes of a response.
         max_queue_tokens: tokens that may wait for inference.
+        max_collections: collections of the server.
     """
 
     max_texts: int
@@ -58,6 +59,7 @@ class Limits:
     max_message_bytes: int
     max_response_bytes: int
     max_queue_tokens: int
+    max_collections: int = 10_000
 
     @property
     def counts(self) -> dict[str, int]:

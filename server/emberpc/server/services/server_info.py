@@ -41,6 +41,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 max_filter_conditions=filters.MAX_CONDITIONS,
                 max_request_conditions=MAX_REQUEST_CONDITIONS,
                 max_filter_values=MAX_REQUEST_VALUES,
+                max_collections=limits.max_collections,
             ),
             features=features,
         )
