@@ -57,7 +57,7 @@ def response_bytes(
         result = _result(outcome, parts, usages[i] if usages else None)
         size += len(result)
         check(size)
-        pieces += (_FIRST, _varint(len(result)), result)
+        pieces += (_FIRST, varint(len(result)), result)
     pieces.append(rest.SerializeToString())
     return b"".join(pieces)
 
@@ -77,8 +77,8 @@ def _result(outcome: SearchOutcome, parts: Parts, usage: types_pb2.TokenUsage | 
 def _hit_up_to_score(record: StoredRecord, parts: Parts) -> bytes:
     """Write a hit but for the eight bytes of its score, which come last; and keep that, unless it changes with time."""
     message = record_message(record, parts).SerializeToString()
-    within = b"".join((_FIRST, _varint(len(message)), message, _SCORE))
-    form = b"".join((_FIRST, _varint(len(within) + _SCORE_BYTES), within))
+    within = b"".join((_FIRST, varint(len(message)), message, _SCORE))
+    form = b"".join((_FIRST, varint(len(within) + _SCORE_BYTES), within))
     if record.expire_time is None:
         record.forms[parts.of_record] = form
     return form
@@ -93,10 +93,10 @@ def _plan(plan: Plan) -> bytes:
         shortfall_reason=plan.shortfall_reason,
         lexical_count=plan.lexical_count,
     ).SerializeToString()
-    return b"".join((_PLAN, _varint(len(message)), message))
+    return b"".join((_PLAN, varint(len(message)), message))
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     """Write a number that is not negative: seven bits a byte, the least first; all but the last have the eighth set."""
     written = bytearray()
     while number > 0x7F:
