@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from emberpc.server import descriptors
 from emberpc.server.cores import usable_cores
 from emberpc.server.errors import StartupError
+from emberpc.server.memory import keep_freed_memory, limit_heaps
 from emberpc.server.portable import hnswlib_problem
 from emberpc.server.settings import Settings
 from emberpc.server.stopping import Stopping
@@ -50,6 +51,7 @@ def serve(settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_SECONDS)
     workers = settings.workers or usable_cores()
     _check_address_space(workers)
+    limit_heaps(max(2, workers))
     # Before it is used on another thread: two that import the same modules can see one half done.
     import_module("emberpc.server.engine")
     threads = workers + _EXTRA_THREADS
@@ -90,7 +92,6 @@ def _load_models(settings: Settings, pool: Executor) -> Registry:
         StartupError: a model cannot be served.
     """
     from emberpc.server.engine import ModelLoadError, Registry  # noqa: PLC0415 - imported by `serve`
-    from emberpc.server.memory import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
     if settings.models_dir is not None and not settings.models_dir.is_dir():
