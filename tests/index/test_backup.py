@@ -95,7 +95,7 @@ def test_an_empty_collection_and_one_of_vectors_only_are_restored(index: Index, 
 
 def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Path) -> None:
     """Each write is a pair with a number; a pair that is half there, or of two numbers, was copied in between."""
-    stop = threading.Event()
+    stop, written = threading.Event(), threading.Event()
     failures: list[BaseException] = []
 
     def repeat(work: Callable[[int], object]) -> threading.Thread:
@@ -121,6 +121,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
                 collection.upsert(pair, gaussian(2, DIMENSIONS, number))
             else:
                 collection.delete([record.id for record in pair])
+            written.set()
 
         def maintain(_: int) -> None:
             collection.maintain()
@@ -136,6 +137,9 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
         try:
             sequences = []
             for i in range(4):
+                # However slow the host is, there is a write between two backups.
+                written.clear()
+                assert written.wait(600)
                 before = collection.info().sequence
                 whole = taken(collection)
                 copy = restored(index, f"copy{i}", whole)
