@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client
+from emberpc.client import AsyncClient, Client
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc, server_pb2, server_pb2_grpc, types_pb2
 from emberpc.wire import vectors
@@ -96,6 +96,16 @@ def test_few_records_are_returned_whole(stub: index_pb2_grpc.IndexServiceStub) -
     assert list(response.missing_ids) == ["none"]
     (result,) = stub.Search(pb.SearchRequest(collection="long", queries=query(1), top_k=5)).results
     assert len(result.hits) == 5
+
+
+@pytest.mark.usefixtures("stub")
+async def test_the_clients_get_many_long_records_in_smaller_requests(address: str) -> None:
+    ids = [f"r{i:02}" for i in range(COUNT)]
+    with Client(address) as client:
+        found = client.get("long", ids, with_vectors=True)
+    assert [record.id for record in found] == ids
+    async with AsyncClient(address) as asynchronous:
+        assert await asynchronous.get("long", ids) == found
 
 
 def test_the_server_states_its_limits(channel: grpc.Channel) -> None:

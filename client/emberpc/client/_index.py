@@ -12,7 +12,7 @@ from emberpc.client import _checks
 from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
 from emberpc.client._records import NewRecord, block, new_records, read_records
 from emberpc.client._words import FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
-from emberpc.client.exceptions import FilterWarning, InputError, InputTypeError
+from emberpc.client.exceptions import EmberpcError, FilterWarning, InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
     Fusion,
@@ -121,6 +121,13 @@ def get(collection: str, ids: Sequence[str], *, with_vectors: bool) -> Job[list[
         )
 
     return Job((call(*part) for part in _id_chunks(ids)), ListCollector[Record]())
+
+
+def halves(ids: Sequence[str], error: EmberpcError) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the ids of two requests instead of one whose response would be too large; raise any other error."""
+    if error.reason != "RESPONSE_TOO_LARGE" or len(ids) < 2:
+        raise error
+    return ids[: len(ids) // 2], ids[len(ids) // 2 :]
 
 
 class _Sum:
