@@ -27,6 +27,7 @@ from emberpc.server.index.filters import (
     Prefix,
     keys,
     matches,
+    mismatches,
 )
 
 KEYS = ["a", "b", "a.b", 'q"uote', "it's", "br[0]", "back\\slash", "ключ", "", "$", "new\nline", "7"]
@@ -261,3 +262,16 @@ def test_sqlite_takes_the_largest_filters(leaf: Filter) -> None:
             statement = f"SELECT count(*) FROM records WHERE rowid IN (SELECT rowid FROM records WHERE ({clause.sql}))"
             found = database.execute(statement, clause.parameters).fetchone()
             assert found == (matches(each, {"plain": "x"}),)
+
+
+def test_metadata_is_read_only_for_a_filter_that_compares_with_numbers() -> None:
+    reads: list[int] = []
+
+    def read() -> list[dict[str, Any]]:
+        reads.append(1)
+        return [{"a": "1"}]
+
+    assert mismatches(AllOf((Prefix("a", "1"), Comparison("a", Operator.EQUAL, "1"))), read) == []
+    assert not reads
+    assert len(mismatches(Not(Comparison("a", Operator.LESS, 2)), read)) == 1
+    assert reads == [1]

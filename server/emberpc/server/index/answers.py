@@ -13,8 +13,6 @@ from emberpc.server.errors import response_too_large
 SIZES_AT_ONCE = 32
 #: Bytes of a record's texts and metadata.
 _SIZE = "length(CAST(text AS BLOB)) + length(CAST(metadata AS BLOB)) + length(CAST(class_label AS BLOB))"
-
-
 #: Bytes of a record in an answer beside its texts, metadata and vector.
 _OVERHEAD = 150
 #: Bytes of metadata as a message for each byte as JSON, at most.

@@ -234,7 +234,7 @@ class Collection(Lifecycle, SearchCalls):
     def mismatches(self, condition: Filter) -> list[str]:
         """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
         with self._calls.one():
-            return mismatches(condition, self._store.metadata(MISMATCH_RECORDS))
+            return mismatches(condition, lambda: self._store.metadata(MISMATCH_RECORDS))
 
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, with a condition, of those that meet it."""

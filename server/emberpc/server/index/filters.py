@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -146,15 +146,17 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
 MISMATCH_RECORDS = 1000
 
 
-def mismatches(condition: Filter, documents: Sequence[Mapping[str, Any]]) -> list[str]:
+def mismatches(condition: Filter, read: Callable[[], Sequence[Mapping[str, Any]]]) -> list[str]:
     """Return a sentence for each field that a condition compares with a number, and that holds strings only.
 
     Args:
         condition: the condition.
-        documents: metadata of some records.
+        read: reads the metadata of some records; called only if the condition compares a field with a number.
     """
-    sentences = []
-    for field in dict.fromkeys(_compared_with_numbers(condition)):
+    sentences: list[str] = []
+    fields = list(dict.fromkeys(_compared_with_numbers(condition)))
+    documents = read() if fields else ()
+    for field in fields:
         kinds: set[str] = set()
         for metadata in documents:
             there, value = _look_up(metadata, keys(field))

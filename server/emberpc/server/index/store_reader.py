@@ -86,8 +86,9 @@ class StoreReader:
             ServiceError: besides the usual, DATA_LOSS if one of them is damaged.
         """
         with self.snapshot():
-            self._spend("id", list(dict.fromkeys(ids)))
-            rows = self._by(self._reader(), "id", list(dict.fromkeys(ids)), columns_of(with_vectors))
+            distinct = list(dict.fromkeys(ids))
+            self._spend("id", distinct)
+            rows = self._by(self._reader(), "id", distinct, columns_of(with_vectors))
             return {row[1]: record_of(row, self._spec, with_vectors=with_vectors) for row in rows}
 
     def _spend(self, column: str, keys: Sequence[object]) -> None:

@@ -159,8 +159,7 @@ class MilvusCollection:
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
-        records, _ = self.page(MISMATCH_RECORDS, "")
-        return mismatches(condition, [record.metadata for record in records])
+        return mismatches(condition, lambda: [record.metadata for record in self.page(MISMATCH_RECORDS, "")[0]])
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Raise UNIMPLEMENTED: there are no two copies here that could differ."""

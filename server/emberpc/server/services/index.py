@@ -14,7 +14,7 @@ from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend
 from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, reading, replies, requests
 from emberpc.server.services.backups import Backups
-from emberpc.server.services.binding import collection_model, unbound_fingerprint
+from emberpc.server.services.binding import collection_model
 from emberpc.server.services.bulk import upsert_stream
 from emberpc.server.services.filters import check_indexed_fields, read_filter
 from emberpc.server.services.forms import Matrix, check_dimensions, shape
@@ -215,8 +215,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
         """Find the records nearest to each query; the answer is written already, see `add_index_service`."""
         requests.check_priority(request.priority)
-        collection = self._index.opened(request.collection)
-        if collection is not None and not unbound_fingerprint(self._engine, collection.spec):
+        collection = self._opener.at_hand(request.collection)
+        if collection is not None:
             try:
                 return await self._searcher.search(request, collection, context)
             except ServiceError as error:

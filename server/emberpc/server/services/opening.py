@@ -35,10 +35,15 @@ class Opener:
         #: By name. All callers wait for one thread.
         self._opening: dict[str, asyncio.Task[CollectionBackend]] = {}
 
+    def at_hand(self, name: str) -> CollectionBackend | None:
+        """Return a collection if it was opened before and is bound under the present scheme; never waits."""
+        opened = self._index.opened(name)
+        return None if opened is None or unbound_fingerprint(self._engine, opened.spec) else opened
+
     async def collection(self, name: str) -> CollectionBackend:
         """Return a collection; one that is bound to its model under the old scheme is bound under the present one."""
-        opened = self._index.opened(name)
-        if opened is not None and not unbound_fingerprint(self._engine, opened.spec):
+        opened = self.at_hand(name)
+        if opened is not None:
             return opened
         opening = self._opening.get(name)
         if opening is None:

@@ -74,10 +74,10 @@ class Searcher:
                 calls wait that may take long.
         """
         sizes = _check(request)
-        if Parts.of(request.parts).vector:
+        parts = Parts.of(request.parts)
+        if parts.vector:
             self._check_size(4 * sum(sizes) * collection.spec.dimensions)
         truncation = requests.truncation(request.truncation, default=Truncation.END)
-        parts = Parts.of(request.parts)
         conditions = _conditions(request)
         response = pb.SearchResponse()
         usages: list[types_pb2.TokenUsage | None] = []
