@@ -96,7 +96,7 @@ def upsert(
 
 
 def _revisions(values: Iterable[int], records: int) -> list[int]:
-    """Check the revisions that a write of so many records expects."""
+    """Check the revisions that a write of `records` records expects."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
     checked = [_checks.count(value, f"expected_revisions[{i}]", bits=63) for i, value in enumerate(values)]

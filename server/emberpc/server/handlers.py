@@ -55,7 +55,7 @@ class Handlers:
     Args:
         server: the server.
         observe: told of each call that ended: its method, the name of its status code, and the seconds it took.
-            None: nobody is told.
+            None: the call is not observed.
         counts: most elements of a repeated field of a request, by the field's name. They are counted before the
             request is decoded.
     """

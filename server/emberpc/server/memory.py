@@ -27,7 +27,7 @@ if _LIBRARY is not None:
 
 
 def limit_heaps(count: int) -> bool:
-    """Let the threads share so many heaps; to be called before they are started. Return whether there is a glibc.
+    """Let all threads share `count` heaps; to be called before they are started. Return whether there is a glibc.
 
     glibc makes up to eight heaps for each core, and each keeps its own freed memory. With them, hostile requests took
     the server to 927 MB above its idle memory, and with two to 532 (`benchmarks/hostile.py`, two cores). glibc's own

@@ -13,7 +13,7 @@ from emberpc.server.index.grouped_vectors import STRAY, GroupedVectors, hash_of
 from emberpc.server.index.hnsw import Hnsw
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
-#: Larger groups are not in snapshots: their vectors are grouped again, in the background. The insert of so many takes
+#: Larger groups are not in snapshots: their vectors are grouped again, in the background. Inserting 2,000 takes
 #: some 0.5 s at the start of a collection.
 _MOST_SAVED = 2000
 #: Node vectors that are read at a time when a snapshot is loaded.

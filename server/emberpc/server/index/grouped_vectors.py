@@ -19,7 +19,7 @@ _NEAR = 0.02
 _LEADERS_PER_HIT = 5
 #: Candidates of the search for a nearly equal vector: a twentieth of an insert. The way to one is easy to find.
 _LEADER_EF = 2
-#: A group of more vectors has an HNSW graph of its own. The insert of so many takes some 10 ms.
+#: A group of more vectors has an HNSW graph of its own. Inserting 128 vectors takes some 10 ms.
 _MOST_COMPARED = 128
 #: Capacity of the graph of a group.
 _GROUP_CAPACITY = 2 * _MOST_COMPARED

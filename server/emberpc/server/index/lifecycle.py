@@ -1,4 +1,4 @@
-"""When a collection has its database open and its vectors in memory: from a call on, until nobody uses it."""
+"""When a collection has its database open and its vectors in memory: from a call on, until it is idle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Lifecycle:
     _create: bool
     #: How it stands; while it is closed.
     _closed_info: CollectionInfo | None
-    #: Asks for maintenance, for maintenance after so many seconds without a write, and for `expire` at a time.
+    #: Asks for maintenance, for maintenance after some seconds without a write, and for `expire` at a time.
     _wake: Callable[[], None]
     _wake_at_rest: Callable[[float], None]
     _expire_at: Callable[[float], None]
@@ -194,7 +194,7 @@ class Lifecycle:
         try:
             return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
         except snapshots.AheadError:
-            log.warning("collection %s: its database is older than its graph, which is built anew", self.spec.name)
+            log.warning("collection %s: its database is older than its graph, which is rebuilt", self.spec.name)
             self._store.take_another_identity()
             return None
 

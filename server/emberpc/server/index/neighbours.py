@@ -27,7 +27,7 @@ _EF_PER_QUERY = 1000
 _READ_BATCH = 2000
 #: Nodes that are searched for while other searches wait; some 1 ms.
 _CHECKED_AT_ONCE = 32
-#: All nodes are checked again when they are so many times as at the last check: later ones may take links to a node.
+#: All nodes are checked again when there are 1.5 times as many as at the last check: later ones may take their links.
 _CHECK_GROWTH = 1.5
 
 #: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).

@@ -153,7 +153,7 @@ def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
 
 @cache
 def _objects_of(version: int) -> list[tuple[bytes, ...]]:
-    """Return the objects of a database after so many steps."""
+    """Return the objects of a database after that many steps."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         make(connection, version)
         return objects(connection)

@@ -225,7 +225,7 @@ class StoreReader:
         return self._vectors(list(self._by(self._reader(), "label", labels, VECTOR_COLUMNS)))
 
     def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
-        """Return the vectors of all that meet a condition as `vectors` does, so many at a time; within a `snapshot`."""
+        """Return the vectors of all that meet a condition as `vectors` does, `batch` at a time; within a `snapshot`."""
         if condition is not EVERYTHING:
             labels = self.matching(condition).tolist()
             for start in range(0, len(labels), batch):

@@ -21,7 +21,7 @@ from emberpc.v1 import index_pb2 as pb
 
 #: Each holds a thread at times, and as much of the disk as the collection.
 _AT_ONCE = 2
-#: Those that may wait for their turn; a caller beyond is refused, and may try again after so many seconds.
+#: Those that may wait for their turn; a caller beyond is refused, and may try again after these seconds.
 _MOST_WAITING, _RETRY_SECONDS = 8, 5.0
 #: How long a caller may take no piece, or send none; and how long while others wait for its turn.
 _STALL_SECONDS, _CONTENDED_SECONDS = 60.0, 15.0

@@ -21,7 +21,7 @@ from emberpc.v1 import index_pb2 as pb
 _DEFAULT_MIN_SCORE = 0.95
 _MAX_CLUSTERS = 1000
 _DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
-#: Calls that may wait for the one under way; a caller beyond is refused, and may try again after so many seconds.
+#: Calls that may wait for the one under way; a caller beyond is refused, and may try again after these seconds.
 _MOST_WAITING, _RETRY_SECONDS = 8, 10.0
 
 #: The number of the write that it goes for, the bound, and the pairs.

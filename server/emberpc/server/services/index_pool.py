@@ -163,7 +163,7 @@ def _call_when_done(job: Future[Result], call: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def ended(_: Future[Result]) -> None:
-        with suppress(RuntimeError):  # the loop has ended, so nobody waits
+        with suppress(RuntimeError):  # the loop has ended, so no call waits
             loop.call_soon_threadsafe(call)
 
     job.add_done_callback(ended)

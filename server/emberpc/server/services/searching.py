@@ -26,7 +26,7 @@ from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
 _DEFAULT_TOP_K = 10
-#: From so many hits on, the response is written in the pool.
+#: A response of more hits is written in the pool.
 _MANY_HITS = 200
 
 _BY_WORDS = (pb.SEARCH_MODE_LEXICAL, pb.SEARCH_MODE_HYBRID)

@@ -49,7 +49,7 @@ def response_bytes(
         parts: what the hits have of their records.
         rest: what the response has beside results.
         usages: what became of each query's text; empty: there were none.
-        check: raises an error if the response may not have so many bytes.
+        check: raises an error if a response of that many bytes is too large.
     """
     pieces: list[bytes] = []
     size = 0
