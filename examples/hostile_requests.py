@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +198,33 @@ def _of_filters() -> dict[str, Hostile]:
     }
 
 
+#: Requests of many elements within a message of the request: a name, the method, the numbers of the fields that the
+#: elements are within, and one element.
+_NESTED = (
+    ("empty conditions", _INDEX + "CountRecords", (2, 1), b"\x0a\x00"),
+    ("empty values of a membership", _INDEX + "CountRecords", (2, 5), b"\x12\x00"),
+    ("empty conditions of a query", _INDEX + "Search", (2, 4, 1), b"\x0a\x00"),
+    ("empty indexed fields", _INDEX + "CreateCollection", (1,), b"\x42\x00"),
+    ("empty paths of a mask", _INDEX + "UpdateCollection", (2,), b"\x0a\x00"),
+    ("packed revisions", _INDEX + "UpsertRecords", (4,), b"\x01"),
+    ("empty metadata fields", _INDEX + "UpsertRecords", (2, 3), b"\x0a\x00"),
+    ("empty metadata values", _INDEX + "UpsertRecords", (2, 3, 1, 2, 6), b"\x0a\x00"),
+    ("unknown fields of a record", _INDEX + "UpsertRecords", (2,), b"\xf8\x07\x01"),
+)
+
+
+def _within(numbers: Sequence[int], data: bytes) -> bytes:
+    """Return bytes as the value of a field, within a field, and so on; the numbers are those of the fields."""
+    for number in reversed(numbers):
+        length = bytearray()
+        size = len(data)
+        while size > 127:
+            length.append(size & 127 | 128)
+            size >>= 7
+        data = bytes([number << 3 | 2, *length, size]) + data
+    return data
+
+
 def _of_counts(size: Size) -> dict[str, Hostile]:
     """Return the requests of many small elements; all are over a limit."""
     record = index_pb2.UpsertRecordsRequest(records=[index_pb2.Record()]).SerializeToString()
@@ -224,6 +251,12 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
     found = {
         name: Hostile(method, [one * (size.message // len(one))], refused=True) for name, (method, one) in cases.items()
     }
+    for name, method, within, one in _NESTED:
+        found[name] = Hostile(method, [_within(within, one * (size.message // len(one)))], refused=True)
+    # A group, which the decoder skips, before what is to be counted.
+    found["a group"] = Hostile(
+        _INDEX + "UpsertRecords", [b"\xf3\x07\xf4\x07" + record * (size.message // len(record))], refused=True
+    )
     stream = index_pb2.UpsertRecordsStreamRequest(records=[index_pb2.Record()]).SerializeToString()
     found["empty records in a stream"] = Hostile(
         _INDEX + "UpsertRecordsStream", [stream * (size.message // len(stream))], (True, True), refused=True

@@ -21,6 +21,8 @@ RESPONSE = 200_000
 #: A tenth of a response.
 TEXT = "x" * (RESPONSE // 10)
 COUNT = 40
+#: List items and map entries of the metadata of one record.
+_VALUES = 10_001
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,15 @@ def check_limits(channel: grpc.Channel) -> None:
         matrix = vectors.encode(np.ones((count, 2), dtype=np.float32))
         return stub.UpsertRecords(pb.UpsertRecordsRequest(collection="limits", records=records, vectors=matrix))
 
+    def upsert_values(total: int) -> object:
+        """Upsert records whose metadata have this many map entries and list items in all."""
+        sizes = [_VALUES] * (total // _VALUES) + [total % _VALUES]
+        records = [pb.Record(id=f"new{i}") for i in range(len(sizes))]
+        for record, size in zip(records, sizes, strict=True):
+            record.metadata.update({"k": [None] * (size - 1)} if size else {})
+        matrix = vectors.encode(np.ones((len(records), 2), dtype=np.float32))
+        return stub.UpsertRecords(pb.UpsertRecordsRequest(collection="limits", records=records, vectors=matrix))
+
     def search(count: int = 1, **fields: Any) -> object:
         return stub.Search(
             pb.SearchRequest(collection="limits", queries=query(count), parts=[pb.RECORD_PART_METADATA], **fields)
@@ -155,6 +166,7 @@ def check_limits(channel: grpc.Channel) -> None:
         (limits.max_hits, lambda size: search(1000, top_k=-(-size // 1000)), "queries"),
         (limits.max_ids, get, "ids"),
         (limits.max_page_size, page, "page_size"),
+        (limits.max_elements, upsert_values, "UpsertRecordsRequest"),
     ]
     for limit, call, field in cases:
         call(limit)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65mberpc/v1/server.proto\x12\nemberpc.v1\"\x16\n\x14GetServerInfoRequest\"d\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x06limits\x18\x02 \x01(\x0b\x32\x18.emberpc.v1.ServerLimits\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\"\xaa\x03\n\x0cServerLimits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12max_response_bytes\x18\x02 \x01(\x03\x12\x11\n\tmax_texts\x18\x03 \x01(\x03\x12\x16\n\x0emax_text_bytes\x18\x04 \x01(\x03\x12\x18\n\x10max_queue_tokens\x18\x05 \x01(\x03\x12\x14\n\x0cmax_id_bytes\x18\x06 \x01(\x03\x12\x17\n\x0fmax_label_bytes\x18\x07 \x01(\x03\x12\x1a\n\x12max_metadata_bytes\x18\x08 \x01(\x03\x12\x13\n\x0bmax_queries\x18\t \x01(\x03\x12\x11\n\tmax_top_k\x18\n \x01(\x03\x12\x10\n\x08max_hits\x18\x0b \x01(\x03\x12\x0f\n\x07max_ids\x18\x0c \x01(\x03\x12\x15\n\rmax_page_size\x18\r \x01(\x03\x12\x1d\n\x15max_filter_conditions\x18\x0e \x01(\x03\x12\x1e\n\x16max_request_conditions\x18\x0f \x01(\x03\x12\x19\n\x11max_filter_values\x18\x10 \x01(\x03\x12\x17\n\x0fmax_collections\x18\x11 \x01(\x03\x32\x65\n\rServerService\x12T\n\rGetServerInfo\x12 .emberpc.v1.GetServerInfoRequest\x1a!.emberpc.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65mberpc/v1/server.proto\x12\nemberpc.v1\"\x16\n\x14GetServerInfoRequest\"d\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12(\n\x06limits\x18\x02 \x01(\x0b\x32\x18.emberpc.v1.ServerLimits\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\"\xc0\x03\n\x0cServerLimits\x12\x19\n\x11max_message_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12max_response_bytes\x18\x02 \x01(\x03\x12\x11\n\tmax_texts\x18\x03 \x01(\x03\x12\x16\n\x0emax_text_bytes\x18\x04 \x01(\x03\x12\x18\n\x10max_queue_tokens\x18\x05 \x01(\x03\x12\x14\n\x0cmax_id_bytes\x18\x06 \x01(\x03\x12\x17\n\x0fmax_label_bytes\x18\x07 \x01(\x03\x12\x1a\n\x12max_metadata_bytes\x18\x08 \x01(\x03\x12\x13\n\x0bmax_queries\x18\t \x01(\x03\x12\x11\n\tmax_top_k\x18\n \x01(\x03\x12\x10\n\x08max_hits\x18\x0b \x01(\x03\x12\x0f\n\x07max_ids\x18\x0c \x01(\x03\x12\x15\n\rmax_page_size\x18\r \x01(\x03\x12\x1d\n\x15max_filter_conditions\x18\x0e \x01(\x03\x12\x1e\n\x16max_request_conditions\x18\x0f \x01(\x03\x12\x19\n\x11max_filter_values\x18\x10 \x01(\x03\x12\x17\n\x0fmax_collections\x18\x11 \x01(\x03\x12\x14\n\x0cmax_elements\x18\x12 \x01(\x03\x32\x65\n\rServerService\x12T\n\rGetServerInfo\x12 .emberpc.v1.GetServerInfoRequest\x1a!.emberpc.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=63
   _globals['_GETSERVERINFORESPONSE']._serialized_end=163
   _globals['_SERVERLIMITS']._serialized_start=166
-  _globals['_SERVERLIMITS']._serialized_end=592
-  _globals['_SERVERSERVICE']._serialized_start=594
-  _globals['_SERVERSERVICE']._serialized_end=695
+  _globals['_SERVERLIMITS']._serialized_end=614
+  _globals['_SERVERSERVICE']._serialized_start=616
+  _globals['_SERVERSERVICE']._serialized_end=717
 # @@protoc_insertion_point(module_scope)

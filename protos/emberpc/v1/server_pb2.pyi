@@ -96,6 +96,7 @@ class ServerLimits(_message.Message):
     MAX_REQUEST_CONDITIONS_FIELD_NUMBER: _builtins.int
     MAX_FILTER_VALUES_FIELD_NUMBER: _builtins.int
     MAX_COLLECTIONS_FIELD_NUMBER: _builtins.int
+    MAX_ELEMENTS_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     """Bytes of one request message."""
     max_response_bytes: _builtins.int
@@ -130,6 +131,10 @@ class ServerLimits(_message.Message):
     """Values of all memberships of all filters of one request."""
     max_collections: _builtins.int
     """Collections that are created or restored."""
+    max_elements: _builtins.int
+    """List items, map entries and unknown fields of all messages within one
+    request message, such as the values of its metadata.
+    """
     def __init__(
         self,
         *,
@@ -150,10 +155,11 @@ class ServerLimits(_message.Message):
         max_request_conditions: _builtins.int = ...,
         max_filter_values: _builtins.int = ...,
         max_collections: _builtins.int = ...,
+        max_elements: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_collections", b"max_collections", "max_filter_conditions", b"max_filter_conditions", "max_filter_values", b"max_filter_values", "max_hits", b"max_hits", "max_id_bytes", b"max_id_bytes", "max_ids", b"max_ids", "max_label_bytes", b"max_label_bytes", "max_message_bytes", b"max_message_bytes", "max_metadata_bytes", b"max_metadata_bytes", "max_page_size", b"max_page_size", "max_queries", b"max_queries", "max_queue_tokens", b"max_queue_tokens", "max_request_conditions", b"max_request_conditions", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "max_texts", b"max_texts", "max_top_k", b"max_top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_collections", b"max_collections", "max_elements", b"max_elements", "max_filter_conditions", b"max_filter_conditions", "max_filter_values", b"max_filter_values", "max_hits", b"max_hits", "max_id_bytes", b"max_id_bytes", "max_ids", b"max_ids", "max_label_bytes", b"max_label_bytes", "max_message_bytes", b"max_message_bytes", "max_metadata_bytes", b"max_metadata_bytes", "max_page_size", b"max_page_size", "max_queries", b"max_queries", "max_queue_tokens", b"max_queue_tokens", "max_request_conditions", b"max_request_conditions", "max_response_bytes", b"max_response_bytes", "max_text_bytes", b"max_text_bytes", "max_texts", b"max_texts", "max_top_k", b"max_top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

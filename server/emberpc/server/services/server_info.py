@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from emberpc.server.element_counts import MAX_ELEMENTS
 from emberpc.server.index import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K, filters
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.server.services import requests
@@ -42,6 +43,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 max_request_conditions=MAX_REQUEST_CONDITIONS,
                 max_filter_values=MAX_REQUEST_VALUES,
                 max_collections=limits.max_collections,
+                max_elements=MAX_ELEMENTS,
             ),
             features=features,
         )

@@ -1,0 +1,118 @@
+"""What happens around a call: decoding in steps, and nothing kept after an error."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from emberpc.server import handlers
+from emberpc.server.errors import invalid
+from emberpc.server.handlers import Handlers
+from emberpc.v1 import server_pb2, server_pb2_grpc
+
+METHOD = "/emberpc.v1.ServerService/GetServerInfo"
+
+
+class Marker:
+    """Something that a handler holds, as it holds its request."""
+
+
+class Failing(server_pb2_grpc.ServerServiceServicer):
+    """Raises an error that its own frame holds."""
+
+    def __init__(self) -> None:
+        self.markers: list[weakref.ref[Marker]] = []
+
+    async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        marker = Marker()
+        self.markers.append(weakref.ref(marker))
+        try:
+            int("no number")
+        except ValueError as cause:
+            error = invalid("field", "is wrong")
+            raise error from cause
+
+
+@asynccontextmanager
+async def served(servicer: Any) -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server()
+    Handlers(server).add(server_pb2_grpc.add_ServerServiceServicer_to_server, servicer)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(None)
+
+
+async def test_nothing_of_a_failed_call_is_kept_until_garbage_is_collected() -> None:
+    servicer = Failing()
+    async with served(servicer) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await call(b"")
+                assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            # The server's task for the last call may still be about to end.
+            async with asyncio.timeout(60):
+                while any(marker() is not None for marker in servicer.markers):  # noqa: ASYNC110 - nothing signals it
+                    await asyncio.sleep(0)
+        finally:
+            gc.enable()
+    assert len(servicer.markers) == 5
+
+
+async def test_other_calls_go_on_while_a_request_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    going_on = asyncio.Event()
+
+    def count(data: bytes, message: Any, limits: Any) -> Iterator[None]:
+        while data and not going_on.is_set():
+            yield
+
+    monkeypatch.setattr(handlers, "count_elements", count)
+
+    class Answering(server_pb2_grpc.ServerServiceServicer):
+        async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+            going_on.set()
+            return server_pb2.GetServerInfoResponse()
+
+    async with served(Answering()) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        counted = asyncio.ensure_future(call(b"\xf8\x07\x01"))
+        await call(b"")
+        await counted
+
+
+async def test_a_cancelled_read_of_a_stream_loses_no_message() -> None:
+    release = False
+
+    def decode(data: bytes) -> Iterator[Any]:
+        while not release:
+            yield None
+        yield data
+
+    async def messages() -> AsyncIterator[bytes]:
+        for data in (b"first", b"second"):
+            yield data
+
+    stream = handlers._Decoded(messages(), decode)
+    reading = asyncio.ensure_future(anext(stream))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    release = True
+    assert [message async for message in stream] == [b"first", b"second"]
