@@ -1,4 +1,4 @@
-"""A TCP proxy before a gRPC server in plain text: it counts the pings that clients send, and can cut connections."""
+"""A TCP proxy before a gRPC server in plain text: it counts the pings of clients, pauses and cuts connections."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class PingProxy:
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self.count = 0
         self.enough = threading.Event()
+        self._reading = threading.Event()
+        self._reading.set()
+
+    def pause(self) -> None:
+        """Hand no more of the server's bytes to clients, as a client that has stopped reading."""
+        self._reading.clear()
 
     @property
     def target(self) -> str:
@@ -56,6 +62,7 @@ class PingProxy:
 
     def cut(self) -> None:
         """Break all connections, as a network does."""
+        self._reading.set()
         with self._lock:
             sockets, self._sockets = self._sockets, []
         for one in sockets:
@@ -88,6 +95,8 @@ class PingProxy:
                     skipped += skip
                     unread += data[skip:]
                     self._count(unread)
+                else:
+                    self._reading.wait()
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound, Record, RecordId, SearchQuery
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index import CollectionSpec
+from emberpc.server.index.backend import no_collection
+from emberpc.server.services.index import IndexService
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from server_process import ServerProcess
 
@@ -242,3 +246,26 @@ def test_a_record_with_a_time_to_live_tells_what_is_left_and_goes(client: Client
     while client.get(books, ["short"]):
         pass
     client.delete(books, ["lasting"])
+
+
+async def test_a_collection_that_is_deleted_while_it_is_listed_does_not_hide_the_others() -> None:
+    """Its database closes after it was found and before it is described."""
+
+    class Opener:
+        def __init__(self) -> None:
+            self.found = 0
+
+        async def collection(self, name: str) -> object:
+            self.found += 1
+            if self.found > 1:
+                raise no_collection(name)
+            return object()
+
+    async def describe(collection: object) -> index_pb2.Collection:
+        raise ServiceError(Code.UNAVAILABLE, "closed", reason="CLOSED")
+
+    service = object.__new__(IndexService)
+    service._opener = opener = Opener()  # type: ignore[assignment]
+    service._describe = describe  # type: ignore[method-assign]
+    assert await service._describe_or_say_why_not(CollectionSpec("gone", 2)) is None
+    assert opener.found == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client, InvalidArgument, Record, SearchQuery
-from emberpc.server.scraping import MOST_CONNECTIONS
+from emberpc.server.scraping import MOST_CONNECTIONS, PageServer
 from server_process import ServerProcess
 
 
@@ -108,3 +110,27 @@ def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request
 def test_an_address_that_is_taken_is_told(measured: ServerProcess, tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="another --metrics-listen"):
         ServerProcess({"tiny": tiny_bundle}, tmp_path, "--metrics-listen", measured.address)
+
+
+@pytest.mark.parametrize("accept", ["text/plain;version=1.x.y", "application/openmetrics-text; version=abc"])
+def test_a_request_that_cannot_be_read_gets_an_answer(measured: ServerProcess, accept: str) -> None:
+    found = re.search(r"figures at (http://\S+)", measured.output)
+    assert found is not None
+    request = urllib.request.Request(found[1], headers={"Accept": accept})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 500
+    assert figures(measured)["emberpc_models"] == 1
+
+
+def test_connections_that_cannot_be_accepted_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    server = PageServer("127.0.0.1", 0, lambda environ, start: [])
+    loop = asyncio.new_event_loop()
+    try:
+        for _ in range(100):
+            server._log_now_and_then(loop, {"message": "no descriptor", "exception": OSError(24, "too many")})
+    finally:
+        loop.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "the metrics port: no descriptor: [Errno 24] too many"
+    ]

@@ -16,6 +16,7 @@ import pytest
 from emberpc.server import handlers
 from emberpc.server.errors import invalid
 from emberpc.server.handlers import Handlers
+from emberpc.server.in_flight import BytesInFlight, HeldBytes
 from emberpc.v1 import server_pb2, server_pb2_grpc
 
 METHOD = "/emberpc.v1.ServerService/GetServerInfo"
@@ -107,7 +108,7 @@ async def test_a_cancelled_read_of_a_stream_loses_no_message() -> None:
         for data in (b"first", b"second"):
             yield data
 
-    stream = handlers._Decoded(messages(), decode)
+    stream = handlers._Decoded(messages(), decode, HeldBytes(BytesInFlight(100)))
     reading = asyncio.ensure_future(anext(stream))
     for _ in range(3):
         await asyncio.sleep(0)

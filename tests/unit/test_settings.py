@@ -121,6 +121,17 @@ def test_a_wrong_value_is_refused_with_its_name(overrides: dict[str, object], wo
     assert next(iter(overrides)) in str(refused.value)
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300", str(10**20)])
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(Settings) if isinstance(field.default, (int, float))]
+)
+def test_a_number_out_of_range_is_refused_with_its_name(name: str, value: str) -> None:
+    if isinstance(getattr(Settings(), name), bool):
+        return
+    with pytest.raises(SettingsError, match=name):
+        load_settings({name: value}, environ={})
+
+
 @pytest.mark.parametrize(
     ("text", "words"), [("workrs = 1", "no setting 'workrs'"), ("workers = ", "is not TOML"), (None, "cannot be read")]
 )

@@ -128,7 +128,7 @@ async def run(
             settings.max_collections,
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
-        handlers = Handlers(server, observe, limits.counts)
+        handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes)
         # Beside the heavy calls of the index, two threads may open collections, and one measures the models.
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
         # Before the index is closed, which blocks the loop until no call is under way.
@@ -188,6 +188,8 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            # A connection that says nothing is closed, so that silent ones do not take all file descriptors.
+            ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
             *_KEEPALIVE,
         ],
     )

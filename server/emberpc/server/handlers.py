@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from emberpc.server import descriptors
 from emberpc.server.element_counts import count_elements
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.in_flight import LARGE, BytesInFlight, HeldBytes
 from emberpc.server.statuses import status_of
 from emberpc.wire import status
 
@@ -36,6 +37,8 @@ _PROCESS, _numbers = secrets.token_hex(8), count()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Observe = Callable[[str, str, float], None]
+#: Decodes the request of a call: a message, or an iterator over messages.
+_Read = Callable[[Any, HeldBytes], Awaitable[Any]]
 Service = TypeVar("Service")
 
 
@@ -58,6 +61,7 @@ class Handlers:
             None: the call is not observed.
         counts: most elements of a repeated field of a request, by the field's name. They are counted before the
             request is decoded.
+        max_in_flight_bytes: most bytes of large requests at work and of large responses that were not read.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class Handlers:
         server: grpc.aio.Server,
         observe: Observe | None = None,
         counts: Mapping[str, int] = MappingProxyType({}),
+        max_in_flight_bytes: int = 128 * 2**20,
     ) -> None:
         self._server = server
         self._observe = observe or (lambda _method, _code, _seconds: None)
         self._counts = counts
+        self._in_flight = BytesInFlight(max_in_flight_bytes)
 
     def add(self, add_to_server: Callable[[Service, Any], None], service: Service) -> None:
         """Register a service.
@@ -92,7 +98,7 @@ class Handlers:
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         wrap = _stream if handler.response_streaming else _unary
         read = _reader(handler, method, self._counts)
-        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, read, self._observe)
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, read, self._observe, self._in_flight)
         return wrapped
 
 
@@ -108,33 +114,48 @@ def _code_name(error: BaseException) -> str:
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
 
 
-def _unary(handler: Any, method: str, read: Callable[[Any], Awaitable[Any]], observe: Observe) -> Any:
+def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
     """Wrap the handler of a method that answers once."""
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     if not inspect.iscoroutinefunction(inner):
         inner = _as_coroutine(inner)
+    #: A method whose responses are bytes has none.
+    serialize = handler.response_serializer or (lambda response: response)
 
-    async def call(request: Any, context: Context) -> Any:
+    async def call(request: Any, context: Context) -> bytes:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, code = perf_counter(), "OK"
+        start, code, held = perf_counter(), "OK", HeldBytes(in_flight)
         try:
-            decoded = await read(request)
+            decoded = await read(request, held)
             del request  # the bytes are not kept beside the message
-            return await inner(decoded, context)
+            return _counted(serialize(await inner(decoded, context)), in_flight, context)
         except BaseException as error:
             code = _code_name(error)
             if not isinstance(error, Exception):
                 raise
             await _abort(error, method, request_id, context)
         finally:
+            held.replace(0)
             observe(method, code, perf_counter() - start)
 
     make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    return make(call, None, handler.response_serializer)
+    return make(call, None, None)
 
 
-def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> Callable[[Any], Awaitable[Any]]:
+def _counted(response: bytes, in_flight: BytesInFlight, context: Context) -> bytes:
+    """Count a large response in until its caller has read it; RESOURCE_EXHAUSTED if too many bytes are unread."""
+    if len(response) >= LARGE:
+        in_flight.add(len(response))
+
+        def ended(_: Any) -> None:
+            in_flight.remove(len(response))
+
+        context.add_done_callback(ended)  # type: ignore[arg-type]
+    return response
+
+
+def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
     """Return the function that decodes the request of a call: one message, or an iterator over messages.
 
     Args:
@@ -153,11 +174,12 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> Callable[[A
         except (DecodeError, ValueError, RecursionError):
             raise _malformed(name) from None
 
-    async def read(data: bytes) -> Any:
+    async def read(data: bytes, held: HeldBytes) -> Any:
+        held.replace(len(data))
         return await _finished(decode(data))
 
-    async def read_stream(messages: AsyncIterator[bytes]) -> Any:
-        return _Decoded(messages, decode)
+    async def read_stream(messages: AsyncIterator[bytes], held: HeldBytes) -> Any:
+        return _Decoded(messages, decode, held)
 
     return read_stream if handler.request_streaming else read
 
@@ -186,9 +208,12 @@ class _Decoded:
     No generator, since a cancelled `anext` would end a generator, and handlers cancel and repeat it.
     """
 
-    def __init__(self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]]) -> None:
+    def __init__(
+        self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]], held: HeldBytes
+    ) -> None:
         self._messages = aiter(messages)
         self._decode = decode
+        self._held = held
         #: Steps of the message that a cancelled call was decoding.
         self._begun: Iterator[Any] | None = None
 
@@ -197,7 +222,9 @@ class _Decoded:
 
     async def __anext__(self) -> Any:
         if self._begun is None:
-            self._begun = self._decode(await anext(self._messages))
+            data = await anext(self._messages)
+            self._held.replace(len(data))
+            self._begun = self._decode(data)
         message = await _finished(self._begun)
         self._begun = None
         return message
@@ -212,17 +239,17 @@ def _as_coroutine(method: Any) -> Any:
     return call
 
 
-def _stream(handler: Any, method: str, read: Callable[[Any], Awaitable[Any]], observe: Observe) -> Any:
+def _stream(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, code = perf_counter(), "OK"
+        start, code, held = perf_counter(), "OK", HeldBytes(in_flight)
         try:
             # Closed at once when the caller leaves: a stream may have work in flight that nobody wants any more.
-            decoded = await read(request)
+            decoded = await read(request, held)
             del request  # the bytes are not kept beside the message
             async with aclosing(inner(decoded, context)) as answers:
                 async for answer in answers:
@@ -233,6 +260,7 @@ def _stream(handler: Any, method: str, read: Callable[[Any], Awaitable[Any]], ob
                 raise
             await _abort(error, method, request_id, context)
         finally:
+            held.replace(0)
             observe(method, code, perf_counter() - start)
 
     make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler

@@ -18,6 +18,11 @@ _SECONDS = 10.0
 #: Most bytes of a request's head; a request with a body is answered without it.
 _HEAD_BYTES = 16 * 2**10
 
+#: Connections that wait to be accepted. asyncio tries to accept so many at a time, also when no descriptor is free.
+_BACKLOG = 8
+#: Seconds between two log lines on connections that could not be accepted.
+_LOG_SECONDS = 60.0
+
 #: A WSGI application.
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -41,12 +46,20 @@ class PageServer:
         self._app = app
         #: Those that are open, the oldest first.
         self._open: dict[asyncio.StreamWriter, None] = {}
+        self._last_logged = -_LOG_SECONDS
         threading.Thread(target=asyncio.run, args=(self._serve(),), name="metrics", daemon=True).start()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._answer, sock=self._socket, limit=_HEAD_BYTES)
+        asyncio.get_running_loop().set_exception_handler(self._log_now_and_then)
+        server = await asyncio.start_server(self._answer, sock=self._socket, limit=_HEAD_BYTES, backlog=_BACKLOG)
         async with server:
             await server.serve_forever()
+
+    def _log_now_and_then(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error of the loop, such as that no file descriptor is free, once a minute at most."""
+        if loop.time() - self._last_logged >= _LOG_SECONDS:
+            self._last_logged = loop.time()
+            log.error("the metrics port: %s: %s", context.get("message"), context.get("exception"))
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open[writer] = None
@@ -65,7 +78,8 @@ class PageServer:
             writer.transport.abort()
         except Exception:
             log.exception("a request for the metrics failed")
-            writer.transport.abort()
+            writer.write(_message("500 Internal Server Error", [], b""))
+            writer.close()
         finally:
             self._open.pop(writer, None)
 

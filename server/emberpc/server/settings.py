@@ -35,6 +35,12 @@ _KINDS: dict[Any, str] = {
 }
 
 
+#: Largest value of a number; as seconds, a thousand years.
+_MOST = 2**35
+#: gRPC keeps these in 32 bits, and more threads help no host.
+_MOST_BY_NAME = {"max_message_bytes": 2**31 - 1, "handshake_seconds": 2**31 // 1000, "workers": 1024}
+
+
 class SettingsError(ValueError):
     """A setting is wrong; the message names it, where it was read, and the remedy."""
 
@@ -110,6 +116,10 @@ class Settings:
     max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
     max_message_bytes: int = _setting(16 * 2**20, "Most bytes of one request message.")
     max_response_bytes: int = _setting(32 * 2**20, "Most bytes of one response.")
+    max_in_flight_bytes: int = _setting(
+        128 * 2**20, "Most bytes of large requests at work and of large responses that callers have not read."
+    )
+    handshake_seconds: float = _setting(20.0, "A new connection that says nothing for this long is closed.")
     drain_seconds: float = _setting(30.0, "How long a stopping server waits for calls in flight.")
     log_level: str = _setting("info", f"How much to log: {', '.join(LOG_LEVELS)}.")
 
@@ -125,10 +135,12 @@ class Settings:
             "max_text_bytes",
             "max_message_bytes",
             "max_response_bytes",
+            "max_in_flight_bytes",
             "max_collections",
         ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        self._check_numbers()
         for name in (
             "workers",
             "batch_tokens",
@@ -160,6 +172,16 @@ class Settings:
 
         self.named_variants()
         self.named_options()
+
+    def _check_numbers(self) -> None:
+        """Raise SettingsError if a number is too large for gRPC, for the system or for a clock, or is no number."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float)):
+                continue
+            most = _MOST_BY_NAME.get(field.name, _MOST)
+            if not -most <= value <= most:  # nor is NaN
+                raise SettingsError(f"{field.name} is {value}; it must be at most {most}")
 
     def _check_index(self) -> None:
         """Raise SettingsError unless the index backend and its address fit."""
@@ -307,7 +329,7 @@ def _convert(name: str, hint: Any, value: object, source: str) -> Any:
     if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             return hint(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif hint is bool and (isinstance(value, bool) or str(value).lower() in _BOOLS):
         return _BOOLS[str(value).lower()]

@@ -22,7 +22,7 @@ import numpy as np
 
 from emberpc.server.engine import Engine, Lane, Truncation
 from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
-from emberpc.server.index import CollectionBackend, NewRecord
+from emberpc.server.index import CollectionBackend, NewRecord, cancellation
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.bulk_embedding import GROUP_TEXTS, GROUPS, BulkEmbedder, Embedded
@@ -125,6 +125,7 @@ class _Stream:
         self._limits = limits
         self._pool = pool
         self._collection = collection
+        self._context = context
         self._caller = requests.caller(context, default=Lane.BULK)
         self._request_id = requests.request_id(context)
         self._embedders: dict[Truncation, BulkEmbedder] = {}
@@ -216,7 +217,7 @@ class _Stream:
         """Read the records of a message and find their vectors."""
         batch = _Batch(pb.UpsertRecordsStreamResponse(batch_number=message.batch_number))
         # In the pool, since the metadata of a message may take seconds to read.
-        places = await self._pool.run(lambda: self._read(batch, message))
+        places = await self._pool.run(lambda: self._read(batch, message), self._context)
         if message.HasField("vectors"):
             try:
                 batch.matrix = self._given(message)[places]
@@ -239,6 +240,7 @@ class _Stream:
         """Add the records of a message to its batch; return the places of those that do not fail."""
         places = []
         for i, record in enumerate(message.records):
+            cancellation.check()
             try:
                 self._limits.check_texts([record.text], lambda _: "text", allow_empty=True)
                 batch.records += new_records([record])

@@ -68,8 +68,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.CreateCollectionResponse:
         """Create a collection."""
         spec = self._spec(request.collection)
-        collection = await self._pool.run(lambda: self._index.create(spec))
-        return pb.CreateCollectionResponse(collection=await self._describe(collection))
+        await self._pool.run(lambda: self._index.create(spec))
+        return pb.CreateCollectionResponse(collection=await self._with(spec.name, self._describe))
 
     async def GetCollection(
         self, request: pb.GetCollectionRequest, context: requests.Context
@@ -121,7 +121,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def _upsert(
         self, request: pb.UpsertRecordsRequest, context: requests.Context, collection: CollectionBackend
     ) -> pb.UpsertRecordsResponse:
-        records = await self._pool.run(lambda: new_records(request.records))
+        writers = self._pool.writers(request.collection)
+        records = await self._pool.run(lambda: new_records(request.records), context, within=writers)
         response = pb.UpsertRecordsResponse()
         if request.HasField("vectors"):
             self._limits.check_texts([record.text for record in records], items_of("records", "text"), allow_empty=True)
@@ -132,7 +133,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             truncation = requests.truncation(request.truncation, default=default)
             matrix = await self._embed_records(collection, texts, truncation, requests.caller(context), response)
         upsert = partial(collection.upsert, records, matrix, list(request.expected_revisions) or None)
-        result = await self._pool.run(upsert, within=self._pool.writers(request.collection))
+        result = await self._pool.run(upsert, within=writers)
         response.inserted_count = result.inserted
         response.updated_count = result.updated
         response.receipt.CopyFrom(replies.receipt(result))
@@ -370,7 +371,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:
         """Describe a collection; one that is damaged must not hide the others. None if it is gone by now."""
         try:
-            return await self._describe(await self._opener.collection(spec.name))
+            return await self._with(spec.name, self._describe)
         except ServiceError as error:
             if error.code is Code.NOT_FOUND:
                 return None

@@ -20,6 +20,7 @@ from emberpc.server.index import (
     Distance,
     NewRecord,
     StoredRecord,
+    cancellation,
 )
 from emberpc.server.services.requests import MAX_PARTS
 from emberpc.v1 import index_pb2 as pb
@@ -132,18 +133,22 @@ def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
     """Read records from a request.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT naming a record whose metadata cannot be JSON, or whose time to live is none.
+        ServiceError: INVALID_ARGUMENT naming a record whose metadata cannot be JSON, or whose time to live is none;
+            DEADLINE_EXCEEDED if the call is cancelled.
     """
-    return [
-        NewRecord(
-            id=message.id,
-            text=message.text,
-            metadata=_metadata(message.metadata, f"records[{i}].metadata"),
-            label=message.label,
-            time_to_live=_time_to_live(message, f"records[{i}].time_to_live"),
+    records = []
+    for i, message in enumerate(messages):
+        cancellation.check()
+        records.append(
+            NewRecord(
+                id=message.id,
+                text=message.text,
+                metadata=_metadata(message.metadata, f"records[{i}].metadata"),
+                label=message.label,
+                time_to_live=_time_to_live(message, f"records[{i}].time_to_live"),
+            )
         )
-        for i, message in enumerate(messages)
-    ]
+    return records
 
 
 def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
