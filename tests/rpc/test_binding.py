@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import pytest
 
-from emberpc.server.engine import Engine, Model, Registry
-from emberpc.server.errors import Code
-from emberpc.server.index import CollectionSpec, Index
+from emberpc.server.engine import Engine, Model, Registry, Truncation
+from emberpc.server.errors import Code, items_of
+from emberpc.server.index import CollectionSpec, Index, NewRecord
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.index import IndexService
 from emberpc.server.services.index_pool import IndexPool
@@ -32,8 +33,8 @@ class Service:
         self.index = Index(data)
         limits = Limits(100, 10_000, 2**24, 2**25, 4096)
         index_pool = IndexPool(pool, heavy=1)
-        reembedder = Reembedder(self.engine, self.index, index_pool, limits)
-        self._service = IndexService(self.engine, self.index, index_pool, limits, reembedder)
+        self._reembedder = Reembedder(self.engine, self.index, index_pool, limits)
+        self._service = IndexService(self.engine, self.index, index_pool, limits, self._reembedder)
 
     def create(self, model: Model, fingerprint: str) -> None:
         self.index.create(CollectionSpec("c", 32, model=model.name, model_fingerprint=fingerprint))
@@ -46,6 +47,17 @@ class Service:
     def search(self, text: str) -> bytes:
         request = pb.SearchRequest(collection="c", queries=[pb.SearchQuery(text=text)])
         return asyncio.run(self._service.Search(request, cast("Any", Context())))
+
+    def resume(self, until: Callable[[str], bool] = lambda problem: False) -> None:
+        """Go on with the reembedding of `c` until its collection is in place, or its problem is that of a test."""
+
+        async def run() -> None:
+            await self._reembedder.resume()
+            while (status := await self._reembedder.status("c")) is not None and not until(status.problem):
+                await asyncio.sleep(0)
+            await self._reembedder.close()
+
+        asyncio.run(run())
 
     def close(self) -> None:
         self.index.close()
@@ -132,3 +144,51 @@ def test_on_a_full_disk_the_collection_stays_usable(
     assert collection_model(service.engine, service.index.get("c")) is model
     monkeypatch.undo()
     assert service.bound_by() == model.fingerprint
+
+
+TEXTS = {"a": "the dog runs over green hills", "b": "rain at night"}
+
+
+@pytest.fixture
+def begun(tmp_path: Path, tiny_bundle: Path) -> Model:
+    """Leave a reembedding to model `m` behind, of which one record is done, as a server of the old scheme did."""
+    model = Model.load("m", tiny_bundle)
+    index = Index(tmp_path / "data")
+    index.create(CollectionSpec("c", 4)).upsert(
+        [NewRecord(key, text) for key, text in TEXTS.items()], np.eye(4, dtype=np.float32)[:2]
+    )
+    reembedding = index.reembed(CollectionSpec("c", 32, model="m", model_fingerprint=model.legacy_fingerprint))
+    reembedding.take(reembedding.next(1), embedded(model, [TEXTS["a"]]))
+    index.close()
+    return model
+
+
+def embedded(model: Model, texts: list[str]) -> np.ndarray:
+    prompt = model.manifest.prompts.passage
+    tokens = [each.ids for each in model.tokenizer.tokenize(texts, prompt, Truncation.REFUSE, items_of("texts"))]
+    return model.finish(model.encoder.run(tokens))
+
+
+def test_a_reembedding_that_was_begun_under_the_old_scheme_goes_on(
+    begun: Model, service: Service, tiny_bundle: Path
+) -> None:
+    model = service.engine.registry.load("m", tiny_bundle)
+    service.resume()
+    assert service.bound_by() == model.fingerprint
+    collection = service.index.get("c")
+    assert (collection.spec.model, collection.spec.dimensions) == ("m", 32)
+    found = {record.id: record for record in collection.page(10, "", with_vectors=True)[0]}
+    assert {key: record.text for key, record in found.items()} == TEXTS
+    vectors = np.stack([record.vector for key in TEXTS if (record := found[key]).vector is not None])
+    assert np.allclose(vectors, embedded(begun, list(TEXTS.values())), atol=1e-5)
+
+
+def test_a_reembedding_does_not_go_on_with_another_model(
+    begun: Model, service: Service, other_tiny_bundle: Path
+) -> None:
+    service.engine.registry.load("m", other_tiny_bundle)
+    service.resume(until=lambda problem: "'m' is another one than when this began" in problem)
+    assert service.index.get("c").spec.model == ""
+    (reembedding,) = service.index.reembeddings()
+    assert reembedding.counts() == (1, 2)
+    assert reembedding.spec.model_fingerprint == begun.legacy_fingerprint
