@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,8 +15,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from emberpc.bundle import Manifest, finish_bundle, read_bundle
-from emberpc.server.engine import Model, ModelLoadError, Registry
+from emberpc.bundle import Bundle, FileEntry, Manifest, finish_bundle, read_bundle
+from emberpc.bundle.reading import sha256_of
+from emberpc.server.engine import Model, ModelLoadError, Registry, model
 from emberpc.server.engine.session import OnnxSession, SessionError
 
 MODEL = Path("onnx") / "model.onnx"
@@ -142,3 +144,54 @@ def test_a_session_is_not_widened_with_other_weights(foreign: Path) -> None:
     data.write_bytes(content)
     with pytest.raises(SessionError, match="was written again"):
         session.with_threads(2)
+
+
+class Loading:
+    """Sessions as they begin to be made."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun = threading.Event()
+
+        def load(path: Path) -> OnnxSession:
+            self.begun.set()
+            return OnnxSession(path)
+
+        patch.setattr(model, "OnnxSession", load)
+
+
+def test_the_weights_are_hashed_while_the_session_is_made(
+    tiny_bundle: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = Loading(monkeypatch)
+    fingerprint = Bundle.fingerprint
+
+    def delayed(bundle: Bundle, variant: str = "", *, headless: bool = False) -> str:
+        assert loading.begun.wait(60), "the session waits for the hash"
+        return fingerprint(bundle, variant, headless=headless)
+
+    monkeypatch.setattr(Bundle, "fingerprint", delayed)
+    assert registry.load("m", tiny_bundle).fingerprint == fingerprint(read_bundle(tiny_bundle))
+
+
+def test_no_session_is_made_if_one_in_use_can_be_shared(
+    tiny_bundle: Path, copy: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.load("first", tiny_bundle)
+    loading = Loading(monkeypatch)
+    registry.load("second", copy)
+    assert not loading.begun.is_set()
+
+
+def test_weights_outside_the_folder_are_not_loaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = Loading(monkeypatch)
+    onnx.save(onnx.load(str(copy / MODEL)), str(copy / MODEL), save_as_external_data=True, location="w")
+    (copy / "onnx" / "w").rename(copy.parent / "w")
+    (copy / "onnx" / "w").symlink_to(copy.parent / "w")
+    manifest = Manifest.from_json((copy / "emberpc.json").read_text(encoding="utf-8"))
+    path = copy / MODEL
+    entry = FileEntry(sha256_of(path), path.stat().st_size)
+    manifest = replace(manifest, files={**manifest.files, str(MODEL): entry})
+    (copy / "emberpc.json").write_text(manifest.to_json(), encoding="utf-8")
+    with pytest.raises(ModelLoadError, match="leads out of the model's folder"):
+        Model.load("m", copy)
+    assert not loading.begun.is_set()

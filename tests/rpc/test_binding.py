@@ -53,8 +53,10 @@ class Service:
 
         async def run() -> None:
             await self._reembedder.resume()
-            while (status := await self._reembedder.status("c")) is not None and not until(status.problem):
-                await asyncio.sleep(0)
+            while True:  # a job has no event for its problem
+                status = await self._reembedder.status("c")
+                if status is None or until(status.problem):
+                    break
             await self._reembedder.close()
 
         asyncio.run(run())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from emberpc.bundle.errors import BundleError
+from emberpc.bundle.hashing import sha256_of_part
 from emberpc.bundle.protobuf import Message
 
 # Numbers of fields (onnx.proto).
@@ -28,7 +29,8 @@ _EXTERNAL = 1
 _MAX_DEPTH = 16
 #: ONNX Runtime's own format, a FlatBuffer, has this at its fifth byte.
 _ORT_FORMAT = b"ORTM"
-_CHUNK = 1 << 20
+#: From this size on, a part of the file is not copied from its mapping.
+_LARGE_BYTES = 1 << 16
 
 
 class _IrregularError(Exception):
@@ -68,14 +70,13 @@ def output_digest(folder: Path, model: str, output: str) -> str:
     Raises:
         BundleError: as `external_files`.
     """
-    files = external_files(folder, model)
     try:
         with _opened(folder / model) as data:
             return _Digests.read(folder, model, data).of(output).hex()
     except _IrregularError:
         digest = hashlib.sha256(b"files")
-        for name in (model, *files):
-            _update(digest, b"" if name == model else name.encode(), _sha256(folder / name))
+        for name in (model, *external_files(folder, model)):
+            _update(digest, b"" if name == model else name.encode(), sha256_of_part(folder / name))
         return digest.hexdigest()
 
 
@@ -285,7 +286,7 @@ class _Digests:
             if isinstance(value, int):
                 _update(digest, str(number).encode(), str(value).encode())
             else:
-                _update(digest, str(number).encode(), _sha256_of_part(value))
+                _update(digest, str(number).encode(), self._sha256(value))
         if external:
             _update(digest, b"9", self._external(entries))  # as raw_data
         elif entries:
@@ -298,7 +299,14 @@ class _Digests:
         offset, length = entries.get("offset", "0"), entries.get("length", "")
         if not all(each.isascii() and each.isdecimal() and len(each) < 19 for each in (offset, length or "0")):
             raise _IrregularError
-        return _sha256(self.folder / place, int(offset), int(length) if length else None)
+        return sha256_of_part(self.folder / place, int(offset), int(length) if length else None)
+
+    def _sha256(self, part: Message) -> bytes:
+        """Return the SHA-256 of a part of the ONNX file; a large one is read, as it would be mapped page by page."""
+        length = part.end - part.start
+        if length < _LARGE_BYTES:
+            return hashlib.sha256(part.bytes()).digest()
+        return sha256_of_part(self.folder / self.model_path, part.start, length)
 
 
 def _digest(kind: bytes, *parts: bytes) -> bytes:
@@ -312,33 +320,3 @@ def _update(digest: hashlib._Hash, *parts: bytes) -> None:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
-
-
-def _sha256_of_part(part: Message) -> bytes:
-    digest = hashlib.sha256()
-    for start in range(part.start, part.end, _CHUNK):
-        digest.update(part.data[start : min(start + _CHUNK, part.end)])
-    return digest.digest()
-
-
-def _sha256(path: Path, offset: int = 0, length: int | None = None) -> bytes:
-    """Return the SHA-256 of a part of a file; without a length, up to its end.
-
-    Raises:
-        BundleError: the file cannot be read or is shorter.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            while length is None or length > 0:
-                chunk = file.read(_CHUNK if length is None else min(_CHUNK, length))
-                if not chunk:
-                    break
-                digest.update(chunk)
-                length = None if length is None else length - len(chunk)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read; see that this user may read it") from error
-    if length:
-        raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
-    return digest.digest()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from emberpc.bundle.errors import BundleError, UnstatedError
+from emberpc.bundle.hashing import sha256_of_part
 from emberpc.bundle.head import HEAD_NAME, Head
 from emberpc.bundle.interface import Graph, Interface, find_inputs
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Task, Variant
@@ -73,6 +74,19 @@ class Bundle:
         logits = self.manifest.task is Task.CLASSIFICATION and not headless
         return "logits" if logits else "sentence_embedding"
 
+    def external_files(self, variant: str = "") -> tuple[str, ...]:
+        """Return the files beside a variant's ONNX file that hold weights of it, as paths in the folder.
+
+        Raises:
+            BundleError: the ONNX file cannot be read, or a file that it names is missing, lies outside the folder or is
+                not among those of the manifest.
+        """
+        found = external_files(self.folder, self.manifest.variant(variant).path)
+        for name in found:
+            if name not in self.manifest.files:
+                raise BundleError(f"{self.folder / name} holds weights and is not in the manifest; {_REEXPORT}")
+        return found
+
     def fingerprint(self, variant: str = "", *, headless: bool = False) -> str:
         """Return a SHA-256 (hex) of all bytes that decide the model's vectors, read from the files now.
 
@@ -85,12 +99,10 @@ class Bundle:
             headless: as in `interface`.
 
         Raises:
-            BundleError: a file cannot be read, lies outside the folder or is not among those of the manifest.
+            BundleError: as `external_files`, or a file cannot be read.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
-        for name in external_files(self.folder, model):
-            if name not in manifest.files:
-                raise BundleError(f"{self.folder / name} holds weights and is not in the manifest; {_REEXPORT}")
+        self.external_files(variant)  # see that the manifest has all of them
         parts = {
             "scheme": 2,
             "output": output_digest(self.folder, model, self.output(headless=headless)),
@@ -218,11 +230,4 @@ def sha256_of(path: Path) -> str:
     Raises:
         BundleError: the file cannot be read.
     """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read; see that this user may read it") from error
-    return digest.hexdigest()
+    return sha256_of_part(path).hex()

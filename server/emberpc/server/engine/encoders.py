@@ -139,6 +139,11 @@ class Encoders:
         self._known: WeakValueDictionary[tuple[str, int], Encoder] = WeakValueDictionary()
         self._lock = threading.Lock()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether none is in use."""
+        return not self._known
+
     def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder], *, fresh: bool = False) -> Encoder:
         """Return an encoder that is in use, or load it.
 

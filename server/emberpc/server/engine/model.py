@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -107,12 +107,14 @@ class Model:
         try:
             tell("checking the files")
             bundle = open_bundle(folder, options or {}, lambda path: load(path).graph, check_hashes=False)
-            # On a core of its own: hashing takes as long as loading does.
-            with ThreadPoolExecutor(1, thread_name_prefix="hashes") as beside:
+            # On cores of their own: each hashing takes about as long as loading does.
+            with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
                 hashes = beside.submit(bundle.check_hashes)
                 tell("loading the weights")
                 try:
-                    model = cls._of(name, folder, bundle, variant_name, options or {}, load, encoders, fresh=fresh)
+                    model = cls._of(
+                        name, folder, bundle, variant_name, options or {}, load, encoders, beside, fresh=fresh
+                    )
                 except (BundleError, SessionError):
                     hashes.result()  # that a file changed is the better reason
                     raise
@@ -139,17 +141,17 @@ class Model:
         options: Mapping[str, str],
         load: Callable[[Path], OnnxSession],
         encoders: Encoders | None,
+        beside: Executor,
         *,
         fresh: bool,
     ) -> Model:
-        """Load what a bundle holds."""
+        """Load what a bundle holds; the weights are hashed in `beside` while they are loaded."""
         manifest = bundle.manifest
         variant = manifest.variant(variant_name)
         head = bundle.head()
 
         path = bundle.model_path(variant)
         entry = manifest.files[variant.path]
-        fingerprint = bundle.fingerprint(variant.name, headless=head is not None)
 
         def load_encoder() -> Encoder:
             session = load(path)
@@ -159,7 +161,17 @@ class Model:
         # One that gives logits is of no use to others.
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
-        encoder = shared.get(fingerprint, manifest.max_tokens, load_encoder, fresh=fresh and head is None)
+        fresh = fresh and head is None
+        bundle.external_files(variant.name)  # before the file is loaded: none may lie outside the folder
+        fingerprinting = beside.submit(bundle.fingerprint, variant.name, headless=head is not None)
+        if fresh or shared.is_empty:  # no encoder in use can be shared, so the fingerprint need not be known first
+            try:
+                load(path)
+            except SessionError:
+                fingerprinting.result()  # what is wrong with the file says more
+                raise
+        fingerprint = fingerprinting.result()
+        encoder = shared.get(fingerprint, manifest.max_tokens, load_encoder, fresh=fresh)
         if head is None and encoder.sha256 != entry.sha256:
             # Another file gives the same vectors. This one must load as well, or the folder is not fit to be served.
             load_encoder()

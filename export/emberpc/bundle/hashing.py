@@ -1,0 +1,41 @@
+"""Hash files piece by piece: neither a file nor a copy of it is in memory whole."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from emberpc.bundle.errors import BundleError
+
+#: Read at a time, into one buffer. hashlib lets other threads run meanwhile.
+_CHUNK_BYTES = 1 << 18
+
+
+def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """Return the SHA-256 of a part of a file.
+
+    Args:
+        path: the file.
+        offset: where the part begins, in bytes.
+        length: its length in bytes; None: up to the end of the file.
+
+    Raises:
+        BundleError: the file cannot be read or is shorter.
+    """
+    digest = hashlib.sha256()
+    rest = length
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            buffer = memoryview(bytearray(_CHUNK_BYTES if rest is None else min(_CHUNK_BYTES, rest)))
+            while rest is None or rest > 0:
+                count = file.readinto(buffer if rest is None else buffer[:rest])
+                if not count:
+                    break
+                digest.update(buffer[:count])
+                rest = None if rest is None else rest - count
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read; see that this user may read it") from error
+    if rest:
+        raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
+    return digest.digest()
