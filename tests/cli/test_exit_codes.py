@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from emberpc.cli import app
 from emberpc.cli import main as main_module
 from emberpc.cli.errors import ExitCode
 from fake_server import FakeServer, Fault
@@ -196,3 +197,16 @@ def test_a_pipe_that_nobody_reads_at_all_is_no_error_either(fake: FakeServer) ->
     )
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, b"")
+
+
+def in_a_circle(*errors: BaseException) -> BaseException:
+    """Have each error caused by the next one, and the last by the first."""
+    for error, cause in zip(errors, [*errors[1:], errors[0]], strict=True):
+        error.__cause__ = cause
+    return errors[0]
+
+
+def test_causes_that_go_round_in_a_circle_are_followed_once() -> None:
+    assert not app._is_of_an_interrupt(in_a_circle(ValueError(), OSError(), ValueError()))
+    assert not app._is_of_an_interrupt(in_a_circle(ValueError()))
+    assert app._is_of_an_interrupt(in_a_circle(ValueError(), KeyboardInterrupt()))

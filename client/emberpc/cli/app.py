@@ -148,9 +148,11 @@ def _app_for(arguments: Sequence[str]) -> typer.Typer:
 
 def _is_of_an_interrupt(error: BaseException | None) -> bool:
     """Whether Ctrl-C led to an error: it can end a library between two of its steps, which then raises another."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    seen = set[int]()  # the causes of an error that a library raises again can lead back to it
+    while error is not None and not isinstance(error, KeyboardInterrupt) and id(error) not in seen:
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return isinstance(error, KeyboardInterrupt)
 
 
 def _is_of_the_help(error: OSError) -> bool:

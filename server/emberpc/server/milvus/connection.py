@@ -160,7 +160,9 @@ def translated(doing: str) -> Iterator[None]:
 def _failure(error: MilvusException | grpc.RpcError) -> _Failure:
     """Look an error up by its code, or by that of what it came from; some of pymilvus's say nothing themselves."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen = set[int]()  # the causes of an error that pymilvus raises again can lead back to it
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         code = cause.code() if isinstance(cause, grpc.RpcError) and callable(cause.code) else getattr(cause, "code", 0)
         if code in _FAILURES:
             return _FAILURES[code]
