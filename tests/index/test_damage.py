@@ -303,3 +303,12 @@ def test_an_index_on_damaged_metadata_keeps_nobody_from_writing(tmp_path: Path) 
     assert len(collection.search(VECTORS[:1], 100, conditions=[below])[0].hits) == 19
     assert [problem for step in collection.verify() for problem in step.problems] == []
     index.close()
+
+
+@pytest.mark.parametrize("metadata", ["'{'", "CAST(x'ff' AS TEXT)", "'[1]'", "7"])
+def test_the_warning_of_a_numeric_filter_reads_past_damaged_metadata(tmp_path: Path, metadata: str) -> None:
+    records = [NewRecord(each, metadata={"year": "1999"}) for each in TRUTH]
+    with damaged(tmp_path, f"metadata = {metadata}") as collection:
+        collection.upsert(records[8:], VECTORS[8:])
+        (sentence,) = collection.mismatches(Comparison("year", Operator.EQUAL, 1999))
+        assert sentence.startswith("the filter compares 'year' with a number")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +161,15 @@ class StoreReader:
         return found, False
 
     def metadata(self, count: int) -> list[dict[str, Any]]:
-        """Return the metadata of the first records, at most `count`."""
+        """Return the metadata of the first records, at most `count`; damaged metadata is left out."""
+        statement = "SELECT metadata FROM records ORDER BY label LIMIT ?"
         with translated(self._what):
-            rows = self._reader().execute("SELECT metadata FROM records ORDER BY label LIMIT ?", (count,)).fetchall()
-        return [json.loads(row[0]) for row in rows]
+            rows = self._damage.select(self._reader(), statement, (count,))
+        found = []
+        for row in rows:
+            with suppress(ValueError, TypeError, RecursionError):
+                found.append(json.loads(row[0]))
+        return found
 
     def count(self, condition: Clause = EVERYTHING) -> int:
         """Return the number of records that meet a condition."""
