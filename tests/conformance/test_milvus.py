@@ -53,19 +53,6 @@ def collection(index: MilvusIndex) -> Iterator[MilvusCollection]:
     index.delete("c")
 
 
-def test_a_collection_is_bound_again_and_stays_so(index: MilvusIndex, milvus: MilvusLiteProcess) -> None:
-    from emberpc.server.milvus import MilvusIndex
-
-    old, new = "0" * 64, "1" * 64
-    index.create(CollectionSpec("bound", DIMENSIONS, model="m", model_fingerprint=old))
-    assert index.rebind("bound", "2" * 64, new).spec.model_fingerprint == old
-    assert index.rebind("bound", old, new).spec.model_fingerprint == new
-    again = MilvusIndex(milvus.uri)
-    assert again.get("bound").spec.model_fingerprint == new
-    again.close()
-    index.delete("bound")
-
-
 def test_milvus_gone_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
     need_milvus("pymilvus", "milvus_lite")
     from emberpc.server.milvus import MilvusIndex
@@ -301,6 +288,18 @@ def test_each_failure_of_milvus_has_its_code_and_no_text_of_its_own(
         assert "secret" not in caught.value.message
         assert (caught.value.retry_after is not None) is (code is Code.UNAVAILABLE or cause == 8)
     assert caplog.text
+
+
+def test_causes_that_go_round_in_a_circle_are_followed_once() -> None:
+    need_milvus("pymilvus")
+    from pymilvus import MilvusException
+
+    from emberpc.server.milvus.connection import translated
+
+    error, cause = MilvusException(code=65535, message="secret"), OSError()
+    error.__cause__, cause.__cause__ = cause, error
+    with refused(Code.INTERNAL, "reading: Milvus failed"), translated("reading"):
+        raise error
 
 
 def test_a_receipt_does_not_state_the_durability(milvus: MilvusLiteProcess, tmp_path: Path) -> None:

@@ -65,11 +65,7 @@ class MilvusIndex:
     def get(self, name: str) -> MilvusCollection:
         """Return a collection."""
         spec, created = self._existing(name)
-        with self._lock:
-            known = self._known.get(name)
-        if known is not None and (known.spec, known.created) == (spec, created):
-            return known
-        return self._keep(spec, created)
+        return self._at_hand(spec, created) or self._keep(spec, created)
 
     def opened(self, name: str) -> MilvusCollection | None:
         """Return None: only Milvus can tell what a collection is now."""
@@ -85,15 +81,15 @@ class MilvusIndex:
         return [found[0] for found in described if found is not None], token
 
     def update(self, name: str, truncation: str) -> None:
-        """Refuse it."""
-        raise unsupported("UpdateCollection", BACKEND, "set `truncation` in the upserts")
+        """Set how a collection truncates over-long texts."""
+        spec, created = self._existing(name)
+        self._alter(replace(spec, truncation=truncation), created)
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> MilvusCollection:
         """Bind a collection to its model by another fingerprint, if it is bound by `legacy`; return the collection."""
         spec, created = self._existing(name)
         if spec.model_fingerprint == legacy:
-            properties = schema.properties(replace(spec, model_fingerprint=fingerprint), created)
-            self._call(name, "alter_collection_properties", properties=properties)
+            self._alter(replace(spec, model_fingerprint=fingerprint), created)
         return self.get(name)
 
     def delete(self, name: str) -> None:
@@ -137,10 +133,26 @@ class MilvusIndex:
         collection = MilvusCollection(self._connection, spec, created)
         collection.load()
         with self._lock:
-            known = self._known.get(spec.name)
-            if known is None or (known.spec, known.created) != (spec, created):
-                known = self._known[spec.name] = collection
+            return self._known_as(spec, created) or self._known.setdefault(spec.name, collection)
+
+    def _at_hand(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
+        """Return a collection that was used before, brought up to date; None: there is another one of the name now."""
+        with self._lock:
+            return self._known_as(spec, created)
+
+    def _known_as(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
+        """Do what `_at_hand` says, with the lock held."""
+        known = self._known.get(spec.name)
+        if known is not None and not (known.created == created and known.adopt(spec)):
+            del self._known[spec.name]
+            return None
         return known
+
+    def _alter(self, spec: CollectionSpec, created: datetime) -> None:
+        """Change what a collection is; only what `MilvusCollection.adopt` allows."""
+        spec.check()
+        self._call(spec.name, "alter_collection_properties", properties=schema.properties(spec, created))
+        self._at_hand(spec, created)
 
     def _exists(self, name: str) -> bool:
         return bool(self._call(name, "has_collection"))

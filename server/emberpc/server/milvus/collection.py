@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import islice
+from typing import Any
 
 from emberpc.server.errors import invalid, items_of
 from emberpc.server.index.backend import unsupported
@@ -58,6 +60,17 @@ class MilvusCollection:
         self._reader = Reader(connection, spec)
         self._write_lock = threading.Lock()
         self._sequence = 0
+
+    def adopt(self, spec: CollectionSpec) -> bool:
+        """Take over what the collection is now, if only its binding or its truncation has changed.
+
+        Returns:
+            Whether it did; otherwise another collection has the name now.
+        """
+        changed = replace(self.spec, model_fingerprint=spec.model_fingerprint, truncation=spec.truncation)
+        if changed == spec:
+            self.spec = spec
+        return changed == spec
 
     def info(self) -> CollectionInfo:
         """Say how it stands; the sequence is that of this server's last write, and bytes on disk are not known."""
@@ -159,7 +172,12 @@ class MilvusCollection:
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
-        return mismatches(condition, lambda: [record.metadata for record in self.page(MISMATCH_RECORDS, "")[0]])
+
+        def read() -> list[dict[str, Any]]:
+            rows = self._reader.walk([schema.ID, "metadata"], batch=MISMATCH_RECORDS)
+            return [schema.metadata(row) for row in islice(rows, MISMATCH_RECORDS)]
+
+        return mismatches(condition, read)
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Raise UNIMPLEMENTED: there are no two copies here that could differ."""
