@@ -16,9 +16,17 @@ from emberpc.export.datasets import read_labelled
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import read_descriptions, training_examples
 
+
+def plain(label: str) -> str:
+    """Return a label as it is to be read: in NFC, without space and characters without width around it."""
+    label = unicodedata.normalize("NFC", label)
+    kept = [i for i, each in enumerate(label) if not each.isspace() and each not in "\u200b\u2060\ufeff"]
+    return label[kept[0] : kept[-1] + 1] if kept else ""
+
+
 # csv has no way to write NUL, and reads every line's end as one.
 CELLS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
-    lambda text: text.strip()
+    lambda text: text.strip() and plain(text)
 )
 ROWS = st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6)
 
@@ -36,7 +44,7 @@ def test_whatever_csv_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([("text", "label"), *rows])
     data = read_labelled(path)
-    wanted = [(text, unicodedata.normalize("NFC", label).strip()) for text, label in rows]
+    wanted = [(text, plain(label)) for text, label in rows]
     assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == wanted
 
 
@@ -46,7 +54,7 @@ def test_whatever_json_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     path = write(tmp_path, "data.jsonl", "\n".join(lines))
     data = read_labelled(path)
-    wanted = [(text, unicodedata.normalize("NFC", label).strip()) for text, label in rows]
+    wanted = [(text, plain(label)) for text, label in rows]
     assert [(text, *labels) for text, labels in zip(data.texts, data.labels, strict=True)] == wanted
 
 
@@ -111,7 +119,12 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         ("data.jsonl", '{"text": "a", "label": true}\n', "line 1: label is of type bool"),
         ("data.jsonl", '{"text": 1.5, "label": "x"}\n', "line 1: text is of type float"),
         ("data.jsonl", '{"label": "x"}\n', "line 1: there is no column 'text'"),
-        ("data.txt", "a", "must end in .csv, .tsv, .jsonl or .parquet"),
+        ("data.jsonl", '{"text": "a", "label": NaN}\n', "line 1: label is of type float"),
+        ("data.jsonl", '{"text": "a", "label": "\\ud800"}\n', "line 1: label holds half of a surrogate pair"),
+        ("data.jsonl", '{"text": "\\udc00", "label": "x"}\n', "line 1: text holds half of a surrogate pair"),
+        ("data.csv", "text,label\na,x\0\n", "line 2: label holds a NUL character"),
+        ("data.csv", "text,label\na,\u200b \ufeff\n", "line 2: label is empty"),
+        ("data.txt", "a", "must end in .csv, .tsv, .jsonl, .ndjson or .parquet"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_row(tmp_path: Path, name: str, content: str, words: str) -> None:
@@ -171,7 +184,7 @@ def test_a_header_that_cannot_be_meant_so_is_refused(tmp_path: Path, name: str, 
         read_labelled(write(tmp_path, name, content))
 
 
-PADDED = ["io", "io ", " io", "\u00a0io\t", "caf\u00e9", "cafe\u0301", "cafe\u0301 "]
+PADDED = ["io", "io ", " io", "\u00a0io\t", "\ufeffio", "io \u200b ", "caf\u00e9", "cafe\u0301", "cafe\u0301 "]
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl", "several.csv", "several.jsonl"])
@@ -201,7 +214,8 @@ def test_labels_that_differ_only_in_case_are_two_and_are_reported(
 ) -> None:
     path = write(tmp_path, "d.csv", "text,label\na,BASH\nb,bash\nc,io\nd,Bash\n")
     assert training_examples(read_labelled(path), min_examples=1).labels == ("BASH", "Bash", "bash", "io")
-    assert f"{path}: 2 labels differ from another one only in case, such as 'BASH' and 'Bash' and 'bash'" in caplog.text
+    assert f"{path}: 2 labels differ from another one only in case, space, " in caplog.text
+    assert "such as 'BASH' and 'Bash' and 'bash'; they are taken for different labels" in caplog.text
     caplog.clear()
     path = write(tmp_path, "e.csv", "text,label\na,bash\nb,io\n")
     training_examples(read_labelled(path), min_examples=1)
@@ -220,3 +234,74 @@ def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path: Path) -> None
     pq.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(ExportError, match="the column 'label' is there twice"):
         read_labelled(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["1", "01", "1.0", "+1"],
+        ["card arrival", "card  arrival", "card\u00a0arrival", "card\tarrival"],
+        ["io", "i\u200bo", "\uff49\uff4f", "IO"],
+    ],
+)
+def test_labels_that_hardly_differ_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: list[str]
+) -> None:
+    path = write(tmp_path, "d.csv", "text,label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
+    assert set(training_examples(read_labelled(path), min_examples=1).labels) == set(labels)
+    assert f"{path}: {len(labels) - 1} labels differ from another one only in " in caplog.text
+
+
+def test_labels_that_differ_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["1", "1.5", "10", "-1", "1.0.0", "1st", "io", "oi", "card arrival", "cardarrival"]
+    path = write(tmp_path, "d.csv", "text,label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
+    training_examples(read_labelled(path), min_examples=1)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("NaN", "label is of type float"),
+        ("1.0", "label is of type float"),
+        ("true", "label is of type bool"),
+        ('{"a": 1}', "label is of type dict"),
+        ('["a", 1.5]', "label holds 1.5, which is no label"),
+        ('["a", null]', "label holds None, which is no label"),
+        ('"a;b\\u0000"', "label holds a NUL character"),
+        ('["a\\u0000"]', "label holds a NUL character"),
+        ('["a", "\\ud800"]', "label holds half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_label_is_none_among_several_either(tmp_path: Path, label: str, words: str) -> None:
+    path = write(tmp_path, "d.jsonl", f'{{"text": "t", "label": {label}}}\n')
+    with pytest.raises(ExportError, match=f"line 1: {words}"):
+        read_labelled(path, separator=";")
+
+
+def test_an_empty_separator_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="the separator of labels is empty"):
+        read_labelled(write(tmp_path, "d.csv", "text,label\na,b\n"), separator="")
+
+
+@pytest.mark.parametrize("column", ["floats", "bytes", "booleans"])
+@pytest.mark.parametrize("separator", [None, ";"])
+def test_parquet_labels_of_other_types_are_refused(tmp_path: Path, column: str, separator: str | None) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values: dict[str, list[object]] = {"floats": [1.0, float("nan")], "bytes": [b"x", b"y"], "booleans": [True, False]}
+    pq.write_table(pa.table({"text": ["a", "b"], "label": values[column]}), tmp_path / "d.parquet")
+    with pytest.raises(ExportError, match="row 1: label is of type (float|bytes|bool); it must be a text"):
+        read_labelled(tmp_path / "d.parquet", separator=separator)
+
+
+@pytest.mark.parametrize("name", ["d.CSV", "d.Tsv", "d.ndjson", "d.JSONL"])
+def test_names_of_files_are_read_as_the_command_line_reads_them(tmp_path: Path, name: str) -> None:
+    rows = {"csv": "text,label\r\na,x\r\n", "tsv": "text\tlabel\r\na\tx\r\n"}
+    content = rows.get(name[2:].lower(), '{"text": "a", "label": "x"}\r\n')
+    assert read_labelled(write(tmp_path, name, content)).labels == [("x",)]
+
+
+def test_space_around_the_names_of_columns_is_left_out(tmp_path: Path) -> None:
+    assert read_labelled(write(tmp_path, "d.csv", "text , label\na,x\n")).labels == [("x",)]
+    with pytest.raises(ExportError, match="line 1: the column 'label' is there twice"):
+        read_labelled(write(tmp_path, "e.csv", "text,label,label \na,x,y\n"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from emberpc.export.errors import ExportError
 
 _LOGGER = logging.getLogger(__name__)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_FORMATS = ".csv, .tsv, .jsonl or .parquet"
+_FORMATS = ".csv, .tsv, .jsonl, .ndjson or .parquet"
+#: Characters without width that other programs leave at the ends of a cell; `str.strip` does not take them for space.
+_WIDTHLESS = "\u200b\u2060\ufeff"
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,12 @@ def read_labelled(
             may also be a list, and may be missing. Default: every text has one label.
 
     Raises:
-        ExportError: the file cannot be read, has no such column, or a row has no text or no label.
+        ExportError: the file cannot be read, has no such column, or a row has no text or no label; or the separator is
+            empty.
     """
     path = Path(path)
+    if separator == "":
+        raise ExportError("the separator of labels is empty; give what stands between two labels, such as ;")
     texts: list[str] = []
     labels: list[tuple[str, ...]] = []
     places: list[str] = []
@@ -84,11 +92,12 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         ExportError: the file cannot be read, or has no rows.
     """
-    readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers:
+    readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise ExportError(f"{path}: its name must end in {_FORMATS}")
     try:
-        rows = list(readers[path.suffix](path))
+        rows = list(readers[suffix](path))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -104,15 +113,36 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
     Raises:
         ExportError: there is no such column, or it is empty or holds something else.
     """
-    value = _cell(path, place, row, column)
-    if value is None or not str(value).strip():
-        raise ExportError(f"{path}, {place}: {column} is empty; fill it in or remove the row")
-    if "\0" in str(value):
-        raise ExportError(f"{path}, {place}: {column} holds a NUL character, which no text has; remove it")
+    return _filled(path, place, column, _text(path, place, column, _cell(path, place, row, column)))
+
+
+def _text(path: Path, place: str, column: str, value: Any) -> str:
+    """Return the text that a cell holds, empty for a missing one.
+
+    Raises:
+        ExportError: it holds something else, or characters that no text has.
+    """
+    if value is None:
+        return ""
     if type(value) not in (str, int):
         kind = type(value).__name__
         raise ExportError(f"{path}, {place}: {column} is of type {kind}; it must be a text, or a whole number")
-    return str(value)
+    text = str(value)
+    if "\0" in text:
+        raise ExportError(f"{path}, {place}: {column} holds a NUL character, which no text has; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(
+            f"{path}, {place}: {column} holds half of a surrogate pair, which is no character; remove it"
+        ) from error
+    return text
+
+
+def _filled(path: Path, place: str, column: str, text: str) -> str:
+    if not text.strip():
+        raise ExportError(f"{path}, {place}: {column} is empty; fill it in or remove the row")
+    return text
 
 
 def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
@@ -121,28 +151,38 @@ def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
     Raises:
         ExportError: as `text_of`.
     """
-    return _plain_label(text_of(path, place, row, column))
+    return _filled(path, place, column, _plain_label(text_of(path, place, row, column)))
 
 
-def _plain_label(value: str | int) -> str:
-    """Return a label so that two that look alike are one."""
-    return unicodedata.normalize("NFC", str(value)).strip()
+def _plain_label(text: str) -> str:
+    """Return a label in NFC, without space and characters without width around it."""
+    plain, label = "", unicodedata.normalize("NFC", text)
+    while plain != label:
+        plain, label = label, label.strip().strip(_WIDTHLESS)
+    return plain
 
 
 def report_alike(path: Path, labels: Iterable[str]) -> None:
-    """Warn of labels that differ only in case: they are different labels, and perhaps not meant so."""
+    """Warn of labels that hardly differ: they are different labels, and perhaps not meant so."""
     alike: dict[str, list[str]] = {}
     for label in sorted(set(labels)):
-        alike.setdefault(label.casefold(), []).append(label)
+        alike.setdefault(_gist(label), []).append(label)
     found = [same for same in alike.values() if len(same) > 1]
     if found:
         _LOGGER.warning(
-            "%s: %d labels differ from another one only in case, such as %s; they are taken for different labels; "
-            "write them alike if they are one",
+            "%s: %d labels differ from another one only in case, space, invisible characters or how a number is "
+            "written, such as %s; they are taken for different labels; write them alike if they are one",
             path,
             sum(map(len, found)) - len(found),
             " and ".join(map(repr, found[0])),
         )
+
+
+def _gist(label: str) -> str:
+    """Return what a label has in common with others that look like it or, of a number, mean the same."""
+    visible = "".join(" " if each.isspace() else each for each in label if unicodedata.category(each) != "Cf")
+    gist = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
+    return str(Decimal(gist).normalize()) if _NUMBER.fullmatch(gist) else gist
 
 
 def _undecodable(path: Path) -> str:
@@ -159,10 +199,10 @@ def _undecodable(path: Path) -> str:
 def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:
     """Return the labels of a cell that may hold several, each once, in alphabetical order."""
     value = _cell(path, place, row, column)
-    parts = value if isinstance(value, list) else [] if value is None else str(value).split(separator)
+    parts = value if isinstance(value, list) else _text(path, place, column, value).split(separator)
     if wrong := [part for part in parts if type(part) not in (str, int)]:
         raise ExportError(f"{path}, {place}: {column} holds {wrong[0]!r}, which is no label; write texts")
-    return tuple(sorted({_plain_label(part) for part in parts} - {""}))
+    return tuple(sorted({_plain_label(_text(path, place, column, part)) for part in parts} - {""}))
 
 
 def _cell(path: Path, place: str, row: dict[str, Any], column: str) -> Any:
@@ -175,12 +215,14 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
-            _check_header(path, reader.fieldnames or (), delimiter)
+            names = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = names
+            _check_header(path, names, delimiter)
             for row in reader:
                 where = f"line {reader.line_num}"
                 if None in row or None in row.values():
                     raise ExportError(
-                        f"{path}, {where}: it does not have {len(reader.fieldnames or ())} columns as the header has; "
+                        f"{path}, {where}: it does not have {len(names)} columns as the header has; "
                         "is a text with a comma not in quotes?"
                     )
                 yield where, row
@@ -197,7 +239,7 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
         other := next((sign for sign in _DELIMITERS if sign != delimiter and sign in names[0]), "")
     ):
         raise ExportError(
-            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}, and {path.suffix} has "
+            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}, and {path.suffix.lower()} has "
             f"{_DELIMITERS[delimiter]} between them; save it again with those"
         )
     for name in names:
