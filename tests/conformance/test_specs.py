@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -105,7 +106,12 @@ def test_both_changes_are_kept(open_index: OpenIndex) -> None:
 
 
 def test_a_filter_with_a_number_on_texts_is_told(open_index: OpenIndex) -> None:
-    documents = [{"year": "1999", "both": "1", "deep": {"n": ["7"]}}, {"year": "2000", "both": 1}, {"n": 1}, {}]
+    documents: list[dict[str, Any]] = [
+        {"year": "1999", "both": "1", "deep": {"n": ["7"]}},
+        {"year": "2000", "both": 1},
+        {"n": 1},
+        {},
+    ]
     with closing(open_index()) as index:
         collection = index.get(NAME)
         records = [NewRecord(f"r{i}", metadata=document) for i, document in enumerate(documents)]
