@@ -21,6 +21,7 @@ from emberpc.cli.output import json_line, note, print_json
 from emberpc.cli.progress import progress
 from emberpc.cli.remaking import Settings
 from emberpc.cli.sources import RECORD_KEYS, Source
+from emberpc.cli.vector_origins import with_vectors_of
 from emberpc.cli.whole_files import check_place, whole_file
 from emberpc.cli.writing import Failures, write_stream
 from emberpc.client import Client, Collection, NotFound, Record
@@ -124,7 +125,15 @@ def import_records(
         records = _create(client, name, settings, records, opened.name)
     else:
         _check_wanted(collection, chosen)
-        _check_model(settings, collection.model, collection.model_fingerprint, opened.name)
+        records = with_vectors_of(
+            client,
+            records,
+            opened.name,
+            settings.model_fingerprint,
+            model=collection.model,
+            fingerprint=collection.model_fingerprint,
+            truncation=Settings.of(collection).truncation,
+        )
     write_stream(client, name, opened, records, failures, batch_size=batch_size, as_json=as_json)
 
 
@@ -239,12 +248,22 @@ def _create(
         settings = dataclasses.replace(settings, dimensions=len(vector))
     if not (settings.model or settings.dimensions):
         raise CliError(f"the first record of {source} has no vector to go by; give --model to have texts embedded")
+    if first is not None:
+        records = itertools.chain([first], records)
     if settings.model and settings.model_fingerprint:
-        _check_model(settings, settings.model, client.get_model(settings.model).fingerprint, source)
+        records = with_vectors_of(
+            client,
+            records,
+            source,
+            settings.model_fingerprint,
+            model=settings.model,
+            fingerprint=client.get_model(settings.model).fingerprint,
+            truncation=settings.truncation,
+        )
     made = settings.create(client, name)
     what = f"model {made.model}" if made.model else "vectors only"
     note(f"created the collection {name}: {what}, {made.dimensions} dimensions, {made.distance}")
-    return records if first is None else itertools.chain([first], records)
+    return records
 
 
 def _check_wanted(collection: Collection, chosen: Mapping[str, Any]) -> None:
@@ -253,13 +272,3 @@ def _check_wanted(collection: Collection, chosen: Mapping[str, Any]) -> None:
         if (found := getattr(collection, option)) != value:
             message = f"the collection {collection.name!r} is there, and its {option} is {found or 'none'}"
             raise CliError(f"{message}; leave out --{option}, or choose another name", ExitCode.CONFLICT)
-
-
-def _check_model(settings: Settings, model: str, fingerprint: str, source: str) -> None:
-    """Raise CliError if a file's vectors were made by another model than the collection's: they do not compare."""
-    if fingerprint and settings.model_fingerprint not in ("", fingerprint):
-        raise CliError(
-            f"the vectors in {source} were made by another model than {model!r}, as it is here; have the texts "
-            "embedded anew with --text-only",
-            ExitCode.CONFLICT,
-        )
