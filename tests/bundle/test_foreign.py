@@ -183,3 +183,47 @@ def test_a_tokenizer_must_lower_case_what_the_model_is_to_be_given_in_lower_case
 def test_a_limit_that_was_stated_is_told_from_that_of_the_source(tmp_path: Path) -> None:
     assert foreign(tmp_path, {"config.json": CONFIG}, {"max_tokens": "8"}).manifest.max_tokens_stated
     assert not foreign(tmp_path, {"config.json": CONFIG}).manifest.max_tokens_stated
+
+
+@pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder", 7])
+@pytest.mark.parametrize("output", ["logits", "last_hidden_state"])
+def test_another_kind_of_model_is_not_served_as_one_of_single_texts(tmp_path: Path, kind: object, output: str) -> None:
+    files = {
+        "config.json": CONFIG | {"id2label": {"0": "contradiction", "1": "entailment"}},
+        "config_sentence_transformers.json": {"model_type": kind},
+    }
+    name = kind if isinstance(kind, str) else "model of unknown kind"
+    with pytest.raises(BundleError, match=f"is a {name}, which gives no text one vector"):
+        foreign(tmp_path, files, width=2, output=output)
+
+
+def modules(*kinds: str) -> list[dict[str, str]]:
+    return [{"type": f"sentence_transformers.models.{kind}", "path": "."} for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Transformer", "Normalize", "Pooling"),
+        ("Pooling", "Transformer"),
+        ("Transformer", "Pooling", "Pooling"),
+        ("Transformer", "Pooling", "Normalize", "Normalize"),
+    ],
+)
+def test_modules_in_another_order_are_refused(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    with pytest.raises(BundleError, match=f"lists {', '.join(kinds)}; the server runs"):
+        foreign(tmp_path, {"config.json": CONFIG, "modules.json": modules(*kinds)})
+
+
+@pytest.mark.parametrize("kind", ["Dense", "LSTM", "WordEmbeddings", "CNN", "WeightedLayerPooling", "Router"])
+def test_a_module_that_the_server_does_not_run_is_named(tmp_path: Path, kind: str) -> None:
+    files = {"config.json": CONFIG, "modules.json": modules("Transformer", "Pooling", kind)}
+    with pytest.raises(BundleError, match=f"the module {kind} is not run by the server"):
+        foreign(tmp_path, files)
+
+
+@pytest.mark.parametrize("place", ["..", "/etc", "a\0b"])
+def test_a_module_outside_the_folder_is_refused(tmp_path: Path, place: str) -> None:
+    listed = [*modules("Transformer"), {"type": "sentence_transformers.models.Pooling", "path": place}]
+    with pytest.raises(BundleError, match="which leads out of the folder"):
+        foreign(tmp_path, {"config.json": CONFIG, "modules.json": listed})

@@ -80,6 +80,18 @@ def test_a_module_that_cannot_be_exported_is_named(make_source: MakeSource, modu
         read_encoder(source)
 
 
+def test_files_that_nothing_reads_without_modules_json_are_reported(
+    make_source: MakeSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"1_Pooling/config.json": pooling_json("cls"), "sentence_bert_config.json": {"max_seq_length": 20}}
+    assert read_encoder(make_source(files)).pooling == "mean"
+    assert "has 1_Pooling/config.json, sentence_bert_config.json and no modules.json" in caplog.text
+    caplog.clear()
+    assert read_encoder(make_source(name="plain")).pooling == "mean"
+    assert read_encoder(make_source({**MODULES, **files}, name="whole")).pooling == "cls"
+    assert not caplog.text
+
+
 def test_a_refusal_leaves_nothing_behind(make_source: MakeSource, tmp_path: Path) -> None:
     source = make_source({"modules.json": modules_json("Transformer", "Pooling", "LSTM")})
     with pytest.raises(ExportError, match="LSTM"):
@@ -239,9 +251,10 @@ def test_the_encoder_alone_is_refused_where_other_parts_pool_its_vectors(make_so
 
 
 @pytest.mark.parametrize("place", ["../elsewhere", "/etc"])
-def test_an_encoder_outside_the_folder_is_refused(make_source: MakeSource, place: str) -> None:
-    modules = modules_json("Transformer", "Pooling")
-    modules[0]["path"] = place
+@pytest.mark.parametrize("module", [0, 1, 2])
+def test_a_module_outside_the_folder_is_refused(make_source: MakeSource, place: str, module: int) -> None:
+    modules = modules_json("Transformer", "Pooling", "Dense")
+    modules[module]["path"] = place
     with pytest.raises(ExportError, match="leads out of the folder"):
         read_encoder(make_source({**MODULES, "modules.json": modules}))
 
@@ -263,6 +276,58 @@ def test_a_model_that_states_no_limit_must_be_told_one(make_source: MakeSource) 
     with pytest.raises(ExportError, match="--max-tokens"):
         read_encoder(source)
     assert read_encoder(source, max_tokens=8).max_tokens == 8
+
+
+LEFT = {"truncation_side": "left"}
+PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32}
+
+
+@pytest.mark.parametrize(
+    ("files", "refused"),
+    [
+        ({"tokenizer_config.json": PLAIN | LEFT}, True),
+        ({"tokenizer_config.json": PLAIN | {"truncation_side": "right"}}, False),
+        ({**MODULES, "sentence_bert_config.json": {"max_seq_length": 24, "tokenizer_args": LEFT}}, True),
+        ({**MODULES, "sentence_bert_config.json": {"max_seq_length": 24, "processor_kwargs": LEFT}}, True),
+        ({"sentence_bert_config.json": {"max_seq_length": 24, "processor_kwargs": LEFT}}, False),  # it is not read
+    ],
+)
+def test_a_model_whose_texts_lose_their_start_is_refused(
+    make_source: MakeSource, files: dict[str, object], refused: bool
+) -> None:
+    source = make_source(files)
+    if refused:
+        with pytest.raises(ExportError, match="truncation_side left: over-long texts lose their start"):
+            read_encoder(source)
+    else:
+        assert read_encoder(source)
+
+
+@pytest.mark.parametrize(
+    ("direction", "stated", "refused"),
+    [("Left", {}, True), ("Right", {}, False), ("Left", {"truncation_side": "right"}, False)],
+)
+def test_the_side_that_tokenizer_json_states_counts(
+    make_source: MakeSource, direction: str, stated: dict[str, object], refused: bool
+) -> None:
+    """As in transformers, tokenizer_config.json goes before it."""
+    source = make_source({"tokenizer_config.json": PLAIN | stated})
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": direction, "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if refused:
+        with pytest.raises(ExportError, match="truncation_side left"):
+            read_encoder(source)
+    else:
+        assert read_encoder(source).max_tokens == 32
+
+
+def test_a_tokenizer_without_a_limit_leaves_it_to_the_positions(make_source: MakeSource, tmp_path: Path) -> None:
+    source = make_source({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}})
+    manifest = export_embedding(source, tmp_path / "bundle")
+    assert manifest.max_tokens == 32
+    assert not manifest.max_tokens_stated
+    assert verify_bundle(tmp_path / "bundle", against=source).ok
 
 
 def test_robertas_first_positions_do_not_count(make_source: MakeSource) -> None:

@@ -31,6 +31,7 @@ from emberpc.bundle.peers import (
     read_name,
     read_pooling,
     read_prompts,
+    read_sentence_transformers,
     read_token_id,
     read_transformer,
     transformer_folder,
@@ -130,6 +131,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
             f"{folder} has no {TOKENIZER_NAME}; save the model's tokenizer there, with transformers: "
             "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)"
         )
+    settings = read_sentence_transformers(folder)
     external = external_files(folder, model)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
     config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
@@ -159,7 +161,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
         max_tokens_stated=bool(stated.max_tokens),
         pad_token_id=read_token_id(config, "pad_token_id", 0),
         variants=(Variant(VARIANT, model, Parity(0, 0.0, 1.0)),),
-        prompts=_prompts(folder, stated),
+        prompts=_prompts(settings, stated),
         labels=_checked_labels(read_labels(config), output, folder) if task is Task.CLASSIFICATION else (),
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
@@ -219,11 +221,18 @@ def _is_embedder(folder: Path) -> bool:
 
 def _modules(folder: Path) -> tuple[str, bool]:
     """Return the pooling that the folder states, empty if none, and whether vectors are normalised."""
-    modules = dict(read_modules(folder))
+    listed = read_modules(folder)
+    modules = dict(listed)
     if other := [kind for kind in modules if kind not in _MODULES]:
         raise BundleError(
             f"{folder / 'modules.json'}: the module {other[0]} is not run by the server; put it into the graph: "
             "`emberpc export embedding` does"
+        )
+    order = [_MODULES.index(kind) for kind, _ in listed]
+    if order != sorted(set(order)):
+        raise BundleError(
+            f"{folder / 'modules.json'} lists {', '.join(kind for kind, _ in listed)}; the server runs "
+            f"{', '.join(_MODULES)}, in this order and each once: put them into the graph"
         )
     if "Pooling" not in modules:
         return "", "Normalize" in modules
@@ -283,8 +292,8 @@ def _max_tokens(folder: Path, config: dict[str, Any], stated: Stated) -> int:
     return found
 
 
-def _prompts(folder: Path, stated: Stated) -> Prompts:
-    own = read_prompts(read_json(folder / "config_sentence_transformers.json"))
+def _prompts(settings: dict[str, Any], stated: Stated) -> Prompts:
+    own = read_prompts(settings)
     return Prompts(query=stated.query_prompt or own.query, passage=stated.passage_prompt or own.passage)
 
 

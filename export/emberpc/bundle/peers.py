@@ -64,7 +64,7 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
     """Return the kinds of the modules that `modules.json` lists, such as `Pooling`, and their folders; none without it.
 
     Raises:
-        BundleError: it is no list of modules.
+        BundleError: it is no list of modules, or names a folder that lies outside.
     """
     path = folder / "modules.json"
     if not path.exists():
@@ -72,6 +72,10 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
     modules = _parse(path)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise BundleError(f"{path} is no list of modules; get the model again")
+    for module in modules:
+        place = str(module.get("path") or "")
+        if "\0" in place or not (folder / place).resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{path} names {place!r}, which leads out of the folder; get the model again")
     return [(_kind(str(module.get("type"))), str(module.get("path") or "")) for module in modules]
 
 
@@ -177,15 +181,12 @@ def transformer_folder(folder: Path) -> Path:
     """Return where the encoder's own files are: the folder itself, or as in old ones the `0_Transformer` in it.
 
     Raises:
-        BundleError: modules.json is no list of modules, or names a folder that lies outside.
+        BundleError: as `read_modules`.
     """
     modules = read_modules(folder)
     if not modules or modules[0][0] != "Transformer":
         return folder
-    found = folder / modules[0][1]
-    if not found.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / 'modules.json'} names {modules[0][1]!r}, which leads out of the folder")
-    return found
+    return folder / modules[0][1]
 
 
 def read_transformer(folder: Path) -> dict[str, Any]:
@@ -225,6 +226,22 @@ def _limit(value: object) -> int:
     """Return a limit in tokens; 0 for what is none, such as the absurdly large ones."""
     stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < _MOST_TOKENS
     return int(value) if stated and isinstance(value, (int, float)) else 0
+
+
+def read_sentence_transformers(folder: Path) -> dict[str, Any]:
+    """Return what `config_sentence_transformers.json` holds; empty if the file is missing.
+
+    Raises:
+        BundleError: it is no JSON object, or of a model that does not give one text one vector.
+    """
+    settings = read_json(folder / "config_sentence_transformers.json")
+    kind = settings.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise BundleError(
+            f"{folder} is a {kind if isinstance(kind, str) else 'model of unknown kind'}, which gives no text one "
+            "vector; choose a SentenceTransformer"
+        )
+    return settings
 
 
 def read_prompts(settings: dict[str, Any]) -> Prompts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from emberpc.bundle.peers import (
     read_pooling,
     read_positions,
     read_prompts,
+    read_sentence_transformers,
     read_transformer,
     transformer_folder,
 )
@@ -27,6 +30,8 @@ from emberpc.export.matryoshka import read_matryoshka
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.sources import Source, find_source
 from emberpc.export.weights import find_weights, sha256_of_all
+
+_LOGGER = logging.getLogger(__name__)
 
 #: In this order; Dense may be there several times, or not.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -107,10 +112,8 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
     _refuse_own_code(folder, config)
     pooling, dense, normalize = _modules(folder)
     weights = sha256_of_all([*find_weights(transformer), *(folder / path / _DENSE_WEIGHTS for path in dense)])
-    sentence_transformers = read_json(folder / "config_sentence_transformers.json")
-    kind = sentence_transformers.get("model_type", "SentenceTransformer")
-    if kind != "SentenceTransformer":
-        raise ExportError(f"{folder} is a {kind}, which gives no text one vector; choose a SentenceTransformer")
+    sentence_transformers = read_sentence_transformers(folder)
+    _refuse_cut_starts(folder, transformer)
     return Encoder(
         folder=folder,
         transformer=transformer,
@@ -155,6 +158,34 @@ def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
+    """Refuse a model whose over-long texts lose their start: those of a bundle lose their end, unless a call says so.
+
+    The comparison with PyTorch would not show it where no text is as long as the limit.
+    """
+    settings = read_transformer(folder)
+    keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
+    stated = [*keywords, read_json(transformer / "tokenizer_config.json")]
+    sides = [each["truncation_side"] for each in stated if isinstance(each, dict) and each.get("truncation_side")]
+    side = str(sides[0]) if sides else _tokenizer_side(transformer / "tokenizer.json")
+    if side.lower() == "left":
+        raise ExportError(
+            f"{transformer} has truncation_side left: over-long texts lose their start, and those of a bundle their "
+            "end; set it to right (tokenizer_config.json) if that will do, and have callers state truncation START"
+        )
+
+
+def _tokenizer_side(path: Path) -> str:
+    """Return the side at which tokenizer.json itself cuts texts, where nothing else states one; empty: it cuts none."""
+    try:
+        truncation = json.loads(path.read_text(encoding="utf-8")).get("truncation")
+    except FileNotFoundError:  # there may be one in another form, which transformers converts
+        return ""
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise ExportError(f"{path} is no tokenizer; get the model again") from error
+    return str(truncation.get("direction")) if isinstance(truncation, dict) else ""
+
+
 def _modules(folder: Path) -> tuple[str, list[str], bool]:
     """Return the pooling, the folders of Dense modules, and whether vectors are normalised.
 
@@ -162,6 +193,7 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
     """
     path, modules = folder / "modules.json", read_modules(folder)
     if not modules and not path.exists():
+        _report_unread(folder)
         return "mean", [], False
     kinds, places = [kind for kind, _ in modules], [place for _, place in modules]
     stage = 0
@@ -177,6 +209,20 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
         raise ExportError(f"{path} has no Pooling, so its model gives no text one vector; choose one that has it")
     dense = [place for kind, place in zip(kinds, places, strict=True) if kind == "Dense"]
     return read_pooling(folder / places[1] / "config.json"), dense, kinds[-1] == "Normalize"
+
+
+def _report_unread(folder: Path) -> None:
+    """Warn of files that mean nothing without modules.json: it may have been lost on the way here."""
+    found = sorted(
+        path.relative_to(folder) for path in [*folder.glob("*_*/config.json"), *folder.glob("sentence_*.json")]
+    )
+    if found:
+        _LOGGER.warning(
+            "%s has %s and no modules.json, without which sentence-transformers reads none of them: the mean is taken, "
+            "and the tokenizer's limit; get modules.json if the model has one",
+            folder,
+            ", ".join(map(str, found[:5])),
+        )
 
 
 def _dense(folder: Path, path: str) -> Dense:
