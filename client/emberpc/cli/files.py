@@ -193,16 +193,25 @@ class LineFile:
     def _table_records(
         self, lines: Iterable[tuple[int, bytes]], refused: Refused
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        decoded = (self._decoded(number, line) for number, line in lines)
-        reader = csv.reader(decoded, delimiter=_DELIMITERS[Path(self._path).suffix.lower()], strict=True)
+        last = ""
+
+        def decoded() -> Iterator[str]:
+            nonlocal last
+            for number, line in lines:
+                last = self._decoded(number, line)
+                yield last
+
+        reader = csv.reader(decoded(), delimiter=_DELIMITERS[Path(self._path).suffix.lower()], strict=True)
         header: list[str] = []
         before = 0
         while True:
             try:
                 with _long_cells():
                     row = next(reader, None)
-            except csv.Error as error:
-                self._refuse(before + 1, f"the table is damaged here ({error}); check the quotes")
+            except csv.Error:
+                if "\r" in last.rstrip("\r\n"):
+                    self._refuse(before + 1, "a line ends with CR alone, without LF; save the file again with both")
+                self._refuse(before + 1, "the table is damaged here; check the quotes")
             if row is None:
                 return
             number, before = before + 1, reader.line_num
