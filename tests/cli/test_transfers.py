@@ -278,62 +278,6 @@ def test_vectors_of_another_model_are_refused_and_their_texts_embedded_anew(
     assert client.get_collection("anew").indexed_fields == ("number", "a b")
 
 
-@pytest.fixture
-def old_file(client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Path) -> Path:
-    """The records of `notes` as a version with another scheme of fingerprints exported them."""
-    file = tmp_path / "notes.parquet"
-    assert emberpc("collection", "export", "notes", "-o", file).code == 0
-    table = pq.read_table(file)
-    settings = json.loads(table.schema.metadata[b"emberpc.collection"])
-    assert settings["model_fingerprint"] == client.get_model("tiny").fingerprint
-    settings["model_fingerprint"] = "0" * 64
-    pq.write_table(table.replace_schema_metadata({"emberpc.collection": json.dumps(settings)}), file)
-    return file
-
-
-def changed(file: Path, column: str, values: pa.Array) -> None:
-    table = pq.read_table(file)
-    place = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(place, column, values), file)
-
-
-@pytest.mark.parametrize("create", [True, False])
-def test_vectors_under_an_old_fingerprint_are_taken_if_the_model_gives_them(
-    client: Client, emberpc: Emberpc, notes: list[Record], old_file: Path, create: bool
-) -> None:
-    if not create:
-        client.create_collection("there", model="tiny", truncation="end")
-    outcome = emberpc("collection", "import", "there", old_file, *(["--create"] if create else []))
-    assert outcome.code == 0, outcome.err
-    assert "'tiny' gives 8 of its texts the vectors that it has; its vectors are taken" in outcome.err
-    assert same(list(client.records("there", with_vectors=True)), notes)
-    assert client.get_collection("there").model_fingerprint == client.get_model("tiny").fingerprint
-
-
-@pytest.mark.parametrize("problem", ["another model", "other vectors", "another width", "no texts", "no vectors"])
-def test_vectors_under_another_fingerprint_are_refused_unless_they_are_proved(
-    client: Client, emberpc: Emberpc, notes: list[Record], old_file: Path, problem: str
-) -> None:
-    model = "other" if problem == "another model" else "tiny"
-    vectors = [np.roll(record.vector, 1) for record in notes if record.vector is not None]
-    kind = pa.list_(pa.float32())
-    if problem == "other vectors":
-        changed(old_file, "vector", pa.array(vectors, kind))
-    elif problem == "another width":
-        changed(old_file, "vector", pa.array([vector[:7] for vector in vectors], kind))
-    elif problem == "no texts":
-        changed(old_file, "text", pa.array([" "] * len(notes)))
-    elif problem == "no vectors":
-        changed(old_file, "vector", pa.array([None] * len(notes), kind))
-    client.create_collection("there", model=model, truncation="end")
-    for arguments in (["there"], ["new", "--create", "--model", model]):
-        outcome = emberpc("collection", "import", arguments[0], old_file, *arguments[1:])
-        assert outcome.code == 5, outcome.err
-        assert f"were made by another model than {model!r}, as it is here" in outcome.err
-    assert client.count("there") == 0
-    assert sorted(collection.name for collection in client.collections()) == ["notes", "there"]
-
-
 def test_a_file_that_is_there_is_replaced_only_if_told(
     client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Path
 ) -> None:
