@@ -278,3 +278,9 @@ def test_every_word_of_a_text_finds_it(searched: Collection, text: str) -> None:
 
 
 _KNOWN = set("ßå我是ガが학교กำที่é हिन्दी")
+
+
+def test_a_long_query_is_read_as_far_as_words_are_looked_up() -> None:
+    assert words_of("wörd " * 20_000 + "late") == ["word"]
+    assert words_of("word " * 20_000 + "late") == ["word"]
+    assert words_of("wörd " * 10_000 + "late") == ["word", "late"]
