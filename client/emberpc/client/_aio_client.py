@@ -18,7 +18,6 @@ from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._embed_stream import EmbedJob
 from emberpc.client._upsert_stream import UpsertJob
-from emberpc.client.exceptions import ResourceExhausted
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Classification,
@@ -296,15 +295,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
     ) -> list[Record]:
         """Do what `Client.get` does."""
-        try:
-            return await self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
-        except ResourceExhausted as error:
-            halves = _index.halves(ids, error)
-        return [
-            record
-            for half in halves
-            for record in await self.get(collection, half, with_vectors=with_vectors, timeout=timeout)
-        ]
+        return await self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
 
     async def delete(
         self,

@@ -18,7 +18,7 @@ from emberpc.client._connection import Connection
 from emberpc.client._retrying import Retries
 from emberpc.client._running import CHANNEL_CLOSED, CLIENT_CLOSED, Pending
 from emberpc.client._streaming import StreamJob
-from emberpc.client.exceptions import Cancelled, EmberpcError, FailedPrecondition, InputTypeError
+from emberpc.client.exceptions import Cancelled, EmberpcError, FailedPrecondition, InputTypeError, ResourceExhausted
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -65,7 +65,7 @@ class AsyncRunner:
         try:
             for call in job.calls:
                 pending.append(self._start(call, timeout))
-                if len(pending) == width:
+                while len(pending) >= width:
                     await self._take_oldest(job, pending, timeout)
             while pending:
                 await self._take_oldest(job, pending, timeout)
@@ -151,7 +151,12 @@ class AsyncRunner:
                 yield item
 
     async def _take_oldest(self, job: Job[Any, Any], pending: deque[Pending], timeout: float | None) -> None:
-        part = await self._answer(pending[0], timeout)
+        try:
+            part = await self._answer(pending[0], timeout)
+        except ResourceExhausted as error:
+            smaller = pending.popleft().call.smaller(error)
+            pending.extendleft(self._start(call, timeout) for call in reversed(smaller))
+            return
         job.take(pending.popleft().call, part)
 
     def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:

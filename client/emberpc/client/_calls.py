@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from emberpc.client.exceptions import Internal
+from emberpc.client.exceptions import EmberpcError, Internal
 from emberpc.client.types import Progress
 from emberpc.wire.vectors import VectorFormatError
 
@@ -33,7 +33,9 @@ class Call(Generic[Response, Result]):
     """One call, and how to read its answer.
 
     A call that carries one part of the caller's list says which: `count` items
-    from `first` on, in the repeated field `items` of the request.
+    from `first` on, in the repeated field `items` of the request. `halves` makes
+    two calls for the same items, which together have the same result; None: the
+    call cannot be divided.
     """
 
     method: Method[Response]
@@ -42,6 +44,17 @@ class Call(Generic[Response, Result]):
     items: str = ""
     first: int = 0
     count: int = 1
+    halves: Callable[[], Sequence[Call[Response, Result]]] | None = None
+
+    def smaller(self, error: EmberpcError) -> Sequence[Call[Response, Result]]:
+        """Return the calls to make instead of this one, which failed.
+
+        Raises:
+            EmberpcError: the error itself, unless the response would be too large and the call can be divided.
+        """
+        if error.reason != "RESPONSE_TOO_LARGE" or self.count < 2 or self.halves is None:
+            raise error
+        return self.halves()
 
     def read(self, response: Response) -> Result:
         """Return what the answer means.
@@ -163,6 +176,20 @@ class ListCollector(Generic[Item]):
     def result(self) -> list[Item]:
         """Return all items."""
         return self._items
+
+
+def divisible(
+    make: Callable[[int, list[Item]], Call[Response, Result]], first: int, part: list[Item]
+) -> Callable[[], Sequence[Call[Response, Result]]]:
+    """Return `Call.halves` of the call for one part of a list.
+
+    Args:
+        make: makes the call for a part, from the place of the part's first item in the whole list, and the part.
+        first: place of this part's first item.
+        part: this part.
+    """
+    middle = len(part) // 2
+    return lambda: [make(first, part[:middle]), make(first + middle, part[middle:])]
 
 
 def check_count(got: int, wanted: int, what: str) -> None:

@@ -20,7 +20,6 @@ from emberpc.client._connection import TLS, Connection
 from emberpc.client._running import Runner
 from emberpc.client._text_methods import TextMethods
 from emberpc.client._upsert_stream import UpsertJob
-from emberpc.client.exceptions import ResourceExhausted
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Collection,
@@ -270,15 +269,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             The records found, in the order asked for; an id that there is none of has none. They are asked for in
             smaller requests if the response to one would be too large.
         """
-        try:
-            return self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
-        except ResourceExhausted as error:
-            halves = _index.halves(ids, error)
-        return [
-            record
-            for half in halves
-            for record in self.get(collection, half, with_vectors=with_vectors, timeout=timeout)
-        ]
+        return self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
 
     def delete(
         self,
@@ -399,7 +390,8 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         A query may be a `SearchQuery`, with options of its own.
 
         Returns:
-            Item i: what was found for query i.
+            Item i: what was found for query i. Queries are asked in smaller requests if the response to one would be
+            too large.
         """
         return self._runner.run(
             _index.search(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from emberpc.client import _checks
-from emberpc.client._calls import Call, Job, ListCollector, Method, check_count, chunks
+from emberpc.client._calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
 from emberpc.client._words import DTYPES, INPUT_KINDS, PRIORITIES, TRUNCATIONS, value_of
 from emberpc.client.exceptions import Internal
 from emberpc.client.types import Classification, DType, InputKind, LabelScore, Matrix, Priority, Progress, Truncation
@@ -77,7 +77,7 @@ def embed(
 
         request = embedding_pb2.EmbedRequest(texts=part)
         request.MergeFrom(template)
-        return Call(EMBED, request, decode, "texts", first, len(part))
+        return Call(EMBED, request, decode, "texts", first, len(part), divisible(call, first, part))
 
     return Job((call(*part) for part in _text_chunks(checked, batch_size)), _Rows(len(checked)), progress=progress)
 
@@ -154,7 +154,7 @@ def classify(
 
         request = classification_pb2.ClassifyRequest(texts=part)
         request.MergeFrom(template)
-        return Call(CLASSIFY, request, decode, "texts", first, len(part))
+        return Call(CLASSIFY, request, decode, "texts", first, len(part), divisible(call, first, part))
 
     calls = (call(*part) for part in _text_chunks(checked, batch_size))
     return Job(calls, ListCollector[Classification](), progress=progress)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy.typing as npt
 
 from emberpc.client import _checks
-from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks
+from emberpc.client._calls import Call, Job, ListCollector, Method, Page, check_count, chunks, divisible
 from emberpc.client._records import NewRecord, block, new_records, read_records
 from emberpc.client._words import FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
-from emberpc.client.exceptions import EmberpcError, FilterWarning, InputError, InputTypeError
+from emberpc.client.exceptions import FilterWarning, InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
     Fusion,
@@ -118,16 +118,10 @@ def get(collection: str, ids: Sequence[str], *, with_vectors: bool) -> Job[list[
             "ids",
             first,
             len(part),
+            divisible(call, first, part),
         )
 
     return Job((call(*part) for part in _id_chunks(ids)), ListCollector[Record]())
-
-
-def halves(ids: Sequence[str], error: EmberpcError) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the ids of two requests instead of one whose response would be too large; raise any other error."""
-    if error.reason != "RESPONSE_TOO_LARGE" or len(ids) < 2:
-        raise error
-    return ids[: len(ids) // 2], ids[len(ids) // 2 :]
 
 
 class _Sum:
@@ -225,7 +219,7 @@ def search(
 
         request = pb.SearchRequest(queries=part)
         request.MergeFrom(template)
-        return Call(SEARCH, request, decode, "queries", first, len(part))
+        return Call(SEARCH, request, decode, "queries", first, len(part), divisible(call, first, part))
 
     parts = chunks(messages, _QUERIES, lambda message: message.ByteSize())
     return Job((call(*part) for part in parts), ListCollector[SearchResult]())

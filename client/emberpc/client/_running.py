@@ -19,7 +19,7 @@ from emberpc.client._connection import Connection
 from emberpc.client._retrying import Retries
 from emberpc.client._stream_running import Line, run_stream
 from emberpc.client._streaming import StreamJob
-from emberpc.client.exceptions import Cancelled, InputTypeError
+from emberpc.client.exceptions import Cancelled, InputTypeError, ResourceExhausted
 
 #: Messages for a call that begins too late.
 CLIENT_CLOSED = "the client is closed; make another one"
@@ -77,7 +77,7 @@ class Runner:
         try:
             for call in job.calls:
                 pending.append(self._start(call, timeout))
-                if len(pending) == width:
+                while len(pending) >= width:
                     self._take_oldest(job, pending, timeout)
             while pending:
                 self._take_oldest(job, pending, timeout)
@@ -157,7 +157,12 @@ class Runner:
 
     def _take_oldest(self, job: Job[Any, Any], pending: deque[Pending], timeout: float | None) -> None:
         # Taken off only when it is answered: on Ctrl-C, all that are still in flight are cancelled.
-        part = self._answer(pending[0], timeout)
+        try:
+            part = self._answer(pending[0], timeout)
+        except ResourceExhausted as error:
+            smaller = pending.popleft().call.smaller(error)
+            pending.extendleft(self._start(call, timeout) for call in reversed(smaller))
+            return
         job.take(pending.popleft().call, part)
 
     def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:

@@ -1,0 +1,72 @@
+"""Requests whose response would be too large: the clients ask again in smaller ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from emberpc.client import ResourceExhausted, SearchQuery
+from fake_server import FakeServer, Fault
+
+Shell = Any
+
+TOO_LARGE = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "the response would have more bytes", "RESPONSE_TOO_LARGE")
+TEXTS = ["one", "two", "three", "four", "five"]
+QUERIES = [SearchQuery(text, top_k=1) for text in TEXTS]
+
+#: RPC, method, arguments, and the repeated field of the request.
+CALLS = {
+    "search": ("Search", "search_batch", ("c", QUERIES), "queries"),
+    "get": ("BatchGetRecords", "get", ("c", TEXTS), "ids"),
+    "embed": ("Embed", "embed", (TEXTS,), "texts"),
+    "classify": ("Classify", "classify", (TEXTS,), "texts"),
+}
+
+
+@pytest.fixture(autouse=True)
+def records(shell: Shell) -> None:
+    shell("create_collection", "c")
+    shell("upsert", "c", [{"id": text, "text": text} for text in TEXTS])
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_request_is_divided_until_its_response_fits(fake: FakeServer, shell: Shell, kind: str) -> None:
+    rpc, name, arguments, field = CALLS[kind]
+    whole = shell(name, *arguments)
+    fake.asked[rpc].clear()
+
+    def refuse(request: Any) -> None:
+        if len(getattr(request, field)) > 2:
+            fake.faults[rpc].append(TOO_LARGE)
+
+    fake.hooks[rpc] = refuse
+    divided = shell(name, *arguments)
+    assert np.array_equal(divided, whole) if kind == "embed" else divided == whole
+    sizes = [len(getattr(asked.request, field)) for asked in fake.asked[rpc]]
+    assert sorted(sizes) == [1, 2, 2, 3, 5]
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_one_item_whose_response_is_too_large_is_an_error(fake: FakeServer, shell: Shell, kind: str) -> None:
+    rpc, name, arguments, _ = CALLS[kind]
+    fake.faults[rpc].extend([TOO_LARGE] * 20)
+    with pytest.raises(ResourceExhausted, match="more bytes") as raised:
+        shell(name, *arguments)
+    assert raised.value.reason == "RESPONSE_TOO_LARGE"
+
+
+def test_another_refusal_is_not_asked_again(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["Search"].append(Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", "QUEUE_FULL"))
+    with pytest.raises(ResourceExhausted, match="queue is full"):
+        shell("search_batch", "c", QUERIES, timeout=0.5)
+    assert {len(asked.request.queries) for asked in fake.asked["Search"]} == {len(QUERIES)}
+
+
+def test_progress_counts_the_items_of_divided_requests(fake: FakeServer, shell: Shell) -> None:
+    fake.faults["Embed"].append(TOO_LARGE)
+    done: list[int] = []
+    shell("embed", TEXTS, progress=done.append)
+    assert done == [2, 5]
