@@ -110,6 +110,30 @@ async def test_the_clients_get_many_long_records_in_smaller_requests(address: st
         assert await asynchronous.get("long", ids) == found
 
 
+@pytest.mark.usefixtures("stub")
+async def test_the_clients_search_for_many_long_hits_in_smaller_requests(address: str) -> None:
+    queries = np.array([[1.0, i] for i in range(COUNT)], dtype=np.float32)
+    with Client(address) as client:
+        found = client.search_batch("long", list(queries), top_k=2)
+    assert [len(result.hits) for result in found] == [2] * COUNT
+    async with AsyncClient(address) as asynchronous:
+        assert await asynchronous.search_batch("long", list(queries), top_k=2) == found
+
+
+def test_parts_that_are_left_out_do_not_count(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    parts, ids = [pb.RECORD_PART_METADATA], [f"r{i:02}" for i in range(COUNT)]
+    got = stub.BatchGetRecords(pb.BatchGetRecordsRequest(collection="long", ids=ids, parts=parts))
+    assert [record.id for record in got.records] == ids
+    page = stub.ListRecords(pb.ListRecordsRequest(collection="long", page_size=1000, parts=parts))
+    assert [record.id for record in page.records] == ids
+    for mode in (pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_LEXICAL):
+        queries = query(1) if mode == pb.SEARCH_MODE_DENSE else [pb.SearchQuery(text=str(i)) for i in range(COUNT)]
+        found = stub.Search(pb.SearchRequest(collection="long", queries=queries, top_k=COUNT, mode=mode, parts=parts))
+        hits = [hit.record for result in found.results for hit in result.hits]
+        assert sorted(record.id for record in hits) == ids
+        assert not any(record.text for record in hits)
+
+
 def test_the_server_states_its_limits(channel: grpc.Channel) -> None:
     info = server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest())
     assert info.version == version("emberpc")

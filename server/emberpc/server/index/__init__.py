@@ -7,11 +7,13 @@ from emberpc.server.index.collection import Collection
 from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import (
+    WHOLE_RECORD,
     CollectionSpec,
     Distance,
     Fusion,
     NewRecord,
     Plan,
+    RecordParts,
     SearchOutcome,
     StoredRecord,
     Strategy,
@@ -25,6 +27,7 @@ __all__ = [
     "MAX_LABEL_BYTES",
     "MAX_METADATA_BYTES",
     "MAX_TOP_K",
+    "WHOLE_RECORD",
     "Collection",
     "CollectionBackend",
     "CollectionSpec",
@@ -36,6 +39,7 @@ __all__ = [
     "NewRecord",
     "Piece",
     "Plan",
+    "RecordParts",
     "Reembedding",
     "RestorationBackend",
     "SearchOutcome",

@@ -14,11 +14,13 @@ from emberpc.server.index.filters import Filter
 from emberpc.server.index.probing import ProbeFigures
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.types import (
+    WHOLE_RECORD,
     CollectionInfo,
     CollectionSpec,
     Fusion,
     Matrix,
     NewRecord,
+    RecordParts,
     SearchOutcome,
     StoredRecord,
     WriteResult,
@@ -44,14 +46,22 @@ class CollectionBackend(Protocol):
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete records by id; ids that are not there are no error."""
 
-    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
+    def get(
+        self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
+    ) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for."""
 
     def delete_matching(self, condition: Filter) -> WriteResult:
         """Delete the records that meet a condition."""
 
     def page(
-        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+        self,
+        page_size: int,
+        page_token: str,
+        *,
+        with_vectors: bool = False,
+        condition: Filter | None = None,
+        parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
         """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
 
@@ -68,6 +78,7 @@ class CollectionBackend(Protocol):
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
 
@@ -97,6 +108,7 @@ class CollectionBackend(Protocol):
         *,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find the records with words of each text."""
 
@@ -112,6 +124,7 @@ class CollectionBackend(Protocol):
         min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find records by vectors and by words, fused."""
 

@@ -28,11 +28,13 @@ from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.search_calls import SearchCalls, clause_of
 from emberpc.server.index.types import (
     ANSWER_BYTES,
+    WHOLE_RECORD,
     Change,
     CollectionInfo,
     CollectionSpec,
     Matrix,
     NewRecord,
+    RecordParts,
     StoredRecord,
     WriteResult,
     check_page_size,
@@ -208,14 +210,28 @@ class Collection(Lifecycle, SearchCalls):
         clause = compile_filter(condition)
         return self._delete(lambda: self._store.delete_matching(clause))
 
-    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
-        """Return the records of those ids that are there, in the order asked for; vectors as they were given."""
-        with self._calls.one(), self._store.answers.one():
+    def get(
+        self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
+    ) -> list[StoredRecord]:
+        """Return the records of those ids that are there, in the order asked for; vectors as they were given.
+
+        Args:
+            ids: which records.
+            with_vectors: whether they have their vectors.
+            parts: what they must have; they may have more.
+        """
+        with self._calls.one(), self._store.answers.one(parts):
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
     def page(
-        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+        self,
+        page_size: int,
+        page_token: str,
+        *,
+        with_vectors: bool = False,
+        condition: Filter | None = None,
+        parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
         """Return a page of records by id in byte order, and the token of the next page, empty after the last.
 
@@ -225,7 +241,7 @@ class Collection(Lifecycle, SearchCalls):
         check_page_size(page_size)
         after = decode_token(page_token)
         clause = clause_of(condition) or EVERYTHING
-        with self._calls.one():
+        with self._calls.one(), self._store.answers.one(parts):
             found, cut = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         records = found[:page_size]
         more = cut or len(found) > page_size

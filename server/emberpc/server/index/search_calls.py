@@ -13,7 +13,7 @@ from emberpc.server.index.metric import prepare_queries
 from emberpc.server.index.probing import Probe
 from emberpc.server.index.searching import Request, Searcher
 from emberpc.server.index.store import Store
-from emberpc.server.index.types import CollectionSpec, Fusion, Matrix, SearchOutcome
+from emberpc.server.index.types import WHOLE_RECORD, CollectionSpec, Fusion, Matrix, RecordParts, SearchOutcome
 from emberpc.server.index.upkeep import Upkeep
 from emberpc.server.index.validation import check_search
 
@@ -44,6 +44,7 @@ class SearchCalls:
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query.
 
@@ -56,6 +57,7 @@ class SearchCalls:
             exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
             with_vectors: whether the hits have their vectors.
             conditions: what the hits of each query must meet, or None; empty: nothing.
+            parts: what the records of the hits must have; they may have more.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -63,7 +65,7 @@ class SearchCalls:
         check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
-        with self._calls.one(), self._store.answers.one():
+        with self._calls.one(), self._store.answers.one(parts):
             request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
             # Filtered ones have ways of their own to be exact.
             probed = not any(request.conditions) and self._probe.wants_one()
@@ -80,11 +82,12 @@ class SearchCalls:
         *,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
         check_search(len(texts), top_k, len(texts), 0)
         clauses = [clause_of(condition) for condition in conditions] or [None] * len(texts)
-        with self._calls.one(), self._store.answers.one():
+        with self._calls.one(), self._store.answers.one(parts):
             return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
 
     def search_both(
@@ -99,6 +102,7 @@ class SearchCalls:
         min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find records by vectors and by words, fused.
 
@@ -112,12 +116,13 @@ class SearchCalls:
             min_recall: as in `search`, of the candidates by vectors.
             with_vectors: as in `search`.
             conditions: as in `search`.
+            parts: as in `search`.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
-        with self._calls.one(), self._store.answers.one():
+        with self._calls.one(), self._store.answers.one(parts):
             return self._hybrid.by_both(
                 self._request(
                     prepared, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall

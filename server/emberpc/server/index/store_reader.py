@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from emberpc.server.index import cancellation
-from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, row_bytes
+from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, only, row_bytes
 from emberpc.server.index.damage import Damage
 from emberpc.server.index.database import translated
 from emberpc.server.index.filter_sql import EVERYTHING, Clause
@@ -28,10 +28,11 @@ from emberpc.server.index.rows import (
     record_of,
     records_of_one_row,
 )
-from emberpc.server.index.types import CollectionSpec, Labels, Matrix, StoredRecord
+from emberpc.server.index.types import WHOLE_RECORD, CollectionSpec, Labels, Matrix, StoredRecord
 
 _MAX_VARIABLES = 900
-#: Of so few records, the bytes are not looked up before they are read.
+#: The bytes of at most this many records are counted after they are read, which saves a statement. Records too large to
+#: be kept whole are read this many at a time.
 _FEW = 8
 
 
@@ -80,33 +81,43 @@ class StoreReader:
             connection.rollback()
 
     def get(self, ids: Sequence[str], *, with_vectors: bool) -> dict[str, StoredRecord]:
-        """Return the records of those ids that are there, all as of one moment.
+        """Return the records of those ids that are there, all as of one moment; at least with the answer's parts.
 
         Raises:
             ServiceError: besides the usual, DATA_LOSS if one of them is damaged.
         """
         with self.snapshot():
             distinct = list(dict.fromkeys(ids))
-            self._spend("id", distinct)
-            rows = self._by(self._reader(), "id", distinct, columns_of(with_vectors))
-            return {row[1]: record_of(row, self._spec, with_vectors=with_vectors) for row in rows}
+            whole, found = self._spend("id", distinct), {}
+            for part in [distinct] if whole else _slices(distinct):
+                for row in self._by(self._reader(), "id", part, columns_of(with_vectors)):
+                    record = record_of(row, self._spec, with_vectors=with_vectors)
+                    found[record.id] = record if whole else only(self.answers.parts, record)
+        return found
 
-    def _spend(self, column: str, keys: Sequence[object]) -> None:
-        """Count records that are about to be read against the limit of the answer."""
+    def _spend(self, column: str, keys: Sequence[object]) -> bool:
+        """Count records that are about to be read against the limit of the answer; return whether all may be whole."""
         with translated(self._what):
-            self.answers.spend(self._reader(), column, keys)
+            return self.answers.spend(self._reader(), column, keys)
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Return the records of those labels that are there, or were when they were last found."""
-        if with_vectors:
-            self._spend("label", labels)
-            return self._read(labels, with_vectors=True)
-        found = self._cache.find(self._owner, labels)
+        """Return the records of those labels that are there, or were when they were last found.
+
+        They have at least the answer's parts.
+        """
+        found = {} if with_vectors else self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
-        if missing:
-            if len(missing) > _FEW:
-                self._spend("label", missing)
+        counted = with_vectors or len(missing) > _FEW or self.answers.parts != WHOLE_RECORD
+        if missing and counted and not self._spend("label", missing):
+            for part in _slices(missing):
+                read = self._read(part, with_vectors=with_vectors)
+                found |= {label: only(self.answers.parts, record) for label, record in read.items()}
+        elif with_vectors:
+            return self._read(missing, with_vectors=True)
+        elif missing:
             read = self._read_plain(missing)
+            if not counted:
+                self.answers.count(read.values())
             self._cache.add(self._owner, read)
             found |= read
         return found
@@ -151,10 +162,10 @@ class StoreReader:
                     rows = {row[0]: row for row in self._by(self._reader(), "label", part, columns_of(with_vectors))}
                     records = dict(self._damage.records(rows.values(), with_vectors=with_vectors))
                     for label in part:
-                        size += row_bytes(rows[label])
+                        size += row_bytes(rows[label], self.answers.parts)
                         if size > self.answers.limit and found:
                             return found, True
-                        found += [records[label]] if label in records else []
+                        found += [only(self.answers.parts, records[label])] if label in records else []
                 if len(labels) < wanted:
                     break
                 seen += len(labels)
@@ -326,3 +337,9 @@ class StoreReader:
     def _sequence(self, connection: sqlite3.Connection) -> int:
         with translated(self._what):
             return int(connection.execute("SELECT sequence FROM state").fetchone()[0])
+
+
+def _slices(keys: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Cut keys of records that are too large to be kept whole."""
+    for start in range(0, len(keys), _FEW):
+        yield keys[start : start + _FEW]

@@ -133,6 +133,16 @@ class _RecordFields(NamedTuple):
     expire_time: datetime | None = None
 
 
+class RecordParts(NamedTuple):
+    """Which parts of a record an answer holds beside its id, label and times; a vector is asked for separately."""
+
+    text: bool = True
+    metadata: bool = True
+
+
+WHOLE_RECORD = RecordParts()
+
+
 class StoredRecord(_RecordFields):
     """A record as it stands.
 

@@ -18,11 +18,13 @@ from emberpc.server.index.duplicates import DuplicatePair
 from emberpc.server.index.filters import MISMATCH_RECORDS, Filter, mismatches
 from emberpc.server.index.metric import check_vectors
 from emberpc.server.index.types import (
+    WHOLE_RECORD,
     CollectionInfo,
     CollectionSpec,
     Fusion,
     Matrix,
     NewRecord,
+    RecordParts,
     SearchOutcome,
     StoredRecord,
     WriteResult,
@@ -118,14 +120,22 @@ class MilvusCollection:
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])
 
-    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> list[StoredRecord]:
+    def get(
+        self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
+    ) -> list[StoredRecord]:
         """Return the records of those ids that are there, in the order asked for."""
         rows = self._reader.by_id(ids, schema.fields(with_vectors=with_vectors))
         found = {record.id: record for record in map(schema.stored, rows)}
         return [found[record_id] for record_id in ids if record_id in found]
 
     def page(
-        self, page_size: int, page_token: str, *, with_vectors: bool = False, condition: Filter | None = None
+        self,
+        page_size: int,
+        page_token: str,
+        *,
+        with_vectors: bool = False,
+        condition: Filter | None = None,
+        parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
         """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
         check_page_size(page_size)
@@ -149,6 +159,7 @@ class MilvusCollection:
         exclude_ids: Sequence[str | None] = (),
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Find the records nearest to each query.
 
@@ -202,6 +213,7 @@ class MilvusCollection:
         *,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Raise UNIMPLEMENTED: words are not indexed."""
         raise unsupported("mode LEXICAL", BACKEND, _DENSE)
@@ -218,6 +230,7 @@ class MilvusCollection:
         min_recall: float = 0,
         with_vectors: bool = False,
         conditions: Sequence[Filter | None] = (),
+        parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
         """Raise UNIMPLEMENTED: words are not indexed."""
         raise unsupported("mode HYBRID", BACKEND, _DENSE)

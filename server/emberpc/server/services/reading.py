@@ -22,7 +22,7 @@ def batch_get(
         ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
     """
     _check_vectors(collection, len(ids), parts, limits)
-    records = collection.get(ids, with_vectors=parts.vector)
+    records = collection.get(ids, with_vectors=parts.vector, parts=parts.of_record)
     found = {record.id for record in records}
     response = pb.BatchGetRecordsResponse(missing_ids=[record_id for record_id in ids if record_id not in found])
     _add_records(response, records, parts, limits)
@@ -43,7 +43,9 @@ def page(
         ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
     """
     _check_vectors(collection, size, parts, limits)
-    records, next_token = collection.page(size, token, with_vectors=parts.vector, condition=condition)
+    records, next_token = collection.page(
+        size, token, with_vectors=parts.vector, condition=condition, parts=parts.of_record
+    )
     response = pb.ListRecordsResponse(next_page_token=next_token)
     _add_records(response, records, parts, limits)
     return response

@@ -19,6 +19,7 @@ from emberpc.server.index import (
     CollectionSpec,
     Distance,
     NewRecord,
+    RecordParts,
     StoredRecord,
     cancellation,
 )
@@ -60,11 +61,8 @@ class Parts:
         self.text = not parts or pb.RECORD_PART_TEXT in parts
         self.metadata = not parts or pb.RECORD_PART_METADATA in parts
         self.vector = pb.RECORD_PART_VECTOR in parts
-
-    @property
-    def of_record(self) -> tuple[bool, bool]:
-        """What tells the messages of one record apart; a vector comes beside it."""
-        return self.text, self.metadata
+        #: What tells the messages of one record apart; a vector comes beside it.
+        self.of_record = RecordParts(self.text, self.metadata)
 
     @classmethod
     def of(cls, parts: Sequence[pb.RecordPart.ValueType]) -> Parts:

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import CollectionBackend, SearchOutcome
+from emberpc.server.index import WHOLE_RECORD, CollectionBackend, RecordParts, SearchOutcome
 from emberpc.server.index.filters import Filter
 from emberpc.server.services.forms import Matrix
 from emberpc.server.services.index_pool import IndexPool
@@ -48,6 +48,7 @@ class Search(NamedTuple):
     conditions: Sequence[Filter | None] = ()
     min_recall: float = 0
     deadline: float = inf
+    parts: RecordParts = WHOLE_RECORD
 
     @property
     def heavy(self) -> bool:
@@ -67,6 +68,7 @@ class Search(NamedTuple):
             self.ef,
             self.min_recall,
             self.with_vectors,
+            self.parts,
             any(self.conditions),
             self.heavy,
         )
@@ -81,6 +83,7 @@ class Search(NamedTuple):
             exclude_ids=self.exclude_ids,
             with_vectors=self.with_vectors,
             conditions=self.conditions,
+            parts=self.parts,
         )
 
 

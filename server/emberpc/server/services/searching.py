@@ -85,7 +85,14 @@ class Searcher:
         outcomes: list[SearchOutcome]
         if request.mode == pb.SEARCH_MODE_LEXICAL:
             start = perf_counter()
-            search = partial(collection.search_words, texts, sizes, with_vectors=parts.vector, conditions=conditions)
+            search = partial(
+                collection.search_words,
+                texts,
+                sizes,
+                with_vectors=parts.vector,
+                conditions=conditions,
+                parts=parts.of_record,
+            )
             outcomes = await self._pool.run(search, context, heavy=True)
         else:
             queries = request.queries
@@ -133,6 +140,7 @@ class Searcher:
                 min_recall=request.min_recall,
                 with_vectors=parts.vector,
                 conditions=_some(conditions, rows),
+                parts=parts.of_record,
             )
             return self._pool.run(call, context, heavy=True)
 
@@ -147,6 +155,7 @@ class Searcher:
                 _some(conditions, rows),
                 request.min_recall,
                 deadline,
+                parts.of_record,
             )
             return self._groups.search(search)
 
