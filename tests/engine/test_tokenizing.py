@@ -7,17 +7,28 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
+from emberpc.server.engine import tokenizing
 from emberpc.server.engine.inference import Inferrer
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.tokenizing import AbandonedError, TextTokenizer, Truncation
 from emberpc.server.engine.words import Words
-from emberpc.server.errors import ServiceError, items_of
+from emberpc.server.errors import Code, ServiceError, items_of
 
 MAX_TOKENS = 8
 WORDS = ["red", "green", "blue", "one", "two", "three", "query", ":"]
@@ -232,6 +243,122 @@ def test_only_as_much_of_a_text_is_read_as_is_needed(
     assert 0 < sum(read) < 2000
 
 
+CORPUS = ["red green blue one two three query", "!" * 40, "a" * 40]
+#: Most characters of a text that these tokenizers read at once, in the tests.
+MOST = 2000
+
+
+@pytest.fixture(scope="module", params=["byte-level BPE", "Unigram"])
+def library(request: pytest.FixtureRequest) -> Tokenizer:
+    """A tokenizer of a kind whose texts cannot be cut into pieces."""
+    special = ["<s>", "</s>", "<unk>"]
+    if request.param == "Unigram":
+        raw = Tokenizer(models.Unigram())
+        raw.normalizer, raw.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+        trainer: trainers.Trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    raw.train_from_iterator(CORPUS * 20, trainer)
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", raw.token_to_id("<s>")), ("</s>", raw.token_to_id("</s>"))]
+    )
+    return raw
+
+
+@pytest.fixture
+def other(library: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextTokenizer:
+    """emberpc's tokenizer of the same file, with a low limit."""
+    monkeypatch.setattr(tokenizing, "_MOST_AT_ONCE", MOST)
+    library.save(str(tmp_path / "tokenizer.json"))
+    return TextTokenizer(tmp_path / "tokenizer.json", MAX_TOKENS)
+
+
+class Watched:
+    """A tokenizer of the library that notes the longest text it was given."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw, self.longest = raw, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> Any:
+        self.longest = max(self.longest, *map(len, texts))
+        return self.raw.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+
+@pytest.fixture
+def watched(other: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    found = Watched(other._tokenizer)
+    monkeypatch.setattr(other, "_tokenizer", found)
+    return found
+
+
+@pytest.mark.parametrize("part", ["red green ", "! ", "red\n"])
+@pytest.mark.parametrize("truncation", [Truncation.END, Truncation.START])
+def test_other_tokenizers_cut_a_long_text_by_what_they_read_at_once(
+    library: Tokenizer, other: TextTokenizer, watched: Watched, part: str, truncation: Truncation
+) -> None:
+    text, prompt = part * 10_000, "one "
+    (cut,) = other.tokenize([text], prompt, truncation, items_of("texts"))
+    assert cut.truncated
+    assert len(cut.ids) == MAX_TOKENS
+    assert 0 < watched.longest <= MOST
+    inner, before = cut.ids.tolist()[1:-1], library.encode(prompt, add_special_tokens=False).ids
+    behind = library.encode(text, add_special_tokens=False).ids
+    if truncation is Truncation.START:
+        assert inner == [*before, *behind[len(before) - MAX_TOKENS + 2 :]]
+    else:
+        assert inner == library.encode(prompt + text, add_special_tokens=False).ids[: MAX_TOKENS - 2]
+
+
+def test_other_tokenizers_refuse_to_count_a_text_that_is_too_long(other: TextTokenizer, watched: Watched) -> None:
+    assert other.count(["red " * (MOST // 4)], "")
+    watched.longest = 0
+    with pytest.raises(ServiceError, match=f"reads at most {MOST} of one text; count its parts") as refused:
+        other.count(["red", "a" * (MOST + 1), "b", "c" * MOST], "one ")
+    assert [violation.field for violation in refused.value.violations] == ["texts[1]", "texts[3]"]
+    assert refused.value.code is Code.INVALID_ARGUMENT
+    assert not watched.longest
+
+
+@pytest.mark.parametrize("truncation", list(Truncation))
+def test_other_tokenizers_refuse_a_text_of_which_too_little_is_read(
+    library: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncation: Truncation
+) -> None:
+    # Of a normalizer that leaves all of it out, no number of characters has more tokens than the model takes.
+    raw = Tokenizer.from_str(library.to_str())
+    raw.normalizer = normalizers.Replace("x", "")
+    raw.save(str(tmp_path / "empty.json"))
+    ours = TextTokenizer(tmp_path / "empty.json", MAX_TOKENS)
+    monkeypatch.setattr(tokenizing, "_MOST_AT_ONCE", MOST)
+    watched = Watched(ours._tokenizer)
+    monkeypatch.setattr(ours, "_tokenizer", watched)
+    with pytest.raises(ServiceError, match=f"at most {MOST} of one text; shorten it"):
+        ours.tokenize(["x" * 100_000], "", truncation, items_of("texts"))
+    assert watched.longest == MOST
+
+
+@pytest.mark.parametrize("truncation", list(Truncation))
+def test_other_tokenizers_stop_between_texts(other: TextTokenizer, truncation: Truncation) -> None:
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) == 3)
+        return asked[-1]
+
+    with pytest.raises(AbandonedError):
+        other.tokenize(["a b " * 10_000] * 8, "", truncation, items_of("texts"), stop)
+    assert len(asked) == 4
+
+
 def test_work_that_nobody_waits_for_stops_after_a_piece(pairs: dict[str, Pair]) -> None:
     asked: list[bool] = []
 
@@ -242,7 +369,7 @@ def test_work_that_nobody_waits_for_stops_after_a_piece(pairs: dict[str, Pair]) 
     for kind in ("bert", "whitespace"):
         asked.clear()
         with pytest.raises(AbandonedError):
-            pairs[kind].ours.count(["a " * 100_000] * 8, "", stop)
+            pairs[kind].ours.count(["a " * 70_000] * 8, "", stop)
         assert len(asked) == 4
 
 
