@@ -16,7 +16,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Index, clusters, database
 from emberpc.server.index.cancellation import Cancellation, cancelled, cancelled_when
 from emberpc.server.index.clusters import k_means
-from emberpc.server.index.filters import AnyOf, Filter, Prefix
+from emberpc.server.index.filters import AnyOf, Comparison, Filter, Operator, Prefix
 from index.support import numbered, refused
 from index_helpers import DIMENSIONS, vectors
 
@@ -66,6 +66,7 @@ CALLS: dict[str, Callable[[Collection], object]] = {
     "search of many": lambda c: c.search(np.tile(MATRIX, (3, 1)), 5, ef=400),
     "search by words": lambda c: c.search_words(["text of r00001"] * 20, [5] * 20),
     "hybrid search": lambda c: c.search_both(MATRIX[:20], ["text of"] * 20, [5] * 20, dense_weight=0.5),
+    "mismatches": lambda c: c.mismatches(Comparison("id", Operator.GREATER, 1)),
     "verify": lambda c: list(c.verify(full=True)),
     "duplicates": lambda c: c.duplicates(0.5, lambda: False),
     "clusters": lambda c: c.clusters(3, 2, lambda: False),

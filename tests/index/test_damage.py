@@ -275,6 +275,11 @@ def test_a_vector_of_zeros_is_never_searched(tmp_path: Path) -> None:
         assert LOST not in {record.id for record, _ in collection.search(VECTORS[:1], 100)[0].hits}
 
 
+def test_damaged_metadata_is_passed_over_where_a_filter_is_explained(tmp_path: Path) -> None:
+    with damaged(tmp_path, "metadata = ?", '{"even": "x"') as collection:
+        assert collection.mismatches(Comparison("even", Operator.EQUAL, 1.0)) == []
+
+
 def test_an_index_on_damaged_metadata_keeps_nobody_from_writing(tmp_path: Path) -> None:
     """It reads the metadata of a row that is deleted, to let go of it."""
     index = Index(tmp_path, buffer_limit=8)

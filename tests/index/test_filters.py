@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from emberpc.server.index import Collection, NewRecord, store_reader
 from emberpc.server.index.filter_sql import can_be_indexed, compile_filter, index_statement
 from emberpc.server.index.filters import (
     MAX_KEYS,
@@ -29,6 +30,7 @@ from emberpc.server.index.filters import (
     matches,
     mismatches,
 )
+from index_helpers import vectors
 
 KEYS = ["a", "b", "a.b", 'q"uote', "it's", "br[0]", "back\\slash", "ключ", "", "$", "new\nline", "7"]
 #: No NUL, at which SQLite ends a string; the service refuses it in filters.
@@ -275,3 +277,15 @@ def test_metadata_is_read_only_for_a_filter_that_compares_with_numbers() -> None
     assert not reads
     assert len(mismatches(Not(Comparison("a", Operator.LESS, 2)), read)) == 1
     assert reads == [1]
+
+
+def test_only_so_much_metadata_is_read_to_explain_a_filter(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.upsert([NewRecord(f"r{i}", "", {"a": "1" * 1000}) for i in range(20)], vectors(20))
+    monkeypatch.setattr(store_reader, "_MOST_METADATA", 5000)
+    with closing(collection._store.metadata(1000)) as documents:
+        assert len(list(documents)) == 4
+    with closing(collection._store.metadata(3)) as documents:
+        assert len(list(documents)) == 3
+    assert len(collection.mismatches(Comparison("a", Operator.LESS, 2))) == 1

@@ -270,6 +270,40 @@ async def test_filtered_searches_wait_with_heavy_calls_and_leave_with_their_call
     await until(lambda: served.pool.heavy.idle)
 
 
+@pytest.mark.parametrize("rpc", ["CountRecords", "ListRecords", "DeleteRecords", "Search"])
+async def test_what_explains_why_a_filter_finds_nothing_is_heavy_and_ends_with_its_caller(
+    served: Served, monkeypatch: pytest.MonkeyPatch, rpc: str
+) -> None:
+    began, free = threading.Event(), []
+
+    def endless(self: Collection, condition: Any) -> list[str]:
+        free.append(served.pool.heavy._free)
+        began.set()
+        while True:
+            cancellation.check()
+
+    monkeypatch.setattr(Collection, "mismatches", endless)
+    nothing = filter_pb2.Filter(
+        comparison=filter_pb2.Comparison(
+            field="id", operator=filter_pb2.COMPARISON_OPERATOR_GREATER, value={"number_value": 1}
+        )
+    )
+    requests = {
+        "CountRecords": pb.CountRecordsRequest(collection="other", filter=nothing),
+        "ListRecords": pb.ListRecordsRequest(collection="other", filter=nothing),
+        "DeleteRecords": pb.DeleteRecordsRequest(collection="other", filter=nothing),
+        "Search": pb.SearchRequest(
+            collection="other", queries=[pb.SearchQuery(vector=vector(vectors(1)))], filter=nothing
+        ),
+    }
+    call = getattr(served.stub, rpc)(requests[rpc])
+    await until(began.is_set)
+    # The slot of the search itself may not be free again yet.
+    assert free[0] < HEAVY
+    call.cancel()
+    await until(lambda: served.pool.heavy.idle)
+
+
 async def test_too_many_heavy_calls_are_refused_and_may_come_again(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -249,8 +249,8 @@ class Collection(Lifecycle, SearchCalls):
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
-        with self._calls.one():
-            return mismatches(condition, lambda: self._store.metadata(MISMATCH_RECORDS))
+        with self._calls.one(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
+            return mismatches(condition, lambda: documents)
 
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, with a condition, of those that meet it."""

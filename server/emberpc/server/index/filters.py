@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from typing import Any
+
+from emberpc.server.index import cancellation
 
 #: A string, a number (a double), a truth value or null.
 Value = str | float | bool | None
@@ -146,28 +148,26 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
 MISMATCH_RECORDS = 1000
 
 
-def mismatches(condition: Filter, read: Callable[[], Sequence[Mapping[str, Any]]]) -> list[str]:
+def mismatches(condition: Filter, read: Callable[[], Iterable[Mapping[str, Any]]]) -> list[str]:
     """Return a sentence for each field that a condition compares with a number, and that holds strings only.
 
     Args:
         condition: the condition.
         read: reads the metadata of some records; called only if the condition compares a field with a number.
     """
-    sentences: list[str] = []
-    fields = list(dict.fromkeys(_compared_with_numbers(condition)))
-    documents = read() if fields else ()
-    for field in fields:
-        kinds: set[str] = set()
-        for metadata in documents:
+    kinds: dict[str, set[str]] = {field: set() for field in _compared_with_numbers(condition)}
+    for metadata in read() if kinds else ():
+        cancellation.check()
+        for field, found in kinds.items():
             there, value = _look_up(metadata, keys(field))
             if there:
-                kinds.update(map(kind_of, value) if isinstance(value, (list, tuple)) else [kind_of(value)])
-        if "string" in kinds and "number" not in kinds:
-            sentences.append(
-                f"the filter compares {field[:100]!r} with a number, and the records have strings there; compare with "
-                "a string, or write the records with numbers (on the command line with --types)"
-            )
-    return sentences
+                found.update(map(kind_of, value) if isinstance(value, (list, tuple)) else [kind_of(value)])
+    return [
+        f"the filter compares {field[:100]!r} with a number, and the records have strings there; compare with "
+        "a string, or write the records with numbers (on the command line with --types)"
+        for field, found in kinds.items()
+        if "string" in found and "number" not in found
+    ]
 
 
 def _compared_with_numbers(condition: Filter) -> Iterator[str]:

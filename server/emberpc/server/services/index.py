@@ -171,17 +171,22 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         if condition is None and not 1 <= len(request.ids) <= requests.MAX_IDS:
             raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {requests.MAX_IDS}")
 
-        def delete(collection: CollectionBackend) -> WriteResult:
-            return collection.delete(request.ids) if condition is None else collection.delete_matching(condition)
+        def delete(collection: CollectionBackend) -> tuple[WriteResult, list[str]]:
+            if condition is None:
+                return collection.delete(request.ids), []
+            deleted = collection.delete_matching(condition)
+            return deleted, reading.warnings(collection, condition, deleted.deleted)
 
         await self._reembedder.writable(request.collection)
         writers = self._pool.writers(request.collection)
         # What finds the records can be cancelled, and then nothing is deleted.
-        result = await self._call(request.collection, delete, context, heavy=condition is not None, within=writers)
+        result, warnings = await self._call(
+            request.collection, delete, context, heavy=condition is not None, within=writers
+        )
         return pb.DeleteRecordsResponse(
             deleted_count=result.deleted,
             receipt=replies.receipt(result),
-            warnings=await self._warnings(request.collection, condition, context, result.deleted),
+            warnings=warnings,
         )
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
@@ -189,29 +194,22 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         condition = _filter(request)
         parts = Parts(request.parts)
         size = requests.page_size(request.page_size)
-        response = await self._call(
+        return await self._call(
             request.collection,
             lambda collection: reading.page(collection, size, request.page_token, condition, parts, self._limits),
             context,
             heavy=condition is not None,
         )
-        if not request.page_token:
-            response.warnings.extend(
-                await self._warnings(request.collection, condition, context, len(response.records))
-            )
-        return response
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Count records."""
         condition = _filter(request)
-        count = await self._call(
-            request.collection,
-            lambda collection: collection.count(condition),
-            context,
-            heavy=condition is not None,
-        )
-        warnings = await self._warnings(request.collection, condition, context, count)
-        return pb.CountRecordsResponse(count=count, warnings=warnings)
+
+        def count(collection: CollectionBackend) -> pb.CountRecordsResponse:
+            found = collection.count(condition)
+            return pb.CountRecordsResponse(count=found, warnings=reading.warnings(collection, condition, found))
+
+        return await self._call(request.collection, count, context, heavy=condition is not None)
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
         """Find the records nearest to each query; the answer is written already, see `add_index_service`."""
@@ -327,12 +325,6 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         response.usages.extend(replies.usages(inference))
         response.timings.CopyFrom(replies.timings([inference]))
         return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
-
-    async def _warnings(self, name: str, condition: Filter | None, context: requests.Context, found: int) -> list[str]:
-        """Say why a filter that matches nothing probably does not."""
-        if condition is None or found:
-            return []
-        return await self._call(name, lambda collection: collection.mismatches(condition), context)
 
     async def _with(self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]]) -> Result:
         """Do something with a collection; once more, if another took its place meanwhile, as re-embedding has it."""

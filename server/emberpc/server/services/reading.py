@@ -1,4 +1,4 @@
-"""BatchGetRecords and ListRecords: what they read, within the limit of a response. To be run in the pool."""
+"""What calls read of a collection, within the limit of a response. To be run in the pool."""
 
 from __future__ import annotations
 
@@ -48,7 +48,20 @@ def page(
     )
     response = pb.ListRecordsResponse(next_page_token=next_token)
     _add_records(response, records, parts, limits)
+    if not token:
+        response.warnings.extend(warnings(collection, condition, len(records)))
     return response
+
+
+def warnings(collection: CollectionBackend, condition: Filter | None, found: int) -> list[str]:
+    """Return sentences that say why a filter which matches no record probably does not.
+
+    Args:
+        collection: the collection.
+        condition: the filter; None: there is none.
+        found: records that meet it.
+    """
+    return [] if condition is None or found else collection.mismatches(condition)
 
 
 def _check_vectors(collection: CollectionBackend, count: int, parts: Parts, limits: requests.Limits) -> None:

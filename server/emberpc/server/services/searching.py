@@ -175,7 +175,9 @@ class Searcher:
         """Say why a filter probably matches nothing, for the first query without hits."""
         for condition, outcome in zip(conditions, outcomes, strict=False):
             if condition is not None and not outcome.hits:
-                response.warnings.extend(await self._pool.run(partial(collection.mismatches, condition), context))
+                # Not refused: the searches that come here have waited among the heavy calls before.
+                mismatches = partial(collection.mismatches, condition)
+                response.warnings.extend(await self._pool.run(mismatches, context, heavy=True, refuse=False))
                 return
 
     def _texts(self, request: pb.SearchRequest) -> list[str]:
