@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 
-from emberpc.client import _connection
+from emberpc.client import Unavailable, _connection
 from emberpc.server.app import _KEEPALIVE
 from fake_server import FakeServer
 from ping_proxy import PingProxy
 
-#: More than three, after which gRPC's server closes a connection that pings too often.
-PINGS = 4
+#: gRPC's server closes a connection at its fourth ping if they come too often. More than that, so that the call is not
+#: over before the server has done it.
+PINGS = 8
 #: A host may take its time to answer a ping; these are not what is tested.
 PATIENCE = ("grpc.keepalive_timeout_ms", 60_000)
+PING_INTERVAL = "grpc.http2.min_ping_interval_without_data_ms"
+#: What gRPC's server takes for it if it is not set.
+DEFAULT_INTERVAL_MS = 300_000
 
 
 def hastened(options: Any) -> list[tuple[str, Any]]:
@@ -45,3 +49,23 @@ def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
             shell.close()
         assert proxy.count >= PINGS
         assert len(server.asked[rpc]) == 1
+
+
+def test_the_same_call_is_ended_by_a_server_with_the_default_of_grpc(shell_type: Any) -> None:
+    """Without this, the tests above could pass because no ping is ever refused."""
+    options = [(name, value) for name, value in hastened(_KEEPALIVE) if name != PING_INTERVAL]
+    with (
+        FakeServer(options=[*options, (PING_INTERVAL, DEFAULT_INTERVAL_MS // 100)]) as server,
+        PingProxy(server.target, PINGS) as proxy,
+    ):
+        shell = shell_type(proxy.target, timeout=120)
+        ended: list[str] = []
+        server.hooks["Embed"] = lambda _: proxy.enough.wait(100)
+        try:
+            shell("embed", ["a"])
+        except Unavailable as error:
+            ended.append(error.message)
+        finally:
+            shell.close()
+        # The connection is closed, and the client sends the request again over another one.
+        assert ended or len(server.asked["Embed"]) > 1
