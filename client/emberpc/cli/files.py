@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from emberpc.bundle.json_objects import RepeatedKeyError, unique_keys
 from emberpc.cli.column_types import ColumnTypes
 from emberpc.cli.errors import CliError
 from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
@@ -270,31 +271,14 @@ class LineFile:
 def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
     """Read a JSON object, or call `refuse` with the problem, in which it is called `what`."""
     try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
-    except _TwiceError as error:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
         refuse(f"{what} has {error.key!r} twice; keep one")
     except (ValueError, RecursionError):
         refuse(f"{what} is not JSON")
     if not isinstance(value, Mapping):
         refuse(f"{what} is no JSON object; write {{…}}")
     return dict(value)
-
-
-class _TwiceError(ValueError):
-    """A JSON object has a key twice; `key` says which."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs; json itself takes the last of two with the same key."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
-    return found
 
 
 def _no_constant(name: str) -> NoReturn:

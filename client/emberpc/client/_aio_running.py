@@ -16,7 +16,7 @@ from emberpc.client._aio_stream_running import AsyncLine, run_stream
 from emberpc.client._calls import Call, Job, Page, Step, Steps
 from emberpc.client._connection import Connection
 from emberpc.client._retrying import Retries
-from emberpc.client._running import CHANNEL_CLOSED, CLIENT_CLOSED, Pending
+from emberpc.client._running import CHANNEL_CLOSED, CLIENT_CLOSED, Pending, Starting
 from emberpc.client._streaming import StreamJob
 from emberpc.client.exceptions import Cancelled, EmberpcError, FailedPrecondition, InputTypeError, ResourceExhausted
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
-class AsyncRunner:
+class AsyncRunner(Starting):
     """Runs calls; its methods raise EmberpcError if one fails.
 
     Args:
@@ -158,13 +158,6 @@ class AsyncRunner:
             pending.extendleft(self._start(call, timeout) for call in reversed(smaller))
             return
         job.take(pending.popleft().call, part)
-
-    def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:
-        """Send a request."""
-        retries = Retries(self._connection.deadline(timeout), allowed=self._owns_channel)
-        pending = Pending(call, retries, call.request)
-        self._try(pending)
-        return pending
 
     def _try(self, pending: Pending, kind: str = "unary_unary") -> None:
         """Begin a try of a call; `kind` is gRPC's word."""

@@ -41,7 +41,24 @@ class Pending:
     future: Any = None
 
 
-class Runner:
+class Starting:
+    """Starts calls of one request, the same for both runners."""
+
+    _connection: Connection
+    _owns_channel: bool
+
+    def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:
+        """Send the request of a call; it may be repeated only over the client's own channel."""
+        pending = Pending(call, Retries(self._connection.deadline(timeout), allowed=self._owns_channel), call.request)
+        self._try(pending)
+        return pending
+
+    def _try(self, pending: Pending) -> None:
+        """Begin a try of a call."""
+        raise NotImplementedError
+
+
+class Runner(Starting):
     """Runs calls; its methods raise EmberpcError if one fails.
 
     Args:
@@ -164,13 +181,6 @@ class Runner:
             pending.extendleft(self._start(call, timeout) for call in reversed(smaller))
             return
         job.take(pending.popleft().call, part)
-
-    def _start(self, call: Call[Any, Any], timeout: float | None) -> Pending:
-        """Send a request."""
-        retries = Retries(self._connection.deadline(timeout), allowed=self._owns_channel)
-        pending = Pending(call, retries, call.request)
-        self._try(pending)
-        return pending
 
     def _try(self, pending: Pending, kind: str = "unary_unary") -> None:
         """Begin a try of a call; `kind` is gRPC's word."""

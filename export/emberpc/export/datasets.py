@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from emberpc.bundle.json_objects import RepeatedKeyError, unique_keys
 from emberpc.export.errors import ExportError
 
 _LOGGER = logging.getLogger(__name__)
@@ -257,31 +258,14 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_once)
-            except _TwiceError as error:
+                row = json.loads(line, object_pairs_hook=unique_keys)
+            except RepeatedKeyError as error:
                 raise ExportError(f"{path}, line {number}: the field {error.key!r} is there twice; keep one") from error
             except (ValueError, RecursionError) as error:
                 raise ExportError(f"{path}, line {number}: it is not JSON; write one object a line") from error
             if not isinstance(row, dict):
                 raise ExportError(f"{path}, line {number}: it is not a JSON object; write one object a line")
             yield f"line {number}", row
-
-
-class _TwiceError(ValueError):
-    """A JSON object has a key twice; `key` says which."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs; json itself takes the last of two with the same key."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
-    return found
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
