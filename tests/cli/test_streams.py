@@ -172,8 +172,10 @@ def test_nothing_of_a_vector_is_cut_in_a_pipe(emberpc: Emberpc, fake: FakeServer
 def test_all_labels_of_a_text_are_in_a_pipe_unless_fewer_are_asked_for(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("classify", "a?").rows[1] == ["question", "question 0.75, statement 0.25", "a?"]
     assert emberpc("classify", "a?", "-k", "1").rows[1] == ["question", "question 0.75", "a?"]
-    emberpc("classify", "a?", "--json")
-    assert [asked.request.top_k for asked in fake.asked["Classify"]] == [0, 1, 3]
+    (whole,) = emberpc("classify", "a?", "--json").objects
+    assert [score["label"] for score in whole["classification"]["scores"]] == ["question", "statement"]
+    emberpc("classify", "a?", "--json", "-k", "1")
+    assert [asked.request.top_k for asked in fake.asked["Classify"]] == [0, 1, 0, 1]
 
 
 def test_debug_is_taken_after_the_command_too(emberpc: Emberpc, fake: FakeServer) -> None:

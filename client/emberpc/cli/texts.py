@@ -145,7 +145,7 @@ def classify(
             "--top-k",
             "-k",
             min=0,
-            help=f"Most labels for each text; 0: all; default: {_TOP_K}, but all in a table that is no terminal's.",
+            help=f"Most labels for each text; 0: all. Default: all; {_TOP_K} in a table on a terminal.",
             show_default=False,
         ),
     ] = None,
@@ -155,7 +155,7 @@ def classify(
 ) -> None:
     """Give texts labels."""
     if top_k is None:
-        top_k = _TOP_K if as_json or for_people() else 0
+        top_k = _TOP_K if for_people() and not as_json else 0
     with _given(texts, file) as listed, _shown("classifying", listed, file) as done:
         found = client.classify(
             listed,
