@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from emberpc.client._connection import Connection
 from emberpc.server.app import _KEEPALIVE
@@ -76,6 +78,40 @@ def test_a_malformed_message_of_a_stream_is_refused(server: ServerProcess, chann
         list(open_stream(iter([b"\x0a\x7f"]), timeout=60))
     check(raised.value, name)
     assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["health.v1.Health/Check", "health.v1.Health/Watch", "reflection.v1alpha.ServerReflection/ServerReflectionInfo"],
+)
+@pytest.mark.parametrize("data", [b"\x0a\x7f", b"\x0a\x02\xff\xfe", b"\xff" * 40])
+def test_a_malformed_request_to_a_service_of_grpc_is_refused(
+    server: ServerProcess, channel: grpc.Channel, name: str, data: bytes
+) -> None:
+    open_stream: Any = channel.stream_stream(f"/grpc.{name}")
+    with pytest.raises(grpc.RpcError) as raised:
+        list(open_stream(iter([data]), timeout=60))
+    check(raised.value, name.partition("/")[2])
+    assert "Traceback" not in server.output
+
+
+def test_the_services_of_grpc_answer_as_they_do_without_emberpc(channel: grpc.Channel) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == serving
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service="emberpc.v1.IndexService"), timeout=60)
+    assert next(watch).status == serving
+    watch.cancel()
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Check(health_pb2.HealthCheckRequest(service="none"), timeout=60)
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    assert status.REQUEST_ID_KEY in dict(raised.value.trailing_metadata())
+    info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    requests = [reflection_pb2.ServerReflectionRequest(list_services="")] * 2
+    for answer in info(iter(requests), timeout=60):
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"emberpc.v1.IndexService", "grpc.health.v1.Health"} <= names
 
 
 def test_many_wrong_items_are_an_invalid_argument(channel: grpc.Channel) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
 from emberpc.server.errors import ServiceError, StartupError
@@ -138,8 +138,11 @@ async def run(
         _register(
             handlers, engine, loader, IndexService(engine, index, index_pool, limits, reembedder), limits, settings
         )
-        health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
-        reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        handlers.add(health_pb2_grpc.add_HealthServicer_to_server, statuses)
+        names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        handlers.add(
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server, reflection.aio.ReflectionServicer(names)
+        )
         await reembedder.resume()
         await server.start()
         await _set_health(statuses, serving=True)

@@ -1,4 +1,4 @@
-"""What happens around every call of emberpc.v1: a request id, and errors in one form."""
+"""What happens around every call, those of gRPC's own services included: a request id, and errors in one form."""
 
 from __future__ import annotations
 
@@ -102,8 +102,11 @@ class Handlers:
         return wrapped
 
 
-def _code_name(error: BaseException) -> str:
+def _code_name(error: BaseException, context: Context) -> str:
     """Return the name of the status code that a call ends with."""
+    if isinstance(error, grpc.aio.AbortError):  # a service of gRPC has set it
+        code = context.code()
+        return _STATUS_CODES[code].name if isinstance(code, int) else code.name
     if isinstance(error, ServiceError):
         return error.code.name
     if isinstance(error, OSError) and descriptors.is_shortage(error):
@@ -122,16 +125,27 @@ def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: 
     #: A method whose responses are bytes has none.
     serialize = handler.response_serializer or (lambda response: response)
 
-    async def call(request: Any, context: Context) -> bytes:
+    async def answer(request: Any, context: Context) -> bytes:
+        return _counted(serialize(await inner(request, context)), in_flight, context)
+
+    call = _awaited(answer, method, read, observe, in_flight)
+    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+    return make(call, None, None)
+
+
+def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
+    """Wrap a coroutine function that returns the answer of a call, or writes its answers by the context."""
+
+    async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
         start, code, held = perf_counter(), "OK", HeldBytes(in_flight)
         try:
             decoded = await read(request, held)
             del request  # the bytes are not kept beside the message
-            return _counted(serialize(await inner(decoded, context)), in_flight, context)
+            return await inner(decoded, context)
         except BaseException as error:
-            code = _code_name(error)
+            code = _code_name(error, context)
             if not isinstance(error, Exception):
                 raise
             await _abort(error, method, request_id, context)
@@ -139,8 +153,7 @@ def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: 
             held.replace(0)
             observe(method, code, perf_counter() - start)
 
-    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    return make(call, None, None)
+    return call
 
 
 def _counted(response: bytes, in_flight: BytesInFlight, context: Context) -> bytes:
@@ -242,6 +255,13 @@ def _as_coroutine(method: Any) -> Any:
 def _stream(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+    call = (_awaited if inspect.iscoroutinefunction(inner) else _iterated)(inner, method, read, observe, in_flight)
+    make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+    return make(call, None, handler.response_serializer)
+
+
+def _iterated(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
+    """Wrap a function that returns the answers of a call as an asynchronous generator."""
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
@@ -255,7 +275,7 @@ def _stream(handler: Any, method: str, read: _Read, observe: Observe, in_flight:
                 async for answer in answers:
                     yield answer
         except BaseException as error:
-            code = _code_name(error)
+            code = _code_name(error, context)
             if not isinstance(error, Exception):
                 raise
             await _abort(error, method, request_id, context)
@@ -263,8 +283,7 @@ def _stream(handler: Any, method: str, read: _Read, observe: Observe, in_flight:
             held.replace(0)
             observe(method, code, perf_counter() - start)
 
-    make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-    return make(call, None, handler.response_serializer)
+    return call
 
 
 def _request_id(context: Context) -> str:
