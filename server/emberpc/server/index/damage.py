@@ -14,7 +14,7 @@ import numpy as np
 
 from emberpc.server.errors import ServiceError
 from emberpc.server.index.metric import are_fit
-from emberpc.server.index.rows import is_sound_vector, record_of
+from emberpc.server.index.rows import has_vector, is_sound_vector, record_of
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix, StoredRecord
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,9 @@ class Damage:
             except ServiceError as error:
                 self._note(row[0], f"record {error.metadata['record']!r}")
 
-    def vectors(self, rows: Sequence[Sequence[Any]], damaged: Set[int]) -> tuple[Labels, Matrix]:
+    def vectors(
+        self, rows: Sequence[Sequence[Any]], damaged: Set[int] = frozenset(), *, checked: bool = True
+    ) -> tuple[Labels, Matrix]:
         """Return labels and vectors of rows of `rows.VECTOR_COLUMNS`: int64 (n,) and float32 (n, dimensions).
 
         One that is damaged, or whose record is known to be, is left out.
@@ -78,9 +80,14 @@ class Damage:
         Args:
             rows: the rows.
             damaged: labels of those that are damaged though a look at these columns does not show it.
+            checked: whether to compute checksums. If not, the rows may have only `rows.UNCHECKED_COLUMNS`, and a vector
+                of the right size that is fit to be compared is taken to be sound.
         """
         size = 4 * self._spec.dimensions
-        whole = [row for row in rows if is_sound_vector(row, size) and row[0] not in damaged]
+        if checked:
+            whole = [row for row in rows if is_sound_vector(row, size) and row[0] not in damaged]
+        else:
+            whole = [row for row in rows if has_vector(row, size)]
         data = b"".join([row[1] for row in whole])
         matrix: Matrix = np.frombuffer(data, dtype="<f4").reshape(len(whole), self._spec.dimensions)
         labels = np.array([row[0] for row in whole], dtype=np.int64)

@@ -25,6 +25,8 @@ _COLUMNS = "label, id, text, metadata, class_label, revision, created, updated, 
 _OLDER = "text_checksum IS NULL AND checksum IS NOT NULL"
 #: What `is_sound_vector` takes.
 VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
+#: What `has_vector` takes.
+UNCHECKED_COLUMNS = "label, vector"
 # Moments as microseconds, since JSON here has 15 digits only.
 #: Takes a JSON list of labels. Gives their records as one JSON value, and the concatenated vectors of those rows that
 #: cannot be checked without them: JSON holds no bytes. For `records_of_one_row`.
@@ -73,10 +75,8 @@ ROW_COLUMNS = ", ".join(Row._fields)
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
     """Return the CRC-32 of a record's texts, each ended by a byte that no UTF-8 has; metadata as JSON."""
-    ends = b"\xff"
-    return zlib.crc32(
-        record_id.encode() + ends + text.encode() + ends + metadata.encode() + ends + label.encode() + ends
-    )
+    texts = (record_id.encode(), text.encode(), metadata.encode(), label.encode(), b"")
+    return zlib.crc32(b"\xff".join(texts))
 
 
 def checksum_of(text_checksum: int, vector: bytes) -> int:
@@ -138,14 +138,19 @@ def records_of_one_row(document: str, vectors: bytes | None) -> dict[int, Stored
     return records
 
 
+def has_vector(row: Sequence[Any], size: int) -> bool:
+    """Return whether a row of `UNCHECKED_COLUMNS`, or with more behind them, has a vector of that many bytes."""
+    return type(row[1]) is bytes and len(row[1]) == size
+
+
 def is_sound_vector(row: Sequence[Any], size: int) -> bool:
     """Return whether a row of `VECTOR_COLUMNS` has a vector of that many bytes and, as far as it says, the right one.
 
     A row of an older version has no checksum of its texts; there this says no more than that it has the size.
     """
-    _, vector, text_checksum, checksum = row
-    if type(vector) is not bytes or len(vector) != size:
+    if not has_vector(row, size):
         return False
+    _, vector, text_checksum, checksum = row
     try:
         return text_checksum is None or checksum is None or checksum_of(text_checksum, vector) == checksum
     except (TypeError, OverflowError):

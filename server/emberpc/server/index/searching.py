@@ -35,6 +35,8 @@ _VECTORS_PER_CANDIDATE = 2
 _FEW = 1000
 #: A search of the graph that found too few that match keeps so many times the candidates the next time.
 _WIDER = 4
+#: Checking a vector that was compared takes as long as checking so many while they are read.
+_CHECKS_PER_HIT = 6
 #: Times that a search which a write came across is done before it holds writes off.
 _TRIES = 8
 
@@ -179,8 +181,8 @@ class Searcher:
         rows = [i for i, each in enumerate(found) if each is None]
         if rows:
             compared = self._compare(request.queries[rows], k, selection)
-            if not settled and compared[0].plan.compared_count < count:
-                return [None] * len(request.queries)  # of some of them, the vectors were gone
+            if compared is None or (not settled and compared[0].plan.compared_count < count):
+                return [None] * len(request.queries)  # of some of them, the vectors were damaged or gone
             for i, each in zip(rows, compared, strict=True):
                 found[i] = each
         return self._outcomes(request, found, matching=count)
@@ -218,17 +220,34 @@ class Searcher:
             for each, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
         ]
 
-    def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates]:
-        """Compare the queries with every vector of a selection."""
+    def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates] | None:
+        """Compare the queries with every vector of a selection; None if one that was found is damaged, or gone."""
         kept = selection.vectors
-        batches = self._read(selection.labels) if kept is None else [(selection.labels, kept)]
+        checked = kept is None and _are_rather_checked_first(len(queries) * k, len(selection.labels))
+        batches = self._read(selection.labels, checked=checked) if kept is None else [(selection.labels, kept)]
         labels, scores, total = self._nearest(batches, queries, k)
+        if not checked:
+            known = selection.checked if kept is not None else set()
+            hits = set(labels.ravel().tolist()) - known
+            if not self._are_sound(hits, selection):
+                return None
+            known.update(hits)
         plan = Plan(Strategy.EXACT, 0, total)
         return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
 
-    def _read(self, labels: Labels) -> Iterator[tuple[Labels, Matrix]]:
+    def _are_sound(self, labels: set[int], selection: Selection) -> bool:
+        """Compare vectors of a selection with their checksums; if one is damaged, all of the selection, once."""
+        found, _ = self._store.vectors(sorted(labels))
+        if len(found) == len(labels):
+            return True
+        for _ in self._read(selection.labels, checked=True):
+            pass  # the damaged ones are noted
+        self._selector.forget()
+        return False
+
+    def _read(self, labels: Labels, *, checked: bool) -> Iterator[tuple[Labels, Matrix]]:
         for start in range(0, len(labels), _SCAN_BATCH):
-            found, vectors = self._store.vectors(labels[start : start + _SCAN_BATCH].tolist())
+            found, vectors = self._store.vectors(labels[start : start + _SCAN_BATCH].tolist(), checked=checked)
             if len(found):
                 yield found, prepare(vectors, self._distance)
 
@@ -246,15 +265,20 @@ class Searcher:
             labels, scores = np.take_along_axis(labels, order, axis=1), np.take_along_axis(scores, order, axis=1)
         return labels, scores, total
 
+    def _scanned(self, condition: Clause | None, checked: bool) -> Iterator[tuple[Labels, Matrix]]:
+        for labels, vectors in self._store.scan(_SCAN_BATCH, condition or EVERYTHING, checked=checked):
+            yield labels, prepare(vectors, self._distance)
+
     def _scan(self, condition: Clause | None, request: Request) -> list[SearchOutcome | None]:
         """Compare the queries with every vector in the store: slow and right, whatever the state of memory."""
         k = request.candidates
+        checked = _are_rather_checked_first(len(request.queries) * k, self._neighbours.count)
         with self._store.snapshot():
-            batches = (
-                (batch, prepare(vectors, self._distance))
-                for batch, vectors in self._store.scan(_SCAN_BATCH, condition or EVERYTHING)
-            )
-            labels, scores, total = self._nearest(batches, request.queries, k)
+            labels, scores, total = self._nearest(self._scanned(condition, checked), request.queries, k)
+            hits = np.unique(labels).tolist()
+            # A damaged vector that is not among the hits costs the answer nothing: it would not be in it anyway.
+            if not checked and len(self._store.vectors(hits)[0]) < len(hits):
+                labels, scores, total = self._nearest(self._scanned(condition, True), request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
         plan, matching = Plan(Strategy.EXACT, 0, total), None if condition is None else total
         found = zip(labels.tolist(), scores.tolist(), request.top_k, request.exclude, strict=True)
@@ -267,6 +291,11 @@ class Searcher:
 def _exact_up_to(ef: int) -> int:
     """Return how many vectors are rather compared one by one than so many candidates kept by a search of the graph."""
     return _VECTORS_PER_CANDIDATE * ef
+
+
+def _are_rather_checked_first(hits: int, count: int) -> bool:
+    """Return whether checking so many vectors as they are read is quicker than reading so many hits again for it."""
+    return _CHECKS_PER_HIT * hits > count
 
 
 def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:

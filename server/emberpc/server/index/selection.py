@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,7 +28,8 @@ _MOMENT = 1.0
 class Selection:
     """The labels that meet a condition as of a write, int64 (n,), ascending; their prepared vectors if asked for.
 
-    With vectors, there are no labels but those that have one which is not damaged.
+    With vectors, there are no labels but those that have one. These are not compared with their checksums, which would
+    take longer than comparing them with a query: `checked` are the labels of those that were, and grows.
 
     `newest` is the greatest label that any record had by then.
     """
@@ -37,6 +38,7 @@ class Selection:
     newest: int
     labels: Labels
     vectors: Matrix | None = None
+    checked: set[int] = field(default_factory=set, compare=False)
 
     @property
     def size(self) -> int:
@@ -116,11 +118,12 @@ class Selector:
         if kept.vectors is not None:
             new, new_vectors = self._read(new)
             vectors = np.concatenate([kept.vectors[stay], new_vectors])
-        return Selection(sequence, self._store.newest_label(), np.concatenate([kept.labels[stay], new]), vectors)
+        labels = np.concatenate([kept.labels[stay], new])
+        return Selection(sequence, self._store.newest_label(), labels, vectors, kept.checked)
 
     def _read(self, labels: Labels) -> tuple[Labels, Matrix]:
-        """Return those of the labels whose vectors are not damaged, and these, prepared."""
-        found, vectors = self._store.vectors(labels.tolist())
+        """Return those of the labels that have vectors, and these, prepared; checksums are not looked at."""
+        found, vectors = self._store.vectors(labels.tolist(), checked=False)
         return found, prepare(vectors, self._spec.distance)
 
     def forget(self) -> None:

@@ -22,6 +22,7 @@ from emberpc.server.index.rows import (
     AS_ONE_ROW,
     DAMAGES,
     ROW_COLUMNS,
+    UNCHECKED_COLUMNS,
     VECTOR_COLUMNS,
     Row,
     columns_of,
@@ -239,22 +240,32 @@ class StoreReader:
         """Return the ids of those labels that are there."""
         return {label: record.id for label, record in self._read(labels, with_vectors=False).items()}
 
-    def vectors(self, labels: Sequence[int]) -> tuple[Labels, Matrix]:
-        """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions)."""
-        return self._vectors(list(self._by(self._reader(), "label", labels, VECTOR_COLUMNS)))
+    def vectors(self, labels: Sequence[int], *, checked: bool = True) -> tuple[Labels, Matrix]:
+        """Return the vectors of those labels that are there, ascending: int64 (n,) and float32 (n, dimensions).
 
-    def scan(self, batch: int, condition: Clause = EVERYTHING) -> Iterator[tuple[Labels, Matrix]]:
+        Args:
+            labels: the labels.
+            checked: whether to compare vectors with their checksums. If not, a damaged one may be among them: the
+                caller has to check what it answers with.
+        """
+        columns = VECTOR_COLUMNS if checked else UNCHECKED_COLUMNS
+        return self._vectors(list(self._by(self._reader(), "label", labels, columns)), checked=checked)
+
+    def scan(
+        self, batch: int, condition: Clause = EVERYTHING, *, checked: bool = True
+    ) -> Iterator[tuple[Labels, Matrix]]:
         """Return the vectors of all that meet a condition as `vectors` does, `batch` at a time; within a `snapshot`."""
         if condition is not EVERYTHING:
             labels = self.matching(condition).tolist()
             for start in range(0, len(labels), batch):
-                yield self.vectors(labels[start : start + batch])
+                yield self.vectors(labels[start : start + batch], checked=checked)
             return
+        columns = VECTOR_COLUMNS if checked else UNCHECKED_COLUMNS
         with translated(self._what):
-            cursor = self._reader().execute(f"SELECT {VECTOR_COLUMNS} FROM records ORDER BY label")  # noqa: S608 - ours
+            cursor = self._reader().execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - ours
             while rows := cursor.fetchmany(batch):
                 cancellation.check()
-                yield self._vectors(rows)
+                yield self._vectors(rows, checked=checked)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
         """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing.
@@ -305,8 +316,10 @@ class StoreReader:
         """Return this thread's connection, which it has until `release`."""
         return self._readers.take()
 
-    def _vectors(self, rows: Sequence[tuple[Any, ...]]) -> tuple[Labels, Matrix]:
-        """Return labels and vectors of rows of `VECTOR_COLUMNS`, without the damaged ones."""
+    def _vectors(self, rows: Sequence[tuple[Any, ...]], *, checked: bool) -> tuple[Labels, Matrix]:
+        """Return labels and vectors of rows of `VECTOR_COLUMNS`, or `UNCHECKED_COLUMNS`, without the damaged ones."""
+        if not checked:
+            return self._damage.vectors(rows, checked=False)
         # Those of an older version, which can be checked only as a whole.
         older = [row[0] for row in rows if row[2] is None and row[3] is not None]
         found = [Row(*row) for row in self._by(self._reader(), "label", older, ROW_COLUMNS)]
