@@ -250,3 +250,25 @@ def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
     assert ours is not None
     assert theirs is not None
     assert ours >= theirs / 2
+
+
+def read_of(vectors: Matrix) -> Callable[[list[int]], tuple[Labels, Matrix]]:
+    """Return what reads prepared vectors, of which row i has the label i + 1."""
+
+    def read(labels: list[int]) -> tuple[Labels, Matrix]:
+        found = np.array(labels, dtype=np.int64)
+        return found, vectors[found - 1]
+
+    return read
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_graph_that_is_built_again_finds_every_vector(shuffled: bool) -> None:
+    vectors, _ = crowd(1000, 1000, 0.1)
+    vectors = prepare(vectors, Distance.COSINE)
+    graph = built(vectors, POOR)
+    assert missed(graph, vectors), "the graph is too good to show anything"
+    neighbours = Neighbours(POOR, graph)
+    assert neighbours.rebuild(read_of(vectors), lambda: False, shuffled=shuffled)
+    found = neighbours.search(vectors, 1, DEFAULT_EF)
+    assert [each.labels[0] for each in found if each] == list(range(1, len(vectors) + 1))

@@ -208,6 +208,7 @@ class Neighbours:
         taken: set[int] = set()
         # What the old graph took in meanwhile must be in the new one too; that is less each time.
         while labels := sorted(self._graph_labels() - taken):
+            first_round = not taken
             taken.update(labels)
             if shuffled:
                 random.Random(len(taken)).shuffle(labels)  # noqa: S311 - an order, no secret
@@ -219,10 +220,25 @@ class Neighbours:
                     graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
                     if self.waiting > most_waiting:
                         self.drain(_READ_BATCH, stop)
+            # Later nodes took the links of some, and the next check of all may be long in coming.
+            if first_round and not self._check_new(graph, stop, most_waiting):
+                return False
         with self._lock.write():
             graph.remove(graph.labels() - self._graph.labels())
             self._graph = graph
             self._unchecked = []
+        return True
+
+    def _check_new(self, graph: Graph, stop: Callable[[], bool], most_waiting: int) -> bool:
+        """Check all nodes of a graph that no one else has; return whether that was finished."""
+        names = graph.check_begins()
+        for start in range(0, len(names), _CHECKED_AT_ONCE):
+            if stop():
+                return False
+            graph.check(names[start : start + _CHECKED_AT_ONCE])
+            if self.waiting > most_waiting:
+                self.drain(_READ_BATCH, stop)
+        graph.check_ends()
         return True
 
     def save(self, path: Path) -> Saving:
