@@ -272,3 +272,16 @@ def test_a_graph_that_is_built_again_finds_every_vector(shuffled: bool) -> None:
     assert neighbours.rebuild(read_of(vectors), lambda: False, shuffled=shuffled)
     found = neighbours.search(vectors, 1, DEFAULT_EF)
     assert [each.labels[0] for each in found if each] == list(range(1, len(vectors) + 1))
+
+
+def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = prepare(gaussian(40, WIDTH), Distance.COSINE)
+    graph = built(vectors)
+    looked_up: list[int] = []
+    vectors_of = GroupedVectors._vectors
+    monkeypatch.setattr(
+        GroupedVectors, "_vectors", lambda self, names: looked_up.extend(names) or vectors_of(self, names)
+    )
+    graph.add(np.arange(100, 116, dtype=np.int64), vectors[[7] * 8 + [9] * 8])
+    assert looked_up == [8, 10]
+    assert graph.nodes == 40

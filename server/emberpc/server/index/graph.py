@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.server.index.children import in_child
-from emberpc.server.index.grouped_vectors import STRAY, GroupedVectors, hash_of
+from emberpc.server.index.grouped_vectors import STRAY, GroupedVectors, hashes_of
 from emberpc.server.index.hnsw import Hnsw
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
@@ -104,8 +104,8 @@ class Graph(GroupedVectors):
         nodes = sorted(set(graph._hnsw.every().tolist()) - set(contents.dead.tolist()) - graph._ghosts)
         for start in range(0, len(nodes), _READ_BATCH):
             part = nodes[start : start + _READ_BATCH]
-            for node, vector in zip(part, graph._hnsw.vectors(part), strict=True):
-                graph._by_hash[hash_of(vector)] = node
+            for node, key in zip(part, hashes_of(graph._hnsw.vectors(part)), strict=True):
+                graph._by_hash[key] = node
                 for label in graph._members.get(node, (node,)):
                     graph._vector_of[label] = node
         return graph
