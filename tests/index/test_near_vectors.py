@@ -285,3 +285,72 @@ def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytes
     graph.add(np.arange(100, 116, dtype=np.int64), vectors[[7] * 8 + [9] * 8])
     assert looked_up == [8, 10]
     assert graph.nodes == 40
+
+
+@pytest.fixture
+def cut_off(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
+    """Return a collection that was checked, and then grew by less than a half, which cut off some nodes."""
+    collection = index.create(POOR)
+    monkeypatch.setattr(collection, "_wake", lambda: None)
+    monkeypatch.setattr(collection, "_wake_at_rest", lambda seconds: None)
+    vectors = gaussian(1600, WIDTH)
+    collection.upsert(numbered(1500), vectors[:1500])
+    unchecked(monkeypatch, collection.maintain)
+    collection.upsert(numbered(100, first=1500), vectors[1500:])
+    collection._upkeep._last_write += 1000
+    collection.maintain()
+    assert problems(collection), "the graph is too good to show anything"
+    return collection
+
+
+def test_a_graph_at_rest_is_checked_though_it_grew_little(cut_off: Collection) -> None:
+    cut_off._upkeep._next_check = 0
+    assert cut_off._upkeep.due_at_rest is not None
+    cut_off._upkeep._last_write -= 5000
+    cut_off.maintain()
+    assert problems(cut_off) == []
+    assert cut_off._upkeep.due_at_rest is None
+
+
+def test_checks_of_a_graph_at_rest_take_a_small_share_of_the_time(cut_off: Collection) -> None:
+    upkeep = cut_off._upkeep
+    upkeep._last_write -= 5000
+    upkeep._next_check += 1000
+    seconds = upkeep.due_at_rest
+    assert seconds is not None
+    assert seconds > upkeep._pace.rest_seconds
+    cut_off.maintain()
+    assert problems(cut_off), "it was checked before the time"
+
+
+def test_a_graph_that_is_loaded_is_checked_for_what_was_added_before(cut_off: Collection, tmp_path: Path) -> None:
+    graph = cut_off._neighbours._graph
+    snapshots.save(graph.save, POOR, "identity", tmp_path)
+    loaded = snapshots.load(POOR, "identity", 2000, tmp_path)
+    assert loaded is not None
+    neighbours = Neighbours(POOR, loaded)
+    neighbours.catch_up(cut_off._store.labels(), cut_off._read_vectors)
+    assert loaded.added == graph.added == 100
+    neighbours.check(lambda: False, at_rest=True)
+    assert not neighbours.needs_check
+
+
+def test_members_of_a_group_that_is_not_in_a_snapshot_are_found_and_grouped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberpc.server.index.graph._MOST_SAVED", 150)
+    vectors, _ = crowd(300, 200, 0.001)
+    vectors = prepare(vectors, Distance.COSINE)
+    graph = built(vectors)
+    snapshots.save(graph.save, SPEC, "identity", tmp_path)
+    loaded = snapshots.load(SPEC, "identity", 2000, tmp_path)
+    assert loaded is not None
+    neighbours = Neighbours(SPEC, loaded)
+    neighbours.catch_up(np.arange(1, 501), read_of(vectors))
+    assert neighbours.waiting == 199
+    for _ in range(2):
+        found = neighbours.search(vectors, 1, DEFAULT_EF)
+        scores = np.array([each.scores[0] for each in found if each])
+        assert np.allclose(scores, 1, atol=1e-6)
+        neighbours.drain(1000, lambda: False)
+    assert (neighbours.waiting, loaded.nodes, len(loaded.labels())) == (0, 301, 500)

@@ -212,6 +212,7 @@ def test_the_graph_takes_in_all_that_waits_when_writes_rest(tmp_path: Path) -> N
         collection.upsert(numbered(50, first=500), gaussian(50, 8, seed=2))
         assert collection._upkeep.due_at_rest is not None
         collection._upkeep._last_write -= 1000
+        collection._upkeep._next_check = 0  # the last check is long ago, too
         collection.maintain()
         assert (collection._neighbours.waiting, collection._neighbours.graph_size) == (0, 230)
         assert collection._upkeep.due_at_rest is None

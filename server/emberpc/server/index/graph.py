@@ -133,3 +133,4 @@ class Graph(GroupedVectors):
         self._stray_leaders = {leader for leader in self._groups if not self._is_node(leader)}
         for node in [node for node in self._ghosts if node not in self._groups]:
             self._drop_if_ghost(node)
+        self._added = max(0, self.to_check - self._checked)

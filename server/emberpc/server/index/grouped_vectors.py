@@ -77,6 +77,8 @@ class GroupedVectors:
         #: Leaders of labels that a snapshot has, and whose vectors are to be read.
         self._awaited: dict[int, int] = {}
         self._checked = 0
+        #: Vectors that were added since the last check of all began.
+        self._added = 0
 
     def __len__(self) -> int:
         return len(self._vector_of)
@@ -110,6 +112,11 @@ class GroupedVectors:
     def checked(self) -> int:
         """What `to_check` was when the last check of all ended."""
         return self._checked
+
+    @property
+    def added(self) -> int:
+        """Number of vectors, without copies, that were added since the last check of all began."""
+        return self._added
 
     @property
     def ef(self) -> int:
@@ -148,6 +155,7 @@ class GroupedVectors:
         new = rows[leaders == labels[rows]]
         self._hnsw.add(labels[new], vectors[new])
         self._join(leaders, labels[rows], vectors[rows])
+        self._added += len(rows)
         self._name(labels, names, hashes)
         self._check(labels[new], vectors[new])
         # A record that is not found is upserted again, and must be found then. If its vector was known, its node or its
@@ -174,6 +182,7 @@ class GroupedVectors:
 
     def check_begins(self) -> list[int]:
         """Return the vectors to be checked, for a check of all."""
+        self._added = 0
         return [*dict.fromkeys(self._vector_of.values()), *self._ghosts]
 
     def check_ends(self) -> None:

@@ -87,6 +87,11 @@ class Neighbours:
         """Share of the vectors of the graph that no link leads to, so that they are compared with every query."""
         return self._graph.stray_share
 
+    @property
+    def needs_check(self) -> bool:
+        """Whether vectors were added since the last check of all, so that nodes may be cut off."""
+        return bool(self._graph.added or self._unchecked)
+
     def representatives(self) -> list[int]:
         """Return labels in the graph, one of those whose vectors are equal or nearly equal."""
         with self._lock.read():
@@ -168,15 +173,18 @@ class Neighbours:
             moved += len(labels)
         return moved
 
-    def check(self, stop: Callable[[], bool]) -> None:
+    def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
         """Search for every node by its own vector, if there are many more than at the last check.
+
+        With `at_rest`, it is enough that there is one more.
 
         One that is not found is compared with every query from then on. Searches and writes go on meanwhile. A check
         that is stopped goes on at the next call. Must not run beside `drain`.
         """
         if not self._unchecked:
             with self._lock.read():
-                if self._graph.to_check < max(1, _CHECK_GROWTH * self._graph.checked):
+                has_grown = self._graph.to_check >= max(1, _CHECK_GROWTH * self._graph.checked)
+                if not has_grown and not (at_rest and self._graph.added):
                     return
                 self._unchecked = self._graph.check_begins()
         while self._unchecked:

@@ -26,6 +26,8 @@ _MAX_DEAD_SHARE = 0.25
 _MAX_STRAY_SHARE = 0.02
 #: So few strays cost a search less than 5 %.
 _FEW_STRAYS = 100
+#: Share of the time that checks of a graph at rest may take: 100,000 nodes take some 5 s.
+_CHECK_SHARE = 0.01
 _SNAPSHOT_TRIES = 3
 #: A snapshot is of the whole graph, so that a large one is saved no sooner than so much of it is new.
 _NEW_SHARE = 0.25
@@ -79,6 +81,8 @@ class Upkeep:
         #: Vectors in the graph when it was built anew because of strays.
         self._size_shuffled = 0
         self._last_write = time.monotonic()
+        #: When a graph at rest may be checked again.
+        self._next_check = 0.0
         self.effort = Effort(folder, neighbours)
 
     def note_write(self) -> None:
@@ -97,14 +101,18 @@ class Upkeep:
     @property
     def due_at_rest(self) -> float | None:
         """Seconds without a write after which there is something to do; None if there is not."""
-        return self._pace.rest_seconds if self._neighbours.waiting and self._neighbours.graph_size else None
+        if self._neighbours.waiting and self._neighbours.graph_size:
+            return self._pace.rest_seconds
+        if self._neighbours.needs_check:
+            return max(self._pace.rest_seconds, self._next_check - time.monotonic())
+        return None
 
     def run(self) -> None:
         """Do what is to be done; takes long, and lets searches and writes in between."""
         with self._lock:
             self._drain()
             limit = self._pace.buffer_limit
-            self._neighbours.check(lambda: self._stop() or self._neighbours.waiting > limit)
+            self._check(lambda: self._stop() or self._neighbours.waiting > limit)
             shuffled = self._has_many_strays()
             if (shuffled or self._neighbours.dead_share > _MAX_DEAD_SHARE) and self._neighbours.rebuild(
                 self._read, self._stop, limit, shuffled=shuffled
@@ -155,13 +163,23 @@ class Upkeep:
             if self._neighbours.waiting <= least:
                 return
 
+    def _check(self, stop: Callable[[], bool]) -> None:
+        """Check all nodes if the graph grew much, or if it grew at all, rests, and checks do not take too much time."""
+        start = time.monotonic()
+        self._neighbours.check(stop, at_rest=self._no_writes() and start >= self._next_check)
+        end = time.monotonic()
+        self._next_check = max(self._next_check, end + (end - start) / _CHECK_SHARE)
+
     def _has_many_strays(self) -> bool:
         """Whether another graph may have fewer strays; not if the last attempt was at nearly the same vectors."""
         share, size = self._neighbours.stray_share, self._neighbours.graph_size
         return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and size >= 1.5 * self._size_shuffled
 
     def _rests(self) -> bool:
-        return self.due_at_rest is not None and time.monotonic() - self._last_write >= self._pace.rest_seconds
+        return self.due_at_rest is not None and self._no_writes()
+
+    def _no_writes(self) -> bool:
+        return time.monotonic() - self._last_write >= self._pace.rest_seconds
 
     def _snapshot_if_due(self) -> None:
         if self._unsaved >= self._between_snapshots:
