@@ -100,6 +100,8 @@ def test_writes_that_a_damaged_log_loses_are_reported(
     (message,) = [record.getMessage() for record in caplog.records if "write-ahead log" in record.getMessage()]
     assert "collection 'c'" in message
     assert lost in message
+    missing = WRITES - records // 3
+    assert f"{missing} acknowledged writes are lost: number {WRITES} was" in caplog.text
     # What was reported once is in order from then on.
     caplog.clear()
     assert count_of(data) == records
@@ -163,3 +165,50 @@ def check_nothing_is_reported(path: Path, copy: Path, caplog: pytest.LogCaptureF
     with closing(connect(copy / path.name)) as connection:
         wal.report(connection, found, "it")
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"6 ", b"7 ")),
+        lambda path: path.write_bytes(b"another" + path.read_bytes()[7:]),
+    ],
+    ids=["missing", "empty", "zeros", "damaged", "of another database"],
+)
+def test_a_note_of_the_last_write_that_cannot_be_read_is_ignored(
+    crashed: Path, tmp_path: Path, change: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(crashed, data)
+    (path,) = data.glob("collections/*/acknowledged")
+    change(path)
+    assert count_of(data) == 3 * WRITES
+    assert caplog.text == ""
+
+
+def test_a_lost_log_is_reported(crashed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite takes a database without a log for one that was closed."""
+    data = tmp_path / "data"
+    with closing(Index(data)) as index:
+        index.create(CollectionSpec("c", 8)).upsert(numbered(3), gaussian(3, 8))
+    copy = tmp_path / "copy"
+    with closing(Index(data)) as index:
+        index.get("c").upsert(numbered(3, first=3), gaussian(3, 8))
+        index.get("c").delete(["r00001"])
+        shutil.copytree(data, copy)
+    log_of(copy).unlink()
+    assert count_of(copy) == 3
+    assert "collection 'c': 2 acknowledged writes are lost: number 3 was" in caplog.text
+
+
+def test_a_note_that_cannot_be_written_does_not_fail_the_write(tmp_path: Path) -> None:
+    with closing(Index(tmp_path)) as index:
+        collection = index.create(CollectionSpec("c", 8))
+        (folder,) = (tmp_path / "collections").iterdir()
+        (folder / "acknowledged").unlink()
+        (folder / "acknowledged").mkdir()
+        assert collection.upsert(numbered(3), gaussian(3, 8)).inserted == 3
+    assert count_of(tmp_path) == 3

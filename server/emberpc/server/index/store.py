@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.server.errors import ServiceError, invalid
-from emberpc.server.index import cancellation, schema, wal
+from emberpc.server.index import acknowledged, cancellation, schema, wal
 from emberpc.server.index.answers import AnswerBytes
 from emberpc.server.index.database import connect, empty_log, transaction, translated
 from emberpc.server.index.filter_sql import Clause
@@ -24,6 +25,8 @@ from emberpc.server.index.rows import (
 from emberpc.server.index.store_reader import StoreReader
 from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Matrix, NewRecord, StoredRecord
 from emberpc.server.index.validation import check_revision
+
+log = logging.getLogger(__name__)
 
 DATABASE_NAME = "records.db"
 
@@ -61,10 +64,12 @@ class Store(StoreReader):
                 wal.report(self._writer, found, self._what)
                 schema.prepare(self._writer, self._what, create=create)
                 make_indexes(self._writer, spec)
-            self._sequence(self._writer)
+            last = self._sequence(self._writer)
+            self._identity = self._read_identity(self._writer)
         except ServiceError:
             self._writer.close()
             raise
+        self._report_lost_writes(last)
 
     def upsert(
         self,
@@ -110,6 +115,7 @@ class Store(StoreReader):
                         (sequence, created, now, None if record.time_to_live is None else now + record.time_to_live),
                     )
                 )
+        self._note_write(sequence)
         updated = len(present)
         return Change(sequence, np.array(added, dtype=np.int64), removed, len(records) - updated, updated)
 
@@ -143,18 +149,19 @@ class Store(StoreReader):
 
     def identity(self) -> str:
         """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
-        with translated(self._what):
-            return str(self._reader().execute("SELECT identity FROM state").fetchone()[0])
+        return self._read_identity(self._reader())
 
     def take_another_identity(self) -> None:
         """Be another one from now on than the databases that this one was copied from, or to."""
         with self._writing() as connection:
             connection.execute(schema.IDENTITY_ANEW)
+        self._identity = self._read_identity(self._writer)
 
     def set_sequence(self, sequence: int) -> None:
         """Say what the number of the last write is."""
         with self._writing() as connection:
             connection.execute("UPDATE state SET sequence = ?", (sequence,))
+        self._note_write(sequence)
 
     def delete(self, ids: Sequence[str]) -> Change:
         """Delete records by id, all at once; ids that are not there are no error, and none there is no write."""
@@ -197,7 +204,31 @@ class Store(StoreReader):
             cancellation.check()
             sequence = self._next_sequence(connection) if removed else self._sequence(connection)
             delete_rows(connection, self._spec, removed)
+        self._note_write(sequence)
         return Change(sequence, np.empty(0, dtype=np.int64), removed)
+
+    def _note_write(self, sequence: int) -> None:
+        acknowledged.note(self._path.parent, self._identity, sequence)
+
+    def _report_lost_writes(self, last: int) -> None:
+        """Log how many acknowledged writes the database lacks, whose last write has that number."""
+        noted = acknowledged.noted(self._path.parent, self._identity)
+        if noted > last:
+            log.error(
+                "%s: %d acknowledged writes are lost: number %d was acknowledged, and the database ends with number "
+                "%d, as after damage or if it is an older copy; compare the records with their source, or restore a "
+                "backup",
+                self._what,
+                noted - last,
+                noted,
+                last,
+            )
+            # It is reported once.
+            self._note_write(last)
+
+    def _read_identity(self, connection: sqlite3.Connection) -> str:
+        with translated(self._what):
+            return str(connection.execute("SELECT identity FROM state").fetchone()[0])
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
