@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, damage
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, damage, rows
 from emberpc.server.index.filters import Comparison, Not, Operator
 from emberpc.server.index.reembedding import Reembedding
 from index.support import gaussian, make_older, recall, refused
@@ -372,9 +373,13 @@ def test_the_vectors_that_are_compared_are_not_all_checked(
     """Checking every vector takes an eighth of a search. Only hits are checked, with a filter that is kept once."""
     collection = one_of_many([])
     query = gaussian(400, WIDTH)[:1]
-    checked = []
-    check = damage.is_sound_vector
-    monkeypatch.setattr(damage, "is_sound_vector", lambda row, size: checked.append(row[0]) or check(row, size))
+    checked: list[int] = []
+
+    def watched(row: Sequence[Any], size: int) -> bool:
+        checked.append(row[0])
+        return rows.is_sound_vector(row, size)
+
+    monkeypatch.setattr(damage, "is_sound_vector", watched)
     for condition in (None, EVEN):
         checked.clear()
         collection.search(query, 3, conditions=[condition], min_recall=1)
@@ -393,11 +398,14 @@ def test_many_damaged_vectors_cost_one_search_more(
 ) -> None:
     collection = one_of_many(range(100, 200))
     query = gaussian(400, WIDTH)[:1]
-    scans = []
+    scans: list[dict[str, Any]] = []
     scan = collection._store.scan
-    monkeypatch.setattr(
-        collection._store, "scan", lambda *values, **options: scans.append(options) or scan(*values, **options)
-    )
+
+    def watched(*values: Any, **options: Any) -> Any:
+        scans.append(options)
+        return scan(*values, **options)
+
+    monkeypatch.setattr(collection._store, "scan", watched)
     (found,) = collection.search(query, 3, min_recall=1)
     assert scans == [{"checked": False}, {"checked": True}]
     assert not {f"r{i:05}" for i in range(100, 200)} & {record.id for record, _ in found.hits}

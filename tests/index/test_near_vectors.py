@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -279,9 +279,12 @@ def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytes
     graph = built(vectors)
     looked_up: list[int] = []
     vectors_of = GroupedVectors._vectors
-    monkeypatch.setattr(
-        GroupedVectors, "_vectors", lambda self, names: looked_up.extend(names) or vectors_of(self, names)
-    )
+
+    def watched(self: GroupedVectors, names: Sequence[int]) -> Matrix:
+        looked_up.extend(names)
+        return vectors_of(self, names)
+
+    monkeypatch.setattr(GroupedVectors, "_vectors", watched)
     graph.add(np.arange(100, 116, dtype=np.int64), vectors[[7] * 8 + [9] * 8])
     assert looked_up == [8, 10]
     assert graph.nodes == 40

@@ -285,7 +285,7 @@ async def test_what_explains_why_a_filter_finds_nothing_is_heavy_and_ends_with_i
     monkeypatch.setattr(Collection, "mismatches", endless)
     nothing = filter_pb2.Filter(
         comparison=filter_pb2.Comparison(
-            field="id", operator=filter_pb2.COMPARISON_OPERATOR_GREATER, value={"number_value": 1}
+            field="id", operator=filter_pb2.COMPARISON_OPERATOR_GREATER, value=filter_pb2.FilterValue(number_value=1)
         )
     )
     requests = {

@@ -96,7 +96,7 @@ def test_a_malformed_request_to_a_service_of_grpc_is_refused(
 
 
 def test_the_services_of_grpc_answer_as_they_do_without_emberpc(channel: grpc.Channel) -> None:
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     serving = health_pb2.HealthCheckResponse.SERVING
     assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == serving
     watch = stub.Watch(health_pb2.HealthCheckRequest(service="emberpc.v1.IndexService"), timeout=60)
