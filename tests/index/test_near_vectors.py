@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +280,7 @@ def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytes
     looked_up: list[int] = []
     vectors_of = GroupedVectors._vectors
 
-    def watched(self: GroupedVectors, names: Sequence[int]) -> Matrix:
+    def watched(self: GroupedVectors, names: list[int]) -> Matrix:
         looked_up.extend(names)
         return vectors_of(self, names)
 
