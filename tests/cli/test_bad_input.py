@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import subprocess
-import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from emberpc.bundle import read_bundle
+from emberpc.cli import progress
 from emberpc.export import finetune
 from fixtures_bundles import MakeSource
 
@@ -76,28 +77,13 @@ def test_a_validation_label_that_was_never_trained_is_named(
     refused(outcome, out, f"{validation}, line 3: no training text has the label 'z'", "remove the row")
 
 
-def command(*arguments: object) -> list[str]:
-    """Return a command line that runs emberpc in a process of its own, where Ctrl-C has its usual meaning.
-
-    Tests that run in the background have SIGINT ignored, and a child inherits that.
-    """
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from emberpc.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
-    return [sys.executable, "-c", code, *map(str, arguments)]
-
-
-def test_duplicates_with_different_labels_are_a_warning(tiny_source: Path, tmp_path: Path, out: Path) -> None:
+def test_duplicates_with_different_labels_are_a_warning(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS + "a,y\n")
-    run = subprocess.run(
-        command("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle"),
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    (warning,) = [line for line in run.stderr.splitlines() if "different labels" in line]
+    outcome = emberpc("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle")
+    assert outcome.code == 0, outcome.err
+    (warning,) = [message for message in caplog.messages if "different labels" in message]
     assert f"{train}: 1 texts" in warning
     assert "'a' (line 2: x, line 18: y)" in warning
     assert "correct them" in warning
@@ -173,23 +159,17 @@ def test_no_room_for_a_tunings_checkpoints(
     refused(outcome, out, "the checkpoint", "room on the disk")
 
 
-def test_files_that_may_not_grow(tiny_source: Path, out: Path) -> None:
-    """As with a full disk, without root: writing more than so much to a file fails, with EFBIG."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
-
-    run = subprocess.run(
-        command("export", "embedding", tiny_source, "-o", out / "bundle"),
-        check=False,
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-    )
-    assert run.returncode == 2, run.stderr
-    assert "room on the disk" in run.stderr.splitlines()[-1]
-    assert list(out.iterdir()) == []
+def test_files_that_may_not_grow(emberpc: Emberpc, tiny_source: Path, out: Path) -> None:
+    """As with a full disk, without root: a write that makes a file larger than the limit fails, with EFBIG."""
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, most))
+    try:
+        outcome = emberpc("export", "embedding", tiny_source, "-o", out / "bundle")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    refused(outcome, out, "room on the disk")
 
 
 def unknown(source: Path) -> None:
@@ -226,33 +206,42 @@ def test_a_base_that_cannot_be_exported(
     refused(outcome, out, str(source), *words)
 
 
-def test_ctrl_c_in_a_training(tiny_source: Path, tmp_path: Path, out: Path) -> None:
+def test_ctrl_c_in_a_training(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS)
-    process = subprocess.Popen(
-        command(
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    training, over = threading.Event(), threading.Event()
+    left: list[Path] = []
+
+    def note(message: str) -> None:
+        if message.startswith("training"):
+            left.extend(out.iterdir())
+            training.set()
+
+    def interrupt() -> None:
+        training.wait()
+        if not over.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    monkeypatch.setattr(progress, "note", note)
+    # Where the tests run in the background, SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        outcome = emberpc(
             *("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle"),
             *("--strategy", "full", "--epochs", 100_000),
-        ),
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(scratch := tmp_path / "scratch")},
-    )
-    scratch.mkdir()
-    try:
-        assert process.stderr is not None
-        seen = []
-        for line in process.stderr:
-            seen.append(line)
-            if line.startswith("training"):
-                break
-        assert seen[-1].startswith("training"), seen
-        assert len(list(out.iterdir())) == 1  # there is something to clean up
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        )
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
-    assert "Traceback" not in rest
+        over.set()
+        training.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert outcome.code == 130, outcome.err
+    assert len(left) == 1  # there was something to clean up
+    assert "Traceback" not in outcome.err
     assert list(out.iterdir()) == []
     assert [path for path in scratch.iterdir() if path.is_dir()] == []
