@@ -1,6 +1,11 @@
 # Each target is one line into a tool; the logic is in tools/.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
+# Processes that share the test files; 0 runs all tests in one.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile --durations=25
+# Tests start some 200 processes; each would compile its modules again.
+test test-all: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help venv demo demo-keep test test-all coverage bench lint protos protos-check
 
@@ -17,10 +22,10 @@ demo-keep: venv  ## The same, and the server stays up until Ctrl-C
 	@$(BIN)/python examples/stdlib_demo.py --keep
 
 test: venv  ## The fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: venv  ## All tests, those that take minutes too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=thorough
 
 coverage: venv  ## The fast tests, with the coverage of server and client
 	$(BIN)/python tools/coverage.py

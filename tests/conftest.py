@@ -13,6 +13,11 @@ from hypothesis import HealthCheck, settings
 # writes a snapshot, and the child closes their files. A test then found an empty snapshot.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+# PyTorch in the test processes computes with one thread, and the threads of OpenMP wait without spinning: with as many
+# test processes as cores, threads that spin cost more CPU time than the work. Servers and ONNX Runtime keep their own.
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from emberpc.client import Client
 from server_process import ServerProcess
 
@@ -20,7 +25,19 @@ pytest_plugins = ["fixtures_bundles"]
 
 # A slow host must not fail a test.
 settings.register_profile("emberpc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `make test-all` takes this one.
+settings.register_profile("thorough", settings.get_profile("emberpc"), max_examples=400)
 settings.load_profile("emberpc")
+
+#: Seconds for a slow test; `timeout` in pyproject.toml is for the others.
+SLOW_TIMEOUT = 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests more time."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
 @pytest.fixture(scope="session")
