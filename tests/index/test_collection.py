@@ -234,9 +234,15 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
     assert errors == []
 
 
-@pytest.mark.parametrize("dimensions", [64, pytest.param(384, marks=pytest.mark.slow)])
-def test_default_recall_on_clustered_vectors(tmp_path: Path, dimensions: int) -> None:
-    count = 20_000
+@pytest.mark.parametrize(
+    ("dimensions", "count"),
+    [
+        (64, 6_000),
+        pytest.param(64, 20_000, marks=pytest.mark.slow),
+        pytest.param(384, 20_000, marks=pytest.mark.slow),
+    ],
+)
+def test_default_recall_on_clustered_vectors(tmp_path: Path, dimensions: int, count: int) -> None:
     index = Index(tmp_path)
     collection = index.create(CollectionSpec("c", dimensions))
     matrix = vectors(count, dimensions=dimensions)

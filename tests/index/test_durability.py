@@ -172,8 +172,8 @@ def crash_repeatedly(folder: Path, rounds: int, seed: int) -> None:
         index.close()
 
 
-def test_fifteen_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
-    crash_repeatedly(tmp_path, rounds=15, seed=1)
+def test_six_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    crash_repeatedly(tmp_path, rounds=6, seed=1)
 
 
 @pytest.mark.slow
