@@ -38,8 +38,11 @@ def main() -> int:
     if STAMP.exists() and STAMP.read_text() == fingerprint():
         return 0
     print("making .venv, or bringing it up to date: downloads about 1 GB the first time", flush=True)
-    venv.create(ENVIRONMENT, with_pip=True)
-    pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
+    python = ENVIRONMENT / "bin" / "python"
+    # One that is there may be in use: its executable cannot be written again.
+    if not python.exists():
+        venv.create(ENVIRONMENT, with_pip=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
     for arguments in (["torch"], ["-e", ".[dev]"]):
         subprocess.run(pip + arguments, check=True, cwd=ROOT, env=build_environment())
     STAMP.write_text(fingerprint())
