@@ -153,7 +153,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
     if free < size + HEADROOM:
         raise ServiceError(
             Code.RESOURCE_EXHAUSTED,
-            f"{what} needs {size} bytes in the data directory beside {HEADROOM} that stay free for writes, and "
+            f"{what} needs {size + HEADROOM} free bytes in the data directory, of which {HEADROOM} stay free for writes; "
             f"{free} are free; make room and try again",
             reason="DISK_FULL",
             metadata={"needed_bytes": str(size + HEADROOM), "free_bytes": str(free)},
