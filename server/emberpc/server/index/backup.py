@@ -153,8 +153,8 @@ def check_room(folder: Path, size: int, what: str) -> None:
     if free < size + HEADROOM:
         raise ServiceError(
             Code.RESOURCE_EXHAUSTED,
-            f"{what} needs {size + HEADROOM} free bytes in the data directory, of which {HEADROOM} stay free for writes; "
-            f"{free} are free; make room and try again",
+            f"{what} needs {size + HEADROOM} free bytes in the data directory, of which {HEADROOM} stay free for "
+            f"writes, and {free} are free; make room and try again",
             reason="DISK_FULL",
             metadata={"needed_bytes": str(size + HEADROOM), "free_bytes": str(free)},
         )
