@@ -30,19 +30,19 @@ class _ClassifierKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Classi
     CLASSIFIER_KIND_UNSPECIFIED: _ClassifierKind.ValueType  # 0
     """Not stated."""
     CLASSIFIER_KIND_FINE_TUNED: _ClassifierKind.ValueType  # 1
-    """A bundle fine-tuned offline."""
+    """A bundle that was fine-tuned offline."""
     CLASSIFIER_KIND_EXAMPLES: _ClassifierKind.ValueType  # 2
-    """Learnt in the server over an embedding model."""
+    """Learnt in the server from examples, on an embedding model."""
 
 class ClassifierKind(_ClassifierKind, metaclass=_ClassifierKindEnumTypeWrapper):
-    """Which road a classifier takes."""
+    """Kind of a classifier."""
 
 CLASSIFIER_KIND_UNSPECIFIED: ClassifierKind.ValueType  # 0
 """Not stated."""
 CLASSIFIER_KIND_FINE_TUNED: ClassifierKind.ValueType  # 1
-"""A bundle fine-tuned offline."""
+"""A bundle that was fine-tuned offline."""
 CLASSIFIER_KIND_EXAMPLES: ClassifierKind.ValueType  # 2
-"""Learnt in the server over an embedding model."""
+"""Learnt in the server from examples, on an embedding model."""
 Global___ClassifierKind: _TypeAlias = ClassifierKind  # noqa: Y015
 
 class _ExampleStrategy:
@@ -52,34 +52,34 @@ class _ExampleStrategy:
 class _ExampleStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExampleStrategy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXAMPLE_STRATEGY_UNSPECIFIED: _ExampleStrategy.ValueType  # 0
-    """The server chooses by the number of examples."""
+    """The server chooses a strategy by the number of examples."""
     EXAMPLE_STRATEGY_ZERO_SHOT: _ExampleStrategy.ValueType  # 1
-    """Likeness to the label's description alone."""
+    """By the similarity of the text to the label's description only."""
     EXAMPLE_STRATEGY_NEAREST: _ExampleStrategy.ValueType  # 2
-    """The nearest examples vote."""
+    """By a vote of the nearest examples."""
     EXAMPLE_STRATEGY_CENTROIDS: _ExampleStrategy.ValueType  # 3
-    """Likeness to the mean of each label's examples."""
+    """By the similarity of the text to the mean of each label's examples."""
     EXAMPLE_STRATEGY_LINEAR: _ExampleStrategy.ValueType  # 4
-    """Logistic regression over the vectors."""
+    """By logistic regression on the vectors."""
 
 class ExampleStrategy(_ExampleStrategy, metaclass=_ExampleStrategyEnumTypeWrapper):
-    """How a classifier made from examples decides."""
+    """How a classifier made from examples chooses a label."""
 
 EXAMPLE_STRATEGY_UNSPECIFIED: ExampleStrategy.ValueType  # 0
-"""The server chooses by the number of examples."""
+"""The server chooses a strategy by the number of examples."""
 EXAMPLE_STRATEGY_ZERO_SHOT: ExampleStrategy.ValueType  # 1
-"""Likeness to the label's description alone."""
+"""By the similarity of the text to the label's description only."""
 EXAMPLE_STRATEGY_NEAREST: ExampleStrategy.ValueType  # 2
-"""The nearest examples vote."""
+"""By a vote of the nearest examples."""
 EXAMPLE_STRATEGY_CENTROIDS: ExampleStrategy.ValueType  # 3
-"""Likeness to the mean of each label's examples."""
+"""By the similarity of the text to the mean of each label's examples."""
 EXAMPLE_STRATEGY_LINEAR: ExampleStrategy.ValueType  # 4
-"""Logistic regression over the vectors."""
+"""By logistic regression on the vectors."""
 Global___ExampleStrategy: _TypeAlias = ExampleStrategy  # noqa: Y015
 
 @_typing.final
 class Label(_message.Message):
-    """A label and what it means."""
+    """A label and its description."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -88,7 +88,9 @@ class Label(_message.Message):
     name: _builtins.str
     """The label."""
     description: _builtins.str
-    """What belongs under it, in words; used where examples are few."""
+    """Description in words of the texts that have this label. It is used if there
+    are few examples.
+    """
     def __init__(
         self,
         *,
@@ -143,28 +145,30 @@ class Classifier(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     REJECTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name: letters, digits, `.`, `_` and `-`."""
+    """Name of the classifier: letters, digits, `.`, `_` and `-`."""
     kind: Global___ClassifierKind.ValueType
-    """Which road it takes."""
+    """Kind of the classifier."""
     multi_label: _builtins.bool
     """Whether a text may have several labels."""
     collection: _builtins.str
-    """EXAMPLES: the collection that holds its examples."""
+    """EXAMPLES: the collection that contains its examples."""
     strategy: Global___ExampleStrategy.ValueType
-    """EXAMPLES: how it decides."""
+    """EXAMPLES: how it chooses a label."""
     example_count: _builtins.int
-    """EXAMPLES: number of examples it was fitted to."""
+    """EXAMPLES: number of examples that it was fitted to."""
     temperature: _builtins.float
-    """Divides the scores before they become probabilities. 1: as trained."""
+    """The logits are divided by this before they become probabilities. 1: the
+    probabilities are as trained.
+    """
     rejection_threshold: _builtins.float
-    """If `rejects`: a text whose best logit, before the temperature, is below
-    this is rejected.
+    """If `rejects`: a text is rejected if its best logit, before the division by
+    the temperature, is below this.
     """
     rejects: _builtins.bool
-    """Whether texts that seem to be outside all labels are rejected."""
+    """Whether texts that seem to have none of the labels are rejected."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model behind it."""
+        """The model that it runs."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
@@ -172,7 +176,7 @@ class Classifier(_message.Message):
 
     @_builtins.property
     def fit_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was last fitted."""
+        """Time of the last fit."""
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -216,20 +220,22 @@ class ClassifyRequest(_message.Message):
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     classifier: _builtins.str
-    """The classifier. Empty: the only one there is; an error if there are
-    several.
+    """Name of the classifier. Empty: the only classifier of the server; an error
+    if there are several.
     """
     top_k: _builtins.int
-    """Most labels to list per text, best first. 0: all."""
+    """The most labels to return for each text, best first. 0: all."""
     truncation: _types_pb2.Truncation.ValueType
-    """What to do with over-long texts. Default: REFUSE."""
+    """Treatment of texts with too many tokens. Default: REFUSE."""
     nearest_examples: _builtins.int
-    """EXAMPLES: give so many of the nearest examples as the reason, at most 20."""
+    """EXAMPLES: number of nearest examples to return with each text as the
+    reason for its labels, at most 20.
+    """
     priority: _types_pb2.Priority.ValueType
-    """How urgent it is. Default: INTERACTIVE."""
+    """Urgency of the call. Default: INTERACTIVE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, 1 to the server's limit, none empty."""
+        """The texts, from 1 to the server's limit, none empty."""
 
     def __init__(
         self,
@@ -260,8 +266,8 @@ class LabelScore(_message.Message):
     label: _builtins.str
     """The label."""
     score: _builtins.float
-    """Probability in [0, 1]. They add up to 1 over all labels of a single-label
-    classifier; each stands alone in a multi-label one.
+    """Probability in [0, 1]. In a single-label classifier the probabilities of
+    all labels add up to 1. In a multi-label classifier they are independent.
     """
     def __init__(
         self,
@@ -279,7 +285,7 @@ Global___LabelScore: _TypeAlias = LabelScore  # noqa: Y015
 
 @_typing.final
 class NearestExample(_message.Message):
-    """An example that speaks for a classification."""
+    """An example near to the classified text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -290,9 +296,9 @@ class NearestExample(_message.Message):
     record_id: _builtins.str
     """Id of the record."""
     label: _builtins.str
-    """Its label."""
+    """Label of the record."""
     text: _builtins.str
-    """Its text."""
+    """Text of the record."""
     score: _builtins.float
     """Cosine similarity in [-1, 1]."""
     def __init__(
@@ -313,7 +319,7 @@ Global___NearestExample: _TypeAlias = NearestExample  # noqa: Y015
 
 @_typing.final
 class Classification(_message.Message):
-    """What one text is."""
+    """Result for one text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -323,24 +329,24 @@ class Classification(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
     rejected: _builtins.bool
-    """Whether the text seems to be outside all labels."""
+    """Whether the text seems to have none of the labels."""
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:
         """Labels with probabilities, best first, at most `top_k`."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The label predicted, or in a multi-label classifier those above their
+        """The predicted label. In a multi-label classifier: the labels above their
         thresholds. Empty if `rejected`.
         """
 
     @_builtins.property
     def usage(self) -> _types_pb2.TokenUsage:
-        """What became of the text."""
+        """Tokens of the text, and whether it was truncated."""
 
     @_builtins.property
     def nearest_examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearestExample]:
-        """The nearest examples, if asked for."""
+        """The nearest examples, if the request asks for them."""
 
     def __init__(
         self,
@@ -370,7 +376,7 @@ class ClassifyResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]:
-        """Item i is the classification of `texts[i]`."""
+        """Item i is the result for `texts[i]`."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -378,7 +384,7 @@ class ClassifyResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Where the time went."""
+        """Time of each step."""
 
     def __init__(
         self,
@@ -404,9 +410,9 @@ class ListClassifiersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most classifiers in the answer, at most 1000. 0: 100."""
+    """The most classifiers to return, at most 1000. 0: 100."""
     page_token: _builtins.str
-    """`next_page_token` of the page before. Empty: the first page."""
+    """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -430,7 +436,7 @@ class ListClassifiersResponse(_message.Message):
     CLASSIFIERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page. Empty: this was the last."""
+    """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def classifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classifier]:
         """Classifiers, by name."""
@@ -507,18 +513,22 @@ class CreateClassifierRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name."""
+    """Name of the classifier."""
     model: _builtins.str
-    """The embedding model. Empty: the collection's, or the only one served."""
+    """The embedding model. Empty: the model of the collection, or the only
+    embedding model of the server.
+    """
     collection: _builtins.str
-    """The collection of its examples. Empty: one of the classifier's name is
-    made.
+    """The collection of its examples. Empty: the server creates a collection
+    with the name of the classifier.
     """
     strategy: Global___ExampleStrategy.ValueType
-    """How it decides. Default: by the number of examples."""
+    """How it chooses a label. Default: the server decides by the number of
+    examples.
+    """
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Its labels; those of the examples are added."""
+        """Its labels. The labels of the examples are added."""
 
     def __init__(
         self,
@@ -574,14 +584,14 @@ class UpdateClassifierRequest(_message.Message):
     name: _builtins.str
     """Name of the classifier."""
     strategy: Global___ExampleStrategy.ValueType
-    """How it is to decide from now on. Unspecified: as before."""
+    """New strategy. Unspecified: no change."""
     @_builtins.property
     def upsert_labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Labels to add, or to describe anew."""
+        """Labels to add, and labels with a new description."""
 
     @_builtins.property
     def remove_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Labels to remove; their examples stay in the collection."""
+        """Labels to remove. Their examples stay in the collection."""
 
     def __init__(
         self,
@@ -693,7 +703,7 @@ class FitClassifierResponse(_message.Message):
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifier(self) -> Global___Classifier:
-        """The classifier, with its new figures."""
+        """The classifier, with its new quality figures."""
 
     def __init__(
         self,
@@ -710,7 +720,7 @@ Global___FitClassifierResponse: _TypeAlias = FitClassifierResponse  # noqa: Y015
 
 @_typing.final
 class Correction(_message.Message):
-    """A text with its right label."""
+    """A text with its right labels."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -720,7 +730,9 @@ class Correction(_message.Message):
     """The text."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What it is; several in a multi-label classifier; none: out of scope."""
+        """Its label. Several in a multi-label classifier. None: the text is out of
+        scope.
+        """
 
     def __init__(
         self,
@@ -773,7 +785,7 @@ class SubmitCorrectionsResponse(_message.Message):
     RECORD_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def record_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the records that hold them."""
+        """Ids of the records that contain the corrections."""
 
     def __init__(
         self,

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class ClassificationServiceStub(object):
-    """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
-    in the server from label names and examples; a caller of Classify need not
-    know which.
+    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
+    learns it from label names and examples. Both kinds answer Classify in the
+    same way.
     """
 
     def __init__(self, channel):
@@ -80,13 +80,14 @@ class ClassificationServiceStub(object):
 
 
 class ClassificationServiceServicer(object):
-    """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
-    in the server from label names and examples; a caller of Classify need not
-    know which.
+    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
+    learns it from label names and examples. Both kinds answer Classify in the
+    same way.
     """
 
     def Classify(self, request, context):
-        """Classifies texts. Atomic: one bad text fails the call, naming the text.
+        """Classifies texts. Atomic: one invalid text fails the call, and the error
+        names the text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,14 +101,14 @@ class ClassificationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetClassifier(self, request, context):
-        """Describes one classifier.
+        """Returns one classifier.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateClassifier(self, request, context):
-        """Creates a classifier over an embedding model, from label descriptions and
+        """Creates a classifier on an embedding model, from label descriptions and
         the labelled records of a collection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -115,28 +116,28 @@ class ClassificationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateClassifier(self, request, context):
-        """Adds, replaces or corrects the labels of a classifier made from examples.
+        """Adds, replaces or removes labels of a classifier made from examples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteClassifier(self, request, context):
-        """Deletes a classifier made from examples; its collection stays.
+        """Deletes a classifier made from examples. Its collection stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FitClassifier(self, request, context):
-        """Fits a classifier anew to the examples that its collection holds now.
+        """Fits a classifier again, to the examples that its collection has now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitCorrections(self, request, context):
-        """Stores the right labels of texts as examples of the classifier.
+        """Stores texts with their right labels as examples of the classifier.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,9 +195,9 @@ def add_ClassificationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClassificationService(object):
-    """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
-    in the server from label names and examples; a caller of Classify need not
-    know which.
+    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
+    learns it from label names and examples. Both kinds answer Classify in the
+    same way.
     """
 
     @staticmethod

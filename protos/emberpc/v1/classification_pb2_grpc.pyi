@@ -27,9 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClassificationServiceStub:
-    """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
-    in the server from label names and examples; a caller of Classify need not
-    know which.
+    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
+    learns it from label names and examples. Both kinds answer Classify in the
+    same way.
     """
 
     @_typing.overload
@@ -37,55 +37,59 @@ class ClassificationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClassificationServiceAsyncStub: ...
     Classify: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ClassifyRequest, _classification_pb2.ClassifyResponse]
-    """Classifies texts. Atomic: one bad text fails the call, naming the text."""
+    """Classifies texts. Atomic: one invalid text fails the call, and the error
+    names the text.
+    """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
     """Lists the classifiers of both kinds, by name."""
     GetClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]
-    """Describes one classifier."""
+    """Returns one classifier."""
     CreateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]
-    """Creates a classifier over an embedding model, from label descriptions and
+    """Creates a classifier on an embedding model, from label descriptions and
     the labelled records of a collection.
     """
     UpdateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.UpdateClassifierRequest, _classification_pb2.UpdateClassifierResponse]
-    """Adds, replaces or corrects the labels of a classifier made from examples."""
+    """Adds, replaces or removes labels of a classifier made from examples."""
     DeleteClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.DeleteClassifierRequest, _classification_pb2.DeleteClassifierResponse]
-    """Deletes a classifier made from examples; its collection stays."""
+    """Deletes a classifier made from examples. Its collection stays."""
     FitClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.FitClassifierRequest, _classification_pb2.FitClassifierResponse]
-    """Fits a classifier anew to the examples that its collection holds now."""
+    """Fits a classifier again, to the examples that its collection has now."""
     SubmitCorrections: _grpc.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]
-    """Stores the right labels of texts as examples of the classifier."""
+    """Stores texts with their right labels as examples of the classifier."""
 
 @_typing.type_check_only
 class ClassificationServiceAsyncStub(ClassificationServiceStub):
-    """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
-    in the server from label names and examples; a caller of Classify need not
-    know which.
+    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
+    learns it from label names and examples. Both kinds answer Classify in the
+    same way.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Classify: _aio.UnaryUnaryMultiCallable[_classification_pb2.ClassifyRequest, _classification_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Classifies texts. Atomic: one bad text fails the call, naming the text."""
+    """Classifies texts. Atomic: one invalid text fails the call, and the error
+    names the text.
+    """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
     """Lists the classifiers of both kinds, by name."""
     GetClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]  # type: ignore[assignment]
-    """Describes one classifier."""
+    """Returns one classifier."""
     CreateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]  # type: ignore[assignment]
-    """Creates a classifier over an embedding model, from label descriptions and
+    """Creates a classifier on an embedding model, from label descriptions and
     the labelled records of a collection.
     """
     UpdateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.UpdateClassifierRequest, _classification_pb2.UpdateClassifierResponse]  # type: ignore[assignment]
-    """Adds, replaces or corrects the labels of a classifier made from examples."""
+    """Adds, replaces or removes labels of a classifier made from examples."""
     DeleteClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.DeleteClassifierRequest, _classification_pb2.DeleteClassifierResponse]  # type: ignore[assignment]
-    """Deletes a classifier made from examples; its collection stays."""
+    """Deletes a classifier made from examples. Its collection stays."""
     FitClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.FitClassifierRequest, _classification_pb2.FitClassifierResponse]  # type: ignore[assignment]
-    """Fits a classifier anew to the examples that its collection holds now."""
+    """Fits a classifier again, to the examples that its collection has now."""
     SubmitCorrections: _aio.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]  # type: ignore[assignment]
-    """Stores the right labels of texts as examples of the classifier."""
+    """Stores texts with their right labels as examples of the classifier."""
 
 class ClassificationServiceServicer:
-    """Gives texts labels. A classifier is either a fine-tuned bundle or is learnt
-    in the server from label names and examples; a caller of Classify need not
-    know which.
+    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
+    learns it from label names and examples. Both kinds answer Classify in the
+    same way.
     """
 
     def Classify(
@@ -93,7 +97,9 @@ class ClassificationServiceServicer:
         request: _classification_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.ClassifyResponse, _abc.Awaitable[_classification_pb2.ClassifyResponse]]:
-        """Classifies texts. Atomic: one bad text fails the call, naming the text."""
+        """Classifies texts. Atomic: one invalid text fails the call, and the error
+        names the text.
+        """
 
     def ListClassifiers(
         self,
@@ -107,14 +113,14 @@ class ClassificationServiceServicer:
         request: _classification_pb2.GetClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.GetClassifierResponse, _abc.Awaitable[_classification_pb2.GetClassifierResponse]]:
-        """Describes one classifier."""
+        """Returns one classifier."""
 
     def CreateClassifier(
         self,
         request: _classification_pb2.CreateClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.CreateClassifierResponse, _abc.Awaitable[_classification_pb2.CreateClassifierResponse]]:
-        """Creates a classifier over an embedding model, from label descriptions and
+        """Creates a classifier on an embedding model, from label descriptions and
         the labelled records of a collection.
         """
 
@@ -123,27 +129,27 @@ class ClassificationServiceServicer:
         request: _classification_pb2.UpdateClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.UpdateClassifierResponse, _abc.Awaitable[_classification_pb2.UpdateClassifierResponse]]:
-        """Adds, replaces or corrects the labels of a classifier made from examples."""
+        """Adds, replaces or removes labels of a classifier made from examples."""
 
     def DeleteClassifier(
         self,
         request: _classification_pb2.DeleteClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.DeleteClassifierResponse, _abc.Awaitable[_classification_pb2.DeleteClassifierResponse]]:
-        """Deletes a classifier made from examples; its collection stays."""
+        """Deletes a classifier made from examples. Its collection stays."""
 
     def FitClassifier(
         self,
         request: _classification_pb2.FitClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.FitClassifierResponse, _abc.Awaitable[_classification_pb2.FitClassifierResponse]]:
-        """Fits a classifier anew to the examples that its collection holds now."""
+        """Fits a classifier again, to the examples that its collection has now."""
 
     def SubmitCorrections(
         self,
         request: _classification_pb2.SubmitCorrectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.SubmitCorrectionsResponse, _abc.Awaitable[_classification_pb2.SubmitCorrectionsResponse]]:
-        """Stores the right labels of texts as examples of the classifier."""
+        """Stores texts with their right labels as examples of the classifier."""
 
 def add_ClassificationServiceServicer_to_server(servicer: ClassificationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

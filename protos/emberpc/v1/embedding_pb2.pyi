@@ -35,26 +35,28 @@ class EmbedRequest(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Empty: the only embedding model served; an error if
-    there are several.
+    """Name of the model. Empty: the only embedding model of the server; an error
+    if there are several.
     """
     input_kind: _types_pb2.InputKind.ValueType
-    """What the texts are for. Default: PASSAGE."""
+    """Purpose of the texts. Default: PASSAGE."""
     dimensions: _builtins.int
-    """Keep the first so many dimensions (Matryoshka), re-normalised if
-    `normalize`. 0: all. Must be one that the model lists.
+    """Number of first dimensions to return (Matryoshka), normalized again if
+    `normalize`. 0: all. Otherwise one of the sizes that the model lists.
     """
     truncation: _types_pb2.Truncation.ValueType
-    """What to do with over-long texts. Default: REFUSE."""
+    """Treatment of texts with too many tokens. Default: REFUSE."""
     dtype: _types_pb2.DataType.ValueType
-    """Element type of the answer. Default: FLOAT32."""
+    """Element type of the vectors in the response. Default: FLOAT32."""
     normalize: _builtins.bool
-    """Whether vectors have length 1. Default: as the model was exported."""
+    """Whether to scale the vectors to length 1. Default: the setting of the
+    model's export.
+    """
     priority: _types_pb2.Priority.ValueType
-    """How urgent it is. Default: INTERACTIVE."""
+    """Urgency of the call. Default: INTERACTIVE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, 1 to the server's limit (4096 unless configured), none empty."""
+        """The texts, from 1 to the server's limit (default 4096), none empty."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class EmbedResponse(_message.Message):
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i tells of `texts[i]`."""
+        """Item i belongs to `texts[i]`."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -102,7 +104,7 @@ class EmbedResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Where the time went."""
+        """Time of each step."""
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class EmbedStreamConfig(_message.Message):
-    """Settings of one EmbedStream call; the fields mean what they mean in
+    """Settings of one EmbedStream call. The fields have the same meanings as in
     EmbedRequest.
     """
 
@@ -138,17 +140,21 @@ class EmbedStreamConfig(_message.Message):
     model: _builtins.str
     """Name of the model."""
     input_kind: _types_pb2.InputKind.ValueType
-    """What the texts are for. Default: PASSAGE."""
+    """Purpose of the texts. Default: PASSAGE."""
     dimensions: _builtins.int
-    """Keep the first so many dimensions. 0: all."""
+    """Number of first dimensions to return. 0: all."""
     truncation: _types_pb2.Truncation.ValueType
-    """What to do with over-long texts. Default: REFUSE (the item alone)."""
+    """Treatment of texts with too many tokens. Default: REFUSE, which fails that
+    text only.
+    """
     dtype: _types_pb2.DataType.ValueType
-    """Element type of the answer. Default: FLOAT32."""
+    """Element type of the vectors in the responses. Default: FLOAT32."""
     normalize: _builtins.bool
-    """Whether vectors have length 1. Default: as the model was exported."""
+    """Whether to scale the vectors to length 1. Default: the setting of the
+    model's export.
+    """
     priority: _types_pb2.Priority.ValueType
-    """How urgent it is. Default: BULK."""
+    """Urgency of the call. Default: BULK."""
     def __init__(
         self,
         *,
@@ -179,7 +185,7 @@ class EmbedStreamItem(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The client's own id, given back with the result."""
+    """An id that the client chooses. The server returns it with the result."""
     text: _builtins.str
     """The text."""
     def __init__(
@@ -206,7 +212,7 @@ class EmbedStreamRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def config(self) -> Global___EmbedStreamConfig:
-        """Required in the first message, refused in later ones."""
+        """Required in the first message, refused in later messages."""
 
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedStreamItem]:
@@ -228,17 +234,17 @@ Global___EmbedStreamRequest: _TypeAlias = EmbedStreamRequest  # noqa: Y015
 
 @_typing.final
 class EmbedStreamFailure(_message.Message):
-    """Why one text of a stream has no vector."""
+    """Error of one text of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The client's id."""
+    """The client's id of the text."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """What a unary call would have failed with."""
+        """The error that a unary call with this text would fail with."""
 
     def __init__(
         self,
@@ -267,7 +273,7 @@ class EmbedStreamResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the texts whose vectors are here."""
+        """Ids of the texts whose vectors this message contains."""
 
     @_builtins.property
     def embeddings(self) -> _types_pb2.Vectors:
@@ -275,7 +281,7 @@ class EmbedStreamResponse(_message.Message):
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i tells of `ids[i]`."""
+        """Item i belongs to `ids[i]`."""
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedStreamFailure]:
@@ -283,7 +289,7 @@ class EmbedStreamResponse(_message.Message):
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model that answers; in the first message only."""
+        """The model that answers. In the first message only."""
 
     def __init__(
         self,
@@ -312,13 +318,13 @@ class CountTokensRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     INPUT_KIND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Empty: the only model served."""
+    """Name of the model. Empty: the only model of the server."""
     input_kind: _types_pb2.InputKind.ValueType
-    """What the texts are for. Default: PASSAGE."""
+    """Purpose of the texts. Default: PASSAGE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, 1 to the server's limit. An empty text counts its special
-        tokens.
+        """The texts, from 1 to the server's limit. The count of an empty text is its
+        special tokens.
         """
 
     def __init__(
@@ -346,10 +352,10 @@ class CountTokensResponse(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The most tokens that the model takes."""
+    """The largest number of tokens that the model reads."""
     @_builtins.property
     def token_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Item i: tokens of `texts[i]`, before any truncation."""
+        """Item i is the number of tokens of `texts[i]`, before any truncation."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -383,21 +389,21 @@ class ComputeSimilarityRequest(_message.Message):
     TARGET_KIND_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Empty: the only embedding model served."""
+    """Name of the model. Empty: the only embedding model of the server."""
     source_kind: _types_pb2.InputKind.ValueType
-    """What the sources are. Default: PASSAGE."""
+    """Purpose of the sources. Default: PASSAGE."""
     target_kind: _types_pb2.InputKind.ValueType
-    """What the targets are. Default: PASSAGE."""
+    """Purpose of the targets. Default: PASSAGE."""
     truncation: _types_pb2.Truncation.ValueType
-    """What to do with over-long texts. Default: REFUSE."""
+    """Treatment of texts with too many tokens. Default: REFUSE."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to compare; none empty."""
+        """Texts to compare, none empty."""
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to compare them with; none empty. Sources and targets together
-        stay within the server's limit of texts per call.
+        """Texts to compare the sources with, none empty. Sources and targets together
+        must be within the server's limit of texts per call.
         """
 
     def __init__(
@@ -440,7 +446,7 @@ class ComputeSimilarityResponse(_message.Message):
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i tells of `sources[i]`; those of the targets follow."""
+        """Item i belongs to `sources[i]`. The items of the targets follow."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -448,7 +454,7 @@ class ComputeSimilarityResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Where the time went."""
+        """Time of each step."""
 
     def __init__(
         self,

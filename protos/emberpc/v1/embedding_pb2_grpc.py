@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EmbeddingServiceStub(object):
-    """Turns texts into vectors.
+    """Embeds texts and compares them.
     """
 
     def __init__(self, channel):
@@ -58,35 +58,36 @@ class EmbeddingServiceStub(object):
 
 
 class EmbeddingServiceServicer(object):
-    """Turns texts into vectors.
+    """Embeds texts and compares them.
     """
 
     def Embed(self, request, context):
-        """Embeds texts. Atomic: one bad text fails the call, naming the text; the
-        order of the vectors is the order of the texts.
+        """Embeds texts and returns the vectors in the order of the texts. Atomic: one
+        invalid text fails the call, and the error names the text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedStream(self, request_iterator, context):
-        """Embeds a corpus of any size: results come as they are ready, in any
-        order, and a bad text fails alone. The first message must carry `config`.
+        """Embeds any number of texts. The server sends each result as soon as it is
+        ready, in any order. An invalid text fails alone. The first message must
+        have `config`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """Counts the tokens that texts would use, prompt and special tokens
-        included, without running the model.
+        """Counts the tokens of texts, prompt and special tokens included, without
+        running the model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ComputeSimilarity(self, request, context):
-        """Gives the cosine similarity of each source to each target.
+        """Returns the cosine similarity of each source to each target.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +125,7 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EmbeddingService(object):
-    """Turns texts into vectors.
+    """Embeds texts and compares them.
     """
 
     @staticmethod

@@ -27,57 +27,59 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EmbeddingServiceStub:
-    """Turns texts into vectors."""
+    """Embeds texts and compares them."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
-    """Embeds texts. Atomic: one bad text fails the call, naming the text; the
-    order of the vectors is the order of the texts.
+    """Embeds texts and returns the vectors in the order of the texts. Atomic: one
+    invalid text fails the call, and the error names the text.
     """
     EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
-    """Embeds a corpus of any size: results come as they are ready, in any
-    order, and a bad text fails alone. The first message must carry `config`.
+    """Embeds any number of texts. The server sends each result as soon as it is
+    ready, in any order. An invalid text fails alone. The first message must
+    have `config`.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.CountTokensRequest, _embedding_pb2.CountTokensResponse]
-    """Counts the tokens that texts would use, prompt and special tokens
-    included, without running the model.
+    """Counts the tokens of texts, prompt and special tokens included, without
+    running the model.
     """
     ComputeSimilarity: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]
-    """Gives the cosine similarity of each source to each target."""
+    """Returns the cosine similarity of each source to each target."""
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
-    """Turns texts into vectors."""
+    """Embeds texts and compares them."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Embeds texts. Atomic: one bad text fails the call, naming the text; the
-    order of the vectors is the order of the texts.
+    """Embeds texts and returns the vectors in the order of the texts. Atomic: one
+    invalid text fails the call, and the error names the text.
     """
     EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
-    """Embeds a corpus of any size: results come as they are ready, in any
-    order, and a bad text fails alone. The first message must carry `config`.
+    """Embeds any number of texts. The server sends each result as soon as it is
+    ready, in any order. An invalid text fails alone. The first message must
+    have `config`.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_embedding_pb2.CountTokensRequest, _embedding_pb2.CountTokensResponse]  # type: ignore[assignment]
-    """Counts the tokens that texts would use, prompt and special tokens
-    included, without running the model.
+    """Counts the tokens of texts, prompt and special tokens included, without
+    running the model.
     """
     ComputeSimilarity: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]  # type: ignore[assignment]
-    """Gives the cosine similarity of each source to each target."""
+    """Returns the cosine similarity of each source to each target."""
 
 class EmbeddingServiceServicer:
-    """Turns texts into vectors."""
+    """Embeds texts and compares them."""
 
     def Embed(
         self,
         request: _embedding_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.EmbedResponse, _abc.Awaitable[_embedding_pb2.EmbedResponse]]:
-        """Embeds texts. Atomic: one bad text fails the call, naming the text; the
-        order of the vectors is the order of the texts.
+        """Embeds texts and returns the vectors in the order of the texts. Atomic: one
+        invalid text fails the call, and the error names the text.
         """
 
     def EmbedStream(
@@ -85,8 +87,9 @@ class EmbeddingServiceServicer:
         request_iterator: _MaybeAsyncIterator[_embedding_pb2.EmbedStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedStreamResponse], _abc.AsyncIterator[_embedding_pb2.EmbedStreamResponse]]:
-        """Embeds a corpus of any size: results come as they are ready, in any
-        order, and a bad text fails alone. The first message must carry `config`.
+        """Embeds any number of texts. The server sends each result as soon as it is
+        ready, in any order. An invalid text fails alone. The first message must
+        have `config`.
         """
 
     def CountTokens(
@@ -94,8 +97,8 @@ class EmbeddingServiceServicer:
         request: _embedding_pb2.CountTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.CountTokensResponse, _abc.Awaitable[_embedding_pb2.CountTokensResponse]]:
-        """Counts the tokens that texts would use, prompt and special tokens
-        included, without running the model.
+        """Counts the tokens of texts, prompt and special tokens included, without
+        running the model.
         """
 
     def ComputeSimilarity(
@@ -103,6 +106,6 @@ class EmbeddingServiceServicer:
         request: _embedding_pb2.ComputeSimilarityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.ComputeSimilarityResponse, _abc.Awaitable[_embedding_pb2.ComputeSimilarityResponse]]:
-        """Gives the cosine similarity of each source to each target."""
+        """Returns the cosine similarity of each source to each target."""
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

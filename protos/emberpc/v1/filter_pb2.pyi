@@ -26,50 +26,51 @@ class _ComparisonOperator:
 class _ComparisonOperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComparisonOperator.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     COMPARISON_OPERATOR_UNSPECIFIED: _ComparisonOperator.ValueType  # 0
-    """Refused."""
+    """Refused with INVALID_ARGUMENT."""
     COMPARISON_OPERATOR_EQUAL: _ComparisonOperator.ValueType  # 1
-    """Equal."""
+    """The field equals the value."""
     COMPARISON_OPERATOR_NOT_EQUAL: _ComparisonOperator.ValueType  # 2
-    """Not equal, or missing."""
+    """The field does not equal the value, or is missing."""
     COMPARISON_OPERATOR_LESS: _ComparisonOperator.ValueType  # 3
-    """Less; numbers and strings."""
+    """The field is less than the value; numbers and strings."""
     COMPARISON_OPERATOR_LESS_OR_EQUAL: _ComparisonOperator.ValueType  # 4
-    """Less or equal; numbers and strings."""
+    """The field is less than or equal to the value; numbers and strings."""
     COMPARISON_OPERATOR_GREATER: _ComparisonOperator.ValueType  # 5
-    """Greater; numbers and strings."""
+    """The field is greater than the value; numbers and strings."""
     COMPARISON_OPERATOR_GREATER_OR_EQUAL: _ComparisonOperator.ValueType  # 6
-    """Greater or equal; numbers and strings."""
+    """The field is greater than or equal to the value; numbers and strings."""
 
 class ComparisonOperator(_ComparisonOperator, metaclass=_ComparisonOperatorEnumTypeWrapper):
-    """How a field compares."""
+    """Operator of a comparison."""
 
 COMPARISON_OPERATOR_UNSPECIFIED: ComparisonOperator.ValueType  # 0
-"""Refused."""
+"""Refused with INVALID_ARGUMENT."""
 COMPARISON_OPERATOR_EQUAL: ComparisonOperator.ValueType  # 1
-"""Equal."""
+"""The field equals the value."""
 COMPARISON_OPERATOR_NOT_EQUAL: ComparisonOperator.ValueType  # 2
-"""Not equal, or missing."""
+"""The field does not equal the value, or is missing."""
 COMPARISON_OPERATOR_LESS: ComparisonOperator.ValueType  # 3
-"""Less; numbers and strings."""
+"""The field is less than the value; numbers and strings."""
 COMPARISON_OPERATOR_LESS_OR_EQUAL: ComparisonOperator.ValueType  # 4
-"""Less or equal; numbers and strings."""
+"""The field is less than or equal to the value; numbers and strings."""
 COMPARISON_OPERATOR_GREATER: ComparisonOperator.ValueType  # 5
-"""Greater; numbers and strings."""
+"""The field is greater than the value; numbers and strings."""
 COMPARISON_OPERATOR_GREATER_OR_EQUAL: ComparisonOperator.ValueType  # 6
-"""Greater or equal; numbers and strings."""
+"""The field is greater than or equal to the value; numbers and strings."""
 Global___ComparisonOperator: _TypeAlias = ComparisonOperator  # noqa: Y015
 
 @_typing.final
 class Filter(_message.Message):
-    """A condition on a record's metadata.
+    """A condition on the metadata of a record.
 
-    A field is named by its key; nested keys are joined by dots, and a backslash
-    before a dot or a backslash makes that a part of the key. A comparison with a
-    field that is missing or of another type is false. A list matches if one of
-    its items does; an item that is a list or an object does not. Conditions may
-    be nested 32 levels deep; there may be 256 in one filter, and 2,000 conditions
-    and 50,000 values of memberships in all filters of a request. A field names at
-    most 40 nested keys.
+    A field is named by its key. Dots join nested keys. A backslash before a dot
+    or a backslash makes that character a part of the key. A comparison is false
+    if the field is missing or has another type. A list matches if one of its
+    items matches. An item that is a list or an object does not match.
+
+    Limits: conditions may be nested 32 levels deep. One filter has at most 256
+    conditions. All filters of a request have at most 2,000 conditions and 50,000
+    values of memberships together. A field names at most 40 nested keys.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -83,15 +84,15 @@ class Filter(_message.Message):
     EXISTENCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def all(self) -> Global___FilterList:
-        """All of these hold."""
+        """All of these conditions hold."""
 
     @_builtins.property
     def any(self) -> Global___FilterList:
-        """At least one of these holds."""
+        """At least one of these conditions holds."""
 
     @_builtins.property
     def comparison(self) -> Global___Comparison:
-        """The field compares so with a value."""
+        """The comparison of the field with a value holds."""
 
     @_builtins.property
     def membership(self) -> Global___Membership:
@@ -99,11 +100,11 @@ class Filter(_message.Message):
 
     @_builtins.property
     def prefix(self) -> Global___Prefix:
-        """The field is a string that starts so."""
+        """The field is a string that starts with a prefix."""
 
     @_builtins.property
     def existence(self) -> Global___Existence:
-        """The field is there, be it null."""
+        """The field exists; its value may be null."""
 
     def __init__(
         self,
@@ -127,14 +128,14 @@ Global___Filter: _TypeAlias = Filter  # noqa: Y015
 
 @_typing.final
 class FilterList(_message.Message):
-    """Several conditions."""
+    """A list of conditions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]:
-        """At least one, at most 100."""
+        """The conditions, at least 1, at most 100."""
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ Global___FilterList: _TypeAlias = FilterList  # noqa: Y015
 
 @_typing.final
 class FilterValue(_message.Message):
-    """A value to compare with."""
+    """A value to compare a field with."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -162,11 +163,11 @@ class FilterValue(_message.Message):
     string_value: _builtins.str
     """A string."""
     number_value: _builtins.float
-    """A number; metadata numbers are doubles."""
+    """A number. Numbers in metadata are doubles."""
     bool_value: _builtins.bool
-    """A truth value."""
+    """A boolean."""
     null_value: _builtins.bool
-    """Null; the value given does not matter."""
+    """Null. The boolean that is set here is ignored."""
     def __init__(
         self,
         *,
@@ -197,10 +198,10 @@ class Comparison(_message.Message):
     field: _builtins.str
     """The field."""
     operator: Global___ComparisonOperator.ValueType
-    """How."""
+    """The operator."""
     @_builtins.property
     def value(self) -> Global___FilterValue:
-        """With what."""
+        """The value."""
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class Membership(_message.Message):
     """The field."""
     @_builtins.property
     def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterValue]:
-        """At least one, at most 10,000."""
+        """The values, at least 1, at most 10,000."""
 
     def __init__(
         self,
@@ -247,7 +248,7 @@ Global___Membership: _TypeAlias = Membership  # noqa: Y015
 
 @_typing.final
 class Prefix(_message.Message):
-    """The field is a string that starts so."""
+    """The field is a string that starts with a prefix."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -256,7 +257,7 @@ class Prefix(_message.Message):
     field: _builtins.str
     """The field."""
     prefix: _builtins.str
-    """How it starts; not empty."""
+    """The prefix; not empty."""
     def __init__(
         self,
         *,
@@ -273,7 +274,7 @@ Global___Prefix: _TypeAlias = Prefix  # noqa: Y015
 
 @_typing.final
 class Existence(_message.Message):
-    """The field is there."""
+    """The field exists."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -35,29 +35,29 @@ class _DistanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Distance.Val
     DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
     """COSINE."""
     DISTANCE_COSINE: _Distance.ValueType  # 1
-    """Cosine similarity; score in [-1, 1], greater is nearer. A vector of length
-    zero is refused.
+    """Cosine similarity. The score is in [-1, 1], greater is nearer. A vector of
+    length zero is refused.
     """
     DISTANCE_DOT_PRODUCT: _Distance.ValueType  # 2
-    """Dot product; the score is the product, greater is nearer."""
+    """Dot product. The score is the product, greater is nearer."""
     DISTANCE_EUCLIDEAN: _Distance.ValueType  # 3
-    """Euclidean distance; the score is the negated distance, so that greater is
+    """Euclidean distance. The score is the negated distance, so that greater is
     nearer here too.
     """
 
 class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
-    """How two vectors compare."""
+    """The measure that compares two vectors."""
 
 DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
 """COSINE."""
 DISTANCE_COSINE: Distance.ValueType  # 1
-"""Cosine similarity; score in [-1, 1], greater is nearer. A vector of length
-zero is refused.
+"""Cosine similarity. The score is in [-1, 1], greater is nearer. A vector of
+length zero is refused.
 """
 DISTANCE_DOT_PRODUCT: Distance.ValueType  # 2
-"""Dot product; the score is the product, greater is nearer."""
+"""Dot product. The score is the product, greater is nearer."""
 DISTANCE_EUCLIDEAN: Distance.ValueType  # 3
-"""Euclidean distance; the score is the negated distance, so that greater is
+"""Euclidean distance. The score is the negated distance, so that greater is
 nearer here too.
 """
 Global___Distance: _TypeAlias = Distance  # noqa: Y015
@@ -71,15 +71,15 @@ class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability
     DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
     """Not stated."""
     DURABILITY_SYNCED: _Durability.ValueType  # 1
-    """On disk: written and synchronised before the answer."""
+    """On disk: written and synchronized before the response."""
 
 class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
-    """How sure it is that a write stays."""
+    """Durability of a write."""
 
 DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
 """Not stated."""
 DURABILITY_SYNCED: Durability.ValueType  # 1
-"""On disk: written and synchronised before the answer."""
+"""On disk: written and synchronized before the response."""
 Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
 class _RecordPart:
@@ -89,25 +89,25 @@ class _RecordPart:
 class _RecordPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordPart.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RECORD_PART_UNSPECIFIED: _RecordPart.ValueType  # 0
-    """Refused."""
+    """Refused with INVALID_ARGUMENT."""
     RECORD_PART_TEXT: _RecordPart.ValueType  # 1
     """`text`."""
     RECORD_PART_METADATA: _RecordPart.ValueType  # 2
     """`metadata`."""
     RECORD_PART_VECTOR: _RecordPart.ValueType  # 3
-    """The vectors, in the answer's own `vectors` field."""
+    """The vector. It is in the field `vectors` of the response."""
 
 class RecordPart(_RecordPart, metaclass=_RecordPartEnumTypeWrapper):
-    """Which parts of a record an answer has."""
+    """A part of a record that a response contains."""
 
 RECORD_PART_UNSPECIFIED: RecordPart.ValueType  # 0
-"""Refused."""
+"""Refused with INVALID_ARGUMENT."""
 RECORD_PART_TEXT: RecordPart.ValueType  # 1
 """`text`."""
 RECORD_PART_METADATA: RecordPart.ValueType  # 2
 """`metadata`."""
 RECORD_PART_VECTOR: RecordPart.ValueType  # 3
-"""The vectors, in the answer's own `vectors` field."""
+"""The vector. It is in the field `vectors` of the response."""
 Global___RecordPart: _TypeAlias = RecordPart  # noqa: Y015
 
 class _SearchMode:
@@ -119,27 +119,29 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     SEARCH_MODE_UNSPECIFIED: _SearchMode.ValueType  # 0
     """DENSE."""
     SEARCH_MODE_DENSE: _SearchMode.ValueType  # 1
-    """Likeness of vectors."""
+    """Search by vectors."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 2
-    """Words in common (BM25): any of the query's, stemmed as English; the score
-    is BM25's. Needs a text query, and no model.
+    """Search by words. A record matches if it has any word of the query; words
+    are stemmed as English. The score is that of BM25. Needs a text query, and
+    no model.
     """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
-    """Both, fused as `fusion` says. Needs a text query."""
+    """Dense and lexical search, joined as `fusion` states. Needs a text query."""
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
-    """What a search goes by."""
+    """Mode of a search."""
 
 SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
 """DENSE."""
 SEARCH_MODE_DENSE: SearchMode.ValueType  # 1
-"""Likeness of vectors."""
+"""Search by vectors."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
-"""Words in common (BM25): any of the query's, stemmed as English; the score
-is BM25's. Needs a text query, and no model.
+"""Search by words. A record matches if it has any word of the query; words
+are stemmed as English. The score is that of BM25. Needs a text query, and
+no model.
 """
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
-"""Both, fused as `fusion` says. Needs a text query."""
+"""Dense and lexical search, joined as `fusion` states. Needs a text query."""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 class _SearchFusion:
@@ -151,26 +153,26 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
     SEARCH_FUSION_UNSPECIFIED: _SearchFusion.ValueType  # 0
     """SCORES."""
     SEARCH_FUSION_SCORES: _SearchFusion.ValueType  # 1
-    """The score is the weighted sum of the two scores, each scaled to 1 for the
-    best of the candidates and 0 for the least.
+    """The score is the weighted sum of the two scores. Each is scaled first: 1
+    for the best candidate, 0 for the worst.
     """
     SEARCH_FUSION_RANKS: _SearchFusion.ValueType  # 2
-    """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank), the
-    first of a ranking having rank 1.
+    """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank). The
+    best candidate of a ranking has rank 1.
     """
 
 class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
-    """How a HYBRID search makes one ranking of two."""
+    """How a HYBRID search joins its two rankings."""
 
 SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
 """SCORES."""
 SEARCH_FUSION_SCORES: SearchFusion.ValueType  # 1
-"""The score is the weighted sum of the two scores, each scaled to 1 for the
-best of the candidates and 0 for the least.
+"""The score is the weighted sum of the two scores. Each is scaled first: 1
+for the best candidate, 0 for the worst.
 """
 SEARCH_FUSION_RANKS: SearchFusion.ValueType  # 2
-"""Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank), the
-first of a ranking having rank 1.
+"""Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank). The
+best candidate of a ranking has rank 1.
 """
 Global___SearchFusion: _TypeAlias = SearchFusion  # noqa: Y015
 
@@ -183,28 +185,28 @@ class _SearchStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Search
     SEARCH_STRATEGY_UNSPECIFIED: _SearchStrategy.ValueType  # 0
     """Not stated."""
     SEARCH_STRATEGY_EXACT: _SearchStrategy.ValueType  # 1
-    """Every vector that matches was compared: the result is exact."""
+    """All matching vectors were compared with the query. The result is exact."""
     SEARCH_STRATEGY_HNSW: _SearchStrategy.ValueType  # 2
-    """The graph was searched, and the newest records compared one by one."""
+    """The graph was searched, and the newest records were compared one by one."""
     SEARCH_STRATEGY_LEXICAL: _SearchStrategy.ValueType  # 3
-    """The words of the query were looked up; no vectors were compared."""
+    """The words of the query were looked up. No vectors were compared."""
 
 class SearchStrategy(_SearchStrategy, metaclass=_SearchStrategyEnumTypeWrapper):
-    """How a result was found."""
+    """How a query was answered."""
 
 SEARCH_STRATEGY_UNSPECIFIED: SearchStrategy.ValueType  # 0
 """Not stated."""
 SEARCH_STRATEGY_EXACT: SearchStrategy.ValueType  # 1
-"""Every vector that matches was compared: the result is exact."""
+"""All matching vectors were compared with the query. The result is exact."""
 SEARCH_STRATEGY_HNSW: SearchStrategy.ValueType  # 2
-"""The graph was searched, and the newest records compared one by one."""
+"""The graph was searched, and the newest records were compared one by one."""
 SEARCH_STRATEGY_LEXICAL: SearchStrategy.ValueType  # 3
-"""The words of the query were looked up; no vectors were compared."""
+"""The words of the query were looked up. No vectors were compared."""
 Global___SearchStrategy: _TypeAlias = SearchStrategy  # noqa: Y015
 
 @_typing.final
 class HnswParameters(_message.Message):
-    """How the graph of a collection is built; fixed at creation."""
+    """Parameters of a collection's HNSW graph. They cannot be changed later."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -213,7 +215,7 @@ class HnswParameters(_message.Message):
     m: _builtins.int
     """Links of a node per layer, 4 to 64. 0: 16."""
     ef_construction: _builtins.int
-    """Candidates kept while inserting, 16 to 2000. 0: 200."""
+    """Candidates that an insertion keeps, 16 to 2000. 0: 200."""
     def __init__(
         self,
         *,
@@ -230,7 +232,7 @@ Global___HnswParameters: _TypeAlias = HnswParameters  # noqa: Y015
 
 @_typing.final
 class Collection(_message.Message):
-    """A set of records whose vectors may be compared with each other."""
+    """A named set of records with vectors of the same dimensions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -253,17 +255,17 @@ class Collection(_message.Message):
     letter or digit.
     """
     model: _builtins.str
-    """The embedding model of its texts. Empty: it takes vectors only."""
+    """The embedding model of its texts. Empty: records must have vectors."""
     model_fingerprint: _builtins.str
     """Output only. Fingerprint of the model that made its vectors."""
     dimensions: _builtins.int
     """Dimensions of its vectors, at most 16,000. With a model: 0 means the
-    model's, and a smaller one must be a Matryoshka size of it.
+    model's dimensions; a smaller number must be one of its Matryoshka sizes.
     """
     distance: Global___Distance.ValueType
-    """How vectors compare. Default: COSINE."""
+    """How vectors are compared. Default: COSINE."""
     truncation: _types_pb2.Truncation.ValueType
-    """How the texts of records are truncated, unless an upsert says otherwise.
+    """How the texts of records are truncated, if an upsert states nothing else.
     Queries do not use this setting, see SearchRequest. Default: REFUSE.
     """
     record_count: _builtins.int
@@ -273,12 +275,12 @@ class Collection(_message.Message):
     size_bytes: _builtins.int
     """Output only. Bytes on disk."""
     problem: _builtins.str
-    """Output only. Why it cannot be used, such as that it is damaged; then its
-    counts are 0. Empty: it can.
+    """Output only. Why the collection cannot be used, for example because it is
+    damaged. Its counts are 0 then. Empty: it can be used.
     """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
-        """How its graph is built."""
+        """Parameters of its graph."""
 
     @_builtins.property
     def indexed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -286,11 +288,11 @@ class Collection(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. When it was created."""
+        """Output only. Time of its creation."""
 
     @_builtins.property
     def reembedding(self) -> Global___Reembedding:
-        """Output only. A rebuild under another model, if one is running."""
+        """Output only. The reembedding with another model, if one runs."""
 
     def __init__(
         self,
@@ -332,16 +334,16 @@ class Reembedding(_message.Message):
     model: _builtins.str
     """The new model."""
     done: _builtins.int
-    """Records done."""
+    """Number of records that have new vectors."""
     total: _builtins.int
-    """Records in all."""
+    """Number of all records."""
     problem: _builtins.str
-    """Why it does not go on now, such as records that cannot be embedded; it goes
-    on when that has changed. Empty: it goes on.
+    """Why the reembedding waits, for example because records cannot be embedded.
+    It continues when the cause is removed. Empty: it does not wait.
     """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was started."""
+        """Time of the start."""
 
     def __init__(
         self,
@@ -362,7 +364,7 @@ Global___Reembedding: _TypeAlias = Reembedding  # noqa: Y015
 
 @_typing.final
 class Record(_message.Message):
-    """One thing that can be found."""
+    """An item of a collection."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -381,23 +383,23 @@ class Record(_message.Message):
     label: _builtins.str
     """Its label, if it is an example of a classifier: at most 512 bytes of UTF-8."""
     revision: _builtins.int
-    """Output only. Sequence number of the write that made it what it is."""
+    """Output only. Sequence number of the last write of this record."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
         """Any JSON object, at most 64 KiB as JSON."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. When a record of this id first appeared."""
+        """Output only. Time at which a record with this id was first inserted."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. When it was last written."""
+        """Output only. Time of the last write of this record."""
 
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """How long it stays, from the write on; in answers, from now on. Then it is
-        gone. Absent: it stays for good.
+        """Time after which the record is deleted: in requests counted from the
+        write, in responses from now. Absent: it is not deleted.
         """
 
     def __init__(
@@ -422,16 +424,16 @@ Global___Record: _TypeAlias = Record  # noqa: Y015
 
 @_typing.final
 class WriteReceipt(_message.Message):
-    """What a write came to."""
+    """Sequence number and durability of a write."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Number of the write in its collection; they only grow."""
+    """Sequence number of the write in its collection. The numbers only grow."""
     durability: Global___Durability.ValueType
-    """How sure it is that it stays."""
+    """Durability of the write."""
     def __init__(
         self,
         *,
@@ -455,7 +457,7 @@ class CreateCollectionRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection; its output-only fields are ignored."""
+        """The collection. Its output-only fields are ignored."""
 
     def __init__(
         self,
@@ -549,9 +551,9 @@ class ListCollectionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most collections in the answer, at most 1000. 0: 100."""
+    """The most collections to return, at most 1000. 0: 100."""
     page_token: _builtins.str
-    """`next_page_token` of the page before. Empty: the first page."""
+    """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -575,7 +577,7 @@ class ListCollectionsResponse(_message.Message):
     COLLECTIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page. Empty: this was the last."""
+    """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def collections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Collection]:
         """Collections, by name."""
@@ -604,11 +606,11 @@ class UpdateCollectionRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """Name of the collection, and the new values of the fields in `update_mask`."""
+        """Name of the collection, and new values of the fields in `update_mask`."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Fields to change. Only `truncation` can be changed; any other path is
+        """Fields to change. Only `truncation` can be changed. Any other path is
         refused with INVALID_ARGUMENT.
         """
 
@@ -703,21 +705,24 @@ class UpsertRecordsRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection."""
     truncation: _types_pb2.Truncation.ValueType
-    """How over-long texts are truncated. Default: the collection's `truncation`."""
+    """How texts with too many tokens are truncated. Default: `truncation` of the
+    collection.
+    """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records, 1 to the server's limit, no id twice."""
+        """The records, from 1 to the server's limit. No id may occur twice."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent: the server embeds the texts.
-        FLOAT32 or FLOAT16.
+        """Row i is the vector of `records[i]`, FLOAT32 or FLOAT16. Absent: the server
+        embeds the texts.
         """
 
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Given: item i must be the present revision of `records[i]`, 0 for one that
-        must not exist yet; otherwise ABORTED and nothing is written.
+        """If set: item i must be the present revision of `records[i]`, or 0 if no
+        record may have its id yet. Otherwise the call fails with ABORTED and
+        writes nothing.
         """
 
     def __init__(
@@ -749,20 +754,20 @@ class UpsertRecordsResponse(_message.Message):
     USAGES_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     inserted_count: _builtins.int
-    """How many ids were new."""
+    """Number of records with new ids."""
     updated_count: _builtins.int
-    """How many replaced a record."""
+    """Number of records that replaced another one."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Number and durability of the write."""
+        """Sequence number and durability of the write."""
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i tells of `records[i]`, where the server embedded it."""
+        """Item i belongs to `records[i]`, if the server embedded it."""
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Where the time went."""
+        """Time of each step."""
 
     def __init__(
         self,
@@ -793,16 +798,18 @@ class UpsertRecordsStreamRequest(_message.Message):
     VECTORS_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection; required in the first message."""
+    """Name of the collection. Required in the first message."""
     batch_number: _builtins.int
-    """The client's own number of this message, from 1; they must grow."""
+    """The client's own number of this message, from 1. The numbers must grow."""
     truncation: _types_pb2.Truncation.ValueType
-    """How over-long texts of this message are truncated. Default: the
-    collection's `truncation`.
+    """How texts of this message with too many tokens are truncated. Default:
+    `truncation` of the collection.
     """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records, up to the server's limit. None: the answer is a checkpoint."""
+        """The records, up to the server's limit. Without records the response is a
+        checkpoint only.
+        """
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
@@ -837,18 +844,22 @@ class UpsertRecordsStreamResponse(_message.Message):
     INSERTED_COUNT_FIELD_NUMBER: _builtins.int
     UPDATED_COUNT_FIELD_NUMBER: _builtins.int
     batch_number: _builtins.int
-    """Up to this message, all that did not fail is durable."""
+    """All records up to and including this message are durable, except those
+    that failed.
+    """
     inserted_count: _builtins.int
-    """How many ids were new since the response before."""
+    """Number of records with new ids since the previous response."""
     updated_count: _builtins.int
-    """How many replaced a record since the response before."""
+    """Number of records that replaced another one since the previous response."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Number and durability of the write. Absent: nothing was to be written."""
+        """Sequence number and durability of the write. Absent: there was nothing to
+        write.
+        """
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordFailure]:
-        """Records that failed since the response before."""
+        """Records that failed since the previous response."""
 
     def __init__(
         self,
@@ -869,7 +880,7 @@ Global___UpsertRecordsStreamResponse: _TypeAlias = UpsertRecordsStreamResponse  
 
 @_typing.final
 class RecordFailure(_message.Message):
-    """Why a record was not written."""
+    """Error of one record."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -879,7 +890,7 @@ class RecordFailure(_message.Message):
     """Id of the record."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """What a unary call would have failed with."""
+        """The error that a unary call with this record would fail with."""
 
     def __init__(
         self,
@@ -912,7 +923,7 @@ class BatchGetRecordsRequest(_message.Message):
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
-        """Parts wanted. None: text and metadata."""
+        """Parts to return. None: text and metadata."""
 
     def __init__(
         self,
@@ -940,15 +951,15 @@ class BatchGetRecordsResponse(_message.Message):
     MISSING_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """Records found, in the order of the request."""
+        """The records that were found, in the order of the request."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`, if asked for."""
+        """Row i is the vector of `records[i]`, if the request asks for vectors."""
 
     @_builtins.property
     def missing_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids that there are none of."""
+        """Ids without a record."""
 
     def __init__(
         self,
@@ -967,7 +978,9 @@ Global___BatchGetRecordsResponse: _TypeAlias = BatchGetRecordsResponse  # noqa: 
 
 @_typing.final
 class DeleteRecordsRequest(_message.Message):
-    """Request of IndexService.DeleteRecords. Exactly one of `ids` and `filter`."""
+    """Request of IndexService.DeleteRecords. Exactly one of `ids` and `filter` must
+    be set.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -982,7 +995,7 @@ class DeleteRecordsRequest(_message.Message):
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Deletes what matches."""
+        """Deletes the records that match."""
 
     def __init__(
         self,
@@ -1009,10 +1022,10 @@ class DeleteRecordsResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     deleted_count: _builtins.int
-    """How many were deleted."""
+    """Number of deleted records."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Number and durability of the write."""
+        """Sequence number and durability of the write."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1047,16 +1060,16 @@ class ListRecordsRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection."""
     page_size: _builtins.int
-    """Most records in the answer, at most 1000. 0: 100."""
+    """The most records to return, at most 1000. 0: 100."""
     page_token: _builtins.str
-    """`next_page_token` of the page before. Empty: the first page."""
+    """`next_page_token` of the previous page. Empty: the first page."""
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Only what matches."""
+        """Returns only the records that match."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
-        """Parts wanted. None: text and metadata."""
+        """Parts to return. None: text and metadata."""
 
     def __init__(
         self,
@@ -1086,19 +1099,19 @@ class ListRecordsResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page. Empty: this was the last."""
+    """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
         """Records, by id in byte order."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`, if asked for."""
+        """Row i is the vector of `records[i]`, if the request asks for vectors."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Conditions of the filter that probably do not mean what was intended, such
-        as a numeric comparison with a field that holds strings only.
+        """Conditions of the filter that are probably mistakes, such as a numeric
+        comparison with a field that has only strings.
         """
 
     def __init__(
@@ -1129,7 +1142,7 @@ class CountRecordsRequest(_message.Message):
     """Name of the collection."""
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Only what matches."""
+        """Counts only the records that match."""
 
     def __init__(
         self,
@@ -1154,7 +1167,7 @@ class CountRecordsResponse(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """How many."""
+    """Number of records."""
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As ListRecordsResponse.warnings."""
@@ -1186,22 +1199,22 @@ class SearchQuery(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     EF_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """A text, embedded by the collection's model as a QUERY."""
+    """A text. The collection's model embeds it as a QUERY."""
     record_id: _builtins.str
-    """The id of a record; its own vector is the query, and it is left out of
-    the hits.
+    """The id of a record. The query is the vector of this record, and the
+    record is not among the hits.
     """
     top_k: _builtins.int
-    """Instead of the request's `top_k`."""
+    """Overrides `top_k` of the request."""
     ef: _builtins.int
-    """Instead of the request's `ef`."""
+    """Overrides `ef` of the request."""
     @_builtins.property
     def vector(self) -> _types_pb2.Vectors:
         """A vector: one row, FLOAT32 or FLOAT16, of the collection's dimensions."""
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Instead of the request's `filter`."""
+        """Overrides `filter` of the request."""
 
     def __init__(
         self,
@@ -1244,30 +1257,31 @@ class SearchRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection."""
     top_k: _builtins.int
-    """Most hits per query, at most 10,000, and 100,000 of all queries together.
-    0: 10.
+    """The most hits of each query, at most 10,000. All queries together may
+    return at most 100,000 hits. 0: 10.
     """
     ef: _builtins.int
-    """Candidates that the graph search keeps; more is slower and finds more.
-    0: the server chooses by `top_k`. Exclusive with `min_recall`.
+    """Number of candidates that a search of the graph keeps. A greater number is
+    slower and has a higher recall. 0: the server chooses by `top_k`. Not
+    allowed together with `min_recall`.
     """
     min_recall: _builtins.float
-    """Share of the true nearest to be found, in (0, 1]; the server chooses `ef`.
-    0: no target.
+    """Least recall, in (0, 1]: share of the true nearest records to return. The
+    server chooses `ef`. 0: no least recall.
     """
     mode: Global___SearchMode.ValueType
-    """What the search goes by. Default: DENSE."""
+    """Mode of the search. Default: DENSE."""
     dense_weight: _builtins.float
-    """HYBRID: weight of the dense ranking against the lexical one, in [0, 1].
-    Default: 0.5.
+    """HYBRID: weight of the dense ranking, in [0, 1]. The weight of the lexical
+    ranking is 1 minus this. Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType
-    """How urgent it is. Default: INTERACTIVE."""
+    """Urgency of the call. Default: INTERACTIVE."""
     fusion: Global___SearchFusion.ValueType
-    """HYBRID: how the two rankings become one. Default: SCORES."""
+    """HYBRID: how the two rankings are joined. Default: SCORES."""
     truncation: _types_pb2.Truncation.ValueType
-    """How over-long query texts are truncated; TokenUsage says which queries
-    were. Default: END.
+    """How query texts with too many tokens are truncated. TokenUsage states which
+    queries were truncated. Default: END.
     """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchQuery]:
@@ -1275,11 +1289,11 @@ class SearchRequest(_message.Message):
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Only records that match."""
+        """Returns only records that match."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
-        """Parts of the records wanted. None: text and metadata."""
+        """Parts of the records to return. None: text and metadata."""
 
     def __init__(
         self,
@@ -1309,17 +1323,17 @@ Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
 @_typing.final
 class Hit(_message.Message):
-    """A record found."""
+    """A record that a search returns."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     score: _builtins.float
-    """How near it is; greater is nearer. See Distance."""
+    """How near the hit is to the query. Greater is nearer. See Distance."""
     @_builtins.property
     def record(self) -> Global___Record:
-        """The record, with the parts asked for."""
+        """The record, with the parts that the request asks for."""
 
     def __init__(
         self,
@@ -1337,7 +1351,7 @@ Global___Hit: _TypeAlias = Hit  # noqa: Y015
 
 @_typing.final
 class SearchPlan(_message.Message):
-    """How a query was carried out."""
+    """How a search of one query was carried out."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1347,16 +1361,18 @@ class SearchPlan(_message.Message):
     SHORTFALL_REASON_FIELD_NUMBER: _builtins.int
     LEXICAL_COUNT_FIELD_NUMBER: _builtins.int
     strategy: Global___SearchStrategy.ValueType
-    """How."""
+    """How the query was answered."""
     ef: _builtins.int
-    """Candidates that the graph search kept. 0: the graph was not used."""
+    """Number of candidates that the search of the graph kept. 0: the graph was
+    not used.
+    """
     compared_count: _builtins.int
-    """Vectors compared one by one."""
+    """Number of vectors that were compared one by one."""
     shortfall_reason: _builtins.str
-    """Why there are fewer than `top_k` hits. Empty: there are not fewer."""
+    """Why there are fewer than `top_k` hits. Empty: there are `top_k` hits."""
     lexical_count: _builtins.int
-    """Hits by words in common, of LEXICAL and HYBRID searches; HYBRID fuses them
-    with as many by likeness.
+    """LEXICAL and HYBRID: number of lexical hits. HYBRID joins them with as many
+    dense hits.
     """
     def __init__(
         self,
@@ -1377,7 +1393,7 @@ Global___SearchPlan: _TypeAlias = SearchPlan  # noqa: Y015
 
 @_typing.final
 class SearchResult(_message.Message):
-    """What was found for one query."""
+    """Result of one query."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1391,15 +1407,15 @@ class SearchResult(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `hits[i]`, if asked for."""
+        """Row i is the vector of `hits[i]`, if the request asks for vectors."""
 
     @_builtins.property
     def plan(self) -> Global___SearchPlan:
-        """How it was found."""
+        """How the search was carried out."""
 
     @_builtins.property
     def usage(self) -> _types_pb2.TokenUsage:
-        """What became of a text query."""
+        """Text queries: tokens of the query, and whether it was truncated."""
 
     def __init__(
         self,
@@ -1433,11 +1449,11 @@ class SearchResponse(_message.Message):
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model that embedded the text queries, if there were any."""
+        """The model that embedded the text queries, if there are any."""
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Where the time went."""
+        """Time of each step."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1473,7 +1489,7 @@ class ReembedCollectionRequest(_message.Message):
     model: _builtins.str
     """The new model."""
     dimensions: _builtins.int
-    """Dimensions under it. 0: the model's."""
+    """Dimensions of the new vectors. 0: the model's dimensions."""
     def __init__(
         self,
         *,
@@ -1570,8 +1586,8 @@ class VerifyCollectionRequest(_message.Message):
     name: _builtins.str
     """Name of the collection."""
     full: _builtins.bool
-    """Whether to search for every record by its own vector. Default: a random
-    sample of the records is searched for.
+    """Whether to search for every record by its own vector. Default: to search
+    for a random sample of the records.
     """
     def __init__(
         self,
@@ -1589,7 +1605,7 @@ Global___VerifyCollectionRequest: _TypeAlias = VerifyCollectionRequest  # noqa: 
 
 @_typing.final
 class VerifyCollectionResponse(_message.Message):
-    """Progress and outcome of IndexService.VerifyCollection."""
+    """Progress and result of IndexService.VerifyCollection."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1598,14 +1614,14 @@ class VerifyCollectionResponse(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     checked_count: _builtins.int
-    """Records checked."""
+    """Number of records that were checked."""
     total_count: _builtins.int
-    """Records in all."""
+    """Number of all records."""
     done: _builtins.bool
     """Whether this is the last message."""
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordFailure]:
-        """What is wrong, found since the message before."""
+        """Problems that were found since the previous message."""
 
     def __init__(
         self,
@@ -1647,7 +1663,7 @@ Global___BackupCollectionRequest: _TypeAlias = BackupCollectionRequest  # noqa: 
 
 @_typing.final
 class BackupCollectionResponse(_message.Message):
-    """A piece of a snapshot."""
+    """A chunk of a backup."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1657,9 +1673,9 @@ class BackupCollectionResponse(_message.Message):
     chunk: _builtins.bytes
     """The next bytes."""
     sha256: _builtins.str
-    """In the last message: SHA-256 (hex) of the whole."""
+    """In the last message: SHA-256 (hex) of the whole backup."""
     total_bytes: _builtins.int
-    """In the first message: bytes of the whole."""
+    """In the first message: bytes of the whole backup."""
     def __init__(
         self,
         *,
@@ -1677,7 +1693,7 @@ Global___BackupCollectionResponse: _TypeAlias = BackupCollectionResponse  # noqa
 
 @_typing.final
 class RestoreCollectionRequest(_message.Message):
-    """A piece of a snapshot to restore."""
+    """A chunk of a backup to restore."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1686,14 +1702,15 @@ class RestoreCollectionRequest(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection to make; in the first message."""
+    """Name of the collection to create. In the first message."""
     chunk: _builtins.bytes
     """The next bytes."""
     sha256: _builtins.str
-    """In the last message: SHA-256 (hex) of the whole."""
+    """In the last message: SHA-256 (hex) of the whole backup."""
     total_bytes: _builtins.int
-    """In the first message: bytes of the whole, so that one without room for it
-    is refused before it is sent. 0: not known.
+    """In the first message: bytes of the whole backup. The server uses it to
+    refuse a backup that does not fit on the disk before it is sent. 0: not
+    known.
     """
     def __init__(
         self,
@@ -1748,11 +1765,11 @@ class FindDuplicatesRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection."""
     min_score: _builtins.float
-    """Pairs at least this alike, in (0, 1]. 0: 0.95."""
+    """Least score of a pair, in (0, 1]. 0: 0.95."""
     page_size: _builtins.int
-    """Most pairs in the answer, at most 1000. 0: 100."""
+    """The most pairs to return, at most 1000. 0: 100."""
     page_token: _builtins.str
-    """`next_page_token` of the page before. Empty: the first page."""
+    """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -1771,7 +1788,7 @@ Global___FindDuplicatesRequest: _TypeAlias = FindDuplicatesRequest  # noqa: Y015
 
 @_typing.final
 class DuplicatePair(_message.Message):
-    """Two records that are much alike."""
+    """Two records that are near to each other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1779,11 +1796,11 @@ class DuplicatePair(_message.Message):
     SECOND_ID_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     first_id: _builtins.str
-    """Id of the one."""
+    """Id of the first record."""
     second_id: _builtins.str
-    """Id of the other."""
+    """Id of the second record."""
     score: _builtins.float
-    """How alike."""
+    """How near the records are to each other. Greater is nearer."""
     def __init__(
         self,
         *,
@@ -1808,10 +1825,10 @@ class FindDuplicatesResponse(_message.Message):
     PAIRS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page. Empty: this was the last."""
+    """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___DuplicatePair]:
-        """Pairs, most alike first."""
+        """Pairs, highest score first."""
 
     def __init__(
         self,
@@ -1859,17 +1876,17 @@ Global___ClusterRecordsRequest: _TypeAlias = ClusterRecordsRequest  # noqa: Y015
 
 @_typing.final
 class Cluster(_message.Message):
-    """A group of like records."""
+    """A group of records that are near to each other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_COUNT_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     record_count: _builtins.int
-    """Number of records in it."""
+    """Number of records in the cluster."""
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """Those nearest to its centre, nearest first."""
+        """The records nearest to the centre of the cluster, nearest first."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class IndexServiceStub(object):
-    """Keeps collections of records and finds those nearest to a query.
+    """Stores collections of records and finds the records nearest to a query.
     """
 
     def __init__(self, channel):
@@ -133,7 +133,7 @@ class IndexServiceStub(object):
 
 
 class IndexServiceServicer(object):
-    """Keeps collections of records and finds those nearest to a query.
+    """Stores collections of records and finds the records nearest to a query.
     """
 
     def CreateCollection(self, request, context):
@@ -144,7 +144,7 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetCollection(self, request, context):
-        """Describes a collection.
+        """Returns a collection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -172,38 +172,41 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpsertRecords(self, request, context):
-        """Inserts records or replaces those of the same id. Atomic: all or none.
-        Once answered, the records survive a crash of the process or the host.
+        """Inserts records, or replaces those with the same ids. Atomic: all or none.
+        After the response the records survive a crash of the process or the host.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpsertRecordsStream(self, request_iterator, context):
-        """Upserts a corpus of any size. Each message is atomic; a checkpoint tells
-        up to which message all is durable, so that a client can resume there.
+        """Upserts any number of records. Each message is atomic. A response is a
+        checkpoint: it states up to which message all records are durable, so that
+        a client can resume there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchGetRecords(self, request, context):
-        """Gets records by id, in the order asked for. Ids not found are listed.
+        """Returns records by id, in the order of the request. The response lists the
+        ids that were not found.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRecords(self, request, context):
-        """Deletes records by id or by filter. Atomic. Ids not found are no error.
+        """Deletes records by id or by filter. Atomic. An id that is not found is not
+        an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRecords(self, request, context):
-        """Lists records by id. A walk over all pages meets every record that is
-        there throughout exactly once, whatever is written meanwhile.
+        """Lists records by id. All pages together contain each record that exists
+        during the whole listing exactly once, also if other calls write records.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,52 +227,53 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReembedCollection(self, request, context):
-        """Rebuilds a collection in the background under another model from its
-        stored texts; the old vectors answer until all the new ones are there.
-        Collection.reembedding tells of its progress.
+        """Replaces the vectors of a collection by those of another model, computed in
+        the background from its stored texts. Searches use the old vectors until
+        all new vectors exist. Collection.reembedding states the progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelReembedding(self, request, context):
-        """Ends a ReembedCollection; the old vectors stay.
+        """Cancels a ReembedCollection. The old vectors stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VerifyCollection(self, request, context):
-        """Checks that every record is present and undamaged, and that a search finds
-        a sample of the records, or all.
+        """Checks that every record exists and is undamaged, and that a search finds
+        the records: a sample of them, or all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BackupCollection(self, request, context):
-        """Sends a consistent snapshot of a collection as one file, in pieces.
+        """Returns a backup of a collection: one consistent file, sent in chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RestoreCollection(self, request_iterator, context):
-        """Makes a collection from the pieces of a snapshot.
+        """Creates a collection from the chunks of a backup.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FindDuplicates(self, request, context):
-        """Finds pairs of records more alike than a bound.
+        """Finds pairs of records whose score is at least a given value.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClusterRecords(self, request, context):
-        """Groups a collection's records into clusters and gives examples of each.
+        """Groups the records of a collection into clusters and returns examples of
+        each cluster.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -382,7 +386,7 @@ def add_IndexServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IndexService(object):
-    """Keeps collections of records and finds those nearest to a query.
+    """Stores collections of records and finds the records nearest to a query.
     """
 
     @staticmethod

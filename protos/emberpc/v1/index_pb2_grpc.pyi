@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IndexServiceStub:
-    """Keeps collections of records and finds those nearest to a query."""
+    """Stores collections of records and finds the records nearest to a query."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,7 +36,7 @@ class IndexServiceStub:
     CreateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.CreateCollectionRequest, _index_pb2.CreateCollectionResponse]
     """Creates a collection."""
     GetCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.GetCollectionRequest, _index_pb2.GetCollectionResponse]
-    """Describes a collection."""
+    """Returns a collection."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]
     """Lists the collections, by name."""
     UpdateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]
@@ -44,54 +44,61 @@ class IndexServiceStub:
     DeleteCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]
     """Deletes a collection with all its records."""
     UpsertRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]
-    """Inserts records or replaces those of the same id. Atomic: all or none.
-    Once answered, the records survive a crash of the process or the host.
+    """Inserts records, or replaces those with the same ids. Atomic: all or none.
+    After the response the records survive a crash of the process or the host.
     """
     UpsertRecordsStream: _grpc.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]
-    """Upserts a corpus of any size. Each message is atomic; a checkpoint tells
-    up to which message all is durable, so that a client can resume there.
+    """Upserts any number of records. Each message is atomic. A response is a
+    checkpoint: it states up to which message all records are durable, so that
+    a client can resume there.
     """
     BatchGetRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]
-    """Gets records by id, in the order asked for. Ids not found are listed."""
+    """Returns records by id, in the order of the request. The response lists the
+    ids that were not found.
+    """
     DeleteRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]
-    """Deletes records by id or by filter. Atomic. Ids not found are no error."""
+    """Deletes records by id or by filter. Atomic. An id that is not found is not
+    an error.
+    """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]
-    """Lists records by id. A walk over all pages meets every record that is
-    there throughout exactly once, whatever is written meanwhile.
+    """Lists records by id. All pages together contain each record that exists
+    during the whole listing exactly once, also if other calls write records.
     """
     CountRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]
     """Counts records."""
     Search: _grpc.UnaryUnaryMultiCallable[_index_pb2.SearchRequest, _index_pb2.SearchResponse]
     """Finds the records nearest to each query."""
     ReembedCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]
-    """Rebuilds a collection in the background under another model from its
-    stored texts; the old vectors answer until all the new ones are there.
-    Collection.reembedding tells of its progress.
+    """Replaces the vectors of a collection by those of another model, computed in
+    the background from its stored texts. Searches use the old vectors until
+    all new vectors exist. Collection.reembedding states the progress.
     """
     CancelReembedding: _grpc.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]
-    """Ends a ReembedCollection; the old vectors stay."""
+    """Cancels a ReembedCollection. The old vectors stay."""
     VerifyCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]
-    """Checks that every record is present and undamaged, and that a search finds
-    a sample of the records, or all.
+    """Checks that every record exists and is undamaged, and that a search finds
+    the records: a sample of them, or all.
     """
     BackupCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]
-    """Sends a consistent snapshot of a collection as one file, in pieces."""
+    """Returns a backup of a collection: one consistent file, sent in chunks."""
     RestoreCollection: _grpc.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]
-    """Makes a collection from the pieces of a snapshot."""
+    """Creates a collection from the chunks of a backup."""
     FindDuplicates: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]
-    """Finds pairs of records more alike than a bound."""
+    """Finds pairs of records whose score is at least a given value."""
     ClusterRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]
-    """Groups a collection's records into clusters and gives examples of each."""
+    """Groups the records of a collection into clusters and returns examples of
+    each cluster.
+    """
 
 @_typing.type_check_only
 class IndexServiceAsyncStub(IndexServiceStub):
-    """Keeps collections of records and finds those nearest to a query."""
+    """Stores collections of records and finds the records nearest to a query."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.CreateCollectionRequest, _index_pb2.CreateCollectionResponse]  # type: ignore[assignment]
     """Creates a collection."""
     GetCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.GetCollectionRequest, _index_pb2.GetCollectionResponse]  # type: ignore[assignment]
-    """Describes a collection."""
+    """Returns a collection."""
     ListCollections: _aio.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]  # type: ignore[assignment]
     """Lists the collections, by name."""
     UpdateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]  # type: ignore[assignment]
@@ -99,47 +106,54 @@ class IndexServiceAsyncStub(IndexServiceStub):
     DeleteCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]  # type: ignore[assignment]
     """Deletes a collection with all its records."""
     UpsertRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]  # type: ignore[assignment]
-    """Inserts records or replaces those of the same id. Atomic: all or none.
-    Once answered, the records survive a crash of the process or the host.
+    """Inserts records, or replaces those with the same ids. Atomic: all or none.
+    After the response the records survive a crash of the process or the host.
     """
     UpsertRecordsStream: _aio.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]  # type: ignore[assignment]
-    """Upserts a corpus of any size. Each message is atomic; a checkpoint tells
-    up to which message all is durable, so that a client can resume there.
+    """Upserts any number of records. Each message is atomic. A response is a
+    checkpoint: it states up to which message all records are durable, so that
+    a client can resume there.
     """
     BatchGetRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]  # type: ignore[assignment]
-    """Gets records by id, in the order asked for. Ids not found are listed."""
+    """Returns records by id, in the order of the request. The response lists the
+    ids that were not found.
+    """
     DeleteRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]  # type: ignore[assignment]
-    """Deletes records by id or by filter. Atomic. Ids not found are no error."""
+    """Deletes records by id or by filter. Atomic. An id that is not found is not
+    an error.
+    """
     ListRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]  # type: ignore[assignment]
-    """Lists records by id. A walk over all pages meets every record that is
-    there throughout exactly once, whatever is written meanwhile.
+    """Lists records by id. All pages together contain each record that exists
+    during the whole listing exactly once, also if other calls write records.
     """
     CountRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]  # type: ignore[assignment]
     """Counts records."""
     Search: _aio.UnaryUnaryMultiCallable[_index_pb2.SearchRequest, _index_pb2.SearchResponse]  # type: ignore[assignment]
     """Finds the records nearest to each query."""
     ReembedCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]  # type: ignore[assignment]
-    """Rebuilds a collection in the background under another model from its
-    stored texts; the old vectors answer until all the new ones are there.
-    Collection.reembedding tells of its progress.
+    """Replaces the vectors of a collection by those of another model, computed in
+    the background from its stored texts. Searches use the old vectors until
+    all new vectors exist. Collection.reembedding states the progress.
     """
     CancelReembedding: _aio.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]  # type: ignore[assignment]
-    """Ends a ReembedCollection; the old vectors stay."""
+    """Cancels a ReembedCollection. The old vectors stay."""
     VerifyCollection: _aio.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]  # type: ignore[assignment]
-    """Checks that every record is present and undamaged, and that a search finds
-    a sample of the records, or all.
+    """Checks that every record exists and is undamaged, and that a search finds
+    the records: a sample of them, or all.
     """
     BackupCollection: _aio.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]  # type: ignore[assignment]
-    """Sends a consistent snapshot of a collection as one file, in pieces."""
+    """Returns a backup of a collection: one consistent file, sent in chunks."""
     RestoreCollection: _aio.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]  # type: ignore[assignment]
-    """Makes a collection from the pieces of a snapshot."""
+    """Creates a collection from the chunks of a backup."""
     FindDuplicates: _aio.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
-    """Finds pairs of records more alike than a bound."""
+    """Finds pairs of records whose score is at least a given value."""
     ClusterRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]  # type: ignore[assignment]
-    """Groups a collection's records into clusters and gives examples of each."""
+    """Groups the records of a collection into clusters and returns examples of
+    each cluster.
+    """
 
 class IndexServiceServicer:
-    """Keeps collections of records and finds those nearest to a query."""
+    """Stores collections of records and finds the records nearest to a query."""
 
     def CreateCollection(
         self,
@@ -153,7 +167,7 @@ class IndexServiceServicer:
         request: _index_pb2.GetCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.GetCollectionResponse, _abc.Awaitable[_index_pb2.GetCollectionResponse]]:
-        """Describes a collection."""
+        """Returns a collection."""
 
     def ListCollections(
         self,
@@ -181,8 +195,8 @@ class IndexServiceServicer:
         request: _index_pb2.UpsertRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.UpsertRecordsResponse, _abc.Awaitable[_index_pb2.UpsertRecordsResponse]]:
-        """Inserts records or replaces those of the same id. Atomic: all or none.
-        Once answered, the records survive a crash of the process or the host.
+        """Inserts records, or replaces those with the same ids. Atomic: all or none.
+        After the response the records survive a crash of the process or the host.
         """
 
     def UpsertRecordsStream(
@@ -190,8 +204,9 @@ class IndexServiceServicer:
         request_iterator: _MaybeAsyncIterator[_index_pb2.UpsertRecordsStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.UpsertRecordsStreamResponse], _abc.AsyncIterator[_index_pb2.UpsertRecordsStreamResponse]]:
-        """Upserts a corpus of any size. Each message is atomic; a checkpoint tells
-        up to which message all is durable, so that a client can resume there.
+        """Upserts any number of records. Each message is atomic. A response is a
+        checkpoint: it states up to which message all records are durable, so that
+        a client can resume there.
         """
 
     def BatchGetRecords(
@@ -199,22 +214,26 @@ class IndexServiceServicer:
         request: _index_pb2.BatchGetRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.BatchGetRecordsResponse, _abc.Awaitable[_index_pb2.BatchGetRecordsResponse]]:
-        """Gets records by id, in the order asked for. Ids not found are listed."""
+        """Returns records by id, in the order of the request. The response lists the
+        ids that were not found.
+        """
 
     def DeleteRecords(
         self,
         request: _index_pb2.DeleteRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.DeleteRecordsResponse, _abc.Awaitable[_index_pb2.DeleteRecordsResponse]]:
-        """Deletes records by id or by filter. Atomic. Ids not found are no error."""
+        """Deletes records by id or by filter. Atomic. An id that is not found is not
+        an error.
+        """
 
     def ListRecords(
         self,
         request: _index_pb2.ListRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListRecordsResponse, _abc.Awaitable[_index_pb2.ListRecordsResponse]]:
-        """Lists records by id. A walk over all pages meets every record that is
-        there throughout exactly once, whatever is written meanwhile.
+        """Lists records by id. All pages together contain each record that exists
+        during the whole listing exactly once, also if other calls write records.
         """
 
     def CountRecords(
@@ -236,9 +255,9 @@ class IndexServiceServicer:
         request: _index_pb2.ReembedCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ReembedCollectionResponse, _abc.Awaitable[_index_pb2.ReembedCollectionResponse]]:
-        """Rebuilds a collection in the background under another model from its
-        stored texts; the old vectors answer until all the new ones are there.
-        Collection.reembedding tells of its progress.
+        """Replaces the vectors of a collection by those of another model, computed in
+        the background from its stored texts. Searches use the old vectors until
+        all new vectors exist. Collection.reembedding states the progress.
         """
 
     def CancelReembedding(
@@ -246,15 +265,15 @@ class IndexServiceServicer:
         request: _index_pb2.CancelReembeddingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CancelReembeddingResponse, _abc.Awaitable[_index_pb2.CancelReembeddingResponse]]:
-        """Ends a ReembedCollection; the old vectors stay."""
+        """Cancels a ReembedCollection. The old vectors stay."""
 
     def VerifyCollection(
         self,
         request: _index_pb2.VerifyCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.VerifyCollectionResponse], _abc.AsyncIterator[_index_pb2.VerifyCollectionResponse]]:
-        """Checks that every record is present and undamaged, and that a search finds
-        a sample of the records, or all.
+        """Checks that every record exists and is undamaged, and that a search finds
+        the records: a sample of them, or all.
         """
 
     def BackupCollection(
@@ -262,27 +281,29 @@ class IndexServiceServicer:
         request: _index_pb2.BackupCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.BackupCollectionResponse], _abc.AsyncIterator[_index_pb2.BackupCollectionResponse]]:
-        """Sends a consistent snapshot of a collection as one file, in pieces."""
+        """Returns a backup of a collection: one consistent file, sent in chunks."""
 
     def RestoreCollection(
         self,
         request_iterator: _MaybeAsyncIterator[_index_pb2.RestoreCollectionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.RestoreCollectionResponse, _abc.Awaitable[_index_pb2.RestoreCollectionResponse]]:
-        """Makes a collection from the pieces of a snapshot."""
+        """Creates a collection from the chunks of a backup."""
 
     def FindDuplicates(
         self,
         request: _index_pb2.FindDuplicatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.FindDuplicatesResponse, _abc.Awaitable[_index_pb2.FindDuplicatesResponse]]:
-        """Finds pairs of records more alike than a bound."""
+        """Finds pairs of records whose score is at least a given value."""
 
     def ClusterRecords(
         self,
         request: _index_pb2.ClusterRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ClusterRecordsResponse, _abc.Awaitable[_index_pb2.ClusterRecordsResponse]]:
-        """Groups a collection's records into clusters and gives examples of each."""
+        """Groups the records of a collection into clusters and returns examples of
+        each cluster.
+        """
 
 def add_IndexServiceServicer_to_server(servicer: IndexServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,19 +29,19 @@ class _ModelTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelTask.V
     MODEL_TASK_UNSPECIFIED: _ModelTask.ValueType  # 0
     """Not stated."""
     MODEL_TASK_EMBEDDING: _ModelTask.ValueType  # 1
-    """Texts to vectors."""
+    """Turns texts into vectors."""
     MODEL_TASK_CLASSIFICATION: _ModelTask.ValueType  # 2
-    """Texts to labels."""
+    """Assigns labels to texts."""
 
 class ModelTask(_ModelTask, metaclass=_ModelTaskEnumTypeWrapper):
-    """What a model does."""
+    """Task of a model."""
 
 MODEL_TASK_UNSPECIFIED: ModelTask.ValueType  # 0
 """Not stated."""
 MODEL_TASK_EMBEDDING: ModelTask.ValueType  # 1
-"""Texts to vectors."""
+"""Turns texts into vectors."""
 MODEL_TASK_CLASSIFICATION: ModelTask.ValueType  # 2
-"""Texts to labels."""
+"""Assigns labels to texts."""
 Global___ModelTask: _TypeAlias = ModelTask  # noqa: Y015
 
 class _ModelState:
@@ -53,32 +53,32 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
     """Not stated."""
     MODEL_STATE_LOADING: _ModelState.ValueType  # 1
-    """Being checked and warmed up."""
+    """The server checks the model and warms it up."""
     MODEL_STATE_READY: _ModelState.ValueType  # 2
-    """Served."""
+    """The server serves the model."""
     MODEL_STATE_UNLOADING: _ModelState.ValueType  # 3
-    """Finishing its last calls."""
+    """The last calls of the model finish."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
-    """Could not be loaded."""
+    """The model could not be loaded."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
-    """Where a model stands."""
+    """State of a model."""
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
 """Not stated."""
 MODEL_STATE_LOADING: ModelState.ValueType  # 1
-"""Being checked and warmed up."""
+"""The server checks the model and warms it up."""
 MODEL_STATE_READY: ModelState.ValueType  # 2
-"""Served."""
+"""The server serves the model."""
 MODEL_STATE_UNLOADING: ModelState.ValueType  # 3
-"""Finishing its last calls."""
+"""The last calls of the model finish."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
-"""Could not be loaded."""
+"""The model could not be loaded."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A model as it is served."""
+    """A model of the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -122,38 +122,40 @@ class Model(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name under which it is served: letters, digits, `.`, `_` and `-`."""
+    """Name under which the server serves it: letters, digits, `.`, `_` and `-`."""
     task: Global___ModelTask.ValueType
-    """What it does."""
+    """Its task."""
     state: Global___ModelState.ValueType
-    """Where it stands."""
+    """Its state."""
     base_model: _builtins.str
     """Name of the model that it was exported from."""
     revision: _builtins.str
     """Revision of the weights."""
     fingerprint: _builtins.str
-    """Fingerprint (hex) of all that shapes its vectors."""
+    """Fingerprint (hex) of all bytes that decide its vectors."""
     dimensions: _builtins.int
     """Dimensions of its vectors."""
     pooling: _builtins.str
-    """How token vectors become a text's: `mean`, `cls` or `max`."""
+    """The rule that makes one vector of the vectors of a text's tokens: `mean`,
+    `cls`, `max` or `lasttoken`.
+    """
     normalized: _builtins.bool
     """Whether its vectors have length 1."""
     max_tokens: _builtins.int
     """The most tokens of a text, special tokens and prompt included."""
     query_prompt: _builtins.str
-    """What is put before a query."""
+    """Text that the server puts before a query."""
     passage_prompt: _builtins.str
-    """What is put before a passage."""
+    """Text that the server puts before a passage."""
     multi_label: _builtins.bool
     """CLASSIFICATION: whether a text may have several labels."""
     variant: _builtins.str
-    """Which of the bundle's ONNX files is served, such as `fp32`."""
+    """The served ONNX file of the bundle, such as `fp32`."""
     size_bytes: _builtins.int
     """Size of that file in bytes."""
     @_builtins.property
     def matryoshka_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Smaller sizes that its vectors may be cut to."""
+        """Smaller sizes to which its vectors may be shortened."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -161,7 +163,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def load_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was loaded."""
+        """Time at which it was loaded."""
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -207,9 +209,9 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most models in the answer, at most 1000. 0: 100."""
+    """The most models to return, at most 1000. 0: 100."""
     page_token: _builtins.str
-    """`next_page_token` of the page before. Empty: the first page."""
+    """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -233,7 +235,7 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page. Empty: this was the last."""
+    """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
         """Models, by name."""
@@ -308,12 +310,12 @@ class LoadModelRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name to serve it under."""
+    """Name under which to serve it."""
     path: _builtins.str
-    """The bundle's folder, relative to the server's models directory."""
+    """The folder of the bundle, relative to the server's models directory."""
     variant: _builtins.str
-    """Which of its ONNX files to serve. Empty: the one that the server was told
-    to serve under this name, else the first, fp32.
+    """The variant to serve. Empty: the one that the server's settings name for
+    this model name. If they name none, the first variant, fp32.
     """
     def __init__(
         self,
@@ -332,17 +334,17 @@ Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
 @_typing.final
 class LoadModelResponse(_message.Message):
-    """Progress of ModelService.LoadModel; the last message has state READY."""
+    """Progress of ModelService.LoadModel. The last message has state READY."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is being done, for people to read."""
+    """The present step, for people to read."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model so far: its name and state; in the last message, all of it."""
+        """Name and state of the model. In the last message: all fields."""
 
     def __init__(
         self,
@@ -370,11 +372,11 @@ class ReloadModelRequest(_message.Message):
     name: _builtins.str
     """Name of the model."""
     path: _builtins.str
-    """Another folder to take it from, relative to the server's models directory.
-    Empty: the same.
+    """Another folder to load it from, relative to the server's models directory.
+    Empty: the same folder.
     """
     variant: _builtins.str
-    """Which of its ONNX files to serve. Empty: the one that is served now."""
+    """The variant to serve. Empty: the one that is served now."""
     def __init__(
         self,
         *,
@@ -392,17 +394,17 @@ Global___ReloadModelRequest: _TypeAlias = ReloadModelRequest  # noqa: Y015
 
 @_typing.final
 class ReloadModelResponse(_message.Message):
-    """Progress of ModelService.ReloadModel; the last message has state READY."""
+    """Progress of ModelService.ReloadModel. The last message has state READY."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is being done, for people to read."""
+    """The present step, for people to read."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model so far: its name and state; in the last message, all of it."""
+        """Name and state of the model. In the last message: all fields."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Says which models are served, and changes them.
+    """Lists and changes the models that the server serves.
     """
 
     def __init__(self, channel):
@@ -63,44 +63,47 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """Says which models are served, and changes them.
+    """Lists and changes the models that the server serves.
     """
 
     def ListModels(self, request, context):
-        """Lists the models served, by name.
+        """Lists the models, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes one model.
+        """Returns one model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a bundle under a new name: checked, warmed up, then served. Changes
-        of models are made one after the other, and are finished even if the caller
-        goes away. PERMISSION_DENIED unless the server lets its models be changed.
+        """Loads a bundle under a new name: the server checks it, warms it up and then
+        serves it. Changes of models run one after the other, and are finished even
+        if the caller cancels. PERMISSION_DENIED unless the server allows changes
+        of its models.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """Replaces a model by the bundle now in its folder, or by another one;
-        calls in flight finish on the old one, which stays if the new one is bad
-        (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
+        """Replaces a model by the bundle that is now in its folder, or by another
+        one. Calls in flight finish on the old model. If the new bundle is invalid
+        (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
+        LoadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Stops serving a model: new calls do not find it, and the answer comes when
-        its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+        """Stops serving a model. New calls do not find it. The server responds when
+        the model's calls in flight have finished. PERMISSION_DENIED as for
+        LoadModel.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +146,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Says which models are served, and changes them.
+    """Lists and changes the models that the server serves.
     """
 
     @staticmethod

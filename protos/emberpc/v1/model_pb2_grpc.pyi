@@ -27,80 +27,87 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Says which models are served, and changes them."""
+    """Lists and changes the models that the server serves."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists the models served, by name."""
+    """Lists the models, by name."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """Describes one model."""
+    """Returns one model."""
     LoadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Loads a bundle under a new name: checked, warmed up, then served. Changes
-    of models are made one after the other, and are finished even if the caller
-    goes away. PERMISSION_DENIED unless the server lets its models be changed.
+    """Loads a bundle under a new name: the server checks it, warms it up and then
+    serves it. Changes of models run one after the other, and are finished even
+    if the caller cancels. PERMISSION_DENIED unless the server allows changes
+    of its models.
     """
     ReloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
-    """Replaces a model by the bundle now in its folder, or by another one;
-    calls in flight finish on the old one, which stays if the new one is bad
-    (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
+    """Replaces a model by the bundle that is now in its folder, or by another
+    one. Calls in flight finish on the old model. If the new bundle is invalid
+    (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
+    LoadModel.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
-    """Stops serving a model: new calls do not find it, and the answer comes when
-    its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+    """Stops serving a model. New calls do not find it. The server responds when
+    the model's calls in flight have finished. PERMISSION_DENIED as for
+    LoadModel.
     """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Says which models are served, and changes them."""
+    """Lists and changes the models that the server serves."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models served, by name."""
+    """Lists the models, by name."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Describes one model."""
+    """Returns one model."""
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a bundle under a new name: checked, warmed up, then served. Changes
-    of models are made one after the other, and are finished even if the caller
-    goes away. PERMISSION_DENIED unless the server lets its models be changed.
+    """Loads a bundle under a new name: the server checks it, warms it up and then
+    serves it. Changes of models run one after the other, and are finished even
+    if the caller cancels. PERMISSION_DENIED unless the server allows changes
+    of its models.
     """
     ReloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
-    """Replaces a model by the bundle now in its folder, or by another one;
-    calls in flight finish on the old one, which stays if the new one is bad
-    (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
+    """Replaces a model by the bundle that is now in its folder, or by another
+    one. Calls in flight finish on the old model. If the new bundle is invalid
+    (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
+    LoadModel.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Stops serving a model: new calls do not find it, and the answer comes when
-    its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+    """Stops serving a model. New calls do not find it. The server responds when
+    the model's calls in flight have finished. PERMISSION_DENIED as for
+    LoadModel.
     """
 
 class ModelServiceServicer:
-    """Says which models are served, and changes them."""
+    """Lists and changes the models that the server serves."""
 
     def ListModels(
         self,
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists the models served, by name."""
+        """Lists the models, by name."""
 
     def GetModel(
         self,
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """Describes one model."""
+        """Returns one model."""
 
     def LoadModel(
         self,
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.LoadModelResponse], _abc.AsyncIterator[_model_pb2.LoadModelResponse]]:
-        """Loads a bundle under a new name: checked, warmed up, then served. Changes
-        of models are made one after the other, and are finished even if the caller
-        goes away. PERMISSION_DENIED unless the server lets its models be changed.
+        """Loads a bundle under a new name: the server checks it, warms it up and then
+        serves it. Changes of models run one after the other, and are finished even
+        if the caller cancels. PERMISSION_DENIED unless the server allows changes
+        of its models.
         """
 
     def ReloadModel(
@@ -108,9 +115,10 @@ class ModelServiceServicer:
         request: _model_pb2.ReloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.ReloadModelResponse], _abc.AsyncIterator[_model_pb2.ReloadModelResponse]]:
-        """Replaces a model by the bundle now in its folder, or by another one;
-        calls in flight finish on the old one, which stays if the new one is bad
-        (FAILED_PRECONDITION). PERMISSION_DENIED as for LoadModel.
+        """Replaces a model by the bundle that is now in its folder, or by another
+        one. Calls in flight finish on the old model. If the new bundle is invalid
+        (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
+        LoadModel.
         """
 
     def UnloadModel(
@@ -118,8 +126,9 @@ class ModelServiceServicer:
         request: _model_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
-        """Stops serving a model: new calls do not find it, and the answer comes when
-        its calls in flight are done. PERMISSION_DENIED as for LoadModel.
+        """Stops serving a model. New calls do not find it. The server responds when
+        the model's calls in flight have finished. PERMISSION_DENIED as for
+        LoadModel.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

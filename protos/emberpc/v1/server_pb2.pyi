@@ -54,7 +54,7 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional capabilities of this server, such as `model_admin` or
+        """Optional features of this server, such as `model_admin` or
         `index_backend:embedded`.
         """
 
@@ -75,7 +75,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class ServerLimits(_message.Message):
-    """Largest sizes that the server accepts."""
+    """The largest values that the server accepts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -130,7 +130,7 @@ class ServerLimits(_message.Message):
     max_filter_values: _builtins.int
     """Values of all memberships of all filters of one request."""
     max_collections: _builtins.int
-    """Collections that are created or restored."""
+    """Collections on the server. At this number, creating and restoring fail."""
     max_elements: _builtins.int
     """List items, map entries and unknown fields of all messages within one
     request message, such as the values of its metadata.
