@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import platform
 import shutil
 import sys
@@ -62,10 +63,11 @@ def shared_export(name: str, build: Callable[[Path], object], factory: pytest.Te
         name: the name of the folder, and of what it contains.
         build: writes the content to the folder that it is given; that folder is not there yet.
         factory: makes the folder of this session. A test that damages its copy damages no other session.
-        inputs: all that decides the content beside the toolchain: texts, options, the keys of other exports. Values
-            whose `repr` is the same give the same content.
+        inputs: what else decides the content beside the toolchain and the source file of `build`, such as texts that
+            another fixture made. Values whose `repr` is the same give the same content.
     """
-    key = hashlib.sha256(f"{toolchain()}\n{name}\n{inputs!r}".encode()).hexdigest()[:24]
+    own = hashlib.sha256(Path(inspect.getfile(build)).read_bytes()).hexdigest()
+    key = hashlib.sha256(f"{toolchain()}\n{own}\n{name}\n{inputs!r}".encode()).hexdigest()[:24]
     folder = CACHE / name
     kept, unfinished = folder / key, folder / "unfinished"
     folder.mkdir(parents=True, exist_ok=True)

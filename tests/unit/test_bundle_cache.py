@@ -16,7 +16,7 @@ class Builder:
     def __init__(self) -> None:
         self.runs = 0
 
-    def __call__(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         self.runs += 1
         folder.mkdir()
         (folder / "file").write_text("content")
@@ -30,9 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_same_inputs_are_built_once_and_each_caller_has_a_copy(tmp_path_factory: pytest.TempPathFactory) -> None:
     build = Builder()
-    first = shared_export("a", build, tmp_path_factory, "text", 1)
+    first = shared_export("a", build.write, tmp_path_factory, "text", 1)
     (first / "file").write_text("spoilt")
-    second = shared_export("a", build, tmp_path_factory, "text", 1)
+    second = shared_export("a", build.write, tmp_path_factory, "text", 1)
     assert (second / "file").read_text() == "content"
     assert (first.name, second.name, build.runs) == ("a", "a", 1)
 
@@ -41,15 +41,15 @@ def test_other_inputs_and_another_toolchain_are_built_again(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = Builder()
-    shared_export("a-b", build, tmp_path_factory)
-    shared_export("a", build, tmp_path_factory, 1)
-    shared_export("a", build, tmp_path_factory, 2)
+    shared_export("a-b", build.write, tmp_path_factory)
+    shared_export("a", build.write, tmp_path_factory, 1)
+    shared_export("a", build.write, tmp_path_factory, 2)
     assert build.runs == 3
     monkeypatch.setattr(bundle_cache, "toolchain", lambda: "another")
-    shared_export("a", build, tmp_path_factory, 2)
+    shared_export("a", build.write, tmp_path_factory, 2)
     assert build.runs == 4
     assert [len(list((folder / name).iterdir())) for name in ("a", "a-b")] == [1, 1]
-    shared_export("a", build, tmp_path_factory, 2)
+    shared_export("a", build.write, tmp_path_factory, 2)
     assert build.runs == 4
 
 
@@ -77,5 +77,5 @@ def test_a_build_that_fails_leaves_nothing_that_is_taken_for_whole(
     with pytest.raises(KeyboardInterrupt):
         shared_export("a", fail, tmp_path_factory)
     build = Builder()
-    assert (shared_export("a", build, tmp_path_factory) / "file").exists()
+    assert (shared_export("a", build.write, tmp_path_factory) / "file").exists()
     assert build.runs == 1
