@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from bundle_cache import shared_export
 from emberpc.bundle import Manifest, Prompts, read_bundle
 from emberpc.export.calibration import probabilities
 from emberpc.export.classifier import Data, export_classifier
@@ -50,8 +51,9 @@ def train(tmp_path: Path) -> Path:
     return write(tmp_path / "train.csv", rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def workbench(minilm_bundle: Path) -> Workbench:
+    """A workbench of a real encoder; the strategies share its vectors, as those of a comparison do."""
     runner = Runner(minilm_bundle / "onnx" / "model.onnx", minilm_bundle / "tokenizer.json", 256, 0)
     return Workbench(read_encoder(minilm_source()), runner)
 
@@ -109,7 +111,9 @@ def test_many_texts_tune_more_layers(have: int, per_label: float, tuned: int) ->
     assert layers.TopLayers().top(have, per_label) == tuned
 
 
-def test_one_outcome_is_not_changed_by_another_fit(workbench: Workbench, training_file: Path) -> None:
+def test_one_outcome_is_not_changed_by_another_fit(tiny_source: Path, tiny_bundle: Path, training_file: Path) -> None:
+    runner = Runner(tiny_bundle / "onnx" / "model.onnx", tiny_bundle / "tokenizer.json", 32, 0)
+    workbench = Workbench(read_encoder(tiny_source), runner)
     known, unseen = of_modules(training_file, 4)
     first = STRATEGIES["top-layers"].fit(known, workbench, Options(epochs=1))
     before = first.classify(unseen.texts)
@@ -270,16 +274,23 @@ def test_options_that_make_no_sense_are_named(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_out_of_scope_texts_set_the_threshold(training_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "outside.csv").write_text(
-        "text\nwhat is for dinner tonight\nbook a table for two\nrain is coming\n" * 5
+def test_out_of_scope_texts_set_the_threshold(
+    training_file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = "text\nwhat is for dinner tonight\nbook a table for two\nrain is coming\n" * 5
+    (tmp_path / "outside.csv").write_text(outside)
+    data, source = Data(training_file, outside=tmp_path / "outside.csv"), minilm_source()
+    bundle = shared_export(
+        "with-outside",
+        lambda folder: export_classifier(data, source, folder),
+        tmp_path_factory,
+        *(training_file.read_bytes(), outside),
     )
-    data = Data(training_file, outside=tmp_path / "outside.csv")
-    quality = export_classifier(data, minilm_source(), tmp_path / "bundle").quality
+    quality = read_bundle(bundle).manifest.quality
     assert quality["out_of_scope_auroc"] > 0.9
     assert quality["rejected_out_of_scope"] > 0.8
     assert quality["rejected_in_scope"] < 0.2
-    assert read_bundle(tmp_path / "bundle").manifest.rejection_logit is not None
+    assert read_bundle(bundle).manifest.rejection_logit is not None
 
 
 def test_labels_as_words() -> None:
