@@ -52,6 +52,6 @@ def server(
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[Client]:
-    """A client of that server."""
-    with Client(server.address) as connected:
+    """A client of that server, whose calls have time on a busy host, too."""
+    with Client(server.address, timeout=300) as connected:
         yield connected

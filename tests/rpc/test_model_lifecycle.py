@@ -31,7 +31,7 @@ from server_process import ServerProcess
 TEXT = "a cab is here"
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+def until(condition: Callable[[], Any], seconds: float = 300) -> None:
     """Ask again and again until something holds."""
     end = time.monotonic() + seconds
     while not condition():
