@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from bundle_cache import shared_export
 from emberpc.bundle import Bound, Manifest, Measured, Variant, finish_bundle, read_bundle
 from emberpc.client import Client
 from emberpc.export.classifier import Data, export_classifier
@@ -41,11 +42,16 @@ ALL = {"fp32", "optimized", *NAMES}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2 with variants, measured on fewer and shorter texts than by default."""
-    folder = tmp_path_factory.mktemp("bundles")
     texts = [text for text in sample_texts(400) if len(text) < 200][:96]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    export_embedding(str(minilm_source()), folder / "minilm", variants=NAMES, validation=folder / "texts.jsonl")
-    return folder / "minilm"
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = str(minilm_source())
+    return shared_export(
+        "minilm-variants",
+        lambda folder: export_embedding(source, folder, variants=NAMES, validation=path),
+        tmp_path_factory,
+        texts,
+    )
 
 
 def failed(report: VerifyReport) -> list[str]:
