@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, NewRecord, schema
+from emberpc.server.index.damage import lenient_text
+from emberpc.server.index.rows import DAMAGES, ROW_COLUMNS, Row
 from emberpc.server.index.types import Matrix
 from index_helpers import records, true_scores
 
@@ -36,7 +38,16 @@ def recall(collection: Collection, truth: Mapping[str, Matrix], queries: Matrix,
 
 
 def make_older(connection: sqlite3.Connection, version: int) -> None:
-    """Give the database of a collection the tables of an older version, which had done that many steps, 0 to 4."""
+    """Give the database of a collection the tables of an older version, which had done that many steps: 0, 4 or 6."""
+    connection.execute("ALTER TABLE state DROP COLUMN unconverted")
+    connection.execute("ALTER TABLE records DROP COLUMN row_checksum")
+    if version < 6:
+        _make_much_older(connection, version)
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.commit()
+
+
+def _make_much_older(connection: sqlite3.Connection, version: int) -> None:
     connection.executescript("DROP TRIGGER words_of_new; DROP TRIGGER words_of_old; DROP TABLE words")
     for column in ("search_text", "text_checksum"):
         connection.execute(f"ALTER TABLE records DROP COLUMN {column}")
@@ -49,7 +60,18 @@ def make_older(connection: sqlite3.Connection, version: int) -> None:
         assert version == 4
         for statement in schema.STEPS[0]:
             connection.execute(statement)
-    connection.execute(f"PRAGMA user_version = {version}")
+
+
+def make_checksums_right(connection: sqlite3.Connection) -> None:
+    """Give each record of a database the checksums that go with its values, unless they can have none."""
+    connection.text_factory = lenient_text
+    for row in [Row(*values) for values in connection.execute(f"SELECT {ROW_COLUMNS} FROM records")]:
+        with suppress(*DAMAGES):
+            connection.execute(
+                "UPDATE records SET text_checksum = ?, checksum = ?, row_checksum = ? WHERE label = ?",
+                (*row.checksums(), row.label),
+            )
+    connection.text_factory = str
     connection.commit()
 
 

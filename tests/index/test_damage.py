@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, damage, rows
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, damage, rows, schema
 from emberpc.server.index.filters import Comparison, Not, Operator
 from emberpc.server.index.reembedding import Reembedding
 from index.support import gaussian, make_older, recall, refused
@@ -33,19 +33,19 @@ def new_records() -> list[NewRecord]:
 
 @contextmanager
 def damaged(
-    folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: bool = False
+    folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: int | None = None
 ) -> Iterator[Collection]:
     """Make a collection, change one of its records behind the index's back, and open it again.
 
-    With `older`, a version wrote it that had one checksum for each record.
+    With `older`, a version wrote it that had done that many steps.
     """
     index = Index(folder, buffer_limit=8)
     index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(new_records(), VECTORS)
     index.close()
     (path,) = folder.rglob("records.db")
     with closing(sqlite3.connect(path)) as connection:
-        if older:
-            make_older(connection, 4)
+        if older is not None:
+            make_older(connection, older)
         connection.execute(f"UPDATE records SET {assignment} WHERE id = '{LOST}'", parameters)
         connection.commit()
     for graph in folder.rglob("graph-*"):
@@ -138,27 +138,44 @@ READABLE = {
     "metadata": ("metadata = ?", '{"even": false, "n": 1}'),
     "vector": ("vector = ?", FLIPPED.astype("<f4").tobytes()),
 }
+#: Of a revision that is no number and a time that is none, nothing can be served.
+NUMBERS = {
+    "revision": ("revision = ?", 1_000_001),
+    "revision text": ("revision = ?", "abc"),
+    "revision fraction": ("revision = ?", 1.5),
+    "revision blob": ("revision = ?", b"\1"),
+    "created": ("created = created - ?", 86400),
+    "created text": ("created = ?", "abc"),
+    "updated": ("updated = ?", 1e300),
+    "expires": ("expires = ?", 4e9),
+    "expires text": ("expires = ?", "abc"),
+    "number": ("label = ?", 5000),
+}
 CHECKSUMS = {
     "text checksum": ("text_checksum = ?", 7),
     "text checksum of another type": ("text_checksum = ?", "x"),
     "checksum of another type": ("checksum = ?", "x"),
+    "row checksum": ("row_checksum = ?", 7),
+    "no text checksum": ("text_checksum = ?", None),
+    "no checksum": ("checksum = ?", None),
+    "no row checksum": ("row_checksum = ?", None),
 }
 
 
 @pytest.mark.parametrize(
     ("change", "older"),
     [
-        *((change, False) for change in (READABLE | CHECKSUMS).values()),
+        *((change, False) for change in (READABLE | NUMBERS | CHECKSUMS).values()),
         *((change, True) for change in READABLE.values()),
     ],
-    ids=[*READABLE, *CHECKSUMS, *(f"{name}, older" for name in READABLE)],
+    ids=[*READABLE, *NUMBERS, *CHECKSUMS, *(f"{name}, older" for name in READABLE)],
 )
 def test_a_record_that_was_changed_on_disk_is_left_out_though_it_reads_well(
     tmp_path: Path, change: tuple[str, object], older: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Without its vector such a record is as it was written.
-    right_without_vector = change[0].startswith(("vector", "checksum")) and not older
-    with damaged(tmp_path, *change, older=older) as collection:
+    right_without_vector = change[0].startswith("vector") and not older
+    with damaged(tmp_path, *change, older=4 if older else None) as collection:
         for with_vectors in (False, True):
             (found,) = collection.search(VECTORS[7:8], COUNT, with_vectors=with_vectors)
             assert sorted(record.id for record, _ in found.hits) == [each for each in TRUTH if each != LOST]
@@ -183,7 +200,7 @@ def test_a_record_that_was_changed_on_disk_is_left_out_though_it_reads_well(
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older: bool) -> None:
-    with damaged(tmp_path, "id = ?", "changed", older=older) as collection:
+    with damaged(tmp_path, "id = ?", "changed", older=4 if older else None) as collection:
         for found in (
             collection.search(VECTORS[7:8], COUNT)[0],
             collection.search_words(["text"], [COUNT])[0],
@@ -201,7 +218,7 @@ def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
     with (
-        damaged(tmp_path / "source", "text = 'another'", older=older) as source,
+        damaged(tmp_path / "source", "text = 'another'", older=4 if older else None) as source,
         closing(Index(tmp_path / "target")) as index,
     ):
         target = index.create(CollectionSpec("c", WIDTH))
@@ -219,21 +236,98 @@ def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, o
 def test_a_record_that_cannot_be_read_does_not_keep_an_older_collection_from_being_opened(
     tmp_path: Path, change: tuple[str, object]
 ) -> None:
-    with damaged(tmp_path, *change, older=True) as collection:
+    with damaged(tmp_path, *change, older=4) as collection:
         check_all_but_the_lost(collection, maintained=True)
         assert collection.delete([LOST]).deleted == 1
         assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
-def test_rows_of_an_older_version_are_checked_and_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Opening them gives none a checksum that it did not have."""
-    with damaged(tmp_path, "revision = revision", older=True) as collection:
-        counts = collection._store._writer.execute("SELECT count(checksum), count(text_checksum) FROM records")
-        assert counts.fetchone() == (COUNT, 0)
+def checksums(connection: sqlite3.Connection) -> list[tuple[int, ...]]:
+    statement = "SELECT count(text_checksum), count(checksum), count(row_checksum), count(*) FROM records"
+    return connection.execute(statement).fetchall()
+
+
+@pytest.mark.parametrize("version", [0, 4, 6])
+def test_rows_of_an_older_version_are_given_checksums(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some at a time: what was done when the server dies stays done."""
+    monkeypatch.setattr(schema, "_CONVERTED_AT_ONCE", 7)
+    with damaged(tmp_path, "revision = revision", older=version) as collection:
+        assert checksums(collection._store._writer) == [(COUNT, COUNT, COUNT, COUNT)]
         assert recall(collection, TRUTH, VECTORS, 10) == 1
         assert len(collection.page(100, "", with_vectors=True)[0]) == COUNT
         assert [problem for step in collection.verify() for problem in step.problems] == []
+        assert checksums(collection._store._writer) == [(COUNT, COUNT, COUNT, COUNT)]
     assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_damaged_row_of_an_older_version_is_given_no_checksum(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one it would pass for whole; and no other row goes without."""
+    monkeypatch.setattr(schema, "_CONVERTED_AT_ONCE", 7)
+    with damaged(tmp_path, "text = 'another'", older=version) as collection:
+        connection = collection._store._writer
+        lost = connection.execute("SELECT id FROM records WHERE row_checksum IS NULL").fetchall()
+        assert lost == [(LOST,)]
+        assert connection.execute("SELECT unconverted FROM state").fetchall() == [(0,)]
+
+
+@pytest.mark.parametrize("statement", ["UPDATE state SET sequence = 'x'", "UPDATE state SET unconverted = 'x'"])
+def test_a_counter_that_is_damaged_is_said_to_be(tmp_path: Path, statement: str) -> None:
+    with damaged(tmp_path, "revision = revision"):
+        pass
+    (path,) = tmp_path.rglob("records.db")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement)
+        connection.commit()
+    with closing(Index(tmp_path)) as index, refused(Code.INTERNAL, "damaged", "restore a backup"):
+        index.get("c")
+
+
+def test_a_damaged_time_deletes_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with damaged(tmp_path, "expires = ?", 1.0) as collection:
+        collection.upsert(
+            [NewRecord("due", "", time_to_live=1e-6), NewRecord("later", "", time_to_live=1e6)], VECTORS[:2]
+        )
+        (later,) = collection.get(["later"])
+        # The damaged one would be due at once, again and again.
+        assert later.expire_time is not None
+        assert collection.expire() == pytest.approx(later.expire_time.timestamp())
+        assert collection.count() == COUNT + 1
+        with refused(Code.DATA_LOSS, LOST, "upsert it again"):
+            collection.get([LOST])
+        assert LOST in caplog.text
+        assert [problem.id for step in collection.verify() for problem in step.problems] == [LOST]
+
+
+def test_a_write_takes_nothing_over_from_a_damaged_record(tmp_path: Path) -> None:
+    with damaged(tmp_path, "created = ?, revision = ?", 1e9, 5) as collection:
+        again = [NewRecord(LOST, f"text of {LOST}")]
+        with refused(Code.DATA_LOSS, LOST, "upsert it again"):
+            collection.upsert(again, VECTORS[7:8], [5])
+        collection.upsert(again, VECTORS[7:8])
+        (record,) = collection.get([LOST])
+        assert record.create_time == record.update_time
+
+
+def test_times_are_checked_as_they_are_served(tmp_path: Path) -> None:
+    """Microseconds from SQLite and from Python are the same, whatever the last digits of the stored seconds are."""
+    lives = [10.0 ** (i % 11) + i / 7 for i in range(COUNT)]
+    with closing(Index(tmp_path)) as index:
+        collection = index.create(CollectionSpec("c", WIDTH))
+        collection.upsert([NewRecord(f"r{i}", "", time_to_live=live) for i, live in enumerate(lives)], VECTORS)
+        (found,) = collection.search(VECTORS[:1], COUNT)
+        assert len(found.hits) == COUNT
+        records = [record for record, _ in found.hits]
+        assert collection.get([record.id for record in records]) == records
+
+
+def test_damaged_metadata_costs_no_warning_of_a_filter(tmp_path: Path) -> None:
+    with damaged(tmp_path, *METADATA["cut"]) as collection:
+        assert collection.mismatches(Comparison("even", Operator.EQUAL, 1)) == []
 
 
 @pytest.mark.parametrize("change", METADATA.values(), ids=METADATA)

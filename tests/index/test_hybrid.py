@@ -150,7 +150,7 @@ def test_any_text_is_a_query(searched: Collection, text: str) -> None:
     assert len(found.hits) == 1
 
 
-@pytest.mark.parametrize("version", [0, 4])
+@pytest.mark.parametrize("version", [0, 4, 6])
 def test_texts_of_an_older_database_are_found(tmp_path: Path, version: int) -> None:
     index = Index(tmp_path)
     collection = index.create(CollectionSpec("c", 16))

@@ -20,7 +20,7 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index
 from emberpc.server.index.backup import LAST_LINE_SIZE
 from index.backups import accept_all, changed, folders, restored, sealed, taken
-from index.support import gaussian, make_older, numbered, refused
+from index.support import gaussian, make_checksums_right, make_older, numbered, refused
 from index.test_safety import largest_file
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -183,9 +183,8 @@ def test_a_value_that_could_not_have_been_written_is_refused(
     index: Index, whole: bytes, tmp_path: Path, change: str
 ) -> None:
     # Somebody who means harm makes the checksums right, too.
-    unchecked = "UPDATE records SET checksum = NULL"
     with refused(Code.INVALID_ARGUMENT) as caught:
-        restored(index, "d", changed(whole, tmp_path / "changed.db", unchecked, change))
+        restored(index, "d", changed(whole, tmp_path / "changed.db", change, make_checksums_right))
     assert caught.value.reason == "BACKUP_DAMAGED"
 
 
@@ -243,7 +242,14 @@ def test_words_are_made_anew_from_the_texts(index: Index, whole: bytes, tmp_path
     assert collection.search_words(["lie"], [100])[0].hits == []
 
 
-@pytest.mark.parametrize("version", [0, 4])
+@pytest.mark.parametrize("column", ["text_checksum", "checksum", "row_checksum"])
+def test_a_record_without_a_checksum_is_refused(index: Index, whole: bytes, tmp_path: Path, column: str) -> None:
+    change = f"UPDATE records SET {column} = NULL WHERE id = 'r7'"
+    with refused(Code.INVALID_ARGUMENT, "'r7' is not as it was written"):
+        restored(index, "d", changed(whole, tmp_path / "changed.db", change))
+
+
+@pytest.mark.parametrize("version", [0, 4, 6])
 def test_the_backup_of_an_older_version_is_brought_up_to_this_one(
     index: Index, whole: bytes, tmp_path: Path, version: int
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, verifying
-from index.support import gaussian, numbered
+from index.support import gaussian, make_checksums_right, numbered
 
 COUNT, WIDTH = 400, 16
 
@@ -79,10 +79,10 @@ def test_a_stored_vector_that_is_damaged_is_named(
     assert problems(collection) == [("r00007", reason)]
 
 
-def test_without_a_checksum_the_vector_is_compared_with_the_one_in_memory(index: Index) -> None:
+def test_the_vector_is_compared_with_the_one_in_memory(index: Index) -> None:
     collection = filled(index)
-    collection._store._writer.execute("UPDATE records SET checksum = NULL")
     set_vector(collection, flip)
+    make_checksums_right(collection._store._writer)
     assert problems(collection) == [("r00007", "VECTOR_DIFFERS")]
 
 
@@ -107,6 +107,14 @@ def reopened_after(folder: Path, statement: str, *parameters: object) -> Index:
         "text = 'another'",
         "class_label = 'another'",
         """metadata = '{"n": 8}'""",
+        "revision = revision + 1",
+        "revision = 'abc'",
+        "created = created - 86400",
+        "updated = 1e300",
+        "expires = 4e9",
+        "text_checksum = NULL",
+        "checksum = NULL",
+        "row_checksum = NULL",
     ],
 )
 def test_what_was_changed_on_disk_is_named_though_it_reads_well(tmp_path: Path, change: str) -> None:

@@ -84,7 +84,7 @@ def check_backup(
             log.warning("a backup is damaged: %s", "; ".join(map(str, found)))
             raise damaged("its database is damaged")
         _check_values(theirs, ours)
-        _check_records(theirs, _columns(ours), spec, stop)
+        _check_records(theirs, _columns(ours), spec, stop, older=version < schema.CHECKED_VERSION)
     return spec, created
 
 
@@ -200,16 +200,26 @@ def _columns(ours: sqlite3.Connection) -> str:
     return ", ".join(name if name in present else "NULL" for name in Row._fields)
 
 
-def _check_records(theirs: sqlite3.Connection, columns: str, spec: CollectionSpec, stop: Callable[[], bool]) -> None:
-    """Check that every record is one that could be written, and as it was written; `columns` make a Row."""
+def _check_records(
+    theirs: sqlite3.Connection, columns: str, spec: CollectionSpec, stop: Callable[[], bool], *, older: bool
+) -> None:
+    """Check that every record is one that could be written, and as it was written.
+
+    Args:
+        theirs: the backup.
+        columns: what makes a Row.
+        spec: what the collection is.
+        stop: whether to give up.
+        older: an older version wrote it, whose rows may lack checksums.
+    """
     rows = theirs.execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - our own columns
     while batch := rows.fetchmany(_BATCH):
         if stop():
             raise given_up()
         vectors = []
         for row in map(Row._make, batch):
-            _, record_id, text, metadata, label, vector, _, _ = row
-            if not row.is_whole:
+            _, record_id, text, metadata, label, vector = row[:6]
+            if not (row.was_whole if older else row.is_whole):
                 raise damaged(f"its record {record_id!r} is not as it was written")
             if len(vector) != 4 * spec.dimensions:
                 what = f"has a vector of {len(vector)} bytes, not {4 * spec.dimensions}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _NOT_UTF8 = "Could not decode to UTF-8"
 #: statement's own conditions first.
 _SOUND_ONLY = """WITH records AS (
     SELECT label, id, text, CASE WHEN json_valid(metadata) THEN metadata END AS metadata, class_label, vector, revision,
-        created, updated, expires, checksum, text_checksum
+        created, updated, expires, checksum, text_checksum, row_checksum
     FROM main.records WHERE json_valid(metadata)
 ) """
 
@@ -70,22 +70,19 @@ class Damage:
             except ServiceError as error:
                 self._note(row[0], f"record {error.metadata['record']!r}")
 
-    def vectors(
-        self, rows: Sequence[Sequence[Any]], damaged: Set[int] = frozenset(), *, checked: bool = True
-    ) -> tuple[Labels, Matrix]:
+    def vectors(self, rows: Sequence[Sequence[Any]], *, checked: bool = True) -> tuple[Labels, Matrix]:
         """Return labels and vectors of rows of `rows.VECTOR_COLUMNS`: int64 (n,) and float32 (n, dimensions).
 
         One that is damaged, or whose record is known to be, is left out.
 
         Args:
             rows: the rows.
-            damaged: labels of those that are damaged though a look at these columns does not show it.
             checked: whether to compute checksums. If not, the rows may have only `rows.UNCHECKED_COLUMNS`, and a vector
                 of the right size that is fit to be compared is taken to be sound.
         """
         size = 4 * self._spec.dimensions
         if checked:
-            whole = [row for row in rows if is_sound_vector(row, size) and row[0] not in damaged]
+            whole = [row for row in rows if is_sound_vector(row, size)]
         else:
             whole = [row for row in rows if has_vector(row, size)]
         data = b"".join([row[1] for row in whole])
@@ -98,6 +95,10 @@ class Damage:
                 self._note(label, f"the vector of record number {label}")
         sound = self._are_sound(labels)
         return (labels, matrix) if sound.all() else (labels[sound], matrix[sound])
+
+    def note_record(self, label: int, record_id: object) -> None:
+        """Take note that a record is damaged: the log says so once, and its vector is left out from then on."""
+        self._note(label, f"record {record_id!r}")
 
     def sound(self, labels: Labels) -> Labels:
         """Return those of the labels, int64 (n,), that are not known to be damaged."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.searching import Request
 from emberpc.server.index.types import SearchOutcome, StoredRecord, Strategy
 
@@ -105,7 +106,12 @@ class Probe:
             # More than it asked for: what was written since must not take the place of what was there.
             again = sample.request._replace(top_k=[2 * sample.request.top_k[0] + 10], exact=True, with_vectors=False)
             (truth,) = search(again)
-            found = _recall(sample, truth, get([record.id for record, _ in sample.outcome.hits]))
+            try:
+                found = _recall(sample, truth, get([record.id for record, _ in sample.outcome.hits]))
+            except ServiceError as error:
+                if error.code is not Code.DATA_LOSS:
+                    raise
+                found = None  # one of the hits was damaged meanwhile
             with self._lock:
                 self._waiting.popleft()
                 if found is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import struct
 import zlib
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -17,27 +18,30 @@ from emberpc.server.index.types import CollectionSpec, Matrix, StoredRecord
 from emberpc.server.index.words import search_text
 
 #: What Python raises where the value of a damaged column is used.
-DAMAGES = (TypeError, ValueError, OverflowError, OSError, RecursionError)
+DAMAGES = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
 #: `json.loads` looks for encodings and blanks first, which takes as long again.
 _DECODE = json.JSONDecoder().raw_decode
-_COLUMNS = "label, id, text, metadata, class_label, revision, created, updated, expires, text_checksum, checksum"
-#: Rows of an older version have only the checksum of texts and vector together.
-_OLDER = "text_checksum IS NULL AND checksum IS NOT NULL"
+# Moments as microseconds: JSON in SQLite has 15 digits only, and the checksum is of what is served.
+_COLUMNS = """label, id, text, metadata, class_label, revision,
+    CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
+    CAST(round(expires * 1e6) AS INTEGER), text_checksum"""
 #: What `is_sound_vector` takes.
 VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
+#: What `has_sound_numbers` takes.
+NUMBER_COLUMNS = "label, revision, created, updated, expires, text_checksum, row_checksum"
+#: The numbers of a record as its checksum covers them.
+_NUMBERS = struct.Struct("<5q").pack
+#: For the expiry of a record that never goes: no time in microseconds.
+_NEVER = -(2**63)
+#: Microseconds from here on are whole numbers in a double, and SQLite's `round` leaves them as they are.
+_WHOLE = 2**52
 #: What `has_vector` takes.
 UNCHECKED_COLUMNS = "label, vector"
-# Moments as microseconds, since JSON here has 15 digits only.
-#: Takes a JSON list of labels. Gives their records as one JSON value, and the concatenated vectors of those rows that
-#: cannot be checked without them: JSON holds no bytes. For `records_of_one_row`.
+#: Takes a JSON list of labels, and gives their records without vectors as one JSON value, for `records_of_one_row`.
 AS_ONE_ROW = f"""
-SELECT json_group_array(json_array(
-    label, id, text, metadata, class_label, revision,
-    CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
-    CAST(round(expires * 1e6) AS INTEGER), text_checksum, checksum, CASE WHEN {_OLDER} THEN length(vector) END
-)), CAST(group_concat(CASE WHEN {_OLDER} THEN vector END, '') AS BLOB)
+SELECT json_group_array(json_array({_COLUMNS}, CASE WHEN typeof(checksum) = 'integer' THEN row_checksum END))
 FROM records WHERE label IN (SELECT value FROM json_each(?))
-"""  # noqa: S608 - our own condition
+"""  # noqa: S608 - our own columns
 
 
 class Row(NamedTuple):
@@ -49,8 +53,14 @@ class Row(NamedTuple):
     metadata: str
     class_label: str
     vector: bytes
-    checksum: int | None
+    revision: int
+    created: float
+    updated: float
+    expires: float | None
     text_checksum: int | None
+    checksum: int | None
+    row_checksum: int | None
+    search_text: str | None
 
     @property
     def name(self) -> str:
@@ -59,18 +69,44 @@ class Row(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is as it was written; a row of an older version is taken to be if it can be read."""
-        texts = (self.id, self.text, self.metadata, self.class_label)
-        if not isinstance(self.vector, bytes) or not all(isinstance(each, str) for each in texts):
+        """Whether it is as it was written."""
+        try:
+            return (self.text_checksum, self.checksum, self.row_checksum) == self.checksums()
+        except DAMAGES:
             return False
+
+    @property
+    def was_whole(self) -> bool:
+        """Whether a row that an older version wrote is as it was written, as far as it has checksums.
+
+        One without checksums is taken to be if it can be read.
+        """
+        try:
+            pairs = zip((self.text_checksum, self.checksum, self.row_checksum), self.checksums(), strict=True)
+            return all(checksum in (None, found) for checksum, found in pairs)
+        except DAMAGES:
+            return False
+
+    def checksums(self) -> tuple[int, int, int]:
+        """Return the checksums that go with its values: `text_checksum`, `checksum`, `row_checksum`.
+
+        Raises one of `DAMAGES` if a value has another type than it was written with.
+        """
+        texts = (self.id, self.text, self.metadata, self.class_label)
+        if type(self.vector) is not bytes or not all(type(each) is str for each in texts):
+            raise TypeError
         text_checksum = text_checksum_of(*texts)
-        return self.text_checksum in (None, text_checksum) and (
-            self.checksum is None or self.checksum == checksum_of(text_checksum, self.vector)
+        moments = (_microseconds(self.created), _microseconds(self.updated), _microseconds(self.expires))
+        return (
+            text_checksum,
+            checksum_of(text_checksum, self.vector),
+            row_checksum_of(text_checksum, self.label, self.revision, *moments),
         )
 
 
 #: The columns of a Row.
 ROW_COLUMNS = ", ".join(Row._fields)
+_INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row._fields))})"  # noqa: S608 - our own
 
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
@@ -84,9 +120,20 @@ def checksum_of(text_checksum: int, vector: bytes) -> int:
     return zlib.crc32(vector, text_checksum)
 
 
+def row_checksum_of(
+    text_checksum: int, label: int, revision: int, created: int | None, updated: int | None, expires: int | None
+) -> int:
+    """Return the CRC-32 of a record's texts, whose own is given, and of its numbers behind them.
+
+    The times are in microseconds since 1970, as they are served. Raises one of `DAMAGES` if one is no whole number.
+    """
+    numbers = _NUMBERS(label, revision, created, updated, _NEVER if expires is None else expires)
+    return zlib.crc32(numbers, text_checksum)
+
+
 def columns_of(with_vectors: bool) -> str:
     """Return what to select of a record for `record_of`."""
-    return f"{_COLUMNS}, vector" if with_vectors else f"{_COLUMNS}, CASE WHEN {_OLDER} THEN vector END"
+    return f"{_COLUMNS}, checksum, row_checksum, {'vector' if with_vectors else 'NULL'}"
 
 
 def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
@@ -95,9 +142,15 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
     Raises:
         ServiceError: DATA_LOSS if it is damaged.
     """
-    _, record_id, text, metadata, label, revision, created, updated, expires, text_checksum, checksum, vector = row
+    number, record_id, text, metadata, label, revision, created, updated, expires, *more = row
+    text_checksum, checksum, row_checksum, vector = more
     try:
-        _check_texts(record_id, text, metadata, label, text_checksum, checksum, vector)
+        found = _checked_texts(record_id, text, metadata, label, text_checksum)
+        numbers = (number, revision, created, updated, expires)
+        if row_checksum_of(found, *numbers) != row_checksum or type(checksum) is not int:
+            raise ValueError
+        if vector is not None and checksum_of(found, vector) != checksum:
+            raise ValueError
         return StoredRecord(
             record_id,
             text,
@@ -113,27 +166,34 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
         raise damaged(record_id) from error
 
 
-def records_of_one_row(document: str, vectors: bytes | None) -> dict[int, StoredRecord]:
+def records_of_one_row(document: str) -> dict[int, StoredRecord]:
     """Make records, by label, of what `AS_ONE_ROW` gives; raises one of `DAMAGES` if one of them is damaged."""
     records = {}
-    start = 0
-    for row in json.loads(document):
-        label, record_id, text, metadata, class_label, revision, created, updated, expires, text_checksum = row[:10]
-        checksum, size = row[10:]
-        vector = None
-        if size is not None:
-            vector = (vectors or b"")[start : start + size]
-            start += size
-        _check_texts(record_id, text, metadata, class_label, text_checksum, checksum, vector)
+    for (
+        label,
+        record_id,
+        text,
+        metadata,
+        class_label,
+        revision,
+        created,
+        updated,
+        expires,
+        text_checksum,
+        row_checksum,
+    ) in json.loads(document):
+        found = _checked_texts(record_id, text, metadata, class_label, text_checksum)
+        if row_checksum_of(found, label, revision, created, updated, expires) != row_checksum:
+            raise ValueError
         records[label] = StoredRecord(
             record_id,
             text,
             _decoded(metadata),
             class_label,
             revision,
-            _moment(created / 1e6),
-            _moment(updated / 1e6),
-            expire_time=None if expires is None else _moment(expires / 1e6),
+            _moment(created),
+            _moment(updated),
+            expire_time=None if expires is None else _moment(expires),
         )
     return records
 
@@ -144,30 +204,44 @@ def has_vector(row: Sequence[Any], size: int) -> bool:
 
 
 def is_sound_vector(row: Sequence[Any], size: int) -> bool:
-    """Return whether a row of `VECTOR_COLUMNS` has a vector of that many bytes and, as far as it says, the right one.
-
-    A row of an older version has no checksum of its texts; there this says no more than that it has the size.
-    """
+    """Return whether a row of `VECTOR_COLUMNS` has a vector of that many bytes that goes with its checksum."""
     if not has_vector(row, size):
         return False
     _, vector, text_checksum, checksum = row
     try:
-        return text_checksum is None or checksum is None or checksum_of(text_checksum, vector) == checksum
+        return bool(checksum_of(text_checksum, vector) == checksum)
     except (TypeError, OverflowError):
         return False
 
 
-def _check_texts(
-    record_id: Any, text: Any, metadata: Any, label: Any, text_checksum: Any, checksum: Any, vector: Any
-) -> None:
-    """Raise ValueError, TypeError or OverflowError if the texts, or the vector where it is given, are damaged."""
+def has_sound_numbers(row: Sequence[Any]) -> bool:
+    """Return whether the numbers of a row of `NUMBER_COLUMNS` go with its checksum; its texts are not looked at."""
+    label, revision, created, updated, expires, text_checksum, row_checksum = row
+    try:
+        moments = (_microseconds(created), _microseconds(updated), _microseconds(expires))
+        return bool(row_checksum_of(text_checksum, label, revision, *moments) == row_checksum)
+    except DAMAGES:
+        return False
+
+
+def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksum: Any) -> int:
+    """Return the checksum of a record's texts; raise TypeError or ValueError if they do not go with theirs."""
     if not (type(record_id) is type(text) is type(metadata) is type(label) is str):
         raise TypeError
     found = text_checksum_of(record_id, text, metadata, label)
-    if text_checksum is not None and text_checksum != found:
+    if checksum != found:
         raise ValueError
-    if vector is not None and checksum is not None and checksum_of(found, vector) != checksum:
-        raise ValueError
+    return found
+
+
+def _microseconds(seconds: float | None) -> int | None:
+    """Return a time as `AS_ONE_ROW` gives it; raise TypeError or OverflowError if it is none."""
+    if seconds is None:
+        return None
+    if type(seconds) is not float:
+        raise TypeError
+    scaled = seconds * 1e6
+    return int(scaled + 0.5) if 0 <= scaled < _WHOLE else round(scaled)
 
 
 def _decoded(metadata: str) -> dict[str, Any]:
@@ -199,21 +273,17 @@ def damaged(record_id: object) -> ServiceError:
     )
 
 
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
+def _moment(microseconds: Any) -> datetime:
+    return datetime.fromtimestamp(microseconds / 1e6, timezone.utc)
 
 
 def insert_row(
     connection: sqlite3.Connection,
+    number: int,
     texts: tuple[str, str, str, str],
     vector: Matrix,
     times: tuple[int, float, float, float | None],
-) -> int | None:
-    """Insert a record: id, text, metadata, label; vector; revision, when made, written, gone. Return its own label."""
-    data = vector.astype("<f4").tobytes()
-    text_checksum = text_checksum_of(*texts)
-    return connection.execute(
-        "INSERT INTO records (id, text, metadata, class_label, vector, revision, created, updated, expires, "
-        "text_checksum, checksum, search_text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*texts, data, *times, text_checksum, checksum_of(text_checksum, data), search_text(texts[1])),
-    ).lastrowid
+) -> None:
+    """Insert a record: its number; id, text, metadata, label; vector; revision, when made, written, gone."""
+    values = Row(number, *texts, vector.astype("<f4").tobytes(), *times, None, None, None, search_text(texts[1]))
+    connection.execute(_INSERT, (*values[:-4], *values.checksums(), values.search_text))

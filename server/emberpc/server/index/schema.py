@@ -10,8 +10,10 @@ from contextlib import closing
 from functools import cache
 
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.damage import lenient_text
 from emberpc.server.index.database import transaction
 from emberpc.server.index.filter_sql import INDEX_PREFIX
+from emberpc.server.index.rows import ROW_COLUMNS, Row
 from emberpc.server.index.words import search_text
 
 # The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
@@ -56,8 +58,7 @@ _EXPIRY = (
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
 
 # `rows.text_checksum_of` id, text, metadata and label, so that these are checked without reading the vector. NULL in
-# rows of an older version, which are checked together with their vectors. The step computes none: given a new checksum,
-# a damaged row would pass for whole.
+# rows of an older version. The step computes none: given a new checksum, a damaged row would pass for whole.
 _TEXT_CHECKSUM = ("ALTER TABLE records ADD COLUMN text_checksum INTEGER",)
 
 #: Gives the database an identity that no other has.
@@ -91,8 +92,28 @@ _NORMALISED_WORDS = (
     _INDEX_WORDS,
 )
 
+# `rows.row_checksum_of` all columns that are served but the vector, so that no checksum may be NULL any more. Rows that
+# are there up to the label `unconverted` are given theirs by `_convert`.
+_ROW_CHECKSUM = (
+    "ALTER TABLE records ADD COLUMN row_checksum INTEGER",
+    "ALTER TABLE state ADD COLUMN unconverted INTEGER NOT NULL DEFAULT 0",
+    "UPDATE state SET unconverted = coalesce((SELECT max(label) FROM records), 0)",
+)
+
 #: What each step does, statement by statement; a new database goes through all of them too.
-STEPS: tuple[tuple[str, ...], ...] = (_WORDS, _EXPIRY, _CHECKSUM, _IDENTITY, _TEXT_CHECKSUM, _NORMALISED_WORDS)
+STEPS: tuple[tuple[str, ...], ...] = (
+    _WORDS,
+    _EXPIRY,
+    _CHECKSUM,
+    _IDENTITY,
+    _TEXT_CHECKSUM,
+    _NORMALISED_WORDS,
+    _ROW_CHECKSUM,
+)
+#: Versions from this one on have all checksums in each row.
+CHECKED_VERSION = len(STEPS)
+#: Rows that are given checksums in one transaction: the write-ahead log stays small, and what was done stays done.
+_CONVERTED_AT_ONCE = 500
 
 
 def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
@@ -122,6 +143,38 @@ def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
             for statement in statements:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
+    _convert(connection, what)
+
+
+def _convert(connection: sqlite3.Connection, what: str) -> None:
+    """Give the rows of an older version the checksums that they lack, if those that they have are right.
+
+    A row that is damaged gets none, and so is damaged still. A row without any checksum is taken to be as it was
+    written.
+    """
+    usual, connection.text_factory = connection.text_factory, lenient_text
+    try:
+        while last := _unconverted(connection, what):
+            statement = f"SELECT {ROW_COLUMNS} FROM records WHERE label <= ? ORDER BY label DESC LIMIT ?"  # noqa: S608 - ours
+            rows = [Row(*values) for values in connection.execute(statement, (last, _CONVERTED_AT_ONCE))]
+            with transaction(connection):
+                connection.executemany(
+                    "UPDATE records SET text_checksum = ?, checksum = ?, row_checksum = ? "
+                    "WHERE label = ? AND row_checksum IS NULL",
+                    [(*row.checksums(), row.label) for row in rows if row.was_whole],
+                )
+                connection.execute("UPDATE state SET unconverted = ?", (rows[-1].label - 1 if rows else 0,))
+    finally:
+        connection.text_factory = usual
+
+
+def _unconverted(connection: sqlite3.Connection, what: str) -> int:
+    """Return the greatest label of the rows that may lack checksums since an older version wrote them; 0: none do."""
+    row = connection.execute("SELECT unconverted FROM state").fetchone()
+    if row is None or type(row[0]) is not int:
+        message = f"the state of the database of {what} is damaged; restore a backup"
+        raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
+    return max(0, row[0])
 
 
 def make(connection: sqlite3.Connection, version: int) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,7 @@ from emberpc.server.index.filter_sql import Clause
 from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reserve import Reserve
-from emberpc.server.index.rows import (
-    insert_row,
-)
+from emberpc.server.index.rows import NUMBER_COLUMNS, damaged, has_sound_numbers, insert_row
 from emberpc.server.index.store_reader import StoreReader
 from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Matrix, NewRecord, StoredRecord
 from emberpc.server.index.validation import check_revision
@@ -87,7 +86,8 @@ class Store(StoreReader):
             expected_revisions: the present revision of each, 0 for none; None: whatever it is.
 
         Raises:
-            ServiceError: ABORTED if a revision is not the one expected, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: ABORTED if a revision is not the one expected, DATA_LOSS if it is expected and damaged,
+                RESOURCE_EXHAUSTED if the disk is full.
         """
         if expected_revisions is not None and len(expected_revisions) != len(records):
             what = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
@@ -95,29 +95,35 @@ class Store(StoreReader):
         self._reserve.check(f"nothing was written to {self._what}")
         now = datetime.now(timezone.utc).timestamp()
         with self._writing() as connection:
-            present = {
-                row[0]: row[1:]
-                for row in self._by(connection, "id", [record.id for record in records], "id, label, revision, created")
-            }
-            for record, revision in zip(records, expected_revisions or (), strict=False):
-                check_revision(record.id, revision, present[record.id][1] if record.id in present else 0)
+            ids = [record.id for record in records]
+            present = {row[0]: row[1:] for row in self._by(connection, "id", ids, f"id, {NUMBER_COLUMNS}")}
+            damaged_ids = {record_id for record_id, row in present.items() if not has_sound_numbers(row)}
+            for record_id, revision in zip(ids, expected_revisions or (), strict=False):
+                if record_id in damaged_ids:
+                    raise damaged(record_id)
+                check_revision(record_id, revision, present[record_id][1] if record_id in present else 0)
             sequence = self._next_sequence(connection)
             removed = {row[0] for row in present.values()}
             delete_rows(connection, self._spec, removed)
-            added = []
-            for record, document, vector in zip(records, documents, vectors, strict=True):
-                created = present[record.id][2] if record.id in present else now
-                added.append(
-                    insert_row(
-                        connection,
-                        (record.id, record.text, document, record.label),
-                        vector,
-                        (sequence, created, now, None if record.time_to_live is None else now + record.time_to_live),
-                    )
+            first = self._next_label(connection)
+            for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
+                kept = record.id in present and record.id not in damaged_ids
+                insert_row(
+                    connection,
+                    first + i,
+                    (record.id, record.text, document, record.label),
+                    vector,
+                    (
+                        sequence,
+                        present[record.id][2] if kept else now,
+                        now,
+                        None if record.time_to_live is None else now + record.time_to_live,
+                    ),
                 )
         self._note_write(sequence)
         updated = len(present)
-        return Change(sequence, np.array(added, dtype=np.int64), removed, len(records) - updated, updated)
+        added = np.arange(first, first + len(records), dtype=np.int64)
+        return Change(sequence, added, removed, len(records) - updated, updated)
 
     def copy(self, records: Sequence[StoredRecord], documents: Sequence[str], vectors: Matrix) -> Change:
         """Write records of another database as they are there, with their revisions and times; this is no new write.
@@ -131,9 +137,11 @@ class Store(StoreReader):
         with self._writing() as connection:
             removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
             delete_rows(connection, self._spec, removed)
-            added = [
+            first = self._next_label(connection)
+            for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
                 insert_row(
                     connection,
+                    first + i,
                     (record.id, record.text, document, record.label),
                     vector,
                     (
@@ -143,9 +151,8 @@ class Store(StoreReader):
                         None if record.expire_time is None else record.expire_time.timestamp(),
                     ),
                 )
-                for record, document, vector in zip(records, documents, vectors, strict=True)
-            ]
-            return Change(self._sequence(connection), np.array(added, dtype=np.int64), removed)
+            added = np.arange(first, first + len(records), dtype=np.int64)
+            return Change(self._sequence(connection), added, removed)
 
     def identity(self) -> str:
         """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
@@ -176,9 +183,8 @@ class Store(StoreReader):
     def delete_expired(self, most: int | None = None) -> Change:
         """Delete records whose time is up, all or at most so many of them at once; none is no write."""
         now = datetime.now(timezone.utc).timestamp()
-        limit = -1 if most is None else most
-        expired = Clause("label IN (SELECT label FROM records WHERE expires <= ? LIMIT ?)", (now, limit))
-        return self.delete_matching(expired)
+        due = Clause("expires <= ?", (now,))
+        return self._delete(lambda connection: {row[0] for row in islice(self._expiring(connection, due), most)})
 
     def close(self) -> None:
         """Close every connection; no call may be under way or follow."""

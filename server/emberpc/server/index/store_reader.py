@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import cancellation
 from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, only, row_bytes
 from emberpc.server.index.damage import Damage
@@ -21,11 +22,13 @@ from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.rows import (
     AS_ONE_ROW,
     DAMAGES,
+    NUMBER_COLUMNS,
     ROW_COLUMNS,
     UNCHECKED_COLUMNS,
     VECTOR_COLUMNS,
     Row,
     columns_of,
+    has_sound_numbers,
     record_of,
     records_of_one_row,
 )
@@ -132,7 +135,7 @@ class StoreReader:
         """
         with translated(self._what):
             try:
-                return records_of_one_row(*self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone())
+                return records_of_one_row(self._reader().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()[0])
             except (sqlite3.OperationalError, *DAMAGES):
                 pass  # one of them is damaged
         return self._read(labels, with_vectors=False)
@@ -223,8 +226,7 @@ class StoreReader:
     def newest_label(self) -> int:
         """Return the greatest label that any record ever had; 0 if there never was one."""
         with translated(self._what):
-            row = self._reader().execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-        return int(row[0]) if row else 0
+            return self._newest_label(self._reader())
 
     def sequence(self) -> int:
         """Return the number of the last write."""
@@ -249,7 +251,7 @@ class StoreReader:
                 caller has to check what it answers with.
         """
         columns = VECTOR_COLUMNS if checked else UNCHECKED_COLUMNS
-        return self._vectors(list(self._by(self._reader(), "label", labels, columns)), checked=checked)
+        return self._damage.vectors(list(self._by(self._reader(), "label", labels, columns)), checked=checked)
 
     def scan(
         self, batch: int, condition: Clause = EVERYTHING, *, checked: bool = True
@@ -265,7 +267,7 @@ class StoreReader:
             cursor = self._reader().execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - ours
             while rows := cursor.fetchmany(batch):
                 cancellation.check()
-                yield self._vectors(rows, checked=checked)
+                yield self._damage.vectors(rows, checked=checked)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
         """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing.
@@ -288,9 +290,22 @@ class StoreReader:
     def next_expiry(self) -> float | None:
         """Return when the next record is gone, in seconds since 1970; None if none ever is."""
         with translated(self._what):
-            statement = "SELECT min(expires) FROM records WHERE expires IS NOT NULL"
-            found: float | None = self._reader().execute(statement).fetchone()[0]
-        return found
+            row = next(self._expiring(self._reader(), Clause("expires IS NOT NULL")), None)
+        return None if row is None else float(row[4])
+
+    def _expiring(self, connection: sqlite3.Connection, condition: Clause) -> Iterator[tuple[Any, ...]]:
+        """Return the rows of `NUMBER_COLUMNS` of records that meet a condition, by their expiry, the next one first.
+
+        A time that may be damaged deletes no record: one whose numbers do not go with their checksum is left out.
+        """
+        statement = f"SELECT {NUMBER_COLUMNS} FROM records WHERE {condition.sql} ORDER BY expires"  # noqa: S608 - ours
+        for row in connection.execute(statement, condition.parameters):
+            if has_sound_numbers(row):
+                yield row
+            else:
+                label = row[0]
+                found = self._damage.select(connection, "SELECT id FROM records WHERE label = ?", (label,))
+                self._damage.note_record(label, found[0][0])
 
     def rows(self, after: int, count: int) -> list[Row]:
         """Return the rows that follow a label, at most `count`, by label, damaged or not."""
@@ -315,15 +330,6 @@ class StoreReader:
     def _reader(self) -> sqlite3.Connection:
         """Return this thread's connection, which it has until `release`."""
         return self._readers.take()
-
-    def _vectors(self, rows: Sequence[tuple[Any, ...]], *, checked: bool) -> tuple[Labels, Matrix]:
-        """Return labels and vectors of rows of `VECTOR_COLUMNS`, or `UNCHECKED_COLUMNS`, without the damaged ones."""
-        if not checked:
-            return self._damage.vectors(rows, checked=False)
-        # Those of an older version, which can be checked only as a whole.
-        older = [row[0] for row in rows if row[2] is None and row[3] is not None]
-        found = [Row(*row) for row in self._by(self._reader(), "label", older, ROW_COLUMNS)]
-        return self._damage.vectors(rows, {row.label for row in found if not row.is_whole})
 
     def _by(
         self, connection: sqlite3.Connection, column: str, keys: Sequence[object], columns: str
@@ -350,9 +356,25 @@ class StoreReader:
         )
         return np.sort(np.array([row[0] for row in rows], dtype=np.int64))
 
+    def _newest_label(self, connection: sqlite3.Connection) -> int:
+        row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
+        return self._whole(row) if row else 0
+
     def _sequence(self, connection: sqlite3.Connection) -> int:
         with translated(self._what):
-            return int(connection.execute("SELECT sequence FROM state").fetchone()[0])
+            return self._whole(connection.execute("SELECT sequence FROM state").fetchone())
+
+    def _next_label(self, connection: sqlite3.Connection) -> int:
+        """Return a label that no record ever had."""
+        (greatest,) = connection.execute("SELECT coalesce(max(label), 0) FROM records").fetchone()
+        return max(self._newest_label(connection), int(greatest)) + 1
+
+    def _whole(self, row: tuple[Any, ...] | None) -> int:
+        """Return the number of a row that has one column; raise INTERNAL if it is damaged."""
+        if row is None or type(row[0]) is not int:
+            message = f"a counter in the database of {self._what} is damaged; restore a backup"
+            raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
+        return int(row[0])
 
 
 def _slices(keys: Sequence[Any]) -> Iterator[Sequence[Any]]:
