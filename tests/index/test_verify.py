@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, verifying
-from index.support import gaussian, make_checksums_right, numbered
+from emberpc.server.errors import Code
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, verifying, word_index
+from index.support import gaussian, make_checksums_right, numbered, refused
 
 COUNT, WIDTH = 400, 16
 
@@ -139,6 +140,67 @@ def test_a_damaged_vector_costs_its_own_record_only(tmp_path: Path, vector: byte
     assert problems(collection) == []
     assert len(collection.search(query, COUNT + 5)[0].hits) == COUNT + 5
     index.close()
+
+
+WORDS = {
+    "no sizes": "DELETE FROM words_docsize WHERE id IN (3, 8, 9)",
+    "no entries": "INSERT INTO words (words) VALUES ('delete-all')",
+    "no pages": "DELETE FROM words_data WHERE id > 10",
+    "nothing": "DELETE FROM words_data",
+    "zeros": "UPDATE words_data SET block = zeroblob(length(block))",
+    "a record": "INSERT INTO words (rowid, text) VALUES (5000, 'record')",
+    "another text": "INSERT INTO words (words, rowid, text) VALUES ('delete', 8, 'text r00007')",
+}
+
+
+@pytest.mark.parametrize("change", WORDS.values(), ids=WORDS)
+def test_a_damaged_word_index_is_named_and_built_again(tmp_path: Path, change: str) -> None:
+    """A search by words may miss texts without an error."""
+    index = reopened_after(tmp_path, change)
+    collection = index.get("c")
+    assert problems(collection) in ([("", "WORDS_DAMAGED")], [])  # built when it was opened: nothing could be written
+    assert problems(collection) == []
+    (found,) = collection.search_words(["text"], [COUNT + 5])
+    assert len(found.hits) == COUNT + 5
+    index.close()
+
+
+def test_a_bit_that_flipped_in_the_word_index_is_found(index: Index) -> None:
+    """The page reads well, so that only the texts tell."""
+    collection = filled(index)
+    writer = collection._store._writer
+    blocks = writer.execute("SELECT id, block FROM words_data").fetchall()
+    number, block = next((number, block) for number, block in blocks if b"text" in block)
+    writer.execute("UPDATE words_data SET block = ? WHERE id = ?", (block.replace(b"text", b"tex\xf4", 1), number))
+    assert problems(collection) == [("", "WORDS_DAMAGED")]
+    assert problems(collection) == []
+
+
+@pytest.mark.parametrize("words", ["'another'", "NULL"])
+def test_words_of_a_record_that_are_not_those_of_its_text_are_named(index: Index, words: str) -> None:
+    collection = filled(index)
+    collection.upsert([NewRecord("foot", "der Fuß"), NewRecord("city", "北京大学")], gaussian(2, WIDTH, seed=7))
+    collection._store._writer.execute(f"UPDATE records SET search_text = {words} WHERE id = 'foot'")
+    assert problems(collection) == [("foot", "WORDS_DAMAGED")]
+    assert problems(collection) == []
+    assert collection.delete(["foot"]).deleted == 1
+    assert collection.search_words(["fuß"], [5])[0].hits == []
+    assert problems(collection) == []
+
+
+def test_a_word_index_that_cannot_be_built_again_is_named(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = filled(index)
+    collection._store._writer.execute(WORDS["no sizes"])
+
+    def fail(connection: sqlite3.Connection) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    monkeypatch.setattr(word_index, "build", fail)
+    ((found,),) = [step.problems for step in collection.verify() if step.problems]
+    assert found.reason == "WORDS_DAMAGED"
+    assert "restore a backup" in found.message
+    with refused(Code.INTERNAL, "restore a backup"):
+        collection.search_words(["text"], [COUNT])
 
 
 def test_metadata_that_is_damaged_is_named(index: Index) -> None:

@@ -297,7 +297,7 @@ class Collection(Lifecycle, SearchCalls):
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:
-        """Move vectors from the buffer to the graph, and build the graph anew if too much of it is deleted.
+        """Move vectors from the buffer to the graph, and build graph or word index anew if they must be.
 
         Takes long, and lets searches and writes in between; ends early when the collection is to be closed. A closed
         one stays closed: when it is opened it asks for what there is to do.
@@ -305,6 +305,9 @@ class Collection(Lifecycle, SearchCalls):
         if not self._calls.begin_upkeep():
             return
         try:
+            if self._store.words_suspect:
+                with self._write_lock:
+                    self._store.build_words()
             self._upkeep.run()
             if (seconds := self._upkeep.due_at_rest) is not None:
                 self._wake_at_rest(seconds)

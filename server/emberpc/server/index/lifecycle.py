@@ -96,6 +96,7 @@ class Lifecycle:
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
             self._selector = Selector(self._store, self.spec)
             self._store.on_damage = self._forget_damaged
+            self._store.on_suspect_words = self._wake
             next_expiry = self._store.next_expiry()
         except BaseException:
             self._store.close()
@@ -229,7 +230,7 @@ class Lifecycle:
 
     def _wake_if_needed(self) -> None:
         self._upkeep.note_write()
-        if self._upkeep.due:
+        if self._upkeep.due or self._store.words_suspect:
             self._wake()
         elif (seconds := self._upkeep.due_at_rest) is not None:
             self._wake_at_rest(seconds)

@@ -111,8 +111,12 @@ _INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
     """Return the CRC-32 of a record's texts, each ended by a byte that no UTF-8 has; metadata as JSON."""
-    texts = (record_id.encode(), text.encode(), metadata.encode(), label.encode(), b"")
-    return zlib.crc32(b"\xff".join(texts))
+    return checksum_of_bytes((record_id.encode(), text.encode(), metadata.encode(), label.encode()))
+
+
+def checksum_of_bytes(texts: Sequence[bytes]) -> int:
+    """Return the checksum of a record's texts in UTF-8, in the order of `text_checksum_of`."""
+    return zlib.crc32(b"\xff".join((*texts, b"")))
 
 
 def checksum_of(text_checksum: int, vector: bytes) -> int:

@@ -13,7 +13,7 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.damage import lenient_text
 from emberpc.server.index.database import transaction
 from emberpc.server.index.filter_sql import INDEX_PREFIX
-from emberpc.server.index.rows import ROW_COLUMNS, Row
+from emberpc.server.index.rows import ROW_COLUMNS, Row, checksum_of_bytes
 from emberpc.server.index.words import search_text
 
 # The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
@@ -74,6 +74,18 @@ _SEARCH_TEXTS = (
 )
 _INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
 
+#: How the index splits what `words.search_text` gives.
+TOKENIZER = "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\""
+
+# An empty index, whatever is there. FTS5 needs its version and its first records to look at a table at all, even to
+# delete it.
+_NO_WORDS = (
+    "DELETE FROM words_config",
+    "INSERT INTO words_config VALUES ('version', 4)",
+    "INSERT OR REPLACE INTO words_data VALUES (1, x''), (10, x'00000000000000')",
+    "INSERT INTO words (words) VALUES ('delete-all')",
+)
+
 # The words are those of `words.search_text`, NULL where that is the text itself. The table stores no texts: a trigger
 # gives it that of a deleted record. Marks are part of a word; accents were removed before.
 _NORMALISED_WORDS = (
@@ -82,8 +94,7 @@ _NORMALISED_WORDS = (
     "DROP TABLE words",
     "ALTER TABLE records ADD COLUMN search_text TEXT",
     _SEARCH_TEXTS,
-    "CREATE VIRTUAL TABLE words USING fts5(text, content='', "
-    "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\")",
+    f"CREATE VIRTUAL TABLE words USING fts5(text, content='', {TOKENIZER})",
     "CREATE TRIGGER words_of_new AFTER INSERT ON records WHEN new.text <> '' "
     "BEGIN INSERT INTO words (rowid, text) VALUES (new.label, coalesce(new.search_text, new.text)); END",
     "CREATE TRIGGER words_of_old AFTER DELETE ON records WHEN old.text <> '' "
@@ -219,13 +230,24 @@ def index_words(connection: sqlite3.Connection) -> None:
         sqlite3.Error: it failed.
     """
     _add_functions(connection)
-    for statement in (_SEARCH_TEXTS, "INSERT INTO words (words) VALUES ('delete-all')", _INDEX_WORDS):
+    for statement in (_SEARCH_TEXTS, *_NO_WORDS, _INDEX_WORDS):
         connection.execute(statement)
 
 
 def _add_functions(connection: sqlite3.Connection) -> None:
     """Add the functions that the steps use; triggers use none, so that any SQLite can write to the database."""
     connection.create_function("search_text_of", 1, _search_text_of, deterministic=True)
+
+
+def add_checksum_function(connection: sqlite3.Connection) -> None:
+    """Add `text_checksum_of`, which takes id, text, metadata and label as bytes."""
+    connection.create_function("text_checksum_of", 4, _checksum_of_bytes, deterministic=True)
+
+
+def _checksum_of_bytes(*texts: bytes | None) -> int | None:
+    """Return the checksum of a record's texts; None if one is missing."""
+    given = [text for text in texts if text is not None]
+    return checksum_of_bytes(given) if len(given) == len(texts) else None
 
 
 def _search_text_of(data: bytes) -> str | None:

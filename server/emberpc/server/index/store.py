@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.server.errors import ServiceError, invalid
-from emberpc.server.index import acknowledged, cancellation, schema, wal
+from emberpc.server.index import acknowledged, cancellation, schema, wal, word_index
 from emberpc.server.index.answers import AnswerBytes
 from emberpc.server.index.database import connect, empty_log, transaction, translated
 from emberpc.server.index.filter_sql import Clause
@@ -63,6 +64,7 @@ class Store(StoreReader):
                 wal.report(self._writer, found, self._what)
                 schema.prepare(self._writer, self._what, create=create)
                 make_indexes(self._writer, spec)
+                schema.add_checksum_function(self._writer)
             last = self._sequence(self._writer)
             self._identity = self._read_identity(self._writer)
         except ServiceError:
@@ -93,34 +95,42 @@ class Store(StoreReader):
             what = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
             raise invalid("expected_revisions", what)
         self._reserve.check(f"nothing was written to {self._what}")
+        return self._write(lambda connection: self._upsert(connection, records, documents, vectors, expected_revisions))
+
+    def _upsert(
+        self,
+        connection: sqlite3.Connection,
+        records: Sequence[NewRecord],
+        documents: Sequence[str],
+        vectors: Matrix,
+        expected_revisions: Sequence[int] | None,
+    ) -> Change:
         now = datetime.now(timezone.utc).timestamp()
-        with self._writing() as connection:
-            ids = [record.id for record in records]
-            present = {row[0]: row[1:] for row in self._by(connection, "id", ids, f"id, {NUMBER_COLUMNS}")}
-            damaged_ids = {record_id for record_id, row in present.items() if not has_sound_numbers(row)}
-            for record_id, revision in zip(ids, expected_revisions or (), strict=False):
-                if record_id in damaged_ids:
-                    raise damaged(record_id)
-                check_revision(record_id, revision, present[record_id][1] if record_id in present else 0)
-            sequence = self._next_sequence(connection)
-            removed = {row[0] for row in present.values()}
-            delete_rows(connection, self._spec, removed)
-            first = self._next_label(connection)
-            for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
-                kept = record.id in present and record.id not in damaged_ids
-                insert_row(
-                    connection,
-                    first + i,
-                    (record.id, record.text, document, record.label),
-                    vector,
-                    (
-                        sequence,
-                        present[record.id][2] if kept else now,
-                        now,
-                        None if record.time_to_live is None else now + record.time_to_live,
-                    ),
-                )
-        self._note_write(sequence)
+        ids = [record.id for record in records]
+        present = {row[0]: row[1:] for row in self._by(connection, "id", ids, f"id, {NUMBER_COLUMNS}")}
+        damaged_ids = {record_id for record_id, row in present.items() if not has_sound_numbers(row)}
+        for record_id, revision in zip(ids, expected_revisions or (), strict=False):
+            if record_id in damaged_ids:
+                raise damaged(record_id)
+            check_revision(record_id, revision, present[record_id][1] if record_id in present else 0)
+        sequence = self._next_sequence(connection)
+        removed = {row[0] for row in present.values()}
+        self._remove(connection, removed)
+        first = self._next_label(connection)
+        for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
+            kept = record.id in present and record.id not in damaged_ids
+            insert_row(
+                connection,
+                first + i,
+                (record.id, record.text, document, record.label),
+                vector,
+                (
+                    sequence,
+                    present[record.id][2] if kept else now,
+                    now,
+                    None if record.time_to_live is None else now + record.time_to_live,
+                ),
+            )
         updated = len(present)
         added = np.arange(first, first + len(records), dtype=np.int64)
         return Change(sequence, added, removed, len(records) - updated, updated)
@@ -134,25 +144,33 @@ class Store(StoreReader):
             vectors: float32 (records, dimensions), instead of the records' own.
         """
         self._reserve.check(f"nothing was written to {self._what}")
-        with self._writing() as connection:
-            removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
-            delete_rows(connection, self._spec, removed)
-            first = self._next_label(connection)
-            for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
-                insert_row(
-                    connection,
-                    first + i,
-                    (record.id, record.text, document, record.label),
-                    vector,
-                    (
-                        record.revision,
-                        record.create_time.timestamp(),
-                        record.update_time.timestamp(),
-                        None if record.expire_time is None else record.expire_time.timestamp(),
-                    ),
-                )
-            added = np.arange(first, first + len(records), dtype=np.int64)
-            return Change(self._sequence(connection), added, removed)
+        return self._write(lambda connection: self._copy(connection, records, documents, vectors))
+
+    def _copy(
+        self,
+        connection: sqlite3.Connection,
+        records: Sequence[StoredRecord],
+        documents: Sequence[str],
+        vectors: Matrix,
+    ) -> Change:
+        removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
+        self._remove(connection, removed)
+        first = self._next_label(connection)
+        for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
+            insert_row(
+                connection,
+                first + i,
+                (record.id, record.text, document, record.label),
+                vector,
+                (
+                    record.revision,
+                    record.create_time.timestamp(),
+                    record.update_time.timestamp(),
+                    None if record.expire_time is None else record.expire_time.timestamp(),
+                ),
+            )
+        added = np.arange(first, first + len(records), dtype=np.int64)
+        return Change(self._sequence(connection), added, removed)
 
     def identity(self) -> str:
         """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
@@ -205,13 +223,62 @@ class Store(StoreReader):
         return change
 
     def _delete_at_once(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
-        with self._writing() as connection:
+        def delete(connection: sqlite3.Connection) -> Change:
             removed = find(connection)
             cancellation.check()
             sequence = self._next_sequence(connection) if removed else self._sequence(connection)
-            delete_rows(connection, self._spec, removed)
-        self._note_write(sequence)
-        return Change(sequence, np.empty(0, dtype=np.int64), removed)
+            self._remove(connection, removed)
+            return Change(sequence, np.empty(0, dtype=np.int64), removed)
+
+        return self._write(delete)
+
+    def _remove(self, connection: sqlite3.Connection, labels: set[int]) -> None:
+        """Delete rows, damaged or not."""
+        # The words of a text leave the index by the text: of a damaged one they stay, with no record behind them.
+        damaged_texts = (
+            "SELECT EXISTS (SELECT 1 FROM records WHERE label IN (SELECT value FROM json_each(?)) AND text_checksum "
+            "IS NOT text_checksum_of("
+            "CAST(id AS BLOB), CAST(text AS BLOB), CAST(metadata AS BLOB), CAST(class_label AS BLOB)))"
+        )
+        if labels and connection.execute(damaged_texts, (json.dumps(list(labels)),)).fetchone()[0]:
+            self.suspect_words()
+        delete_rows(connection, self._spec, labels)
+
+    def build_words(self) -> None:
+        """Build the word index again from the texts, as a write; its caller leaving does not stop it.
+
+        Raises:
+            ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
+        """
+        with translated(self._what), cancellation.cancelled_when(lambda: False):
+            try:
+                word_index.build(self._writer)
+            except sqlite3.DatabaseError as error:
+                self.words_beyond_repair = word_index.may_be_damage(error)
+                self.words_suspect = not self.words_beyond_repair
+                raise
+        self.words_suspect = False
+        log.warning("%s: the word index was built again from the texts", self._what)
+
+    def _write(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
+        """Write everything that `work` does, or nothing, and note that it is acknowledged."""
+        change = self._written(work)
+        self._note_write(change.sequence)
+        return change
+
+    def _written(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
+        """Write everything that `work` does, or nothing; if a damaged word index refuses it, build that again, once."""
+        with translated(self._what):
+            try:
+                with transaction(self._writer):
+                    return work(self._writer)
+            except sqlite3.DatabaseError as error:
+                if self.words_beyond_repair or not word_index.may_be_damage(error):
+                    raise
+                log.warning("%s: a write failed; is the word index damaged?", self._what, exc_info=True)
+            self.build_words()
+            with transaction(self._writer):
+                return work(self._writer)
 
     def _note_write(self, sequence: int) -> None:
         acknowledged.note(self._path.parent, self._identity, sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import cancellation
+from emberpc.server.index import cancellation, word_index
 from emberpc.server.index.answers import SIZES_AT_ONCE, AnswerBytes, only, row_bytes
 from emberpc.server.index.damage import Damage
 from emberpc.server.index.database import translated
@@ -33,6 +34,8 @@ from emberpc.server.index.rows import (
     records_of_one_row,
 )
 from emberpc.server.index.types import WHOLE_RECORD, CollectionSpec, Labels, Matrix, StoredRecord
+
+log = logging.getLogger(__name__)
 
 _MAX_VARIABLES = 900
 #: Bytes of metadata that are read to explain why a filter matches nothing: 0.2 s.
@@ -70,6 +73,11 @@ class StoreReader:
         self._damage = Damage(spec)
         #: Called with labels that a search came upon, of records that turned out to be damaged.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
+        #: Whether the word index is to be built again, and whether that failed.
+        self.words_suspect = False
+        self.words_beyond_repair = False
+        #: Called when `words_suspect` becomes true.
+        self.on_suspect_words: Callable[[], None] = lambda: None
         self._cache = cache
         self._owner = cache.new_owner()
         self._what = f"collection {spec.name!r}"
@@ -207,6 +215,9 @@ class StoreReader:
             expression: the query, right in FTS5's syntax.
             count: most labels to return.
             condition: what they must meet.
+
+        Raises:
+            ServiceError: besides the usual, DATA_LOSS if the word index is damaged.
         """
         # Joined only if it must be, since that takes as long again; and from the words, which are fewer.
         joined = "" if condition is EVERYTHING else "CROSS JOIN records ON label = words.rowid"
@@ -214,12 +225,12 @@ class StoreReader:
             f"SELECT words.rowid, -bm25(words) AS score FROM words {joined} "  # noqa: S608 - our own conditions
             f"WHERE words MATCH ? AND {condition.sql} ORDER BY score DESC, words.rowid LIMIT ?"
         )
-        with translated(self._what):
+        with translated(self._what), self._reading_words():
             return self._damage.select(self._reader(), statement, (expression, *condition.parameters, count))
 
     def count_with_words(self, expression: str) -> int:
-        """Return the number of texts that match an FTS5 query."""
-        with translated(self._what):
+        """Return the number of texts that match an FTS5 query; raises what `with_words` does."""
+        with translated(self._what), self._reading_words():
             found = self._reader().execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,))
             return int(found.fetchone()[0])
 
@@ -321,7 +332,29 @@ class StoreReader:
         """Return what SQLite finds wrong with its own structures; empty: nothing."""
         with translated(self._what):
             found = [row[0] for row in self._reader().execute("PRAGMA integrity_check")]
-        return [] if found == ["ok"] else found
+        # Later versions of SQLite check the word index too; `words_are_sound` compares it with the texts.
+        return [each for each in found if each != "ok" and "FTS5" not in each]
+
+    def words_are_sound(self) -> bool:
+        """Return whether the word index has the words of the texts and no others; reads all of both."""
+        with translated(self._what):
+            return word_index.is_sound(self._path)
+
+    def suspect_words(self) -> None:
+        """Take note that the word index may not have the words of the texts."""
+        self.words_suspect = True
+        self.on_suspect_words()
+
+    @contextmanager
+    def _reading_words(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if self.words_beyond_repair or not word_index.may_be_damage(error):
+                raise
+            log.warning("%s: a search by words failed", self._what, exc_info=True)
+            self.suspect_words()
+            raise word_index.damaged(self._what) from error
 
     def release(self) -> None:
         """Let other threads have the connection that this one reads with; to be called at the end of each call."""

@@ -16,6 +16,7 @@ from emberpc.server.index.neighbours import Candidates, Neighbours
 from emberpc.server.index.rows import Row
 from emberpc.server.index.store import Store
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
+from emberpc.server.index.words import search_text
 
 _BATCH = 500
 #: Candidates of the search for a record by its own vector, and how many at a time, since others wait meanwhile. A miss
@@ -24,6 +25,7 @@ _TRIES = ((200, 8), (800, 1))
 #: Records that are searched for by default.
 _SAMPLE = 2000
 _HITS = 10
+_OTHER_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Verifier:
         write_lock: held by every write, from before the store has it until memory has it too.
         spec: what the collection is.
         full: whether every record is searched for; otherwise a random sample.
+
+    A word index that does not match the texts is built again, since nothing else repairs it.
     """
 
     store: Store
@@ -64,6 +68,8 @@ class Verifier:
     write_lock: threading.Lock
     spec: CollectionSpec
     full: bool = False
+    _found_damaged: bool = False
+    _found_other_words: bool = False
 
     def steps(self) -> Iterator[Verified]:
         """Check all of it, some hundred records a step; the last step is `done`."""
@@ -73,6 +79,7 @@ class Verifier:
         while rows := self.store.rows(last, _BATCH):
             last, checked = rows[-1].label, checked + len(rows)
             yield Verified(checked, max(total, checked), self._batch(rows, share))
+        yield Verified(checked, checked, self._words())
         yield Verified(checked, checked, self._strangers(), done=True)
 
     def _batch(self, rows: Sequence[Row], share: float) -> list[Problem]:
@@ -83,7 +90,12 @@ class Verifier:
             try:
                 whole.append((row, self._decoded(row)))
             except ServiceError as error:
+                self._found_damaged = True
                 problems.append(Problem(row.name, "RECORD_DAMAGED", f"record {row.name!r}: {error.message}"))
+                continue
+            if row.search_text != search_text(row.text):
+                self._found_other_words = True
+                problems.append(Problem(row.id, "WORDS_DAMAGED", f"record {row.id!r}: {_OTHER_WORDS}"))
         if whole:
             labels = np.array([row.label for row, _ in whole], dtype=np.int64)
             vectors = prepare(np.vstack([vector for _, vector in whole]), self.spec.distance)
@@ -168,6 +180,22 @@ class Verifier:
         """Whether a record is in the store and not in memory, with no write under way."""
         with self.write_lock:
             return bool(len(self.store.vectors([label])[0])) and not self.neighbours.held([label])
+
+    def _words(self) -> list[Problem]:
+        """Compare the word index with the texts, and build it again if it does not match them."""
+        suspect = self.store.words_suspect
+        if not suspect and not self._found_other_words and self.store.words_are_sound():
+            return []
+        try:
+            with self.write_lock:
+                self.store.build_words()
+        except ServiceError as error:
+            message = f"the word index does not match the texts, and it cannot be built again: {error.message}"
+            return [Problem("", "WORDS_DAMAGED", message)]
+        # Known before, or said of a record. Of a damaged text the index has the words that it had.
+        if suspect or self._found_other_words or self._found_damaged:
+            return []
+        return [Problem("", "WORDS_DAMAGED", f"the word index: {_OTHER_WORDS}")]
 
     def _strangers(self) -> list[Problem]:
         """Find what searches may come upon and the store does not have."""
