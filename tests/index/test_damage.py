@@ -262,13 +262,24 @@ def test_rows_of_an_older_version_are_given_checksums(
     assert "damaged" not in caplog.text
 
 
-@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(
+    ("version", "change"),
+    [
+        (4, "text = 'another'"),
+        (4, "checksum = NULL"),
+        (4, "revision = 0"),
+        (4, "created = 'x'"),
+        (6, "text = 'another'"),
+        (6, "checksum = NULL"),
+        (6, "text_checksum = NULL, checksum = NULL, text = 'another'"),
+    ],
+)
 def test_a_damaged_row_of_an_older_version_is_given_no_checksum(
-    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, version: int, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one it would pass for whole; and no other row goes without."""
     monkeypatch.setattr(schema, "_CONVERTED_AT_ONCE", 7)
-    with damaged(tmp_path, "text = 'another'", older=version) as collection:
+    with damaged(tmp_path, change, older=version) as collection:
         connection = collection._store._writer
         lost = connection.execute("SELECT id FROM records WHERE row_checksum IS NULL").fetchall()
         assert lost == [(LOST,)]

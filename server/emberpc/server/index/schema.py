@@ -161,8 +161,14 @@ def _convert(connection: sqlite3.Connection, what: str) -> None:
     """Give the rows of an older version the checksums that they lack, if those that they have are right.
 
     A row that is damaged gets none, and so is damaged still. A row without any checksum is taken to be as it was
-    written.
+    written, unless it came after one with a checksum: then it had one.
     """
+    statement = "SELECT label FROM records WHERE checksum IS NOT NULL ORDER BY label LIMIT 1"
+    (first,) = connection.execute(statement).fetchone() or (None,)
+
+    def is_whole(row: Row) -> bool:
+        return row.was_whole and row.revision > 0 and (row.checksum is not None or first is None or row.label < first)
+
     usual, connection.text_factory = connection.text_factory, lenient_text
     try:
         while last := _unconverted(connection, what):
@@ -172,7 +178,7 @@ def _convert(connection: sqlite3.Connection, what: str) -> None:
                 connection.executemany(
                     "UPDATE records SET text_checksum = ?, checksum = ?, row_checksum = ? "
                     "WHERE label = ? AND row_checksum IS NULL",
-                    [(*row.checksums(), row.label) for row in rows if row.was_whole],
+                    [(*row.checksums(), row.label) for row in rows if is_whole(row)],
                 )
                 connection.execute("UPDATE state SET unconverted = ?", (rows[-1].label - 1 if rows else 0,))
     finally:
@@ -244,10 +250,9 @@ def add_checksum_function(connection: sqlite3.Connection) -> None:
     connection.create_function("text_checksum_of", 4, _checksum_of_bytes, deterministic=True)
 
 
-def _checksum_of_bytes(*texts: bytes | None) -> int | None:
+def _checksum_of_bytes(*texts: bytes) -> int | None:
     """Return the checksum of a record's texts; None if one is missing."""
-    given = [text for text in texts if text is not None]
-    return checksum_of_bytes(given) if len(given) == len(texts) else None
+    return None if None in texts else checksum_of_bytes(texts)
 
 
 def _search_text_of(data: bytes) -> str | None:
