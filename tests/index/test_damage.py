@@ -215,6 +215,25 @@ def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (("id = ?", b"r00008"), "b'r00008'"),
+        (("id = CAST(? AS TEXT)", b"r\xc3'7\n"), 'b"r\\xc3\'7\\n"'),
+        (("id = ?", "r\n7"), "r\n7"),
+    ],
+    ids=["blob", "no UTF-8", "text"],
+)
+def test_a_record_whose_id_is_damaged_is_deleted_by_the_name_that_it_is_given(
+    tmp_path: Path, change: tuple[str, object], name: str
+) -> None:
+    with damaged(tmp_path, *change) as collection:
+        assert [problem.id for step in collection.verify() for problem in step.problems] == [name]
+        assert collection.delete([name, "b'r00009'", "b'"]).deleted == 1
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+        assert [record.id for record in collection.page(100, "")[0]] == [each for each in TRUTH if each != LOST]
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
     with (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import sqlite3
 import struct
 import zlib
@@ -25,6 +27,7 @@ _DECODE = json.JSONDecoder().raw_decode
 _COLUMNS = """label, id, text, metadata, class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
     CAST(round(expires * 1e6) AS INTEGER), text_checksum"""
+_NAME_OF_BYTES = re.compile(r"""b(['"])(?:[ -\[\]-~]|\\(?:[\\'"tnr]|x[0-9a-f]{2}))*\1""")
 #: What `is_sound_vector` takes.
 VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
 #: What `has_sound_numbers` takes.
@@ -65,7 +68,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """Its id, as far as that can be read."""
-        return self.id if isinstance(self.id, str) else ascii(self.id)
+        return name_of(self.id)
 
     @property
     def is_whole(self) -> bool:
@@ -266,9 +269,19 @@ def _vector(data: Any, spec: CollectionSpec) -> Matrix:
     return vector
 
 
+def name_of(record_id: object) -> str:
+    """Return an id; of one that is damaged and no text, what Python writes for its value, such as `b'\\xff'`."""
+    return record_id if isinstance(record_id, str) else ascii(record_id)
+
+
+def bytes_of_name(name: str) -> bytes | None:
+    """Return the bytes that `name_of` gave this name to; None if it gave it to none."""
+    return bytes(ast.literal_eval(name)) if _NAME_OF_BYTES.fullmatch(name) else None
+
+
 def damaged(record_id: object) -> ServiceError:
     """Return the error for a record whose row is none any more, and whose id may be of any type."""
-    name = record_id if isinstance(record_id, str) else ascii(record_id)
+    name = name_of(record_id)
     return ServiceError(
         Code.DATA_LOSS,
         f"record {name!r} is damaged on disk; delete it or upsert it again, and see what VerifyCollection finds",

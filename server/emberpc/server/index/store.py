@@ -16,12 +16,13 @@ import numpy as np
 from emberpc.server.errors import ServiceError, invalid
 from emberpc.server.index import acknowledged, cancellation, schema, wal, word_index
 from emberpc.server.index.answers import AnswerBytes
+from emberpc.server.index.damage import lenient_text
 from emberpc.server.index.database import connect, empty_log, transaction, translated
 from emberpc.server.index.filter_sql import Clause
 from emberpc.server.index.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reserve import Reserve
-from emberpc.server.index.rows import NUMBER_COLUMNS, damaged, has_sound_numbers, insert_row
+from emberpc.server.index.rows import NUMBER_COLUMNS, bytes_of_name, damaged, has_sound_numbers, insert_row
 from emberpc.server.index.store_reader import StoreReader
 from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Matrix, NewRecord, StoredRecord
 from emberpc.server.index.validation import check_revision
@@ -189,10 +190,23 @@ class Store(StoreReader):
         self._note_write(sequence)
 
     def delete(self, ids: Sequence[str]) -> Change:
-        """Delete records by id, all at once; ids that are not there are no error, and none there is no write."""
-        return self._delete(
-            lambda connection: {row[0] for row in self._by(connection, "id", list(dict.fromkeys(ids)), "label")}
-        )
+        """Delete records by id, all at once; ids that are not there are no error, and none there is no write.
+
+        A record whose id is damaged and no text goes by its `name_of`.
+        """
+        distinct = list(dict.fromkeys(ids))
+        damaged_ids = [data for data in map(bytes_of_name, distinct) if data is not None]
+
+        def find(connection: sqlite3.Connection) -> set[int]:
+            found = {row[0] for row in self._by(connection, "id", [*distinct, *damaged_ids], "label")}
+            # Bytes that are no text in UTF-8 are the id of no other record; elsewhere they are compared as bytes.
+            for data in damaged_ids:
+                if isinstance(lenient_text(data), bytes):
+                    rows = connection.execute("SELECT label FROM records WHERE id = CAST(? AS TEXT)", (data,))
+                    found |= {row[0] for row in rows}
+            return found
+
+        return self._delete(find)
 
     def delete_matching(self, condition: Clause) -> Change:
         """Delete the records that meet a condition, all at once; if none does it is no write."""

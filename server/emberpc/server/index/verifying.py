@@ -115,7 +115,7 @@ class Verifier:
         if not isinstance(metadata, dict):
             raise ServiceError(Code.INTERNAL, "its metadata is no JSON object; upsert it again")
         if not row.is_whole:
-            raise ServiceError(Code.INTERNAL, "it is not as it was written; upsert it again")
+            raise ServiceError(Code.INTERNAL, "it is not as it was written; delete it or upsert it again")
         size = 4 * self.spec.dimensions
         if len(row.vector) != size:
             message = f"its vector has {len(row.vector)} bytes, not {size}; upsert it again"
