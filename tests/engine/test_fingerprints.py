@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from onnx import helper
 
 from emberpc.bundle import Bundle, FileEntry, Manifest, finish_bundle, read_bundle
+from emberpc.bundle.contents import Contents
 from emberpc.bundle.reading import sha256_of
-from emberpc.server.engine import Model, ModelLoadError, Registry, model
+from emberpc.server.engine import Model, ModelLoadError, Registry, model, tables
 from emberpc.server.engine.session import OnnxSession, SessionError
 
 MODEL = Path("onnx") / "model.onnx"
@@ -142,8 +144,103 @@ def test_a_session_is_not_widened_with_other_weights(foreign: Path) -> None:
     content = data.read_bytes()
     data.unlink()
     data.write_bytes(content)
+    assert session.with_threads(2)
+    data.write_bytes(content[:-4] + b"\0\0\x80?")
     with pytest.raises(SessionError, match="was written again"):
         session.with_threads(2)
+    data.unlink()
+    with pytest.raises(SessionError, match="cannot be read"):
+        session.with_threads(2)
+
+
+def scratch(path: Path) -> None:
+    """Write other bytes into a file in place, with its times as before, as a copy with `rsync --inplace` does."""
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"\x3f" * times.st_size)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def empty(path: Path) -> None:
+    """Cut a file off in place, as the beginning of a copy onto it does."""
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("spoil", [scratch, empty])
+@pytest.mark.parametrize("file", ["onnx/model.onnx.data", "onnx/model.onnx", "tokenizer.json"])
+def test_a_served_model_does_not_depend_on_its_files(
+    spoil: Callable[[Path], None], file: str, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_MIN_BYTES", 1024)
+    served, tokens = Model.load("m", foreign), [np.array([2, 7, 8, 9, 3]), np.array([2, 11, 3])]
+    before = served.encoder.run(tokens)
+    wide = served.encoder._session.with_threads(2)
+    assert served.encoder._session._tables
+    spoil(foreign / file)
+    others = [np.array([2, token, 3]) for token in range(4, 39)]
+    assert np.isfinite(served.encoder.run(others)).all()
+    np.testing.assert_array_equal(served.encoder.run(tokens), before)
+    np.testing.assert_allclose(served.encoder._run_on(wide, tokens), before, atol=1e-6)
+    assert served.tokenizer.count(["hello world"], "") == [4]
+
+
+def test_weights_are_not_kept_in_memory_twice(foreign: Path) -> None:
+    session = Model.load("m", foreign).encoder._session._session
+    assert not [name for name, value in vars(session).items() if isinstance(value, bytes)]
+
+
+@pytest.mark.parametrize("file", ["onnx/model.onnx.data", "onnx/model.onnx", "tokenizer.json"])
+def test_what_is_hashed_is_what_is_served(file: str, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that change between two looks at them would be served under another's fingerprint."""
+    fingerprint = Model.load("m", foreign).fingerprint
+    make = model.OnnxSession
+
+    def load(path: Path, contents: Contents) -> OnnxSession:
+        session = make(path, contents=contents)
+        scratch(foreign / file)
+        return session
+
+    monkeypatch.setattr(model, "OnnxSession", load)
+    if file == "tokenizer.json":  # it is read later, and both hash and tokenizer see what is there then
+        with pytest.raises(ModelLoadError, match="tokenizer"):
+            Model.load("m", foreign)
+    else:
+        assert Model.load("m", foreign).fingerprint == fingerprint
+
+
+def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.save(onnx.load(str(copy / MODEL)), str(copy / MODEL), save_as_external_data=True, location="w")
+    finish_bundle(copy, Manifest.from_json((copy / "emberpc.json").read_text(encoding="utf-8")))
+    check = Bundle.check_hashes
+
+    def changed(bundle: Bundle, contents: Contents | None = None) -> None:
+        check(bundle)
+        (copy / "onnx" / "w").write_bytes((copy / "onnx" / "w").read_bytes()[:-4] + b"\0\0\x80?")
+        checked.set()
+
+    checked, make = threading.Event(), model.OnnxSession
+
+    def load(path: Path, contents: Contents) -> OnnxSession:
+        assert checked.wait(60)
+        return make(path, contents=contents)
+
+    monkeypatch.setattr(Bundle, "check_hashes", changed)
+    monkeypatch.setattr(model, "OnnxSession", load)
+    with pytest.raises(ModelLoadError, match="onnx/w was written while it was loaded; load it again"):
+        Model.load("m", copy)
+
+
+def test_weights_of_a_graph_inside_an_operator_must_not_lie_in_another_file(tmp_path: Path) -> None:
+    weights = onnx.numpy_helper.from_array(np.ones(4, dtype=np.float32), "w")
+    value = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
+    branch = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "b", [], [value], [weights])
+    condition = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    made = helper.make_model(helper.make_graph([node], "g", [condition], [value]), ir_version=9)
+    path = tmp_path / "model.onnx"
+    onnx.save(made, str(path), save_as_external_data=True, location="w", size_threshold=0)
+    with pytest.raises(SessionError, match="save the model as one ONNX file"):
+        OnnxSession(path)
 
 
 class Loading:
@@ -152,9 +249,9 @@ class Loading:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.begun = threading.Event()
 
-        def load(path: Path) -> OnnxSession:
+        def load(path: Path, contents: Contents) -> OnnxSession:
             self.begun.set()
-            return OnnxSession(path)
+            return OnnxSession(path, contents=contents)
 
         patch.setattr(model, "OnnxSession", load)
 
@@ -165,9 +262,9 @@ def test_the_weights_are_hashed_while_the_session_is_made(
     loading = Loading(monkeypatch)
     fingerprint = Bundle.fingerprint
 
-    def delayed(bundle: Bundle, variant: str = "", *, headless: bool = False) -> str:
+    def delayed(bundle: Bundle, variant: str = "", *, headless: bool = False, contents: Contents | None = None) -> str:
         assert loading.begun.wait(60), "the session waits for the hash"
-        return fingerprint(bundle, variant, headless=headless)
+        return fingerprint(bundle, variant, headless=headless, contents=contents)
 
     monkeypatch.setattr(Bundle, "fingerprint", delayed)
     assert registry.load("m", tiny_bundle).fingerprint == fingerprint(read_bundle(tiny_bundle))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from emberpc.bundle.contents import Contents
 from emberpc.server.engine import tables
 from emberpc.server.engine.session import OnnxSession
 from emberpc.server.engine.tables import read_tables
@@ -48,7 +49,7 @@ def saved(model: onnx.ModelProto, path: Path) -> Path:
 
 def test_what_is_only_looked_up_in_is_found_and_is_a_copy(tmp_path: Path) -> None:
     path = saved(graph(), tmp_path / "model.onnx")
-    found = read_tables(path)
+    found = read_tables(path, Contents())
     path.write_bytes(b"\0" * path.stat().st_size)
     assert list(found) == ["words"]
     np.testing.assert_array_equal(found["words"], WORDS)
@@ -56,20 +57,20 @@ def test_what_is_only_looked_up_in_is_found_and_is_a_copy(tmp_path: Path) -> Non
 
 def test_what_is_multiplied_too_is_left_to_the_session(tmp_path: Path) -> None:
     used_twice = helper.make_node("Transpose", ["words"], ["turned"])
-    assert read_tables(saved(graph(used_twice), tmp_path / "model.onnx")) == {}
+    assert read_tables(saved(graph(used_twice), tmp_path / "model.onnx"), Contents()) == {}
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int8, np.uint8, np.float32])
 def test_tables_of_every_precision_are_found(dtype: type, tmp_path: Path) -> None:
     weights: np.ndarray = (WORDS % 100).astype(dtype)
-    found = read_tables(saved(graph(weights=weights), tmp_path / "model.onnx"))
+    found = read_tables(saved(graph(weights=weights), tmp_path / "model.onnx"), Contents())
     np.testing.assert_array_equal(found["words"], weights)
     assert found["words"].dtype == dtype
 
 
 def test_other_types_and_small_ones_are_left_out(tmp_path: Path) -> None:
-    assert read_tables(saved(graph(weights=WORDS.astype(np.float64)), tmp_path / "double.onnx")) == {}
-    assert read_tables(saved(graph(weights=WORDS[:20]), tmp_path / "small.onnx")) == {}
+    assert read_tables(saved(graph(weights=WORDS.astype(np.float64)), tmp_path / "double.onnx"), Contents()) == {}
+    assert read_tables(saved(graph(weights=WORDS[:20]), tmp_path / "small.onnx"), Contents()) == {}
 
 
 @given(cut=st.integers(0, 9000), place=st.integers(0, 9000), byte=st.integers(0, 255))
@@ -80,13 +81,30 @@ def test_a_damaged_file_is_read_as_far_as_it_goes_or_not_at_all(
     whole[place % len(whole)] = byte
     path = tmp_path_factory.mktemp("damaged") / "model.onnx"
     path.write_bytes(whole[:cut])
-    assert all(table.size for table in read_tables(path).values())
+    assert all(table.size for table in read_tables(path, Contents()).values())
 
 
 def test_a_file_that_is_not_there_or_empty_has_none(tmp_path: Path) -> None:
-    assert read_tables(tmp_path / "none.onnx") == {}
+    assert read_tables(tmp_path / "none.onnx", Contents()) == {}
     (tmp_path / "empty.onnx").touch()
-    assert read_tables(tmp_path / "empty.onnx") == {}
+    assert read_tables(tmp_path / "empty.onnx", Contents()) == {}
+
+
+@pytest.mark.parametrize("offset", [0, 64])
+def test_tables_beside_the_file_are_found_and_are_copies(offset: int, tmp_path: Path) -> None:
+    model, path = graph(), tmp_path / "model.onnx"
+    onnx.save(model, str(path), save_as_external_data=True, location="w", size_threshold=0)
+    if offset:
+        words = next(each for each in model.graph.initializer if each.name == "words")
+        (tmp_path / "w").write_bytes(b"\0" * offset + WORDS.tobytes())
+        del words.external_data[2:]
+        place = {"location": "w", "offset": str(offset)}
+        del words.external_data[:]
+        words.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items())
+        path.write_bytes(model.SerializeToString())
+    found = read_tables(path, Contents())
+    (tmp_path / "w").write_bytes(b"")
+    np.testing.assert_array_equal(found["words"], WORDS)
 
 
 def test_sessions_share_them(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.interface import POOLINGS, Graph, Interface, Tensor, find_inputs, find_output
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TEXT_LENGTH, MAX_TOKENS, check_length, whole_number
@@ -89,7 +90,12 @@ class Stated:
 
 
 def open_bundle(
-    folder: Path, options: Mapping[str, str], look: Callable[[Path], Graph], *, check_hashes: bool = True
+    folder: Path,
+    options: Mapping[str, str],
+    look: Callable[[Path], Graph],
+    *,
+    check_hashes: bool = True,
+    contents: Contents | None = None,
 ) -> Bundle:
     """Read a bundle, or a folder that emberpc did not write.
 
@@ -98,6 +104,7 @@ def open_bundle(
         options: what the user states of a foreign model: fields of `Stated`.
         look: loads an ONNX file and tells what it takes and gives; not called for a bundle.
         check_hashes: as in `read_bundle`.
+        contents: as in `read_foreign`.
 
     Raises:
         BundleError: it is neither, or something has to be stated.
@@ -107,16 +114,19 @@ def open_bundle(
         if options:
             raise BundleError(f"{folder} is a bundle, which says all of itself; leave out the model options")
         return bundle
-    return read_foreign(folder, Stated.parse(options), look)
+    return read_foreign(folder, Stated.parse(options), look, contents)
 
 
-def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) -> Bundle:
+def read_foreign(
+    folder: Path, stated: Stated, look: Callable[[Path], Graph], contents: Contents | None = None
+) -> Bundle:
     """Read a folder without a manifest as if it had one.
 
     Args:
         folder: where it is.
         stated: what its user states.
         look: loads an ONNX file and tells what it takes and gives; may raise an error of its own.
+        contents: reads the tokenizer and the files with weights; None: they are read from disk.
 
     Returns:
         The bundle; it has no reference outputs, and its hashes are those of now.
@@ -132,7 +142,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
             "AutoTokenizer.from_pretrained(MODEL, use_fast=True).save_pretrained(DIR)"
         )
     settings = read_sentence_transformers(folder)
-    external = external_files(folder, model)  # before the file is loaded: none may lie outside the folder
+    external = external_files(folder, model, contents)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
     config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
     _check_case(folder)
@@ -146,7 +156,7 @@ def read_foreign(folder: Path, stated: Stated, look: Callable[[Path], Graph]) ->
     for name in named:
         _plain(folder, name)
     names = [TOKENIZER_NAME, model, *sorted(named | set(external))]
-    entries = {name: FileEntry(sha256_of(folder / name), (folder / name).stat().st_size) for name in names}
+    entries = {name: FileEntry(sha256_of(folder / name, contents), (folder / name).stat().st_size) for name in names}
     weights = hashlib.sha256("".join(entries[name].sha256 for name in names[1:]).encode())
     weights.update(interface.legacy_text().encode())
     manifest = Manifest(

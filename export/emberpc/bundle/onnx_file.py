@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import sha256_of_part
 from emberpc.bundle.protobuf import Message
@@ -33,16 +34,20 @@ _ORT_FORMAT = b"ORTM"
 _LARGE_BYTES = 1 << 16
 
 
+_HashPart = Callable[..., bytes]
+
+
 class _IrregularError(Exception):
     """The graph has a part that the digest of an output does not follow, so all bytes of the file count."""
 
 
-def external_files(folder: Path, model: str) -> tuple[str, ...]:
+def external_files(folder: Path, model: str, contents: Contents | None = None) -> tuple[str, ...]:
     """Return the files beside an ONNX file that hold weights of it, sorted.
 
     Args:
         folder: the model's folder, which no file may lie outside.
         model: the ONNX file, as a path in the folder.
+        contents: reads the ONNX file; None: it is read from disk.
 
     Returns:
         Paths in the folder, with slashes.
@@ -50,12 +55,32 @@ def external_files(folder: Path, model: str) -> tuple[str, ...]:
     Raises:
         BundleError: the ONNX file cannot be read, or a file that it names is missing or lies outside the folder.
     """
-    with _opened(folder / model) as data:
+    with _opened(folder / model, contents) as data:
         names = set() if _is_ort_format(data) else set(_locations(Message(data, 0, len(data))))
     return tuple(sorted(_place(folder, model, name) for name in names))
 
 
-def output_digest(folder: Path, model: str, output: str) -> str:
+def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
+    """Return where an ONNX file says that weights of it lie, as it writes these paths, sorted.
+
+    Raises:
+        BundleError: the ONNX file cannot be read, or has such weights at a place where ONNX Runtime does not take them
+            from memory: in a graph inside an operator, a function or a sparse tensor.
+    """
+    with _opened(path, contents) as data:
+        if _is_ort_format(data):
+            return ()
+        model = Message(data, 0, len(data))
+        plain = [name for graph in model.messages(_MODEL_GRAPH) for name in _plain_locations(graph)]
+        if len(plain) != sum(1 for _ in _locations(model)):
+            raise BundleError(
+                f"{path} keeps weights of a graph inside an operator, of a function or of a sparse tensor in another "
+                "file; save the model as one ONNX file"
+            )
+    return tuple(sorted(set(plain)))
+
+
+def output_digest(folder: Path, model: str, output: str, contents: Contents | None = None) -> str:
     """Return a SHA-256 (hex) of all that decides an output of an ONNX graph.
 
     These are the operators that the output depends on with their attributes and weights, wherever the weights lie, and
@@ -66,31 +91,36 @@ def output_digest(folder: Path, model: str, output: str) -> str:
         folder: the model's folder, which no file may lie outside.
         model: the ONNX file, as a path in the folder.
         output: the output's name.
+        contents: reads the files; None: they are read from disk.
 
     Raises:
         BundleError: as `external_files`.
     """
+    hash_part = sha256_of_part if contents is None else contents.sha256_of_part
     try:
-        with _opened(folder / model) as data:
-            return _Digests.read(folder, model, data).of(output).hex()
+        with _opened(folder / model, contents) as data:
+            return _Digests.read(folder, model, data, hash_part).of(output).hex()
     except _IrregularError:
         digest = hashlib.sha256(b"files")
-        for name in (model, *external_files(folder, model)):
-            _update(digest, b"" if name == model else name.encode(), sha256_of_part(folder / name))
+        for name in (model, *external_files(folder, model, contents)):
+            _update(digest, b"" if name == model else name.encode(), hash_part(folder / name))
         return digest.hexdigest()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[mmap.mmap]:
-    """Map an ONNX file into memory; what the block raises because of the file's form becomes a BundleError."""
+def _opened(path: Path, contents: Contents | None) -> Iterator[bytes | mmap.mmap]:
+    """Give the bytes of an ONNX file; what the block raises because of the file's form becomes a BundleError."""
     try:
+        if contents is not None:
+            yield contents.read(path)
+            return
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data
     except (OSError, ValueError, OverflowError) as error:
         raise BundleError(f"{path} cannot be read as an ONNX file; get the model again or export it again") from error
 
 
-def _is_ort_format(data: mmap.mmap) -> bool:
+def _is_ort_format(data: bytes | mmap.mmap) -> bool:
     return data[4:8] == _ORT_FORMAT
 
 
@@ -119,6 +149,17 @@ def _locations(model: Message) -> Iterator[str]:
     for function in model.messages(_MODEL_FUNCTION):
         for node in function.messages(_FUNCTION_NODE):
             yield from _node_locations(node, 0)
+
+
+def _plain_locations(graph: Message) -> Iterator[str]:
+    """Give the names of files that a graph's initializers and constants lie in, without those of graphs inside it."""
+    for tensor in graph.messages(_GRAPH_INITIALIZER):
+        yield from _tensor_locations(tensor)
+    for node in graph.messages(_GRAPH_NODE):
+        if _text(node, _NODE_OPERATOR) == "Constant":
+            for attribute in node.messages(_NODE_ATTRIBUTE):
+                for tensor in attribute.messages(_ATTRIBUTE_TENSOR):
+                    yield from _tensor_locations(tensor)
 
 
 def _graph_locations(graph: Message, depth: int) -> Iterator[str]:
@@ -155,12 +196,12 @@ def _sparse_locations(sparse: Message) -> Iterator[str]:
 
 
 def _tensor_locations(tensor: Message) -> Iterator[str]:
-    entries, external = _storage(tensor)
+    entries, external = storage_of(tensor)
     if external or entries:
         yield entries.get("location", "")
 
 
-def _storage(tensor: Message) -> tuple[dict[str, str], bool]:
+def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
     """Return what a tensor says of the file that it lies in, and whether it lies in one."""
     entries: dict[str, str] = {}
     external = False
@@ -192,12 +233,14 @@ class _Digests:
     folder: Path
     model_path: str
     model: Message
+    #: As `sha256_of_part`.
+    hash_part: _HashPart
     _initializers: dict[str, Message] = field(default_factory=dict)
     _inputs: set[str] = field(default_factory=set)
     _nodes: list[_Node] = field(default_factory=list)
 
     @classmethod
-    def read(cls, folder: Path, model: str, data: mmap.mmap) -> _Digests:
+    def read(cls, folder: Path, model: str, data: bytes | mmap.mmap, hash_part: _HashPart) -> _Digests:
         """Find the graph's parts by their names.
 
         Raises:
@@ -205,7 +248,7 @@ class _Digests:
         """
         if _is_ort_format(data):
             raise _IrregularError
-        return cls(folder, model, Message(data, 0, len(data)))
+        return cls(folder, model, Message(data, 0, len(data)), hash_part)
 
     def __post_init__(self) -> None:
         """Find the graph's parts by their names; raises as `read`."""
@@ -264,7 +307,7 @@ class _Digests:
                 graph = number in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS)
                 sparse = number in (_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES)
                 tensor = number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS) and isinstance(value, Message)
-                if graph or sparse or (tensor and isinstance(value, Message) and any(_storage(value))):
+                if graph or sparse or (tensor and isinstance(value, Message) and any(storage_of(value))):
                     raise _IrregularError
         kind = [_text(message, number).encode() for number in (_NODE_OPERATOR, _NODE_DOMAIN, _NODE_OVERLOAD)]
         outputs = bytes(bool(name) for name in node.outputs)
@@ -278,7 +321,7 @@ class _Digests:
 
     def _tensor(self, tensor: Message) -> bytes:
         """Return the digest of a tensor's type, shape and values, wherever these lie."""
-        entries, external = _storage(tensor)
+        entries, external = storage_of(tensor)
         digest = hashlib.sha256(b"tensor")
         for number, value in tensor.fields():
             if number in (_TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION):
@@ -299,14 +342,14 @@ class _Digests:
         offset, length = entries.get("offset", "0"), entries.get("length", "")
         if not all(each.isascii() and each.isdecimal() and len(each) < 19 for each in (offset, length or "0")):
             raise _IrregularError
-        return sha256_of_part(self.folder / place, int(offset), int(length) if length else None)
+        return self.hash_part(self.folder / place, int(offset), int(length) if length else None)
 
     def _sha256(self, part: Message) -> bytes:
         """Return the SHA-256 of a part of the ONNX file; a large one is read, as it would be mapped page by page."""
         length = part.end - part.start
         if length < _LARGE_BYTES:
             return hashlib.sha256(part.bytes()).digest()
-        return sha256_of_part(self.folder / self.model_path, part.start, length)
+        return self.hash_part(self.folder / self.model_path, part.start, length)
 
 
 def _digest(kind: bytes, *parts: bytes) -> bytes:

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.hashing import sha256_of_part
 from emberpc.bundle.head import HEAD_NAME, Head
@@ -74,21 +75,25 @@ class Bundle:
         logits = self.manifest.task is Task.CLASSIFICATION and not headless
         return "logits" if logits else "sentence_embedding"
 
-    def external_files(self, variant: str = "") -> tuple[str, ...]:
+    def external_files(self, variant: str = "", contents: Contents | None = None) -> tuple[str, ...]:
         """Return the files beside a variant's ONNX file that hold weights of it, as paths in the folder.
+
+        Args:
+            variant: name of the variant; empty: the first one.
+            contents: reads the ONNX file; None: it is read from disk.
 
         Raises:
             BundleError: the ONNX file cannot be read, or a file that it names is missing, lies outside the folder or is
                 not among those of the manifest.
         """
-        found = external_files(self.folder, self.manifest.variant(variant).path)
+        found = external_files(self.folder, self.manifest.variant(variant).path, contents)
         for name in found:
             if name not in self.manifest.files:
                 raise BundleError(f"{self.folder / name} holds weights and is not in the manifest; {_REEXPORT}")
         return found
 
-    def fingerprint(self, variant: str = "", *, headless: bool = False) -> str:
-        """Return a SHA-256 (hex) of all bytes that decide the model's vectors, read from the files now.
+    def fingerprint(self, variant: str = "", *, headless: bool = False, contents: Contents | None = None) -> str:
+        """Return a SHA-256 (hex) of all bytes that decide the model's vectors.
 
         Two models of one fingerprint give vectors that may stand in one index. They may have different ONNX files, if
         these compute the vectors in the same way: a classifier with a head has the fingerprint of the embedder that it
@@ -97,16 +102,17 @@ class Bundle:
         Args:
             variant: name of the variant; empty: the first one.
             headless: as in `interface`.
+            contents: reads the files; None: they are read from disk now.
 
         Raises:
             BundleError: as `external_files`, or a file cannot be read.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
-        self.external_files(variant)  # see that the manifest has all of them
+        self.external_files(variant, contents)  # see that the manifest has all of them
         parts = {
             "scheme": 2,
-            "output": output_digest(self.folder, model, self.output(headless=headless)),
-            "tokenizer": sha256_of(self.tokenizer_path),
+            "output": output_digest(self.folder, model, self.output(headless=headless), contents),
+            "tokenizer": sha256_of(self.tokenizer_path, contents),
             "pooling": manifest.pooling,
             "prompts": dataclasses.asdict(manifest.prompts),
             "dimensions": manifest.dimensions,
@@ -137,14 +143,28 @@ class Bundle:
         """
         return Reference.read(self.folder)
 
-    def check_hashes(self) -> None:
+    def check_hashes(self, contents: Contents | None = None) -> None:
         """Compare each file's SHA-256 with the manifest.
+
+        Args:
+            contents: what it has read is compared; other files are read from disk.
 
         Raises:
             BundleError: a file is not as the manifest says.
         """
         for name in self.manifest.files if self.foreign is None else ():
-            check_file(self.folder, self.manifest, name)
+            check_file(self.folder, self.manifest, name, contents=contents)
+
+    def check_contents(self, contents: Contents) -> None:
+        """Compare the SHA-256 of each file that `contents` has read with the manifest.
+
+        Raises:
+            BundleError: a file was read in another state than the manifest says.
+        """
+        for name, entry in self.manifest.files.items():
+            path = self.folder / name
+            if contents.holds(path) and contents.sha256(path) != entry.sha256:
+                raise BundleError(f"{path} was written while it was loaded; load it again")
 
 
 def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
@@ -196,7 +216,9 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_file(folder: Path, manifest: Manifest, name: str, *, check_hashes: bool = True) -> None:
+def check_file(
+    folder: Path, manifest: Manifest, name: str, *, check_hashes: bool = True, contents: Contents | None = None
+) -> None:
     """Check one of the files that the manifest lists.
 
     Args:
@@ -204,6 +226,7 @@ def check_file(folder: Path, manifest: Manifest, name: str, *, check_hashes: boo
         manifest: its manifest.
         name: the file's path in `manifest.files`.
         check_hashes: compare its SHA-256, not only its size.
+        contents: if it has read the file, what it has is compared.
 
     Raises:
         BundleError: the file leads out of the folder, is a link, is missing, or is not as the manifest says.
@@ -220,14 +243,19 @@ def check_file(folder: Path, manifest: Manifest, name: str, *, check_hashes: boo
         raise BundleError(f"{path} is missing; {_REEXPORT}")
     if path.stat().st_size != entry.size:
         raise BundleError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry.size}; {_REEXPORT}")
-    if check_hashes and sha256_of(path) != entry.sha256:
+    read = contents if contents is not None and contents.holds(path) else None
+    if check_hashes and sha256_of(path, read) != entry.sha256:
         raise BundleError(f"{path} is not the file that was exported (its SHA-256 differs); {_REEXPORT}")
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, contents: Contents | None = None) -> str:
     """Return the SHA-256 (hex) of a file.
+
+    Args:
+        path: the file.
+        contents: reads it; None: it is read from disk, piece by piece.
 
     Raises:
         BundleError: the file cannot be read.
     """
-    return sha256_of_part(path).hex()
+    return sha256_of_part(path).hex() if contents is None else contents.sha256(path)

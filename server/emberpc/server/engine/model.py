@@ -22,6 +22,7 @@ from emberpc.bundle import (
     Variant,
     open_bundle,
 )
+from emberpc.bundle.contents import Contents
 from emberpc.server.engine.encoders import Encoder, Encoders
 from emberpc.server.engine.session import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
@@ -97,30 +98,30 @@ class Model:
         Raises:
             ModelLoadError: the bundle is damaged or does not do what it did at export, or something has to be stated.
         """
-        sessions: dict[Path, OnnxSession] = {}
-
-        def load(path: Path) -> OnnxSession:
-            if path not in sessions:
-                sessions[path] = OnnxSession(path)
-            return sessions[path]
-
+        loading = _Loading()
         try:
             tell("checking the files")
-            bundle = open_bundle(folder, options or {}, lambda path: load(path).graph, check_hashes=False)
+            bundle = open_bundle(
+                folder,
+                options or {},
+                lambda path: loading.session(path).graph,
+                check_hashes=False,
+                contents=loading.contents,
+            )
+            loading.contents.read(bundle.model_path(bundle.manifest.variant(variant_name)))
             # On cores of their own: each hashing takes about as long as loading does.
             with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
-                hashes = beside.submit(bundle.check_hashes)
+                hashes = beside.submit(bundle.check_hashes, loading.contents)
                 tell("loading the weights")
                 try:
                     model = cls._of(
-                        name, folder, bundle, variant_name, options or {}, load, encoders, beside, fresh=fresh
+                        name, folder, bundle, variant_name, options or {}, loading, encoders, beside, fresh=fresh
                     )
                 except (BundleError, SessionError):
                     hashes.result()  # that a file changed is the better reason
                     raise
                 hashes.result()
-            for session in sessions.values():
-                session.check_unchanged()
+            bundle.check_contents(loading.contents)
             tell("warming up")
             model._check(bundle)
         except UnstatedError as error:
@@ -139,7 +140,7 @@ class Model:
         bundle: Bundle,
         variant_name: str,
         options: Mapping[str, str],
-        load: Callable[[Path], OnnxSession],
+        loading: _Loading,
         encoders: Encoders | None,
         beside: Executor,
         *,
@@ -154,7 +155,7 @@ class Model:
         entry = manifest.files[variant.path]
 
         def load_encoder() -> Encoder:
-            session = load(path)
+            session = loading.session(path)
             interface = bundle.interface(session.graph, headless=head is not None)
             return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
 
@@ -162,11 +163,15 @@ class Model:
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
         fresh = fresh and head is None
-        bundle.external_files(variant.name)  # before the file is loaded: none may lie outside the folder
-        fingerprinting = beside.submit(bundle.fingerprint, variant.name, headless=head is not None)
+        bundle.external_files(
+            variant.name, loading.contents
+        )  # before the file is loaded: none may lie outside the folder
+        fingerprinting = beside.submit(
+            bundle.fingerprint, variant.name, headless=head is not None, contents=loading.contents
+        )
         if fresh or shared.is_empty:  # no encoder in use can be shared, so the fingerprint need not be known first
             try:
-                load(path)
+                loading.session(path)
             except SessionError:
                 fingerprinting.result()  # what is wrong with the file says more
                 raise
@@ -181,7 +186,7 @@ class Model:
             options=dict(options),
             manifest=manifest,
             variant=variant,
-            tokenizer=_tokenizer(bundle),
+            tokenizer=_tokenizer(bundle, loading.contents),
             encoder=encoder,
             head=head,
             size_bytes=entry.size,
@@ -227,13 +232,31 @@ class Model:
         )
 
 
+class _Loading:
+    """The files and sessions of one model that is being loaded; the files are in memory until it is loaded."""
+
+    def __init__(self) -> None:
+        self.contents = Contents()
+        self._sessions: dict[Path, OnnxSession] = {}
+
+    def session(self, path: Path) -> OnnxSession:
+        """Return the session of an ONNX file, which is made when it is first asked for.
+
+        Raises:
+            SessionError: the file does not load.
+        """
+        if path not in self._sessions:
+            self._sessions[path] = OnnxSession(path, contents=self.contents)
+        return self._sessions[path]
+
+
 def _alike(got: Output, expected: Output, bound: Bound) -> bool:
     return got.shape == expected.shape and not bound.faults(expected, got)
 
 
-def _tokenizer(bundle: Bundle) -> TextTokenizer:
+def _tokenizer(bundle: Bundle, contents: Contents) -> TextTokenizer:
     try:
-        return TextTokenizer(bundle.tokenizer_path, bundle.manifest.max_tokens)
+        return TextTokenizer(bundle.tokenizer_path, bundle.manifest.max_tokens, contents)
     except Exception as error:  # the library raises plain Exception for whatever it cannot parse
         raise BundleError(
             f"{bundle.tokenizer_path} is no tokenizer that can be read; export the model again"

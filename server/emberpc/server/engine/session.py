@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from emberpc.bundle import BundleError, Graph, Interface, Tensor
-from emberpc.bundle.onnx_file import external_files
+from emberpc.bundle.contents import Contents
+from emberpc.bundle.onnx_file import external_locations
 from emberpc.server.engine.tables import Tables, read_tables
 from emberpc.server.engine.tokenizing import TokenIds
 
@@ -62,14 +63,18 @@ def _set_cancelled(options: ort.SessionOptions) -> None:
 class OnnxSession:
     """An ONNX model, run on token ids. Safe to run from several threads.
 
+    All its weights are in memory of its own: what becomes of the files after the loading changes nothing.
+
     Args:
         path: the ONNX file.
         threads: that one run may use.
         tables: those of the file, if another session has them in memory; None: they are read.
         cancellation: cancels the loading; None: nothing does.
+        contents: reads the ONNX file and the files with weights of it.
+        hashes: what the files must have, by their paths; None: anything.
 
     Raises:
-        SessionError: the file does not load, or loading was cancelled.
+        SessionError: the file does not load or is another one, or loading was cancelled.
     """
 
     def __init__(
@@ -78,10 +83,16 @@ class OnnxSession:
         threads: int = 1,
         tables: Tables | None = None,
         cancellation: LoadCancellation | None = None,
+        contents: Contents | None = None,
+        hashes: Mapping[Path, str] | None = None,
     ) -> None:
         self.path = path
-        self._written = _written(path)
-        self._tables = read_tables(path) if tables is None else tables
+        contents = contents or Contents()
+        model, weights = _read(path, contents)
+        files = [path, *(path.parent / location for location in weights)]
+        if hashes is not None and {file: contents.sha256(file) for file in files} != hashes:
+            raise SessionError(f"{path} was written again since it was loaded")
+        self._tables = read_tables(path, contents) if tables is None else tables
         # ONNX Runtime does not keep them: they must live as long as the session.
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in self._tables.items()}
         options = _options(threads)
@@ -90,9 +101,15 @@ class OnnxSession:
         try:
             for name, value in self._values.items():
                 options.add_initializer(name, value)
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            if weights:  # otherwise ONNX Runtime would map these files, and a served model would change with them
+                options.add_external_initializers_from_files_in_memory(
+                    list(weights), list(weights.values()), [len(data) for data in weights.values()]
+                )
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
+        self._session._model_bytes = None  # ONNX Runtime keeps them and does not need them any more
+        self._hashes = {file: contents.sha256(file) for file in files}
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         #: What the model takes and gives.
         self.graph = Graph(
@@ -108,21 +125,13 @@ class OnnxSession:
             cancellation: cancels the loading; None: nothing does.
 
         Raises:
-            SessionError: the file does not load any more, is not the one that it was, or loading was cancelled.
+            SessionError: the files do not load any more, hold other bytes than before, or loading was cancelled.
         """
-        session = OnnxSession(self.path, threads, self._tables, cancellation)
-        if session._written != self._written:
-            raise SessionError(f"{self.path} was written again since it was loaded")
-        return session
-
-    def check_unchanged(self) -> None:
-        """See that the files are those that were loaded.
-
-        Raises:
-            SessionError: one was written since.
-        """
-        if _written(self.path) != self._written:
-            raise SessionError(f"{self.path} was written while it was loaded; load it again")
+        contents = Contents(lambda: cancellation is not None and cancellation.cancelled)
+        try:
+            return OnnxSession(self.path, threads, self._tables, cancellation, contents, self._hashes)
+        except BundleError as error:
+            raise SessionError(f"{self.path} was not loaded again for several threads") from error
 
     def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
         """Run texts as one batch, padded to the longest.
@@ -145,21 +154,23 @@ class OnnxSession:
         return interface.finish(output, mask)
 
 
-def _written(path: Path) -> tuple[tuple[int, ...], ...]:
-    """Return what changes when an ONNX file, or a file with weights of it, is written; empty for a missing file."""
-    try:
-        files = [path, *(path.parent / name for name in external_files(path.parent, path.name))]
-    except BundleError:  # the session says what is wrong with it
-        files = [path]
-    return tuple(_status(each) for each in files)
+def _read(path: Path, contents: Contents) -> tuple[bytes, dict[str, bytes]]:
+    """Return an ONNX file, and the files that hold weights of it by the names that it has for them.
 
-
-def _status(path: Path) -> tuple[int, ...]:
+    Raises:
+        SessionError: a file cannot be read, or ONNX Runtime cannot take weights from memory.
+    """
     try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+        model = contents.read(path)
+        weights = {name: contents.read(path.parent / name) for name in external_locations(path, contents)}
+    except BundleError as error:
+        raise SessionError(str(error)) from error
+    if weights and not hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory"):
+        raise SessionError(
+            f"{path} keeps weights in another file, and ONNX Runtime {ort.__version__} cannot take them from memory; "
+            "upgrade onnxruntime, or save the model as one ONNX file"
+        )
+    return model, weights
 
 
 def _options(threads: int) -> ort.SessionOptions:

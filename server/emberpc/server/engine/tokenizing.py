@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import Encoding, Tokenizer
 
+from emberpc.bundle.contents import Contents
 from emberpc.server.engine.words import Words
 from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 
@@ -69,10 +70,11 @@ class TextTokenizer:
     Args:
         path: its `tokenizer.json`.
         max_tokens: the most tokens of a text.
+        contents: reads the file; None: it is read from disk.
     """
 
-    def __init__(self, path: Path, max_tokens: int) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
+    def __init__(self, path: Path, max_tokens: int, contents: Contents | None = None) -> None:
+        self._tokenizer = Tokenizer.from_buffer((contents or Contents()).read(path))
         # Foreign files bring their own; here a text is cut on request only, and padded with its batch.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -1,0 +1,83 @@
+"""Read each file of a model once, so that the bytes that are hashed are the bytes that are used."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from emberpc.bundle.errors import BundleError
+
+#: Hashed at a time, before `stop` is asked again.
+_PIECE_BYTES = 1 << 24
+
+
+class Contents:
+    """The contents of files in memory, as they were when each was first read. Thread-safe.
+
+    Args:
+        stop: whether nobody waits for a hash any more; asked between pieces.
+    """
+
+    def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
+        self._stop = stop
+        self._reading, self._hashing = threading.Lock(), threading.Lock()
+        self._data: dict[Path, bytes] = {}
+        self._hashes: dict[Path, bytes] = {}
+
+    def read(self, path: Path) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            BundleError: the file cannot be read.
+        """
+        try:
+            key = path.resolve()
+            with self._reading:
+                if key not in self._data:
+                    self._data[key] = key.read_bytes()
+                return self._data[key]
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read; see that it is there and this user may read it") from error
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file was read."""
+        return path.resolve() in self._data
+
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 (hex) of a file.
+
+        Raises:
+            BundleError: the file cannot be read, or `stop` said so.
+        """
+        key, data = path.resolve(), self.read(path)
+        with self._hashing:
+            if key not in self._hashes:
+                self._hashes[key] = self._hash(path, memoryview(data))
+            return self._hashes[key].hex()
+
+    def sha256_of_part(self, path: Path, offset: int = 0, length: int | None = None) -> bytes:
+        """Return the SHA-256 of a part of a file.
+
+        Args:
+            path: the file.
+            offset: where the part begins, in bytes.
+            length: its length in bytes; None: up to the end of the file.
+
+        Raises:
+            BundleError: the file cannot be read or is shorter, or `stop` said so.
+        """
+        data = memoryview(self.read(path))
+        end = len(data) if length is None else offset + length
+        if end > len(data):
+            raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
+        return self._hash(path, data[offset:end])
+
+    def _hash(self, path: Path, data: memoryview) -> bytes:
+        digest = hashlib.sha256()
+        for start in range(0, len(data), _PIECE_BYTES):
+            if self._stop():
+                raise BundleError(f"{path} was not hashed to its end, since the loading of the model was cancelled")
+            digest.update(data[start : start + _PIECE_BYTES])
+        return digest.digest()
