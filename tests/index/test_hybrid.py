@@ -17,7 +17,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import Collection, CollectionSpec, Fusion, Index, NewRecord, Strategy, hybrid
 from emberpc.server.index.filters import Comparison, Filter, Operator
 from emberpc.server.index.hybrid import fused
-from emberpc.server.index.words import search_text, words_of
+from emberpc.server.index.words import _folded, search_text, words_of
 from index.support import gaussian, make_older, refused
 
 TEXTS = {
@@ -172,6 +172,68 @@ def test_texts_of_an_older_database_are_found(tmp_path: Path, version: int) -> N
     index.close()
 
 
+#: Texts, what version 6 indexed of them (None: the text itself), and a query that finds them now.
+_FORMER = {
+    "shy": ("Der Bundes\u00adkanzler sprach", "der bundes kanzler sprach", "Bundeskanzler"),
+    "variation": ("葛\U000e0100城市", " 葛 \U000e0100 城 城市 市 ", "葛城"),
+    "forms": ("Kapitel Ⅷ, 20 m²", "kapitel ⅷ  20 m²", "viii"),
+    "same": ("Der Fuß", "der fuss", "Fuß"),
+    "ascii": ("how to keep bees", None, "bees"),
+}
+
+
+def test_words_of_the_former_rule_are_converted(tmp_path: Path) -> None:
+    with closing(Index(tmp_path)) as index:
+        new = [NewRecord(key, text) for key, (text, _, _) in _FORMER.items()]
+        index.create(CollectionSpec("c", 16)).upsert(new, gaussian(len(new), 16))
+    (database,) = tmp_path.glob("collections/*/records.db")
+    with closing(sqlite3.connect(database)) as connection:
+        connection.executemany(
+            "UPDATE records SET search_text = ? WHERE id = ?", [(was, key) for key, (_, was, _) in _FORMER.items()]
+        )
+        connection.execute("INSERT INTO words (words) VALUES ('delete-all')")
+        connection.execute("INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records")
+        assert connection.execute("SELECT count(*) FROM words WHERE words MATCH 'kanzler'").fetchone() == (1,)
+        make_older(connection, 6)
+        connection.commit()
+    with closing(Index(tmp_path)) as index:
+        collection = index.get("c")
+        assert {key: words(collection, query) for key, (_, _, query) in _FORMER.items()} == {
+            key: [key] for key in _FORMER
+        }
+        assert words(collection, "kanzler") == []
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+        collection.delete(list(_FORMER))
+        writer = collection._store._writer
+        writer.execute("INSERT INTO words (words) VALUES ('optimize')")
+        assert writer.execute("SELECT count(*) FROM words_docsize").fetchone() == (0,)
+        assert writer.execute("SELECT count(*) FROM words WHERE words MATCH 'bundes OR kanzler'").fetchone() == (0,)
+
+
+def test_a_text_does_not_grow_without_bound_by_its_forms() -> None:
+    """One character stands for up to 18, and runs without spaces are indexed by characters and pairs."""
+    for form in "\ufdfa\u3316\u337f":
+        whole = form * 5000
+        assert len(_folded(whole)) <= 2 * len(whole) + 1000
+        assert search_text(whole)
+    assert words_of("\u337f") == ["株式", "式会", "会社"]
+
+
+def test_forms_of_letters_and_digits_are_those_that_unicode_names() -> None:
+    """But fractions, and letters of Hangul outside syllables."""
+    left = set[str]()
+    for code in range(0x80, 0x20000):
+        form = chr(code)
+        usual = unicodedata.normalize("NFKC", form)
+        if usual == unicodedata.normalize("NFC", form) or not any(unicodedata.category(c)[0] in "LN" for c in usual):
+            continue
+        if _folded(f"x{form}y").split() not in (_folded(f"x{usual}y").split(), _folded(f"x {usual} y").split()):
+            left.add(form)
+    assert {form for form in left if "\u2044" not in unicodedata.normalize("NFKC", form)} == {
+        chr(code) for code in range(0x3131, 0x318F) if code != 0x3164
+    }
+
+
 _MARKS = [
     "\u0301\u0327",
     "\u0301",
@@ -189,7 +251,7 @@ def test_normalising_never_sees_a_long_run_of_marks(piece: str, monkeypatch: pyt
     seen: list[str] = []
     normalize = unicodedata.normalize
 
-    def watched(form: Literal["NFC", "NFD"], text: str) -> str:
+    def watched(form: Literal["NFC", "NFD", "NFKC"], text: str) -> str:
         seen.append(text)
         return normalize(form, text)
 
@@ -232,6 +294,14 @@ _FOUND = {
     "हिन्दी में लिखना": ["हिन्दी", "लिखना"],
     "the ﬁrst iPhone手机 of 2024年": ["first", "iphone", "手机", "2024", "年"],
     "naïve “quotes” don’t": ["naive", "quotes", "NAÏVE"],
+    "Der Bundes\u00adkanzler, zero\u200bwidth, co\u2060operate": ["Bundeskanzler", "zerowidth", "cooperate"],
+    "\ufeffBeginning \u2067left\u200e\u2069 right\u200f": ["beginning", "left", "right", "le\u00adft"],
+    "葛\U000e0100城市 क्\u200dष 1\ufe0f\u20e3 می\u200cخواهم": ["葛城", "葛\U000e0101城", "क्ष", "1", "میخواهم"],
+    "ﻣﺮﺣﺒﺎ محـــمد ﷺ ﹱ": ["مرحبا", "محمد", "م\u0640حمد", "ﻣﺤﻤﺪ", "صلى"],
+    "Ⅷ m² ①番 𝐁𝐨𝐥𝐝 Ĳssel ǅungla ſtop": ["viii", "m2", "M²", "1", "bold", "ijssel", "džungla", "stop"],
+    "τῷ λόγῳ": ["τω", "λογω", "τῷ", "ΤῼΙ τω"],
+    "Foo™ 20℃ 2½ ⽇本 トヨタ㍿": ["foo", "tm", "20", "2½", "日本", "株式会社", "タ株"],
+    "ㅋㅋㅏ ﾊﾝ": ["ㅋㅏ", "ハン"],
 }
 #: What is written, and queries that must not find it.
 _NOT_FOUND = {
@@ -240,6 +310,7 @@ _NOT_FOUND = {
     "हिन्दी": ["हद", "न्द"],
     "학교에서": ["교학"],
     "กำลัง": ["ลง"],
+    "2½": ["21"],
 }
 
 

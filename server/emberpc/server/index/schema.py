@@ -103,6 +103,23 @@ _NORMALISED_WORDS = (
     _INDEX_WORDS,
 )
 
+# The same tables, with the words as `words.search_text` gives them since it ignores invisible characters and
+# compatibility forms. Only texts whose words differ are indexed again.
+_FORMLESS_WORDS = (
+    "CREATE TEMP TABLE changed (label INTEGER PRIMARY KEY, search_text TEXT)",
+    # With a limit, SQLite computes `found` once for each row.
+    "INSERT INTO changed SELECT label, found FROM (SELECT label, search_text, "
+    "search_text_of(CAST(text AS BLOB)) AS found FROM records WHERE search_text IS NOT NULL LIMIT -1) "
+    "WHERE found IS NOT search_text",
+    "INSERT INTO words (words, rowid, text) SELECT 'delete', label, coalesce(records.search_text, text) "
+    "FROM records JOIN changed USING (label)",
+    "UPDATE records SET search_text = (SELECT search_text FROM changed WHERE label = records.label) "
+    "WHERE label IN (SELECT label FROM changed)",
+    "INSERT INTO words (rowid, text) SELECT label, coalesce(records.search_text, text) "
+    "FROM records JOIN changed USING (label)",
+    "DROP TABLE changed",
+)
+
 # `rows.row_checksum_of` all columns that are served but the vector, so that no checksum may be NULL any more. Rows that
 # are there up to the label `unconverted` are given theirs by `_convert`.
 _ROW_CHECKSUM = (
@@ -119,6 +136,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
     _IDENTITY,
     _TEXT_CHECKSUM,
     _NORMALISED_WORDS,
+    _FORMLESS_WORDS,
     _ROW_CHECKSUM,
 )
 #: Versions from this one on have all checksums in each row.

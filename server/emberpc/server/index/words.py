@@ -1,7 +1,8 @@
 """Words of texts and of queries, normalised in one way, so that a query finds a word however it is written.
 
-SQLite's tokenizer splits what comes from here at spaces and punctuation, and stems it. Case, accents and the width of
-characters are ignored. Scripts that are written without spaces are split into characters and pairs of characters.
+SQLite's tokenizer splits what comes from here at spaces and punctuation, and stems it. Case, accents, invisible
+characters and compatibility forms (such as ligatures, widths and superscripts) are ignored. Scripts that are
+written without spaces are split into characters and pairs of characters.
 """
 
 from __future__ import annotations
@@ -29,9 +30,26 @@ _ACCENTS = re.compile(
 #: Letters with a stroke or tied together, which do not decompose.
 _LETTERS = {"đ": "d", "ð": "d", "ø": "o", "ł": "l", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe"}
 _LETTER = re.compile(f"[{''.join(_LETTERS)}]")
-#: Halfwidth and fullwidth forms, by the usual ones. Character by character: only afterwards marks are counted.
-_WIDTHS = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFEF)}
-_WIDTH = re.compile("[\uff01-\uffee]")
+#: Code points that are not seen: those that Unicode calls default ignorable (DerivedCoreProperties.txt), such as the
+#: soft hyphen, zero width spaces and joiners, variation selectors and bidirectional marks; and two that only stretch a
+#: word (tatweel of Arabic, lajanyalan of N'Ko).
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+#: Where letters, digits and symbols with a compatibility decomposition lie. Those of Hangul's letters (U+3131 to
+#: U+318E) are left as they are: decomposed, two that follow each other would become one syllable.
+_COMPATIBLE = re.compile(
+    "[\u00aa\u00b2-\u00b5\u00b9-\u00be\u0132-\u0149\u017f\u01c4-\u01f3\u02b0-\u02e4\u03d0-\u03f9\u0587\u0675-\u0678\u0e33"
+    "\u0eb3\u0edc\u0edd\u0f77-\u0f79\u10fc\u1d2c-\u1dbf\u1e9a\u1e9b\u2070-\u20a8\u2100-\u2189\u2460-\u24ea\u2c7c\u2c7d"
+    "\u2d6f\u2e9f\u2ef3\u2f00-\u2fd5\u3036-\u303a\u309f\u30ff\u3192-\u319f\u3200-\u33ff\ua69c\ua69d\ua770\ua7f1-\ua7f9"
+    "\uab5c-\uab69\ufb00-\ufb06\ufb13-\ufb4f\ufb50-\ufdfc\ufe70-\uffee\U00010781-\U000107ba\U0001d400-\U0001d7ff"
+    "\U0001ee00-\U0001eebb\U0001f100-\U0001f251\U0001fbf0-\U0001fbf9]"
+)
+#: A fraction is left as it is: of 2½ would become 21⁄2.
+_FRACTION_SLASH = "\u2044"
+#: Characters that a text may become longer by, beyond twice its length. Some characters decompose into 18.
+_MORE_CHARACTERS = 1000
 #: Letters of scripts that are written without spaces, or in Korean without those between a word and its endings.
 _UNSPACED = (
     "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46"  # Thai
@@ -49,6 +67,28 @@ _MARKS = (
 )
 _CHARACTER = re.compile(f"[{_UNSPACED}][{_MARKS}]*")
 _RUN = re.compile(f"(?:[{_UNSPACED}][{_MARKS}]*)+")
+
+
+class _Forms(dict[str, str]):
+    """Maps a character to what it is a compatibility form of, else to itself."""
+
+    def __missing__(self, character: str) -> str:
+        found = self[character] = _form(character)
+        return found
+
+
+def _form(character: str) -> str:
+    found = unicodedata.normalize("NFKC", character)
+    if found == unicodedata.normalize("NFC", character) or _FRACTION_SLASH in found:
+        return character
+    if found[0] == " ":  # a mark by itself: part of a word in Arabic only
+        return found[1:] if unicodedata.category(character) == "Lo" else character
+    # A symbol separates words, and goes on doing so (™); but not the radicals that stand for characters in some texts.
+    symbol = unicodedata.category(character)[0] not in "LNM" and not _CHARACTER.match(found)
+    return f" {found} " if symbol or " " in found else found
+
+
+_FORMS = _Forms()
 
 
 class _Spaced(dict[int, int]):
@@ -95,11 +135,21 @@ def words_of(query: str) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    """Return a text without case, accents and widths, with spaces for all that is no part of a word."""
-    text = _stream_safe(_WIDTH.sub(lambda character: _WIDTHS[character[0]], text))
-    text = _ACCENTS.sub("", unicodedata.normalize("NFD", text).casefold())
+    """Return a text without case, accents and forms, with spaces for all that is no part of a word."""
+    # Character by character: only afterwards marks are counted, and only then normalising a text is safe.
+    text = _stream_safe(_INVISIBLE.sub("", _formless(text)))
+    # Before the case: the iota below a letter is an accent, and would become a letter.
+    text = _ACCENTS.sub("", unicodedata.normalize("NFD", text)).casefold()
     text = _LETTER.sub(lambda letter: _LETTERS[letter[0]], unicodedata.normalize("NFC", text))
     return text.translate(_SPACED)
+
+
+def _formless(text: str) -> str:
+    """Return a text without compatibility forms; only without those of one character where it would grow too much."""
+    found = _COMPATIBLE.sub(lambda form: _FORMS[form[0]], text)
+    if len(found) > 2 * len(text) + _MORE_CHARACTERS:
+        return _COMPATIBLE.sub(lambda form: _FORMS[form[0]] if len(_FORMS[form[0]]) == 1 else form[0], text)
+    return found
 
 
 def _stream_safe(text: str) -> str:
