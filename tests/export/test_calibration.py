@@ -33,6 +33,29 @@ def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
     assert fit_temperature(true * temperature, np.eye(3, dtype=bool)[labels]) == pytest.approx(temperature, rel=0.05)
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("texts", [3, 21, 400])
+def test_texts_that_are_all_right_claim_no_more_than_they_are(texts: int, multi_label: bool) -> None:
+    """Their likelihood has no maximum: the lower the temperature, the likelier they are."""
+    random = np.random.default_rng(0)
+    targets = np.eye(3, dtype=bool)[np.arange(texts) % 3]
+    logits = np.where(targets, 3.0, -3.0) + random.normal(size=targets.shape) * 0.1
+    found = probabilities(logits, fit_temperature(logits, targets, multi_label=multi_label), multi_label=multi_label)
+    right = float(found[targets].mean())
+    # Platt's (N + 1) / (N + 2), of the texts or of the decisions of the rarer outcome.
+    assert right == pytest.approx((texts + 1) / (texts + 2), abs=0.4 / (texts + 2))
+    assert found.max() < 1 - 0.2 / (texts + 2)
+
+
+def test_logits_without_bound_have_a_temperature() -> None:
+    targets = np.eye(2, dtype=bool)[[0, 1, 0, 1]]
+    for scale in (1e-6, 1.0, 1e4):
+        for multi_label in (False, True):
+            for wanted in (targets, ~targets):
+                temperature = fit_temperature(np.where(targets, scale, -scale), wanted, multi_label=multi_label)
+                assert np.exp(-4.001) < temperature < np.exp(4.001)
+
+
 def test_a_calibrated_model_has_no_error_and_a_boastful_one_has() -> None:
     labels = np.eye(2, dtype=bool)[[0] * 80 + [1] * 20]
     honest = np.tile([0.8, 0.2], (100, 1))

@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from emberpc.bundle import Manifest, Reference, Task, read_bundle
+from emberpc.export.calibration import probabilities
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.errors import ExportError
 from emberpc.export.stdlib_texts import read_stdlib, sample_texts
@@ -150,7 +151,7 @@ def test_a_validation_file_is_measured_on_and_not_trained_on(
     ],
 )
 def test_labels_with_few_examples_are_no_trouble(
-    tiny_source: Path, tmp_path: Path, counts: dict[str, int], held_out: int
+    tiny_source: Path, tmp_path: Path, counts: dict[str, int], held_out: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [(f"{label * 3} text number {i}", label) for label, count in counts.items() for i in range(count)]
     manifest = export_classifier(
@@ -162,6 +163,13 @@ def test_labels_with_few_examples_are_no_trouble(
     assert manifest.labels == tuple(sorted(counts))
     assert manifest.quality.get("held_out_texts", 0) == held_out
     assert ("accuracy" in manifest.quality) == (held_out > 0)
+    # With few texts no answer is certain, and the card says why.
+    assert ("cannot show whether errors are rarer" in caplog.text) == (held_out > 0)
+    assert ("| Calibration | rough: " in (tmp_path / "bundle" / "README.md").read_text("utf-8")) == (held_out > 0)
+    logits = Reference.read(tmp_path / "bundle").logits
+    assert logits is not None
+    # Two held-out texts of one label do not show how far apart the labels are.
+    assert held_out <= 2 or probabilities(logits, manifest.temperature).max() < 0.999
     assert verify_bundle(tmp_path / "bundle").ok
 
 

@@ -10,6 +10,10 @@ from emberpc.export.examples import Targets
 _BINS = 15
 #: A label's own threshold needs so many held-out texts that have it; others share one.
 _OWN_THRESHOLD_TEXTS = 20
+#: Fewer held-out texts say little of how often a confident answer is wrong: if all of N are right, the share of errors
+#: is below 3 / N with 95 % confidence (Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?",
+#: JAMA 1983).
+FEW_TEXTS = 100
 Scores = npt.NDArray[np.floating]
 
 
@@ -26,6 +30,10 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
     """Return the temperature under which the labels are likeliest (Guo et al., "On Calibration of Modern Neural
     Networks", ICML 2017), found by golden-section search over its logarithm in [-4, 4].
 
+    The labels count as slightly uncertain (Platt, "Probabilistic Outputs for Support Vector Machines", 1999): a label
+    that is right in each of N texts has a probability of (N + 1) / (N + 2). Where all texts are right, as few and easy
+    ones are, labels that count as certain would have no likeliest temperature: the lower, the likelier.
+
     Args:
         logits: float (texts, labels), of texts that the model was not fitted to; 1 is returned where there are none.
         targets: bool (texts, labels).
@@ -34,10 +42,15 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
     if not len(logits):
         return 1.0
 
+    wanted = _smoothed(targets, multi_label=multi_label)
+    centred = np.asarray(logits, dtype=np.float64)
+    if not multi_label:
+        centred = centred - centred.max(axis=1, keepdims=True)
+
     def loss(log_temperature: float) -> float:
-        found = probabilities(logits, float(np.exp(log_temperature)), multi_label=multi_label)
-        right = np.where(targets, found, 1 - found) if multi_label else found[targets]
-        return float(-np.log(np.maximum(right, 1e-12)).mean())
+        scaled = centred / np.exp(log_temperature)
+        whole = np.logaddexp(0, scaled) if multi_label else np.log(np.exp(scaled).sum(axis=1))
+        return float((whole.sum() - (wanted * scaled).sum()) / len(logits))
 
     low, high, ratio = -4.0, 4.0, (5**0.5 - 1) / 2
     while high - low > 1e-4:
@@ -47,6 +60,26 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
         else:
             low = left
     return float(np.exp((low + high) / 2))
+
+
+def _smoothed(targets: Targets, *, multi_label: bool) -> Scores:
+    """Return Platt's probabilities instead of certain labels, (texts, labels); those of one text add up to 1.
+
+    One temperature serves all labels, so all texts count together; if multi-label, all decisions of the same outcome.
+    """
+    if multi_label:
+        yes, no = targets.sum(), (~targets).sum()
+        return np.asarray(np.where(targets, (yes + 1) / (yes + 2), 1 / (no + 2)))
+    texts, labels = targets.shape
+    wrong = 1 / (texts + 2)
+    return np.asarray(np.where(targets, 1 - wrong, wrong / max(1, labels - 1)))
+
+
+def weakness(held_out: int) -> str:
+    """Return what few held-out texts cannot show, in words; empty if they are not few."""
+    if not 0 < held_out < FEW_TEXTS:
+        return ""
+    return f"{held_out} held-out texts cannot show whether errors are rarer than one in {max(1, held_out // 3)}"
 
 
 def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -> list[tuple[float, float, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from emberpc.bundle import Manifest, Task
+from emberpc.export.calibration import weakness
 
 
 def model_card(manifest: Manifest) -> str:
@@ -24,6 +25,8 @@ def model_card(manifest: Manifest) -> str:
         facts["Labels"] = ", ".join(manifest.labels)
         facts["Strategy"] = manifest.strategy or "not stated"
         facts["Temperature"] = f"{manifest.temperature:.4g}"
+        if few := weakness(int(manifest.quality.get("held_out_texts", 0))):
+            facts["Calibration"] = f"rough: {few}"
         if manifest.rejection_logit is not None:
             facts["Out of scope"] = f"texts whose best logit is below {manifest.rejection_logit:.4g}"
     lines = [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from emberpc.bundle import Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
+from emberpc.export.calibration import FEW_TEXTS, weakness
 from emberpc.export.card import model_card
 from emberpc.export.datasets import read_labelled, read_texts
 from emberpc.export.describing import described_examples
@@ -131,12 +132,7 @@ def export_classifier(
         options = Options(seed, balanced, validation, epochs, kept, progress)
         with Cost() as cost:
             fitted = STRATEGIES[strategy].fit(examples, workbench, options)
-        if not len(fitted.held_out):
-            _LOGGER.warning(
-                "%s: there are too few texts to hold any out, so no temperature could be fitted: the probabilities are "
-                "not calibrated; give more texts, or a validation file",
-                data.train,
-            )
+        _warn_of_few(len(fitted.held_out), data.train)
         beyond = fitted.classify(outside) if outside else None
         calibration = calibrate(
             fitted.held_out, multi_label=examples.multi_label, outside=beyond, rejection_rate=rejection_rate
@@ -165,6 +161,23 @@ def export_classifier(
         manifest = finish_bundle(folder, manifest)
     kept.remove()
     return manifest
+
+
+def _warn_of_few(held_out: int, source: Path | str) -> None:
+    """Warn that the probabilities are not calibrated, or that few held-out texts support them."""
+    if not held_out:
+        _LOGGER.warning(
+            "%s: there are too few texts to hold any out, so no temperature could be fitted: the probabilities are "
+            "not calibrated; give more texts, or a validation file",
+            source,
+        )
+    elif few := weakness(held_out):
+        _LOGGER.warning(
+            "%s: the calibration of probabilities is rough: %s; give at least %d texts, or a validation file",
+            source,
+            few,
+            FEW_TEXTS,
+        )
 
 
 def read_data(data: Data) -> tuple[Examples, Examples | None, list[str]]:
