@@ -193,7 +193,7 @@ def test_weights_are_not_kept_in_memory_twice(foreign: Path) -> None:
 def test_what_is_hashed_is_what_is_served(file: str, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that change between two looks at them would be served under another's fingerprint."""
     fingerprint = Model.load("m", foreign).fingerprint
-    make = model.OnnxSession
+    make = OnnxSession
 
     def load(path: Path, contents: Contents) -> OnnxSession:
         session = make(path, contents=contents)
@@ -218,7 +218,7 @@ def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeyp
         (copy / "onnx" / "w").write_bytes((copy / "onnx" / "w").read_bytes()[:-4] + b"\0\0\x80?")
         checked.set()
 
-    checked, make = threading.Event(), model.OnnxSession
+    checked, make = threading.Event(), OnnxSession
 
     def load(path: Path, contents: Contents) -> OnnxSession:
         assert checked.wait(60)

@@ -18,7 +18,7 @@ import pytest
 
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, CollectionSpec, Distance, Index
-from emberpc.server.index.backup import LAST_LINE_SIZE
+from emberpc.server.index.backup import HEADROOM, LAST_LINE_SIZE
 from index.backups import accept_all, changed, folders, restored, sealed, taken
 from index.support import gaussian, make_checksums_right, make_older, numbered, refused
 from index.test_safety import largest_file
@@ -330,12 +330,12 @@ def test_no_room_is_said_in_bytes_at_the_first_message_or_when_it_comes_to_it(
 ) -> None:
     free = [64 * 2**20 + 150_000]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free[0], free[0]))
-    with refused(Code.RESOURCE_EXHAUSTED, "needs 1000000 bytes", "make room"):
+    with refused(Code.RESOURCE_EXHAUSTED, f"needs {1_000_000 + HEADROOM} free bytes", "make room"):
         index.restore("d", 1_000_000, accept_all)
     with closing(index.restore("d", 0, accept_all)) as restoration:
         restoration.write(whole)
         free[0] -= 149_000
-        with refused(Code.RESOURCE_EXHAUSTED, f"needs {len(whole)} bytes", f"{free[0]} are free"):
+        with refused(Code.RESOURCE_EXHAUSTED, f"needs {len(whole) + HEADROOM} free bytes", f"{free[0]} are free"):
             restoration.write(whole)
 
 
