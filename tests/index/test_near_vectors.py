@@ -198,7 +198,16 @@ def test_a_leader_without_records_goes_with_the_group_that_is_gone(tmp_path: Pat
 
 
 def problems(collection: Collection) -> list[str]:
+    """Return the records that verify names; it has searches compare them from then on."""
     return [problem.id for step in collection.verify(full=True) for problem in step.problems]
+
+
+def not_found(collection: Collection) -> int:
+    """Return how many records a search for their own vectors does not find."""
+    labels = collection._store.labels()
+    vectors = collection._read_vectors(labels.tolist())[1]
+    found = collection._neighbours.search(vectors, 1, 800)
+    return sum(each is not None and each.labels[0] != label for each, label in zip(found, labels.tolist(), strict=True))
 
 
 def test_a_record_that_verify_names_is_found_after_it_is_upserted_again(
@@ -230,10 +239,10 @@ def test_all_nodes_are_checked_when_the_graph_has_grown_by_a_half(
     vectors = gaussian(2400, WIDTH)
     collection.upsert(numbered(1500), vectors[:1500])
     unchecked(monkeypatch, collection.maintain)
-    assert problems(collection) != []
+    assert not_found(collection)
     collection.upsert(numbered(900, first=1500), vectors[1500:])
     collection.maintain()
-    assert problems(collection) == []
+    assert not_found(collection) == 0
 
 
 def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
@@ -302,7 +311,7 @@ def cut_off(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
     collection.upsert(numbered(100, first=1500), vectors[1500:])
     collection._upkeep._last_write += 1000
     collection.maintain()
-    assert problems(collection), "the graph is too good to show anything"
+    assert not_found(collection), "the graph is too good to show anything"
     return collection
 
 
@@ -311,7 +320,7 @@ def test_a_graph_at_rest_is_checked_though_it_grew_little(cut_off: Collection) -
     assert cut_off._upkeep.due_at_rest is not None
     cut_off._upkeep._last_write -= 5000
     cut_off.maintain()
-    assert problems(cut_off) == []
+    assert not_found(cut_off) == 0
     assert cut_off._upkeep.due_at_rest is None
 
 
@@ -323,7 +332,7 @@ def test_checks_of_a_graph_at_rest_take_a_small_share_of_the_time(cut_off: Colle
     assert seconds is not None
     assert seconds > upkeep._pace.rest_seconds
     cut_off.maintain()
-    assert problems(cut_off), "it was checked before the time"
+    assert not_found(cut_off), "it was checked before the time"
 
 
 def test_a_graph_that_is_loaded_is_checked_for_what_was_added_before(cut_off: Collection, tmp_path: Path) -> None:
@@ -357,3 +366,136 @@ def test_members_of_a_group_that_is_not_in_a_snapshot_are_found_and_grouped_agai
         assert np.allclose(scores, 1, atol=1e-6)
         neighbours.drain(1000, lambda: False)
     assert (neighbours.waiting, loaded.nodes, len(loaded.labels())) == (0, 301, 500)
+
+
+def one_cone() -> Matrix:
+    """Return vectors round one mean, some of them a hundred times as near to it as others."""
+    mean = gaussian(1, WIDTH, seed=1) / WIDTH**0.5
+    noises = (0.01, 0.02, 0.05, 0.1, 1)
+    return np.vstack([mean + noise / WIDTH**0.5 * gaussian(300, WIDTH, seed=i) for i, noise in enumerate(noises, 2)])
+
+
+def with_a_hub() -> Matrix:
+    """Return vectors that are nearer to one in their middle than to each other."""
+    vectors = gaussian(1500, WIDTH)
+    vectors[0] = 0
+    return vectors
+
+
+def of_many_lengths() -> Matrix:
+    """Return vectors of which some are hundreds of times as long as others."""
+    return gaussian(1500, WIDTH) * np.exp(1.5 * gaussian(1500, 1, seed=1))
+
+
+#: Vectors among which a plain graph cuts off many, or that it cannot tell apart.
+UNEVEN = {
+    "one cone": (one_cone, Distance.COSINE),
+    "a hub": (with_a_hub, Distance.EUCLIDEAN),
+    "many lengths": (of_many_lengths, Distance.EUCLIDEAN),
+    "many lengths, product": (of_many_lengths, Distance.DOT_PRODUCT),
+    "short, product": (lambda: gaussian(1500, WIDTH) * np.float32(1e-12), Distance.DOT_PRODUCT),
+}
+
+
+def collection_recalls(collection: Collection, queries: Matrix, min_recall: float = 0) -> tuple[float, float]:
+    """Return the shares of the nearest and of the ten nearest that searches find; an equal score counts."""
+    distance = collection.spec.distance
+    vectors = collection._read_vectors(collection._store.labels().tolist())[1]
+    outcomes = collection.search(queries, 10, min_recall=min_recall)
+    scores = np.array([[score for _, score in outcome.hits] for outcome in outcomes])
+    _, truth = nearest(prepare(queries, distance), vectors, 10, distance)
+    bounds = truth - 1e-5 * np.abs(truth).max(axis=1, keepdims=True)
+    return float(np.mean(scores[:, 0] >= bounds[:, 0])), float(np.mean(scores >= bounds[:, 9:]))
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind.startswith("many") else []) for kind in UNEVEN]
+)
+def test_uneven_vectors_are_found_after_writes_and_deletions(
+    index: Index, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    make, distance = UNEVEN[kind]
+    vectors = make()[np.random.default_rng(0).permutation(1500)].astype(np.float32)
+    collection = index.create(CollectionSpec("c", WIDTH, distance=distance))
+    monkeypatch.setattr(collection, "_wake", lambda: None)
+    collection.upsert(numbered(1500), vectors)
+    collection.maintain()
+    for state in ("new", "changed"):
+        if state == "changed":
+            vectors[:600] = vectors[600:1200] * np.float32(1.0001)
+            collection.upsert(numbered(600), vectors[:600])
+            collection.delete([f"r{i:05}" for i in range(300, 700)])
+            collection.maintain()
+        some = vectors[700::5]
+        noise = 0.05 * np.linalg.norm(some, axis=1, keepdims=True) * gaussian(len(some), WIDTH) / WIDTH**0.5
+        for queries in (some, some + noise):
+            own, at_ten = collection_recalls(collection, queries)
+            assert own >= 0.99
+            assert at_ten >= 0.95
+            assert collection_recalls(collection, queries, 0.97)[1] >= 0.96
+        assert problems(collection) == []
+
+
+def test_queries_much_shorter_than_the_vectors_are_told_apart(index: Index) -> None:
+    collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.DOT_PRODUCT))
+    collection.upsert(numbered(1500), gaussian(1500, WIDTH))
+    collection.maintain()
+    queries = gaussian(50, WIDTH, seed=1)
+    for scale in (1e-30, 1e-12, 1):
+        outcomes = collection.search(queries * np.float32(scale), 10)
+        assert outcomes[0].plan.ef
+        assert collection_recalls(collection, queries * np.float32(scale))[1] >= 0.95
+
+
+def test_a_record_that_verify_names_is_found_from_then_on(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upserted again it does not become a node, which would cut off others."""
+    collection = index.create(POOR)
+    monkeypatch.setattr(collection, "_wake", lambda: None)
+    vectors = gaussian(1500, WIDTH)
+    collection.upsert(numbered(1500), vectors)
+    unchecked(monkeypatch, collection.maintain)
+    named = problems(collection)
+    assert named, "the graph is too good to show anything"
+    assert problems(collection) == []
+    graph = collection._neighbours._graph
+    nodes = graph.nodes
+    for name in named:
+        collection.upsert(numbered(1, first=int(name[1:])), vectors[int(name[1:])][None])
+    collection._neighbours.drain(len(named), lambda: False)
+    assert graph.nodes == nodes
+    assert problems(collection) == []
+
+
+@pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
+def test_a_member_of_a_group_can_be_compared_always(near: int) -> None:
+    vectors, others = crowd(300, near, 0.001)
+    vectors = prepare(vectors, Distance.COSINE)
+    graph = built(vectors)
+    group = sorted(set(range(1, len(vectors) + 1)) - set((others + 1).tolist()))
+    graph.compare_always([group[1], group[2], 10**6])
+    assert graph.strays >= 2
+    assert graph.search(vectors[group[1] - 1][None], 1)[0].tolist() == [[group[1]]]
+    graph.compare_always(group)
+    assert graph.labels() == set(range(1, len(vectors) + 1))
+    assert graph.search(vectors[np.array(group) - 1], 1)[0][:, 0].tolist() == group
+    graph.remove(set(group))
+    assert graph.labels() == set((others + 1).tolist())
+    assert graph.strays == 0
+
+
+def test_shells_outlast_a_restart(tmp_path: Path) -> None:
+    vectors = prepare(one_cone(), Distance.COSINE)
+    neighbours = Neighbours(SPEC, built(vectors))
+    neighbours.rebuild(read_of(vectors), lambda: False, shuffled=True)
+    graph = neighbours._graph
+    assert graph.shells is not None
+    snapshots.save(graph.save, SPEC, "identity", tmp_path)
+    loaded = snapshots.load(SPEC, "identity", 2000, tmp_path)
+    assert loaded is not None
+    again = Neighbours(SPEC, loaded)
+    again.catch_up(np.arange(1, 1501), read_of(vectors))
+    assert again.waiting == 0
+    assert loaded.shells is not None
+    assert np.array_equal(loaded.shells.of(vectors), graph.shells.of(vectors))
+    loaded.set_ef(DEFAULT_EF)
+    assert recalls(loaded, vectors, vectors[::5])[0] >= 0.99

@@ -16,6 +16,12 @@ _RECALL = 0.99
 _LEAST, _MOST = 100, 800
 #: Before it is measured.
 _UNMEASURED = 200
+#: If no number of candidates within the bounds finds this share, more are kept, and where none finds it every vector is
+#: compared.
+_LEAST_RECALL = 0.95
+#: Before it is measured, every vector is compared if a greater share of the graph's is not found by their own vectors:
+#: others are missed for the same cause, and a better graph is being built.
+_MAX_STRAY_SHARE = 0.02
 #: Whatever was measured, so many times the hits that are wanted.
 _PER_HIT = 2
 
@@ -33,7 +39,7 @@ class Effort:
         self._neighbours = neighbours
         self._measured = recall.load(folder)
         #: Of what was measured, by `top_k`; replaced whenever that is.
-        self._by_default: dict[int, int] = {}
+        self._by_default: dict[int, int | None] = {}
 
     def ef(self, top_k: int, ef: int, min_recall: float) -> int | None:
         """Return how many candidates to keep; None if every vector is to be compared.
@@ -46,11 +52,12 @@ class Effort:
         if ef:
             return ef
         if not min_recall:
+            if not self._measured and self._is_poor():
+                return None
             by_default = self._by_default
-            chosen = by_default.get(top_k)
-            if chosen is None:
-                chosen = by_default[top_k] = self._default(top_k)
-            return chosen
+            if top_k not in by_default:
+                by_default[top_k] = self._default(top_k)
+            return by_default[top_k]
         if min_recall == 1:
             return None
         if not self._neighbours.graph_size:
@@ -79,7 +86,20 @@ class Effort:
         # After what it follows from: who still computes by the old one keeps it where nobody looks any more.
         self._by_default = {}
 
-    def _default(self, top_k: int) -> int:
-        least = _LEAST if self._measured else _UNMEASURED
-        measured = self._measured.ef(top_k, _RECALL) or _MOST if self._measured else 0
-        return max(least, _PER_HIT * top_k, min(measured, _MOST))
+    def _default(self, top_k: int) -> int | None:
+        least = max(_LEAST if self._measured else _UNMEASURED, _PER_HIT * top_k)
+        if not self._measured:
+            return least
+        if not self._measured.points:
+            return max(least, _MOST)
+        chosen = self._measured.ef(top_k, _RECALL)
+        if chosen is None or chosen > _MOST:
+            enough = self._measured.ef(top_k, _LEAST_RECALL)
+            if enough is None:
+                return None
+            chosen = max(_MOST, enough)
+        return max(least, chosen)
+
+    def _is_poor(self) -> bool:
+        """Whether many vectors of a graph that is to be measured are not found by their own vectors."""
+        return self._neighbours.graph_size >= recall.MIN_SIZE and self._neighbours.stray_share > _MAX_STRAY_SHARE

@@ -11,6 +11,7 @@ import numpy as np
 from emberpc.server.index.children import in_child
 from emberpc.server.index.grouped_vectors import STRAY, GroupedVectors, hashes_of
 from emberpc.server.index.hnsw import Hnsw
+from emberpc.server.index.shells import Shells
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
 #: Larger groups are not in snapshots: their vectors are grouped again, in the background. Inserting 2,000 takes
@@ -30,6 +31,7 @@ class Contents:
         outside: leaders of vectors that are no nodes, and the labels of those vectors; -1 as leader of strays.
         ghosts: nodes that stand for other vectors only.
         checked: what `Graph.to_check` was when the last check of all ended.
+        shells: shells that have graphs of their own.
     """
 
     dead: Labels = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -37,6 +39,7 @@ class Contents:
     outside: dict[int, list[int]] = field(default_factory=dict)
     ghosts: list[int] = field(default_factory=list)
     checked: int = 0
+    shells: Shells | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class Graph(GroupedVectors):
         for label, leader in self._awaited.items():
             outside.setdefault(leader, []).append(label)
         members = {name: list(its) for name, its in self._members.items() if name not in self._leader_of}
-        contents = Contents(np.setdiff1d(every, alive), members, outside, sorted(self._ghosts), self._checked)
+        contents = Contents(
+            np.setdiff1d(every, alive), members, outside, sorted(self._ghosts), self._checked, self._shells
+        )
         nodes = sum(len(members.get(name, (name,))) for name in self._node_vectors())
         live = nodes + sum(len(labels) for labels in outside.values())
         newest = max(int(every.max(initial=0)), max(self._vector_of, default=0))
@@ -95,7 +100,7 @@ class Graph(GroupedVectors):
         Raises:
             GraphError: hnswlib does not take it.
         """
-        graph = cls(spec)
+        graph = cls(spec, shells=contents.shells)
         graph._hnsw = Hnsw.read(spec, path, len(contents.dead))
         graph._ghosts = set(contents.ghosts)
         graph._checked = contents.checked
@@ -122,6 +127,7 @@ class Graph(GroupedVectors):
         leaders = np.array([self._awaited[label] for label in labels[rows].tolist()], dtype=np.int64)
         strays = rows[leaders == STRAY]
         self._strays.add(labels[strays], vectors[strays])
+        self._stray_hashes.update(hashes_of(vectors[strays]))
         self._leader_of.update(dict.fromkeys(labels[strays].tolist(), STRAY))
         others = leaders != STRAY
         self._join(leaders[others], labels[rows[others]], vectors[rows[others]])
@@ -130,7 +136,7 @@ class Graph(GroupedVectors):
     def restored(self) -> None:
         """Drop what is awaited still, and what only stood for that."""
         self._awaited = {}
-        self._stray_leaders = {leader for leader in self._groups if not self._is_node(leader)}
+        self._searched_always = {leader for leader in self._groups if not self._is_node(leader)}
         for node in [node for node in self._ghosts if node not in self._groups]:
             self._drop_if_ghost(node)
         self._added = max(0, self.to_check - self._checked)

@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from emberpc.server.index.hnsw import FIRST_CAPACITY, GraphError, Hnsw
-from emberpc.server.index.metric import best_of, nearest
+from emberpc.server.index.metric import are_short, best_of, nearest
 from emberpc.server.index.pool import Pool
+from emberpc.server.index.shells import MAIN, Shells
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix
 
 #: Vectors are nearly equal if their distance is at most this share of their length: a cosine of 0.9998.
@@ -26,10 +27,12 @@ _GROUP_CAPACITY = 2 * _MOST_COMPARED
 
 #: Instead of a leader: the vector is compared with every query.
 STRAY = -1
+#: As `STRAY`, since the vector is too short for the graph.
+SHORT = -2
 
 
 class _Group(Protocol):
-    """Vectors outside the graph, by label: a `Pool`, or `GroupedVectors` without groups."""
+    """Vectors outside the graph, by label: a `Pool`, or `GroupedVectors`."""
 
     def __len__(self) -> int: ...
     def add(self, labels: Labels, vectors: Matrix) -> None: ...
@@ -47,16 +50,28 @@ class GroupedVectors:
     no node. A search that finds a leader searches its group too. A node that searches for its own vector do not find is
     a stray: it is deleted from the graph and its vector is compared with every query.
 
+    With shells, the graph holds the vectors of the main shell, and each other shell is a group without a leader, which
+    every search searches.
+
     `Neighbours` holds the lock: `search` and `save` need its read side, all else its write side.
 
     Args:
         spec: dimensions, distance and parameters.
         capacity: nodes to make room for; it grows by itself.
         groups: whether nearly equal vectors are grouped.
+        shells: shells that have graphs of their own; None: all vectors are in one graph.
     """
 
-    def __init__(self, spec: CollectionSpec, capacity: int = FIRST_CAPACITY, *, groups: bool = True) -> None:
+    def __init__(
+        self,
+        spec: CollectionSpec,
+        capacity: int = FIRST_CAPACITY,
+        *,
+        groups: bool = True,
+        shells: Shells | None = None,
+    ) -> None:
         self._spec = spec
+        self._shells = shells
         self._has_groups = groups
         self._hnsw = Hnsw(spec, max(capacity, FIRST_CAPACITY if groups else 1))
         #: Vector of each label that can be found.
@@ -69,9 +84,12 @@ class GroupedVectors:
         #: Leader of each vector that is no node, or STRAY.
         self._leader_of: dict[int, int] = {}
         self._groups: dict[int, _Group] = {}
-        #: Vectors that were nodes, and leaders that have groups, which no search of the graph found.
+        #: Vectors that no search of the graph found.
         self._strays = Pool(spec.dimensions, spec.distance)
-        self._stray_leaders: set[int] = set()
+        #: Hashes of vectors that were strays. Added again they are strays again: as nodes they would cut off others.
+        self._stray_hashes: set[int] = set()
+        #: Groups that every search searches: of leaders that no search found, of shells, of short vectors.
+        self._searched_always: set[int] = set()
         #: Leaders whose own labels are removed.
         self._ghosts: set[int] = set()
         #: Leaders of labels that a snapshot has, and whose vectors are to be read.
@@ -91,12 +109,26 @@ class GroupedVectors:
     @property
     def dead_share(self) -> float:
         """Share of the nodes that are deleted; they slow down every insert and search."""
-        return self._hnsw.dead / max(1, self._hnsw.dead + self._hnsw.count)
+        graphs = [self, *self._graphs()]
+        dead = sum(graph._hnsw.dead for graph in graphs)
+        return dead / max(1, dead + sum(graph._hnsw.count for graph in graphs))
 
     @property
     def stray_share(self) -> float:
-        """Share of the vectors outside groups that are compared with every query."""
-        return len(self._strays) / max(1, self._hnsw.count + len(self._strays))
+        """Share of the vectors in graphs, or that were, that are compared with every query."""
+        graphs = [self, *self._graphs()]
+        strays = self.strays
+        return strays / max(1, strays + sum(graph._hnsw.count for graph in graphs))
+
+    @property
+    def strays(self) -> int:
+        """Number of vectors that no search of a graph found, so that they are compared with every query."""
+        return len(self._strays) + sum(len(graph._strays) for graph in self._graphs())
+
+    @property
+    def shells(self) -> Shells | None:
+        """Shells that have graphs of their own."""
+        return self._shells
 
     @property
     def nodes(self) -> int:
@@ -141,7 +173,11 @@ class GroupedVectors:
 
     def representatives(self) -> list[int]:
         """Return one label of each node: of equal and nearly equal vectors, one."""
-        return [next(iter(self._members.get(node, (node,)))) for node in self._node_vectors()]
+        nodes = self._node_vectors()
+        for leader, group in self._groups.items():
+            if leader < SHORT:
+                nodes += group.all()[0].tolist() if isinstance(group, Pool) else group.representatives()  # type: ignore[attr-defined]  # there is no third
+        return [next(iter(self._members.get(node, (node,)))) for node in nodes]
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
         """Add vectors, float32 (n, dimensions), under new labels, int64 (n,); about 0.5 ms each."""
@@ -179,6 +215,30 @@ class GroupedVectors:
             group = self._groups[leader]
             if isinstance(group, GroupedVectors):
                 group.check(its)
+
+    def check_labels(self, labels: Iterable[int]) -> None:
+        """As `check`, of the vectors of those labels that are there."""
+        self.check({self._vector_of[label] for label in labels if label in self._vector_of})
+
+    def compare_always(self, labels: Iterable[int]) -> None:
+        """Compare the vectors of those labels that are there with every query, since searches miss them."""
+        for name in {self._vector_of[label] for label in labels if label in self._vector_of}:
+            leader = self._leader_of.get(name)
+            group = None if leader is None else self._groups.get(leader)
+            if leader is None:
+                self._leave_out(name, self._hnsw.vectors([name]))
+            elif isinstance(group, GroupedVectors):
+                group.compare_always([name])
+                if leader not in self._searched_always:
+                    self._take_out(name, leader, group)
+            elif group is not None and leader not in self._searched_always:
+                self._take_out(name, leader, group)
+
+    def _take_out(self, name: int, leader: int, group: _Group) -> None:
+        """Make a member of a group a stray."""
+        vector = group.held([name])[name][None]
+        self._leave_group(name, leader)
+        self._put_aside(name, vector)
 
     def check_begins(self) -> list[int]:
         """Return the vectors to be checked, for a check of all."""
@@ -254,11 +314,21 @@ class GroupedVectors:
     def _leaders(self, labels: Labels, vectors: Matrix) -> Labels:
         """Return the leader of each new vector, int64 (n,): a node or a new vector; itself if it is to be a node."""
         leaders = labels.copy()
-        if not self._has_groups or not len(labels):
+        if not len(labels):
             return leaders
-        near, nodes = self._hnsw.near(vectors, _NEAR, _LEADER_EF)
-        leaders[near] = nodes[near]
+        leaders[are_short(vectors, self._spec.distance)] = SHORT
+        if self._stray_hashes:
+            leaders[[key in self._stray_hashes for key in hashes_of(vectors)]] = STRAY
+        if self._shells:
+            shells = self._shells.of(vectors)
+            others = (shells != MAIN) & (leaders == labels)
+            leaders[others] = shells[others]
         rest = np.flatnonzero(leaders == labels)
+        if not self._has_groups or not len(rest):
+            return leaders
+        near, nodes = self._hnsw.near(vectors[rest], _NEAR, _LEADER_EF)
+        leaders[rest[near]] = nodes[near]
+        rest = rest[~near]
         products = vectors[rest] @ vectors[rest].T
         squares = np.diagonal(products)
         alike = squares[:, None] + squares - 2 * products <= _NEAR**2 * squares[:, None]
@@ -275,11 +345,18 @@ class GroupedVectors:
         """Put vectors that have leaders into the groups of those."""
         for leader in dict.fromkeys(leaders[leaders != labels].tolist()):
             rows = np.flatnonzero((leaders == leader) & (labels != leader))
+            if leader == STRAY:
+                for row in rows.tolist():
+                    self._put_aside(int(labels[row]), vectors[row : row + 1])
+                continue
             group = self._groups.get(leader)
             if group is None:
                 group = self._groups[leader] = Pool(self._spec.dimensions, self._spec.distance)
-            elif isinstance(group, Pool) and len(group) + len(rows) > _MOST_COMPARED:
-                large = GroupedVectors(self._spec, _GROUP_CAPACITY, groups=False)
+                if leader < STRAY:
+                    self._searched_always.add(leader)
+            elif leader != SHORT and isinstance(group, Pool) and len(group) + len(rows) > _MOST_COMPARED:
+                # Vectors of a shell may be nearly equal; the members of a group all are.
+                large = GroupedVectors(self._spec, _GROUP_CAPACITY, groups=leader < SHORT)
                 large.set_ef(max(1, self.ef))
                 large.add(*group.all())
                 group = self._groups[leader] = large
@@ -298,15 +375,23 @@ class GroupedVectors:
         """As `check`, of nodes whose vectors are at hand."""
         missed = self._hnsw.missed(nodes, vectors)
         for row in np.flatnonzero(np.isin(nodes, missed)) if len(missed) else ():
-            node = int(nodes[row])
-            self._hnsw.delete(node)
-            if node in self._groups:
-                self._stray_leaders.add(node)
-            if node in self._ghosts:
-                self._ghosts.remove(node)
-            else:
-                self._leader_of[node] = STRAY
-                self._strays.add(nodes[row : row + 1], vectors[row : row + 1])
+            self._leave_out(int(nodes[row]), vectors[row : row + 1])
+
+    def _leave_out(self, node: int, vector: Matrix) -> None:
+        """Delete a node from the graph and compare its vector, (1, dimensions), with every query."""
+        self._hnsw.delete(node)
+        if node in self._groups:
+            self._searched_always.add(node)
+        if node in self._ghosts:
+            self._ghosts.remove(node)
+        else:
+            self._put_aside(node, vector)
+
+    def _put_aside(self, name: int, vector: Matrix) -> None:
+        """Compare a vector, (1, dimensions), that is in no graph and no group with every query."""
+        self._leader_of[name] = STRAY
+        self._strays.add(np.array([name], dtype=np.int64), vector)
+        self._stray_hashes.update(hashes_of(vector))
 
     def _drop(self, name: int) -> None:
         """Delete a vector that has no label any more."""
@@ -322,12 +407,25 @@ class GroupedVectors:
         elif leader == STRAY:
             self._strays.remove({name})
         else:
-            group = self._groups[leader]
-            group.remove({name})
-            if not len(group):
-                del self._groups[leader]
-                self._stray_leaders.discard(leader)
-                self._drop_if_ghost(leader)
+            self._leave_group(name, leader)
+
+    def _leave_group(self, name: int, leader: int) -> None:
+        """Remove a vector from the group of its leader, and the group with its last vector."""
+        group = self._groups[leader]
+        group.remove({name})
+        if not len(group):
+            del self._groups[leader]
+            self._searched_always.discard(leader)
+            self._drop_if_ghost(leader)
+
+    def _graphs(self) -> list[GroupedVectors]:
+        """Return the graphs of groups, and of groups within those."""
+        return [
+            graph
+            for group in self._groups.values()
+            if isinstance(group, GroupedVectors)
+            for graph in (group, *group._graphs())
+        ]
 
     def _drop_if_ghost(self, node: int) -> None:
         if node in self._ghosts:
@@ -367,7 +465,7 @@ class GroupedVectors:
 
     def _with_groups(self, queries: Matrix, nodes: Labels, scores: Matrix, k: int) -> tuple[Labels, Matrix]:
         """Return the `k` best of the nodes found for each query and of the groups that these lead."""
-        rows_of = {leader: list(range(len(queries))) for leader in self._stray_leaders}
+        rows_of = {leader: list(range(len(queries))) for leader in self._searched_always}
         for row, found in enumerate(nodes.tolist()):
             if not self._groups.keys().isdisjoint(found):
                 for node in found:
@@ -388,7 +486,7 @@ class GroupedVectors:
 
     def _compared(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
         """Return the vectors nearest to each query, (queries, at most k), of all there are."""
-        every = self._node_vectors()
+        every = self._node_vectors() if self._hnsw.count else []
         rows, scores = nearest(queries, self._hnsw.vectors(every), k, self._spec.distance)
         parts = [(np.array(every, dtype=np.int64)[rows], scores), self._strays.found(queries, k)]
         return best_of([*parts, *(group.found(queries, k) for group in self._groups.values())], k)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.server.index.helpers import Helpers
-from emberpc.server.index.metric import SPACES, graph_scores
+from emberpc.server.index.metric import SPACES, graph_scores, lengthened
 from emberpc.server.index.types import CollectionSpec, Distance, Labels, Matrix
 
 FIRST_CAPACITY = 1024
@@ -116,11 +116,15 @@ class Hnsw:
         Raises:
             GraphError: links lead to fewer nodes.
         """
+        scales = None
+        if self._spec.distance is Distance.DOT_PRODUCT:
+            queries, scales = lengthened(queries)
         try:
             nodes, distances = self._nearest(queries, k)
         except RuntimeError as error:
             raise GraphError from error
-        return nodes.view(np.int64), graph_scores(distances, self._spec.distance)
+        scores = graph_scores(distances, self._spec.distance)
+        return nodes.view(np.int64), scores if scales is None else scores / scales
 
     def near(self, vectors: Matrix, share: float, ef: int) -> tuple[npt.NDArray[np.bool_], Labels]:
         """Search for nodes that are nearly equal to vectors, float32 (vectors, dimensions).

@@ -19,6 +19,9 @@ _PLAIN = (1e-30, 1e27)
 #: hnswlib works with 1 - product in float32, which swallows small products. Under DOT_PRODUCT both sides are scaled by
 #: this power of two, which changes no digit, so that vectors much shorter than 1 can be told apart.
 _DOT_SCALE = np.float32(2**14)
+#: Under DOT_PRODUCT, the least length of a prepared vector that hnswlib tells from others of about its length: 1e-5 of
+#: the product with a query of length 1, scaled, is more than the last digit of 1.
+_LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
 #: Scores computed at a time, so that a long buffer and many queries do not fill the memory (16 MB).
 _BLOCK = 4 * 2**20
 #: So few queries are compared as columns: of thousands of vectors, four take half as long so as the other way.
@@ -95,6 +98,29 @@ def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
     return fit
 
 
+def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
+    """Return which prepared vectors, float32 (vectors, dimensions), are too short for hnswlib: bool (vectors,)."""
+    if distance is not Distance.DOT_PRODUCT:
+        return np.zeros(len(prepared), dtype=bool)
+    short: npt.NDArray[np.bool_] = np.einsum("ij,ij->i", prepared, prepared) < _LEAST_IN_GRAPH**2
+    return short
+
+
+def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
+    """Scale short queries of inner products up by powers of two, which changes no digit; hnswlib rounds less then.
+
+    Args:
+        queries: prepared queries, float32 (queries, dimensions).
+
+    Returns:
+        The queries, of length at least 2**14 except those of length zero, and the scale of each, float32 (queries, 1).
+    """
+    lengths = np.maximum(_lengths(queries), np.finfo(np.float64).tiny)
+    powers = np.clip(np.ceil(np.log2(float(_DOT_SCALE) / lengths)), 0, 120)
+    scales = np.exp2(powers).astype(np.float32)[:, None]
+    return queries * scales, scales
+
+
 def nearest(
     queries: Matrix, vectors: Matrix, k: int, distance: Distance, among: npt.NDArray[np.bool_] | None = None
 ) -> tuple[Labels, Matrix]:
@@ -120,10 +146,12 @@ def nearest(
         if among is not None:
             found[:, ~among] = -np.inf
         chosen = np.argpartition(-found, k - 1, axis=1)[:, :k]
-        chosen_scores = np.take_along_axis(found, chosen, axis=1)
+        # np.take_along_axis takes longer than comparing a small group.
+        across = np.arange(len(chosen))[:, None]
+        chosen_scores = found[across, chosen]
         order = np.argsort(-chosen_scores, axis=1, kind="stable")
-        rows[part] = np.take_along_axis(chosen, order, axis=1)
-        best[part] = np.take_along_axis(chosen_scores, order, axis=1)
+        rows[part] = chosen[across, order]
+        best[part] = chosen_scores[across, order]
     return rows, best
 
 

@@ -14,6 +14,7 @@ from emberpc.server.index.graph import Graph, Saving
 from emberpc.server.index.hnsw import GraphError
 from emberpc.server.index.locks import ReadWriteLock
 from emberpc.server.index.metric import best_of
+from emberpc.server.index.shells import Shells, fitted
 from emberpc.server.index.types import CollectionSpec, Labels, Matrix, Plan, Strategy
 
 #: Rows that the graph takes in while searches are kept out; some 5 to 15 ms.
@@ -27,6 +28,8 @@ _EF_PER_QUERY = 1000
 _READ_BATCH = 2000
 #: Nodes that are searched for while other searches wait; some 1 ms.
 _CHECKED_AT_ONCE = 32
+#: Nodes that are searched for to find out whether a graph cuts off many; some 15 ms.
+_PROBED = 256
 #: All nodes are checked again when there are 1.5 times as many as at the last check: later ones may take their links.
 _CHECK_GROWTH = 1.5
 
@@ -196,6 +199,27 @@ class Neighbours:
         with self._lock.write():
             self._graph.check_ends()
 
+    def probe(self) -> float:
+        """Search for a sample of the nodes by their own vectors; return the share that was not found.
+
+        As with `check`, those are compared with every query from then on.
+        """
+        with self._lock.read():
+            labels = sorted(self._graph.labels())
+        chosen = random.Random(len(labels)).sample(labels, min(_PROBED, len(labels)))  # noqa: S311 - a sample, no secret
+        missed = 0
+        for start in range(0, len(chosen), _CHECKED_AT_ONCE):
+            with self._lock.write():
+                before = self._graph.strays
+                self._graph.check_labels(chosen[start : start + _CHECKED_AT_ONCE])
+                missed += self._graph.strays - before
+        return missed / max(1, len(chosen))
+
+    def compare_always(self, labels: list[int]) -> None:
+        """Compare the vectors of labels with every query, since searches of the graph miss them."""
+        with self._lock.write():
+            self._graph.compare_always(labels)
+
     def rebuild(
         self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
     ) -> bool:
@@ -207,12 +231,14 @@ class Neighbours:
             read: reads the vectors.
             stop: whether to leave it.
             most_waiting: if more wait than that, the old graph takes them in meanwhile, so that searches stay quick.
-            shuffled: whether to insert them in random order, instead of that of their labels.
+            shuffled: whether to insert them in random order, instead of that of their labels, and to make a graph for
+                each shell, since many nodes were cut off.
 
         Returns:
             Whether it was finished.
         """
-        graph = Graph(self._spec, self._graph.live)
+        shells = self._fitted_shells(read) if shuffled else self._graph.shells
+        graph = Graph(self._spec, self._graph.live, shells=shells)
         taken: set[int] = set()
         # What the old graph took in meanwhile must be in the new one too; that is less each time.
         while labels := sorted(self._graph_labels() - taken):
@@ -236,6 +262,12 @@ class Neighbours:
             self._graph = graph
             self._unchecked = []
         return True
+
+    def _fitted_shells(self, read: ReadVectors) -> Shells | None:
+        labels = sorted(self._graph_labels())
+        chosen = random.Random(len(labels)).sample(labels, min(_READ_BATCH, len(labels)))  # noqa: S311 - a sample, no secret
+        _, vectors = read(sorted(chosen))
+        return fitted(vectors) if len(vectors) else None
 
     def _check_new(self, graph: Graph, stop: Callable[[], bool], most_waiting: int) -> bool:
         """Check all nodes of a graph that no one else has; return whether that was finished."""

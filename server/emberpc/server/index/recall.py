@@ -1,8 +1,9 @@
 """How many candidates a search of a collection's graph must keep for a wanted recall: measured, not guessed.
 
-A sample of the distinct vectors, each moved by some noise, is searched for
-exactly and in the graph. What that took at which recall is kept beside the
-collection, and measured again when the graph has grown by a half or is new.
+A sample of the distinct vectors, each moved by more or less noise, is searched
+for exactly and in the graph. What that took at which recall, with the noise for
+which it is least, is kept beside the collection, and measured again when the
+graph has grown by a half or is new.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ MIN_SIZE = 1000
 #: Measured again when the graph has so many times the vectors that it had.
 _GROWTH = 1.5
 _QUERIES = 128
-#: Length of the noise against the vector's own. Queries are then as unlike the records as questions are unlike texts
-#: that answer them, with a cosine of 0.7, and harder to find for than the records themselves.
-_NOISE = 1.0
+#: Lengths of the noise against the vector's own. With the first, queries are as unlike the records as questions are
+#: unlike texts that answer them, with a cosine of 0.7. With the others they are like texts that are nearly the same,
+#: which are easier to find for, but not among vectors in a narrow cone.
+_NOISES = (1.0, 0.2, 0.04)
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
 #: Queries at one value of ef, while other searches wait: some milliseconds.
@@ -88,14 +90,18 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
         return None
     points: list[Point] = []
     for k in _SIZES:
+        kinds = list(zip(np.split(queries, len(_NOISES)), np.split(truth, len(_NOISES)), strict=True))
         for ef in _EFS:
             if ef < k or 2 * k > size:
                 continue
-            found = _recall(neighbours, queries, truth, k, ef, stop)
-            if found is None:
+            found = [_recall(neighbours, *kind, k, ef, stop) for kind in kinds]
+            recalls = [each for each in found if each is not None]
+            if len(recalls) < len(found):
                 return None
-            points.append(Point(k, ef, found))
-            if found == 1:
+            points.append(Point(k, ef, min(recalls)))
+            # More candidates find no fewer.
+            kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < 1]
+            if not kinds:
                 break
     return RecallMap(size, tuple(points))
 
@@ -128,7 +134,7 @@ def load(folder: Path) -> RecallMap | None:
 
 
 def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> Matrix:
-    """Return prepared queries near the records: stored vectors of a sample, each moved by noise.
+    """Return prepared queries near the records: stored vectors of a sample, moved by each length of noise in turn.
 
     Of equal and nearly equal vectors the sample has one at most: a graph may find many copies of one text with few
     candidates, and other records with many only.
@@ -139,7 +145,8 @@ def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> Matrix
     vectors = store.vectors(sorted(chosen.tolist()))[1]
     noise = rng.standard_normal(vectors.shape, dtype=np.float32)
     noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return prepare(vectors + _NOISE * np.linalg.norm(vectors, axis=1, keepdims=True) * noise, distance)
+    noise *= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return prepare(np.vstack([vectors + share * noise for share in _NOISES]), distance)
 
 
 def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callable[[], bool]) -> Matrix | None:

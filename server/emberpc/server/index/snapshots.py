@@ -19,6 +19,7 @@ import numpy as np
 from emberpc.server.index.files import sha256_of, synchronise
 from emberpc.server.index.graph import Contents, Graph, Saving
 from emberpc.server.index.hnsw import GraphError
+from emberpc.server.index.shells import Shells
 from emberpc.server.index.types import CollectionSpec
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ def _contents_to_json(contents: Contents) -> dict[str, object]:
         "outside": [[leader, labels] for leader, labels in contents.outside.items()],
         "ghosts": contents.ghosts,
         "checked": contents.checked,
+        "shells": [contents.shells.centre.tolist(), contents.shells.radius] if contents.shells else None,
     }
 
 
@@ -143,7 +145,15 @@ def _contents_from_json(facts: dict[str, Any]) -> Contents:
         {int(leader): [int(label) for label in labels] for leader, labels in facts["outside"]},
         [int(node) for node in facts["ghosts"]],
         int(facts["checked"]),
+        _shells_from_json(facts.get("shells")),  # older snapshots have none
     )
+
+
+def _shells_from_json(facts: list[Any] | None) -> Shells | None:
+    if facts is None:
+        return None
+    centre, radius = facts
+    return Shells(np.array(centre, dtype=np.float32), float(radius))
 
 
 def _digest(facts: dict[str, object]) -> str:

@@ -26,6 +26,11 @@ _MAX_DEAD_SHARE = 0.25
 _MAX_STRAY_SHARE = 0.02
 #: So few strays cost a search less than 5 %.
 _FEW_STRAYS = 100
+#: A graph that cuts off a greater share of a sample is built anew in shells before it takes in more.
+_MAX_MISSED_SHARE = 0.02
+#: The first sample is of a graph of so many vectors, the next of one that is 1.5 times as large.
+_FIRST_SAMPLE = 1000
+_SAMPLE_GROWTH = 1.5
 #: Share of the time that checks of a graph at rest may take: 100,000 nodes take some 5 s.
 _CHECK_SHARE = 0.01
 _SNAPSHOT_TRIES = 3
@@ -80,6 +85,8 @@ class Upkeep:
         self._unsaved = 0
         #: Vectors in the graph when it was built anew because of strays.
         self._size_shuffled = 0
+        #: Vectors in the graph when a sample was last searched for.
+        self._size_sampled = 0
         self._last_write = time.monotonic()
         #: When a graph at rest may be checked again.
         self._next_check = 0.0
@@ -113,15 +120,7 @@ class Upkeep:
             self._drain()
             limit = self._pace.buffer_limit
             self._check(lambda: self._stop() or self._neighbours.waiting > limit)
-            shuffled = self._has_many_strays()
-            if (shuffled or self._neighbours.dead_share > _MAX_DEAD_SHARE) and self._neighbours.rebuild(
-                self._read, self._stop, limit, shuffled=shuffled
-            ):
-                # All of the graph is new.
-                self._unsaved = self._between_snapshots
-                self.effort.forget()
-            if shuffled:
-                self._size_shuffled = self._neighbours.graph_size
+            self._rebuild_if_due()
             self._snapshot_if_due()
             if self.effort.due:
                 self.effort.measure(self._store, self._spec.distance, self._stop)
@@ -157,11 +156,34 @@ class Upkeep:
         if self._neighbours.waiting <= self._pace.buffer_limit and not self._rests():
             return
         least = self._pace.buffer_limit * _REST_SHARE
-        while moved := self._neighbours.drain(self._between_snapshots, self._stop):
+        while moved := self._neighbours.drain(min(self._between_snapshots, self._until_sample), self._stop):
             self._unsaved += moved
             self._snapshot_if_due()
+            if self._neighbours.graph_size >= max(_FIRST_SAMPLE, _SAMPLE_GROWTH * self._size_sampled):
+                self._size_sampled = self._neighbours.graph_size
+                if self._neighbours.probe() > _MAX_MISSED_SHARE:
+                    # Searches find ever less, and what is built now is built in vain.
+                    self._rebuild_if_due(misses=True)
             if self._neighbours.waiting <= least:
                 return
+
+    @property
+    def _until_sample(self) -> int:
+        """Vectors that the graph may take in before the next sample."""
+        wanted = max(_FIRST_SAMPLE, int(_SAMPLE_GROWTH * self._size_sampled))
+        return max(1000, wanted - self._neighbours.graph_size)
+
+    def _rebuild_if_due(self, *, misses: bool = False) -> None:
+        """Build the graph anew if many nodes are deleted or strays, or, as a sample says, searches miss many."""
+        limit, shuffled = self._pace.buffer_limit, self._has_many_strays() or (misses and self._may_get_better())
+        if not shuffled and self._neighbours.dead_share <= _MAX_DEAD_SHARE:
+            return
+        if self._neighbours.rebuild(self._read, self._stop, limit, shuffled=shuffled):
+            # All of the graph is new.
+            self._unsaved = self._between_snapshots
+            self.effort.forget()
+        if shuffled:
+            self._size_shuffled = self._neighbours.graph_size
 
     def _check(self, stop: Callable[[], bool]) -> None:
         """Check all nodes if the graph grew much, or if it grew at all, rests, and checks do not take too much time."""
@@ -173,7 +195,11 @@ class Upkeep:
     def _has_many_strays(self) -> bool:
         """Whether another graph may have fewer strays; not if the last attempt was at nearly the same vectors."""
         share, size = self._neighbours.stray_share, self._neighbours.graph_size
-        return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and size >= 1.5 * self._size_shuffled
+        return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and self._may_get_better()
+
+    def _may_get_better(self) -> bool:
+        """Whether the graph holds many more vectors than when it was built anew because of strays."""
+        return self._neighbours.graph_size >= 1.5 * self._size_shuffled
 
     def _rests(self) -> bool:
         return self.due_at_rest is not None and self._no_writes()

@@ -159,14 +159,16 @@ class Verifier:
             ]
             if not suspects:
                 return []
+        missed = [i for i in suspects if self.neighbours.held([int(labels[i])])]
+        self.neighbours.compare_always([int(labels[i]) for i in missed])
         return [
             Problem(
                 rows[i].id,
                 "UNREACHABLE",
-                f"no link of the graph leads to record {rows[i].id!r}, so searches miss it; upsert it again",
+                f"no link of the graph led to record {rows[i].id!r}, so searches missed it; they find it from now on, "
+                "and it need not be upserted again",
             )
-            for i in suspects
-            if self.neighbours.held([int(labels[i])])
+            for i in missed
         ]
 
     def _missed(self, found: Candidates, label: int, vector: Matrix) -> bool:
