@@ -499,3 +499,28 @@ def test_shells_outlast_a_restart(tmp_path: Path) -> None:
     assert np.array_equal(loaded.shells.of(vectors), graph.shells.of(vectors))
     loaded.set_ef(DEFAULT_EF)
     assert recalls(loaded, vectors, vectors[::5])[0] >= 0.99
+
+
+def test_many_strays_have_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberpc.server.index.grouped_vectors._MOST_STRAYS_COMPARED", 100)
+    vectors = prepare(one_cone(), Distance.COSINE)
+    graph = built(vectors)
+    graph.check(graph.check_begins())
+    assert graph.strays > 100
+    assert isinstance(graph._strays, GroupedVectors)
+    graph.check(graph.check_begins())
+    assert recalls(graph, vectors, vectors[::5])[0] >= 0.99
+    some = sorted(graph._strays.labels())[:2]
+    graph.compare_always(some)
+    assert graph.held(some).keys() == set(some)
+    snapshots.save(graph.save, SPEC, "identity", tmp_path)
+    loaded = snapshots.load(SPEC, "identity", 2000, tmp_path)
+    assert loaded is not None
+    Neighbours(SPEC, loaded).catch_up(np.arange(1, 1501), read_of(vectors))
+    loaded.set_ef(DEFAULT_EF)
+    assert loaded.strays == graph.strays
+    assert recalls(loaded, vectors, vectors[::5])[0] >= 0.99
+    strays = graph._strays.labels()
+    graph.remove(strays)
+    assert graph.strays == 0
+    assert not strays & set(graph.search(vectors, 1)[0][:, 0].tolist())

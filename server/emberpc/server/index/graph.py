@@ -126,9 +126,7 @@ class Graph(GroupedVectors):
         rows = np.array(list(row_of.values()), dtype=np.int64)
         leaders = np.array([self._awaited[label] for label in labels[rows].tolist()], dtype=np.int64)
         strays = rows[leaders == STRAY]
-        self._strays.add(labels[strays], vectors[strays])
-        self._stray_hashes.update(hashes_of(vectors[strays]))
-        self._leader_of.update(dict.fromkeys(labels[strays].tolist(), STRAY))
+        self._put_aside(labels[strays], vectors[strays])
         others = leaders != STRAY
         self._join(leaders[others], labels[rows[others]], vectors[rows[others]])
         self._name(labels, names, hashes)

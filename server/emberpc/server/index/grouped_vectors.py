@@ -22,6 +22,8 @@ _LEADERS_PER_HIT = 5
 _LEADER_EF = 2
 #: A group of more vectors has an HNSW graph of its own. Inserting 128 vectors takes some 10 ms.
 _MOST_COMPARED = 128
+#: As many strays are compared with every query, in less time than a search of a graph takes; more have a graph.
+_MOST_STRAYS_COMPARED = 500
 #: Capacity of the graph of a group.
 _GROUP_CAPACITY = 2 * _MOST_COMPARED
 
@@ -48,7 +50,8 @@ class GroupedVectors:
     last label is removed. Many nodes that are nearly equal would take up the candidates of a search, and the links that
     lead to other nodes. So a vector that is nearly equal to a node, its leader, joins the group of that leader and is
     no node. A search that finds a leader searches its group too. A node that searches for its own vector do not find is
-    a stray: it is deleted from the graph and its vector is compared with every query.
+    a stray: it is deleted from the graph and its vector is compared with every query, or if there are many it is a node
+    of a graph of strays, which every search searches.
 
     With shells, the graph holds the vectors of the main shell, and each other shell is a group without a leader, which
     every search searches.
@@ -85,7 +88,7 @@ class GroupedVectors:
         self._leader_of: dict[int, int] = {}
         self._groups: dict[int, _Group] = {}
         #: Vectors that no search of the graph found.
-        self._strays = Pool(spec.dimensions, spec.distance)
+        self._strays: _Group = Pool(spec.dimensions, spec.distance)
         #: Hashes of vectors that were strays. Added again they are strays again: as nodes they would cut off others.
         self._stray_hashes: set[int] = set()
         #: Groups that every search searches: of leaders that no search found, of shells, of short vectors.
@@ -116,14 +119,20 @@ class GroupedVectors:
     @property
     def stray_share(self) -> float:
         """Share of the vectors in graphs, or that were, that are compared with every query."""
-        graphs = [self, *self._graphs()]
         strays = self.strays
-        return strays / max(1, strays + sum(graph._hnsw.count for graph in graphs))
+        return strays / max(1, strays + self._nodes_in_all)
+
+    @property
+    def _nodes_in_all(self) -> int:
+        """Number of nodes that are not deleted, of this graph and of those of groups."""
+        groups = (group for group in self._groups.values() if isinstance(group, GroupedVectors))
+        return self._hnsw.count + sum(group._nodes_in_all for group in groups)
 
     @property
     def strays(self) -> int:
         """Number of vectors that no search of a graph found, so that they are compared with every query."""
-        return len(self._strays) + sum(len(graph._strays) for graph in self._graphs())
+        groups = (group for group in self._groups.values() if isinstance(group, GroupedVectors))
+        return len(self._strays) + sum(group.strays for group in groups)
 
     @property
     def shells(self) -> Shells | None:
@@ -158,7 +167,7 @@ class GroupedVectors:
     def set_ef(self, ef: int) -> None:
         """Set how many candidates a search keeps; at least the `k` of the searches that follow."""
         self._hnsw.set_ef(ef)
-        for group in self._groups.values():
+        for group in (*self._groups.values(), self._strays):
             if isinstance(group, GroupedVectors):
                 group.set_ef(ef)
 
@@ -200,19 +209,19 @@ class GroupedVectors:
         self.check(known | {self._leader_of.get(name, name) for name in known})
 
     def check(self, names: Iterable[int]) -> None:
-        """Search for nodes, of this graph or a group's, by their vectors; compare the missed ones with every query."""
+        """Search for nodes, of this graph or a group's, by their vectors; make strays of the missed ones."""
         here: list[int] = []
         by_leader: dict[int, list[int]] = {}
         for name in names:
-            leader = self._leader_of.get(name, STRAY)
-            if leader != STRAY:
+            leader = self._leader_of.get(name)
+            if leader is not None:
                 by_leader.setdefault(leader, []).append(name)
             elif self._is_node(name):
                 here.append(name)
         if here:
             self._check(np.array(here, dtype=np.int64), self._hnsw.vectors(here))
         for leader, its in by_leader.items():
-            group = self._groups[leader]
+            group = self._group(leader)
             if isinstance(group, GroupedVectors):
                 group.check(its)
 
@@ -224,21 +233,20 @@ class GroupedVectors:
         """Compare the vectors of those labels that are there with every query, since searches miss them."""
         for name in {self._vector_of[label] for label in labels if label in self._vector_of}:
             leader = self._leader_of.get(name)
-            group = None if leader is None else self._groups.get(leader)
             if leader is None:
                 self._leave_out(name, self._hnsw.vectors([name]))
+                continue
+            group = self._group(leader)
+            if leader != STRAY and leader not in self._searched_always:
+                self._take_out(name, leader, group)
             elif isinstance(group, GroupedVectors):
                 group.compare_always([name])
-                if leader not in self._searched_always:
-                    self._take_out(name, leader, group)
-            elif group is not None and leader not in self._searched_always:
-                self._take_out(name, leader, group)
 
     def _take_out(self, name: int, leader: int, group: _Group) -> None:
         """Make a member of a group a stray."""
         vector = group.held([name])[name][None]
         self._leave_group(name, leader)
-        self._put_aside(name, vector)
+        self._put_aside(np.array([name], dtype=np.int64), vector)
 
     def check_begins(self) -> list[int]:
         """Return the vectors to be checked, for a check of all."""
@@ -346,8 +354,7 @@ class GroupedVectors:
         for leader in dict.fromkeys(leaders[leaders != labels].tolist()):
             rows = np.flatnonzero((leaders == leader) & (labels != leader))
             if leader == STRAY:
-                for row in rows.tolist():
-                    self._put_aside(int(labels[row]), vectors[row : row + 1])
+                self._put_aside(labels[rows], vectors[rows])
                 continue
             group = self._groups.get(leader)
             if group is None:
@@ -356,10 +363,7 @@ class GroupedVectors:
                     self._searched_always.add(leader)
             elif leader != SHORT and isinstance(group, Pool) and len(group) + len(rows) > _MOST_COMPARED:
                 # Vectors of a shell may be nearly equal; the members of a group all are.
-                large = GroupedVectors(self._spec, _GROUP_CAPACITY, groups=leader < SHORT)
-                large.set_ef(max(1, self.ef))
-                large.add(*group.all())
-                group = self._groups[leader] = large
+                group = self._groups[leader] = self._graph_of(group, groups=leader < SHORT)
             group.add(labels[rows], vectors[rows])
             self._leader_of.update((label, leader) for label in labels[rows].tolist())
 
@@ -385,13 +389,23 @@ class GroupedVectors:
         if node in self._ghosts:
             self._ghosts.remove(node)
         else:
-            self._put_aside(node, vector)
+            self._put_aside(np.array([node], dtype=np.int64), vector)
 
-    def _put_aside(self, name: int, vector: Matrix) -> None:
-        """Compare a vector, (1, dimensions), that is in no graph and no group with every query."""
-        self._leader_of[name] = STRAY
-        self._strays.add(np.array([name], dtype=np.int64), vector)
-        self._stray_hashes.update(hashes_of(vector))
+    def _put_aside(self, names: Labels, vectors: Matrix) -> None:
+        """Make strays of vectors, (n, dimensions), that are in no graph and no group."""
+        if isinstance(self._strays, Pool) and len(self._strays) + len(names) > _MOST_STRAYS_COMPARED:
+            # Without the vectors that took their links, most of them find each other.
+            self._strays = self._graph_of(self._strays, groups=False)
+        self._leader_of.update(dict.fromkeys(names.tolist(), STRAY))
+        self._strays.add(names, vectors)
+        self._stray_hashes.update(hashes_of(vectors))
+
+    def _graph_of(self, pool: Pool, *, groups: bool) -> GroupedVectors:
+        """Return a graph of what a pool holds."""
+        graph = GroupedVectors(self._spec, _GROUP_CAPACITY, groups=groups)
+        graph.set_ef(max(1, self.ef))
+        graph.add(*pool.all())
+        return graph
 
     def _drop(self, name: int) -> None:
         """Delete a vector that has no label any more."""
@@ -418,11 +432,15 @@ class GroupedVectors:
             self._searched_always.discard(leader)
             self._drop_if_ghost(leader)
 
+    def _group(self, leader: int) -> _Group:
+        """Return the group of a leader, or the strays."""
+        return self._strays if leader == STRAY else self._groups[leader]
+
     def _graphs(self) -> list[GroupedVectors]:
         """Return the graphs of groups, and of groups within those."""
         return [
             graph
-            for group in self._groups.values()
+            for group in (*self._groups.values(), self._strays)
             if isinstance(group, GroupedVectors)
             for graph in (group, *group._graphs())
         ]
@@ -451,7 +469,7 @@ class GroupedVectors:
         nodes = by_leader.pop(None, [])
         held = dict(zip(nodes, self._hnsw.vectors(nodes), strict=True))
         for leader, its in by_leader.items():
-            held |= (self._strays if leader == STRAY else self._groups[leader]).held(its)  # type: ignore[index]  # None is taken out
+            held |= self._group(leader).held(its)  # type: ignore[arg-type]  # None is taken out
         return np.stack([held[name] for name in names])
 
     def _searched(self, queries: Matrix, k: int, wide: int) -> tuple[Labels, Matrix]:

@@ -28,11 +28,10 @@ log = logging.getLogger(__name__)
 MIN_SIZE = 1000
 #: Measured again when the graph has so many times the vectors that it had.
 _GROWTH = 1.5
-_QUERIES = 128
-#: Lengths of the noise against the vector's own. With the first, queries are as unlike the records as questions are
-#: unlike texts that answer them, with a cosine of 0.7. With the others they are like texts that are nearly the same,
-#: which are easier to find for, but not among vectors in a narrow cone.
-_NOISES = (1.0, 0.2, 0.04)
+#: Lengths of the noise against the vector's own, and queries that are moved by each. With the first, queries are as
+#: unlike the records as questions are unlike texts that answer them, with a cosine of 0.7. With the others they are
+#: like texts that are nearly the same, which are easier to find for, but not among vectors in a narrow cone.
+_NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
 #: Queries at one value of ef, while other searches wait: some milliseconds.
@@ -83,14 +82,14 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
     """
     size = neighbours.graph_size
     queries = _queries(store, neighbours, distance)
-    if not len(queries):
+    if not len(queries[0]):
         return RecallMap(size, ())
-    truth = _best_scores(store, queries, distance, stop)
+    truth = _best_scores(store, np.vstack(queries), distance, stop)
     if truth is None:
         return None
     points: list[Point] = []
     for k in _SIZES:
-        kinds = list(zip(np.split(queries, len(_NOISES)), np.split(truth, len(_NOISES)), strict=True))
+        kinds = list(zip(queries, np.split(truth, np.cumsum([len(each) for each in queries])[:-1]), strict=True))
         for ef in _EFS:
             if ef < k or 2 * k > size:
                 continue
@@ -133,20 +132,20 @@ def load(folder: Path) -> RecallMap | None:
         return None
 
 
-def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> Matrix:
-    """Return prepared queries near the records: stored vectors of a sample, moved by each length of noise in turn.
+def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
+    """Return prepared queries near the records, for each length of noise: stored vectors of a sample, moved by it.
 
     Of equal and nearly equal vectors the sample has one at most: a graph may find many copies of one text with few
     candidates, and other records with many only.
     """
     labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
     rng = np.random.default_rng(0)
-    chosen = rng.choice(labels, min(_QUERIES, len(labels)), replace=False)
-    vectors = store.vectors(sorted(chosen.tolist()))[1]
+    chosen = rng.choice(labels, min(max(count for _, count in _NOISES), len(labels)), replace=False)
+    vectors = rng.permutation(store.vectors(sorted(chosen.tolist()))[1])
     noise = rng.standard_normal(vectors.shape, dtype=np.float32)
     noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     noise *= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return prepare(np.vstack([vectors + share * noise for share in _NOISES]), distance)
+    return [prepare((vectors + length * noise)[:count], distance) for length, count in _NOISES]
 
 
 def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callable[[], bool]) -> Matrix | None:
