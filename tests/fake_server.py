@@ -117,6 +117,8 @@ class FakeServer:
     streams_ended: threading.Event = field(default_factory=threading.Event)
     asked: dict[str, list[Asked]] = field(default_factory=lambda: defaultdict(list))
     faults: dict[str, deque[Fault | None]] = field(default_factory=lambda: defaultdict(deque))
+    #: The bytes of every backup.
+    backup: bytes = b"a backup"
     #: Called in an RPC before it answers; may wait.
     hooks: dict[str, Callable[[Any], object]] = field(default_factory=dict)
     collections: dict[str, index_pb2.Collection] = field(default_factory=dict)
@@ -336,6 +338,14 @@ class _Index(_Service, index_pb2_grpc.IndexServiceServicer):
             if len(best) < (request.top_k or 10):
                 result.plan.shortfall_reason = f"the collection has {len(rows)} records"
         return response
+
+    def BackupCollection(self, request: Any, context: Any) -> Any:
+        self.server.begin("BackupCollection", request, context)
+        self._collection(request.name, context)
+        sha256 = hashlib.sha256(self.server.backup).hexdigest()
+        yield index_pb2.BackupCollectionResponse(
+            chunk=self.server.backup, total_bytes=len(self.server.backup), sha256=sha256
+        )
 
     def VerifyCollection(self, request: Any, context: Any) -> Any:
         self.server.begin("VerifyCollection", request, context)

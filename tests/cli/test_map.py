@@ -235,7 +235,7 @@ def test_a_file_that_is_there_stays_unless_told(emberpc: Emberpc, make: Make, tm
         2,
         f"error: --output: {target} is there already; choose another name, or --overwrite\n",
     )
-    assert "is a folder" in emberpc("collection", "map", name, "-o", tmp_path).err
+    assert "a folder; give the name" in emberpc("collection", "map", name, "-o", tmp_path).err
     assert "is not there; make it" in emberpc("collection", "map", name, "-o", tmp_path / "a" / "map.html").err
     assert target.read_text() == "mine"
     assert emberpc("collection", "map", name, "-o", target, "--overwrite").code == 0

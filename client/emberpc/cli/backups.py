@@ -11,7 +11,7 @@ import typer
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import AsJson, Name, Overwrite
-from emberpc.cli.output import print_fields, print_json
+from emberpc.cli.output import note, print_fields, print_json
 from emberpc.cli.progress import Stages, stages
 from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
@@ -28,13 +28,16 @@ def backup(
     as_json: AsJson = False,
 ) -> None:
     """Write a collection to one file, as it is at one moment; it is read and written meanwhile."""
-    check_place(output, overwrite)
+    target = check_place(output, overwrite)
     with stages() as show:
         try:
             size = client.backup_collection(name, output, progress=_megabytes(show, "backing up (MB)"))
         except OSError as error:
             raise CliError(f"--output: {output} cannot be written: {error.strerror}") from error
-    if as_json:
+    if target.is_stream:
+        # It may be stdout, where the backup is the only result.
+        note(f"wrote {size} bytes to {output}")
+    elif as_json:
         print_json([{"file": output, "bytes": size}])
     else:
         print_fields({"file": output, "bytes": size})

@@ -14,7 +14,7 @@ from emberpc.cli.arrays import RowFile, save
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.files import LineFile
-from emberpc.cli.options import AsJson
+from emberpc.cli.options import AsJson, Overwrite
 from emberpc.cli.output import Column, for_people, note, print_json, print_table
 from emberpc.cli.progress import progress
 from emberpc.cli.whole_files import check_place
@@ -56,11 +56,12 @@ def embed(
             "NaN. JSON comes in any order, each vector with its line.",
         ),
     ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn texts into vectors."""
     if output:
-        check_place(output, overwrite=True)
+        check_place(output, overwrite, takes_streams=False)
     if stream:
         if texts or not file or bool(output) == as_json:
             raise CliError("--stream goes with --file and one of -o and --json")

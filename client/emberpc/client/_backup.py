@@ -6,13 +6,16 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from emberpc.client import _checks
 from emberpc.client._calls import Call, Method
 from emberpc.client._collections import read_collection
-from emberpc.client.exceptions import InputError, Internal
+from emberpc.client._files import target_of
+from emberpc.client.exceptions import Internal
 from emberpc.client.types import Collection
 from emberpc.v1 import index_pb2 as pb
 
@@ -43,22 +46,27 @@ def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collecti
 class BackupWriter:
     """Writes a backup to a file that gets its name when it is whole and on disk; a context manager.
 
+    A link is followed. A device or a pipe, such as `/dev/stdout`, is never replaced: the bytes go into it as they come.
+
     Args:
         path: the file.
         progress: told of the bytes.
 
     Raises:
+        InputError: the path is a folder, a disk or a socket.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path | str, progress: Told | None) -> None:
-        self._path = Path(path)
-        if self._path.is_dir():
-            raise InputError(f"path is {str(path)!r}, a folder; give the name of a file")
+        self._target = target_of(path, "path")
         self._progress = progress
-        descriptor, name = tempfile.mkstemp(".part", f".{self._path.name}.", self._path.absolute().parent)
-        self._temporary = Path(name)
-        self._file = os.fdopen(descriptor, "wb")
+        self._temporary: Path | None = None
+        self._file: BinaryIO | None = None
+        if not self._target.is_stream:
+            final = self._target.path
+            descriptor, name = tempfile.mkstemp(".part", f".{final.name}.", final.absolute().parent)
+            self._temporary = Path(name)
+            self._file = os.fdopen(descriptor, "wb")
         self._digest = hashlib.sha256()
         self._stated = ""
         self._done = self._total = 0
@@ -69,12 +77,16 @@ class BackupWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        if self._file is not None:
+            # What a pipe could not take is an error only if nothing else has failed.
+            with suppress(OSError) if kind is not None else nullcontext():
+                self._file.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
 
     def take(self, message: pb.BackupCollectionResponse) -> None:
         """Write the next bytes."""
-        self._file.write(message.chunk)
+        self._opened().write(message.chunk)
         self._digest.update(message.chunk)
         self._done += len(message.chunk)
         self._total = self._total or message.total_bytes
@@ -91,19 +103,35 @@ class BackupWriter:
         Raises:
             Internal: it is not what the server says it sent.
         """
-        if self._stated != self._digest.hexdigest():
+        whole = self._stated == self._digest.hexdigest()
+        path = self._target.path
+        if not whole and self._temporary is not None:
+            raise Internal(f"the backup that came is not the one that was sent; {path} was not written, try again")
+        if not whole:
             raise Internal(
-                f"the backup that came is not the one that was sent; {self._path} was not written, try again"
+                f"the backup that came is not the one that was sent; throw away what went into {path}, and try again"
             )
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._temporary.replace(self._path)
-        folder = os.open(self._path.absolute().parent, os.O_RDONLY)
+        file = self._opened()
+        file.flush()
+        if self._temporary is None:
+            return self._done
+        os.fsync(file.fileno())
+        self._temporary.replace(path)
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
         return self._done
+
+    def _opened(self) -> BinaryIO:
+        """Return the open file.
+
+        A pipe is opened with the first bytes: that waits for its reader, and `AsyncClient` writes in another thread.
+        """
+        if self._file is None:
+            self._file = self._target.path.open("wb")
+        return self._file
 
 
 class BackupReader:

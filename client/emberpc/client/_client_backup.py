@@ -25,7 +25,8 @@ class BackupCalls:
 
         Args:
             name: name of the collection.
-            path: the file. One that is there is replaced when the new one is whole, checked and on disk.
+            path: the file. A file that is there is replaced when the new one is whole, checked and on disk. A link is
+                followed. A device or a pipe, such as `/dev/stdout`, is written into.
             progress: told again and again how many bytes came, of how many.
             timeout: None: an hour.
 
@@ -33,6 +34,7 @@ class BackupCalls:
             The size of the file in bytes.
 
         Raises:
+            InputError: the path is a folder, a disk or a socket.
             ResourceExhausted: the server has no room for the copy that it makes.
             OSError: the file cannot be written.
             EmberpcError: the call failed otherwise.

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from emberpc.export.comparing.writing import write_text
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import Examples, Rows
+from emberpc.export.files import write_text
 
 #: The budget of a strategy that learns from no text.
 NO_TEXTS = 0

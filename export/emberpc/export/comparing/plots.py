@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from emberpc.export.comparing.cells import ALL, NO_TEXTS
 from emberpc.export.comparing.findings import Confusion
 from emberpc.export.comparing.summary import Point, Summary, Way
-from emberpc.export.comparing.writing import staged
+from emberpc.export.files import staged
 from emberpc.export.strategies import STRATEGIES
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from emberpc.export.comparing.cells import budget_name
 from emberpc.export.comparing.findings import confusions, suspects
 from emberpc.export.comparing.plots import draw_plots
 from emberpc.export.comparing.summary import Point, Summary, caveats, crossover, recommendation, skipped_lines
-from emberpc.export.comparing.writing import write_text
+from emberpc.export.files import write_text
 
 _BYTES_PER_MB = 1e6
 

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from emberpc.export.comparing.bases import Base, export_fitted
-from emberpc.export.comparing.writing import write_text
+from emberpc.export.files import write_text
 from emberpc.export.linear import Matrix
 from emberpc.export.progress import Progress
 from emberpc.export.strategies import STRATEGIES, Fitted

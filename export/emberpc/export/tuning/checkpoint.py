@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from emberpc.export.errors import NoRoomError
+from emberpc.export.files import staged
 from emberpc.export.workbench import Cost
 
 
@@ -94,7 +94,6 @@ class Checkpoint:
         """
         if self._path is None:
             return
-        staged = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.tensors.items()}
@@ -104,11 +103,9 @@ class Checkpoint:
                 "seconds": str(state.spent.seconds),
                 "cpu_seconds": str(state.spent.cpu_seconds),
             }
-            save_file(tensors, str(staged), metadata)
-            staged.replace(self._path)
+            with staged(self._path) as beside:
+                save_file(tensors, str(beside), metadata)
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
             raise NoRoomError(
                 f"the checkpoint {self._path} cannot be written ({type(error).__name__}); is there room on the disk?"
             ) from error
