@@ -19,6 +19,7 @@ from emberpc.client import (
     AsyncClient,
     Cancelled,
     Client,
+    DataLoss,
     DeadlineExceeded,
     EmberpcError,
     FailedPrecondition,
@@ -99,6 +100,7 @@ def test_a_server_that_is_restarted_is_found_again(shell_type: Any) -> None:
     [
         Aborted,
         AlreadyExists,
+        DataLoss,
         FailedPrecondition,
         Internal,
         InvalidArgument,
@@ -129,11 +131,11 @@ def test_each_code_has_its_exception_with_all_that_the_server_told(
 
 
 def test_a_code_of_no_exception_of_its_own_is_the_general_one(fake: FakeServer, shell: Shell) -> None:
-    fake.faults["ListModels"].append(Fault(grpc.StatusCode.DATA_LOSS, "gone"))
+    fake.faults["ListModels"].append(Fault(grpc.StatusCode.OUT_OF_RANGE, "gone"))
     with pytest.raises(EmberpcError, match="gone") as raised:
         shell("models")
     assert type(raised.value) is EmberpcError
-    assert raised.value.code is grpc.StatusCode.DATA_LOSS
+    assert raised.value.code is grpc.StatusCode.OUT_OF_RANGE
 
 
 def test_damaged_details_do_not_hide_the_error(fake: FakeServer, shell: Shell) -> None:
@@ -189,11 +191,37 @@ def test_a_record_is_named_by_its_place_too_and_those_before_are_written(fake: F
         [("records[1].text", "is empty")],
     )
     fake.faults["UpsertRecords"].extend([None, fault])
-    with pytest.raises(InvalidArgument, match=r"^records\[5\]\.text: is empty$") as raised:
+    with pytest.raises(InvalidArgument, match=r"^records\[5\]\.text: is empty; the first 4 records of this") as raised:
         shell("upsert", "c", ({"id": str(i), "text": "t"} for i in range(12)), batch_size=4)
     assert raised.value.violations[0].field == "records[5].text"
     assert shell("count", "c") == 4
     assert len(fake.asked["UpsertRecords"]) == 2
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize("expected", [None, [0] * 5])
+def test_an_error_of_a_later_request_says_which_records_are_written(
+    fake: FakeServer, shell: Shell, code: grpc.StatusCode, expected: list[int] | None
+) -> None:
+    shell("create_collection", "c")
+    records = [{"id": str(i), "text": "t"} for i in range(5)]
+    options = {"expected_revisions": expected, "batch_size": 2}
+    for written in (0, 4):
+        fake.faults["UpsertRecords"].extend([*[None] * (written // 2), Fault(code, "it went wrong", "NO")])
+        with pytest.raises(EmberpcError, match="^it went wrong") as raised:
+            shell("upsert", "c", records, **options)
+        assert (shell("count", "c"), raised.value.done) == (written, written)
+        assert ("the first 4 records of this call are written already" in str(raised.value)) == bool(written)
+        assert ("repeat it without them" in str(raised.value)) == bool(written and expected)
+        assert raised.value.message == str(raised.value)
+
+
+def test_an_error_of_a_later_request_says_which_ids_are_deleted(fake: FakeServer, shell: Shell) -> None:
+    shell("create_collection", "c")
+    fake.faults["DeleteRecords"].extend([None, Fault(grpc.StatusCode.INTERNAL, "no", "NO")])
+    with pytest.raises(Internal, match="^no; the first 1000 ids of this call are deleted already$") as raised:
+        shell("delete", "c", [str(i) for i in range(1001)])
+    assert raised.value.done == 1000
 
 
 def test_an_error_stops_the_requests_that_follow(fake: FakeServer, shell: Shell) -> None:
@@ -207,7 +235,7 @@ def test_an_error_stops_the_requests_that_follow(fake: FakeServer, shell: Shell)
 def test_a_wrong_record_stops_an_upsert_where_it_stands(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     records = [{"id": str(i), "text": "t"} for i in range(6)]
-    with pytest.raises(InputTypeError, match=r"records\[6\]\.text is of type int"):
+    with pytest.raises(InputTypeError, match=r"records\[6\]\.text is of type int.*the first 6 records of"):
         shell("upsert", "c", [*records, {"id": "6", "text": 6}], batch_size=3)
     assert shell("count", "c") == 6
     with pytest.raises(InputError, match=r"records\[0\] has no id"):

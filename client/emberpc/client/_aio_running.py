@@ -63,12 +63,13 @@ class AsyncRunner(Starting):
         pending: deque[Pending] = deque()
         width = 1 if job.ordered else self._connection.in_flight
         try:
-            for call in job.calls:
-                pending.append(self._start(call, timeout))
-                while len(pending) >= width:
+            with job.errors():
+                for call in job.calls:
+                    pending.append(self._start(call, timeout))
+                    while len(pending) >= width:
+                        await self._take_oldest(job, pending, timeout)
+                while pending:
                     await self._take_oldest(job, pending, timeout)
-            while pending:
-                await self._take_oldest(job, pending, timeout)
         finally:
             for one in pending:
                 one.future.cancel()

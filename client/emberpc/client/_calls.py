@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from emberpc.client.exceptions import EmberpcError, Internal
+from emberpc.client.exceptions import EmberpcError, InputError, InputTypeError, Internal, add_done
 from emberpc.client.types import Progress
 from emberpc.wire.vectors import VectorFormatError
 
@@ -135,6 +136,7 @@ class Job(Generic[Part, Result]):
         progress: told after each call how many items are done.
         ordered: whether a call may start only when the one before is answered,
             as writes must; otherwise a few are in flight at a time.
+        partly_done: says in an error which items the calls before it have written; `{}` stands for their number.
     """
 
     def __init__(
@@ -144,8 +146,10 @@ class Job(Generic[Part, Result]):
         *,
         progress: Progress | None = None,
         ordered: bool = False,
+        partly_done: str = "",
     ) -> None:
         self.calls = calls
+        self._partly_done = partly_done
         self.ordered = ordered
         self._collector = collector
         self._progress = progress
@@ -157,6 +161,16 @@ class Job(Generic[Part, Result]):
         self._done += call.count
         if self._progress is not None:
             self._progress(self._done)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Add to an error that ends the job which items were written before it."""
+        try:
+            yield
+        except (EmberpcError, InputError, InputTypeError) as error:
+            if self._done and self._partly_done:
+                add_done(error, self._done, self._partly_done.format(self._done))
+            raise
 
     def result(self) -> Result:
         """Return the whole."""

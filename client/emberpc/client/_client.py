@@ -194,8 +194,9 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         """Insert records, or replace those of the same id.
 
         Records are taken as they are needed and sent one request after the
-        other. Each request is atomic; if one fails, those before it are
-        written, and doing it all again does no harm.
+        other. Each request is atomic. If one fails, the records of those before
+        it are written: the error says how many they are. Doing it all again does
+        no harm, unless `expected_revisions` is given.
 
         Args:
             collection: name of the collection.
@@ -208,7 +209,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
 
         Raises:
             Aborted: a record has another revision, perhaps from a try of this very call whose answer was lost. Nothing
-                of its request was written.
+                of its request was written; `done` records of the requests before it are.
             InputError: a record is wrong; the requests before its own were sent.
             InputTypeError: a record has a wrong type; the requests before its own were sent.
             EmberpcError: a call failed.

@@ -92,7 +92,11 @@ def upsert(
         )
         return Call(UPSERT_RECORDS, request, _write, "records", first, len(part))
 
-    return Job((call(*part) for part in parts), _Writes(), progress=progress, ordered=True)
+    partly_done = "the first {} records of this call are written already"
+    if expected:
+        partly_done += ", with new revisions: repeat it without them"
+    calls = (call(*part) for part in parts)
+    return Job(calls, _Writes(), progress=progress, ordered=True, partly_done=partly_done)
 
 
 def _revisions(values: Iterable[int], records: int) -> list[int]:
@@ -152,7 +156,8 @@ def delete(collection: str, ids: Sequence[str] | None, where: Where | None) -> J
         request = pb.DeleteRecordsRequest(collection=collection, ids=part)
         return Call(DELETE_RECORDS, request, lambda response: response.deleted_count, "ids", first, len(part))
 
-    return Job((call(*part) for part in _id_chunks(ids)), _Sum(), ordered=True)
+    partly_done = "the first {} ids of this call are deleted already"
+    return Job((call(*part) for part in _id_chunks(ids)), _Sum(), ordered=True, partly_done=partly_done)
 
 
 def list_records(

@@ -92,12 +92,13 @@ class Runner(Starting):
         pending: deque[Pending] = deque()
         width = 1 if job.ordered else self._connection.in_flight
         try:
-            for call in job.calls:
-                pending.append(self._start(call, timeout))
-                while len(pending) >= width:
+            with job.errors():
+                for call in job.calls:
+                    pending.append(self._start(call, timeout))
+                    while len(pending) >= width:
+                        self._take_oldest(job, pending, timeout)
+                while pending:
                     self._take_oldest(job, pending, timeout)
-            while pending:
-                self._take_oldest(job, pending, timeout)
         finally:
             for one in pending:
                 one.future.cancel()

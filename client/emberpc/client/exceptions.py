@@ -13,6 +13,7 @@
     ├── PermissionDenied            the server does not allow this, or not with this token
     ├── Unimplemented               the server does not know the call, or a field of it
     ├── Cancelled                   the call was cancelled, such as by `close()`
+    ├── DataLoss                    a record is damaged on the server's disk; delete it or write it again
     └── Internal                    the server made an error; `request_id` finds it in the server's log
     InputError(ValueError)          an argument is wrong; nothing was sent
     InputTypeError(TypeError)       an argument has the wrong type; nothing was sent
@@ -54,6 +55,8 @@ class EmberpcError(Exception):
         metadata: values behind the message, such as the name of the missing model.
         request_id: finds the call in the server's log; empty if no server answered.
         retry_after: seconds to wait before trying again; None if the server named none.
+        done: of a write of several requests: how many items of the caller's list, from the first on, are written or
+            deleted by the requests before the one that failed.
     """
 
     code = grpc.StatusCode.UNKNOWN
@@ -77,6 +80,7 @@ class EmberpcError(Exception):
         self.metadata = dict(metadata or {})
         self.request_id = request_id
         self.retry_after = retry_after
+        self.done = 0
 
 
 class InvalidArgument(EmberpcError):
@@ -151,6 +155,12 @@ class Cancelled(EmberpcError):
     code = grpc.StatusCode.CANCELLED
 
 
+class DataLoss(EmberpcError):
+    """A record is damaged on the server's disk; delete it or write it again."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
 class Internal(EmberpcError):
     """The server made an error; `request_id` finds it in the server's log."""
 
@@ -170,6 +180,15 @@ class InputError(ValueError):
 
 class InputTypeError(TypeError):
     """An argument has the wrong type; nothing was sent. The message names the item and the remedy."""
+
+
+def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words: str) -> None:
+    """Add to an error how many items of the caller's list are done; `words` go into its message."""
+    message = f"{error}; {words}"
+    error.args = (message,)
+    if isinstance(error, EmberpcError):
+        error.message = message
+        error.done = done
 
 
 _BY_CODE: dict[grpc.StatusCode, type[EmberpcError]] = {kind.code: kind for kind in EmberpcError.__subclasses__()}

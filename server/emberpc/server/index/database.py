@@ -100,7 +100,7 @@ def translated(what: str) -> Iterator[None]:
         if str(error) == _DISK_FULL:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                f"the disk is full; nothing was written to {what}, make room and try again",
+                f"the disk is full; the request wrote nothing to {what}, make room and try again",
                 reason="DISK_FULL",
             ) from error
         # SQLite says "unable to open database file" or "disk I/O error" then.

@@ -95,7 +95,7 @@ class Store(StoreReader):
         if expected_revisions is not None and len(expected_revisions) != len(records):
             what = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
             raise invalid("expected_revisions", what)
-        self._reserve.check(f"nothing was written to {self._what}")
+        self._reserve.check(f"the request wrote nothing to {self._what}")
         return self._write(lambda connection: self._upsert(connection, records, documents, vectors, expected_revisions))
 
     def _upsert(
@@ -144,7 +144,7 @@ class Store(StoreReader):
             documents: the metadata of each, as JSON.
             vectors: float32 (records, dimensions), instead of the records' own.
         """
-        self._reserve.check(f"nothing was written to {self._what}")
+        self._reserve.check(f"the request wrote nothing to {self._what}")
         return self._write(lambda connection: self._copy(connection, records, documents, vectors))
 
     def _copy(

@@ -74,7 +74,8 @@ def check_revision(record_id: str, expected: int, present: int) -> None:
     if expected != present:
         raise ServiceError(
             Code.ABORTED,
-            f"record {record_id!r} has revision {present}, not {expected}; nothing was written, read it and retry",
+            f"record {record_id!r} has revision {present}, not {expected}; the request wrote nothing, read the record "
+            "and retry",
             reason="REVISION_MISMATCH",
             metadata={"record": record_id, "expected_revision": str(expected), "present_revision": str(present)},
         )
