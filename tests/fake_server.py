@@ -117,6 +117,8 @@ class FakeServer:
     streams_ended: threading.Event = field(default_factory=threading.Event)
     asked: dict[str, list[Asked]] = field(default_factory=lambda: defaultdict(list))
     faults: dict[str, deque[Fault | None]] = field(default_factory=lambda: defaultdict(deque))
+    #: What it warns of with every search, page and count.
+    warnings: Sequence[str] = ()
     #: The bytes of every backup.
     backup: bytes = b"a backup"
     #: Called in an RPC before it answers; may wait.
@@ -307,19 +309,24 @@ class _Index(_Service, index_pb2_grpc.IndexServiceServicer):
         ids, token = _page(sorted(stored), request)
         found = [stored[record_id] for record_id in ids]
         return index_pb2.ListRecordsResponse(
-            records=found, vectors=self._vectors(request, found), next_page_token=token
+            records=found,
+            vectors=self._vectors(request, found),
+            next_page_token=token,
+            warnings=self.server.warnings,
         )
 
     def CountRecords(self, request: Any, context: Any) -> Any:
         self.server.begin("CountRecords", request, context)
         self._collection(request.collection, context)
-        return index_pb2.CountRecordsResponse(count=len(self.server.records[request.collection]))
+        return index_pb2.CountRecordsResponse(
+            count=len(self.server.records[request.collection]), warnings=self.server.warnings
+        )
 
     def Search(self, request: Any, context: Any) -> Any:
         self.server.begin("Search", request, context)
         self._collection(request.collection, context)
         rows = self.server.vectors[request.collection]
-        response = index_pb2.SearchResponse()
+        response = index_pb2.SearchResponse(warnings=self.server.warnings)
         for query in request.queries:
             if query.WhichOneof("query") == "text":
                 vector = vector_of(query.text)

@@ -160,7 +160,9 @@ def test_a_bad_record_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, t
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "a", "text": "t"}\n\n{"id": "b", "text": "t"}\n{"id": "c", "text": 7}\n')
     outcome = emberpc("upsert", "c", path, "--batch-size", 2)
-    assert (outcome.code, outcome.err) == (2, f"error: {path}:4: text is of type int; it must be a str\n")
+    assert outcome.code == 2
+    written = "the first 2 records of this call are written already"
+    assert outcome.err == f"error: {path}:4: text is of type int; it must be a str; {written}\n"
     assert emberpc("collection", "get", "c", "--json").objects[0]["record_count"] == 2
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -259,8 +261,17 @@ def test_options_of_the_connection_go_before_the_environment(
 def test_a_token_does_not_travel_in_plain_text(emberpc: Emberpc) -> None:
     outcome = emberpc("models", "--target", "embeddings.example:1", "--token", "secret")
     assert outcome.code == 2
-    assert "plain text" in outcome.err
+    assert "plain text; give --tls-ca FILE" in outcome.err
     assert "secret" not in outcome.err
+
+
+@pytest.mark.parametrize("target", ["http://localhost:50051", "HTTPS://host"])
+def test_a_url_as_the_target_is_refused_with_the_options_to_use(emberpc: Emberpc, target: str) -> None:
+    outcome = emberpc("models", "--target", target)
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"error: --target: is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection\n",
+    )
 
 
 def test_a_missing_certificate_is_an_input_error(emberpc: Emberpc, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import linecache
 import threading
+import warnings
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,6 +17,7 @@ from emberpc.client import (
     AsyncClient,
     Client,
     FailedPrecondition,
+    FilterWarning,
     Health,
     InputError,
     InputTypeError,
@@ -384,3 +388,33 @@ def test_an_option_of_a_wrong_type_is_named(
 ) -> None:
     with pytest.raises(InputTypeError, match=words):
         shell(name, *arguments, **options)
+
+
+def test_a_warning_of_a_filter_names_the_line_that_called(fake: FakeServer) -> None:
+    def line_of(found: list[warnings.WarningMessage]) -> str:
+        assert [each.filename for each in found] == [__file__]
+        return linecache.getline(__file__, found[0].lineno)
+
+    async def asynchronously() -> None:
+        async with AsyncClient(fake.target) as client:
+            with pytest.warns(FilterWarning, match="nothing") as found:
+                await client.count("c", where="n = 1")  # counted asynchronously
+            assert "# counted asynchronously" in line_of(found.list)
+            with pytest.warns(FilterWarning, match="nothing") as found:
+                assert [record.id async for record in client.records("c", where="n = 1")] == ["a"]  # walked over
+            assert "# walked over" in line_of(found.list)
+
+    fake.warnings = ["it matches nothing"]
+    with Client(fake.target) as client:
+        client.create_collection("c")
+        client.upsert("c", [{"id": "a", "text": "t"}])
+        with pytest.warns(FilterWarning, match="nothing") as found:
+            client.count("c", where="n = 1")  # counted
+        assert "# counted" in line_of(found.list)
+        with pytest.warns(FilterWarning, match="nothing") as found:
+            client.search("c", "t", where="n = 1")  # searched
+        assert "# searched" in line_of(found.list)
+        with pytest.warns(FilterWarning, match="nothing") as found:
+            assert len(list(client.records("c", where="n = 1"))) == 1  # listed
+        assert "# listed" in line_of(found.list)
+    asyncio.run(asynchronously())

@@ -15,6 +15,7 @@ from emberpc.cli.errors import CliError
 from emberpc.cli.options import add_options
 from emberpc.cli.output import note
 from emberpc.client import TLS, Client, FilterWarning
+from emberpc.client._connection import is_local, is_url
 
 _PANEL = "Connection"
 
@@ -104,9 +105,13 @@ def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None)
     """Make a client.
 
     Raises:
-        CliError: the file of certificates cannot be read.
+        CliError: the target is a URL, the token would travel in plain text, or the file of certificates cannot be read.
         InputError: another option is wrong.
     """
+    if is_url(target):
+        raise CliError(f"--target: is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection")
+    if token and tls_ca is None and not is_local(target):
+        raise CliError(f"the token would travel to {target} in plain text; give --tls-ca FILE, or connect to this host")
     try:
         tls = TLS.from_files(tls_ca) if tls_ca else None
     except OSError as error:

@@ -121,7 +121,7 @@ class Connection:
             raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
         if not self.target:
             raise InputError("target is empty; give HOST:PORT")
-        if self.target.startswith(("http:", "https:")):
+        if is_url(self.target):
             raise InputError(f"target is {self.target!r}; give HOST:PORT alone, and tls=TLS(...) for an encrypted one")
         if self.timeout is None:
             raise InputTypeError("timeout is None; it must be a number of seconds, since every call has a deadline")
@@ -194,6 +194,11 @@ class Connection:
         if self.tls is not None and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
+
+
+def is_url(target: str) -> bool:
+    """Tell whether a target is a URL of the web, which gRPC does not take."""
+    return target.lower().startswith(("http:", "https:"))
 
 
 def is_local(target: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ SEARCH = Method(_SERVICE + "Search", pb.SearchResponse)
 _IDS = 1000
 #: Queries of one request; the API takes 1000.
 _QUERIES = 100
+#: How the names of this package's modules begin.
+_CLIENT = "emberpc.client."
 _TEXT_AND_METADATA = (pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA)
 
 
@@ -231,9 +234,19 @@ def search(
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Warn of a filter that matches nothing, and probably does not mean what was intended."""
+    """Warn of a filter that matches nothing, and probably does not mean what was intended; names the caller's line."""
     for sentence in sentences:
-        warnings.warn(sentence, FilterWarning, stacklevel=2)
+        warnings.warn(sentence, FilterWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Return the `stacklevel` with which the caller of this function warns of the line that called the client."""
+    level = 2
+    frame = sys._getframe(2)
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_CLIENT):
+        level += 1
+        frame = frame.f_back
+    return level
 
 
 def truncation_of(truncation: Truncation | None) -> types_pb2.Truncation.ValueType:
