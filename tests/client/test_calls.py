@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from emberpc.client import (
+    AlreadyExists,
     AsyncClient,
     Client,
     FailedPrecondition,
@@ -140,6 +141,23 @@ def test_collections_are_made_listed_over_pages_and_deleted(fake: FakeServer, sh
     assert shell("delete_collection", "c") is None
     with pytest.raises(NotFound, match="there is no collection 'c'"):
         shell("get_collection", "c")
+
+
+def test_a_collection_that_exists_may_be_taken_as_it_is(fake: FakeServer, shell: Shell) -> None:
+    made = shell("create_collection", "c", model="canned", dimensions=8, m=16, truncation="end", exist_ok=True)
+    with pytest.raises(AlreadyExists, match="there is a collection 'c'"):
+        shell("create_collection", "c", model="canned")
+    assert shell("create_collection", "c", model="canned", exist_ok=True) == made
+    assert shell("create_collection", "c", model="canned", dimensions=8, m=16, exist_ok=True) == made
+    for options, words in (
+        ({"model": "other"}, "its model is 'canned', not 'other'"),
+        ({"model": "canned", "distance": "euclidean"}, "its distance is 'cosine', not 'euclidean'"),
+        ({"model": "canned", "dimensions": 4}, "its dimensions is 8, not 4"),
+        ({"model": "canned", "m": 32}, "its m is 16, not 32"),
+    ):
+        with pytest.raises(AlreadyExists, match=words) as raised:
+            shell("create_collection", "c", exist_ok=True, **options)
+        assert raised.value.reason == "COLLECTION_EXISTS"
 
 
 def test_a_record_comes_back_as_it_was_written(shell: Shell) -> None:

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from emberpc.client import TLS, AsyncClient, Client, Health, InputError, InputTypeError, Unavailable
-from emberpc.client._connection import is_local
+from emberpc.client._connection import Connection, is_local
 from fake_server import FakeServer
 
 
@@ -62,6 +62,23 @@ def test_targets_on_this_host(target: str) -> None:
 )
 def test_targets_elsewhere(target: str) -> None:
     assert not is_local(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("localhost", "localhost:50051"),
+        ("10.0.0.7", "10.0.0.7:50051"),
+        ("::1", "[::1]:50051"),
+        ("[::1]", "[::1]:50051"),
+        ("[::1]:7", "[::1]:7"),
+        ("host:7", "host:7"),
+        ("unix:/run/emberpc", "unix:/run/emberpc"),
+        ("dns:///host", "dns:///host"),
+    ],
+)
+def test_a_host_without_a_port_gets_the_default_one(target: str, wanted: str) -> None:
+    assert Connection(target, 1, None, None, 1, own_channel=False).target == wanted
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import math
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -27,6 +28,7 @@ Shell = Any
         (b"bytes", InputTypeError, "texts is one bytes"),
         (None, InputTypeError, "texts is of type NoneType"),
         (7, InputTypeError, "texts is of type int"),
+        ({"text": "a"}, InputTypeError, "texts is of type dict, and only its keys would be sent; give a list of texts"),
         ([], InputError, "texts is empty"),
         (["a", 7], InputTypeError, r"texts\[1\] is of type int; it must be a str"),
         (["a", "b", None], InputTypeError, r"texts\[2\] is of type NoneType"),
@@ -106,6 +108,11 @@ def test_records(
         ([1.0, math.nan], InputError, "query holds NaN"),
         (None, InputTypeError, "query has elements of type object"),
         ("\udc80", InputError, "query holds a lone surrogate"),
+        (
+            ["a", "b"],
+            InputTypeError,
+            "query is a list of texts; it must be one text, or use `search_batch` for several",
+        ),
     ],
 )
 def test_a_query(fake: FakeServer, shell: Shell, query: Any, error: type[Exception], words: str) -> None:
@@ -121,11 +128,37 @@ def test_a_batch_of_queries(fake: FakeServer, shell: Shell) -> None:
         shell("search_batch", "c", ["a", []])
     with pytest.raises(InputTypeError, match="queries is one SearchQuery, it must be a list"):
         shell("search_batch", "c", SearchQuery("a query"))
+    with pytest.raises(InputTypeError, match="queries is one dict, it must be a list"):
+        shell("search_batch", "c", {"a": "query"})
+    with pytest.raises(InputTypeError, match=r"queries\[0\] is a list of texts"):
+        shell("search_batch", "c", [["a", "b"]])
+    with pytest.raises(InputError, match="top_k is 0; it must be at least 1"):
+        shell("search_batch", "c", ["a"], top_k=0)
     with pytest.raises(InputError, match=r"queries\[1\].ef"):
         shell("search_batch", "c", ["a", SearchQuery("b", ef=-1)])
     with pytest.raises(InputError, match=r"queries\[0\].where"):
         shell("search_batch", "c", [SearchQuery("b", where="year >")])
     assert not fake.asked
+
+
+def test_items_of_a_stream_are_no_mapping(fake: FakeServer, shell: Shell) -> None:
+    with pytest.raises(InputTypeError, match="items is of type dict; it must be an iterable of texts"):
+        shell("embed_stream", {"text": "a"})
+    assert not fake.asked
+
+
+def test_texts_and_ids_may_come_from_a_generator(fake: FakeServer, shell: Shell) -> None:
+    def letters() -> Iterator[str]:
+        yield from "abc"
+
+    assert shell("embed", letters()).shape == (3, 8)
+    assert shell("count_tokens", letters()) == [3, 3, 3]
+    assert shell("similarity", letters(), letters()).shape == (3, 3)
+    assert len(shell("classify", letters())) == 3
+    assert shell("create_collection", "c", indexed_fields=letters()).indexed_fields == ("a", "b", "c")
+    shell("upsert", "c", [{"id": letter, "text": letter} for letter in letters()])
+    assert [record.id for record in shell("get", "c", letters())] == ["a", "b", "c"]
+    assert shell("delete", "c", letters()) == 3
 
 
 def test_wrong_arguments_of_a_walk_are_known_at_once(fake: FakeServer) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import grpc.aio
 import numpy.typing as npt
 
-from emberpc.client import _collections, _embedding, _index
+from emberpc.client import _checks, _collections, _embedding, _index
 from emberpc.client._aio_backup import AsyncBackupCalls
 from emberpc.client._aio_groups import AsyncGroupCalls
 from emberpc.client._aio_models import AsyncModelCalls
@@ -18,6 +18,7 @@ from emberpc.client._calls import Call, Page
 from emberpc.client._connection import TLS, Connection
 from emberpc.client._embed_stream import EmbedJob
 from emberpc.client._upsert_stream import UpsertJob
+from emberpc.client.exceptions import AlreadyExists
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Classification,
@@ -81,7 +82,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
 
     async def embed(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         model: str = "",
         input_kind: InputKind = "passage",
@@ -143,7 +144,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
 
     async def count_tokens(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         model: str = "",
         input_kind: InputKind = "passage",
@@ -156,8 +157,8 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
 
     async def similarity(
         self,
-        sources: Sequence[str],
-        targets: Sequence[str],
+        sources: Iterable[str],
+        targets: Iterable[str],
         *,
         model: str = "",
         source_kind: InputKind = "passage",
@@ -178,7 +179,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
 
     async def classify(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         classifier: str = "",
         *,
         top_k: int = 0,
@@ -210,7 +211,8 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         truncation: Truncation = "refuse",
         m: int = 0,
         ef_construction: int = 0,
-        indexed_fields: Sequence[str] = (),
+        indexed_fields: Iterable[str] = (),
+        exist_ok: bool = False,
         timeout: float | None = None,
     ) -> Collection:
         """Do what `Client.create_collection` does."""
@@ -224,7 +226,13 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
             ef_construction=ef_construction,
             indexed_fields=indexed_fields,
         )
-        return await self._runner.run_one(call, timeout)
+        try:
+            return await self._runner.run_one(call, timeout)
+        except AlreadyExists as error:
+            if not _checks.flag(exist_ok, "exist_ok"):
+                raise
+            found = await self._runner.run_one(_collections.get_collection(name), timeout)
+            return _collections.check_alike(found, call.request, error)
 
     async def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
         """Do what `Client.get_collection` does."""
@@ -292,7 +300,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
         return self._runner.stream(job, records, timeout)
 
     async def get(
-        self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
+        self, collection: str, ids: Iterable[str], *, with_vectors: bool = False, timeout: float | None = None
     ) -> list[Record]:
         """Do what `Client.get` does."""
         return await self._runner.run(_index.get(collection, ids, with_vectors=with_vectors), timeout)
@@ -300,7 +308,7 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
     async def delete(
         self,
         collection: str,
-        ids: Sequence[str] | None = None,
+        ids: Iterable[str] | None = None,
         *,
         where: Where | None = None,
         timeout: float | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,19 +35,23 @@ def text(value: object, name: str) -> str:
     return value
 
 
-def texts(values: Iterable[str], name: str) -> list[str]:
-    """Return a list of texts that can be sent; at least one.
+def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
+    """Return a list of texts that can be sent; at least `least`, which is 0 or 1.
 
     Raises:
-        InputTypeError: `values` is one str or not iterable, or an item is not a str.
+        InputTypeError: `values` is one str, a mapping or not iterable, or an item is not a str.
         InputError: there are none, or an item cannot be sent.
     """
     if isinstance(values, (str, bytes)):
         raise InputTypeError(f"{name} is one {type(values).__name__}, it must be a list of texts; write [text]")
+    if isinstance(values, Mapping):
+        raise InputTypeError(
+            f"{name} is of type {type(values).__name__}, and only its keys would be sent; give a list of texts"
+        )
     if not isinstance(values, Iterable):
         raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a list of texts")
     checked = [text(value, f"{name}[{i}]") for i, value in enumerate(values)]
-    if not checked:
+    if len(checked) < least:
         raise InputError(f"{name} is empty; give at least one")
     return checked
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 # What the methods have in common is said once, in the docstring of the class.
 # ruff: noqa: D417
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import grpc
 import numpy.typing as npt
 
-from emberpc.client import _collections, _index
+from emberpc.client import _checks, _collections, _index
 from emberpc.client._calls import Call, Page
 from emberpc.client._client_backup import BackupCalls
 from emberpc.client._client_groups import GroupCalls
@@ -20,6 +20,7 @@ from emberpc.client._connection import TLS, Connection
 from emberpc.client._running import Runner
 from emberpc.client._text_methods import TextMethods
 from emberpc.client._upsert_stream import UpsertJob
+from emberpc.client.exceptions import AlreadyExists
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Collection,
@@ -59,7 +60,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
     are checked before anything is sent.
 
     Args:
-        target: HOST:PORT, or any target that gRPC knows; calls are spread over all its addresses.
+        target: HOST:PORT, HOST for port 50051, or any target that gRPC knows; calls are spread over all its addresses.
         timeout: seconds that one request may take, its repetitions included; at most a hundred years.
         tls: how to encrypt; None: plain text.
         token: sent as `authorization: Bearer`; refused in plain text unless the target is on this host.
@@ -108,7 +109,8 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         truncation: Truncation = "refuse",
         m: int = 0,
         ef_construction: int = 0,
-        indexed_fields: Sequence[str] = (),
+        indexed_fields: Iterable[str] = (),
+        exist_ok: bool = False,
         timeout: float | None = None,
     ) -> Collection:
         """Create a collection.
@@ -122,9 +124,12 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             m: links of a node of its graph, per layer, 4 to 64; 0: the server's default.
             ef_construction: candidates kept while inserting, 16 to 2000; 0: the server's default.
             indexed_fields: metadata fields that filters use often, at most 16; each slows down every write a little.
+            exist_ok: return the collection of that name if there is one, as it is, instead of raising AlreadyExists.
+                Its model and distance must be the same, and so must `dimensions`, `m` and `ef_construction` if given.
 
         Raises:
-            AlreadyExists: there is one of that name, perhaps made by a try of this very call whose answer was lost.
+            AlreadyExists: there is one of that name, perhaps made by a try of this very call whose answer was lost;
+                or, with `exist_ok`, one that differs.
             EmberpcError: the call failed otherwise.
         """
         call = _collections.create_collection(
@@ -137,7 +142,13 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             ef_construction=ef_construction,
             indexed_fields=indexed_fields,
         )
-        return self._runner.run_one(call, timeout)
+        try:
+            return self._runner.run_one(call, timeout)
+        except AlreadyExists as error:
+            if not _checks.flag(exist_ok, "exist_ok"):
+                raise
+            found = self._runner.run_one(_collections.get_collection(name), timeout)
+            return _collections.check_alike(found, call.request, error)
 
     def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
         """Describe a collection; raises NotFound if there is none of that name."""
@@ -262,7 +273,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
         return self._runner.stream(job, iter(records), timeout)
 
     def get(
-        self, collection: str, ids: Sequence[str], *, with_vectors: bool = False, timeout: float | None = None
+        self, collection: str, ids: Iterable[str], *, with_vectors: bool = False, timeout: float | None = None
     ) -> list[Record]:
         """Get records by id.
 
@@ -275,7 +286,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
     def delete(
         self,
         collection: str,
-        ids: Sequence[str] | None = None,
+        ids: Iterable[str] | None = None,
         *,
         where: Where | None = None,
         timeout: float | None = None,
@@ -341,7 +352,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             collection: name of the collection.
             query: a text, which its model embeds; a vector (dimensions,); or `RecordId(id)`, for that record's
                 neighbours.
-            top_k: most hits, at most 10,000.
+            top_k: most hits, 1 to 10,000.
             ef: candidates that the graph search keeps; more is slower and finds more; 0: the server chooses.
             min_recall: share of the true nearest to be found, in (0, 1], instead of `ef`; 1 compares every vector.
             where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.

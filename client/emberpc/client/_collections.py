@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from typing import cast
 
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
 
 from emberpc.client import _checks
 from emberpc.client._calls import Call, Method, Page, Step
 from emberpc.client._plain import moment
 from emberpc.client._words import DISTANCES, TRUNCATIONS, value_of, word_of
+from emberpc.client.exceptions import AlreadyExists
 from emberpc.client.types import (
     Collection,
     Distance,
@@ -42,9 +45,10 @@ def create_collection(
     truncation: Truncation,
     m: int,
     ef_construction: int,
-    indexed_fields: Sequence[str],
+    indexed_fields: Iterable[str],
 ) -> Call[pb.CreateCollectionResponse, Collection]:
     """Return the call of `Client.create_collection`."""
+    fields = _checks.texts(indexed_fields, "indexed_fields", least=0)
     collection = pb.Collection(
         name=_checks.text(name, "name"),
         model=_checks.text(model, "model"),
@@ -54,10 +58,38 @@ def create_collection(
         hnsw=pb.HnswParameters(
             m=_checks.count(m, "m"), ef_construction=_checks.count(ef_construction, "ef_construction")
         ),
-        indexed_fields=_checks.texts(indexed_fields, "indexed_fields") if indexed_fields else (),
+        indexed_fields=fields,
     )
     request = pb.CreateCollectionRequest(collection=collection)
     return Call(CREATE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Collection:
+    """Return the collection that is there instead of the one that was to be created, if the two are alike.
+
+    They are if model and distance are the same, and each of `dimensions`, `m` and `ef_construction` that was given.
+
+    Raises:
+        AlreadyExists: they differ; the message says in what. `error` is the server's own, its cause.
+    """
+    wanted = cast(pb.CreateCollectionRequest, request).collection
+    asked = {
+        "model": wanted.model,
+        "distance": word_of(wanted.distance, DISTANCES),
+        "dimensions": wanted.dimensions or found.dimensions,
+        "m": wanted.hnsw.m or found.m,
+        "ef_construction": wanted.hnsw.ef_construction or found.ef_construction,
+    }
+    for name, value in asked.items():
+        if (present := getattr(found, name)) != value:
+            raise AlreadyExists(
+                f"there is a collection {found.name!r} already, and its {name} is {present!r}, not {value!r}; choose "
+                "another name, or delete it first",
+                reason=error.reason,
+                metadata=error.metadata,
+                request_id=error.request_id,
+            ) from error
+    return found
 
 
 def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:

@@ -24,6 +24,9 @@ from emberpc.client.exceptions import (
     no_answer,
 )
 
+#: Where `emberpc serve` listens unless it is configured otherwise.
+DEFAULT_PORT = 50051
+
 ChannelOptions = list[tuple[str, "str | int"]]
 
 #: Seconds; a hundred years. Some way past it gRPC's clock overflows, and a call would fail at once.
@@ -95,7 +98,8 @@ class Connection:
     """The checked arguments of a client's constructor.
 
     Attributes:
-        target: gRPC's name for the server, such as `localhost:50051` or `dns:///embeddings:50051`.
+        target: gRPC's name for the server, such as `localhost:50051` or `dns:///embeddings:50051`. A host without a
+            port gets 50051.
         timeout: seconds that a call may take unless it says otherwise.
         tls: None: the connection is in plain text.
         token: sent with every call.
@@ -123,6 +127,7 @@ class Connection:
             raise InputError("target is empty; give HOST:PORT")
         if is_url(self.target):
             raise InputError(f"target is {self.target!r}; give HOST:PORT alone, and tls=TLS(...) for an encrypted one")
+        object.__setattr__(self, "target", _with_port(self.target))
         if self.timeout is None:
             raise InputTypeError("timeout is None; it must be a number of seconds, since every call has a deadline")
         self.deadline(self.timeout)
@@ -194,6 +199,18 @@ class Connection:
         if self.tls is not None and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
+
+
+def _with_port(target: str) -> str:
+    """Return a target with the default port if it is a host alone: a name, an IPv4 or an IPv6 address."""
+    host = target.removeprefix("[").removesuffix("]")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            return target  # it has a port, or is of another scheme, such as unix:
+        return f"[{host}]:{DEFAULT_PORT}"
+    return target if "/" in target else f"{target}:{DEFAULT_PORT}"
 
 
 def is_url(target: str) -> bool:

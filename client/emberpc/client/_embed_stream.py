@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 
 from emberpc.client import _checks
 from emberpc.client._calls import Call, Method, check_count, chunks
@@ -39,7 +39,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         batch_size: int,
         window: int,
     ) -> None:
-        if isinstance(items, (str, bytes)) or not isinstance(items, (Iterable, AsyncIterable)):
+        if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, (Iterable, AsyncIterable)):
             raise InputTypeError(f"items is of type {type(items).__name__}; it must be an iterable of texts")
         config = pb.EmbedStreamConfig(
             model=_checks.text(model, "model"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class _Rows:
 
 
 def embed(
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     model: str,
     input_kind: InputKind,
@@ -83,7 +83,7 @@ def embed(
 
 
 def count_tokens(
-    texts: Sequence[str], *, model: str, input_kind: InputKind, batch_size: int
+    texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int
 ) -> Job[list[int], list[int]]:
     """Return the calls of `Client.count_tokens`."""
     checked = _checks.texts(texts, "texts")
@@ -102,8 +102,8 @@ def count_tokens(
 
 
 def similarity(
-    sources: Sequence[str],
-    targets: Sequence[str],
+    sources: Iterable[str],
+    targets: Iterable[str],
     *,
     model: str,
     source_kind: InputKind,
@@ -129,7 +129,7 @@ def similarity(
 
 
 def classify(
-    texts: Sequence[str],
+    texts: Iterable[str],
     classifier: str,
     *,
     top_k: int,

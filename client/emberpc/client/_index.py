@@ -112,7 +112,7 @@ def _revisions(values: Iterable[int], records: int) -> list[int]:
     return checked
 
 
-def get(collection: str, ids: Sequence[str], *, with_vectors: bool) -> Job[list[Record], list[Record]]:
+def get(collection: str, ids: Iterable[str], *, with_vectors: bool) -> Job[list[Record], list[Record]]:
     """Return the calls of `Client.get`."""
     collection = _checks.text(collection, "collection")
 
@@ -146,7 +146,7 @@ class _Sum:
         return self._sum
 
 
-def delete(collection: str, ids: Sequence[str] | None, where: Where | None) -> Job[int, int]:
+def delete(collection: str, ids: Iterable[str] | None, where: Where | None) -> Job[int, int]:
     """Return the calls of `Client.delete`."""
     collection = _checks.text(collection, "collection")
     if (ids is None) == (where is None):
@@ -203,12 +203,12 @@ def search(
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
     """Return the calls of `Client.search_batch`; `name` is what messages call query `{}`."""
-    if isinstance(queries, (str, RecordId, SearchQuery)) or not isinstance(queries, Iterable):
+    if isinstance(queries, (str, RecordId, SearchQuery, Mapping)) or not isinstance(queries, Iterable):
         raise InputTypeError(f"queries is one {type(queries).__name__}, it must be a list; use `search` for one query")
     messages = [_query(query, name.format(i)) for i, query in enumerate(queries)]
     template = pb.SearchRequest(
         collection=_checks.text(collection, "collection"),
-        top_k=_checks.count(top_k, "top_k"),
+        top_k=_checks.count(top_k, "top_k", 1),
         ef=_checks.count(ef, "ef"),
         min_recall=_checks.number(min_recall, "min_recall"),
         filter=filter_of(where),
@@ -269,7 +269,7 @@ def _read_deleted(response: pb.DeleteRecordsResponse) -> int:
     return response.deleted_count
 
 
-def _id_chunks(ids: Sequence[str]) -> Iterable[tuple[int, list[str]]]:
+def _id_chunks(ids: Iterable[str]) -> Iterable[tuple[int, list[str]]]:
     return chunks(_checks.texts(ids, "ids"), _IDS, lambda record_id: 4 * len(record_id))
 
 
@@ -292,6 +292,8 @@ def _query(query: Query | SearchQuery, name: str) -> pb.SearchQuery:
         return pb.SearchQuery(text=_checks.text(query, name))
     if isinstance(query, RecordId):
         return pb.SearchQuery(record_id=_checks.text(query.id, f"{name}.id"))
+    if isinstance(query, Sequence) and any(isinstance(item, str) for item in query):
+        raise InputTypeError(f"{name} is a list of texts; it must be one text, or use `search_batch` for several")
     return pb.SearchQuery(vector=vectors.encode(_checks.vector(query, name)[None]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What the methods have in common is said once, in the docstring of `Client`.
 # ruff: noqa: D417
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from emberpc.client import _embedding
 from emberpc.client._embed_stream import EmbedJob
@@ -29,7 +29,7 @@ class TextMethods:
 
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         model: str = "",
         input_kind: InputKind = "passage",
@@ -45,7 +45,7 @@ class TextMethods:
         """Turn texts into vectors.
 
         Args:
-            texts: the texts; at least one, none empty. One str is refused: write `[text]`.
+            texts: the texts, a list or another iterable; at least one, none empty. One str is refused: write `[text]`.
             model: the embedding model; empty: the only one served.
             input_kind: what the texts are for; decides the prompt that the server puts before them.
             dimensions: keep the first so many (Matryoshka); 0: all.
@@ -131,7 +131,7 @@ class TextMethods:
 
     def count_tokens(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         model: str = "",
         input_kind: InputKind = "passage",
@@ -150,8 +150,8 @@ class TextMethods:
 
     def similarity(
         self,
-        sources: Sequence[str],
-        targets: Sequence[str],
+        sources: Iterable[str],
+        targets: Iterable[str],
         *,
         model: str = "",
         source_kind: InputKind = "passage",
@@ -182,7 +182,7 @@ class TextMethods:
 
     def classify(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         classifier: str = "",
         *,
         top_k: int = 0,
