@@ -62,8 +62,8 @@ def test_no_server(emberpc: Emberpc) -> None:
         (["collection", "create", "c", "--distance", "manhattan"], "see emberpc collection create --help"),
         (["upsert", "c", "no-such-file.jsonl"], "no-such-file.jsonl cannot be read: No such file or directory"),
         (["upsert", "c", "data.xlsx"], "data.xlsx: cannot tell what it holds by its name"),
-        (["embed", "a\udce9"], "texts[0] holds a lone surrogate"),
-        (["models", "--timeout", "0"], "timeout is 0 seconds"),
+        (["embed", "a\udce9"], "error: text 1 holds a lone surrogate"),
+        (["models", "--timeout", "0"], "error: --timeout is 0 seconds"),
     ],
 )
 def test_wrong_usage(emberpc: Emberpc, fake: FakeServer, arguments: list[str], words: str) -> None:

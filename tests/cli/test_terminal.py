@@ -17,20 +17,25 @@ import pytest
 from fake_server import FakeServer
 
 
-def on_terminal(*arguments: object, columns: int = 60) -> list[str]:
-    """Run a command on a terminal of its own; return the lines that it wrote."""
+def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None) -> list[str]:
+    """Run a command on a terminal of its own; return the lines that it wrote.
+
+    `typed` is what is typed there; None: stdin is no terminal.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm"}
     environment.pop("COLUMNS", None)
     process = subprocess.Popen(
         [sys.executable, "-m", "emberpc.cli.main", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if typed is None else theirs,
         stdout=theirs,
         stderr=theirs,
         env=environment,
     )
     os.close(theirs)
+    if typed is not None:
+        os.write(ours, typed.encode())
     written = b""
     while True:
         try:
@@ -90,3 +95,22 @@ def test_a_terminal_that_knows_no_unicode_is_served_too(collection: Path, flags:
         assert json.loads(outcome.stdout)["text"] == "漢字" * 60
     else:
         assert "??" in outcome.stdout
+
+
+@pytest.mark.parametrize(("typed", "there"), [("n\n", True), ("\n", True), ("\x04", True), ("y\n", False)])
+def test_deleting_a_collection_asks_on_a_terminal(collection: Path, fake: FakeServer, typed: str, there: bool) -> None:
+    lines = on_terminal("collection", "delete", "c", typed=typed)
+    assert any("delete the collection c with 3 records? [y/N]" in line for line in lines)
+    assert ("c" in fake.collections) == there
+    # The answer, which the terminal may echo, ends the line of the question or not.
+    assert lines[-1].endswith("error: the collection c was not deleted" if there else "deleted the collection c")
+
+
+@pytest.mark.parametrize("flags", [["--yes"], ["-y"]])
+def test_deleting_a_collection_does_not_ask_if_told(collection: Path, fake: FakeServer, flags: list[str]) -> None:
+    assert on_terminal("collection", "delete", "c", *flags, typed="n\n")[-1] == "deleted the collection c"
+    assert "c" not in fake.collections
+
+
+def test_deleting_a_collection_in_a_script_does_not_ask(collection: Path, fake: FakeServer) -> None:
+    assert on_terminal("collection", "delete", "c") == ["deleted the collection c"]

@@ -106,7 +106,7 @@ def test_a_models_directory_may_hold_models_that_variants_and_options_are_for() 
         ({"drain_seconds": "soon"}, "a number"),
         ({"log_level": "loud"}, "one of debug"),
         ({"listen": "50051"}, "HOST:PORT"),
-        ({"listen": "localhost:99999"}, "HOST:PORT"),
+        ({"listen": "localhost:99999"}, "the port must be 0 to 65535"),
         ({"listen": 5}, "a string"),
         ({"model": ["x/a", "y/a"]}, "same name"),
         ({"model": ["=x"]}, "no name"),

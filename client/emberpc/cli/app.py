@@ -16,6 +16,7 @@ import typer
 from emberpc.cli import output
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.options import OnceCommand
+from emberpc.cli.wording import reworded
 
 _EPILOG = (
     "Exit codes: 0 done; 1 unexpected; 2 wrong usage or input; 3 no server, or no answer in time; 4 not found; "
@@ -65,7 +66,6 @@ def app_with(*names: str) -> typer.Typer:
         help="Embeddings, vector search and classification over gRPC, on plain CPUs.",
         epilog=_EPILOG,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
     app.callback()(_every_command)
@@ -129,7 +129,7 @@ def run(arguments: Sequence[str]) -> int:
             return _failed(str(unwritable), unwritable.code)
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
-        return _failed(str(error), known)
+        return _failed(reworded(str(error)), known)
 
 
 def _debug_first(arguments: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from typing import Annotated
 
@@ -32,7 +33,9 @@ _FOLLOW_SECONDS = 0.5
 def create(
     client: Client,
     name: Name,
-    model: Annotated[str, typer.Option(help="The model that embeds its texts; none: it takes vectors only.")] = "",
+    model: Annotated[
+        str, typer.Option(help="The model that embeds its texts; none: it takes vectors of --dimensions.")
+    ] = "",
     dimensions: Annotated[int, typer.Option(min=0, help="Of its vectors; 0: the model's.")] = 0,
     distance: Annotated[Distance, typer.Option(help="How vectors compare.")] = "cosine",
     truncation: Annotated[
@@ -46,6 +49,9 @@ def create(
         list[str] | None,
         typer.Option("--indexed-field", metavar="FIELD", help="A metadata field that filters use often; repeatable."),
     ] = None,
+    exist_ok: Annotated[
+        bool, typer.Option("--exist-ok", help="If there is one of that name that is alike, show it; that is no error.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Create a collection."""
@@ -58,6 +64,7 @@ def create(
         m=m,
         ef_construction=ef_construction,
         indexed_fields=indexed_fields or (),
+        exist_ok=exist_ok,
     )
     _show(collection, as_json)
 
@@ -108,8 +115,20 @@ def update(
 
 @app.command()
 @with_client
-def delete(client: Client, name: Name) -> None:
-    """Delete a collection with all its records."""
+def delete(
+    client: Client,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a collection with all its records; on a terminal, asks first."""
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        count = client.get_collection(name).record_count
+        try:
+            wanted = typer.confirm(f"delete the collection {name} with {count} records?", err=True)
+        except typer.Abort:  # Ctrl-C, or the end of stdin
+            wanted = False
+        if not wanted:
+            raise CliError(f"the collection {name} was not deleted", ExitCode.INTERRUPTED)
     client.delete_collection(name)
     note(f"deleted the collection {name}")
 
@@ -235,13 +254,15 @@ def clusters(
         print_json(found)
         return
     print_table(
-        [Column("records", "right"), Column("id"), Column("text", wide=True)],
+        [Column("cluster", "right"), Column("records", "right"), Column("id"), Column("text", wide=True)],
         [
-            (cluster.record_count if not i else "", record.id, record.text)
-            for cluster in found
+            (number, cluster.record_count if not i else "", record.id, record.text)
+            for number, cluster in enumerate(found, 1)
             for i, record in enumerate(cluster.examples)
         ],
     )
+    if len(found) < count:
+        note(f"{len(found)} of {count} clusters: {name} has no more records that differ")
 
 
 app.command("map")(draw_map)

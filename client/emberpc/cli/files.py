@@ -15,6 +15,7 @@ from emberpc.bundle.json_objects import RepeatedKeyError, unique_keys
 from emberpc.cli.column_types import ColumnTypes
 from emberpc.cli.errors import CliError
 from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
+from emberpc.cli.wording import reworded
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
 #: What `collection records --json` tells besides; the server sets it anew.
@@ -109,8 +110,8 @@ class LineFile:
         else:
             known = ", ".join(LINE_FILES)
             raise CliError(
-                f"{self.name}: cannot tell what it holds by its name; name it with one of {known}, or take "
-                "`emberpc collection import` for Parquet and for folders"
+                f"{self.name}: cannot tell what it holds by its name; name it with one of {known}, give - to "
+                "read JSON Lines from stdin, or take `emberpc collection import` for Parquet and for folders"
             )
         with self._opened() as file:
             for number, record in parse(self._lines(file), refused):
@@ -131,12 +132,15 @@ class LineFile:
         return re.sub(rf"\b{field}\[(\d+)\](?:\.|: | )?", place, message)
 
     @contextmanager
-    def locating(self, field: str) -> Iterator[None]:
-        """Name the line in errors about an item of the field of a request, such as `texts`."""
+    def locating(self, field: str, collection: str = "") -> Iterator[None]:
+        """Name the line in errors about an item of the field of a request, such as `texts`.
+
+        `collection` is the one that the items are written to, if any; see `reworded`.
+        """
         try:
             yield
         except (InvalidArgument, InputError, InputTypeError) as error:
-            raise CliError(self.locate(str(error), field)) from error
+            raise CliError(reworded(self.locate(str(error), field), collection)) from error
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:

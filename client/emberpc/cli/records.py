@@ -14,7 +14,7 @@ from emberpc.cli.options import AsJson, Where
 from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table
 from emberpc.cli.progress import progress
 from emberpc.cli.writing import Failures, write_stream
-from emberpc.client import Client, RecordId
+from emberpc.client import Client, FailedPrecondition, RecordId
 from emberpc.client.types import Fusion, Query, SearchMode, Truncation
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
@@ -53,7 +53,7 @@ def upsert(
     """
     source = LineFile(file, types or ())
     if stream:
-        failures = Failures(source)
+        failures = Failures(source, collection)
         records = source.records(failures.unreadable)
         write_stream(
             client,
@@ -66,7 +66,7 @@ def upsert(
             as_json=as_json,
         )
         return
-    with source.locating("records"), progress("upserting") as done:
+    with source.locating("records", collection), progress("upserting") as done:
         result = client.upsert(
             collection, source.records(), truncation=truncation, batch_size=batch_size, progress=done
         )
@@ -151,19 +151,25 @@ def search(
         wanted = RecordId(record_id)
     else:
         raise CliError("give a query in words, or a record with --id; one of the two")
-    (result,) = client.search_batch(
-        collection,
-        [wanted],
-        top_k=top_k,
-        ef=ef,
-        min_recall=min_recall,
-        where=where,
-        mode=mode,
-        dense_weight=dense_weight,
-        fusion=fusion,
-        truncation=truncation,
-        with_vectors=with_vectors,
-    )
+    try:
+        (result,) = client.search_batch(
+            collection,
+            [wanted],
+            top_k=top_k,
+            ef=ef,
+            min_recall=min_recall,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            fusion=fusion,
+            truncation=truncation,
+            with_vectors=with_vectors,
+        )
+    except FailedPrecondition as error:
+        if error.reason != "COLLECTION_WITHOUT_MODEL":
+            raise
+        message = f"{collection!r} has no model that could embed the query; give --mode lexical to search by words"
+        raise CliError(f"{message}, or --id ID for the neighbours of a record", ExitCode.CONFLICT) from error
     if as_json:
         print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
     else:

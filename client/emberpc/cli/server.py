@@ -13,7 +13,7 @@ import typer
 
 from emberpc.cli.errors import SERVER_PACKAGES, CliError, require
 from emberpc.cli.options import AsJson, add_options
-from emberpc.cli.output import Column, print_json, print_table
+from emberpc.cli.output import Column, note, print_json, print_table
 from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings, SettingsError, load_settings
 
 
@@ -75,8 +75,14 @@ def serve(loaded: LoadedSettings) -> None:
     from emberpc.server.errors import StartupError
     from emberpc.server.start import serve
 
+    settings = loaded.settings
+    if not settings.model and not settings.watch_models:
+        remedy = "give --model NAME=DIR"
+        if settings.models_dir is not None:
+            remedy = "load one with `emberpc models load NAME PATH`"
+        note(f"no model is served, so texts are neither embedded nor classified; {remedy}")
     try:
-        serve(loaded.settings)
+        serve(settings)
     except StartupError as error:
         raise CliError(str(error)) from error
 

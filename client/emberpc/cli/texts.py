@@ -18,6 +18,7 @@ from emberpc.cli.options import AsJson, Overwrite
 from emberpc.cli.output import Column, for_people, note, print_json, print_table
 from emberpc.cli.progress import progress
 from emberpc.cli.whole_files import check_place
+from emberpc.cli.wording import reworded
 from emberpc.client import Client
 from emberpc.client.types import Classification, InputKind, Matrix, Progress, StreamedEmbedding, Truncation
 
@@ -31,6 +32,8 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one request.")]
 #: Numbers of a vector, and labels of a text, that a table for people shows.
 _PREVIEW = 6
 _TOP_K = 3
+#: What a table says in place of a label.
+_REJECTED = "(none fits)"
 #: Most lines of a stream that are read ahead.
 _WINDOW = 1024
 
@@ -107,6 +110,7 @@ def count_tokens(
     as_json: AsJson = False,
 ) -> None:
     """Count the tokens that texts would use, prompt and special tokens included."""
+    model = model or _only_embedding_model(client)
     with _given(texts, file) as listed:
         counts = client.count_tokens(listed, model=model, input_kind=input_kind)
     if as_json:
@@ -139,7 +143,9 @@ def classify(
     client: Client,
     texts: Texts = None,
     file: TextFile = None,
-    classifier: Annotated[str, typer.Option(help="The classifier; needed if there are several.")] = "",
+    classifier: Annotated[
+        str, typer.Option("--classifier", "--model", help="The classifier; needed if there are several.")
+    ] = "",
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -173,6 +179,8 @@ def classify(
         columns = [Column("label"), Column("probabilities"), Column("text", wide=True)]
         rows = [(_label(item), _scores(item), text) for text, item in zip(listed, found, strict=True)]
         print_table(columns, rows)
+        if for_people() and any(item.rejected for item in found):
+            note(f"{_REJECTED}: the text was rejected; its probabilities only say which label is the least unlikely")
 
 
 @contextmanager
@@ -191,6 +199,12 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
     listed = source.texts()
     with source.locating("texts"):
         yield listed
+
+
+def _only_embedding_model(client: Client) -> str:
+    """Return the name of the embedding model that `embed` would take; empty if there are none or several."""
+    names = [model.name for model in client.models() if model.task == "embedding"]
+    return names[0] if len(names) == 1 else ""
 
 
 def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:
@@ -213,7 +227,7 @@ def _take_stream(source: LineFile, results: Iterator[StreamedEmbedding], output:
         for total, result in enumerate(results, 1):
             line = int(result.id)
             if result.error is not None:
-                note(f"{source.name}:{line}: {str(result.error).removeprefix('text: ')}")
+                note(f"{source.name}:{line}: {reworded(str(result.error).removeprefix('text: '))}")
                 failed += 1
                 code = code or exit_code(result.error) or ExitCode.INTERNAL
                 if array:
@@ -233,12 +247,13 @@ def _take_stream(source: LineFile, results: Iterator[StreamedEmbedding], output:
 
 
 def _label(item: Classification) -> str:
-    return "(none fits)" if item.rejected else ", ".join(item.labels) or "(none)"
+    return _REJECTED if item.rejected else ", ".join(item.labels) or "(none)"
 
 
 def _scores(item: Classification) -> str:
-    shown = "{:.2f}" if for_people() else "{}"
-    return ", ".join(f"{score.label} {shown.format(np.float32(score.score))}" for score in item.scores)
+    # By way of float32: as a double, which it is not on the wire, it has twice the digits.
+    shown = (f"{score.score:.2f}" if for_people() else str(np.float32(score.score)) for score in item.scores)
+    return ", ".join(f"{score.label} {number}" for score, number in zip(item.scores, shown, strict=True))
 
 
 def _vector(row: Matrix) -> str:

@@ -109,7 +109,7 @@ def import_records(
     where it was.
     """
     opened, told = _opened(source, split, types or ())
-    failures = Failures(opened)
+    failures = Failures(opened, name)
     records = opened.records(failures.unreadable)
     if text_only:
         records = (_without_vector(record) for record in records)
@@ -263,6 +263,11 @@ def _create(
     made = settings.create(client, name)
     what = f"model {made.model}" if made.model else "vectors only"
     note(f"created the collection {name}: {what}, {made.dimensions} dimensions, {made.distance}")
+    if not made.model and (first or {}).get("text"):
+        note(
+            f"{name} has no model, so a query in words finds its texts by --mode lexical only; if a model of the "
+            "server made the vectors, delete the collection, and import it with --create --model NAME"
+        )
     return records
 
 

@@ -10,6 +10,7 @@ from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.output import note, plain, print_fields, print_json
 from emberpc.cli.progress import progress
 from emberpc.cli.sources import RecordError, Source
+from emberpc.cli.wording import reworded
 from emberpc.client import Client, FailedRecord
 from emberpc.client.types import Truncation, UpsertResult
 
@@ -17,13 +18,18 @@ from emberpc.client.types import Truncation, UpsertResult
 class Failures:
     """Tells of the records that fail, each in a line with its place, and keeps count.
 
+    Args:
+        source: where the records come from.
+        collection: name of the collection that they are written to.
+
     Attributes:
         unread: how many were no records.
         unwritten: how many were, and were not written.
         code: what the first of them exits with.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, collection: str) -> None:
+        self._collection = collection
         self.unread = 0
         self.unwritten = 0
         self.code = ExitCode.OK
@@ -42,7 +48,7 @@ class Failures:
         self._tell(f"{self._source.place(failure.index)}: {problem}", failure.error)
 
     def _tell(self, message: str, error: Exception) -> None:
-        note(message)
+        note(reworded(message, self._collection))
         self.code = self.code or exit_code(error) or ExitCode.INTERNAL
 
 

@@ -160,13 +160,9 @@ class Settings:
         if self.log_level not in LOG_LEVELS:
             raise SettingsError(f"log_level is {self.log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
         self._check_index()
-        for name in ("listen", "metrics_listen"):
-            value = getattr(self, name)
-            host, colon, port = value.rpartition(":")
-            if (value or name == "listen") and not (
-                host and colon and port.isascii() and port.isdigit() and int(port) < 2**16
-            ):
-                raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
+        _check_address("listen", self.listen)
+        if self.metrics_listen:
+            _check_address("metrics_listen", self.metrics_listen)
         if len(self.named_models()) < len(self.model):
             raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
 
@@ -257,6 +253,15 @@ class Settings:
                 )
             models.setdefault(name, {})[option] = value
         return models
+
+
+def _check_address(name: str, value: str) -> None:
+    """Raise SettingsError unless a setting is HOST:PORT."""
+    host, colon, port = value.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit()):
+        raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
+    if int(port) >= 2**16:
+        raise SettingsError(f"{name} is {value!r}; the port must be 0 to {2**16 - 1}")
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ class CollectionSpec:
             "hnsw.m": (self.m, 4, 64),
             "hnsw.ef_construction": (self.ef_construction, 16, 2000),
         }
+        if not (self.dimensions or self.model):
+            raise invalid(
+                "collection.dimensions", f"is 0, and no model is named; name a model, or give 1 to {MAX_DIMENSIONS}"
+            )
         for name, (value, low, high) in bounds.items():
             if not low <= value <= high:
                 raise invalid(f"collection.{name}", f"is {value}; it must be {low} to {high}")

@@ -1,0 +1,144 @@
+"""Errors in the words of the command line, and hints to what comes next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from emberpc.cli.wording import reworded
+from emberpc.client import types
+from fake_server import FakeServer, Fault
+
+Emberpc = Any
+LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call's `truncation` to 'end' or 'start'"
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("texts[0]: is empty", "text 1: is empty"),
+        ("targets[2]: is empty", "target 3: is empty"),
+        ("queries[0].text: is empty", "the query: is empty"),
+        (f"texts[1]: {LONG}", "text 2: has 600 tokens, the model takes at most 512; shorten it, or give --truncation"),
+        ("there is no collection 'c'; see ListCollections, or create it", "'c'; see `emberpc collection list`"),
+        (
+            "collection.dimensions: is 0, and no model is named; name a model, or give 1 to 16000",
+            "--dimensions: is 0, and no model is named; give --model, or --dimensions for vectors only: 1 to 16000",
+        ),
+        ("collection.hnsw.ef_construction: is 3", "--ef-construction: is 3"),
+        ("model: is empty, and there are several", "--model: is empty, and there are several"),
+        ("no answer; give a longer timeout, or send less at once", "no answer; give a longer --timeout, or send less"),
+        ("there is no model 'texts[0]: x'; model: y", "there is no model 'texts[0]: x'; model: y"),
+    ],
+)
+def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
+    assert wanted in reworded(message)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_an_over_long_record_names_the_lasting_remedy(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, stream: list[str]
+) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "text": "t"}\n')
+    assert emberpc("collection", "create", "c", "--model", "canned").code == 0
+    if not stream:
+        fault = Fault(grpc.StatusCode.INVALID_ARGUMENT, f"records[0].text: {LONG}", "TOO_LONG")
+        fake.faults["UpsertRecords"].append(fault)
+        outcome = emberpc("upsert", "c", path)
+        assert outcome.code == 2
+        assert f"{path}:1: " in outcome.err
+        assert "`emberpc collection update c --truncation end` sets it for all writes" in outcome.err
+    assert "`emberpc collection update c --truncation end`" in reworded(LONG, "c")
+
+
+def test_a_query_in_words_without_a_model_names_what_works(emberpc: Emberpc, fake: FakeServer) -> None:
+    fake.faults["Search"].append(
+        Fault(grpc.StatusCode.FAILED_PRECONDITION, "no model; give vectors", "COLLECTION_WITHOUT_MODEL")
+    )
+    outcome = emberpc("search", "c", "a query")
+    assert outcome.code == 5
+    assert "give --mode lexical to search by words, or --id ID" in outcome.err
+    assert "give vectors" not in outcome.err
+
+
+def test_the_classifier_may_be_called_a_model(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("classify", "x?", "--model", "kinds").code == 0
+    assert emberpc("classify", "x?", "--classifier", "kinds").code == 0
+    assert [asked.request.classifier for asked in fake.asked["Classify"]] == ["kinds", "kinds"]
+
+
+def test_tokens_are_counted_by_the_only_embedding_model(emberpc: Emberpc, fake: FakeServer) -> None:
+    assert emberpc("count-tokens", "a b").code == 0
+    assert emberpc("count-tokens", "a b", "--model", "kinds").code == 0
+    assert [asked.request.model for asked in fake.asked["CountTokens"]] == ["canned", "kinds"]
+    assert len(fake.asked["ListModels"]) == 1
+
+
+def test_clusters_are_numbered(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, fake: FakeServer) -> None:
+    from emberpc.client import Client
+
+    def clusters(*_: Any, **__: Any) -> list[types.Cluster]:
+        records = [types.Record(letter, f"text {letter}") for letter in "abc"]
+        return [types.Cluster(5, tuple(records[:2])), types.Cluster(1, tuple(records[2:]))]
+
+    monkeypatch.setattr(Client, "clusters", clusters)
+    outcome = emberpc("collection", "clusters", "c", "-k", "3")
+    assert outcome.rows == [
+        ["cluster", "records", "id", "text"],
+        ["1", "5", "a", "text a"],
+        ["1", "", "b", "text b"],
+        ["2", "1", "c", "text c"],
+    ]
+    assert outcome.err == "2 of 3 clusters: c has no more records that differ\n"
+
+
+def test_a_collection_may_be_there_already(emberpc: Emberpc, fake: FakeServer) -> None:
+    for code in (0, 0):
+        assert emberpc("collection", "create", "c", "--model", "canned", "--exist-ok").code == code
+    assert emberpc("collection", "create", "c", "--model", "canned").code == 5
+    other = emberpc("collection", "create", "c", "--model", "other", "--exist-ok")
+    assert other.code == 5
+    assert "its model is 'canned', not 'other'" in other.err
+
+
+def test_texts_of_an_import_without_a_model_are_told_of(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "text": "t", "vector": [1, 2, 3, 4, 5, 6, 7, 8]}\n')
+    outcome = emberpc("collection", "import", "c", path, "--create")
+    assert "created the collection c: vectors only" in outcome.err
+    assert "c has no model" in outcome.err
+    assert "--create --model NAME" in outcome.err
+    assert emberpc("collection", "import", "d", path, "--create", "--model", "canned").err.count("has no model") == 0
+
+
+@pytest.mark.parametrize("listen", ["1.2.3.4:99999", "[::1]:65536"])
+def test_a_port_out_of_range_is_named(emberpc: Emberpc, listen: str) -> None:
+    outcome = emberpc("config", "--listen", listen)
+    assert outcome.code == 2
+    assert "the port must be 0 to 65535" in outcome.err
+
+
+@pytest.mark.parametrize(("words", "wanted"), [("emberpc coll", "collection"), ("emberpc collection del", "delete")])
+def test_completion_knows_the_commands(words: str, wanted: str) -> None:
+    environment = {
+        **os.environ,
+        "_EMBERPC_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    command = [sys.executable, "-m", "emberpc.cli.main"]
+    outcome = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
+    assert outcome.stdout.split() == [wanted]
+
+
+def test_completion_can_be_installed(emberpc: Emberpc) -> None:
+    outcome = emberpc("--help")
+    assert "--install-completion" in outcome.out
+    assert "--install-completion" not in emberpc("search", "--help").out
