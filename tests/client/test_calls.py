@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import linecache
 import threading
-import warnings
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,11 +11,9 @@ import numpy as np
 import pytest
 
 from emberpc.client import (
-    AlreadyExists,
     AsyncClient,
     Client,
     FailedPrecondition,
-    FilterWarning,
     Health,
     InputError,
     InputTypeError,
@@ -141,23 +136,6 @@ def test_collections_are_made_listed_over_pages_and_deleted(fake: FakeServer, sh
     assert shell("delete_collection", "c") is None
     with pytest.raises(NotFound, match="there is no collection 'c'"):
         shell("get_collection", "c")
-
-
-def test_a_collection_that_exists_may_be_taken_as_it_is(fake: FakeServer, shell: Shell) -> None:
-    made = shell("create_collection", "c", model="canned", dimensions=8, m=16, truncation="end", exist_ok=True)
-    with pytest.raises(AlreadyExists, match="there is a collection 'c'"):
-        shell("create_collection", "c", model="canned")
-    assert shell("create_collection", "c", model="canned", exist_ok=True) == made
-    assert shell("create_collection", "c", model="canned", dimensions=8, m=16, exist_ok=True) == made
-    for options, words in (
-        ({"model": "other"}, "its model is 'canned', not 'other'"),
-        ({"model": "canned", "distance": "euclidean"}, "its distance is 'cosine', not 'euclidean'"),
-        ({"model": "canned", "dimensions": 4}, "its dimensions is 8, not 4"),
-        ({"model": "canned", "m": 32}, "its m is 16, not 32"),
-    ):
-        with pytest.raises(AlreadyExists, match=words) as raised:
-            shell("create_collection", "c", exist_ok=True, **options)
-        assert raised.value.reason == "COLLECTION_EXISTS"
 
 
 def test_a_record_comes_back_as_it_was_written(shell: Shell) -> None:
@@ -406,33 +384,3 @@ def test_an_option_of_a_wrong_type_is_named(
 ) -> None:
     with pytest.raises(InputTypeError, match=words):
         shell(name, *arguments, **options)
-
-
-def test_a_warning_of_a_filter_names_the_line_that_called(fake: FakeServer) -> None:
-    def line_of(found: list[warnings.WarningMessage]) -> str:
-        assert [each.filename for each in found] == [__file__]
-        return linecache.getline(__file__, found[0].lineno)
-
-    async def asynchronously() -> None:
-        async with AsyncClient(fake.target) as client:
-            with pytest.warns(FilterWarning, match="nothing") as found:
-                await client.count("c", where="n = 1")  # counted asynchronously
-            assert "# counted asynchronously" in line_of(found.list)
-            with pytest.warns(FilterWarning, match="nothing") as found:
-                assert [record.id async for record in client.records("c", where="n = 1")] == ["a"]  # walked over
-            assert "# walked over" in line_of(found.list)
-
-    fake.warnings = ["it matches nothing"]
-    with Client(fake.target) as client:
-        client.create_collection("c")
-        client.upsert("c", [{"id": "a", "text": "t"}])
-        with pytest.warns(FilterWarning, match="nothing") as found:
-            client.count("c", where="n = 1")  # counted
-        assert "# counted" in line_of(found.list)
-        with pytest.warns(FilterWarning, match="nothing") as found:
-            client.search("c", "t", where="n = 1")  # searched
-        assert "# searched" in line_of(found.list)
-        with pytest.warns(FilterWarning, match="nothing") as found:
-            assert len(list(client.records("c", where="n = 1"))) == 1  # listed
-        assert "# listed" in line_of(found.list)
-    asyncio.run(asynchronously())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +41,6 @@ from emberpc.client.types import (
     Truncation,
     UpsertCheckpoint,
     UpsertResult,
-    Verification,
 )
 
 
@@ -249,17 +248,6 @@ class AsyncClient(AsyncGroupCalls, AsyncBackupCalls, AsyncModelCalls):
     async def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
         """Do what `Client.delete_collection` does."""
         return await self._runner.run_one(_collections.delete_collection(name), timeout)
-
-    async def verify_collection(
-        self,
-        name: str,
-        *,
-        full: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-        timeout: float | None = None,
-    ) -> Verification:
-        """Do what `Client.verify_collection` does."""
-        return await self._runner.follow(_collections.verify_collection(name, progress, full), None, timeout)
 
     async def upsert(
         self,

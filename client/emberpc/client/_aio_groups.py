@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from emberpc.client import _collections, _groups
 from emberpc.client._aio_running import AsyncRunner
-from emberpc.client.types import Cluster, Collection, DuplicatePair
+from emberpc.client.types import Cluster, Collection, DuplicatePair, Verification
 
 
 class AsyncGroupCalls:
@@ -37,3 +37,14 @@ class AsyncGroupCalls:
     async def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
         """Do what `Client.cancel_reembedding` does."""
         return await self._runner.run_one(_collections.cancel_reembedding(name), timeout)
+
+    async def verify_collection(
+        self,
+        name: str,
+        *,
+        full: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float | None = None,
+    ) -> Verification:
+        """Do what `Client.verify_collection` does."""
+        return await self._runner.follow(_collections.verify_collection(name, progress, full), None, timeout)

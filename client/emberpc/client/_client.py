@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What the methods have in common is said once, in the docstring of the class.
 # ruff: noqa: D417
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +36,6 @@ from emberpc.client.types import (
     Truncation,
     UpsertCheckpoint,
     UpsertResult,
-    Verification,
 )
 
 
@@ -169,26 +168,6 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
     def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
         """Delete a collection with all its records; raises NotFound if there is none of that name."""
         return self._runner.run_one(_collections.delete_collection(name), timeout)
-
-    def verify_collection(
-        self,
-        name: str,
-        *,
-        full: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-        timeout: float | None = None,
-    ) -> Verification:
-        """Check that every record of a collection is undamaged, and that a search finds a random sample of them.
-
-        Args:
-            name: name of the collection, which may be read and written meanwhile.
-            full: search for every record by its own vector; otherwise for a random sample.
-            progress: told again and again how many records are checked, of how many.
-
-        Returns:
-            How many records were checked, and what is wrong.
-        """
-        return self._runner.follow(_collections.verify_collection(name, progress, full), None, timeout)
 
     def upsert(
         self,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 # What the methods have in common is said once, in the docstring of `Client`.
 # ruff: noqa: D417
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from emberpc.client import _collections, _groups
 from emberpc.client._running import Runner
-from emberpc.client.types import Cluster, Collection, DuplicatePair
+from emberpc.client.types import Cluster, Collection, DuplicatePair, Verification
 
 
 class GroupCalls:
@@ -71,3 +71,23 @@ class GroupCalls:
     def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
         """Leave a collection under the model that it has; nothing if it is on its way to no other."""
         return self._runner.run_one(_collections.cancel_reembedding(name), timeout)
+
+    def verify_collection(
+        self,
+        name: str,
+        *,
+        full: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float | None = None,
+    ) -> Verification:
+        """Check that every record of a collection is undamaged, and that a search finds a random sample of them.
+
+        Args:
+            name: name of the collection, which may be read and written meanwhile.
+            full: search for every record by its own vector; otherwise for a random sample.
+            progress: told again and again how many records are checked, of how many.
+
+        Returns:
+            How many records were checked, and what is wrong.
+        """
+        return self._runner.follow(_collections.verify_collection(name, progress, full), None, timeout)
