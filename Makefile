@@ -18,7 +18,7 @@ venv:  ## Make .venv, or bring it up to date
 demo: venv  ## The main job on real input: export, serve, index, search, fine-tune, classify
 	@$(BIN)/python examples/stdlib_demo.py
 
-demo-keep: venv  ## The same, and the server stays up until Ctrl-C
+demo-keep: venv  ## The same, and the server stays up at localhost:50051 until Ctrl-C
 	@$(BIN)/python examples/stdlib_demo.py --keep
 
 test: venv  ## The fast tests

