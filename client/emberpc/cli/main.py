@@ -26,6 +26,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from emberpc.cli.errors import how_to_install
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -73,9 +75,7 @@ def _run(arguments: Sequence[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
-        sys.stderr.write(
-            f"error: the command line needs {package}, which is not installed; run: pip install 'emberpc[cli]'\n"
-        )
+        sys.stderr.write(f"error: the command line needs {package}, which is not installed; {how_to_install('cli')}\n")
         return 2
     return run(arguments)
 

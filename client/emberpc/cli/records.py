@@ -105,7 +105,7 @@ def delete(
     where: Where = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete records by id or, with --where, all that match; ids that there are none of are no error."""
+    """Delete records by id or, with --where, all that match. An id that no record has is no error."""
     if bool(ids) == (where is not None):
         raise CliError("give ids, or a filter with --where; one of the two")
     deleted = client.delete(collection, ids or None, where=where)

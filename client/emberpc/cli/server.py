@@ -68,8 +68,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def serve(loaded: LoadedSettings) -> None:
     """Serve bundles and collections over gRPC until SIGTERM or Ctrl-C.
 
-    A flag goes before the environment, the environment before the file;
-    `emberpc config` shows what comes of it.
+    A flag overrides the environment, and the environment overrides the file;
+    `emberpc config` shows the outcome.
     """
     require(SERVER_PACKAGES, "server", "emberpc serve")
     from emberpc.server.errors import StartupError

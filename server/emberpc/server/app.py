@@ -250,7 +250,8 @@ def _milvus_index(settings: Settings) -> IndexBackend:
         from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - an extra, which few have need of
     except ModuleNotFoundError as error:
         raise StartupError(
-            f"--index-backend milvus needs {error.name}, which is not installed; run: pip install 'emberpc[milvus]'"
+            f"--index-backend milvus needs {error.name}, which is not installed; run, in a checkout: "
+            "pip install '.[milvus]'; or, once it is published: pip install 'emberpc[milvus]'"
         ) from error
     try:
         return MilvusIndex(settings.milvus_uri, settings.milvus_token)
