@@ -130,7 +130,7 @@ def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_r
     assert f"{test}: 1 texts stand there with different labels, such as 'a drum'" in caplog.text
     assert f"{test}: 1 texts are training texts, too, such as 'I saw a goat' (line 29)" in caplog.text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    for words in ("1 test texts are training texts", "Fitted once only", "linear at 1 a label"):
+    for words in ("1 test texts are training texts", "Fitted only once", "linear at 1 a label"):
         assert words in page
         assert words in outcome.err
     assert "Too few texts to hold any out" in outcome.err

@@ -206,6 +206,8 @@ def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Pat
     address = environment["EMBERPC_TARGET"]
     code, err = in_shell(["serve", "--listen", address, "--data-dir", str(tmp_path)], "", environment)
     assert code == 2
+    hint, err = err.split("\n", 1)
+    assert hint.startswith("no model is served")
     assert err == (
         f"error: cannot listen on {address}: it is in use or not an address of this host; choose another --listen\n"
     )

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from emberpc.cli import progress
 from emberpc.cli.wording import reworded
 from emberpc.client import types
 from fake_server import FakeServer, Fault
@@ -142,3 +143,15 @@ def test_completion_can_be_installed(emberpc: Emberpc) -> None:
     outcome = emberpc("--help")
     assert "--install-completion" in outcome.out
     assert "--install-completion" not in emberpc("search", "--help").out
+
+
+def test_a_long_stage_says_how_far_it_is_where_there_is_no_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 10.0, 31.0, 40.0, 50.0])
+    monkeypatch.setattr(progress, "monotonic", lambda: next(times))
+    with progress.stages() as show:
+        for done in (1, 2, 3, 4):
+            show("embedding", done, 9, "4 s left")
+        show("checking", 0, 1)
+    assert capsys.readouterr().err.splitlines() == ["embedding …", "embedding … 3 of 9, 4 s left", "checking …"]

@@ -182,6 +182,15 @@ def test_a_gain_that_may_be_chance_or_is_too_small_is_not_recommended() -> None:
     )
 
 
+def test_a_difference_of_training_times_that_nobody_notices_is_no_price() -> None:
+    named = outcome("zero-shot", NO_TEXTS, 0.89, cpu_seconds=0.01)
+    found = summary([named, outcome("linear", 16, 0.895, cpu_seconds=0.1)])
+    assert recommendation(found) == (
+        "Take zero-shot (label names alone): 0.890 without any text; linear on frozen vectors adds 0.5 points, which "
+        "may be chance, at about the same training time (0.1 s against 0.0 s of CPU)."
+    )
+
+
 def test_nearest_examples_win_only_where_nothing_else_can_be_exported() -> None:
     nearest = outcome("nearest", 16, 0.95)
     assert summary([nearest, outcome("linear", 16, 0.90)]).winner.way.strategy == "linear"
@@ -208,7 +217,7 @@ def test_what_to_know_of_the_figures_is_said() -> None:
     bare.figures["held_out_texts"] = 0.0
     once, raw = caveats(Summary(replace(apart, outcomes=(*apart.outcomes, bare, outcome("full", 4, 0.9)),
         per_label={1: 1.0, 4: 4.0})))  # fmt: skip
-    assert once.endswith("is not counted in what is called sure: full at 1 a label, 4 a label.")
+    assert once.endswith("might have been drawn: full at 1 a label, 4 a label.")
     assert raw.endswith("probabilities are not calibrated: full at 1 a label.")
 
 

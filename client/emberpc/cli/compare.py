@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _EVERYTHING = "1,2,4,8,16,32,all"
 _BYTES_PER_MB = 1e6
+#: Lines about what was not measured; the report has all.
+_SKIPPED = 5
 
 
 def compare(
@@ -126,7 +129,7 @@ def compare(
         summary = room.compare(wanted, output, worth=worth / 100, progress=progress)
         if export_winner is not None:
             room.export_winner(summary, wanted, export_winner, overwrite=overwrite, progress=progress)
-    _show(summary, output, as_json)
+    _show(summary, output, as_json, train, exported=export_winner is not None)
 
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
@@ -151,10 +154,11 @@ def _seconds(text: str | None) -> float | None:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _show(summary: Summary, folder: Path, as_json: bool) -> None:
+def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exported: bool) -> None:
     from emberpc.export.comparing.cells import ALL, NO_TEXTS
     from emberpc.export.comparing.report import content
     from emberpc.export.comparing.summary import caveats, crossover, recommendation, skipped_lines
+    from emberpc.export.strategies import STRATEGIES
 
     if as_json:
         print_json([content(summary)])
@@ -188,6 +192,12 @@ def _show(summary: Summary, folder: Path, as_json: bool) -> None:
     print_lines([recommendation(summary), crossover(summary)])
     for line in caveats(summary):
         note(line)
-    for line in skipped_lines(summary):
+    skipped = skipped_lines(summary)
+    for line in skipped[:_SKIPPED]:
         note(f"not measured: {line}")
+    if len(skipped) > _SKIPPED:
+        note(f"not measured: {len(skipped) - _SKIPPED} more, which the report lists")
     note(f"the report is in {folder / 'report.html'}")
+    if not exported and STRATEGIES[summary.winner.way.strategy].exportable:
+        command = ["emberpc", "export", "classifier", "--train", str(train), "--base", summary.winner.way.base]
+        note(f"next: `{shlex.join([*command, '--strategy', summary.winner.way.strategy, '-o', 'DIR'])}`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,6 +240,7 @@ def exporting(command: str = "emberpc export", left: str = "nothing was written"
 
     try:
         with stages() as progress:
+            progress("loading PyTorch", 0, 1)  # what the block imports first takes seconds
             yield progress
     except ExportError as error:
         raise CliError(str(error)) from error
@@ -268,6 +270,9 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
     )
     print_gap()
     _show_variants(manifest)
+    name = folder.resolve().name
+    ask = f"emberpc classify TEXT --classifier {name}" if manifest.labels else f"emberpc embed TEXT --model {name}"
+    note(f"next: `emberpc serve --model {shlex.quote(f'{name}={folder}')}`, and in another terminal `{ask}`")
 
 
 def _show_variants(manifest: Manifest) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from emberpc.cli.output import note
+
+#: Seconds between two lines about a stage where stderr is no terminal.
+_LINE_SECONDS = 30.0
 
 
 @contextmanager
@@ -42,14 +46,22 @@ class Stages(Protocol):
 
 @contextmanager
 def stages() -> Iterator[Stages]:
-    """Show the progress of something with stages on stderr: a bar each on a terminal, elsewhere a line each."""
+    """Show the progress of something with stages on stderr.
+
+    On a terminal each stage is a bar. Elsewhere it is a line, and another one each half a minute that it lasts.
+    """
     seen: dict[str, Any] = {}
     if not sys.stderr.isatty():
 
         def tell(stage: str, done: int, total: int, detail: str = "") -> None:
+            now = monotonic()
             if stage not in seen:
-                seen[stage] = None
                 note(f"{stage} …")
+            elif now - seen[stage] >= _LINE_SECONDS:
+                note(f"{stage} … {done} of {total}{f', {detail}' if detail else ''}")
+            else:
+                return
+            seen[stage] = now
 
         yield tell
         return

@@ -17,6 +17,8 @@ from emberpc.export.strategies import EXPORTABLE, STRATEGIES
 
 #: A difference is taken for real from so many standard errors on: about 95 % sure.
 _SURE = 2.0
+#: A difference of training times, in CPU-seconds, that is no price: nobody waits for it.
+_NEGLIGIBLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Point:
     @property
     def name(self) -> str:
         """What to call it in a sentence."""
+        if self.way.strategy == "zero-shot":
+            return "zero-shot (label names alone)"
         return self.way.strategy if self.way.tunes else f"{self.way.strategy} on frozen vectors"
 
 
@@ -207,11 +211,13 @@ def _versus(winner: Point, other: Point) -> str:
     sure = abs(gain) > 100 * _SURE * standard_error(winner, other)
     ratio = max(other.means["cpu_seconds"], 1e-3) / max(winner.means["cpu_seconds"], 1e-3)
     seconds = f"{_seconds(other.means['cpu_seconds'])} against {_seconds(winner.means['cpu_seconds'])}"
-    price = f"{_times(ratio)} the training time ({seconds} of CPU)"
+    price = f"for {_times(ratio)} the training time ({seconds} of CPU)"
+    if abs(other.means["cpu_seconds"] - winner.means["cpu_seconds"]) < _NEGLIGIBLE_SECONDS:
+        price = f"at about the same training time ({seconds} of CPU)"
     noise = "" if sure else ", which may be chance,"
     if gain > 0:
-        return f"{other.name} adds {gain:.1f} points{noise} for {price}"
-    return f"{other.name} loses {-gain:.1f} points{noise} for {price}"
+        return f"{other.name} adds {gain:.1f} points{noise} {price}"
+    return f"{other.name} loses {-gain:.1f} points{noise} {price}"
 
 
 def crossover(summary: Summary) -> str:
@@ -244,7 +250,7 @@ def caveats(summary: Summary) -> list[str]:
         )
     if once:
         found.append(
-            "Fitted once only, so that the chance of what was drawn is not counted in what is called sure: "
+            "Fitted only once, so what is called sure leaves out that other training texts might have been drawn: "
             f"{_listed(once, summary)}."
         )
     if raw:
