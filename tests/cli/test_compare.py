@@ -95,7 +95,7 @@ def shows_itself(folder: Path) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
-    assert "<b>" not in page.partition("<h2>What is mixed up</h2>")[2]
+    assert "<b>" not in page.partition("<h2>Labels that are confused</h2>")[2]
     for name in ("learning-curves", "accuracy-cost", "reliability", "confusions"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -130,7 +130,7 @@ def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_r
     assert f"{test}: 1 texts stand there with different labels, such as 'a drum'" in caplog.text
     assert f"{test}: 1 texts are training texts, too, such as 'I saw a goat' (line 29)" in caplog.text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    for words in ("1 test texts are training texts", "Fitted only once", "linear at 1 a label"):
+    for words in ("1 test texts are training texts", "Fitted with one seed only", "linear at 1 a label"):
         assert words in page
         assert words in outcome.err
     assert "Too few texts to hold any out" in outcome.err

@@ -207,17 +207,20 @@ def test_the_crossover_is_where_fine_tuning_is_ahead_for_good() -> None:
     assert crossover(summary(linear)) == "No fine-tuning was measured."
 
 
-def test_what_to_know_of_the_figures_is_said() -> None:
+def test_warnings_about_the_figures_are_returned() -> None:
     found = summary([outcome("linear", 4, 0.9, seed=seed) for seed in range(2)])
     (shared,) = caveats(found)  # the texts of `summary` are the same for training and test
-    assert shared == f"{TEXTS} test texts are training texts, too, such as “text 0”: accuracy flatters by as much."
+    assert shared == (
+        f"{TEXTS} test texts are training texts, too, for example “text 0”: "
+        "the accuracy is too high by up to their share."
+    )
     apart = replace(found.compared, train=replace(found.compared.train, texts=()))
     assert caveats(Summary(apart)) == []
     bare = outcome("full", 1, 0.8)
     bare.figures["held_out_texts"] = 0.0
     once, raw = caveats(Summary(replace(apart, outcomes=(*apart.outcomes, bare, outcome("full", 4, 0.9)),
         per_label={1: 1.0, 4: 4.0})))  # fmt: skip
-    assert once.endswith("might have been drawn: full at 1 a label, 4 a label.")
+    assert once.endswith("the random choice of training texts: full at 1 a label, 4 a label.")
     assert raw.endswith("probabilities are not calibrated: full at 1 a label.")
 
 

@@ -1,1 +1,1 @@
-"""Compare the ways to a label on the user's own data: `emberpc compare`."""
+"""Compare strategies for classifiers on the user's own data: `emberpc compare`."""

@@ -1,4 +1,4 @@
-"""The encoders of a comparison, made ready."""
+"""Open the encoders of a comparison, and convert fitted classifiers to the ONNX files that would be served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.export.workbench import Cost, Workbench
 
 @dataclass(frozen=True)
 class Base:
-    """An encoder, its ONNX file in a folder, what strategies work with, and the seconds that making it took."""
+    """An opened encoder: its ONNX file in `folder`, a runner and a workbench, and the seconds that opening it took."""
 
     encoder: Encoder
     folder: Path
@@ -29,16 +29,16 @@ class Base:
 
 
 def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progress) -> Base:
-    """Convert an encoder.
+    """Read an encoder, convert it to ONNX, and open it.
 
     Args:
         source: as for `read_encoder`.
-        folder: where to.
-        max_tokens: the most tokens of a text; default: what the source says.
-        progress: told how far it is.
+        folder: new folder to write the ONNX file and the tokenizer to.
+        max_tokens: the most tokens of a text; default: the limit that the source states.
+        progress: called with the current step.
 
     Raises:
-        ExportError: it cannot be read or converted.
+        ExportError: the encoder cannot be read or converted.
     """
     with Cost() as cost:
         encoder = read_encoder(source, max_tokens=max_tokens, progress=progress)
@@ -50,16 +50,19 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
 
 
 def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[Runner, int]:
-    """Make the ONNX file that would be served; without a linear head that is the base's own.
+    """Write the ONNX file of a fitted classifier. A classifier without a linear head is served by the base's own file.
 
     Args:
-        base: the base.
-        fitted: what a strategy made of it.
-        folder: where to; it is there and empty.
-        progress: told what is done.
+        base: the base that it was fitted on.
+        fitted: the result of a strategy.
+        folder: existing, empty folder to write to.
+        progress: called with the current step.
 
     Returns:
-        What runs it, and the bytes of what is served: the ONNX file with its weights, and the tokenizer's files.
+        A runner of the ONNX file, and the bytes to serve: the ONNX file with its weights, and the tokenizer's files.
+
+    Raises:
+        ExportError: the tuned encoder cannot be converted.
     """
     if fitted.head is None:
         return base.runner, _size(base.folder)
@@ -69,7 +72,8 @@ def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) 
     if tuned is None:
         for path in base.folder.glob("*.json"):
             shutil.copyfile(path, folder / path.name)
-    graph.classify(fitted.head.weights, fitted.head.bias, 1.0, multi_label=False)  # neither changes the logits
+    # Temperature and `multi_label` do not change the logits, so any value will do.
+    graph.classify(fitted.head.weights, fitted.head.bias, 1.0, multi_label=False)
     graph.save(folder / MODEL_PATH)
     return _runner(folder, base.folder, base.encoder, base.converted), _size(folder)
 

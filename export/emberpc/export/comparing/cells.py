@@ -1,4 +1,4 @@
-"""The cells of a comparison: one classifier, fitted to so many texts and measured on the test texts, and kept."""
+"""Cells of a comparison: a cell is one classifier, fitted with one budget and seed; its outcome is stored in a file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from emberpc.export.files import write_text
 
 #: The budget of a strategy that learns from no text.
 NO_TEXTS = 0
-#: The budget that is all texts there are.
+#: The budget of all training texts.
 ALL = -1
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """A classifier to fit: `budget` is the texts of each label that it learns from, or `NO_TEXTS` or `ALL`."""
+    """A classifier to fit. `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`."""
 
     base: str
     strategy: str
@@ -32,27 +32,27 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """What it is, in a few words."""
+        """Strategy, budget and seed, for progress messages."""
         return f"{self.strategy}, {budget_name(self.budget)}, seed {self.seed}"
 
     @property
     def file_name(self) -> str:
-        """Name of the file with its outcome."""
+        """Name of the file that stores the outcome."""
         base = re.sub(r"[^A-Za-z0-9.]+", "-", self.base).strip("-.")
         return f"{base}_{self.strategy}_{budget_name(self.budget).replace(' ', '-')}_{self.seed}.json"
 
 
 def budget_name(budget: int) -> str:
-    """Return how a budget is spoken of."""
+    """Return a budget as words: `no texts`, `all texts` or `N a label`."""
     return {NO_TEXTS: "no texts", ALL: "all texts"}.get(budget, f"{budget} a label")
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a classifier made of texts it had not seen.
+    """Decisions of a classifier on texts that it was not trained on.
 
-    `rows` are their indexes in the file; `labels` the indexes of the labels
-    given to each; `confidence` the probability that the decision has, in [0, 1].
+    `rows` are the indexes of the texts in their file. `labels` are the indexes of the labels given to each text.
+    `confidence` is the probability of each decision, in [0, 1].
     """
 
     rows: list[int]
@@ -62,29 +62,30 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell came out."""
+    """Result of fitting and measuring one cell."""
 
     cell: Cell
-    #: Texts that it learnt from.
+    #: Number of training texts.
     texts: int
-    #: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc`, `seconds` and `cpu_seconds` of the training, and so on.
+    #: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc`, `seconds` and `cpu_seconds` of the training, and others.
     figures: dict[str, float]
     test: Decisions
-    #: The training texts that were held out or cross-validated.
+    #: Decisions on the training texts that were held out or cross-validated.
     held_out: Decisions
-    #: Confidence, share that is right, and count, for each bin: see `calibration.reliability`.
+    #: Mean confidence, share of right decisions, and number of decisions of each bin: see `calibration.reliability`.
     reliability: list[tuple[float, float, int]]
 
 
 class Store:
-    """The outcomes of a comparison, a file each, in its folder.
+    """Stores the outcomes of a comparison in its folder, one file each.
 
     Args:
-        folder: of the comparison; it is made if need be.
-        key: of all that outcomes depend on apart from the cell.
+        folder: folder of the comparison; it is created if it does not exist.
+        key: key of the comparison; see `identity.key_of`.
 
     Raises:
-        ExportError: the folder has outcomes of other data or options.
+        ExportError: the folder holds outcomes of other data or options.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -98,7 +99,7 @@ class Store:
         write_text(self._key_path, key)
 
     def read(self, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
-        """Return the outcomes that are there; a file that cannot be read is as none."""
+        """Return the stored outcomes of the given cells; a file that is missing or cannot be read is left out."""
         found = {}
         for cell in cells:
             try:
@@ -109,14 +110,14 @@ class Store:
         return found
 
     def write(self, outcome: Outcome) -> None:
-        """Keep an outcome."""
+        """Store an outcome."""
         write_text(self._folder / outcome.cell.file_name, json.dumps(asdict(outcome)))
 
 
 def _outcome(data: dict[str, object]) -> Outcome:
-    """Turn what JSON has of an outcome into one; ValueError, KeyError or TypeError if it is none."""
+    """Make an outcome from parsed JSON; raise ValueError, KeyError or TypeError if the JSON is not an outcome."""
     parts = {
-        "cell": Cell(**data["cell"]),  # type: ignore[arg-type]  # what does not fit raises TypeError
+        "cell": Cell(**data["cell"]),  # type: ignore[arg-type]  # wrong fields raise TypeError
         "test": Decisions(**data["test"]),  # type: ignore[arg-type]
         "held_out": Decisions(**data["held_out"]),  # type: ignore[arg-type]
         "reliability": [tuple(bin_) for bin_ in data["reliability"]],  # type: ignore[attr-defined]
@@ -125,21 +126,22 @@ def _outcome(data: dict[str, object]) -> Outcome:
 
 
 def take_budget(examples: Examples, budget: int, seed: int) -> Examples:
-    """Return so many texts of each label, drawn at random; with one seed, a larger budget holds the smaller ones.
+    """Draw a number of texts of each label at random. With the same seed, a larger budget includes the smaller ones.
 
-    A text of several labels counts for each; those of none are drawn as if that were a label, too.
+    A text with several labels counts for each of them. Texts without labels are drawn like the texts of one more
+    label.
 
     Args:
-        examples: all there are.
-        budget: texts of each label, or `ALL`; a label with fewer gives what it has. `NO_TEXTS` takes none.
-        seed: of the draw.
+        examples: texts to draw from.
+        budget: number of texts of each label, or `ALL`, or `NO_TEXTS`. A label with fewer texts gives all of them.
+        seed: seed of the draw.
     """
     if budget == ALL:
         return examples
     taken = np.zeros(len(examples.labels) + 1, dtype=np.int64)
     rows: list[int] = []
     order = list(range(len(examples.texts)))
-    random.Random(seed).shuffle(order)  # noqa: S311 - a draw that can be repeated, not a secret
+    random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible draw, not a secret
     for row in order:
         own: Rows = np.flatnonzero(examples.targets[row])
         own = own if len(own) else np.array([len(examples.labels)])

@@ -1,4 +1,4 @@
-"""What to look at in the data: labels that are mixed up, and texts whose label is likely wrong."""
+"""Find problems in the data: labels that are confused with each other, and texts whose label is probably wrong."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from emberpc.export.examples import Examples
 _MOST_PAIRS = 12
 _MOST_TEXTS = 4
 _MOST_SUSPECTS = 40
-#: A label is doubted if the ways that disagree with it are this sure of another, in the mean.
+#: A label is suspect only if the classifiers that disagree with it have at least this mean confidence.
 _LEAST_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Test texts of one label (or set of labels) that were given another, by how often over the seeds."""
+    """Test texts of one label (or set of labels) that a classifier gave another label."""
 
     label: str
     given: str
     #: Share of the label's test texts, in [0, 1].
     share: float
-    #: How many, the mean over the seeds.
+    #: Number of texts, the mean over the seeds.
     count: float
     texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A text whose label is likely wrong: different ways agree on another."""
+    """A text whose label is probably wrong: most classifiers agree on another label."""
 
     #: `train` or `test`.
     part: str
@@ -42,15 +42,23 @@ class Suspect:
     text: str
     label: str
     suggested: str
-    #: Mean confidence of those that suggest it.
+    #: Mean confidence of the classifiers that suggest the label, in [0, 1].
     confidence: float
-    #: How many suggest it, of how many that were asked.
+    #: Number of classifiers that suggest the label, and number of classifiers asked.
     votes: int
     voters: int
 
 
 def confusions(summary: Summary, point: Point) -> list[Confusion]:
-    """Return what a way mixes up most on the test texts, the most frequent first."""
+    """Return the pairs of labels that a point confuses most on the test texts, the most frequent pair first.
+
+    Args:
+        summary: the comparison.
+        point: the strategy and budget to look at.
+
+    Returns:
+        At most 12 pairs, each with at most 4 texts.
+    """
     test = summary.compared.test
     names = [_name(test, np.flatnonzero(row).tolist()) for row in test.targets]
     sizes = Counter(names)
@@ -75,12 +83,11 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
 
 
 def suspects(summary: Summary) -> list[Suspect]:
-    """Return texts whose label is likely wrong, the surest first.
+    """Return texts whose label is probably wrong, the most certain first; at most 40.
 
-    On a text that it was not fitted to, the label that each way gives at the
-    largest budget is a vote, the most frequent over its seeds. A text is
-    suspect if most votes are for one other label, and these are confident:
-    disagreement with the label in confidence, as in Northcutt et al.,
+    Each strategy votes at the largest budget, on texts that it was not fitted to: its vote is the label that it gives
+    most often over its seeds. A text is suspect if more than half of the votes are for one other label, and their mean
+    confidence is at least 0.5. This is disagreement with the label in confidence, as in Northcutt et al.,
     "Confident Learning", 2021, but by several models.
     """
     points = [point for point in summary.at(summary.largest) if point.budget == summary.largest]

@@ -1,4 +1,4 @@
-"""What tells a comparison from another one whose outcomes must not be mixed with its own."""
+"""Key that identifies a comparison, so that outcomes of different comparisons are never mixed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from emberpc.export.comparing.bases import Base
 from emberpc.export.examples import Examples
 
-#: Of this room, what an outcome is made by; the rest plans, reports and exports.
+#: Modules of `emberpc.export` whose code determines an outcome. The other modules plan, report and export.
 _MAKES_OUTCOMES = (
     *("calibration.py", "describing.py", "evaluation.py", "examples.py", "linear.py", "workbench.py"),
     *("strategies", "tuning", "comparing/cells.py"),
@@ -31,7 +31,24 @@ def key_of(
     balanced: bool,
     descriptions: Path | str | None,
 ) -> str:
-    """Return a SHA-256 (hex) of all that outcomes depend on apart from the cell, the code that makes them included."""
+    """Return a key of a comparison's inputs, to be compared with the key of the outcomes stored in its folder.
+
+    Args:
+        train: training texts with their targets.
+        test: test texts with their targets.
+        outside: texts outside all labels.
+        bases: opened encoders.
+        label_texts: whether label descriptions are training texts, too.
+        balanced: whether every label has the same weight.
+        descriptions: file with label descriptions, or None.
+
+    Returns:
+        A SHA-256 (hex) of everything that an outcome depends on apart from its cell: data, encoders, options, the
+        code that makes outcomes, and the versions of the libraries.
+
+    Raises:
+        OSError: the file with descriptions cannot be read.
+    """
     parts = {
         "train": [train.texts, train.targets.tolist(), train.labels],
         "test": [test.texts, test.targets.tolist()],
@@ -47,7 +64,10 @@ def key_of(
 
 @cache
 def code_version() -> str:
-    """Return a SHA-256 (hex) of the code that outcomes are made by: a package's version may stay while it changes."""
+    """Return a SHA-256 (hex) of the code that determines outcomes.
+
+    The package's version does not suffice: it may stay the same while the code changes.
+    """
     room = Path(str(files("emberpc.export")))
     paths = [path for name in _MAKES_OUTCOMES for path in (room / name, *sorted((room / name).glob("*.py")))]
     digest = hashlib.sha256()

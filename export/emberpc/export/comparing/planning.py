@@ -1,4 +1,4 @@
-"""Which cell to fit next, and which there is no time for."""
+"""Choose the cell of a comparison to fit next, and report the cells that the time limit leaves no time for."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import numpy as np
 from emberpc.export.comparing.cells import ALL, Cell, Outcome
 from emberpc.export.strategies import STRATEGIES
 
-#: A cell is begun if this many times its estimate is left: estimates are off by as much.
+#: A cell is started only if the time left is this multiple of its estimate: estimates can be this far off.
 _SAFETY = 1.25
-#: Until a strategy has been measured, a text is taken to cost so many times what embedding it does, for each layer
-#: that might be tuned; dear, so that a first cell is a small one.
-_FIRST_GUESS = 40.0
-#: Fits are the same but for the number of texts; below this they hardly get cheaper (seconds).
+#: Estimate for a strategy that has not been measured: training on a text takes this multiple of the time of embedding
+#: it. The factor is high on purpose, so that a strategy's first cell is a small one.
+_UNMEASURED_FACTOR = 40.0
+#: Least estimate in seconds. With few texts a fit takes a fixed time that hardly depends on their number.
 _LEAST_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A cell that was not fitted, and why."""
+    """A cell that was not fitted, and the reason."""
 
     cell: Cell
     reason: str
-    #: Whether more time is all that it needs.
+    #: Whether the cell can be fitted with more time.
     for_time: bool = False
 
 
 class Planner:
-    """Orders cells so that the cheap come first, and the dear where they can still win.
+    """Orders the cells of a comparison: cheap cells first, expensive ones only while their strategy can still win.
 
     Args:
-        texts: how many texts each cell learns from.
-        per_label: texts of a label with each budget, the mean.
-        seconds_per_text: what embedding a text takes, by base: the first guess.
-        once: the seconds that a cell takes beside its own for what is done once for all like it and is not done yet,
-            such as measuring what serving costs.
+        texts: number of texts that each cell learns from.
+        per_label: mean number of texts of a label, by budget.
+        seconds_per_text: seconds that embedding one text takes, by base; the first estimates use it.
+        once: returns the extra seconds that a cell takes for work that is shared by several cells and is not done yet,
+            such as measuring the serving cost.
     """
 
     def __init__(
@@ -54,29 +54,30 @@ class Planner:
         self._once = once
 
     def estimate(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
-        """Return the seconds that a cell will take, by what was measured of its strategy with the most like budget.
+        """Estimate the seconds that a cell will take, shared work that is not done yet included.
 
-        That is with what is done once. Time grows with the number of texts. Passes over them get fewer with
-        more texts, so from a smaller budget this errs on the long side.
+        The estimate scales the time of the measured cell of the same base and strategy whose budget is nearest.
+        It assumes that time is proportional to the number of texts. Training makes fewer passes over more texts,
+        so an estimate from a smaller budget is too long rather than too short.
         """
-        return self._own(cell, done) + self._once(cell)
+        return self._own_seconds(cell, done) + self._once(cell)
 
-    def _own(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
-        like = [known for known in done if (known.strategy, known.base) == (cell.strategy, cell.base)]
-        if like:
-            nearest = min(like, key=lambda known: (abs(log2(self._texts[known] / self._texts[cell])), known.seed))
+    def _own_seconds(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
+        similar = [known for known in done if (known.strategy, known.base) == (cell.strategy, cell.base)]
+        if similar:
+            nearest = min(similar, key=lambda known: (abs(log2(self._texts[known] / self._texts[cell])), known.seed))
             ratio = self._texts[cell] / self._texts[nearest]
             return max(_LEAST_SECONDS, done[nearest].figures["wall_seconds"] * ratio)
         if not STRATEGIES[cell.strategy].tunes:
             return _LEAST_SECONDS
-        return _FIRST_GUESS * self._seconds_per_text[cell.base] * self._texts[cell]
+        return _UNMEASURED_FACTOR * self._seconds_per_text[cell.base] * self._texts[cell]
 
     def hopeless(self, done: Mapping[Cell, Outcome]) -> set[tuple[str, str]]:
-        """Return the (base, strategy) pairs that tune, and cannot become the best by what is known.
+        """Return the (base, strategy) pairs that train the encoder and are not expected to become the best.
 
-        Of such a pair, the accuracy at its two largest budgets with another
-        strategy's, the best there, makes a line over the logarithm of the
-        texts. If that line is behind at the largest budget by more than twice
+        For each pair, take its accuracy minus the best accuracy of all other pairs, at the pair's two largest
+        measured budgets. Extend the line through these two gaps, over the logarithm of the texts of a label, to the
+        largest budget of the comparison. The pair is hopeless if the line is there below -2 times
         the standard error of an accuracy, the pair is hopeless.
         """
         means = mean_accuracies(done.values())
@@ -95,17 +96,22 @@ class Planner:
                 gaps.append(means[base, strategy, budget] - max(others, default=-np.inf))
             first, last, end = (log2(self._per_label[budget]) for budget in (*budgets, largest))
             slope = (gaps[1] - gaps[0]) / (last - first)
-            # A gap that widens tells enough; one that closes is followed to the end.
+            # A gap that widens is not extrapolated. A gap that closes is extended to the largest budget.
             if gaps[1] + max(slope, 0) * (end - last) < -2 * errors[budgets[1]]:
                 found.add((base, strategy))
         return found
 
     def choose(self, cells: Sequence[Cell], done: Mapping[Cell, Outcome], seconds_left: float | None) -> Cell | None:
-        """Return the cell to fit next; None if there is time for none of them.
+        """Return the cell to fit next, or None if the time left suffices for none of them.
 
-        Those of hopeless strategies come last. Else a cell's rank is its
-        estimate times the number of its seed, from 1: a second seed of a cheap
-        strategy goes before a first one of a strategy twice as dear.
+        Cells of hopeless strategies come last, and strategies that train the encoder come after the others. Within
+        these groups, the cell with the least product of its estimate and (seed + 1) comes first: a second seed of a
+        cheap strategy is fitted before the first seed of a strategy that takes more than twice as long.
+
+        Args:
+            cells: cells that are not fitted yet.
+            done: outcomes so far.
+            seconds_left: time left; None: no limit.
         """
         hopeless = self.hopeless(done)
 
@@ -119,7 +125,7 @@ class Planner:
         return min(in_time, key=rank, default=None)
 
     def skipped(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome], seconds_left: float) -> list[Skipped]:
-        """Say why each of the cells that are left was not fitted."""
+        """Return every cell that was not fitted, with the reason: the time limit."""
         hopeless = self.hopeless(done)
         return [
             Skipped(
@@ -133,7 +139,7 @@ class Planner:
 
 
 def mean_accuracies(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], float]:
-    """Return the mean accuracy over the seeds, by base, strategy and budget."""
+    """Return the mean accuracy over the seeds, keyed by (base, strategy, budget)."""
     found: dict[tuple[str, str, int], list[float]] = {}
     for outcome in outcomes:
         cell = outcome.cell
@@ -142,17 +148,17 @@ def mean_accuracies(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], f
 
 
 def _standard_error(outcome: Outcome) -> float:
-    """Return that of an accuracy on so many test texts."""
+    """Return the standard error of the accuracy of one outcome: that of a binomial with its number of test texts."""
     accuracy = outcome.figures["accuracy"]
     return float((max(accuracy * (1 - accuracy), 1e-4) / max(1, len(outcome.test.labels))) ** 0.5)
 
 
 def budgets_of(wanted: Sequence[int], largest_label: int) -> list[int]:
-    """Return budgets in order, each once, without those that are all texts anyway.
+    """Return the distinct budgets in ascending order, with `ALL` last.
 
     Args:
         wanted: texts of each label, or `ALL`.
-        largest_label: texts of the most frequent label.
+        largest_label: number of texts of the most frequent label. A budget of at least this many becomes `ALL`.
     """
     found = sorted({ALL if budget >= largest_label else budget for budget in wanted})
     return [*(budget for budget in found if budget != ALL), *([ALL] if ALL in found else [])]

@@ -1,4 +1,4 @@
-"""The plots of a comparison, as PNG."""
+"""Draw the plots of a comparison as PNG files."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ from emberpc.export.strategies import STRATEGIES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Told apart by colour-blind eyes, too (Okabe and Ito, "Color Universal Design", 2008).
+#: Colours that colour-blind readers can distinguish (Okabe and Ito, "Color Universal Design", 2008).
 _COLOURS = ("#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 _INCHES = (7.2, 4.4)
 _DOTS_PER_INCH = 130
-#: A bin of fewer decisions says nothing of their share that is right.
+#: A bin with fewer decisions is not drawn: its share of right decisions is too uncertain.
 _LEAST_DECISIONS = 10
 
 
-def draw_plots(summary: Summary, mixed_up: Sequence[Confusion], folder: Path) -> dict[str, Path]:
-    """Draw all plots.
+def draw_plots(summary: Summary, confused: Sequence[Confusion], folder: Path) -> dict[str, Path]:
+    """Draw all plots of a comparison.
 
     Args:
         summary: the comparison.
-        mixed_up: what its winner mixes up.
-        folder: where to.
+        confused: confusions of the recommended classifier; see `findings.confusions`.
+        folder: folder to write the PNG files to; it must exist.
 
     Returns:
-        The files by what they show: `learning-curves`, `accuracy-cost`, `reliability`, `confusions`.
+        The files, by plot: `learning-curves`, `accuracy-cost`, `reliability`, `confusions`.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     plots: dict[str, Callable[[Axes], None]] = {
         "learning-curves": lambda axes: _learning_curves(axes, summary),
         "accuracy-cost": lambda axes: _accuracy_cost(axes, summary),
         "reliability": lambda axes: _reliability(axes, summary),
-        "confusions": lambda axes: _confusions(axes, mixed_up),
+        "confusions": lambda axes: _confusions(axes, confused),
     }
     return {name: _draw(plot, folder / f"{name}.png") for name, plot in plots.items()}
 
@@ -82,7 +85,7 @@ def _learning_curves(axes: Axes, summary: Summary) -> None:
         axes.plot(x, y, markersize=4, linewidth=1.6, **style)  # type: ignore[arg-type]
         low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    # A band of two seeds may be wider than the plot, which is for the lines.
+    # The confidence band of two seeds can be wider than the plot, so the limits follow the lines, not the bands.
     axes.set_ylim(min(p.accuracy for p in summary.points) - 0.05, min(1.0, summary.best.accuracy + 0.05))
     budgets = sorted(summary.compared.per_label, key=summary.per_label)
     axes.set_xscale("log", base=2)
@@ -113,7 +116,7 @@ def _accuracy_cost(axes: Axes, summary: Summary) -> None:
 
 def _reliability(axes: Axes, summary: Summary) -> None:
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="perfectly calibrated")
-    for point in _told_apart(summary):
+    for point in _reliability_points(summary):
         outcome = point.outcomes[0]
         style = {**_style(summary, point.way), "label": f"{point.way.strategy}, ECE {point.means['ece']:.3f}"}
         bins = [bin_ for bin_ in outcome.reliability if bin_[2] >= _LEAST_DECISIONS]
@@ -131,20 +134,20 @@ def _reliability(axes: Axes, summary: Summary) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
-def _told_apart(summary: Summary) -> list[Point]:
-    """Return the points worth a reliability line: the winner, and the best of either road."""
+def _reliability_points(summary: Summary) -> list[Point]:
+    """Return the points that get a reliability line: the winner, and the best point with and without training."""
     points = [summary.winner, summary.frozen, summary.tuned]
     return list({point.way: point for point in points if point is not None}.values())
 
 
-def _confusions(axes: Axes, mixed_up: Sequence[Confusion]) -> None:
-    if not mixed_up:
+def _confusions(axes: Axes, confused: Sequence[Confusion]) -> None:
+    if not confused:
         axes.text(0.5, 0.5, "no text of the test was given a wrong label", ha="center", transform=axes.transAxes)
         return
-    names = [f"{c.label} → {c.given}" for c in mixed_up]
+    names = [f"{c.label} → {c.given}" for c in confused]
     places = range(len(names))
-    axes.barh(places, [c.count for c in mixed_up], color=_COLOURS[3])
+    axes.barh(places, [c.count for c in confused], color=_COLOURS[3])
     axes.set_yticks(places, [name if len(name) <= 64 else f"{name[:63]}…" for name in names], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("test texts, mean over the seeds")
-    axes.set_title("What the recommended way mixes up most", fontsize=10)
+    axes.set_title("Labels that the recommended strategy confuses most", fontsize=10)

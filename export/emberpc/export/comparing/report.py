@@ -1,4 +1,4 @@
-"""Writes what a comparison says: a page of HTML, JSON, plots."""
+"""Write the report of a comparison: an HTML page, JSON and plots."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ _BYTES_PER_MB = 1e6
 
 
 def write_report(summary: Summary, folder: Path) -> Path:
-    """Write `report.html` (all in one file), `report.json` and the plots as PNG.
+    """Write `report.html` (with the plots inside), `report.json` and the plots as PNG files.
 
     Args:
         summary: the comparison.
-        folder: where to.
+        folder: folder to write to; it must exist.
 
     Returns:
-        The HTML file.
+        The path of the HTML file.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     from jinja2 import Environment
 
@@ -53,7 +56,7 @@ def write_report(summary: Summary, folder: Path) -> Path:
 
 
 def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
-    """Return a point's figures as they are shown."""
+    """Return a row of the report's table: the figures of a point as formatted strings; empty if not measured."""
     serving = summary.serving(point.way)
     auroc = point.means.get("out_of_scope_auroc")
     cpu = point.means["cpu_seconds"]
@@ -75,7 +78,7 @@ def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
 
 
 def content(summary: Summary) -> dict[str, Any]:
-    """Return all that there is to say, as plain data: what `report.json` holds."""
+    """Return the content of `report.json` as plain data; the HTML report is rendered from it, too."""
     compared, winner = summary.compared, summary.winner
     return {
         "recommendation": recommendation(summary),

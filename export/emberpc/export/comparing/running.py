@@ -1,4 +1,4 @@
-"""Fit and measure the cells of a comparison, as far as time allows."""
+"""Fit and measure the cells of a comparison within its time limit."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from emberpc.export.strategies import STRATEGIES, Fitted, Options
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.workbench import Cost, Workbench
 
-#: Seconds of a time limit that are kept for the report. What cannot be interrupted may still go beyond it: that is the
-#: conversion of one encoder, 5 to 15 s for one of MiniLM's size (docs/compare.md).
+#: Seconds of the time limit that are reserved for the report. The conversion of one encoder cannot be interrupted and
+#: may exceed the limit: it takes 5 to 15 s for an encoder of MiniLM's size (docs/compare.md).
 FOR_REPORT = 15.0
-_NO_LABEL_TEXTS = "it goes by what labels are called and nothing else, and their texts are left out"
+_NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to compare.
+    """Settings of a comparison.
 
-    `data` says where the training texts are, `test` is a file like that;
-    texts outside all labels, if `data` has any, are measured on and not learnt from.
+    `data` names the training texts, and `test` is a file of the same format. Texts of `data` that are outside all
+    labels are used for measuring and not for training.
     """
 
     data: Data
@@ -48,7 +48,7 @@ class Wanted:
     budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, ALL)
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     seeds: int = 3
-    #: Seconds; None: as long as it takes.
+    #: Seconds; None: no limit.
     time_limit: float | None = None
     label_texts: bool = True
     balanced: bool = False
@@ -57,30 +57,36 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison found out."""
+    """Result of a comparison."""
 
-    #: What to call the data: the name of the folder that the training texts are in.
+    #: Title of the data: the name of the folder with the training texts.
     title: str
     train: Examples
     test: Examples
     outcomes: tuple[Outcome, ...]
     serving: tuple[ServingCost, ...]
     skipped: tuple[Skipped, ...]
-    #: Mean texts of a label, by budget.
+    #: Mean number of texts of a label, by budget.
     per_label: dict[int, float]
-    #: The sources of the bases, by what they are called.
+    #: The source of each base, by the base's name.
     sources: dict[str, str]
 
 
 class _OutOfTimeError(Exception):
-    """The time limit was reached in the middle of a cell."""
+    """The time limit passed in the middle of a cell."""
 
 
 def run(wanted: Wanted, folder: Path, progress: Progress = no_progress) -> Compared:
-    """Fit and measure all cells that there is time for; those that `folder` has already are read.
+    """Fit and measure all cells that the time limit allows.
+
+    Args:
+        wanted: settings of the comparison.
+        folder: folder for outcomes and checkpoints. Outcomes that it has already are read and not computed again.
+        progress: called with the current step.
 
     Raises:
-        ExportError: data or a base cannot be used, or the folder holds another comparison.
+        ExportError: the settings, the data or a base cannot be used, or the folder holds another comparison.
+        NoRoomError: a checkpoint cannot be written.
     """
     start = perf_counter()
     _check(wanted)
@@ -135,7 +141,7 @@ def _check(wanted: Wanted) -> None:
 
 
 class _Comparison:
-    """The cells of a comparison, and what fits them."""
+    """Fits the cells of one comparison and keeps their outcomes."""
 
     def __init__(
         self,
@@ -169,17 +175,17 @@ class _Comparison:
         self._cells = [cell for cell in cells if cell not in self._left_out]
 
     def run(self) -> tuple[dict[Cell, Outcome], list[Skipped]]:
-        """Fit what is not there yet."""
+        """Fit all cells without a stored outcome; return all outcomes, and the cells that were skipped."""
         done = self._store.read(self._cells)
         todo = [cell for cell in self._cells if cell not in done]
         skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
         try:
             seconds = {name: self._embed(base) for name, base in self._bases.items()} if todo else {}
         except _OutOfTimeError:
-            reason = "the time was up before the texts were embedded"
+            reason = "the time limit passed before all texts were embedded"
             return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo)]
         texts = {cell: len(self._sample(cell).texts) for cell in self._cells}
-        planner = Planner(texts, self.per_label, seconds, lambda cell: self._once(cell, seconds[cell.base]))
+        planner = Planner(texts, self.per_label, seconds, lambda cell: self._shared_seconds(cell, seconds[cell.base]))
         while todo:
             cell = planner.choose(todo, done, self._seconds_left())
             if cell is None:
@@ -190,13 +196,13 @@ class _Comparison:
                 outcome = self._fit(cell, f"{len(done) + 1} of {len(self._cells)}", kept)
                 self._store.write(outcome)
             except _OutOfTimeError:
-                reason = "the time was up before it was done; more time goes on from there"
+                reason = "the time limit passed during its training; with more time it continues from there"
                 skipped.append(Skipped(cell, reason, for_time=True))
                 continue
             except NoRoomError:
                 raise
             except ExportError as error:
-                failed = [cell, *self._as_bad(cell, todo)]
+                failed = [cell, *self._fails_too(cell, todo)]
                 skipped += [Skipped(other, f"it failed: {error}") for other in failed]
                 todo = [other for other in todo if other not in failed]
             else:
@@ -204,8 +210,8 @@ class _Comparison:
             kept.remove()
         return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
 
-    def _as_bad(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
-        """Return the other cells that will fail as this one did: all that tune, if the encoder cannot be trained."""
+    def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
+        """Return the other cells that will fail like this one: all that train the encoder, if it cannot be trained."""
         if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].workbench.is_trainable:
             return []
         return [other for other in todo if other.base == cell.base and STRATEGIES[other.strategy].tunes]
@@ -214,30 +220,30 @@ class _Comparison:
         return None if self._end is None else self._end - perf_counter()
 
     def _timed(self, title: str) -> Progress:
-        """Return a progress that tells what is done of something, and ends it when the time is up."""
+        """Return a progress callback for one step; it raises `_OutOfTimeError` once the time limit has passed."""
 
-        def tell(stage: str, done: int, total: int, detail: str = "") -> None:
+        def report(stage: str, done: int, total: int, detail: str = "") -> None:
             if self._end is not None and perf_counter() > self._end:
                 raise _OutOfTimeError
             self._progress(title, done, total, f"{stage} {detail}".strip())
 
-        return tell
+        return report
 
-    def _once(self, cell: Cell, per_text: float) -> float:
-        """Return the seconds that a cell takes for what is done once for all like it."""
+    def _shared_seconds(self, cell: Cell, per_text: float) -> float:
+        """Return the seconds that a cell takes for work that several cells share and that is not done yet."""
         base = self._bases[cell.base]
         loading = STRATEGIES[cell.strategy].tunes and not base.workbench.is_trainable
         texts = len(self._sample(cell).texts)
         return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
 
     def _sample(self, cell: Cell) -> Examples:
-        """Return what a cell learns from; without texts, all tell at least what labels there are."""
+        """Return a cell's training texts; with the budget `NO_TEXTS` none, but still all labels."""
         if cell.budget == NO_TEXTS:
             return self._train.take(np.zeros(0, dtype=np.int64))
         return self._samples[cell.budget, cell.seed]
 
     def _embed(self, base: Base) -> float:
-        """Embed all texts; return the seconds that one takes."""
+        """Embed all texts of the comparison; return the mean seconds for one text."""
         texts = {*self._train.texts, *self._test.texts, *self._outside}
         base.workbench.progress = self._timed("embedding all texts")
         with Cost() as cost:
@@ -245,23 +251,23 @@ class _Comparison:
         return cost.seconds / len(texts)
 
     def _fit(self, cell: Cell, number: str, checkpoints: Checkpoints) -> Outcome:
-        """Fit and measure one cell."""
+        """Fit and measure one cell; return its outcome, with seconds that include earlier, interrupted trainings."""
         base, sample = self._bases[cell.base], self._sample(cell)
-        tell = self._timed(f"{number}: {cell.title}")
-        tell("beginning", 0, 1)
+        report = self._timed(f"{number}: {cell.title}")
+        report("beginning", 0, 1)
         workbench = base.workbench
-        workbench.progress = tell
+        workbench.progress = report
         if STRATEGIES[cell.strategy].tunes:
-            _ = workbench.backbone  # which takes seconds to load, once
+            _ = workbench.backbone  # load it here: this takes seconds once and is not part of the cell's own time
         with Cost() as wall:
             sample = self._described(sample, workbench)
-            options = Options(cell.seed, self._wanted.balanced, checkpoints=checkpoints, progress=tell)
+            options = Options(cell.seed, self._wanted.balanced, checkpoints=checkpoints, progress=report)
             with workbench.account() as account, Cost() as cost:
                 fitted = STRATEGIES[cell.strategy].fit(sample, workbench, options)
             price = workbench.price(account)
             outcome = self._measure(cell, sample, fitted)
         before = checkpoints.spent
-        self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, tell)
+        self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, report)
         outcome.figures.update(
             wall_seconds=wall.seconds + before.seconds,
             seconds=before.seconds + cost.seconds - account.waited.seconds + price.seconds,
@@ -270,7 +276,7 @@ class _Comparison:
         return outcome
 
     def _described(self, sample: Examples, workbench: Workbench) -> Examples:
-        """Say what the labels mean, if that is wanted."""
+        """Add label descriptions to the sample if label texts are switched on; zero-shot falls back to label names."""
         if not self._wanted.label_texts:
             return sample
         if not sample.texts and self._wanted.data.descriptions is None:
@@ -278,7 +284,7 @@ class _Comparison:
         return described_examples(sample, self._wanted.data.descriptions, workbench)
 
     def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
-        """Measure what a strategy made on the test texts, calibrated by what it held out."""
+        """Measure a fitted classifier on the test texts, calibrated on the texts that its strategy held out."""
         calibration = calibrate(fitted.held_out, multi_label=sample.multi_label)
         logits = fitted.classify(self._test.texts)
         held_out = fitted.held_out

@@ -1,4 +1,4 @@
-"""What a classifier costs to serve: measured on the ONNX file that it becomes."""
+"""Measure the serving cost of a classifier on the ONNX file that would be served."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from emberpc.export.linear import Matrix
 from emberpc.export.progress import Progress
 from emberpc.export.strategies import STRATEGIES, Fitted
 
-#: Texts that agreement is measured on, and those that are timed one by one, in so many rounds.
+#: Number of texts to measure agreement on, number of texts to time one by one, and number of timing rounds.
 _TEXTS = 100
 _TIMED = 24
 _ROUNDS = 7
-#: A text alone takes about so many times what it does in a batch.
-_ALONE = 2.0
+#: Time of one text alone, as a multiple of its time in a batch (approximate).
+_ALONE_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
 class ServingCost:
-    """What one text costs, alone, from text to logits, and what has to be kept.
+    """Time to classify one text alone, from text to logits, and the bytes that serving needs.
 
-    `agreement` is the share of texts for which the ONNX file gives the same
-    best label as the strategy did in the comparison.
+    `agreement` is the share of texts, in [0, 1], for which the ONNX file and the strategy in the comparison give the
+    same best label.
     """
 
     base: str
     strategy: str
-    #: Texts that the strategy was fitted to.
+    #: Number of texts that the strategy was fitted to.
     texts: int
-    #: What a text takes as a multiple of what the base's encoder alone takes, run in turns with it.
+    #: Time of a text as a multiple of the time that the base's encoder alone takes, both run alternately.
     times_encoder: float
-    #: What the base's encoder takes: measured once for all strategies, so that these differ by their own work alone.
+    #: Milliseconds of the base's encoder for one text. It is measured once per base and used for all its strategies,
+    #: so that strategies differ by their own work only.
     encoder_milliseconds: float
     size_bytes: int
     agreement: float
 
     @property
     def milliseconds(self) -> float:
-        """What a text takes."""
+        """Milliseconds to classify one text."""
         return self.times_encoder * self.encoder_milliseconds
 
 
 class ServingCosts:
-    """Measures the serving costs of a base's strategies, each once.
+    """Measures the serving cost of each strategy on a base once, and stores it.
 
     Args:
-        path: the file where they are kept.
+        path: JSON file with the costs. A file that is missing or cannot be read counts as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,11 +69,18 @@ class ServingCosts:
         self.known = {(cost.base, cost.strategy): cost for cost in costs}
 
     def estimate(self, base: Base, strategy: str, trained_on: int, per_text: float) -> float:
-        """Return the seconds that measuring a strategy will take; `per_text` is what embedding one in a batch takes."""
-        if self._is_known(base, strategy, trained_on):
+        """Estimate the seconds that measuring a strategy will take; 0 if its cost is known.
+
+        Args:
+            base: the base.
+            strategy: name of the strategy.
+            trained_on: number of texts that the strategy is fitted to.
+            per_text: seconds that embedding one text in a batch takes.
+        """
+        if self._is_measured(base, strategy, trained_on):
             return 0.0
         converting = base.seconds if STRATEGIES[strategy].tunes else 0.0
-        return converting + (2 * _ALONE * _ROUNDS * _TIMED + 2 * _TEXTS) * per_text
+        return converting + (2 * _ALONE_FACTOR * _ROUNDS * _TIMED + 2 * _TEXTS) * per_text
 
     def measure(
         self,
@@ -83,17 +91,23 @@ class ServingCosts:
         texts: Sequence[str],
         progress: Progress,
     ) -> None:
-        """Measure a strategy unless that was done; one that keeps its texts, again with more of them.
+        """Measure the serving cost of a strategy and store it, unless it is known.
+
+        A strategy that stores its texts, such as `nearest`, is measured again when it has more texts than before.
 
         Args:
             base: the base.
             strategy: name of the strategy.
-            fitted: what it made.
-            trained_on: texts that it was fitted to.
-            texts: what to measure on.
-            progress: told how far it is; what it raises ends the measuring.
+            fitted: the fitted classifier.
+            trained_on: number of texts that it was fitted to.
+            texts: texts to measure on; the first 100 are used.
+            progress: called before each round; an exception that it raises ends the measurement.
+
+        Raises:
+            ExportError: the classifier cannot be converted to ONNX.
+            OSError: the file cannot be written.
         """
-        if self._is_known(base, strategy, trained_on):
+        if self._is_measured(base, strategy, trained_on):
             return
         encoder = base.encoder
         sample = list(texts[:_TEXTS])
@@ -109,10 +123,10 @@ class ServingCosts:
             def serve(i: int) -> Matrix:
                 if fitted.head is not None:
                     return runner.run(prompted[i : i + 1], "logits")
-                embed(i)  # of which `classify` has the vectors at hand, and compares them with each that is kept
+                embed(i)  # `classify` has the text's vector already and only compares it with each stored vector
                 return fitted.classify(sample[i : i + 1])
 
-            reference, times = _in_turns(embed, serve, timed, progress)
+            reference, times = _time_alternately(embed, serve, timed, progress)
             got = expected if fitted.head is None else runner.run(prompted, "logits")
         if fitted.head is None:
             size += trained_on * base.converted.dimensions * np.dtype(np.float32).itemsize
@@ -123,18 +137,18 @@ class ServingCosts:
         self.known[encoder.name, strategy] = cost
         write_text(self._path, json.dumps([asdict(cost) for cost in self.known.values()], indent=2))
 
-    def _is_known(self, base: Base, strategy: str, trained_on: int) -> bool:
+    def _is_measured(self, base: Base, strategy: str, trained_on: int) -> bool:
         known = self.known.get((base.encoder.name, strategy))
         return known is not None and (STRATEGIES[strategy].exportable or known.texts >= trained_on)
 
 
-def _in_turns(
+def _time_alternately(
     reference: Callable[[int], Matrix], own: Callable[[int], Matrix], count: int, progress: Progress
 ) -> tuple[float, float]:
-    """Run two things in turns, text by text, so that whatever else the host does slows both.
+    """Time two functions alternately, text by text, so that other load on the host slows both.
 
     Returns:
-        The seconds of the reference for a text, and the other's as a multiple of them: the medians over the rounds.
+        Median over the rounds of the reference's seconds for a text, and of the ratio of `own` to the reference.
     """
     reference(0), own(0)
     seconds: list[float] = []
