@@ -165,7 +165,7 @@ def test_a_corpus_adds_passages_with_their_titles(tmp_path: Path) -> None:
         ([{"query": "a", "passage": "b", "negative": ""}], "line 2: negative is empty"),
         (
             [{"query": "a", "passage": "b", "negative": "c"}, {"query": "a", "passage": "c", "negative": "d"}],
-            "line 2: the negative is a passage of the same query elsewhere",
+            "line 2: the negative is also a passage of the same query",
         ),
         (
             [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}, {"text": "c", "label": "y"}],
@@ -182,7 +182,7 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path, rows: Rows, problem: str
 def test_a_query_to_validate_on_must_not_be_learnt_from(tmp_path: Path) -> None:
     train, validation = write(tmp_path / "t.csv", pairs(10)), write(tmp_path / "v.csv", [*pairs(11)[9:]])
     with pytest.raises(
-        ExportError, match=r"v\.csv, line 2: the query is in .*t\.csv, too \(line 11\); both files have 1 of them"
+        ExportError, match=r"v\.csv, line 2: the query is also in .*t\.csv \(line 11\); both files share 1 queries"
     ):
         read_data(Files(train, validation), 0)
 

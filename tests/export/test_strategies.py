@@ -212,7 +212,7 @@ def test_an_interrupted_training_goes_on_where_it_was(
     with pytest.raises(StopError):
         export("resumed", stop_at=0, checkpoints=kept)
     assert steps[0] > 1
-    assert "training to see when to stop" not in stages
+    assert "training to find the best epoch" not in stages
     # Both trainings are done, and are there until the bundle is.
     resumed = export("resumed", checkpoints=kept)
     assert steps == []

@@ -255,10 +255,10 @@ def test_what_cannot_be_made_of_a_model_is_said(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(surgery, "_LIKE_BERT", ("deberta",))
-    with pytest.raises(ExportError, match=r"the variant optimized: .* does not know bert; nothing was written"):
+    with pytest.raises(ExportError, match=r"the variant optimized: .* does not support bert; nothing was written"):
         export_embedding(tiny_source, tmp_path / "bundle", variants=["optimized"])
     manifest = export_embedding(tiny_source, tmp_path / "bundle", variants=["auto"])
-    assert "does not know bert" in manifest.dropped["optimized"]
+    assert "does not support bert" in manifest.dropped["optimized"]
 
 
 @pytest.mark.parametrize(

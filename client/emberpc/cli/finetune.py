@@ -27,7 +27,7 @@ def finetune_embedding(
         Path,
         typer.Option(
             metavar="FILE",
-            help="CSV, TSV, JSONL or Parquet with columns query, passage and perhaps negative; or text, label.",
+            help="CSV, TSV, JSONL or Parquet with columns query, passage and optionally negative; or text, label.",
         ),
     ],
     base: Annotated[str, typer.Option(metavar="SOURCE", help="The encoder; as for `export embedding`.")],

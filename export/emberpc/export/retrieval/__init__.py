@@ -1,1 +1,1 @@
-"""Fine-tuning an embedding model for search: its data, hard negatives, the training, and what it is worth."""
+"""Fine-tuning of embedding models for search: data, hard negatives, training and measurement."""

@@ -1,4 +1,4 @@
-"""Queries and the passages that answer them: from files, and split by query."""
+"""Read queries and the passages that answer them from files, and split them by query."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from emberpc.export.datasets import label_of, read_rows, report_alike, text_of
 from emberpc.export.errors import ExportError
 from emberpc.export.examples import evenly
 
-#: Share of the queries, and the most of them, held out where no validation file is given.
+#: Without a validation file: share of the queries to hold out, their greatest number, and the least number of queries.
 _HELD_OUT = 0.2
 _MOST_HELD_OUT = 500
 _FEWEST_QUERIES = 10
 
 _PAIR = {"query", "passage"}
-_FORMS = "query, passage and perhaps negative; or text, label"
+_COLUMNS = "query, passage and optionally negative; or text, label"
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where the data is, as CSV, TSV, JSONL or Parquet.
+    """Paths of the data files, as CSV, TSV, JSONL or Parquet.
 
-    `train` has pairs (columns query, passage), triplets (a column negative,
-    too) or labelled texts (text, label), of which those of a label answer each
-    other. `validation` and `test` are of the same form; `corpus` (text, and
-    perhaps title) has more passages to search among and to mine from.
+    `train` has pairs (columns query, passage), triplets (also a column negative) or labelled texts (text, label). Texts
+    with the same label count as answers to each other. `validation` and `test` have the same format. `corpus` (text,
+    and optionally title) has more passages, to search in and to mine negatives from.
     """
 
     train: Path | str
@@ -41,10 +40,10 @@ class Files:
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries, and by the indexes of passages what is known to answer each, and what is known not to.
+    """Queries with the indexes of the passages that are known to answer each (`relevant`) or not to (`negatives`).
 
-    Passages neither here nor there may do either. `own` is the passage that is
-    the query itself, which is not looked for: -1 unless texts have labels.
+    A passage in neither set may or may not answer the query. `own` is the index of the passage that is the query
+    itself, which a search must leave out; it is -1 unless the data are labelled texts.
     """
 
     texts: tuple[str, ...]
@@ -56,7 +55,7 @@ class Queries:
         return len(self.texts)
 
     def take(self, rows: Iterable[int]) -> Queries:
-        """Return some of the queries."""
+        """Return the queries of the given rows, in that order."""
         rows = list(rows)
         return Queries(
             tuple(self.texts[row] for row in rows),
@@ -68,46 +67,52 @@ class Queries:
 
 @dataclass(frozen=True)
 class Data:
-    """All passages, each text once, and the queries to learn from, to choose by and to measure on, in this order."""
+    """All distinct passages, and the queries to train on, to choose by and to test on."""
 
     passages: tuple[str, ...]
     train: Queries
     held_out: Queries
     test: Queries | None
-    #: Indexes, ascending, of the passages that hard negatives may be: those of the queries to learn from and of the
-    #: corpus. Others are held out, and may answer a query that does not know of it: texts of its own label.
+    #: Ascending indexes of the passages that may become hard negatives: those of the training queries and of the
+    #: corpus. Passages of held-out queries may not: a labelled text among them may answer a training query of its
+    #: label, which does not list it.
     minable: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Queries, and the passages that are searched for what answers them."""
+    """Queries, and the passages to search for their answers."""
 
     passages: tuple[str, ...]
     queries: Queries
 
     def few(self, most_queries: int, most_passages: int) -> Judged:
-        """Return so many of the queries at most, evenly taken, among so many passages: those that answer them first.
+        """Return a sample of the queries, and a sample of the passages to search.
 
-        A query none of whose answers finds room is left out.
+        Queries are taken evenly. Their answers come first among the passages, and passages taken evenly fill the rest.
+        A query is left out if none of its answers is among the passages.
+
+        Args:
+            most_queries: the most queries to return.
+            most_passages: the most passages to return.
         """
         rows = evenly(len(self.queries), most_queries)
         taken = self.queries.take(rows)
         answers = [sorted(known) for known in taken.relevant]
-        # A first answer for every query, then a second one: labelled texts have many.
+        # Take one answer of every query, then a second one and so on, since labelled texts have many answers.
         by_turn = [known[turn] for turn in range(max(map(len, answers))) for known in answers if len(known) > turn]
         chosen = list(dict.fromkeys(by_turn))[:most_passages]
         others = np.setdiff1d(np.arange(len(self.passages)), chosen)
         chosen += others[evenly(len(others), most_passages - len(chosen))].tolist()
         place = {passage: i for i, passage in enumerate(chosen)}
 
-        def moved(known: frozenset[int]) -> frozenset[int]:
+        def reindex(known: frozenset[int]) -> frozenset[int]:
             return frozenset(place[i] for i in known if i in place)
 
         queries = Queries(
             taken.texts,
-            tuple(moved(known) for known in taken.relevant),
-            tuple(moved(known) for known in taken.negatives),
+            tuple(reindex(known) for known in taken.relevant),
+            tuple(reindex(known) for known in taken.negatives),
             tuple(place.get(own, -1) for own in taken.own),
         )
         answered = (row for row in range(len(queries)) if queries.relevant[row])
@@ -115,14 +120,14 @@ class Judged:
 
 
 def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
-    """Read a file of pairs, triplets or labelled texts, as those of `Files`, to measure with.
+    """Read a file of pairs, triplets or labelled texts (see `Files`) to measure with.
 
     Args:
         path: the file.
-        corpus: more passages to search among.
+        corpus: file with more passages to search in.
 
     Raises:
-        ExportError: a file cannot be read, or contradicts itself; row and remedy are named.
+        ExportError: a file cannot be read, or contradicts itself; the error names the row and the remedy.
     """
     passages: dict[str, int] = {}
     read = _read(Path(path), passages, defaultdict(set))
@@ -131,28 +136,32 @@ def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
 
 
 def has_queries(path: Path | str) -> bool:
-    """Return whether a file is of pairs or triplets.
+    """Return whether a file has pairs or triplets, by its columns.
 
     Raises:
-        ExportError: it cannot be read.
+        ExportError: the file cannot be read.
     """
     return read_rows(Path(path))[0][1].keys() >= _PAIR
 
 
 def read_data(files: Files, seed: int) -> Data:
-    """Read the files; without a validation file a fifth of the queries is held out, 500 at most.
+    """Read the files. Without a validation file, a fifth of the queries is held out, at most 500.
 
-    No query is in two of them. Of labelled texts, none that is
-    held out is an answer in `train` either: it would be drawn to its label.
+    A query may be in one file only. A labelled text that is held out is not an answer of any training query either,
+    since training would move it towards its label.
+
+    Args:
+        files: paths of the files.
+        seed: seed of the draw of held-out queries.
 
     Raises:
-        ExportError: a file cannot be read, the data contradicts itself, or there are too few queries; row and remedy
-            are named.
+        ExportError: a file cannot be read, the data contradicts itself, or there are too few queries; the error names
+            the row and the remedy.
     """
     passages: dict[str, int] = {}
     members: dict[str, set[int]] = defaultdict(set)
     train = _read(Path(files.train), passages, members)
-    # Before the other files are read, of which nothing is to be learnt.
+    # Resolve these before the other files are read: texts of those files must not become answers of training queries.
     known = train.queries()
     validation, test = (
         None if path is None else _read(Path(path), passages, members) for path in (files.validation, files.test)
@@ -169,7 +178,7 @@ def read_data(files: Files, seed: int) -> Data:
 
 
 def _add_corpus(path: Path | str | None, passages: dict[str, int]) -> set[int]:
-    """Add a corpus to the passages known, and return its indexes there."""
+    """Add the passages of a corpus to `passages`; return their indexes."""
     if path is None:
         return set()
     return {_index(passages, _passage(Path(path), place, row)) for place, row in read_rows(Path(path))}
@@ -182,7 +191,10 @@ def _minable(learnt: Queries, corpus: set[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Read:
-    """A file's queries, where each stands there first, and what gives them what answers them by all read so far."""
+    """A file that was read: the first row of each query, and a function that returns its queries.
+
+    The function uses all passages and labels read so far, also those of other files.
+    """
 
     path: Path
     places: dict[str, str]
@@ -190,18 +202,18 @@ class _Read:
 
 
 def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) -> _Read:
-    """Read a file of one of the forms, and add its passages and the members of its labels to those known."""
+    """Read a file of pairs, triplets or labelled texts; add its passages to `passages` and its texts to `members`."""
     rows = read_rows(path)
     columns = rows[0][1]
     if columns.keys() >= _PAIR:
         return _read_pairs(path, rows, passages)
     if "text" in columns and "label" in columns:
         return _read_labelled(path, rows, passages, members)
-    raise ExportError(f"{path}, {rows[0][0]}: the columns are {', '.join(columns)}; they must be {_FORMS}")
+    raise ExportError(f"{path}, {rows[0][0]}: the columns are {', '.join(columns)}; they must be {_COLUMNS}")
 
 
 def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
-    """Read pairs or triplets; rows of one query come together."""
+    """Read pairs or triplets; rows with the same query become one query."""
     triplets = "negative" in rows[0][1]
     places: dict[str, str] = {}
     relevant: dict[str, set[int]] = defaultdict(set)
@@ -217,7 +229,7 @@ def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages
     for query, stated in negatives.items():
         if both := relevant[query] & stated.keys():
             raise ExportError(
-                f"{path}, {stated[min(both)]}: the negative is a passage of the same query elsewhere "
+                f"{path}, {stated[min(both)]}: the negative is also a passage of the same query "
                 f"({places[query]} or later); correct one of them"
             )
     queries = Queries(
@@ -232,7 +244,7 @@ def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages
 def _read_labelled(
     path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int], members: dict[str, set[int]]
 ) -> _Read:
-    """Read texts with labels; each is a query, and the others of its label answer it, of whichever file."""
+    """Read labelled texts. Each text is a query, and all texts of its label in all files read so far answer it."""
     places: dict[str, str] = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for place, row in rows:
@@ -246,7 +258,7 @@ def _read_labelled(
         for text, place in places.items():
             if alone := [label for label in sorted(labels[text]) if len(members[label]) < 2]:
                 raise ExportError(
-                    f"{path}, {place}: no other text has the label {alone[0]!r}, so nothing belongs to this one; "
+                    f"{path}, {place}: no other text has the label {alone[0]!r}, so no passage answers this text; "
                     "give the label more texts or remove the row"
                 )
         own = tuple(passages[text] for text in places)
@@ -259,7 +271,7 @@ def _read_labelled(
 
 
 def _passage(path: Path, place: str, row: dict[str, Any]) -> str:
-    """Return a passage of a corpus: its title, if it has one, and its text."""
+    """Return a passage of a corpus: the title, if there is one, followed by the text."""
     text = text_of(path, place, row, "text")
     title = row.get("title")
     return f"{title} {text}" if isinstance(title, str) and title.strip() else text
@@ -270,26 +282,26 @@ def _index(passages: dict[str, int], text: str) -> int:
 
 
 def _require_apart(one: _Read, other: _Read) -> None:
-    """Refuse a query that is in two files: what is learnt from or chosen by cannot be measured on."""
+    """Raise ExportError if a query is in two files: data to train on, to choose by and to test on must be distinct."""
     both = [query for query in one.places if query in other.places]
     if both:
         raise ExportError(
-            f"{one.path}, {one.places[both[0]]}: the query is in {other.path}, too ({other.places[both[0]]}); "
-            f"both files have {len(both)} of them; remove them from one"
+            f"{one.path}, {one.places[both[0]]}: the query is also in {other.path} ({other.places[both[0]]}); "
+            f"both files share {len(both)} queries; remove them from one"
         )
 
 
 def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
-    """Hold some queries out, at random."""
+    """Hold out some queries at random; return the training queries and the held-out ones."""
     if len(queries) < _FEWEST_QUERIES:
         raise ExportError(
             f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or a validation file beside it"
         )
     order = np.random.default_rng(seed).permutation(len(queries))
-    unseen = np.sort(order[: min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])
-    learnt = queries.take(np.setdiff1d(order, unseen).tolist())
-    hidden = frozenset(queries.own[row] for row in unseen) - {-1}
-    relevant = tuple(known - hidden for known in learnt.relevant)
-    learnt = Queries(learnt.texts, relevant, learnt.negatives, learnt.own)
-    # A text whose fellows are all held out has nothing left to be drawn to.
-    return learnt.take(row for row in range(len(learnt)) if relevant[row]), queries.take(unseen.tolist())
+    held_out = np.sort(order[: min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])
+    training = queries.take(np.setdiff1d(order, held_out).tolist())
+    hidden = frozenset(queries.own[row] for row in held_out) - {-1}
+    relevant = tuple(known - hidden for known in training.relevant)
+    training = Queries(training.texts, relevant, training.negatives, training.own)
+    # A query without any answer left cannot be trained on.
+    return training.take(row for row in range(len(training)) if relevant[row]), queries.take(held_out.tolist())

@@ -1,4 +1,4 @@
-"""Texts' vectors by an encoder that is being tuned, what its lower layers give kept of as many as there is room for."""
+"""Embed texts with an encoder that is being trained, and cache the hidden states of the layers that stay frozen."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from emberpc.export.linear import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.backbone import Backbone, States, TokenIds
 
-#: Bytes of lower states that are kept: those of 13,000 passages of 200 tokens of 384 numbers.
+#: Default limit in bytes of the cached states: room for 13,000 passages of 200 tokens with 384 dimensions.
 ROOM = 2 * 1024**3
-#: Texts after which the room left is looked at.
+#: Number of texts after which the remaining room is checked.
 _CHUNK = 256
 
 
 class Embedder:
-    """Gives vectors of texts, which have their prompts already, as the backbone now is.
+    """Embeds texts with the current weights of a backbone. Texts must include their prompts.
 
-    Texts that there was no room for run through all layers instead, which
-    takes longer and gives the same.
+    Hidden states of the frozen lower layers are cached by `keep` as far as `room` allows. Other texts run through all
+    layers, which takes longer and gives the same vectors.
 
     Args:
-        backbone: the encoder; `keep` must be called before it is trained.
-        top: how many upper layers will be trained.
-        room: most bytes of states to keep.
-        progress: told how far the texts are.
+        backbone: the encoder; call `keep` before it is trained.
+        top: number of upper layers that will be trained.
+        room: limit of the cached states in bytes.
+        progress: called with the number of texts done.
     """
 
     def __init__(self, backbone: Backbone, top: int, *, room: int = ROOM, progress: Progress = no_progress) -> None:
@@ -40,7 +40,7 @@ class Embedder:
         self._states: dict[str, States] = {}
 
     def keep(self, texts: Sequence[str]) -> None:
-        """Run texts through the layers that stay as they are; those that come first are kept first."""
+        """Cache the states of texts after the frozen lower layers, in the order given, until the room is used up."""
         new = list(dict.fromkeys(texts))
         self.tokens(new)
         if self._top >= self._backbone.layers:
@@ -58,14 +58,14 @@ class Embedder:
         self._progress(stage, len(new), max(1, len(new)))
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the texts' token ids."""
+        """Return the token ids of each text; they are cached."""
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
             self._tokens.update(zip(new, self._backbone.tokenize(new), strict=True))
         return [self._tokens[text] for text in texts]
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return a batch's vectors, float32 (texts, dimensions), with what is needed to train on them."""
+        """Return the vectors of a batch, float32 (texts, dimensions), with gradients for training."""
         tokens = self.tokens(texts)
         if all(text in self._states for text in texts):
             return self._backbone.forward(tokens, [self._states[text] for text in texts])
@@ -73,16 +73,16 @@ class Embedder:
             return self._backbone.forward(tokens)
 
     def embed(self, texts: Sequence[str], name: str = "") -> Matrix:
-        """Return texts' vectors, float32 (texts, dimensions).
+        """Return the vectors of texts, float32 (texts, dimensions), without gradients.
 
         Args:
-            texts: at least one.
-            name: what to call it in the progress; empty: nothing is told.
+            texts: at least one text.
+            name: name of the step in the progress; empty: no progress is reported.
         """
         kept = [text for text in dict.fromkeys(texts) if text in self._states]
         rest = [text for text in dict.fromkeys(texts) if text not in self._states]
 
-        def tell(before: int) -> Progress:
+        def progress_from(before: int) -> Progress:
             def progress(stage: str, done: int, total: int, detail: str = "") -> None:
                 if name:
                     self._progress(name, before + done, len(kept) + len(rest), detail)
@@ -92,9 +92,9 @@ class Embedder:
         parts = []
         if kept:
             states = [self._states[text] for text in kept]
-            parts.append(self._backbone.embed(self.tokens(kept), states, tell(0)))
+            parts.append(self._backbone.embed(self.tokens(kept), states, progress_from(0)))
         if rest:
             with self._backbone.all_layers():
-                parts.append(self._backbone.embed(self.tokens(rest), None, tell(len(kept))))
+                parts.append(self._backbone.embed(self.tokens(rest), None, progress_from(len(kept))))
         row = {text: i for i, text in enumerate(chain(kept, rest))}
         return np.concatenate(parts)[[row[text] for text in texts]]

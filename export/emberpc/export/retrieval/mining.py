@@ -1,4 +1,4 @@
-"""Hard negatives: passages near a query that do not answer it, found by an HNSW index."""
+"""Mine hard negatives: passages near a query that do not answer it, found with an HNSW graph."""
 
 from __future__ import annotations
 
@@ -12,44 +12,52 @@ from emberpc.export.errors import ExportError
 from emberpc.export.linear import Matrix
 from emberpc.export.retrieval.data import Queries
 
-#: hnswlib's own usual parameters; the index serves one pass of queries.
+#: hnswlib's usual parameters. The graph serves one pass over the queries only.
 _M, _EF_CONSTRUCTION = 16, 200
-#: Nearest passages that negatives are picked from.
+#: Number of nearest passages that negatives are picked from.
 _NEAREST = 50
-#: A passage nearly as near as the best known answer may well be one that nobody marked: what is kept is below this
-#: share of the answer's cosine (Moreira et al., "NV-Retriever", 2024, found 0.95 the best).
+#: A passage that is almost as near as the best known answer may be an answer that nobody marked. Negatives must stay
+#: below this share of the answer's cosine (Moreira et al., "NV-Retriever", 2024, found 0.95 to be the best).
 _MARGIN = 0.95
 
 
 class Neighbours:
-    """An HNSW index over passages by cosine; it guards hnswlib, which crashes on what it does not check.
+    """An HNSW graph of passages that is searched by cosine. It checks all input, since hnswlib crashes on bad input.
 
     Args:
-        vectors: the passages', float32 (passages, dimensions).
+        vectors: vectors of the passages, float32 (passages, dimensions).
 
     Raises:
-        ExportError: there are none, or they are not finite numbers.
+        ExportError: there are no passages, or a vector is not finite.
     """
 
     def __init__(self, vectors: Matrix) -> None:
         self._units = _checked(vectors)
         self._index = hnswlib.Index(space="ip", dim=self._units.shape[1])
         self._index.init_index(len(self._units), M=_M, ef_construction=_EF_CONSTRUCTION, random_seed=0)
-        # With one thread, the same vectors give the same graph.
+        # hnswlib builds the same graph from the same vectors only with one thread.
         self._index.add_items(self._units, np.arange(len(self._units)), num_threads=1)
 
     def nearest(self, queries: Matrix, count: int) -> tuple[np.ndarray, Matrix]:
-        """Return the nearest passages' indexes, int64 (queries, n), and cosines, float32; n is `count` or all of them.
+        """Return the nearest passages of each query, the nearest first.
 
         Args:
             queries: float32 (queries, dimensions).
-            count: how many to find; at least 1.
+            count: number of passages to find for each query; at least 1.
+
+        Returns:
+            Indexes of passages, int64 (queries, n), and their cosines, float32 (queries, n), where n is the smaller of
+            `count` and the number of passages.
+
+        Raises:
+            ExportError: there are no queries, or a vector is not finite.
+            ValueError: dimensions differ from those of the passages, or `count` is below 1.
         """
         units = _checked(queries)
         if units.shape[1] != self._units.shape[1] or count < 1:
-            raise ValueError(f"{units.shape} queries, {count} wanted, {self._units.shape} passages")
+            raise ValueError(f"queries of shape {units.shape}, count {count}, passages of shape {self._units.shape}")
         if 2 * count > len(self._units):
-            # Most of them: hnswlib raises, and leaks, if its links do not lead to as many.
+            # An exact search: for most of the passages, hnswlib raises and leaks memory if its links reach too few.
             scores = units @ self._units.T
             best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             return best, np.take_along_axis(scores, best, axis=1)
@@ -59,43 +67,48 @@ class Neighbours:
 
 
 def mine(
-    asked: Matrix, found: Matrix, queries: Queries, count: int, minable: Sequence[int] | None = None
+    query_vectors: Matrix, passage_vectors: Matrix, queries: Queries, count: int, minable: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Find hard negatives for each query, the nearest first.
+    """Return hard negatives of each query, the nearest first.
 
     Args:
-        asked: the queries' vectors, float32 (queries, dimensions).
-        found: the passages', float32 (passages, dimensions).
-        queries: what is known to answer them; none of it, nor the query itself, is given.
-        count: how many are wanted for each; fewer are given if fewer are near.
+        query_vectors: float32 (queries, dimensions).
+        passage_vectors: float32 (passages, dimensions).
+        queries: the queries; their relevant passages and the query itself are never returned.
+        count: number of negatives for each query; fewer are returned if fewer are near enough.
         minable: indexes of the passages to choose from; default: all.
 
     Returns:
         Indexes of passages for each query.
+
+    Raises:
+        ExportError: there are no passages to choose from, or a vector is not finite.
     """
     if not count:
         return [[] for _ in range(len(queries))]
-    # What answers a query is mostly near it, and is passed over.
+    # The relevant passages of a query are mostly near it. Search for as many more, since they are skipped.
     most = max(len(known) for known in queries.relevant) + 1
-    rows = np.arange(len(found)) if minable is None else np.array(minable, dtype=np.int64)
-    best, scores = Neighbours(found[rows]).nearest(asked, min(len(rows), _NEAREST + min(most, _NEAREST)))
+    rows = np.arange(len(passage_vectors)) if minable is None else np.array(minable, dtype=np.int64)
+    best, scores = Neighbours(passage_vectors[rows]).nearest(
+        query_vectors, min(len(rows), _NEAREST + min(most, _NEAREST))
+    )
     best = rows[best]
-    units, asked_units = unit(found), unit(asked)
+    passage_units, query_units = unit(passage_vectors), unit(query_vectors)
     mined = []
     for row, (nearest, near) in enumerate(zip(best, scores, strict=True)):
         known = queries.relevant[row]
-        answer = float((units[sorted(known)] @ asked_units[row]).max())
+        answer = float((passage_units[sorted(known)] @ query_units[row]).max())
         limit = answer - (1 - _MARGIN) * abs(answer)
-        passed = known | {queries.own[row]}
-        kept = [int(i) for i, score in zip(nearest, near, strict=True) if score < limit and int(i) not in passed]
+        excluded = known | {queries.own[row]}
+        kept = [int(i) for i, score in zip(nearest, near, strict=True) if score < limit and int(i) not in excluded]
         mined.append(kept[:count])
     return mined
 
 
 def _checked(vectors: Matrix) -> Matrix:
-    """Return vectors of length 1 that hnswlib can take without harm."""
+    """Return vectors scaled to length 1; raise ExportError if there are none or one is not finite."""
     if vectors.ndim != 2 or not vectors.size:
-        raise ExportError("there are no vectors to search; give passages")
+        raise ExportError("there are no vectors to search; give at least one passage")
     if not np.isfinite(vectors).all():
-        raise ExportError("the encoder gives vectors that are no finite numbers; choose another one")
+        raise ExportError("the encoder returns vectors that are not finite; choose another encoder")
     return np.ascontiguousarray(unit(vectors), dtype=np.float32)

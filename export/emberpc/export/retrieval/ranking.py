@@ -1,4 +1,4 @@
-"""The training: queries drawn to their passages and away from others, by multiple-negatives ranking."""
+"""Train an embedding model for retrieval with the multiple-negatives ranking loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 
-#: Cosines are divided by it. docs/decisions/0013 has what was tried, here and below.
+#: The loss divides cosines by this. docs/decisions/0013 has the values that were tried, here and below.
 _TEMPERATURE = 0.05
-#: Mined for each query; an epoch draws of them.
+#: Number of hard negatives mined for each query. Each epoch draws some of them.
 _MINED = 4
-#: Passages that the epochs are compared on: what answers the held-out queries, and what is nearest to them.
+#: Number of passages to compare epochs on: the answers of the held-out queries, and the passages nearest to them.
 _POOL = 1000
-#: How much of the way from the original weights to the trained ones (Wortsman et al., "Robust fine-tuning of zero-shot
-#: models", 2022); the original ones are a candidate, too.
+#: Candidate weights lie on the line from the original weights (0) to the trained ones (1): Wortsman et al., "Robust
+#: fine-tuning of zero-shot models", 2022. The original weights are a candidate, too.
 _SHARES = (1.0, 0.75, 0.5)
 
 
@@ -37,24 +37,24 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Options:
-    """How to train."""
+    """Options of the training."""
 
     seed: int = 0
     epochs: int = 3
-    #: Upper layers to train; default: a third of them.
+    #: Number of upper layers to train; default: a third of all layers.
     layers: int | None = None
-    #: Hard negatives of each query in a batch, beside the passages of the others.
+    #: Number of hard negatives of each query in a batch, in addition to the passages of the batch's other queries.
     hard_negatives: int = 1
     encoder_rate: float = 1e-4
     batch: int = 32
-    #: Where the training keeps what it needs to be resumed; whoever stores the outcome removes that.
+    #: Where the training stores its checkpoints. The caller removes them once the outcome is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Trained parameters by name, of how many upper layers, and what was measured; see `tune`."""
+    """Trained weights by parameter name, the number of upper layers they belong to, and figures; see `tune`."""
 
     weights: Weights
     top: int
@@ -62,26 +62,33 @@ class Outcome:
     figures: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the tuned encoder, in sentence-transformers' form."""
+        """Write the tuned encoder in the format of sentence-transformers."""
         self.backbone.save(self.weights, self.top, folder)
 
 
 def tune(data: Data, encoder: Encoder, options: Options) -> Outcome:
-    """Tune an encoder, choosing epoch and share of the trained weights by nDCG@10 of the held-out queries.
+    """Train an encoder; choose the epoch and the share of the trained weights by nDCG@10 of the held-out queries.
+
+    Args:
+        data: passages, and the queries to train on, to choose by and to test on.
+        encoder: the encoder to train.
+        options: options of the training.
 
     Returns:
-        The weights, which are the original ones if none were better, and figures: `held_out_X_before` and `_after`,
-        and `test_X_…` if there are test queries, for each X of `measure`, among all passages; `epochs` and `share`
-        that were chosen (0: the original weights), `layers_tuned`, and `mined_negatives`.
+        The weights, and figures. The weights are the original ones if no others were better. Figures: for each figure
+        X of `measure` over all passages, `held_out_X_before` and `held_out_X_after`, and `test_X_…` likewise if there
+        are test queries; the chosen `epochs` and `share` (0: the original weights); `layers_tuned`;
+        `mined_negatives`.
 
     Raises:
-        ExportError: the encoder cannot be trained, or the loss is no longer a number.
+        ExportError: the encoder cannot be trained, or the loss is not finite.
+        NoRoomError: a checkpoint cannot be written.
     """
     return _Tuning(data, encoder, options).run()
 
 
 class _Tuning:
-    """One training; texts have their prompts before them here."""
+    """One training. Its query and passage texts include the encoder's prompts."""
 
     def __init__(self, data: Data, encoder: Encoder, options: Options) -> None:
         self._data = data
@@ -92,26 +99,28 @@ class _Tuning:
         self._top = min(layers, options.layers or max(1, layers // 3))
         self._embedder = Embedder(self._backbone, self._top, progress=options.progress)
         self._passages = [encoder.prompts.passage + text for text in data.passages]
-        self._queries = self._asked(data.train)
+        self._queries = self._prompted(data.train)
 
     def run(self) -> Outcome:
         data, backbone = self._data, self._backbone
         measured = {"held_out": data.held_out, **({"test": data.test} if data.test else {})}
-        asked = [text for queries in measured.values() for text in self._asked(queries)]
-        taught = sorted({i for known in (*data.train.relevant, *data.train.negatives) for i in known})
-        self._embedder.keep([*self._queries, *asked, *(self._passages[i] for i in taught), *self._passages])
+        measured_queries = [text for queries in measured.values() for text in self._prompted(queries)]
+        trained_on = sorted({i for known in (*data.train.relevant, *data.train.negatives) for i in known})
+        self._embedder.keep(
+            [*self._queries, *measured_queries, *(self._passages[i] for i in trained_on), *self._passages]
+        )
         parameters = backbone.train_top(self._top)
         original = backbone.weights()
-        found = self._embedder.embed(self._passages, "embedding passages before")
-        figures = self._measure(measured, found, "before")
-        negatives = self._negatives(found)
-        pool = self._pool(found)
+        passage_vectors = self._embedder.embed(self._passages, "embedding passages before")
+        figures = self._measure(measured, passage_vectors, "before")
+        negatives = self._negatives(passage_vectors)
+        pool = self._pool(passage_vectors)
 
         def score() -> float:
             vectors = self._embedder.embed([self._passages[i] for i in pool])
             return measure(self._vectors(data.held_out), vectors, data.held_out, pool)[DECIDING]
 
-        untouched = measure(self._vectors(data.held_out), found[pool], data.held_out, pool)[DECIDING]
+        untouched = measure(self._vectors(data.held_out), passage_vectors[pool], data.held_out, pool)[DECIDING]
         recipe = Recipe(self._options.epochs, self._options.encoder_rate, batch=self._options.batch)
         log = train(
             parameters,
@@ -131,35 +140,35 @@ class _Tuning:
             "mined_negatives": float(sum(map(len, negatives)) - sum(map(len, data.train.negatives))),
         }
         if share:
-            found = self._embedder.embed(self._passages, "embedding passages after")
-        figures |= self._measure(measured, found, "after")
+            passage_vectors = self._embedder.embed(self._passages, "embedding passages after")
+        figures |= self._measure(measured, passage_vectors, "after")
         return Outcome(backbone.weights(), self._top, backbone, figures)
 
-    def _asked(self, queries: Queries) -> list[str]:
+    def _prompted(self, queries: Queries) -> list[str]:
         return [self._encoder.prompts.query + text for text in queries.texts]
 
     def _vectors(self, queries: Queries) -> Matrix:
-        return self._embedder.embed(self._asked(queries))
+        return self._embedder.embed(self._prompted(queries))
 
-    def _measure(self, measured: Mapping[str, Queries], found: Matrix, when: str) -> dict[str, float]:
+    def _measure(self, measured: Mapping[str, Queries], passage_vectors: Matrix, when: str) -> dict[str, float]:
         return {
             f"{name}_{figure}_{when}": value
             for name, queries in measured.items()
-            for figure, value in measure(self._vectors(queries), found, queries).items()
+            for figure, value in measure(self._vectors(queries), passage_vectors, queries).items()
         }
 
-    def _negatives(self, found: Matrix) -> list[list[int]]:
-        """Return the hard negatives of each training query: those stated, else those mined."""
+    def _negatives(self, passage_vectors: Matrix) -> list[list[int]]:
+        """Return the hard negatives of each training query: those that the data states, or else mined ones."""
         queries = self._data.train
         count = _MINED if self._options.hard_negatives else 0
-        mined = mine(self._vectors(queries), found, queries, count, self._data.minable)
+        mined = mine(self._vectors(queries), passage_vectors, queries, count, self._data.minable)
         return [sorted(stated) or near for stated, near in zip(queries.negatives, mined, strict=True)]
 
-    def _pool(self, found: Matrix) -> np.ndarray:
-        """Return the passages that epochs are compared on, int (passages,)."""
+    def _pool(self, passage_vectors: Matrix) -> np.ndarray:
+        """Return the indexes of the passages to compare epochs on, int (passages,)."""
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))
-        nearest, _ = Neighbours(found).nearest(self._vectors(held_out), min(100, len(found)))
+        nearest, _ = Neighbours(passage_vectors).nearest(self._vectors(held_out), min(100, len(passage_vectors)))
         for i in nearest.T.ravel().tolist():  # the nearest of each query, then the second nearest, …
             if len(chosen) >= _POOL:
                 break
@@ -167,52 +176,63 @@ class _Tuning:
         return np.array(list(chosen))
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Return an epoch's batches; a row is `epoch * queries + query`, as each epoch draws other passages."""
+        """Return the batches of an epoch.
+
+        A row of a batch is `epoch * queries + query`, so that each epoch draws other passages for the same query.
+        """
         lengths = [len(self._embedder.tokens([self._passages[min(known)]])[0]) for known in self._data.train.relevant]
         batches = shuffled(lengths, self._options.batch, self._options.seed, epoch)
         return [[epoch * len(lengths) + row for row in batch] for batch in batches]
 
     def _loss(self, rows: Sequence[int], negatives: Sequence[Sequence[int]]) -> torch.Tensor:
         queries = self._data.train
-        asked: list[int] = []
+        batch_queries: list[int] = []
         answers: list[int] = []
         hard: list[int] = []
         for row in rows:
             epoch, query = divmod(row, len(queries))
             generator = np.random.default_rng((self._options.seed, epoch, query))
-            asked.append(query)
+            batch_queries.append(query)
             answers.append(int(generator.choice(sorted(queries.relevant[query]))))
             near = negatives[query]
             hard += generator.permutation(near)[: self._options.hard_negatives].tolist() if near else []
         passages = answers + hard
-        # Each text once: a passage may stand in a batch for several queries.
-        each = list(dict.fromkeys(passages))
-        place = {passage: i for i, passage in enumerate(each)}
-        vectors = self._embedder.forward([self._passages[i] for i in each])
-        found = vectors[[place[passage] for passage in passages]]
-        known = [[i in queries.relevant[query] or i == queries.own[query] for i in passages] for query in asked]
+        # Embed each text once: a passage may be in a batch for several queries.
+        distinct = list(dict.fromkeys(passages))
+        place = {passage: i for i, passage in enumerate(distinct)}
+        vectors = self._embedder.forward([self._passages[i] for i in distinct])
+        passage_vectors = vectors[[place[passage] for passage in passages]]
+        known = [[i in queries.relevant[query] or i == queries.own[query] for i in passages] for query in batch_queries]
         return multiple_negatives_ranking(
-            self._embedder.forward([self._queries[query] for query in asked]), found, torch.tensor(known)
+            self._embedder.forward([self._queries[query] for query in batch_queries]),
+            passage_vectors,
+            torch.tensor(known),
         )
 
     def _choose_share(self, original: Weights, untouched: float, reached: float, score: Callable[[], float]) -> float:
-        """Load the weights that are best on the held-out queries, between the original and the trained ones.
+        """Load the weights that score best on the held-out queries, on the line from original to trained weights.
+
+        Args:
+            original: weights before the training.
+            untouched: score of the original weights.
+            reached: score of the trained weights.
+            score: returns the score of the weights that are loaded.
 
         Returns:
-            How far they are from the original ones: 0 if none were better than those.
+            The share of the way to the trained weights; 0 if the original weights are the best.
         """
         trained = self._backbone.weights()
         scores = {0.0: untouched, _SHARES[0]: reached}
         for share in _SHARES[1:]:
             self._backbone.load(_between(original, trained, share))
             scores[share] = score()
-            self._options.progress("weighing old and new weights", len(scores) - 1, len(_SHARES))
+            self._options.progress("weighting old and new weights", len(scores) - 1, len(_SHARES))
         best = max(scores, key=lambda share: scores[share])
         self._backbone.load(_between(original, trained, best))
         return best
 
     def _checkpoint(self, recipe: Recipe, negatives: Sequence[Sequence[int]]) -> Checkpoint:
-        """Return the training's checkpoint, found again by all that its outcome depends on."""
+        """Return the checkpoint of this training; its key covers everything that the outcome depends on."""
         train, held_out = self._data.train, self._data.held_out
         return self._options.checkpoints.of(
             method="multiple-negatives-ranking",
@@ -223,7 +243,7 @@ class _Tuning:
             relevant=[sorted(known) for known in train.relevant],
             own=train.own,
             negatives=negatives,
-            held_out=self._asked(held_out),
+            held_out=self._prompted(held_out),
             answers=[sorted(known) for known in held_out.relevant],
             layers=self._top,
             hard=self._options.hard_negatives,
@@ -233,25 +253,31 @@ class _Tuning:
 
 
 def _between(original: Weights, trained: Weights, share: float) -> Weights:
-    """Return weights so far on the way from the original ones to the trained ones; at 0 and 1 exactly those."""
+    """Interpolate linearly from original weights (share 0) to trained weights (share 1); both ends are exact."""
     return {name: torch.lerp(tensor, trained[name], share) for name, tensor in original.items()}
 
 
-def multiple_negatives_ranking(asked: torch.Tensor, found: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a batch: each query is to prefer its passage to all others, and each passage its query.
+def multiple_negatives_ranking(
+    query_vectors: torch.Tensor, passage_vectors: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """Return the loss of a batch: each query must prefer its passage to all others, and each passage its query.
 
     Multiple-negatives ranking (Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply",
     2017, section 4.4) with cosines, a temperature, and both directions.
 
     Args:
-        asked: float32 (queries, dimensions).
-        found: float32 (passages, dimensions); the first ones answer the queries in order, then come hard negatives.
-        known: bool (queries, passages), whether a passage is no negative of a query; those count for neither side.
+        query_vectors: float32 (queries, dimensions).
+        passage_vectors: float32 (passages, dimensions); first the answer of each query in order, then hard negatives.
+        known: bool (queries, passages), true where a passage is not a negative of a query, for example because it
+            answers it, too. Such pairs are ignored, except for each query and its own answer.
+
+    Returns:
+        A scalar, the mean of both directions.
     """
-    scores = functional.normalize(asked, dim=1) @ functional.normalize(found, dim=1).T / _TEMPERATURE
-    wanted = torch.arange(len(asked))
+    scores = functional.normalize(query_vectors, dim=1) @ functional.normalize(passage_vectors, dim=1).T / _TEMPERATURE
+    wanted = torch.arange(len(query_vectors))
     others = known.clone()
     others[wanted, wanted] = False
     scores = scores.masked_fill(others, -torch.inf)
-    back = scores[:, : len(asked)].T
+    back = scores[:, : len(query_vectors)].T
     return (functional.cross_entropy(scores, wanted) + functional.cross_entropy(back, wanted)) / 2

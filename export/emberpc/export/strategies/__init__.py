@@ -1,4 +1,4 @@
-"""The ways to make a classifier of an encoder and labelled texts, behind one interface."""
+"""Strategies to make a classifier from an encoder and labelled texts, behind one interface."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from emberpc.export.strategies.contrastive import Contrastive
 from emberpc.export.strategies.frozen import Centroids, Linear, Nearest, ZeroShot
 from emberpc.export.strategies.layers import FullTuning, TopLayers
 
-#: All there are, from the cheapest to the most expensive.
+#: All strategies, from the cheapest to the most expensive.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (ZeroShot(), Nearest(), Centroids(), Linear(), TopLayers(), Contrastive(), FullTuning())
 }
-#: Those whose outcome is a linear head, and so can be exported as one graph.
+#: Names of the strategies whose result is a linear head, which can be exported as one graph.
 EXPORTABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.exportable)
 
 __all__ = ["EXPORTABLE", "STRATEGIES", "Fitted", "Options", "Strategy"]

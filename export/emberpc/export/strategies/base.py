@@ -1,4 +1,4 @@
-"""What all strategies have in common."""
+"""The interface of strategies, and functions that several of them use."""
 
 from __future__ import annotations
 
@@ -22,102 +22,110 @@ if TYPE_CHECKING:
 
     from emberpc.export.tuning.backbone import Backbone
 
-#: Share of the texts, and the most of them, held out to stop early and to calibrate where no validation file is given.
+#: The held-out texts serve early stopping and calibration where no validation file is given: one fold of this many,
+#: and at most this number of texts.
 _HELD_OUT_FOLDS = 5
 _MOST_HELD_OUT = 500
-#: With more texts than this, those held out are too few to be missed: the tuned model is not fitted again with them.
+#: From this number of texts on, the held-out texts are few enough to do without: the model is not trained again on all
+#: texts.
 _REFIT_BELOW = 5000
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit."""
+    """Options of a fit."""
 
     seed: int = 0
-    #: Whether every label counts alike, however many texts it has.
+    #: Whether every label has the same weight, whatever its number of texts.
     balanced: bool = False
-    #: Texts to stop early by and to calibrate on; default: some of the training texts are held out.
+    #: Texts for early stopping and calibration; default: some of the training texts are held out.
     validation: Examples | None = None
-    #: Passes over the texts; default: fewer the more texts there are.
+    #: Passes over the texts; default: the more texts, the fewer passes.
     epochs: int | None = None
-    #: Where trainings keep what they need to be resumed; whoever stores the outcome removes that.
+    #: Where trainings store their checkpoints. The caller removes them once the outcome is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """An encoder's trained parameters by name, and how many of its upper layers they are of."""
+    """Trained weights of an encoder by parameter name, and the number of upper layers that they belong to."""
 
     weights: Mapping[str, torch.Tensor]
     top: int
     backbone: Backbone
 
     def save(self, folder: Path) -> None:
-        """Write the tuned encoder, in sentence-transformers' form."""
+        """Write the tuned encoder in the format of sentence-transformers."""
         self.backbone.save(self.weights, self.top, folder)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a strategy made.
+    """Result of a strategy.
 
-    `classify` gives logits, float32 (texts, labels). `head` is the linear head
-    on the encoder's vectors that gives the same; None if no linear head can.
-    `tuned` is the encoder's new weights; None: it is as it was. `held_out` has
-    logits of texts by models fitted the same way that had not seen them.
+    `classify` returns the logits of texts, float32 (texts, labels). `head` is the linear head on the encoder's vectors
+    that gives the same logits, or None if no linear head can. `tuned` has the trained weights of the encoder, or None
+    if the encoder was not trained. `held_out` has logits of texts, from models that were fitted in the same way but not
+    on these texts.
     """
 
     classify: Callable[[Sequence[str]], Matrix]
     held_out: HeldOut
     head: Head | None = None
     tuned: Tuned | None = None
-    #: Such as the epochs or the strength of regularisation chosen.
+    #: Figures such as the epochs or the strength of regularization that were chosen.
     figures: dict[str, float] = field(default_factory=dict)
 
 
 class Strategy(Protocol):
-    """A way to make a classifier."""
+    """A method to make a classifier from labelled texts."""
 
     @property
     def name(self) -> str:
-        """What it is called on the command line."""
+        """Name on the command line."""
 
     @property
     def exportable(self) -> bool:
-        """Whether its outcome is a linear head on an encoder."""
+        """Whether its result is a linear head on an encoder."""
 
     @property
     def tunes(self) -> bool:
-        """Whether it trains the encoder's weights."""
+        """Whether it trains the weights of the encoder."""
 
     def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
-        """Fit a classifier.
+        """Fit a classifier to labelled texts.
+
+        Args:
+            examples: texts, targets, and label descriptions if there are any.
+            workbench: the encoder, with cached tokens and vectors.
+            options: options of the fit.
 
         Raises:
-            ExportError: it cannot be fitted, such as for want of label descriptions.
+            ExportError: it cannot be fitted, for example because label descriptions are missing.
         """
 
 
 def accuracy(logits: Matrix, examples: Examples) -> float:
-    """Return how right logits are, in [0, 1]."""
+    """Return the share of texts whose labels the logits give exactly, in [0, 1]; `logits`: float32 (texts, labels)."""
     return float(right(logits, examples.targets, examples.multi_label).mean())
 
 
 def standard_error(held_out: Examples | None) -> float:
-    """Return by how much an accuracy on held-out texts may be off: that of one in ten wrong (a binomial's)."""
+    """Return the standard error of an accuracy of 0.9 (binomial) on the held-out texts; 0 without held-out texts."""
     return float((0.1 * 0.9 / len(held_out.texts)) ** 0.5) if held_out else 0.0
 
 
 def no_texts(examples: Examples) -> HeldOut:
-    """Return what there is where no text was held out."""
+    """Return an empty `HeldOut` with the labels of the examples, for a fit that held out no text."""
     return HeldOut(np.zeros((0, len(examples.labels)), dtype=np.float32), examples.targets[:0])
 
 
 def split(examples: Examples, seed: int) -> tuple[Rows, Rows]:
-    """Return the indexes of texts to learn from and to hold out: a fifth of each label's, and 500 in all at most.
+    """Return the indexes of the texts to train on and of those to hold out.
 
-    The only text of a label is learnt from; so nothing may be left to hold out.
+    A fifth of each label's texts is held out, at most 500 texts in all. A label's only text is never held out, so the
+    second array may be empty.
     """
     folds = stratify(examples.targets, seed, _HELD_OUT_FOLDS)
     unseen = np.flatnonzero(folds == 0)
@@ -131,17 +139,18 @@ def fit_and_hold_out(
     examples: Examples,
     options: Options,
 ) -> Fitted:
-    """Fit so that some texts' logits come from a model that had not seen them.
+    """Fit a classifier, and compute logits of held-out texts with a model that was not trained on them.
 
-    With a validation file these are its texts. Without, some of the training
-    texts are held out; a first training on the rest tells when to stop, and
-    where texts are few, a second one on all of them gives the outcome.
+    With a validation file, its texts are the held-out ones. Otherwise some training texts are held out. A first
+    training on the others finds the best epoch. With fewer than 5,000 texts, a second training on all texts makes the
+    result.
 
     Args:
-        fit: fits to examples, given others to stop early by (or None), the epochs (or None: its own choice) and what
-            to call this training; returns the outcome and the best epoch.
+        fit: trains on examples. It gets the examples, the texts for early stopping (or None), the number of epochs (or
+            None for its default) and the name of the training for the progress. It returns the result and the best
+            epoch.
         examples: all training texts.
-        options: how.
+        options: options of the fit.
     """
     if options.validation is not None:
         fitted, _ = fit(examples, options.validation, options.epochs, "training")
@@ -152,7 +161,7 @@ def fit_and_hold_out(
         return fitted
     held_out = examples.take(unseen)
     refit = len(examples.texts) < _REFIT_BELOW
-    stage = "training to see when to stop" if refit else "training"
+    stage = "training to find the best epoch" if refit else "training"
     first, epochs = fit(examples.take(seen), held_out, options.epochs, stage)
     if not refit:
         return _with_held_out(first, first, held_out, unseen)
@@ -161,6 +170,6 @@ def fit_and_hold_out(
 
 
 def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -> Fitted:
-    """Return what was fitted, with the logits that another fit gave texts that it had not seen."""
+    """Return `fitted` with the logits of the held-out texts by the classifier `by`, which was not trained on them."""
     logits = by.classify(held_out.texts)
     return replace(fitted, held_out=HeldOut(logits, held_out.targets, rows, unseen=by is fitted))

@@ -1,4 +1,4 @@
-"""Strategies that leave the encoder as it is: label descriptions alone, nearest examples, centroids, a linear head."""
+"""Strategies that do not train the encoder: label descriptions, nearest examples, centroids, a linear head."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from emberpc.export.linear import Matrix, balanced_weights, cross_validate, stra
 from emberpc.export.strategies.base import Fitted, Options, no_texts
 from emberpc.export.workbench import Workbench
 
-#: A cosine is in [-1, 1]; so many times that, softmax can tell. The temperature has the last word.
+#: Factor that turns a cosine, in [-1, 1], into a logit of a range that softmax can use. Calibration fits a temperature
+#: on top of it.
 COSINE_SCALE = 10.0
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """The label whose description is nearest to the text; learns nothing from the texts."""
+    """Gives the label whose description is nearest to the text; the training texts are not used for fitting."""
 
     name: str = "zero-shot"
     exportable: bool = True
     tunes: bool = False
 
     def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
-        """Make the descriptions' vectors a head."""
+        """Use the vectors of the label descriptions as the head; see `Strategy.fit`."""
         if not examples.descriptions:
-            raise ExportError("zero-shot goes by the labels' descriptions, and there are none; give some")
+            raise ExportError("the strategy zero-shot needs label descriptions, and there are none; give them")
         head = prototypes(workbench.vectors(examples.descriptions))
-        held_out = options.validation or examples  # all are texts that it did not learn from
+        held_out = options.validation or examples  # the strategy learns from no text, so all texts are held out
         if not held_out.texts:
-            return Fitted(_by(head, workbench), no_texts(examples), head)
+            return Fitted(_classify_by(head, workbench), no_texts(examples), head)
         logits = head.logits(workbench.vectors(held_out.texts))
         rows = np.arange(0 if options.validation else len(examples.texts))
-        return Fitted(_by(head, workbench), HeldOut(logits, held_out.targets, rows, unseen=True), head)
+        return Fitted(_classify_by(head, workbench), HeldOut(logits, held_out.targets, rows, unseen=True), head)
 
 
 @dataclass(frozen=True)
 class Centroids:
-    """The label whose examples' mean is nearest to the text."""
+    """Gives the label whose mean vector of examples is nearest to the text."""
 
     name: str = "centroids"
     exportable: bool = True
     tunes: bool = False
 
     def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
-        """Make the means of the labels' vectors a head."""
+        """Use the mean vector of each label as the head; see `Strategy.fit`."""
 
         def fit_head(known: Examples) -> Head:
             return prototypes(class_means(workbench.vectors(known.texts), known))
@@ -59,23 +60,23 @@ class Centroids:
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             return fit_head(known.described()).logits(workbench.vectors(texts))
 
-        return Fitted(_by(head, workbench), _hold_out(classify, examples, options), head)
+        return Fitted(_classify_by(head, workbench), _hold_out(classify, examples, options), head)
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The label of the nearest example; no linear head can do that, so it is not for export."""
+    """Gives the label of the nearest example. It is not exportable: no linear head can compute it."""
 
     name: str = "nearest"
     exportable: bool = False
     tunes: bool = False
 
     def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
-        """Keep the examples' vectors; there is nothing to fit."""
+        """Cache the vectors of the examples; nothing is trained. See `Strategy.fit`."""
 
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             kept, vectors = unit(workbench.vectors(known.texts)), unit(workbench.vectors(texts))
-            # Examples sorted by label, so that each label's best is one reduction; -1 where a label has none.
+            # The score of a label is the largest cosine to one of its examples; -1 for a label without examples.
             found = np.full((len(texts), len(known.labels)), -1.0, dtype=np.float32)
             for label in range(len(known.labels)):
                 own = known.targets[:, label]
@@ -84,7 +85,7 @@ class Nearest:
             return COSINE_SCALE * found
 
         described = examples.described()
-        workbench.vectors(described.texts)  # kept from now on
+        workbench.vectors(described.texts)  # fills the cache
         return Fitted(
             lambda texts: classify(described, texts),
             _hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
@@ -93,14 +94,14 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Linear:
-    """Logistic regression on the encoder's vectors, with the strength of regularisation chosen by cross-validation."""
+    """Logistic regression on the encoder's vectors, with its regularization chosen by cross-validation."""
 
     name: str = "linear"
     exportable: bool = True
     tunes: bool = False
 
     def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
-        """Fit the head."""
+        """Fit the head by logistic regression; see `Strategy.fit`."""
         described = examples.described()
         found = cross_validate(
             workbench.vectors(described.texts),
@@ -115,26 +116,41 @@ class Linear:
         if options.validation is not None:
             logits = found.head.logits(workbench.vectors(options.validation.texts))
             held_out = HeldOut(logits, options.validation.targets)
-        return Fitted(_by(found.head, workbench), held_out, found.head, figures={"regularisation_c": found.c})
+        return Fitted(_classify_by(found.head, workbench), held_out, found.head, figures={"regularisation_c": found.c})
 
 
 def class_means(vectors: Matrix, examples: Examples) -> Matrix:
-    """Return the mean of each label's vectors, float32 (labels, dimensions), of length 1; zeros for one without any."""
+    """Return the mean vector of each label's texts, scaled to length 1, float32 (labels, dimensions).
+
+    Args:
+        vectors: vectors of the examples, float32 (texts, dimensions).
+        examples: the examples; a label without texts gets zeros.
+    """
     counts = np.maximum(examples.targets.sum(axis=0), 1)[:, None]
     return unit(np.asarray(examples.targets.T.astype(np.float32) @ unit(vectors) / counts, dtype=np.float32))
 
 
 def prototypes(vectors: Matrix) -> Head:
-    """Return the head that gives the cosine to each label's vector, (labels, dimensions), times the scale."""
+    """Return the head whose logits are `COSINE_SCALE` times the cosine to each label's vector.
+
+    Args:
+        vectors: a vector of each label, float32 (labels, dimensions).
+    """
     return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
 
 
-def _by(head: Head, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
+def _classify_by(head: Head, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
     return lambda texts: head.logits(workbench.vectors(texts))
 
 
 def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:
-    """Give texts logits by examples that they are not among: the validation texts, or all in turn."""
+    """Return logits of held-out texts: of the validation texts, or by cross-validation of the examples.
+
+    Args:
+        classify: returns the logits of texts by a classifier that is fitted to the examples given.
+        examples: the training texts.
+        options: options of the fit.
+    """
     if options.validation is not None:
         return HeldOut(classify(examples, options.validation.texts), options.validation.targets)
     folds = stratify(examples.targets, options.seed)

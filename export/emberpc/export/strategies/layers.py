@@ -1,4 +1,4 @@
-"""Strategies that tune the encoder's layers together with a head: the upper ones, or all of them."""
+"""Strategies that train layers of the encoder together with a head: the upper layers, or all of them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from emberpc.export.tuning.checkpoint import Checkpoint
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 from emberpc.export.workbench import Workbench
 
-#: Of the tuned weights in what is kept; the rest is the original ones' (Wortsman et al., "Robust fine-tuning of
-#: zero-shot models", 2022). The mean of both is more accurate than either (docs/decisions/0010).
+#: Share of the trained weights in the result; the rest comes from the original weights (Wortsman et al., "Robust
+#: fine-tuning of zero-shot models", 2022). The weighted mean is more accurate than either (docs/decisions/0010).
 _TUNED_SHARE = 0.8
-#: From so many texts of each label on, half of the layers have enough to learn from.
+#: From this mean number of texts of a label on, half of the layers are trained instead of a third.
 _HALF_FROM = 64
 
 
 class _CosineHead(nn.Module):
-    """Logits = scale × cosine(vector, the label's own vector) + bias; a linear head once it is trained.
+    """Logits = scale × cosine(vector, vector of the label) + bias. Once trained, it is a linear head.
 
-    Started from the means of the labels' vectors it knows what centroids know
-    before its first step, which few examples need (docs/decisions/0010).
+    It starts from the mean vector of each label, so it begins with the accuracy of the strategy centroids. With few
+    examples this helps (docs/decisions/0010).
     """
 
     def __init__(self, means: Matrix, *, multi_label: bool) -> None:
         super().__init__()
         self.labels = nn.Parameter(torch.from_numpy(means))
-        # Labels that do not exclude each other each need a cosine of their own from which they are given.
+        # With several labels for a text, each label needs its own cosine above which it is given. The bias learns it.
         self.bias = nn.Parameter(torch.full((len(means),), -COSINE_SCALE / 2 if multi_label else 0.0))
         self.bias.requires_grad_(multi_label)
 
@@ -52,7 +52,7 @@ class _CosineHead(nn.Module):
 
 @dataclass(frozen=True)
 class _Layers:
-    """Tunes layers and head together."""
+    """Strategy that trains layers and head together; subclasses choose the layers."""
 
     name: str
     encoder_rate: float
@@ -60,11 +60,11 @@ class _Layers:
     tunes: bool = True
 
     def top(self, layers: int, per_label: float) -> int:
-        """Return how many of an encoder's layers are tuned, with so many texts of each label."""
+        """Return the number of upper layers to train, for an encoder's layers and the mean texts of a label."""
         raise NotImplementedError
 
     def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
-        """Train, stopping early by texts that are held out."""
+        """Train with early stopping on held-out texts; see `Strategy.fit`."""
 
         def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
             return self._train(known.described(), held_out, epochs, stage, workbench, options)
@@ -84,7 +84,8 @@ class _Layers:
         top = self.top(backbone.layers, examples.per_label)
         tokens, states = workbench.tokens(examples.texts), workbench.states(examples.texts, top)
         if held_out is not None:
-            workbench.states(held_out.texts, top)  # before the training: the lower layers run with the original weights
+            # Cache these states before the training: the lower layers must run with the original weights.
+            workbench.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         original = backbone.weights()
         means = class_means(workbench.vectors(examples.texts), examples)
@@ -122,18 +123,18 @@ class _Layers:
 
 
 class TopLayers(_Layers):
-    """Tunes the upper third of the layers, or half with many texts; what the lower ones give is computed once."""
+    """Trains the upper third of the layers, or half with many texts; states of the lower layers are computed once."""
 
     def __init__(self) -> None:
         super().__init__("top-layers", 2e-4)
 
     def top(self, layers: int, per_label: float) -> int:
-        """Return a third of the layers, or half, at least one."""
+        """Return a third of the layers, or half of them from 64 texts of each label on; at least one."""
         return max(1, layers // (2 if per_label >= _HALF_FROM else 3))
 
 
 class FullTuning(_Layers):
-    """Tunes all there is."""
+    """Trains all layers."""
 
     def __init__(self) -> None:
         super().__init__("full", 1e-4)
@@ -144,7 +145,10 @@ class FullTuning(_Layers):
 
 
 def by_tuned(head: Head, tuned: Tuned, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
-    """Return what gives texts their logits by a tuned encoder, whatever the encoder was tuned to since."""
+    """Return a function that returns the logits of texts by a tuned encoder.
+
+    It loads the tuned weights at each call, since the backbone may have been trained for something else meanwhile.
+    """
 
     def classify(texts: Sequence[str]) -> Matrix:
         tokens, states = workbench.tokens(texts), workbench.states(texts, tuned.top)
@@ -158,7 +162,7 @@ def by_tuned(head: Head, tuned: Tuned, workbench: Workbench) -> Callable[[Sequen
 def checkpoint_of(
     strategy: str, examples: Examples, held_out: Examples | None, recipe: Recipe, workbench: Workbench, options: Options
 ) -> Checkpoint:
-    """Return the checkpoint of one training, found again by all that its outcome depends on."""
+    """Return the checkpoint of one training; its key covers everything that the outcome depends on."""
     encoder = workbench.encoder
     return options.checkpoints.of(
         strategy=strategy,
@@ -175,12 +179,20 @@ def checkpoint_of(
 
 
 def default_epochs(per_label: float) -> int:
-    """Return how often to go over the texts: 10 times with 4 a label, 8 with 16, 6 with 64, 5 with more, at most 12."""
+    """Return the default number of epochs, from 5 to 12: with 4 texts of each label 10, with 16 texts 8, with 64 6."""
     return max(5, min(12, round(12 - log2(max(per_label, 1)))))
 
 
 def loss_by_targets(examples: Examples, *, balanced: bool) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
-    """Return the loss of a batch's logits: cross-entropy, or of each label by itself if multi-label."""
+    """Return the loss of a batch's logits: cross-entropy, or binary cross-entropy summed over labels if multi-label.
+
+    Args:
+        examples: the training texts.
+        balanced: whether every label has the same weight.
+
+    Returns:
+        A function of logits, float32 (texts, labels), and of the texts' indexes; it returns a scalar.
+    """
     wanted = torch.from_numpy(examples.targets.astype(np.float32))
     weights = torch.from_numpy(balanced_weights(examples.targets)) if balanced else torch.ones(len(wanted))
 

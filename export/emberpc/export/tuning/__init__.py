@@ -1,1 +1,1 @@
-"""Training an encoder on a CPU: its layers, run once where they stay as they are, and the loop."""
+"""Training of an encoder on a CPU: frozen layers that run once, checkpoints, and the training loop."""

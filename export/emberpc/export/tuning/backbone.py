@@ -1,4 +1,4 @@
-"""A PyTorch encoder whose lower layers can be run once and kept, so that training pays for the upper ones only."""
+"""A PyTorch encoder whose frozen lower layers run once per text; training steps run the upper layers only."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 from emberpc.export.progress import Progress, no_progress
 
-#: Texts of a batch where nothing is trained; those of like length go together.
+#: Texts of a batch when nothing is trained. Batches are made of texts of similar length.
 _BATCH = 32
 
 TokenIds = Sequence[int]
-#: A text's hidden states as they leave the lower layers: float16 (its tokens, hidden size). Half precision halves the
-#: memory (17 MB for 1,000 texts of 20 tokens of 384 numbers), and training does not notice.
+#: Hidden states of a text after the frozen lower layers: float16 (tokens, hidden size). Half precision halves the
+#: memory (17 MB for 1,000 texts of 20 tokens with 384 dimensions) and does not change the training measurably.
 States = npt.NDArray[np.float16]
 
 
-class _Kept(nn.Module):
-    """Stands in for the lower layers: gives the states that they gave, whatever it is called with.
+class _CachedStates(nn.Module):
+    """Takes the place of the lower layers and returns their cached states, whatever its input.
 
-    So the model runs as it always does, and its own code makes the masks and
-    position biases that the upper layers need, whatever its architecture.
+    The rest of the model runs unchanged. Its own code computes the masks and position biases that the upper layers
+    need, for every architecture.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,13 @@ class _Kept(nn.Module):
 
 
 class Backbone:
-    """An encoder with its pooling in PyTorch, made ready to be trained in part.
+    """An encoder with its pooling in PyTorch, prepared for training of its upper layers.
 
     Args:
-        encoder: what to load.
+        encoder: the encoder to load.
 
     Raises:
-        ExportError: sentence-transformers cannot load it, or where its layers are cannot be seen.
+        ExportError: sentence-transformers cannot load it, or its list of layers is not found.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -59,23 +59,23 @@ class Backbone:
         ):
             self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True)
         self.model.max_seq_length = encoder.max_tokens
-        # Without dropout: over so few epochs it changed nothing that could be measured.
+        # Dropout is off: over so few epochs it made no measurable difference.
         self.model.eval()
         self._transformer = self.model[0].auto_model
         self._owner, self._name = self._find_layers()
         self._layers = list(getattr(self._owner, self._name))
-        self._kept = _Kept()
+        self._cached = _CachedStates()
         self._trained: dict[str, nn.Parameter] = {}
         self._original: dict[str, torch.Tensor] = {}
         self._frozen = 0
 
     @property
     def layers(self) -> int:
-        """How many layers the encoder has."""
+        """Number of layers of the encoder."""
         return len(self._layers)
 
     def _find_layers(self) -> tuple[nn.Module, str]:
-        """Return the module that holds the list of layers, and the list's name there."""
+        """Return the module that holds the list of layers, and the list's attribute name; raise ExportError if none."""
         config = self._transformer.config
         count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None)
         for module in self._transformer.modules():
@@ -83,11 +83,11 @@ class Backbone:
                 if isinstance(child, nn.ModuleList) and len(child) == count:
                     return module, name
         raise ExportError(
-            f"{self.encoder.name} has no list of {count} layers that could be trained apart; use the strategy linear"
+            f"{self.encoder.name} has no list of {count} layers that could be trained; use the strategy linear"
         )
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of texts, cut at the encoder's most tokens; no prompt is added."""
+        """Return the token ids of texts, truncated at the encoder's most tokens; no prompt is added."""
         given = [text.lower() for text in texts] if self.encoder.lower_case else list(texts)
         found: list[TokenIds] = self.model.tokenizer(
             given, truncation=True, max_length=self.encoder.max_tokens, return_attention_mask=False
@@ -95,10 +95,10 @@ class Backbone:
         return found
 
     def train_top(self, top: int) -> dict[str, nn.Parameter]:
-        """Start anew from the original weights, with the upper `top` layers and what stands behind them to be trained.
+        """Restore the original weights, and set the upper `top` layers and all modules behind them to be trained.
 
         Returns:
-            The parameters to train, by name: of all there is if `top` is all layers.
+            The parameters to train, by name; if `top` is the number of layers, all parameters of the model.
         """
         self.reset()
         upper = self._layers[self.layers - top :]
@@ -108,7 +108,7 @@ class Backbone:
         self._trained = {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            # BERT's pooler plays no part in the token vectors.
+            # BERT's pooler does not affect the token vectors.
             if parameter.requires_grad and "pooler" not in name.split(".")
         }
         self._original = self.weights()
@@ -116,31 +116,35 @@ class Backbone:
         return self._trained
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the parameters that are trained."""
+        """Return a copy of the trained parameters, by name."""
         return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give the parameters that are trained other values."""
+        """Set the trained parameters to other values.
+
+        Raises:
+            KeyError: a parameter is missing in `weights`.
+        """
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(weights[name])
 
     def reset(self) -> None:
-        """Put the original weights and all layers back; nothing is to be trained."""
+        """Restore the original weights and all layers; set no parameter to be trained."""
         self.load(self._original)
         self._trained, self._original = {}, {}
         self.model.requires_grad_(False)
         self._freeze(self.layers)
 
     def _freeze(self, top: int) -> None:
-        """Run the upper `top` layers only; the states that those below give are put in instead of them."""
+        """Run only the upper `top` layers from now on; cached states take the place of the layers below."""
         self._frozen = self.layers - top
         upper = self._layers[self._frozen :]
-        setattr(self._owner, self._name, nn.ModuleList([self._kept, *upper] if self._frozen else upper))
+        setattr(self._owner, self._name, nn.ModuleList([self._cached, *upper] if self._frozen else upper))
 
     @contextmanager
     def all_layers(self) -> Iterator[None]:
-        """Run all layers meanwhile, the trained ones as they now are: for texts whose lower states are not at hand."""
+        """Run all layers inside the block, with the current weights: for texts whose lower states are not cached."""
         top = self.layers - self._frozen
         self._freeze(self.layers)
         try:
@@ -149,7 +153,7 @@ class Backbone:
             self._freeze(top)
 
     def lower_states(self, tokens: Sequence[TokenIds], top: int, progress: Progress = no_progress) -> list[States]:
-        """Run the layers below the upper `top` once over texts, and return what they give for each."""
+        """Run the layers below the upper `top` once, with the original weights; return their states for each text."""
         self.reset()
         caught: list[torch.Tensor] = []
 
@@ -175,28 +179,31 @@ class Backbone:
         return [states for states in found if states is not None]
 
     def forward(self, tokens: Sequence[TokenIds], states: Sequence[States] | None = None) -> torch.Tensor:
-        """Return the vectors of a batch of texts as the model now is, float32 (texts, dimensions).
+        """Return the vectors of a batch of texts with the current weights, float32 (texts, dimensions).
 
         Args:
             tokens: token ids of each text.
-            states: what the lower layers gave for each; not needed if all layers are trained.
+            states: cached states of each text; not needed if no layer is frozen.
+
+        Raises:
+            ValueError: layers are frozen and `states` is None.
         """
         features = self._features(tokens)
         if self._frozen:
             if states is None:
-                raise ValueError("the lower layers are taken out; their states are needed")
+                raise ValueError("the lower layers are frozen; pass their states")
             length = features["input_ids"].shape[1]
             padded = np.zeros((len(states), length, states[0].shape[1]), dtype=np.float32)
             for row, own in zip(padded, states, strict=True):
                 row[: len(own)] = own
-            self._kept.states = torch.from_numpy(padded)
+            self._cached.states = torch.from_numpy(padded)
         found: torch.Tensor = self.model(features)["sentence_embedding"]
         return found
 
     def embed(
         self, tokens: Sequence[TokenIds], states: Sequence[States] | None = None, progress: Progress = no_progress
     ) -> npt.NDArray[np.float32]:
-        """Embed texts as the model now is; float32 (texts, dimensions)."""
+        """Embed texts with the current weights, without gradients; return float32 (texts, dimensions)."""
         found: dict[int, npt.NDArray[np.float32]] = {}
         for rows in by_length(tokens, _BATCH):
             with torch.inference_mode():
@@ -206,12 +213,15 @@ class Backbone:
         return np.stack([found[row] for row in range(len(tokens))])
 
     def save(self, weights: Mapping[str, torch.Tensor], top: int, folder: Path) -> None:
-        """Write the model with trained weights, in sentence-transformers' form; it then has its original ones again.
+        """Write the model with trained weights in the format of sentence-transformers; then restore the original ones.
 
         Args:
-            weights: as `weights` returned them.
-            top: what `train_top` was given.
-            folder: where to.
+            weights: the result of `weights`.
+            top: the argument of `train_top` for these weights.
+            folder: folder to write to.
+
+        Raises:
+            ExportError: the folder cannot be written.
         """
         self.train_top(top)
         self.load(weights)
@@ -231,7 +241,7 @@ class Backbone:
 
 
 def by_length(tokens: Sequence[TokenIds], size: int) -> Iterator[list[int]]:
-    """Give the texts' indexes in batches of like length, the shortest first."""
+    """Yield the indexes of texts in batches of similar length, the shortest texts first."""
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

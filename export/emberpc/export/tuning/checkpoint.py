@@ -1,4 +1,4 @@
-"""What a training needs to go on where it was interrupted."""
+"""Checkpoints: files from which an interrupted training continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emberpc.export.workbench import Cost
 
 @dataclass
 class TrainingState:
-    """A training after some epochs, or all: tensors by name, how its epochs went, and what they took."""
+    """State of a training after some or all epochs: tensors by name, scores of the epochs, and time spent."""
 
     tensors: dict[str, torch.Tensor]
     epoch: int = 0
@@ -28,23 +28,24 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of the trainings that one outcome takes, in a folder; removed once that is stored.
+    """The checkpoints of all trainings that one outcome needs, in a folder. Remove them once the outcome is stored.
 
     Args:
-        folder: where they are kept; it is made if need be. None: nowhere.
+        folder: folder of the files; it is created if it does not exist. None: nothing is stored.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._given: list[Checkpoint] = []
-        #: What the trainings took before this process went on with them.
+        #: Time that resumed trainings had taken before this process continued them.
         self.spent = Cost()
 
     def of(self, **what: object) -> Checkpoint:
-        """Return the checkpoint of one training, found again by all that it depends on.
+        """Return the checkpoint of one training. The same arguments give the same file.
 
         Args:
-            what: all that it depends on: texts, labels, encoder, seed and so on; texts or plain data.
+            what: everything that the training's result depends on: texts, labels, encoder, seed and so on. Values are
+                plain data or have a `repr` that identifies them.
         """
         if self._folder is None:
             return Checkpoint(None)
@@ -53,17 +54,17 @@ class Checkpoints:
         return self._given[-1]
 
     def remove(self) -> None:
-        """Forget all that were given: what came of the trainings is stored."""
+        """Delete all checkpoints that `of` returned."""
         for checkpoint in self._given:
             checkpoint.remove()
 
 
 class Checkpoint:
-    """One training's checkpoint.
+    """The checkpoint of one training.
 
     Args:
-        path: its file; None keeps nothing.
-        spent: what a training took that is gone on with is added to it.
+        path: its file; None: nothing is stored.
+        spent: `read` adds the time of a resumed training to it.
     """
 
     def __init__(self, path: Path | None, spent: Cost | None = None) -> None:
@@ -71,7 +72,7 @@ class Checkpoint:
         self._spent = spent or Cost()
 
     def read(self) -> TrainingState | None:
-        """Return the state that was kept, or None if there is none that can be read."""
+        """Return the stored state, or None if there is no file or it cannot be read."""
         if self._path is None or not self._path.exists():
             return None
         try:
@@ -81,16 +82,16 @@ class Checkpoint:
                 spent = Cost(float(metadata["seconds"]), float(metadata["cpu_seconds"]))
                 state = TrainingState(tensors, int(metadata["epoch"]), json.loads(metadata["scores"]), spent)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-            return None  # it was of some other training, or damaged: begin anew
+            return None  # the file is damaged or has another format: start from the beginning
         self._spent.seconds += spent.seconds
         self._spent.cpu_seconds += spent.cpu_seconds
         return state
 
     def write(self, state: TrainingState) -> None:
-        """Keep a state in place of the one before.
+        """Store a state in place of the previous one.
 
         Raises:
-            NoRoomError: the folder cannot be written to.
+            NoRoomError: the file cannot be written.
         """
         if self._path is None:
             return
@@ -111,6 +112,6 @@ class Checkpoint:
             ) from error
 
     def remove(self) -> None:
-        """Forget the state."""
+        """Delete the file."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and linear decay, early stopping, and going on after an interruption."""
+"""The training loop: AdamW, warm-up and linear decay, early stopping, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.checkpoint import Checkpoint, TrainingState
 from emberpc.export.workbench import Cost
 
-#: So many batches are put together before their texts are sorted by length: short with short wastes little on padding.
+#: Number of batches whose texts are sorted by length together: batches of similar length need little padding.
 _BUCKET = 8
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: the rates are AdamW's at their peak, after a tenth of the steps; then they fall to 0 in a line."""
+    """Hyperparameters of a training.
+
+    The learning rates are AdamW's peak values. They rise linearly over the first `warm_up` share of the steps, and then
+    fall linearly to 0.
+    """
 
     epochs: int
     encoder_rate: float = 2e-4
@@ -30,13 +34,13 @@ class Recipe:
     warm_up: float = 0.1
     weight_decay: float = 0.01
     most_gradient: float = 1.0
-    #: Stop when so many epochs in a row were worse than the best one on held-out texts.
+    #: Stop after this many epochs in a row that scored worse than the best one on the held-out texts.
     patience: int = 3
 
 
 @dataclass(frozen=True)
 class Log:
-    """How a training went: the mean loss of each epoch, the held-out scores, and the epoch whose weights were kept."""
+    """Course of a training: mean loss and held-out score of each epoch, and the epoch whose weights were kept."""
 
     losses: list[float]
     scores: list[float] = field(default_factory=list)
@@ -59,22 +63,26 @@ def train(
     """Train parameters in place.
 
     Args:
-        parameters: of the encoder.
-        heads: of what stands on it, which learns faster and without weight decay.
-        batches: gives an epoch's batches of texts' indexes; the same for the same epoch.
-        loss_of: the mean loss of a batch.
-        recipe: how.
-        score: measures on held-out texts after each epoch, the higher the better: weights are kept of the last epoch
-            that is as good as the best. Default: those of the last one.
-        tolerance: a score so much below the best is as good: the standard error, or where few texts are held out
-            chance would stop the training.
-        checkpoint: where to keep the state after each epoch, and to find one to go on from; a training that is done
-            leaves its weights there, for whoever stores what comes of it to remove.
-        stage: what to call it in the progress.
-        progress: told of every step, the loss and the time left.
+        parameters: parameters of the encoder, by name.
+        heads: parameters of the head, by name; they have their own learning rate and no weight decay.
+        batches: returns the batches of an epoch as indexes of texts; for the same epoch always the same.
+        loss_of: returns the mean loss of a batch.
+        recipe: hyperparameters.
+        score: called after each epoch; returns a score on held-out texts, greater is better. The weights of the last
+            epoch that is as good as the best are kept. Default: the weights of the last epoch are kept.
+        tolerance: a score that is lower than the best by at most this much is as good. Give the standard error:
+            otherwise chance would stop the training where few texts are held out.
+        checkpoint: stores the state after each epoch; a stored state is resumed. A finished training leaves its weights
+            there, and the caller removes them once the result is stored.
+        stage: name of the step in the progress.
+        progress: called at every step with the loss and the remaining seconds.
+
+    Returns:
+        The course of the training; losses only of the epochs of this process.
 
     Raises:
-        ExportError: the loss is no longer a number.
+        ExportError: the loss is not finite.
+        NoRoomError: the checkpoint cannot be written.
     """
     checkpoint = checkpoint or Checkpoint(None)
     everything = {**parameters, **heads}
@@ -124,19 +132,19 @@ def train(
         with torch.no_grad():
             for name, parameter in everything.items():
                 parameter.copy_(best[name])
-    # It stays until what comes of the training is stored; the optimizer's state, twice the weights, need not.
+    # Keep the weights until the result is stored, but not the optimizer's state, which is twice their size.
     checkpoint.write(TrainingState(_values(everything), recipe.epochs, log.scores, spent()))
     return Log(log.losses, log.scores, _best_epoch(log.scores, tolerance) if log.scores else recipe.epochs)
 
 
 def shuffled(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return an epoch's batches of texts' indexes: in random order, and of like length within a batch.
+    """Return the batches of an epoch as indexes of texts: in random order, with texts of similar length in a batch.
 
     Args:
-        lengths: tokens of each text.
-        size: texts of a batch.
-        seed: of the order.
-        epoch: each has an order of its own.
+        lengths: number of tokens of each text.
+        size: number of texts of a batch.
+        seed: seed of the order.
+        epoch: number of the epoch; each has another order.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths)).tolist()
@@ -148,7 +156,7 @@ def shuffled(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[l
 
 
 def _best_epoch(scores: Sequence[float], tolerance: float) -> int:
-    """Return the number of the last epoch, from 1, whose score is the best or as good; 0 before the first."""
+    """Return the number, from 1, of the last epoch whose score is within `tolerance` of the best; 0 without epochs."""
     return max((i for i, score in enumerate(scores, 1) if score >= max(scores) - tolerance), default=0)
 
 
@@ -174,7 +182,7 @@ def _state(
 def _resumed(
     checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[TrainingState, dict[str, torch.Tensor]]:
-    """Go back to the state that was kept, if there is one; return it with the best epoch's weights."""
+    """Load the stored state into parameters and optimizer if there is one; return it with the best epoch's weights."""
     state = checkpoint.read()
     if state is None:
         return TrainingState({}), {}
@@ -182,7 +190,7 @@ def _resumed(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors[f"value.{name}"])
-            if f"step.{name}" in state.tensors:  # else the training was done
+            if f"step.{name}" in state.tensors:  # absent once the training is finished
                 optimizer.state[parameter] = {kind: state.tensors[f"{kind}.{name}"] for kind in kinds}
     prefix = "best."
     best = {name.removeprefix(prefix): t for name, t in state.tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Variants of a bundle's graph: what can be made of the fp32 one, what that costs and gains, and what is kept."""
+"""Variants of a bundle's graph: make them from fp32, measure their accuracy and speed, and choose which to keep."""
 
 from emberpc.export.variants.candidates import CANDIDATES, Candidate
 from emberpc.export.variants.choosing import AUTO, FP32, add_variants, check_names

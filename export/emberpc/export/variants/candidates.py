@@ -1,4 +1,4 @@
-"""The variants that can be made, each with its file and the bound that it keeps to."""
+"""The variants that can be made, each with its file name and its accuracy bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emberpc.export.runner import Feeds
 from emberpc.export.variants import surgery
 from emberpc.export.variants.outliers import find_outliers
 
-#: Other orders of the same float32 operations.
+#: Bound for graphs with the same float32 operations in another order.
 _SAME = Bound(
     cosine_min=0.9999,
     difference_max=0.001,
@@ -22,7 +22,7 @@ _SAME = Bound(
     accuracy_share=0.995,
     ndcg_share=0.995,
 )
-#: Eleven bits of each weight are kept: one in ten thousand of its size is lost.
+#: Bound for fp16: weights keep eleven bits, a relative error of up to one in ten thousand.
 _FP16 = Bound(
     cosine_min=0.999,
     difference_max=0.02,
@@ -32,8 +32,9 @@ _FP16 = Bound(
     accuracy_share=0.99,
     ndcg_share=0.99,
 )
-#: Measured on all-MiniLM-L6-v2 (docs/variants.md): see there what each figure is. The least cosine and the greatest
-#: difference are for any text on any host, and so leave room. Below 0.9 of the neighbours a search is another search.
+#: Bound for int8, from measurements on all-MiniLM-L6-v2; docs/variants.md explains each figure. The least cosine and
+#: the greatest difference hold for any text on any host, so they leave room. Below an agreement of 0.9, a search
+#: returns noticeably other hits.
 _INT8 = Bound(
     cosine_min=0.96,
     difference_max=0.3,
@@ -43,7 +44,8 @@ _INT8 = Bound(
     accuracy_share=0.99,
     ndcg_share=0.99,
 )
-#: Nearer to fp32 than weights with one scale for a whole matrix, which are known to be bad (a cosine of 0.963).
+#: Bound for int8 without split outliers. It refuses weights with one scale for a whole matrix, which are known to be
+#: bad (a cosine of 0.963).
 _INT8_FAST = Bound(
     cosine_min=0.95,
     difference_max=0.4,
@@ -57,12 +59,12 @@ _INT8_FAST = Bound(
 
 @dataclass(frozen=True)
 class Material:
-    """What a variant is made of.
+    """Input for making a variant.
 
     Args:
-        model: the graph of fp32; `make` may change it.
-        model_type: of the encoder's config.json.
-        texts: some texts, each a batch of its own, to see what values come up.
+        model: the fp32 graph; `make` may change it in place.
+        model_type: `model_type` of the encoder's config.json.
+        texts: some texts, each as a batch of its own, to observe activations with.
     """
 
     model: onnx.ModelProto
@@ -74,11 +76,11 @@ class Material:
 class Candidate:
     """A variant that can be made.
 
-    `make` gives the graph, or raises ExportError where it cannot be made of this model.
+    `make` returns the graph; it raises ExportError if the variant cannot be made from this model.
     """
 
     name: str
-    #: In the bundle; the name that sentence-transformers and optimum give such a file, where they have one.
+    #: Path in the bundle; where sentence-transformers and optimum have a name for such a file, it is that name.
     path: str
     bound: Bound
     make: Callable[[Material], onnx.ModelProto]
@@ -104,7 +106,7 @@ def _fp16(material: Material) -> onnx.ModelProto:
     return material.model
 
 
-#: In the order in which they are tried and written.
+#: All candidates, in the order in which they are tried and written.
 CANDIDATES = (
     Candidate("optimized", "onnx/model_O2.onnx", _SAME, _optimized),
     Candidate("int8", "onnx/model_qint8_avx2.onnx", _INT8, _int8),

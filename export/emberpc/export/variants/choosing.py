@@ -1,4 +1,4 @@
-"""Which variants go into a bundle: those asked for, or those that earn their place."""
+"""Choose the variants of a bundle: those that the caller names, or those that are worth their space."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from emberpc.export.variants.measuring import (
     check_texts,
 )
 
-#: Always written, and first: what serves unless somebody asks for another.
+#: Name of the variant that every bundle has. It comes first and is the default of the server.
 FP32 = "fp32"
-#: Try all candidates, and keep those that earn their place.
+#: Name that tries all candidates and keeps those that are worth their space.
 AUTO = "auto"
 
-#: What counts as a gain: so much faster than fp32, or so much smaller. Less is within what two runs differ by, or
-#: not worth a second file.
+#: A variant is worth keeping from this speed on, as a multiple of fp32's, or up to this size, as a share of fp32's. A
+#: smaller gain is within the noise of two runs, or does not justify a second file.
 _FASTER = 1.1
 _SMALLER = 0.75
 
 
 def check_names(names: Sequence[str]) -> None:
-    """See that variants are known, before an export spends minutes on what comes before them.
+    """Validate names of variants; call this before the slow steps of an export.
 
     Raises:
-        ExportError: one is unknown, or `auto` stands with others.
+        ExportError: a name is unknown, or `auto` is combined with other names.
     """
     known = [FP32, *(candidate.name for candidate in CANDIDATES)]
     for name in names:
         if name not in (*known, AUTO):
             raise ExportError(f"there is no variant {name!r}; there are: {', '.join(known)}, or {AUTO}")
     if AUTO in names and set(names) - {AUTO, FP32}:
-        raise ExportError(f"{AUTO} tries all variants; give it alone, or name those wanted without it")
+        raise ExportError(f"{AUTO} tries all variants; give it alone, or name the variants without {AUTO}")
 
 
 def add_variants(
@@ -63,25 +63,25 @@ def add_variants(
     measured_on: str,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Measure a bundle's fp32, and add the variants that are wanted and keep to their bounds.
+    """Measure a bundle's fp32, then make, measure and add the requested variants that meet their bounds.
 
     Args:
-        folder: the bundle, with fp32, tokenizer and reference; variants are written here.
-        manifest: what it says of itself so far.
-        names: names of candidates, or `auto` alone; fp32 is there anyway.
-        model_type: of the encoder's config.json.
-        texts: what to measure an embedder on; default: docstrings of Python's standard library.
-        examples: what to measure a classifier on.
-        judged: what to measure an embedder on instead of texts, by what its queries find.
-        measured_on: what those texts are, in words.
-        progress: told what is being tried.
+        folder: the bundle, with fp32, tokenizer and reference; variants are written to it.
+        manifest: the bundle's manifest so far.
+        names: names of candidates, or `auto` alone; fp32 is always included.
+        model_type: `model_type` of the encoder's config.json.
+        texts: texts to measure an embedding model on; default: docstrings of Python's standard library.
+        examples: labelled texts to measure a classifier on.
+        judged: queries and passages to measure an embedding model's retrieval on; used instead of `texts`.
+        measured_on: description of these texts, for the manifest.
+        progress: called before each variant.
 
     Returns:
-        The manifest with what was measured; `dropped` says what `auto` left out and why.
+        The manifest with all measurements; `dropped` has the reason for each variant that `auto` left out.
 
     Raises:
-        ExportError: a variant asked for by name cannot be made, or misses its bound; the figure and the bound are
-            named.
+        ExportError: a name is invalid, a variant requested by name cannot be made, or it misses its bound; the error
+            has the figure and the bound.
     """
     check_names(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
@@ -114,7 +114,7 @@ def _trial(
     judged: Judged | None,
     most: int,
 ) -> Trial:
-    """Take so many of the texts at most, evenly."""
+    """Return a trial on at most `most` of the texts, taken evenly."""
     if judged is not None:
         few = judged.few(MOST_QUERIES, MOST_PASSAGES)
         check_texts(few.passages)
@@ -129,7 +129,7 @@ def _trial(
 
 
 def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
-    """Make a candidate, measure it and hold it to its bound."""
+    """Make a candidate, measure it, and raise ExportError if it misses its bound."""
     path = trial.folder / candidate.path
     model = onnx.load(str(trial.folder / trial.fp32_path))
     check_size(model)
@@ -142,13 +142,20 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
 
 
 def _parity(trial: Trial, candidate: Candidate) -> Parity:
-    """Hold a candidate to its bound on the reference texts as `verify` will: each output, one by one and in a batch."""
+    """Check a candidate's bound on the reference texts, as `verify` will: each output, one by one and in a batch.
+
+    Returns:
+        The parity of the last output, in one batch.
+
+    Raises:
+        ExportError: an output misses the bound.
+    """
     reference, runner = trial.reference, trial.runner(candidate.path)
     outputs = {"sentence_embedding": reference.embeddings}
     if reference.logits is not None:
         outputs["logits"] = reference.logits
     for output, expected in outputs.items():
-        # Under int8 what a text gives depends on its batch.
+        # Under int8 the output of a text depends on the other texts of its batch, so both sizes are checked.
         for how, size in (("one by one", 1), ("in one batch", len(reference.texts))):
             got = runner.run(reference.texts, output, batch_size=size)
             if faults := candidate.bound.faults(expected, got):
@@ -157,7 +164,10 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
 
 
 def _require_gain(variant: Variant, kept: Sequence[Variant]) -> None:
-    """Raise ExportError unless a variant is faster or smaller than fp32, and by no other one outdone in everything."""
+    """Raise ExportError unless a variant is faster or smaller than fp32, and no other variant is better in all points.
+
+    The points are speed, size and mean cosine to fp32.
+    """
     own, fp32 = _measured(variant), _measured(kept[0])
     if own.speedup < _FASTER and own.size_bytes > _SMALLER * fp32.size_bytes:
         raise ExportError(

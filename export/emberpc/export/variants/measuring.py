@@ -1,4 +1,4 @@
-"""What a variant is worth: how near it comes to fp32 on real texts, and what it costs."""
+"""Measure a variant: its agreement with fp32 on real texts, its speed and its size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.measures import measure as measure_search
 from emberpc.export.runner import Feeds, Matrix, Runner
 
-#: Runs of both models in turns; the median of the ratios leaves out those that something else disturbed.
+#: Timing rounds, in which both models run alternately. The median of the ratios ignores rounds that were disturbed.
 ROUNDS = 5
-#: Enough for mean cosine and agreement to settle within a point; each costs a run of every candidate.
+#: The most texts to measure on: enough for mean cosine and agreement to settle within 0.01. Each text is run by every
+#: candidate.
 MOST_TEXTS = 512
-#: What is timed: this many of the texts, evenly taken.
+#: Number of texts to time, taken evenly.
 TIMED_TEXTS = 64
-#: Of judged queries, and of the passages that are searched for what answers them.
+#: The most queries, and the most passages to search for their answers.
 MOST_QUERIES = 256
 MOST_PASSAGES = 1024
 NEIGHBOURS = 10
@@ -35,14 +36,14 @@ NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class Trial:
-    """Texts to measure variants on, and the fp32 that they are measured against.
+    """Texts to measure variants on, and the fp32 model to compare them with.
 
     Args:
-        folder: the bundle as it is so far.
-        manifest: what it says of itself so far.
-        texts: at least 2.
-        targets: the labels of each text, bool (texts, labels); None for an embedder.
-        queries: of an embedder, which of the texts answer them; None: there are none.
+        folder: the bundle so far.
+        manifest: the bundle's manifest so far.
+        texts: at least 2 texts; the passages if there are queries.
+        targets: labels of each text, bool (texts, labels); None for an embedding model.
+        queries: queries of an embedding model with their relevant texts; None: retrieval is not measured.
     """
 
     folder: Path
@@ -52,7 +53,7 @@ class Trial:
     queries: Queries | None = None
 
     def runner(self, path: str) -> Runner:
-        """Load one of the bundle's ONNX files, on one thread."""
+        """Load one of the bundle's ONNX files with one thread."""
         manifest = self.manifest
         return Runner(
             self.folder / path, self.folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
@@ -60,63 +61,66 @@ class Trial:
 
     @property
     def output(self) -> str:
-        """The output that counts."""
+        """Name of the model's main output."""
         return "logits" if self.manifest.task is Task.CLASSIFICATION else "sentence_embedding"
 
     @property
     def fp32_path(self) -> str:
-        """The ONNX file of fp32."""
+        """Path of the fp32 ONNX file in the bundle."""
         return self.manifest.variant().path
 
     @cached_property
     def reference(self) -> Reference:
-        """What PyTorch gave for the bundle's reference texts."""
+        """Outputs of the PyTorch model for the bundle's reference texts."""
         return Reference.read(self.folder)
 
     @cached_property
     def fp32(self) -> Runner:
-        """The fp32 model."""
+        """Runner of the fp32 model."""
         return self.runner(self.fp32_path)
 
     @cached_property
     def prompted(self) -> list[str]:
-        """The texts as the server would run them: with the passage prompt."""
+        """The texts with the passage prompt, as the server runs them."""
         return [self.manifest.prompts.passage + text for text in self.texts]
 
     @property
     def timed(self) -> list[str]:
-        """The few texts that are timed."""
+        """The texts to time: about `TIMED_TEXTS` of the prompted texts."""
         return self.prompted[:: max(1, len(self.prompted) // TIMED_TEXTS)]
 
     @cached_property
     def singles(self) -> list[Feeds]:
-        """The few texts, each as a batch of its own."""
+        """The inputs of the texts to time, each text as a batch of its own."""
         return [batch for text in self.timed for batch in self.fp32.prepare([text])]
 
     @cached_property
     def expected(self) -> Matrix:
-        """What fp32 gives for the texts."""
+        """Output of fp32 for the texts, float32 (texts, dimensions or labels)."""
         return self.fp32.run(self.prompted, self.output)
 
     @cached_property
     def fp32_accuracy(self) -> float | None:
-        """The accuracy of fp32; None for an embedder."""
+        """Accuracy of fp32; None for an embedding model."""
         return self._accuracy(self.expected)
 
     @cached_property
     def fp32_ndcg(self) -> float | None:
-        """The nDCG@10 of fp32; None without queries."""
+        """nDCG@10 of fp32; None without queries."""
         return self._ndcg(self.fp32, self.expected)
 
     def measure(self, path: str, bound: Bound | None = None) -> tuple[Measured, list[str]]:
-        """Measure one of the bundle's ONNX files, fp32 itself too, and say in what it misses its bound.
+        """Measure one of the bundle's ONNX files, which may be fp32, and check its bound.
 
         Args:
-            path: the file, in the bundle.
-            bound: what it must keep to; None: nothing.
+            path: path of the file in the bundle.
+            bound: bound to check; None: nothing is checked.
+
+        Returns:
+            The figures, and a message for each part of the bound that is missed.
 
         Raises:
-            ExportError: it does not load or run.
+            ExportError: the file cannot be loaded or run.
         """
         start = perf_counter()
         runner = self.runner(path)
@@ -142,7 +146,7 @@ class Trial:
 
     def _faults(self, bound: Bound, measured: Measured, got: Matrix) -> list[str]:
         found = bound.faults(self.expected, got)
-        # One text may always differ: of few texts, a share says no more.
+        # Allow one text (or query) to differ: with few texts, a share cannot be measured more finely.
         one = 1 / measured.texts
         shares = [("mean cosine", measured.cosine_mean, bound.cosine_mean, 0.0)]
         if self.targets is None:
@@ -175,9 +179,9 @@ class Trial:
         return measure_search(asked, found, self.queries)[DECIDING]
 
     def _speed(self, runner: Runner, *, alone: bool) -> tuple[float, float]:
-        """Return texts per CPU-second, and that as a multiple of fp32's; inference alone, on one thread.
+        """Return texts per CPU-second, and their ratio to fp32's; inference only, on one thread.
 
-        `alone` is for fp32 itself, which is compared with nothing.
+        `alone` is for fp32 itself, whose ratio is 1.
         """
         batches = runner.prepare(self.timed)
 
@@ -187,7 +191,7 @@ class Trial:
                 timed.infer(batch, self.output)
             return max(process_time() - start, 1e-9)
 
-        seconds(runner)  # the first run makes room for the shapes
+        seconds(runner)  # the first run allocates memory for these shapes, so it is not timed
         if alone:
             return len(self.timed) / median(seconds(runner) for _ in range(ROUNDS)), 1.0
         seconds(self.fp32)
@@ -196,9 +200,13 @@ class Trial:
 
 
 def neighbour_agreement(expected: Matrix, got: Matrix) -> float:
-    """Return the mean share of a row's 10 nearest by cosine, itself left out, that are among those expected.
+    """Return the mean share, in [0, 1], of each row's 10 nearest rows by cosine that both matrices agree on.
 
-    Of few rows fewer neighbours are compared: half of them at most.
+    A row is not its own neighbour. With fewer than 20 rows, half as many neighbours as rows are compared.
+
+    Args:
+        expected: vectors of fp32, float32 (texts, dimensions); at least 2 rows.
+        got: vectors of the variant, of the same shape.
     """
     count = min(NEIGHBOURS, len(expected) // 2)
     pairs = zip(_nearest(expected, count), _nearest(got, count), strict=True)
@@ -212,17 +220,17 @@ def _nearest(vectors: Matrix, count: int) -> npt.NDArray[np.int64]:
 
 
 def _rounded(cosine: float) -> float:
-    """Return a cosine without what float32 adds beyond 1."""
+    """Return a cosine, limited to 1: rounding in float32 can exceed it."""
     return min(1.0, float(cosine))
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of an ONNX file, with those of the weights beside it."""
+    """Return the bytes of an ONNX file and of its external weights, if there are any."""
     data = path.with_name(f"{path.name}_data")
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise ExportError if there are too few texts to measure on."""
+    """Raise ExportError if there are fewer than 2 texts to measure on."""
     if len(texts) < 2:
         raise ExportError(f"there are {len(texts)} texts to measure variants on; give at least 2 with --validation")

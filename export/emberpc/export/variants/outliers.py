@@ -1,4 +1,4 @@
-"""Where a product's input has columns far larger than the rest, which would cost int8 most of its precision."""
+"""Find outliers: columns of a matrix product's input that are far larger than the others and cost int8 precision."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from emberpc.export.errors import ExportError
 from emberpc.export.runner import Feeds
 from emberpc.export.variants.surgery import Columns, Weights, products
 
-#: Columns that are taken out of an input: on all-MiniLM-L6-v2, 4 or 8 hold nearly all of what is far out.
+#: Number of columns split from an input. On all-MiniLM-L6-v2, 4 or 8 columns hold nearly all outliers.
 COLUMNS = 8
-#: Inputs are left whole unless what stays has so much smaller a range: taking columns out costs time.
+#: An input is split only if this makes the range of the other columns smaller by this factor: splitting costs time.
 _NARROWER = 3.0
 
 
 def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Columns]:
-    """Find the inputs of products that need a far smaller range without their few largest columns.
+    """Find the inputs of matrix products whose range shrinks much without their few largest columns.
 
-    Activations have one scale for a whole batch: a single column of 28 where all others stay below 4 leaves those
-    with a seventh of the steps.
+    Activations have one scale for a whole batch. If one column reaches 28 and all others stay below 4, the others get a
+    seventh of the int8 steps.
 
     Args:
         model: a bundle's graph.
-        texts: what to run; each alone, for what is kept of each is large.
+        texts: inputs to run, each a batch of one text: the activations of a batch take much memory.
 
     Returns:
-        By the name of an input, the indexes of its columns to compute apart, int64 (`COLUMNS`,), ascending.
+        For each input to split, by name: the indexes of its outlier columns, int64 (`COLUMNS`,), ascending.
+
+    Raises:
+        ExportError: the graph cannot be run.
     """
     found = {}
     for name, peaks in _peaks(model, texts).items():
@@ -41,7 +44,7 @@ def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, C
 
 
 def _peaks(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Weights]:
-    """Return the largest magnitude of each column of each product's input."""
+    """Return the largest magnitude of each column, float32 (columns,), by the name of the product's input."""
     names = list(dict.fromkeys(node.input[0] for node in products(model)))
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -57,5 +60,5 @@ def _peaks(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Weights]
                 own = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
                 peaks[name] = np.maximum(peaks.get(name, own), own)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise ExportError("its activations cannot be looked at; leave this variant out") from error
+        raise ExportError("its activations cannot be computed; leave this variant out") from error
     return peaks

@@ -1,4 +1,4 @@
-"""What makes a variant of a bundle's graph: fusion, int8 weights, fp16 storage."""
+"""Change a bundle's graph to make a variant: fusion, int8 weights, fp16 storage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from emberpc.export.errors import ExportError
 from emberpc.export.graph import ADDED
 from emberpc.export.libraries import calling_libraries
 
-#: Tables and matrices from this size on (values) are worth storing in fewer bits.
+#: Least number of values for which a table or matrix is stored in fewer bits.
 _WORTH_IT = 4096
 _INT8_MAX = 127
 _FP16_MAX = float(np.finfo(np.float16).max)
-#: Architectures whose attention ONNX Runtime's optimiser knows by the name of BERT.
+#: Architectures whose attention ONNX Runtime's optimizer fuses when it is told that the model is BERT.
 _LIKE_BERT = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
 
-#: How the names of nodes begin that compute outliers apart.
+#: Prefix of the names of nodes that compute outliers separately.
 _OUTLIERS = "outliers_"
 
 Weights = npt.NDArray[np.float32]
@@ -30,32 +30,35 @@ Columns = npt.NDArray[np.int64]
 
 
 def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
-    """Fuse attention, GELU (the exact one) and normalisation into single nodes, by ONNX Runtime's own optimiser.
+    """Fuse attention, exact GELU and layer normalization into single nodes with ONNX Runtime's optimizer.
 
-    The encoder is taken out of the graph for it, and pooling and head are put
-    back: with them the optimiser finds no attention.
+    The optimizer finds no attention in a graph with pooling and head. So it gets the encoder alone, and pooling and
+    head are added again afterwards.
 
     Args:
         model: a bundle's graph.
-        model_type: of the encoder's config.json.
+        model_type: `model_type` of the encoder's config.json.
+
+    Returns:
+        The fused graph.
 
     Raises:
-        ExportError: the optimiser does not know the architecture, or finds no attention in it.
+        ExportError: the optimizer does not support the architecture, or finds no attention in it.
     """
     if model_type not in _LIKE_BERT:
-        raise ExportError(f"ONNX Runtime's optimiser does not know {model_type or 'this architecture'}")
+        raise ExportError(f"ONNX Runtime's optimizer does not support {model_type or 'this architecture'}")
     encoder, added = _split(model)
-    with calling_libraries("ONNX Runtime's optimiser cannot read the graph", "leave this variant out"):
+    with calling_libraries("ONNX Runtime's optimizer cannot read the graph", "leave this variant out"):
         from onnxruntime.transformers.optimizer import optimize_model
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "encoder.onnx"
             onnx.save(encoder, str(path))
-            # 1: what ONNX Runtime does beyond that depends on the host, and it does it at load anyway.
+            # Level 1 only: higher levels depend on the host, and ONNX Runtime applies them at load anyway.
             optimizer = optimize_model(str(path), model_type="bert", opt_level=1, use_gpu=False)
     fused: onnx.ModelProto = optimizer.model
     if not any(node.op_type in ("Attention", "MultiHeadAttention") for node in fused.graph.node):
-        raise ExportError("ONNX Runtime's optimiser finds no attention in the graph")
+        raise ExportError("ONNX Runtime's optimizer finds no attention in the graph")
     have = {tensor.name for tensor in fused.graph.initializer}
     wanted = {name for node in added for name in node.input} - have
     fused.graph.node.extend(added)
@@ -66,7 +69,7 @@ def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
 
 
 def products(model: onnx.ModelProto) -> list[NodeProto]:
-    """Return the encoder's matrix products with constant weights, which are what a forward pass spends its time on."""
+    """Return the encoder's matrix products with constant weights; a forward pass spends most of its time in them."""
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     return [
         node
@@ -76,14 +79,15 @@ def products(model: onnx.ModelProto) -> list[NodeProto]:
 
 
 def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> None:
-    """Compute a few columns of products' inputs apart, in place, so that they can stay in fp32.
+    """Compute outlier columns of products' inputs separately in fp32, in place.
 
-    x @ W becomes (x, those columns 0) @ W + x[those columns] @ W[those rows]: the same in exact arithmetic. The idea
-    is that of LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), with the columns chosen once.
+    x @ W becomes (x with those columns set to 0) @ W + x[those columns] @ W[those rows], which is equal in exact
+    arithmetic. This follows LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), except that the
+    columns are chosen once and not for each input.
 
     Args:
         model: a bundle's graph.
-        columns: by the name of a product's input, the indexes of its columns to take out.
+        columns: indexes of the columns to split, by the name of a product's input.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted: dict[str, list[NodeProto]] = {}
@@ -121,23 +125,23 @@ def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> No
 
 
 def quantize(model: onnx.ModelProto) -> None:
-    """Make the encoder's matrix products int8, in place: weights once, for each column; activations as they come.
+    """Make the encoder's matrix products int8, in place: weights per column and in advance, activations at run time.
 
-    Weights are signed and of 7 bits: with 8, processors without VNNI add up two
-    products into 16 bits and saturate, so that vectors would depend on the
-    processor (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
-    Pooling, layers behind it, the head and outliers that were taken out stay as they are.
+    Weights are signed and have 7 bits. With 8 bits, processors without VNNI add two products in 16 bits and saturate,
+    so vectors would depend on the processor
+    (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
+    Pooling, the layers behind it, the head and split outliers do not change.
 
     Args:
         model: a bundle's graph.
 
     Raises:
-        ExportError: there is nothing to quantise, or ONNX Runtime's quantiser cannot do it.
+        ExportError: the graph has no such products, or ONNX Runtime cannot quantize them.
     """
     names = [node.name for node in products(model)]
     if not names:
-        raise ExportError("the graph has no matrix products with constant weights to quantise")
-    with calling_libraries("ONNX Runtime cannot quantise the graph", "leave this variant out"):
+        raise ExportError("the graph has no matrix products with constant weights to quantize")
+    with calling_libraries("ONNX Runtime cannot quantize the graph", "leave this variant out"):
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +161,7 @@ def quantize(model: onnx.ModelProto) -> None:
 
 
 def quantize_tables(model: onnx.ModelProto) -> None:
-    """Store embedding tables as int8 with a scale for each row, in place; a row is made fp32 when it is looked up."""
+    """Store embedding tables as int8 with one scale per row, in place; each lookup converts its rows to fp32."""
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
         scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / _INT8_MAX
@@ -181,10 +185,10 @@ def quantize_tables(model: onnx.ModelProto) -> None:
 
 
 def store_as_fp16(model: onnx.ModelProto) -> None:
-    """Store weights as fp16, in place; they are made fp32 at load, and tables when they are looked up.
+    """Store weights as fp16, in place. They are converted to fp32 at load, and tables at each lookup.
 
-    ONNX Runtime folds a Cast of a constant when it loads a graph, so that it computes as with fp32.
-    A tensor with a value that fp16 cannot hold stays as it is.
+    ONNX Runtime folds a Cast of a constant when it loads a graph, so it computes as with fp32.
+    A tensor with a value beyond fp16's range does not change.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
@@ -212,7 +216,7 @@ def store_as_fp16(model: onnx.ModelProto) -> None:
 
 
 def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[NodeProto]]:
-    """Return the encoder alone, and the nodes that were added to it: pooling, normalisation, head."""
+    """Return the encoder's graph, and the nodes that an export added to it: pooling, normalization, head."""
     added = [node for node in model.graph.node if node.name.startswith(ADDED)]
     encoder = onnx.ModelProto()
     encoder.CopyFrom(model)
@@ -230,7 +234,13 @@ def _replace_tables(
     model: onnx.ModelProto,
     store: Callable[[str, Weights], tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]],
 ) -> None:
-    """Replace large tables that rows are looked up in, and nothing else uses; `store` gives tensors and look-up."""
+    """Replace large tables that are used by a single row lookup only, in place.
+
+    Args:
+        model: a bundle's graph.
+        store: returns, for a table's name and values, the tensors to store and a function that returns the nodes of a
+            lookup.
+    """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
@@ -256,6 +266,7 @@ def _replace_tables(
 
 
 def _set_nodes(model: onnx.ModelProto, nodes: Sequence[NodeProto]) -> None:
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # for deleting empties the originals
+    # Copy first: deleting the nodes from the graph empties the originals.
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
