@@ -193,7 +193,7 @@ def test_another_kind_of_model_is_not_served_as_one_of_single_texts(tmp_path: Pa
         "config_sentence_transformers.json": {"model_type": kind},
     }
     name = kind if isinstance(kind, str) else "model of unknown kind"
-    with pytest.raises(BundleError, match=f"is a {name}, which gives no text one vector"):
+    with pytest.raises(BundleError, match=f"is a {name}, which does not return one vector for a text"):
         foreign(tmp_path, files, width=2, output=output)
 
 

@@ -107,7 +107,7 @@ def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:
 
 def test_a_place_below_a_file_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="cannot be made"), staged_folder(tmp_path / "file" / "bundle"):
+    with pytest.raises(BundleError, match="cannot be created"), staged_folder(tmp_path / "file" / "bundle"):
         pass
 
 

@@ -47,12 +47,12 @@ def refused(outcome: Any, out: Path, *words: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'text,label\na,x\n"b,y\nc,x\nd,y\n', ["line 3: ", "mend the quotes"]),
-        (b"text,label\na,x\nb, c,y\n", ["line 3: ", "2 columns", "not in quotes?"]),
+        (b'text,label\na,x\n"b,y\nc,x\nd,y\n', ["line 3: ", "correct the quotes"]),
+        (b"text,label\na,x\nb, c,y\n", ["line 3: ", "2 columns", "in quotes"]),
         (b"text,label\na,x\ncaf\xe9,y\n", ["line 3", "not UTF-8", "save the file as UTF-8"]),
         (b"text,label\na,x\nb\0c,y\n", ["line 3: ", "NUL", "remove"]),
         (b"text,label\na,x\n ,y\n", ["line 3: text is empty", "fill it in or remove the row"]),
-        (b"text,label\na,x\nb,y\nc,x\n", ["'y' (line 3)", "misspelt?", "--min-examples 1"]),
+        (b"text,label\na,x\nb,y\nc,x\n", ["'y' (line 3)", "check their spelling", "--min-examples 1"]),
     ],
     ids=["open quote", "columns", "encoding", "NUL", "empty text", "one example"],
 )

@@ -127,7 +127,7 @@ def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_r
     options = ["--strategy", "linear", "--budget", "1", "--seeds", 1, "-o", tmp_path / "report"]
     outcome = emberpc("compare", *files, *options)
     assert outcome.code == 0, outcome.err
-    assert f"{test}: 1 texts stand there with different labels, such as 'a drum'" in caplog.text
+    assert f"{test}: 1 texts occur with different labels, such as 'a drum'" in caplog.text
     assert f"{test}: 1 texts are training texts, too, such as 'I saw a goat' (line 29)" in caplog.text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     for words in ("1 test texts are training texts", "Fitted with one seed only", "linear at 1 a label"):

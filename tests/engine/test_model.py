@@ -278,7 +278,7 @@ def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:
     shutil.copytree(classifier, folder)
     Head(np.zeros((32, 3), dtype=np.float32), np.zeros(3, dtype=np.float32)).write(folder)
     resign(folder)
-    assert "is of the form (32, 3), not (32, 2)" in refused(folder)
+    assert "has the shape (32, 3), not (32, 2)" in refused(folder)
     Head(np.zeros((32, 2), dtype=np.float32), np.zeros(2, dtype=np.float32)).write(folder)
     resign(folder)
     assert "does not give the outputs that it gave at export" in refused(folder)

@@ -180,7 +180,7 @@ def test_texts_with_several_labels_are_counted_and_warned_of(
     with caplog.at_level(logging.WARNING):
         manifest = export_classifier(Data(train), str(tiny_source), tmp_path / "bundle")
     assert manifest.quality["conflicting_texts"] == 1
-    assert "1 texts stand there with different labels, such as 'same' (line 2: a, line 3: b)" in caplog.text
+    assert "1 texts occur with different labels, such as 'same' (line 2: a, line 3: b)" in caplog.text
 
 
 def test_config_json_of_a_plain_encoder_gets_the_labels(tiny_source: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         ("data.csv", "text,kind\na,x\n", "there is no column 'label'; there are: text, kind"),
         ("data.csv", "text,label\na,x\nb, c,y\n", "line 3: it does not have 2 columns"),
         ("data.csv", "text,label\na\n", "line 2: it does not have 2 columns"),
-        ("data.csv", 'text,label\n"a,x\n', "line 2: .*mend the quotes"),
+        ("data.csv", 'text,label\n"a,x\n', "line 2: .*correct the quotes"),
         ("data.csv", "text,label\n" + "a" * 200_000 + ",x\n", "line 2: .*no text have more than 131072 characters"),
         ("data.csv", "", "has no rows"),
         ("data.csv", "text,label\n", "has no rows"),
@@ -120,8 +120,8 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         ("data.jsonl", '{"text": 1.5, "label": "x"}\n', "line 1: text is of type float"),
         ("data.jsonl", '{"label": "x"}\n', "line 1: there is no column 'text'"),
         ("data.jsonl", '{"text": "a", "label": NaN}\n', "line 1: label is of type float"),
-        ("data.jsonl", '{"text": "a", "label": "\\ud800"}\n', "line 1: label holds half of a surrogate pair"),
-        ("data.jsonl", '{"text": "\\udc00", "label": "x"}\n', "line 1: text holds half of a surrogate pair"),
+        ("data.jsonl", '{"text": "a", "label": "\\ud800"}\n', "line 1: label holds a lone surrogate"),
+        ("data.jsonl", '{"text": "\\udc00", "label": "x"}\n', "line 1: text holds a lone surrogate"),
         ("data.csv", "text,label\na,x\0\n", "line 2: label holds a NUL character"),
         ("data.csv", "text,label\na,\u200b \ufeff\n", "line 2: label is empty"),
         ("data.txt", "a", "must end in .csv, .tsv, .jsonl, .ndjson or .parquet"),
@@ -172,9 +172,13 @@ def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("d.csv", "text;label\na;b\n", "line 1: the columns seem to be separated by semicolons, and .csv has commas"),
-        ("d.csv", "text\tlabel\na\tb\n", "separated by tabs, and .csv has commas"),
-        ("d.tsv", "text,label\na,b\n", "separated by commas, and .tsv has tabs"),
+        (
+            "d.csv",
+            "text;label\na;b\n",
+            "line 1: the columns seem to be separated by semicolons; .csv files have commas",
+        ),
+        ("d.csv", "text\tlabel\na\tb\n", "separated by tabs; .csv files have commas"),
+        ("d.tsv", "text,label\na,b\n", "separated by commas; .tsv files have tabs"),
         ("d.csv", "text,label,label\na,b,c\n", "line 1: the column 'label' is there twice"),
         ("d.tsv", "text\tlabel\ttext\na\tb\tc\n", "line 1: the column 'text' is there twice"),
     ],
@@ -215,7 +219,7 @@ def test_labels_that_differ_only_in_case_are_two_and_are_reported(
     path = write(tmp_path, "d.csv", "text,label\na,BASH\nb,bash\nc,io\nd,Bash\n")
     assert training_examples(read_labelled(path), min_examples=1).labels == ("BASH", "Bash", "bash", "io")
     assert f"{path}: 2 labels differ from another one only in case, space, " in caplog.text
-    assert "such as 'BASH' and 'Bash' and 'bash'; they are taken for different labels" in caplog.text
+    assert "such as 'BASH' and 'Bash' and 'bash'; they count as different labels" in caplog.text
     caplog.clear()
     path = write(tmp_path, "e.csv", "text,label\na,bash\nb,io\n")
     training_examples(read_labelled(path), min_examples=1)
@@ -266,11 +270,11 @@ def test_labels_that_differ_are_not_reported(tmp_path: Path, caplog: pytest.LogC
         ("1.0", "label is of type float"),
         ("true", "label is of type bool"),
         ('{"a": 1}', "label is of type dict"),
-        ('["a", 1.5]', "label holds 1.5, which is no label"),
-        ('["a", null]', "label holds None, which is no label"),
+        ('["a", 1.5]', "label holds 1.5, which is not a label"),
+        ('["a", null]', "label holds None, which is not a label"),
         ('"a;b\\u0000"', "label holds a NUL character"),
         ('["a\\u0000"]', "label holds a NUL character"),
-        ('["a", "\\ud800"]', "label holds half of a surrogate pair"),
+        ('["a", "\\ud800"]', "label holds a lone surrogate"),
     ],
 )
 def test_what_is_no_label_is_none_among_several_either(tmp_path: Path, label: str, words: str) -> None:

@@ -201,7 +201,7 @@ def test_the_limit_is_the_one_that_sentence_transformers_takes(
 def test_parity_does_not_hide_another_limit(make_source: MakeSource) -> None:
     source = make_source({**MODULES, "sentence_roberta_config.json": {"max_seq_length": 12}})
     long = "a b c d e f g h i j k l m n o p"
-    with pytest.raises(ExportError, match="cut at 32 tokens, and sentence-transformers cuts them at 12"):
+    with pytest.raises(ExportError, match="truncated at 32 tokens, but sentence-transformers truncates them at 12"):
         torch_embeddings(str(source), [long], 32)
     own = torch_embeddings(str(source), [long], 12)
     assert not np.allclose(torch_embeddings(str(source), [long], 32, stated=True), own, atol=1e-3)
@@ -216,7 +216,7 @@ def test_verify_compares_the_limit_with_that_of_the_source(
     finish_bundle(tmp_path / "stated", replace(manifest, max_tokens_stated=False))
     report = verify_bundle(tmp_path / "stated", against=tiny_source)
     assert not report.ok
-    assert "cut at 12 tokens, and sentence-transformers cuts them at 32" in report.checks[-1].detail
+    assert "truncated at 12 tokens, but sentence-transformers truncates them at 32" in report.checks[-1].detail
     assert "--max-tokens 12 if that limit is wanted" in report.checks[-1].detail
 
 
@@ -297,7 +297,7 @@ def test_a_model_whose_texts_lose_their_start_is_refused(
 ) -> None:
     source = make_source(files)
     if refused:
-        with pytest.raises(ExportError, match="truncation_side left: over-long texts lose their start"):
+        with pytest.raises(ExportError, match="truncation_side left, which truncates texts at their start"):
             read_encoder(source)
     else:
         assert read_encoder(source)

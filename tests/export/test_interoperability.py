@@ -237,7 +237,7 @@ def test_outputs_are_known_by_their_form_or_stated(edited: Callable[[Edit], Path
 
     folder = edited(several)
     said = refused(folder)
-    assert "which of the outputs a, b holds the vectors cannot be told" in said
+    assert "it is unknown which of the outputs a, b holds the vectors" in said
     assert said.endswith("state it with --model-option m.output=NAME")
     np.testing.assert_allclose(served(folder, {"output": "a"}), expected, atol=1e-5)
     assert "the option output is c; the outputs are a, b" in refused(folder, {"output": "c"})
@@ -391,4 +391,4 @@ def test_a_link_out_of_the_folder_is_not_followed(peer: Path, tmp_path: Path) ->
 
 
 def test_a_bundle_needs_no_options(tiny_bundle: Path) -> None:
-    assert "which says all of itself; leave out the model options" in refused(tiny_bundle, {"pooling": "mean"})
+    assert "whose manifest has all settings; leave out the model options" in refused(tiny_bundle, {"pooling": "mean"})

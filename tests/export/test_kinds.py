@@ -123,7 +123,7 @@ def test_a_decoder_with_last_token_pooling_is_exported(
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
     source = save(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=39), tmp_path / "source")
-    with pytest.raises(ExportError, match="takes decoder_input_ids besides its tokens"):
+    with pytest.raises(ExportError, match="has the inputs decoder_input_ids besides its tokens"):
         export_embedding(source, tmp_path / "bundle", max_tokens=32)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -186,7 +186,7 @@ def with_slow_tokenizer(source: Path) -> None:
     ("spoil", "words"),
     [
         (without_tokenizer, r"no tokenizer that can be read .*tokenizer\.json"),
-        (with_slow_tokenizer, r"has no tokenizer\.json, and transformers can make none of its CanineTokenizer"),
+        (with_slow_tokenizer, r"has no tokenizer\.json, and transformers cannot make one from its CanineTokenizer"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_served_is_refused(
@@ -238,7 +238,7 @@ def test_stated_dimensions_go_before_those_of_the_source(make_source: MakeSource
     assert export_embedding(source, tmp_path / "bundle").matryoshka_dimensions == (32, 16)
     manifest = export_embedding(source, tmp_path / "bundle", matryoshka=[4, 8], overwrite=True)
     assert manifest.matryoshka_dimensions == (8, 4)
-    with pytest.raises(ExportError, match=r"32 dimensions, which cannot be cut to 64; .*--matryoshka"):
+    with pytest.raises(ExportError, match=r"32 dimensions, which cannot be shortened to 64; .*--matryoshka"):
         export_embedding(source, tmp_path / "bundle", matryoshka=[64], overwrite=True)
 
 

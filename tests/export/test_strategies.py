@@ -263,7 +263,7 @@ def test_descriptions_that_do_not_fit_are_named(tiny_source: Path, tmp_path: Pat
     [
         ({"strategy": "nearest"}, "no strategy 'nearest' to export; there are: zero-shot, centroids, linear"),
         ({"rejection_rate": 1.0}, "the rejection rate is 1.0"),
-        ({"strategy": "zero-shot", "label_texts": False}, "leave their texts in"),
+        ({"strategy": "zero-shot", "label_texts": False}, "needs label texts"),
     ],
 )
 def test_options_that_make_no_sense_are_named(

@@ -1,7 +1,7 @@
 """The bundle: a folder that holds a model ready to be served.
 
-It is all that passes between `emberpc.export`, which writes it, and
-`emberpc.server`, which reads it. Needs the standard library and numpy only.
+The bundle is the only interface between `emberpc.export`, which writes it, and
+`emberpc.server`, which reads it. This package needs the standard library and numpy only.
 """
 
 from emberpc.bundle.bounds import Bound, cosines

@@ -1,4 +1,4 @@
-"""Arrays in a bundle's npz files, read without trusting them."""
+"""Read arrays from a bundle's npz files, without trusting the files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from emberpc.bundle.errors import BundleError
 
 
 def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
-    """Read all arrays of an npz file, none of them pickled.
+    """Read all arrays of an npz file; pickled arrays are refused.
 
     Args:
         path: the file.
-        what: what it is to be read as, for errors.
-        max_bytes: most bytes of it unpacked; a few kilobytes can claim to hold more.
+        what: name of the content, for error messages.
+        max_bytes: limit of the unpacked size in bytes; a file of a few kilobytes can unpack to many gigabytes.
 
     Raises:
-        BundleError: it is missing, damaged or too large.
+        BundleError: the file is missing, damaged or too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > max_bytes:
-            raise BundleError(f"{path} unpacks to {size} bytes; it has at most {max_bytes}")
+            raise BundleError(f"{path} unpacks to {size} bytes; the limit is {max_bytes}")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:

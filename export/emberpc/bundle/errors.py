@@ -1,18 +1,18 @@
-"""The error types of this room."""
+"""Errors of bundles."""
 
 from __future__ import annotations
 
 
 class BundleError(Exception):
-    """A folder is not a bundle, or a damaged one; the message names the file, what is wrong and the remedy."""
+    """A folder is not a bundle, or the bundle is damaged. The message names the file, the problem and the remedy."""
 
 
 class UnstatedError(BundleError):
-    """A foreign model does not say something that its user can say.
+    """A foreign model lacks a setting that its user can state with a model option.
 
     Args:
-        message: what it does not say.
-        option: the option that says it, such as `pooling=mean`.
+        message: the setting that is missing.
+        option: the model option that states it, such as `pooling=mean`.
     """
 
     def __init__(self, message: str, option: str) -> None:

@@ -1,4 +1,4 @@
-"""Read a folder that emberpc did not write: what its files and its graph say, and what its user states.
+"""Read a foreign folder, that is one without a manifest: from its files, its graph and the user's model options.
 
 Such folders are written by sentence-transformers, optimum and others: an ONNX
 file in `onnx/` or beside `tokenizer.json`, `config.json`, and for embedders
@@ -39,28 +39,28 @@ from emberpc.bundle.peers import (
 )
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 
-#: Of different lengths, so that a batch of them is padded.
+#: Texts to probe a model with. Their lengths differ, so that a batch of them is padded.
 PROBES = (
     "a kitten asleep on the sofa",
     "Interest rates rose again this spring, and lenders expect another rise before the year is out.",
     "yes",
 )
-#: What the one ONNX file of a foreign folder is called as a variant.
+#: Name of the only variant of a foreign folder.
 VARIANT = "onnx"
 _MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user states of a foreign model, for want of it there or against it; empty: it says so itself."""
+    """Model options: settings that the user states for a foreign model. An empty one is read from the folder."""
 
     #: The ONNX file, as a path in the folder.
     file: str = ""
-    #: The role and name of each input, `ROLE=NAME` with colons between; see `emberpc.bundle.interface.ROLES`.
+    #: Role and name of each input as `ROLE=NAME`, separated by colons; see `emberpc.bundle.interface.ROLES`.
     inputs: str = ""
     output: str = ""
     pooling: str = ""
-    #: `yes` or `no`: whether vectors are given length 1.
+    #: `yes` or `no`: whether vectors are normalized to length 1.
     normalize: str = ""
     max_tokens: str = ""
     dimensions: str = ""
@@ -69,10 +69,10 @@ class Stated:
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> Stated:
-        """Read options by their names.
+        """Make the object from model options by name.
 
         Raises:
-            BundleError: there is no such option, or a value is none of those it takes.
+            BundleError: an option is unknown, or its value is not allowed.
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:
@@ -97,22 +97,22 @@ def open_bundle(
     check_hashes: bool = True,
     contents: Contents | None = None,
 ) -> Bundle:
-    """Read a bundle, or a folder that emberpc did not write.
+    """Read a bundle or a foreign folder.
 
     Args:
-        folder: where it is.
-        options: what the user states of a foreign model: fields of `Stated`.
-        look: loads an ONNX file and tells what it takes and gives; not called for a bundle.
+        folder: the folder.
+        options: model options of a foreign folder: fields of `Stated`.
+        look: loads an ONNX file and returns its inputs and outputs; it is not called for a bundle.
         check_hashes: as in `read_bundle`.
         contents: as in `read_foreign`.
 
     Raises:
-        BundleError: it is neither, or something has to be stated.
+        BundleError: the folder is neither; options were given for a bundle; or an option is missing or wrong.
     """
     if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
         bundle = read_bundle(folder, check_hashes=check_hashes)
         if options:
-            raise BundleError(f"{folder} is a bundle, which says all of itself; leave out the model options")
+            raise BundleError(f"{folder} is a bundle, whose manifest has all settings; leave out the model options")
         return bundle
     return read_foreign(folder, Stated.parse(options), look, contents)
 
@@ -129,10 +129,10 @@ def read_foreign(
         contents: reads the tokenizer and the files with weights; None: they are read from disk.
 
     Returns:
-        The bundle; it has no reference outputs, and its hashes are those of now.
+        The bundle. It has no reference outputs, and its hashes are computed from the files now.
 
     Raises:
-        BundleError: a file is missing, leads out of the folder or cannot be read, or something has to be stated.
+        BundleError: a file is missing, lies outside the folder or cannot be read, or an option is missing or wrong.
     """
     model = _model_file(folder, stated.file)
     _plain(folder, TOKENIZER_NAME)
@@ -146,12 +146,12 @@ def read_foreign(
     graph = look(folder / model)
     config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
     _check_case(folder)
-    # Encoders, too, have labels in config.json: those that transformers makes up.
+    # Embedding models have labels in config.json, too: transformers writes default ones.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
     output = find_output(graph, task, stated.output)
     interface, pooling = _interface(folder, graph, config, task, output, stated)
-    # The old scheme hashed the files of this form only. Where there are others, the hash is of all of them.
+    # The old fingerprint hashed files of this name pattern only. The hash here covers all files with weights.
     named = {str(path.relative_to(folder)) for path in (folder / model).parent.glob(f"{Path(model).name}_data*")}
     for name in named:
         _plain(folder, name)
@@ -176,7 +176,7 @@ def read_foreign(
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
-    # The old scheme gave zeros to inputs for positions, so its vectors are not those of the present one.
+    # The old scheme fed zeros to inputs for positions, so it stands for other vectors than those of now.
     covered = set(external) <= named and not interface.inputs.position_ids
     return Bundle(folder, manifest, interface, legacy_covers_weights=covered)
 
@@ -184,7 +184,7 @@ def read_foreign(
 def _interface(
     folder: Path, graph: Graph, config: dict[str, Any], task: Task, output: Tensor, stated: Stated
 ) -> tuple[Interface, str]:
-    """Return how to call the graph, and what the manifest says of the pooling."""
+    """Return how to call the graph, and the pooling for the manifest; raise BundleError if either is not known."""
     inputs = find_inputs(graph, stated.inputs, read_first_position(config))
     if task is Task.CLASSIFICATION:
         return Interface(inputs, output.name), "none"
@@ -203,10 +203,10 @@ def _interface(
 
 
 def _check_case(folder: Path) -> None:
-    """Refuse a model whose texts are lower-cased before they are tokenised: the server has its tokenizer alone.
+    """Refuse a model that needs lower-cased texts if its tokenizer does not lower-case: the server does nothing else.
 
     Raises:
-        BundleError: the folder states it, and its tokenizer does not do it.
+        BundleError: the folder states `do_lower_case`, and its tokenizer keeps the case.
     """
     if not read_transformer(folder).get("do_lower_case"):
         return
@@ -230,7 +230,11 @@ def _is_embedder(folder: Path) -> bool:
 
 
 def _modules(folder: Path) -> tuple[str, bool]:
-    """Return the pooling that the folder states, empty if none, and whether vectors are normalised."""
+    """Return the pooling that the folder states (empty if none), and whether vectors are normalized.
+
+    Raises:
+        BundleError: a module is unknown or not in the usual order, or the pooling is not supported.
+    """
     listed = read_modules(folder)
     modules = dict(listed)
     if other := [kind for kind in modules if kind not in _MODULES]:
@@ -252,7 +256,7 @@ def _modules(folder: Path) -> tuple[str, bool]:
 
 
 def _model_file(folder: Path, stated: str) -> str:
-    """Return the path of the ONNX file in the folder."""
+    """Return the path of the ONNX file in the folder; raise BundleError if there is none, or several to choose from."""
     if stated:
         _plain(folder, stated)
         if not (folder / stated).is_file():
@@ -276,13 +280,13 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Refuse a file that is not inside the folder."""
+    """Raise BundleError if a file is not inside the folder."""
     if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
 
 
 def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stated) -> int:
-    """Return the width of a text's vector, or of the vectors that a classifier does not give, 1."""
+    """Return the dimensions of a text's vector; 1 for a classifier, which returns no vectors."""
     if task is Task.CLASSIFICATION:
         return 1
     if stated.dimensions:
@@ -292,7 +296,7 @@ def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stat
         return whole_number(width, f"the width of the output {output.name}", 1, MAX_DIMENSIONS)
     if (known := read_dimensions(config)) is not None:
         return known
-    raise UnstatedError(f"how many dimensions the output {output.name} has is not stated", "dimensions=NUMBER")
+    raise UnstatedError(f"the dimensions of the output {output.name} are not stated", "dimensions=NUMBER")
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], stated: Stated) -> int:

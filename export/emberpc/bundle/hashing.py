@@ -1,4 +1,4 @@
-"""Hash files piece by piece: neither a file nor a copy of it is in memory whole."""
+"""Hash files in chunks, so that no file is in memory as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emberpc.bundle.errors import BundleError
 
-#: Read at a time, into one buffer. hashlib lets other threads run meanwhile.
+#: Size of the read buffer. hashlib releases the interpreter's lock while it hashes a chunk.
 _CHUNK_BYTES = 1 << 18
 
 
@@ -16,11 +16,11 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
 
     Args:
         path: the file.
-        offset: where the part begins, in bytes.
-        length: its length in bytes; None: up to the end of the file.
+        offset: start of the part, in bytes.
+        length: length of the part in bytes; None: to the end of the file.
 
     Raises:
-        BundleError: the file cannot be read or is shorter.
+        BundleError: the file cannot be read, or it ends before the part does.
     """
     digest = hashlib.sha256()
     rest = length
@@ -35,7 +35,7 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
                 digest.update(buffer[:count])
                 rest = None if rest is None else rest - count
     except OSError as error:
-        raise BundleError(f"{path} cannot be read; see that this user may read it") from error
+        raise BundleError(f"{path} cannot be read; give this user permission to read it") from error
     if rest:
         raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
     return digest.digest()

@@ -1,7 +1,7 @@
-"""A linear head on vectors: a classifier's last step, kept beside its graph.
+"""The linear head of a classifier, stored beside its graph.
 
-The graph has it too. With the file, a server can run one encoder for an
-embedder and for all classifiers on it.
+The graph contains the head, too. With the separate file, a server can run one encoder for an
+embedding model and for all classifiers that are based on it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 HEAD_NAME = "head.npz"
-#: A head of 4,096 dimensions and 30,000 labels, unpacked (bytes).
+#: Limit of the unpacked size in bytes: a head of 4,096 dimensions and 30,000 labels.
 MAX_HEAD_BYTES = 512 * 2**20
 
 
 def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Give vectors, float32 (texts, dimensions), length 1; those of zeros stay as they are."""
+    """Normalize vectors, float32 (texts, dimensions), to length 1; zero vectors do not change."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 
@@ -36,7 +36,7 @@ class Head:
     bias: npt.NDArray[np.float32]
 
     def logits(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return float32 (texts, labels) for float32 (texts, dimensions) of any length."""
+        """Return the logits, float32 (texts, labels), of vectors, float32 (texts, dimensions), of any length."""
         return np.asarray(unit(vectors) @ self.weights + self.bias, dtype=np.float32)
 
     def write(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ class Head:
         """Read `head.npz` from a folder.
 
         Raises:
-            BundleError: it is missing or damaged, or of another form than (dimensions, labels).
+            BundleError: the file is missing or damaged, or the shape is not (dimensions, labels).
         """
         path = folder / HEAD_NAME
         arrays = read_arrays(path, "a head", MAX_HEAD_BYTES)
@@ -58,6 +58,6 @@ class Head:
             raise BundleError(f"{path} cannot be read as a head; export the model again") from error
         if head.weights.shape != (dimensions, labels) or head.bias.shape != (labels,):
             raise BundleError(
-                f"{path} is of the form {head.weights.shape}, not ({dimensions}, {labels}); export the model again"
+                f"{path} has the shape {head.weights.shape}, not ({dimensions}, {labels}); export the model again"
             )
         return head

@@ -1,4 +1,4 @@
-"""How to call an ONNX graph: which of its inputs takes what, and how its output becomes a vector for each text."""
+"""Call an ONNX graph: find the role of each input, and turn its output into one vector for each text."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.manifest import Task
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
-#: Outputs that are known to hold a text's vector, and those that hold a vector for each token; the first one counts.
+#: Names of outputs with a vector of each text, and names of outputs with a vector of each token, by preference.
 _VECTORS = ("sentence_embedding", "text_embeds", "embeddings", "embedding")
 _TOKENS = ("last_hidden_state", "token_embeddings")
-#: BERT's pooler was trained to tell whether one sentence follows another: no model means it as a text's vector.
+#: BERT's pooler was trained to predict whether one sentence follows another. It is not a vector of the text.
 _POOLER = "pooler_output"
 _LOGITS = "logits"
-#: Names of inputs that tell their role. A name that is not among them tells none: a guess by a part of the name once
-#: gave zeros to inputs for positions.
+#: Names of inputs, by role. Any other name has no known role: a guess from a part of the name once fed zeros to inputs
+#: for positions.
 _ROLE_NAMES = {
     "input_ids": ("input_ids", "ids", "tokens", "token_ids", "input_tokens", "input_token_ids", "input_word_ids"),
     "attention_mask": ("attention_mask", "mask", "input_mask", "padding_mask", "attn_mask"),
     "token_type_ids": ("token_type_ids", "token_types", "segment_ids", "segments", "input_type_ids", "type_ids"),
     "position_ids": ("position_ids", "positions", "pos_ids"),
 }
-#: What the server can give an input.
+#: Roles of inputs that the server can feed.
 ROLES = tuple(_ROLE_NAMES)
-#: Roles that may be stated by the order of the names alone.
+#: Roles that the option `inputs` may state by the order of the names alone.
 _IN_ORDER = ROLES[:3]
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-#: What sentence-transformers divides by at least.
+#: Least divisor, as in sentence-transformers.
 _TINY = 1e-9
 
 Integers = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of a graph: its type as ONNX Runtime writes it, its dimensions, int where they are fixed."""
+    """An input or output of a graph. `type` is as in ONNX Runtime; a dimension in `shape` is an int if it is fixed."""
 
     name: str
     type: str
@@ -49,7 +49,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a graph takes and gives, in its order."""
+    """The inputs and outputs of a graph, in the graph's order."""
 
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
@@ -57,9 +57,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The names of a graph's inputs by their roles, empty where it has none, and their integer type, such as `int64`.
+    """Names of a graph's inputs by role (empty if the graph has no such input), and their integer type, as `int64`.
 
-    `first_position` is the position of a text's first token, where positions are asked for.
+    `first_position` is the position of a text's first token, for graphs with an input for positions.
     """
 
     input_ids: str
@@ -70,12 +70,17 @@ class Inputs:
     first_position: int = 0
 
     def roles(self) -> dict[str, str | int]:
-        """Return the name of the input that has each role, without roles that no input has, and the first position."""
+        """Return the name of each role's input, for roles that have one; with positions, also `first_position`."""
         found: dict[str, str | int] = {role: getattr(self, role) for role in ROLES if getattr(self, role)}
         return found | ({"first_position": self.first_position} if self.position_ids else {})
 
     def feeds(self, input_ids: Integers, mask: Integers) -> dict[str, npt.NDArray[np.integer]]:
-        """Return what the graph takes for a batch; both are int64 (texts, tokens), the mask 1 where a token is."""
+        """Return the graph's inputs for a batch, by name.
+
+        Args:
+            input_ids: int64 (texts, tokens).
+            mask: int64 (texts, tokens), 1 for each token and 0 for padding.
+        """
         named = {self.input_ids: input_ids, self.attention_mask: mask, self.token_type_ids: np.zeros_like(mask)}
         if self.position_ids:
             named[self.position_ids] = np.maximum(mask.cumsum(axis=1) - 1, 0) + self.first_position
@@ -84,10 +89,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Interface:
-    """How to call a graph: its inputs, and the name of the output that is asked for.
+    """How to call a graph: its inputs, and the name of the output to read.
 
-    `pooling` says how the vectors of the tokens become one of the text; empty:
-    the graph did that. `normalize`: give vectors length 1.
+    `pooling` makes one vector from the vectors of a text's tokens; empty: the graph does this. `normalize`: scale
+    vectors to length 1.
     """
 
     inputs: Inputs
@@ -96,7 +101,7 @@ class Interface:
     normalize: bool = False
 
     def legacy_text(self) -> str:
-        """Return the text that stood for this in fingerprints of the old scheme; it must never change."""
+        """Return the text that stands for this object in fingerprints of the old scheme; it must never change."""
         inputs = self.inputs
         return (
             f"Interface(inputs=Inputs(input_ids={inputs.input_ids!r}, attention_mask={inputs.attention_mask!r}, "
@@ -108,14 +113,14 @@ class Interface:
         """Turn the output of a batch into a vector, or logits, for each text.
 
         Args:
-            output: (texts, width), or (texts, tokens, width) if there is a pooling.
-            mask: (texts, tokens), 1 where a token is.
+            output: (texts, dimensions), or (texts, tokens, dimensions) if there is a pooling.
+            mask: (texts, tokens), 1 for each token and 0 for padding.
 
         Returns:
-            float32 (texts, width).
+            float32 (texts, dimensions).
 
         Raises:
-            BundleError: the output is of another shape.
+            BundleError: the output has another number of axes.
         """
         found = np.asarray(output, dtype=np.float32)
         if found.ndim == 3 and not self.pooling:
@@ -132,15 +137,15 @@ class Interface:
 
 
 def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
-    """Make one vector of those of a text's tokens, as sentence-transformers does.
+    """Pool the vectors of a text's tokens to one vector, as sentence-transformers does.
 
     Args:
-        tokens: float32 (texts, tokens, width).
-        mask: (texts, tokens), 1 where a token is.
+        tokens: float32 (texts, tokens, dimensions).
+        mask: (texts, tokens), 1 for each token and 0 for padding.
         pooling: one of `POOLINGS`.
 
     Returns:
-        float32 (texts, width).
+        float32 (texts, dimensions).
     """
     there = mask[:, :, None].astype(np.float32)
     if pooling == "mean":
@@ -154,16 +159,16 @@ def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
 
 
 def find_inputs(graph: Graph, stated: str = "", first_position: int | None = None) -> Inputs:
-    """Return the roles of a graph's inputs, by their names or as stated.
+    """Find the role of each of a graph's inputs, by its name or as stated.
 
     Args:
         graph: the graph.
-        stated: `ROLE=NAME` with colons between; or names that tell no role, in the order of `ROLES`; empty: by name.
-        first_position: position of a text's first token; None: not known.
+        stated: `ROLE=NAME` with colons between; or names without roles, in the order of `ROLES`; empty: by name.
+        first_position: position of a text's first token; None: unknown.
 
     Raises:
-        BundleError: an input is none of a text encoder, or its role is unknown; the message says which option states
-            it. Or it takes positions and `first_position` is None.
+        BundleError: the inputs are not those of a text encoder; or a role is unknown, and the message has the option
+            that states it; or there is an input for positions and `first_position` is None.
     """
     names = [tensor.name for tensor in graph.inputs]
     types = {tensor.type for tensor in graph.inputs}
@@ -189,10 +194,10 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
 
 
 def _known_roles(names: Sequence[str]) -> dict[str, str]:
-    """Return the input of each role, by the inputs' names.
+    """Return the name of each role's input, by the inputs' names.
 
     Raises:
-        UnstatedError: a name tells no role, two tell the same one, or none is for token ids.
+        UnstatedError: a name has no known role, two names have the same role, or no input is for token ids.
     """
     found = {role: name for name in names if (role := _role(name))}
     if len(found) < len(names) or "input_ids" not in found:
@@ -206,16 +211,16 @@ def _known_roles(names: Sequence[str]) -> dict[str, str]:
 
 
 def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the input of each role, as the option `inputs` states it.
+    """Return the name of each role's input, as the option `inputs` states it.
 
     Raises:
-        BundleError: it does not give each of the inputs one role.
+        BundleError: the option does not give each input exactly one role.
     """
     entries = [entry for entry in stated.split(":") if entry]
     pairs = [(role, name) for role, equals, name in (entry.partition("=") for entry in entries) if equals]
     if not pairs:
-        # Names without roles are taken in the order of the roles only where no name tells its role: what stands third
-        # would be given zeros, whatever it is for.
+        # Names without roles are read in the order of the roles, but only if no name has a known role. Otherwise the
+        # third input would be fed zeros, whatever it is for.
         pairs = list(zip(ROLES, entries, strict=False))
         roles = [_role(name) for _, name in pairs]
         if len(entries) > len(_IN_ORDER) or (any(roles) and roles != [role for role, _ in pairs]):
@@ -239,21 +244,21 @@ def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _role(name: str) -> str:
-    """Return the role that an input's name tells; empty if it tells none."""
+    """Return the role of an input by its name; empty if the name is unknown."""
     plain = name.lower().partition(":")[0]  # TensorFlow's names end with `:0`
     return next((role for role, known in _ROLE_NAMES.items() if plain in known), "")
 
 
 def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
-    """Tell which output to ask for: an embedder's vector of a text, or else those of its tokens; a classifier's logits.
+    """Find the output to read: a text's vector, or else its tokens' vectors, of an embedding model; logits otherwise.
 
     Args:
         graph: the graph.
-        task: what the model does; None: whatever its outputs are for.
-        stated: the output's name; empty: to be found out.
+        task: the model's task; None: decide by the outputs.
+        stated: name of the output; empty: find it.
 
     Raises:
-        BundleError: there is none, or several might be meant; the message says which option states it.
+        BundleError: there is no suitable output, or several; the message has the option that states it.
     """
     outputs = {tensor.name: tensor for tensor in graph.outputs if tensor.type.startswith("tensor(float")}
     if stated:
@@ -271,4 +276,4 @@ def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
         fitting = [t for t in outputs.values() if len(t.shape) == rank and t.name not in (_POOLER, _LOGITS)]
         if len(fitting) == 1:
             return fitting[0]
-    raise UnstatedError(f"which of the outputs {', '.join(outputs)} holds the vectors cannot be told", "output=NAME")
+    raise UnstatedError(f"it is unknown which of the outputs {', '.join(outputs)} holds the vectors", "output=NAME")

@@ -1,4 +1,4 @@
-"""JSON objects in which no key is twice: Python's json takes the last of two values without a word."""
+"""Refuse JSON objects with a repeated key: Python's json silently keeps only the last value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RepeatedKeyError(ValueError):
-    """A JSON object has a key twice; `key` says which."""
+    """A JSON object has the same key twice; `key` is that key."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -15,10 +15,10 @@ class RepeatedKeyError(ValueError):
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object of its pairs; to be the `object_pairs_hook` of `json.loads`.
+    """Return a dict of the pairs of a JSON object; pass it to `json.loads` as `object_pairs_hook`.
 
     Raises:
-        RepeatedKeyError: a key is twice among them.
+        RepeatedKeyError: a key occurs twice.
     """
     found: dict[str, Any] = {}
     for key, value in pairs:

@@ -1,4 +1,4 @@
-"""Limits of the numbers and texts in the files of a model, and the checks against them.
+"""Limits of numbers and texts in the files of a model, and their checks.
 
 The limits keep each value within its field of the wire format (int32, UTF-8) and a description of a model to some MiB.
 """
@@ -12,37 +12,37 @@ from emberpc.bundle.errors import BundleError
 
 MAX_DIMENSIONS = 65_536
 MAX_TOKENS = 2**20
-#: Token ids and counts are int32 in some graphs and on the wire.
+#: Token ids and counts are int32 on the wire and in some graphs.
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LABELS = 30_000
 MAX_MATRYOSHKA_DIMENSIONS = 1_000
 MAX_VARIANTS = 100
-#: Entries of a table in the manifest, such as `files` or `quality`.
+#: The most entries of a table in the manifest, such as `files` or `quality`.
 MAX_ENTRIES = 10_000
-#: Characters of a name, label, path or digest.
+#: The most characters of a name, label, path or digest.
 MAX_NAME_LENGTH = 1_024
-#: Characters of a prompt or of an explanation.
+#: The most characters of a prompt or of an explanation.
 MAX_TEXT_LENGTH = 16_384
-#: Characters of all labels of a model.
+#: The most characters of all labels of a model together.
 MAX_LABEL_CHARACTERS = 2**20
-#: Any other number, such as the bytes of a file: int64.
+#: The greatest value of any other number, such as the bytes of a file: int64.
 MAX_INTEGER = 2**63 - 1
 
 
 def whole_number(value: object, name: str, least: int, most: int) -> int:
-    """Return a whole number, which may be written as decimal digits.
+    """Validate a whole number and return it as int.
 
     Args:
-        value: an int, or a text of digits.
-        name: what it is and where it stands, for the error.
+        value: an int, or a text of decimal digits.
+        name: name and place of the number, for the error.
         least: the least value allowed.
         most: the greatest value allowed.
 
     Raises:
-        BundleError: it is none, or out of range.
+        BundleError: the value is not a whole number, or out of range.
     """
     found = value
-    # More digits than these are out of range, and Python refuses to convert some thousands.
+    # A text with more digits is out of range in any case, and Python refuses to convert thousands of digits.
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= len(str(MAX_INTEGER)):
         found = int(value)
     if type(found) is not int or not least <= found <= most:
@@ -51,15 +51,15 @@ def whole_number(value: object, name: str, least: int, most: int) -> int:
 
 
 def check_length(value: str, name: str, most: int = MAX_NAME_LENGTH) -> str:
-    """Return a text, or refuse one that is too long or that UTF-8 cannot write.
+    """Validate the length and encoding of a text and return it.
 
     Args:
         value: the text.
-        name: what it is and where it stands, for the error.
-        most: characters allowed.
+        name: name and place of the text, for the error.
+        most: the most characters allowed.
 
     Raises:
-        BundleError: it is too long, or has half a surrogate pair.
+        BundleError: the text is too long, or has a lone surrogate, which UTF-8 cannot encode.
     """
     if len(value) > most:
         raise BundleError(f"{name} has {len(value)} characters; it may have at most {most}")
@@ -69,7 +69,7 @@ def check_length(value: str, name: str, most: int = MAX_NAME_LENGTH) -> str:
 
 
 def check_count(count: int, name: str, most: int) -> None:
-    """Refuse a list or table of too many entries.
+    """Validate the number of entries of a list or table.
 
     Raises:
         BundleError: `count` is above `most`.
@@ -79,7 +79,7 @@ def check_count(count: int, name: str, most: int) -> None:
 
 
 def check_labels(labels: Iterable[str], name: str) -> None:
-    """Refuse labels that are too many, too long or together too long.
+    """Validate the number of labels, the length of each, and their total length.
 
     Raises:
         BundleError: a limit is exceeded.
@@ -93,5 +93,5 @@ def check_labels(labels: Iterable[str], name: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Return False for a text with half a surrogate pair, which JSON can escape and UTF-8 cannot write."""
+    """Return False for a text with a lone surrogate, which JSON can escape and UTF-8 cannot encode."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

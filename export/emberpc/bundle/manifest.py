@@ -1,4 +1,4 @@
-"""The manifest `emberpc.json`: what a bundle says of itself, as a typed object."""
+"""The manifest `emberpc.json` of a bundle as a typed object."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from emberpc.bundle.limits import (
 )
 
 MANIFEST_NAME = "emberpc.json"
-#: Grows when an older reader could misunderstand a newer bundle.
+#: Raised when an older reader could misunderstand a newer bundle.
 FORMAT_VERSION = 1
 
 T = TypeVar("T")
 
 
 class Task(str, Enum):
-    """What a model does."""
+    """The task of a model."""
 
     EMBEDDING = "embedding"
     CLASSIFICATION = "classification"
@@ -56,34 +56,34 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Parity:
-    """How near a variant comes to PyTorch's fp32, measured at export on real texts."""
+    """Agreement of a variant with PyTorch's fp32, measured at export on real texts."""
 
     texts: int
     max_abs_diff: float
     cosine_min: float
-    #: Share of texts with the same best label; 1 for an embedder.
+    #: Share of texts with the same best label; 1 for an embedding model.
     label_agreement: float = 1.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a variant is worth, measured at export against fp32 on real texts, on one core of the exporting host."""
+    """Accuracy and speed of a variant against fp32, measured at export on real texts, on one core of that host."""
 
     texts: int
     cosine_min: float
     cosine_mean: float
-    #: Mean share of a text's 10 nearest that are among fp32's 10 nearest.
+    #: Mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
     neighbour_agreement: float
     texts_per_cpu_second: float
-    #: Texts per CPU-second as a multiple of fp32's: the median of runs in turns.
+    #: Texts per CPU-second as a multiple of fp32's: the median of runs that alternate with fp32.
     speedup: float
     load_seconds: float
     size_bytes: int
-    #: Share of texts with the same best label as fp32 gives; 1 for an embedder.
+    #: Share of texts with the same best label as by fp32; 1 for an embedding model.
     label_agreement: float = 1.0
-    #: Share of texts with the right label (multi-label: exactly the right ones); None for an embedder.
+    #: Share of texts with the right label (multi-label: exactly the right ones); None for an embedding model.
     accuracy: float | None = None
-    #: nDCG@10 of the validation file's queries; None: it had none.
+    #: nDCG@10 of the validation file's queries; None if it has no queries.
     ndcg_at_10: float | None = None
 
 
@@ -94,15 +94,15 @@ class Variant:
     name: str
     path: str
     parity: Parity
-    #: What it keeps to against fp32; None: it is fp32, and comes as near to PyTorch as float32 allows.
+    #: Accuracy that it must reach against fp32; None for fp32, which is as near to PyTorch as float32 allows.
     bound: Bound | None = None
-    #: None: the bundle is of a time before it was measured.
+    #: None: the bundle was written before variants were measured.
     measured: Measured | None = None
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the server puts before a text; empty where the model wants nothing."""
+    """Prompts that the server puts before a text; empty if the model needs none."""
 
     query: str = ""
     passage: str = ""
@@ -110,18 +110,18 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a server needs to know of a model, and where it comes from."""
+    """All settings of a model that a server needs, and the origin of the model."""
 
     task: Task
-    #: Name of the model exported: a hub id, or the name of its folder.
+    #: Name of the exported model: its name on a hub, or the name of its folder.
     base_model: str
     revision: str
-    #: SHA-256 (hex) of the weights that were converted.
+    #: SHA-256 (hex) of the source's weights.
     weights_sha256: str
     dimensions: int
     #: `mean`, `cls`, `max` or `lasttoken`.
     pooling: str
-    #: Whether the graph gives vectors of length 1.
+    #: Whether the graph returns vectors of length 1.
     normalize: bool
     #: The most tokens of a text, special tokens and prompt included.
     max_tokens: int
@@ -129,35 +129,35 @@ class Manifest:
     variants: tuple[Variant, ...]
     prompts: Prompts = Prompts()
     matryoshka_dimensions: tuple[int, ...] = ()
-    #: CLASSIFICATION: in the order of the logits.
+    #: Labels of a classifier, in the order of the logits.
     labels: tuple[str, ...] = ()
     multi_label: bool = False
-    #: Multi-label: the probability from which each label is given. Empty: 0.5.
+    #: Multi-label: the threshold of each label's probability. Empty: 0.5.
     thresholds: tuple[float, ...] = ()
     #: Divides the logits before they become probabilities.
     temperature: float = 1.0
-    #: A text whose best logit, before the temperature, is below this is out of scope; None: none is.
+    #: A text whose best logit, before the temperature, is below this is rejected; None: no text is.
     rejection_logit: float | None = None
-    #: How a classifier was fine-tuned, such as `linear`.
+    #: Strategy of a fine-tuned classifier, such as `linear`.
     strategy: str = ""
     #: Figures measured at export, such as `accuracy`.
     quality: dict[str, float] = field(default_factory=dict)
-    #: Variants that were tried and not kept, each with the reason.
+    #: Variants that were tried and not kept, with the reason.
     dropped: dict[str, str] = field(default_factory=dict)
-    #: Which texts the variants were measured on, in words; empty: the bundle is of a time before that was kept.
+    #: Description of the texts that the variants were measured on; empty: the bundle was written before it was kept.
     measured_on: str = ""
-    #: Whether `max_tokens` is what a user asked for, and not where the source's own library cuts texts.
+    #: Whether `max_tokens` was stated by the user; otherwise it is where the source's own library truncates texts.
     max_tokens_stated: bool = False
-    #: Versions of the tools used.
+    #: Versions of the libraries that made the bundle.
     tools: dict[str, str] = field(default_factory=dict)
-    #: When it was made, ISO 8601 in UTC.
+    #: Time of the export, ISO 8601 in UTC.
     created: str = ""
-    #: Every file of the bundle but the manifest, by its path.
+    #: All files of the bundle except the manifest, by path.
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Check what types alone do not say.
+        """Validate values and their combinations; types are validated by `from_json`.
 
         Raises:
             BundleError: a value is out of range or contradicts another.
@@ -183,10 +183,10 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
 
     def _check_limits(self) -> None:
-        """Refuse numbers, texts and lists beyond `emberpc.bundle.limits`.
+        """Validate numbers, texts and lists against `emberpc.bundle.limits`.
 
         Raises:
-            BundleError: one is beyond its limit.
+            BundleError: a limit is exceeded.
         """
         numbers = {
             "dimensions": (1, MAX_DIMENSIONS),
@@ -216,10 +216,10 @@ class Manifest:
                 check_length(key, f"{MANIFEST_NAME}: a key of {table}")
 
     def variant(self, name: str = "") -> Variant:
-        """Return the variant of a name, or the first one for an empty name.
+        """Return the variant with a name, or the first variant for an empty name.
 
         Raises:
-            BundleError: there is none of that name.
+            BundleError: the bundle has no such variant.
         """
         for variant in self.variants:
             if name in ("", variant.name):
@@ -228,9 +228,9 @@ class Manifest:
         raise BundleError(f"there is no variant {name!r}; the bundle has: {have}")
 
     def legacy_fingerprint(self, variant: str = "") -> str:
-        """Return the fingerprint (hex) by which collections were bound before `Bundle.fingerprint`.
+        """Return the fingerprint (hex) of the old scheme, which collections were bound to before `Bundle.fingerprint`.
 
-        It is made of what the manifest says, not of the files, and proves nothing about them.
+        It is computed from the manifest only, so it proves nothing about the files.
         """
         tokenizer = self.files.get("tokenizer.json")
         parts = {
@@ -245,15 +245,15 @@ class Manifest:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the manifest as it is written to the bundle."""
+        """Return the manifest as the text of `emberpc.json`."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read a manifest.
+        """Parse a manifest.
 
         Raises:
-            BundleError: the text is not JSON, is of a newer format, or a field is missing or of a wrong type.
+            BundleError: the text is not JSON, has another format version, or a field is missing or has a wrong type.
         """
         try:
             data = json.loads(text)
@@ -273,7 +273,7 @@ class Manifest:
 
 
 def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from JSON, checking every type. Unknown fields are left: a newer writer may add some."""
+    """Build a dataclass from JSON and validate every type. Unknown fields are ignored: a newer writer may add some."""
     hints = get_type_hints(kind)
     values = {}
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # only ever called with dataclasses
@@ -286,9 +286,9 @@ def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Check one value against its type."""
+    """Validate a value against its type and return it as that type; raise BundleError if it does not fit."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is UnionType:  # what may be None
+    if origin is UnionType:  # an optional field
         return None if value is None else _value(arguments[0], value, path)
     if origin is tuple and isinstance(value, list):
         return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
@@ -312,7 +312,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _is_finite(number: float) -> bool:
-    """Return False for NaN, infinities and integers that no float can hold: JSON as Python reads it has them all."""
+    """Return False for NaN, infinities and integers beyond float's range, all of which Python's json accepts."""
     try:
         return math.isfinite(number)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Read an ONNX file without ONNX Runtime: the files that hold its weights, and a digest of what decides an output."""
+"""Parse an ONNX file without ONNX Runtime: find the files with its weights, and compute the digest of an output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import sha256_of_part
 from emberpc.bundle.protobuf import Message
 
-# Numbers of fields (onnx.proto).
+# Field numbers of onnx.proto.
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 8, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
 _FUNCTION_NODE = 7
@@ -26,11 +26,11 @@ _TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 12,
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME = 1
 _EXTERNAL = 1
-#: Graphs in graphs; no real model comes near.
+#: Deepest nesting of graphs that is read; no real model comes near it.
 _MAX_DEPTH = 16
-#: ONNX Runtime's own format, a FlatBuffer, has this at its fifth byte.
+#: Magic bytes, from the fifth byte on, of ONNX Runtime's own format, a FlatBuffer.
 _ORT_FORMAT = b"ORTM"
-#: From this size on, a part of the file is not copied from its mapping.
+#: A part of the file of at least this many bytes is read in chunks and not copied from the mapping.
 _LARGE_BYTES = 1 << 16
 
 
@@ -38,14 +38,14 @@ _HashPart = Callable[..., bytes]
 
 
 class _IrregularError(Exception):
-    """The graph has a part that the digest of an output does not follow, so all bytes of the file count."""
+    """The graph has a part that `output_digest` does not support, so the digest must cover all bytes of the files."""
 
 
 def external_files(folder: Path, model: str, contents: Contents | None = None) -> tuple[str, ...]:
     """Return the files beside an ONNX file that hold weights of it, sorted.
 
     Args:
-        folder: the model's folder, which no file may lie outside.
+        folder: the model's folder; no file may lie outside it.
         model: the ONNX file, as a path in the folder.
         contents: reads the ONNX file; None: it is read from disk.
 
@@ -83,18 +83,18 @@ def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
 def output_digest(folder: Path, model: str, output: str, contents: Contents | None = None) -> str:
     """Return a SHA-256 (hex) of all that decides an output of an ONNX graph.
 
-    These are the operators that the output depends on with their attributes and weights, wherever the weights lie, and
-    the versions of the operator sets. Names of values, other outputs and documentation do not count. Of a graph with
-    parts that this cannot follow, such as loops or functions, all bytes of all its files count.
+    The digest covers the operators that the output depends on, with their attributes and weights (in whatever file
+    these are), and the versions of the operator sets. Names of values, other outputs and documentation do not count.
+    If the graph has unsupported parts, such as loops or functions, the digest covers all bytes of all its files.
 
     Args:
-        folder: the model's folder, which no file may lie outside.
+        folder: the model's folder; no file may lie outside it.
         model: the ONNX file, as a path in the folder.
         output: the output's name.
         contents: reads the files; None: they are read from disk.
 
     Raises:
-        BundleError: as `external_files`.
+        BundleError: see `external_files`.
     """
     hash_part = sha256_of_part if contents is None else contents.sha256_of_part
     try:
@@ -125,7 +125,11 @@ def _is_ort_format(data: bytes | mmap.mmap) -> bool:
 
 
 def _place(folder: Path, model: str, location: str) -> str:
-    """Return the path in the folder of a file that an ONNX file names relative to itself."""
+    """Return the path in the folder of a file that an ONNX file names relative to itself.
+
+    Raises:
+        BundleError: the file is missing or lies outside the folder.
+    """
     pure = PurePosixPath(model).parent / location
     outside = PurePosixPath(location).is_absolute() or ".." in pure.parts or "\\" in location or "\0" in location
     if outside or not (folder / pure).resolve().is_relative_to(folder.resolve()):
@@ -139,7 +143,7 @@ def _place(folder: Path, model: str, location: str) -> str:
 
 
 def _locations(model: Message) -> Iterator[str]:
-    """Give the names of files that tensors of a model lie in."""
+    """Yield the names of the files that hold tensors of a model, as the model writes them."""
     for graph in model.messages(_MODEL_GRAPH):
         yield from _graph_locations(graph, 0)
     for training in model.messages(_MODEL_TRAINING):
@@ -214,7 +218,7 @@ def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
 
 
 def _text(message: Message, wanted: int) -> str:
-    """Return a text field; of several the last counts, and a missing one is empty."""
+    """Return a text field: the last of repeated ones, or an empty text if it is missing."""
     found = [value.bytes().decode() for value in message.messages(wanted)]
     return found[-1] if found else ""
 
@@ -228,7 +232,7 @@ class _Node:
 
 @dataclass
 class _Digests:
-    """Digests of the values of a graph, each made of what the value is computed from."""
+    """Computes digests of a graph's values; the digest of a value covers everything that the value is computed from."""
 
     folder: Path
     model_path: str
@@ -244,14 +248,14 @@ class _Digests:
         """Find the graph's parts by their names.
 
         Raises:
-            _IrregularError: there is a part that cannot be followed.
+            _IrregularError: the graph has an unsupported part.
         """
         if _is_ort_format(data):
             raise _IrregularError
         return cls(folder, model, Message(data, 0, len(data)), hash_part)
 
     def __post_init__(self) -> None:
-        """Find the graph's parts by their names; raises as `read`."""
+        """Collect initializers, inputs and nodes by name; raises as `read` does."""
         graphs = list(self.model.messages(_MODEL_GRAPH))
         if len(graphs) != 1 or any(True for _ in self.model.messages(_MODEL_FUNCTION)):
             raise _IrregularError
@@ -272,13 +276,13 @@ class _Digests:
                 raise _IrregularError
 
     def of(self, output: str) -> bytes:
-        """Return the digest of an output, with the versions of the operator sets.
+        """Return the digest of an output and of the versions of the operator sets.
 
         Raises:
-            _IrregularError: the graph does not give it, or has a part that cannot be followed.
+            _IrregularError: the graph has no such output, or an unsupported part.
         """
         wanted, needed = {output}, list[_Node]()
-        # A graph's nodes stand in the order in which they are computed.
+        # ONNX requires that nodes are listed in the order of computation, so one pass from the end finds all inputs.
         for node in reversed(self._nodes):
             if wanted.intersection(node.outputs):
                 needed.append(node)
@@ -331,13 +335,13 @@ class _Digests:
             else:
                 _update(digest, str(number).encode(), self._sha256(value))
         if external:
-            _update(digest, b"9", self._external(entries))  # as raw_data
+            _update(digest, b"9", self._external(entries))  # 9: the field number of raw_data
         elif entries:
             raise _IrregularError
         return digest.digest()
 
     def _external(self, entries: dict[str, str]) -> bytes:
-        """Return the SHA-256 of the part of a file that a tensor lies in."""
+        """Return the SHA-256 of a tensor's part of its external file."""
         place = _place(self.folder, self.model_path, entries.get("location", ""))
         offset, length = entries.get("offset", "0"), entries.get("length", "")
         if not all(each.isascii() and each.isdecimal() and len(each) < 19 for each in (offset, length or "0")):
@@ -345,7 +349,7 @@ class _Digests:
         return self.hash_part(self.folder / place, int(offset), int(length) if length else None)
 
     def _sha256(self, part: Message) -> bytes:
-        """Return the SHA-256 of a part of the ONNX file; a large one is read, as it would be mapped page by page."""
+        """Return the SHA-256 of a part of the ONNX file; a large part is read in chunks, not mapped page by page."""
         length = part.end - part.start
         if length < _LARGE_BYTES:
             return hashlib.sha256(part.bytes()).digest()
@@ -359,7 +363,7 @@ def _digest(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _update(digest: hashlib._Hash, *parts: bytes) -> None:
-    """Add parts with their lengths, so that no two lists of parts are the same bytes."""
+    """Add parts, each with its length before it, so that different lists of parts never give the same bytes."""
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

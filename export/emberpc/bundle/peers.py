@@ -1,4 +1,4 @@
-"""What a folder of sentence-transformers or transformers says of its model, in JSON."""
+"""Read settings from the JSON files of a sentence-transformers or transformers folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from emberpc.bundle.interface import POOLINGS
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TOKEN_ID, check_labels, check_length, whole_number
 from emberpc.bundle.manifest import Prompts
 
-#: In a folder of peft's: what was trained, and on which model.
+#: File of peft that describes an adapter and the model it belongs to.
 ADAPTER_CONFIG = "adapter_config.json"
-#: Such files are some kilobytes; one larger than this (bytes) is something else.
+#: Limit in bytes of a JSON file. Real ones have some kilobytes.
 MAX_JSON_BYTES = 16 * 2**20
 _POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
@@ -21,7 +21,7 @@ _POOLING_KEYS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
 }
-#: Of models that state no limit, tokenizers give an absurdly large one.
+#: A limit in tokens from here on counts as not stated: tokenizers write an absurdly large number then.
 _MOST_TOKENS = 100_000
 #: Files with the settings of the Transformer module, in the order in which sentence-transformers looks for them.
 _TRANSFORMER_CONFIGS = tuple(
@@ -31,7 +31,7 @@ _TRANSFORMER_CONFIGS = tuple(
 #: Names of prompts, in the order in which sentence-transformers 5 looks for them (`encode_query`, `encode_document`).
 _QUERY_NAMES = ("query",)
 _PASSAGE_NAMES = ("document", "passage", "corpus")
-#: Architectures whose first positions, up to the padding token's, are never used.
+#: Architectures whose positions start after the padding token's id; lower positions are never used.
 _OFFSET = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "roberta-prelayernorm"),
     *("data2vec-text", "ibert", "xmod", "luke"),
@@ -39,10 +39,10 @@ _OFFSET = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing.
+    """Read a JSON object from a file; return an empty one if the file is missing.
 
     Raises:
-        BundleError: it holds something else.
+        BundleError: the file is too large or holds something else.
     """
     data = _parse(path) if path.exists() else {}
     if not isinstance(data, dict):
@@ -61,10 +61,10 @@ def _parse(path: Path) -> object:
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
-    """Return the kinds of the modules that `modules.json` lists, such as `Pooling`, and their folders; none without it.
+    """Return the kind, such as `Pooling`, and the folder of each module in `modules.json`; empty without that file.
 
     Raises:
-        BundleError: it is no list of modules, or names a folder that lies outside.
+        BundleError: the file is not a list of modules, or a folder lies outside.
     """
     path = folder / "modules.json"
     if not path.exists():
@@ -80,19 +80,19 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def _kind(path: str) -> str:
-    """Return the class of a module; with its package if it is not of sentence-transformers, whatever it is called."""
+    """Return the class name of a module; a class that is not of sentence-transformers keeps its package's name."""
     return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
 
 def read_pooling(path: Path) -> str:
-    """Read how token vectors become a text's, in the older form of the file or the newer.
+    """Read the pooling from `1_Pooling/config.json`, in the older or the newer format of that file.
 
     Raises:
-        BundleError: in a way that is none of `POOLINGS`, or without the prompt's tokens.
+        BundleError: the pooling is none of `POOLINGS`, or it leaves the prompt's tokens out.
     """
     config = read_json(path)
     older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
-    stated = config.get("pooling_mode", older or "mean")  # the newer key goes before the older ones
+    stated = config.get("pooling_mode", older or "mean")  # the newer key takes precedence
     modes = [str(mode) for mode in stated] if isinstance(stated, list) else [str(stated)]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise BundleError(
@@ -104,20 +104,20 @@ def read_pooling(path: Path) -> str:
 
 
 def read_token_id(config: dict[str, Any], key: str, default: int) -> int:
-    """Return a token's id that config.json states; `default` if it states none.
+    """Return the id of a token from config.json; `default` if it is not stated.
 
     Raises:
-        BundleError: it is no whole number from 0 to 2**31 - 1.
+        BundleError: the id is not a whole number from 0 to 2**31 - 1.
     """
     stated = config.get(key)
     return default if stated is None else whole_number(stated, f"config.json: {key}", 0, MAX_TOKEN_ID)
 
 
 def read_dimensions(config: dict[str, Any]) -> int | None:
-    """Return the width of the hidden states that config.json states; None if it states none.
+    """Return the dimensions of the hidden states from config.json; None if they are not stated.
 
     Raises:
-        BundleError: it is no whole number from 1 to the greatest width that is served.
+        BundleError: the value is not a whole number from 1 to `MAX_DIMENSIONS`.
     """
     for key in ("hidden_size", "dim", "d_model"):
         if config.get(key) is not None:
@@ -126,10 +126,10 @@ def read_dimensions(config: dict[str, Any]) -> int | None:
 
 
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the labels that config.json states in `id2label`, by their ids; none if it states none.
+    """Return the labels from `id2label` in config.json, ordered by id; empty if there are none.
 
     Raises:
-        BundleError: they are too many or too long.
+        BundleError: a label or id is invalid, or there are too many or too long labels.
     """
     given = config.get("id2label")
     if not isinstance(given, dict) or not given:
@@ -143,10 +143,10 @@ def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_name(config: dict[str, Any], folder: Path) -> str:
-    """Return the model's name: what config.json states, else the folder's name.
+    """Return the model's name from config.json, or else the folder's name.
 
     Raises:
-        BundleError: it is too long or no text.
+        BundleError: the name is too long or not a text.
     """
     stated = config.get("_name_or_path") or folder.resolve().name.encode(errors="replace").decode()
     if not isinstance(stated, str):
@@ -155,10 +155,10 @@ def read_name(config: dict[str, Any], folder: Path) -> str:
 
 
 def read_positions(config: dict[str, Any]) -> int | None:
-    """Return how many tokens the model has positions for; None if it does not say, or more than any model has.
+    """Return the number of tokens that the model has positions for; None if it is not stated or not plausible.
 
     Raises:
-        BundleError: the padding token's id, which some models count from, is out of range.
+        BundleError: the padding token's id, after which some models start to count, is out of range.
     """
     positions = config.get("max_position_embeddings")
     if type(positions) is not int or not 0 < positions < _MOST_TOKENS:
@@ -167,10 +167,10 @@ def read_positions(config: dict[str, Any]) -> int | None:
 
 
 def read_first_position(config: dict[str, Any]) -> int | None:
-    """Return the position of a text's first token; None if config.json does not state the model's type.
+    """Return the position of a text's first token; None if config.json does not state the model type.
 
     Raises:
-        BundleError: the padding token's id, which some models count from, is out of range.
+        BundleError: the padding token's id, after which some models start to count, is out of range.
     """
     if not config.get("model_type"):
         return None
@@ -178,10 +178,10 @@ def read_first_position(config: dict[str, Any]) -> int | None:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Return where the encoder's own files are: the folder itself, or as in old ones the `0_Transformer` in it.
+    """Return the folder of the encoder's own files: the folder itself, or its `0_Transformer` in the older layout.
 
     Raises:
-        BundleError: as `read_modules`.
+        BundleError: see `read_modules`.
     """
     modules = read_modules(folder)
     if not modules or modules[0][0] != "Transformer":
@@ -190,14 +190,14 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def read_transformer(folder: Path) -> dict[str, Any]:
-    """Return the settings of the Transformer module, from the first file of those that sentence-transformers reads.
+    """Return the settings of the Transformer module, from the first of the files that sentence-transformers looks for.
 
     Returns:
-        The settings, such as `max_seq_length` and `do_lower_case`; empty without modules.json, since
-        sentence-transformers reads none of the files then.
+        The settings, such as `max_seq_length` and `do_lower_case`. Empty without modules.json: sentence-transformers
+        does not read these files then.
 
     Raises:
-        BundleError: a file is no JSON object.
+        BundleError: a file is not a JSON object.
     """
     if not (folder / "modules.json").exists():
         return {}
@@ -206,9 +206,12 @@ def read_transformer(folder: Path) -> dict[str, Any]:
 
 
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
-    """Return where sentence-transformers cuts a text, in tokens; None if no limit is stated.
+    """Return the number of tokens after which sentence-transformers truncates a text; None if no limit is stated.
 
-    That is what the settings of the Transformer module say, else the tokenizer's, and no more than there are positions.
+    The limit is that of the Transformer module, or else the tokenizer's, but at most the number of positions.
+
+    Raises:
+        BundleError: a file is not a JSON object, or the padding token's id is out of range.
     """
     settings = read_transformer(folder)
     keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
@@ -223,38 +226,38 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
 
 
 def _limit(value: object) -> int:
-    """Return a limit in tokens; 0 for what is none, such as the absurdly large ones."""
+    """Return a limit in tokens as int; 0 if the value is not a number or is not plausible."""
     stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < _MOST_TOKENS
     return int(value) if stated and isinstance(value, (int, float)) else 0
 
 
 def read_sentence_transformers(folder: Path) -> dict[str, Any]:
-    """Return what `config_sentence_transformers.json` holds; empty if the file is missing.
+    """Return the content of `config_sentence_transformers.json`; empty if the file is missing.
 
     Raises:
-        BundleError: it is no JSON object, or of a model that does not give one text one vector.
+        BundleError: the file is not a JSON object, or the model does not return one vector for a text.
     """
     settings = read_json(folder / "config_sentence_transformers.json")
     kind = settings.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise BundleError(
-            f"{folder} is a {kind if isinstance(kind, str) else 'model of unknown kind'}, which gives no text one "
-            "vector; choose a SentenceTransformer"
+            f"{folder} is a {kind if isinstance(kind, str) else 'model of unknown kind'}, which does not return one "
+            "vector for a text; choose a SentenceTransformer"
         )
     return settings
 
 
 def read_prompts(settings: dict[str, Any]) -> Prompts:
-    """Return the prompts by the names in use for queries and for passages, else the one that is the default for all.
+    """Return the prompts of queries and of passages by their usual names, or else the default prompt.
 
-    Of several names for one thing the first counts that is not empty, as sentence-transformers 5 writes an empty
-    `document` beside a `passage`. If all are stated and empty, there is no prompt, whatever the default is.
+    If several names are in use, the first prompt that is not empty counts: sentence-transformers 5 writes an empty
+    `document` beside a `passage`. If all stated prompts are empty, there is no prompt, whatever the default is.
 
     Args:
-        settings: what `config_sentence_transformers.json` holds.
+        settings: content of `config_sentence_transformers.json`.
 
     Raises:
-        BundleError: the prompts are not texts by name.
+        BundleError: `prompts` does not map names to texts.
     """
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) or text is None for text in prompts.values()):

@@ -1,4 +1,4 @@
-"""Read messages in protobuf's wire format from a file, without their schema and without copies."""
+"""Parse messages in protobuf's wire format from a file, without a schema and without copying them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ _VARINT, _EIGHT_BYTES, _DELIMITED, _FOUR_BYTES = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class Message:
-    """A part of a file in protobuf's wire format."""
+    """A message, string or packed list in protobuf's wire format: a range of bytes of `data`."""
 
     data: bytes | mmap.mmap
     start: int
     end: int
 
     def fields(self) -> Iterator[tuple[int, int | Message]]:
-        """Give each field's number and its value: a message, string or packed list as where it lies.
+        """Yield the number and value of each field; messages, strings and packed lists are `Message` objects.
+
+        Fixed-size numbers are skipped.
 
         Raises:
-            ValueError: it is not in that format.
+            ValueError: the bytes are not in the wire format.
         """
         place = self.start
         while place < self.end:
@@ -42,22 +44,22 @@ class Message:
                 raise ValueError(f"a field has the kind {kind}")
 
     def messages(self, wanted: int) -> Iterator[Message]:
-        """Give the fields of one number that are messages, strings or packed lists."""
+        """Yield the values of one field number that are messages, strings or packed lists."""
         return (value for number, value in self.fields() if number == wanted and isinstance(value, Message))
 
     def varints(self) -> Iterator[int]:
-        """Give the numbers of a packed list."""
+        """Yield the numbers of a packed list."""
         place = self.start
         while place < self.end:
             value, place = self._varint(place)
             yield value
 
     def bytes(self) -> bytes:
-        """Return what it consists of."""
+        """Return a copy of the bytes."""
         return self.data[self.start : self.end]
 
     def _varint(self, place: int) -> tuple[int, int]:
-        """Return a number and where it ends."""
+        """Return a number and the offset of the byte after it."""
         value = 0
         for shift in range(0, 70, 7):
             if place >= self.end:

@@ -1,4 +1,4 @@
-"""Read a bundle, trusting nothing in it before it is checked."""
+"""Read a bundle and check its files before they are used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.bundle.onnx_file import external_files, output_digest
 from emberpc.bundle.reference import Reference
 
 TOKENIZER_NAME = "tokenizer.json"
-#: A manifest is some kilobytes; one larger than this (bytes) is no manifest.
+#: Limit of a manifest in bytes. Real manifests have some kilobytes.
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 _REEXPORT = "copy the bundle again or export the model again"
@@ -28,9 +28,9 @@ _REEXPORT = "copy the bundle again or export the model again"
 class Bundle:
     """A folder whose manifest was read and whose files were checked.
 
-    `foreign` is how to call the graph if emberpc did not write the folder: see
-    `emberpc.bundle.foreign`. Such a bundle has no reference outputs. `legacy_covers_weights`: whether the fingerprint
-    of the old scheme was made of all files that hold weights, and its vectors are those of now.
+    `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`), which has no reference
+    outputs; None for a bundle. `legacy_covers_weights`: whether the old scheme's fingerprint covers all files with
+    weights and stands for the vectors of now.
     """
 
     folder: Path
@@ -51,11 +51,11 @@ class Bundle:
         """Return how to call the graph of a variant.
 
         Args:
-            graph: what it takes and gives.
-            headless: of a classifier, ask for the vector that its head is put on, not for the logits.
+            graph: the graph's inputs and outputs.
+            headless: for a classifier, read the vector that its head takes instead of the logits.
 
         Raises:
-            BundleError: it lacks an input or output that a bundle's has.
+            BundleError: an input or output of a bundle's graph is missing.
         """
         if self.foreign is not None:
             return self.foreign
@@ -65,11 +65,11 @@ class Bundle:
             raise BundleError(f"the graph's outputs are {', '.join(outputs)}; it must have {output!r}; {_REEXPORT}")
         try:
             return Interface(find_inputs(graph), output)
-        except UnstatedError as error:  # a bundle is not to be explained, but to be whole
+        except UnstatedError as error:  # a bundle must be complete, so no model option is offered
             raise BundleError(f"{error}; {_REEXPORT}") from error
 
     def output(self, *, headless: bool = False) -> str:
-        """Return the name of the graph's output that is asked for; `headless` as in `interface`."""
+        """Return the name of the graph's output to read; `headless` as in `interface`."""
         if self.foreign is not None:
             return self.foreign.output
         logits = self.manifest.task is Task.CLASSIFICATION and not headless
@@ -84,7 +84,7 @@ class Bundle:
 
         Raises:
             BundleError: the ONNX file cannot be read, or a file that it names is missing, lies outside the folder or is
-                not among those of the manifest.
+                not listed in the manifest.
         """
         found = external_files(self.folder, self.manifest.variant(variant).path, contents)
         for name in found:
@@ -95,9 +95,9 @@ class Bundle:
     def fingerprint(self, variant: str = "", *, headless: bool = False, contents: Contents | None = None) -> str:
         """Return a SHA-256 (hex) of all bytes that decide the model's vectors.
 
-        Two models of one fingerprint give vectors that may stand in one index. They may have different ONNX files, if
-        these compute the vectors in the same way: a classifier with a head has the fingerprint of the embedder that it
-        was made on. The manifest's names and hashes do not count.
+        Vectors of two models with equal fingerprints may be in one collection. Their ONNX files may differ if they
+        compute the vectors in the same way: a classifier with a head has the fingerprint of the embedding model that
+        it is based on. Names and hashes in the manifest do not count.
 
         Args:
             variant: name of the variant; empty: the first one.
@@ -105,7 +105,7 @@ class Bundle:
             contents: reads the files; None: they are read from disk now.
 
         Raises:
-            BundleError: as `external_files`, or a file cannot be read.
+            BundleError: see `external_files`, or a file cannot be read.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
         self.external_files(variant, contents)  # see that the manifest has all of them
@@ -122,14 +122,14 @@ class Bundle:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def legacy_fingerprint(self, variant: str = "") -> str:
-        """Return the fingerprint (hex) of the old scheme; empty if that was not made of all weights."""
+        """Return the fingerprint (hex) of the old scheme; empty if it does not cover all weights."""
         return self.manifest.legacy_fingerprint(variant) if self.legacy_covers_weights else ""
 
     def head(self) -> Head | None:
-        """Read a classifier's head; None if the bundle has none, or only in its graph.
+        """Read a classifier's head; return None if the bundle has no head file.
 
         Raises:
-            BundleError: it is damaged.
+            BundleError: the file is damaged.
         """
         if self.foreign is not None or HEAD_NAME not in self.manifest.files:
             return None
@@ -139,7 +139,7 @@ class Bundle:
         """Read the reference outputs.
 
         Raises:
-            BundleError: they are missing or damaged.
+            BundleError: the file is missing or damaged.
         """
         return Reference.read(self.folder)
 
@@ -150,7 +150,7 @@ class Bundle:
             contents: what it has read is compared; other files are read from disk.
 
         Raises:
-            BundleError: a file is not as the manifest says.
+            BundleError: a file differs.
         """
         for name in self.manifest.files if self.foreign is None else ():
             check_file(self.folder, self.manifest, name, contents=contents)
@@ -168,14 +168,14 @@ class Bundle:
 
 
 def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
-    """Read a bundle and check that it is whole.
+    """Read a bundle and check that it is complete.
 
     Args:
-        folder: where it is.
-        check_hashes: compare each file's SHA-256 with the manifest, not only its size.
+        folder: the bundle's folder.
+        check_hashes: compare the SHA-256 of each file with the manifest, and not only its size.
 
     Raises:
-        BundleError: the folder or a file is missing, changed, or leads out of the folder, or the manifest is wrong.
+        BundleError: the folder or a file is missing, changed or outside the folder, or the manifest is invalid.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -188,10 +188,10 @@ def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a bundle, and look at none of its other files.
+    """Read the manifest of a bundle; no other file is read.
 
     Raises:
-        BundleError: there is no such folder or no manifest, or it is wrong.
+        BundleError: the folder or the manifest is missing, or the manifest is invalid.
     """
     if not folder.is_dir():
         raise BundleError(f"{folder}: there is no such folder")
@@ -229,14 +229,14 @@ def check_file(
         contents: if it has read the file, what it has is compared.
 
     Raises:
-        BundleError: the file leads out of the folder, is a link, is missing, or is not as the manifest says.
+        BundleError: the file lies outside the folder, is a link, is missing, or differs from the manifest.
     """
     entry: FileEntry = manifest.files[name]
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise BundleError(f"{folder / MANIFEST_NAME}: the path {name!r} leads out of the bundle")
     path = folder / name
-    # The last of the parents is the bundle itself, which may well be a link.
+    # The last parent is the bundle's folder itself, which may be a link.
     if any((folder / part).is_symlink() for part in (pure, *pure.parents[:-1])):
         raise BundleError(f"{path} is or lies behind a symbolic link; a bundle holds plain files only")
     if not path.is_file():

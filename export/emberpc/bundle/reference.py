@@ -1,7 +1,7 @@
-"""Reference outputs: what PyTorch gave for some texts, kept in the bundle.
+"""Reference outputs: outputs of PyTorch for some texts, stored in the bundle.
 
-With them a bundle can be checked on a host that has no PyTorch: whoever runs
-the ONNX file must get the same numbers.
+With them a bundle can be checked on a host without PyTorch: the ONNX file must
+give the same numbers there.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 REFERENCE_NAME = "reference.npz"
-#: Some tens of texts with their outputs are far below this, unpacked (bytes).
+#: Limit of the unpacked size in bytes. Some tens of texts with their outputs are far below it.
 MAX_REFERENCE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Texts with the outputs that PyTorch's fp32 gave for them.
+    """Texts with the outputs of PyTorch's fp32 for them.
 
-    `embeddings` is float32 (texts, dimensions); `logits` is float32 (texts,
-    labels), or None for an embedder. No prompt was put before the texts, and
-    those of too many tokens were cut at their end.
+    `embeddings` is float32 (texts, dimensions). `logits` is float32 (texts, labels), or None for an embedding model.
+    The texts have no prompt, and texts with too many tokens were truncated at their end.
     """
 
     texts: tuple[str, ...]
@@ -45,7 +44,7 @@ class Reference:
         """Read `reference.npz` from a folder.
 
         Raises:
-            BundleError: it is missing or damaged.
+            BundleError: the file is missing or damaged.
         """
         path = folder / REFERENCE_NAME
         arrays = read_arrays(path, "reference outputs", MAX_REFERENCE_BYTES)
@@ -59,5 +58,5 @@ class Reference:
             raise BundleError(f"{path} holds no texts; export the model again")
         for matrix in (embeddings, logits):
             if matrix is not None and (matrix.ndim != 2 or len(matrix) != len(texts)):
-                raise BundleError(f"{path} has outputs of another number than texts; export the model again")
+                raise BundleError(f"{path} has another number of outputs than of texts; export the model again")
         return cls(texts, embeddings, logits)

@@ -1,4 +1,4 @@
-"""Write a bundle so that it is whole or not there."""
+"""Write a bundle atomically: it is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from emberpc.bundle.reading import sha256_of
 
-#: How the names of temporary folders end, so that none is taken for one that holds something else.
+#: Suffix of the names of temporary folders; no other folder has it.
 _SUFFIX = ".emberpc-partial"
 
 
 @contextmanager
 def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `target` that becomes `target` if the block ends without an exception.
+    """Yield a temporary folder beside `target`; rename it to `target` if the block ends without an exception.
 
-    On an exception, Ctrl-C included, the temporary folder is removed and
-    `target` is as it was. A process that is killed leaves it there; whoever
-    writes to the same `target` next removes it.
+    On an exception, Ctrl-C included, the temporary folder is removed and `target` does not change. A process that is
+    killed leaves its temporary folder there; the next process that writes to the same `target` removes it.
 
     Raises:
-        BundleError: `target` is there and not an empty folder, and `overwrite` is
-            not set; or it holds something that is not a bundle; or no folder can be made there.
+        BundleError: `target` exists and is not an empty folder, and `overwrite` is not set; or it holds something that
+            is not a bundle; or no folder can be created there.
     """
     target = check_target(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
@@ -38,15 +37,15 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         target.parent.mkdir(parents=True, exist_ok=True)
         staging, lock = _make(target, "new")
     except OSError as error:
-        raise BundleError(f"{target} cannot be made; choose a place where this user may write") from error
-    # mkdtemp makes folders for their owner alone; a bundle is as readable as what is beside it.
+        raise BundleError(f"{target} cannot be created; choose a place where this user may write") from error
+    # mkdtemp creates folders that only their owner can read. A bundle gets the usual permissions.
     staging.chmod(0o755)
     try:
         yield staging
         _replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # somebody else has put something there by now
+        with suppress(OSError):  # another process may have put something there meanwhile
             for parent in made:
                 parent.rmdir()
         raise
@@ -55,18 +54,18 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
 
 
 def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
-    """See that a bundle may be written to a folder, as `staged_folder` does; what a killed process left is removed.
+    """Check that a bundle may be written to a folder; remove the temporary folders of killed processes.
 
     Returns:
-        The folder, with its whole path.
+        The absolute path of the folder.
 
     Raises:
-        BundleError: as for `staged_folder`, but that it cannot be made.
+        BundleError: see `staged_folder`, except that creating the folder is not tried.
     """
     target = Path(target).absolute()
     remove_abandoned(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise BundleError(f"{target} is there and is no folder; choose another place")
+        raise BundleError(f"{target} exists and is not a folder; choose another place")
     if target.is_dir() and any(target.iterdir()):
         if not (target / MANIFEST_NAME).exists():
             raise BundleError(f"{target} holds something that is not a bundle; choose an empty or a new folder")
@@ -76,10 +75,9 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Remove the temporary folders of a target whose process is gone; put back a bundle that it had moved away.
+    """Remove the temporary folders of a target whose process is gone; restore a bundle that such a process moved away.
 
-    Each is locked by the process that made it for as long as that lives; on
-    a file system without locks, all stay.
+    A process locks its temporary folders as long as it lives. On a file system without locks, nothing is removed.
     """
     own = re.compile(rf"\.{re.escape(target.name)}-(new|old)-[^/]*{re.escape(_SUFFIX)}")
     with suppress(OSError), _locked(target.parent):
@@ -93,10 +91,10 @@ def remove_abandoned(target: Path) -> None:
 
 
 def _make(target: Path, kind: str) -> tuple[Path, int]:
-    """Make a temporary folder beside a target, and lock it until the descriptor that is returned is closed."""
+    """Create and lock a temporary folder beside a target; return it and the descriptor that holds the lock."""
     with ExitStack() as stack:
         with suppress(OSError):
-            # Nobody may take it for abandoned before it is locked.
+            # Until the new folder is locked, this lock keeps other processes from removing it as abandoned.
             stack.enter_context(_locked(target.parent))
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-{kind}-", suffix=_SUFFIX, dir=target.parent))
         lock = os.open(folder, os.O_RDONLY)
@@ -107,7 +105,7 @@ def _make(target: Path, kind: str) -> tuple[Path, int]:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lock a folder against other processes; if not to wait, raise BlockingIOError where one has locked it."""
+    """Lock a folder against other processes; without `wait`, raise BlockingIOError if another process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -117,10 +115,13 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest, with the size and hash of every file that is in the folder now, and sync all to disk.
+    """Write the manifest with the size and hash of every file now in the folder, and sync all files to disk.
 
     Returns:
         The manifest as written.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     manifest_path = folder / MANIFEST_NAME
     files = {}
@@ -136,7 +137,7 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`; on an exception `target` is what it was."""
+    """Rename `staging` to `target`, replacing an existing bundle; on an exception `target` does not change."""
     if target.exists():
         old, lock = _make(target, "old")
         try:
@@ -153,7 +154,7 @@ def _replace(staging: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Write a file, or a folder's list of names, through to the disk."""
+    """Sync a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

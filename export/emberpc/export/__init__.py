@@ -1,1 +1,1 @@
-"""Offline: turns encoders into bundles. Heavy libraries are imported where they are used, not here."""
+"""Offline export: convert encoders to bundles. Modules import heavy libraries inside functions, to start fast."""

@@ -1,4 +1,4 @@
-"""Hold what is served to the PyTorch model that it was made of."""
+"""Compare a variant with the PyTorch model that it was exported from."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from emberpc.export.sources import find_source
 from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.variants.measuring import neighbour_agreement
 
-#: Enough for a text to have 10 nearest among them.
+#: Number of texts to compare: enough for each text to have 10 nearest neighbours among them.
 _TEXTS = 64
 
 
 def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: str | Path) -> tuple[None, str]:
-    """Compare a variant with PyTorch on real texts, docstrings of the standard library.
+    """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
 
-    What is compared is the vectors; of a classifier that emberpc did not make,
-    the logits. A classifier that emberpc tuned has an encoder of its own:
-    compare it with that, not with its base.
+    Vectors are compared; for a foreign classifier, logits. A classifier that emberpc tuned has its own encoder: give
+    that encoder as the source, not its base.
 
     Args:
-        bundle: the bundle, or foreign folder.
+        bundle: the bundle or foreign folder.
         variant: name of the variant.
-        runner: what runs it.
+        runner: runner of the variant.
         source: the PyTorch model: a folder, an installed package that holds one, or a hub id.
 
     Returns:
-        Nothing, and what was found in words.
+        None, and the result as words.
 
     Raises:
+        ExportError: the source cannot be run, or the difference exceeds the variant's bound.
         ExportError: the source cannot be run, or they differ by more than the variant's bound.
     """
     folder = find_source(source).folder
@@ -48,7 +48,9 @@ def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: st
     expected = run(str(folder), texts, manifest.max_tokens, stated=manifest.max_tokens_stated)
     got = runner.run(texts, output)
     if got.shape != expected.shape:
-        raise ExportError(f"{output} has the shape {got.shape}, and {source} gives {expected.shape}; is it the source?")
+        raise ExportError(
+            f"{output} has the shape {got.shape}, and {source} returns {expected.shape}; give the model's own source"
+        )
     parity = compare(expected, got, labels=logits)
     agreement = neighbour_agreement(expected, got)
     words = (
@@ -63,9 +65,8 @@ def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: st
 
 
 def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool) -> Matrix:
-    """Classify texts with transformers in fp32; float32 (texts, labels).
-
-    The arguments and errors are those of `torch_embeddings`.
+    """Return the logits of texts by transformers in fp32, float32 (texts, labels).
+    For arguments and errors, see `torch_embeddings`.
     """
     with calling_libraries(f"{folder} cannot be run by transformers", "is it a text classifier?"):
         import torch

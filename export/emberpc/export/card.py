@@ -7,7 +7,7 @@ from emberpc.export.calibration import weakness
 
 
 def model_card(manifest: Manifest) -> str:
-    """Return the card as Markdown with the front matter that model hubs read."""
+    """Return the card as Markdown, with the front matter that model hubs read."""
     classifier = manifest.task is Task.CLASSIFICATION
     tag = "text-classification" if classifier else "sentence-similarity"
     prompts = [f"{kind} {text!r}" for kind, text in vars(manifest.prompts).items() if text]
@@ -58,7 +58,7 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _variants(manifest: Manifest) -> list[str]:
-    """Return what each variant is worth, and what was tried and not kept."""
+    """Return a table of the variants' figures as lines of Markdown, and the variants that were not kept."""
     rows = [(variant, variant.measured) for variant in manifest.variants if variant.measured is not None]
     if len(rows) < 2 and not manifest.dropped:
         return []

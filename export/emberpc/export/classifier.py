@@ -1,4 +1,4 @@
-"""Fine-tune a classifier by one of the strategies, calibrate it, and export encoder and head as one bundle."""
+"""Fine-tune a classifier with one of the strategies, calibrate it, and export encoder and head as one bundle."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """Where the texts of a classifier are.
+    """Paths and format of a classifier's texts, as CSV, TSV, JSONL or Parquet.
 
-    All are CSV, TSV, JSONL or Parquet. `validation` is for stopping early and
-    calibration, `outside` holds texts that have none of the labels, and
-    `descriptions` says in words what each label means.
+    `validation` has texts for early stopping and calibration. `outside` has texts without any of the labels.
+    `descriptions` has a description of each label.
     """
 
     train: Path | str
@@ -57,9 +56,9 @@ class Data:
     descriptions: Path | str | None = None
     text_column: str = "text"
     label_column: str = "label"
-    #: What stands between the labels of a text that may have several; None: every text has one.
+    #: Separator between the labels of a text; None: every text has one label.
     separator: str | None = None
-    #: Fewest texts that a label must have.
+    #: Fewest texts of a label.
     min_examples: int = 2
 
 
@@ -82,36 +81,36 @@ def export_classifier(
 ) -> Manifest:
     """Fine-tune a classifier, export it, and check it against PyTorch.
 
-    Temperature, thresholds and the figures in `quality` come from texts that
-    the classifier, or one fitted the same way, had not seen: those of the
-    validation file, or training texts that are held out or cross-validated.
+    Temperature, thresholds and the figures in `quality` come from texts that the classifier, or a classifier fitted in
+    the same way, was not trained on: those of the validation file, or training texts that are held out or
+    cross-validated.
 
     Args:
-        data: where the texts are.
+        data: paths and format of the texts.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
-        target: the bundle's folder; whole at the end, or not there.
+        target: the bundle's folder; it is written atomically.
         strategy: one of `EXPORTABLE`.
-        label_texts: whether to learn from what labels are called or from their descriptions, too; names that do not
-            tell the texts apart, such as numbers, are left.
-        balanced: whether every label counts alike, however many texts it has.
-        epochs: passes over the texts; default: fewer the more texts there are.
-        rejection_rate: the share of texts with labels that may be rejected as out of scope, in [0, 1), where there
-            are no texts that have none of the labels; 0: nothing is rejected.
-        checkpoints: where a training keeps what it needs to go on after an interruption.
-        variants: what to write beside fp32: names, or `auto`; see `emberpc.export.variants`. They are measured on the
-            validation file, else on training texts that were held out for good, else on those learnt from; the manifest
-            says which.
-        overwrite: whether to replace a bundle that is there.
-        max_tokens: the most tokens of a text, longer ones are cut in training; default: what the base says.
-        seed: of splits and order.
-        progress: told what is being done.
+        label_texts: whether to train on the labels' names or descriptions, too. Names that say nothing about the texts,
+            such as numbers, are not used.
+        balanced: whether every label has the same weight, whatever its number of texts.
+        epochs: passes over the texts; default: the more texts, the fewer passes.
+        rejection_rate: share of texts with labels that may be rejected as out of scope, in [0, 1), if `data` has no
+            texts outside all labels; 0: nothing is rejected.
+        checkpoints: folder for checkpoints, from which an interrupted training continues; None: no checkpoints.
+        variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`. They are
+            measured on the validation file, or else on training texts that were held out for good, or else on texts
+            that were trained on. The manifest says which.
+        overwrite: whether to replace an existing bundle.
+        max_tokens: the most tokens of a text; training truncates longer texts. Default: the base's limit.
+        seed: seed of splits and order.
+        progress: called with the current step.
 
     Returns:
-        The manifest, with the parity and the quality measured.
+        The manifest, with the measured parity and quality.
 
     Raises:
-        ExportError: the data or the base cannot be used, or the outcome does not give what PyTorch gives.
-        BundleError: `target` is taken.
+        ExportError: an argument is invalid, the data or the base cannot be used, or outputs differ from PyTorch's.
+        BundleError: `target` exists and may not be replaced.
     """
     if strategy not in EXPORTABLE:
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
@@ -128,7 +127,7 @@ def export_classifier(
         if label_texts:
             examples = described_examples(examples, data.descriptions, workbench)
         elif strategy == "zero-shot":
-            raise ExportError("zero-shot goes by what labels are called; leave their texts in")
+            raise ExportError("the strategy zero-shot needs label texts; do not switch them off")
         options = Options(seed, balanced, validation, epochs, kept, progress)
         with Cost() as cost:
             fitted = STRATEGIES[strategy].fit(examples, workbench, options)
@@ -181,7 +180,11 @@ def _warn_of_few(held_out: int, source: Path | str) -> None:
 
 
 def read_data(data: Data) -> tuple[Examples, Examples | None, list[str]]:
-    """Read the training texts, those to validate on, and those outside all labels."""
+    """Read the training texts, the validation texts (or None), and the texts outside all labels (or none).
+
+    Raises:
+        ExportError: a file cannot be read or its data cannot be used; the error names the row.
+    """
     read = partial(
         read_labelled, text_column=data.text_column, label_column=data.label_column, separator=data.separator
     )
@@ -198,17 +201,19 @@ class _Measuring(TypedDict):
 
 
 def _to_measure_on(examples: Examples, validation: Examples | None, held_out: HeldOut) -> _Measuring:
-    """Choose the texts to measure variants on: such as the classifier has not seen, if there are any."""
+    """Choose the texts to measure variants on: if possible, texts that the classifier was not trained on."""
     if validation is not None:
         return {"examples": validation, "measured_on": "the texts of the validation file"}
     if held_out.unseen and len(held_out.rows):
         return {"examples": examples.take(held_out.rows), "measured_on": "training texts that were held out"}
-    fitted_to = "training texts that the classifier was fitted to: accuracy flatters, fp32's as much as a variant's"
+    fitted_to = (
+        "training texts that the classifier was fitted to: the accuracy is too high, fp32's as much as a variant's"
+    )
     return {"examples": examples, "measured_on": fitted_to}
 
 
 def _conflicts(examples: Examples) -> int:
-    """Count the texts that are there with different labels."""
+    """Return the number of texts that occur with different labels."""
     given: dict[str, set[bytes]] = {}
     for text, targets in zip(examples.texts, examples.targets, strict=True):
         given.setdefault(text, set()).add(targets.tobytes())
@@ -216,7 +221,7 @@ def _conflicts(examples: Examples) -> int:
 
 
 def _measured(fitted: Fitted, calibration: Calibration, beyond: Matrix | None) -> dict[str, float]:
-    """Measure on the texts that were held out; nothing where there are none."""
+    """Return figures on the held-out texts; an empty dict if there are none."""
     held_out = fitted.held_out
     if not len(held_out):
         return {}
@@ -237,9 +242,13 @@ def _write(
     strategy: str,
     progress: Progress,
 ) -> Manifest:
-    """Put the head on the graph, compare it with PyTorch, write what else belongs to it, and say what it is."""
+    """Add the head to the graph, compare it with PyTorch, write the other files, and return the manifest.
+
+    Raises:
+        ExportError: the strategy made no linear head, or outputs differ from PyTorch's.
+    """
     if fitted.head is None:
-        raise ExportError(f"the outcome of {strategy} is no linear head; choose another strategy")
+        raise ExportError(f"the result of {strategy} is not a linear head; choose another strategy")
     with tuned_encoder(encoder, fitted, folder) as (source, tuned):
         if tuned is not None:
             converted = convert_encoder(tuned, folder, progress)
@@ -266,7 +275,10 @@ def _write(
 
 @contextmanager
 def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
-    """Give the encoder whose vectors the head is for, and that again if it was tuned, written to a temporary folder."""
+    """Yield the encoder whose vectors the head needs, and the same encoder again if it was tuned, or else None.
+
+    A tuned encoder is in a temporary folder that is removed after the block.
+    """
     if fitted.tuned is None:
         yield encoder, None
         return
@@ -281,9 +293,9 @@ def _runner(folder: Path, encoder: Encoder, converted: Converted) -> Runner:
 
 
 def _compare(folder: Path, head: Head, source: Encoder, runner: Runner) -> Variant:
-    """Compare the exported classifier with PyTorch, and keep some texts with their outputs as its reference.
+    """Compare the exported classifier with PyTorch, and store some texts with their outputs as the reference.
 
-    None of the user's texts: what they trained on is not to travel in the bundle.
+    The reference has docstrings and none of the user's texts: training texts must not leave with the bundle.
     """
     texts: Sequence[str] = sample_texts(PARITY_TEXTS)
     embeddings = torch_embeddings(str(source.folder), texts, source.max_tokens, stated=source.max_tokens_stated)
@@ -297,7 +309,7 @@ def _compare(folder: Path, head: Head, source: Encoder, runner: Runner) -> Varia
 
 
 def _write_config(folder: Path, config: dict[str, object], examples: Examples) -> None:
-    """Write config.json so that others load the bundle as a classifier."""
+    """Write a config.json with which transformers loads the bundle as a classifier."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
 
     architecture = ARCHITECTURES.get(str(config.get("model_type")))

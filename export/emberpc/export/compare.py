@@ -1,4 +1,4 @@
-"""Which road leads to a label on this data: compare all strategies, and say which one to take."""
+"""Compare all strategies for a classifier on the user's data, and recommend one of them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from emberpc.export.strategies import EXPORTABLE
 
 
 def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progress: Progress = no_progress) -> Summary:
-    """Compare the ways to a label, and write a report.
+    """Compare strategies, and write a report.
 
-    What was measured is kept in the folder, so that the same call goes on
-    where it was interrupted, or with more budgets, strategies, seeds or time.
+    Outcomes are stored in the folder. The same call continues an interrupted comparison, also with more budgets,
+    strategies, seeds or time.
 
     Args:
-        wanted: what to compare.
-        folder: where the report and what was measured go; made if need be.
-        worth: what a way with a dearer training must gain in accuracy, in [0, 1], to be recommended.
-        progress: told what is being done.
+        wanted: settings of the comparison.
+        folder: folder of the report and the outcomes; it is created if it does not exist.
+        worth: accuracy, in [0, 1], that a strategy with a more expensive training must gain to be recommended.
+        progress: called with the current step.
 
     Returns:
-        The comparison; `report.html`, `report.json` and PNGs are in the folder.
+        The summary; `report.html`, `report.json` and PNG files are in the folder.
 
     Raises:
-        ExportError: data or a base cannot be used, the folder holds another comparison, or there was no time for any
-            of it.
+        ExportError: data or a base cannot be used, the folder holds another comparison, or the time limit left no time
+            for any outcome.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,49 +51,52 @@ def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progres
 
 
 def check_winner(wanted: Wanted, target: Path | str, *, overwrite: bool = False) -> None:
-    """See that a winner could be exported, before a comparison spends hours on finding it.
+    """Check that the winner of a comparison can be exported; call this before the comparison, which may take hours.
 
     Args:
-        wanted: what is to be compared.
+        wanted: settings of the comparison.
         target: the bundle's folder.
-        overwrite: whether to replace a bundle that is there.
+        overwrite: whether to replace an existing bundle.
 
     Raises:
-        ExportError: no strategy that is wanted can be exported.
-        BundleError: `target` is taken.
+        ExportError: none of the strategies can be exported.
+        BundleError: `target` exists and may not be replaced.
     """
     check_target(target, overwrite=overwrite)
     if not set(wanted.strategies) & set(EXPORTABLE):
         raise ExportError(
             f"none of {', '.join(wanted.strategies)} can be exported; add one of {', '.join(EXPORTABLE)}, "
-            "or do without the winner's bundle"
+            "or leave out the winner's bundle"
         )
 
 
 def export_winner(
     summary: Summary, wanted: Wanted, target: Path | str, *, overwrite: bool = False, progress: Progress = no_progress
 ) -> Manifest:
-    """Fit the recommended way to all training texts, and export it as a bundle.
+    """Fit the recommended strategy to all training texts, and export it as a bundle.
 
-    That takes time of its own, beyond the limit of the comparison; its estimate is told as progress.
+    This takes time in addition to the comparison's time limit; the progress has an estimate.
 
     Args:
         summary: the comparison.
-        wanted: what was compared.
-        target: the bundle's folder; whole at the end, or not there.
-        overwrite: whether to replace a bundle that is there.
-        progress: told what is being done.
+        wanted: settings of the comparison.
+        target: the bundle's folder; it is written atomically.
+        overwrite: whether to replace an existing bundle.
+        progress: called with the current step.
+
+    Returns:
+        The manifest of the bundle.
 
     Raises:
-        ExportError: it cannot be fitted or exported, such as if the winner keeps its examples.
-        BundleError: `target` is taken.
+        ExportError: the strategy cannot be fitted or exported; for example, `nearest` cannot be exported.
+        BundleError: `target` exists and may not be replaced.
     """
     winner = summary.winner
     way, share = winner.way, len(summary.compared.train.texts) / max(1, winner.texts)
     seconds = winner.means["wall_seconds"] * (share if winner.texts else 1)
     progress(f"exporting the winner, {way.strategy}: about {seconds:.0f} s to fit it to all texts", 0, 1)
     return export_classifier(
-        replace(wanted.data, outside=None),  # its texts were measured on
+        replace(wanted.data, outside=None),  # the comparison measured on these texts only, so they set no rejection
         summary.compared.sources[way.base],
         target,
         strategy=way.strategy,

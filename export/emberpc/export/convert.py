@@ -1,4 +1,4 @@
-"""From PyTorch to ONNX: the one place that knows optimum."""
+"""Convert encoders from PyTorch to ONNX. This is the only module that uses optimum."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from emberpc.export.libraries import calling_libraries
 
 
 def convert(folder: Path, target: Path) -> Path:
-    """Convert an encoder; the graph gives `last_hidden_state`, fp32 (texts, tokens, hidden size).
+    """Convert an encoder; the graph returns `last_hidden_state`, fp32 (texts, tokens, hidden size).
 
     Args:
-        folder: the encoder, in Hugging Face's form.
-        target: where the ONNX file goes, with configuration and tokenizer beside it.
+        folder: the encoder, in Hugging Face's format.
+        target: folder for the ONNX file, the configuration and the tokenizer.
 
     Returns:
         The ONNX file.
 
     Raises:
-        ExportError: it cannot be converted.
+        ExportError: the encoder cannot be converted, or its tokenizer or weights are incomplete.
     """
     _check_tokenizer(folder)
     model_type = read_json(folder / "config.json").get("model_type")
@@ -38,7 +38,7 @@ def convert(folder: Path, target: Path) -> Path:
             task="feature-extraction",
             library_name="transformers",
             device="cpu",
-            do_validation=False,  # it compares on made-up ids; parity on real texts follows
+            do_validation=False,  # it would compare on random ids; `parity` compares on real texts later
             trust_remote_code=False,
             local_files_only=True,
         )
@@ -46,7 +46,7 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer that no tokenizer.json can be made of: the server reads nothing else."""
+    """Raise ExportError if there is no fast tokenizer: the server reads tokenizer.json only."""
     with calling_libraries(
         f"{folder} has no tokenizer that can be read", "get the model again, with its tokenizer.json"
     ):
@@ -55,19 +55,19 @@ def _check_tokenizer(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if not tokenizer.is_fast:
             raise ExportError(
-                f"{folder} has no tokenizer.json, and transformers can make none of its {type(tokenizer).__name__}; "
-                "choose a model that has one"
+                f"{folder} has no tokenizer.json, and transformers cannot make one from its "
+                f"{type(tokenizer).__name__}; choose a model with a tokenizer.json"
             )
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse weights that lack some of the model's: transformers would make up random ones, and only warn."""
+    """Raise ExportError if weights are missing: transformers would use random ones instead, with only a warning."""
     from transformers import AutoModel
 
     _, info = AutoModel.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
-    # The pooler of BERT and its like plays no part in `last_hidden_state`, and is mostly missing.
+    # BERT's pooler does not affect `last_hidden_state`, and many models have no weights for it.
     missing = [key for key in info["missing_keys"] if "pooler" not in key.split(".")]
     if missing:
         raise ExportError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]}; get them again")

@@ -1,4 +1,4 @@
-"""Labelled texts from CSV, TSV, JSONL or Parquet files, with errors that name the row."""
+"""Read labelled texts from CSV, TSV, JSONL or Parquet files; errors name the row."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from emberpc.export.errors import ExportError
 _LOGGER = logging.getLogger(__name__)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _FORMATS = ".csv, .tsv, .jsonl, .ndjson or .parquet"
-#: Characters without width that other programs leave at the ends of a cell; `str.strip` does not take them for space.
+#: Zero-width characters that other programs leave at the ends of a cell; `str.strip` does not remove them.
 _WIDTHLESS = "\u200b\u2060\ufeff"
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts from a file, the labels of each, and where each stands there, such as `line 17`."""
+    """Texts of a file with the labels of each, and the place of each in the file, such as `line 17`."""
 
     path: Path
     texts: list[str]
@@ -34,7 +34,7 @@ class LabelledTexts:
     places: list[str]
 
     def conflicts(self) -> dict[str, list[str]]:
-        """Return the texts that stand there with different labels, with where and which: `line 17: cancel`."""
+        """Return the texts that occur with different labels, each with its places and labels: `line 17: cancel`."""
         seen: dict[str, dict[tuple[str, ...], str]] = {}
         for text, labels, place in zip(self.texts, self.labels, self.places, strict=True):
             seen.setdefault(text, {}).setdefault(labels, f"{place}: {', '.join(labels) or 'no label'}")
@@ -53,17 +53,20 @@ def read_labelled(
     Args:
         path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8.
         text_column: the column with the texts.
-        label_column: the column with the labels; space around a label is left out, and its Unicode form is made NFC.
-        separator: what stands between the labels of a text that has several; in JSONL and Parquet they
-            may also be a list, and may be missing. Default: every text has one label.
+        label_column: the column with the labels. Space around a label is removed, and the label is normalized to NFC.
+        separator: separator of a text's labels. In JSONL and Parquet, labels may also be a list, and may be missing.
+            Default: every text has one label.
+
+    Returns:
+        The texts in the order of the file.
 
     Raises:
-        ExportError: the file cannot be read, has no such column, or a row has no text or no label; or the separator is
-            empty.
+        ExportError: the file cannot be read or has no such column; a row has no text or (without separator) no label;
+            or the separator is empty.
     """
     path = Path(path)
     if separator == "":
-        raise ExportError("the separator of labels is empty; give what stands between two labels, such as ;")
+        raise ExportError("the separator of labels is empty; give the text between two labels, such as ;")
     texts: list[str] = []
     labels: list[tuple[str, ...]] = []
     places: list[str] = []
@@ -88,7 +91,7 @@ def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows of a file, each with its place there.
+    """Read the rows of a file, each with its place in the file, such as `line 17`.
 
     Raises:
         ExportError: the file cannot be read, or has no rows.
@@ -109,19 +112,19 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
-    """Return a cell that must hold a text.
+    """Return the text of a cell that must not be empty.
 
     Raises:
-        ExportError: there is no such column, or it is empty or holds something else.
+        ExportError: there is no such column, or the cell is empty or does not hold a text.
     """
     return _filled(path, place, column, _text(path, place, column, _cell(path, place, row, column)))
 
 
 def _text(path: Path, place: str, column: str, value: Any) -> str:
-    """Return the text that a cell holds, empty for a missing one.
+    """Return the text of a cell; an empty text for a missing value.
 
     Raises:
-        ExportError: it holds something else, or characters that no text has.
+        ExportError: the cell does not hold a text, or holds characters that no text may have.
     """
     if value is None:
         return ""
@@ -130,12 +133,12 @@ def _text(path: Path, place: str, column: str, value: Any) -> str:
         raise ExportError(f"{path}, {place}: {column} is of type {kind}; it must be a text, or a whole number")
     text = str(value)
     if "\0" in text:
-        raise ExportError(f"{path}, {place}: {column} holds a NUL character, which no text has; remove it")
+        raise ExportError(f"{path}, {place}: {column} holds a NUL character; remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ExportError(
-            f"{path}, {place}: {column} holds half of a surrogate pair, which is no character; remove it"
+            f"{path}, {place}: {column} holds a lone surrogate, which is not a character; remove it"
         ) from error
     return text
 
@@ -147,16 +150,16 @@ def _filled(path: Path, place: str, column: str, text: str) -> str:
 
 
 def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
-    """Return a cell that must hold a label, without space around it and in Unicode's normal form NFC.
+    """Return the label of a cell that must not be empty, without space around it and normalized to NFC.
 
     Raises:
-        ExportError: as `text_of`.
+        ExportError: see `text_of`.
     """
     return _filled(path, place, column, _plain_label(text_of(path, place, row, column)))
 
 
 def _plain_label(text: str) -> str:
-    """Return a label in NFC, without space and characters without width around it."""
+    """Normalize a label to NFC, and remove space and zero-width characters around it."""
     plain, label = "", unicodedata.normalize("NFC", text)
     while plain != label:
         plain, label = label, label.strip().strip(_WIDTHLESS)
@@ -164,30 +167,30 @@ def _plain_label(text: str) -> str:
 
 
 def report_alike(path: Path, labels: Iterable[str]) -> None:
-    """Warn of labels that hardly differ: they are different labels, and perhaps not meant so."""
+    """Log a warning for labels that hardly differ. They count as different labels, which may be unintended."""
     alike: dict[str, list[str]] = {}
     for label in sorted(set(labels)):
-        alike.setdefault(_gist(label), []).append(label)
+        alike.setdefault(_comparable(label), []).append(label)
     found = [same for same in alike.values() if len(same) > 1]
     if found:
         _LOGGER.warning(
             "%s: %d labels differ from another one only in case, space, invisible characters or how a number is "
-            "written, such as %s; they are taken for different labels; write them alike if they are one",
+            "written, such as %s; they count as different labels; write them alike if they are the same",
             path,
             sum(map(len, found)) - len(found),
             " and ".join(map(repr, found[0])),
         )
 
 
-def _gist(label: str) -> str:
-    """Return what a label has in common with others that look like it or, of a number, mean the same."""
+def _comparable(label: str) -> str:
+    """Return a form of a label that is equal for labels that look alike, or for numbers with the same value."""
     visible = "".join(" " if each.isspace() else each for each in label if unicodedata.category(each) != "Cf")
-    gist = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
-    return str(Decimal(gist).normalize()) if _NUMBER.fullmatch(gist) else gist
+    form = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
+    return str(Decimal(form).normalize()) if _NUMBER.fullmatch(form) else form
 
 
 def _undecodable(path: Path) -> str:
-    """Return the line, and the byte in it, where a file stops being UTF-8; both count from 1."""
+    """Return the line, and the byte in that line, of the first bytes that are not UTF-8; both count from 1."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -198,11 +201,11 @@ def _undecodable(path: Path) -> str:
 
 
 def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:
-    """Return the labels of a cell that may hold several, each once, in alphabetical order."""
+    """Return the distinct labels of a cell with any number of labels, in alphabetical order."""
     value = _cell(path, place, row, column)
     parts = value if isinstance(value, list) else _text(path, place, column, value).split(separator)
     if wrong := [part for part in parts if type(part) not in (str, int)]:
-        raise ExportError(f"{path}, {place}: {column} holds {wrong[0]!r}, which is no label; write texts")
+        raise ExportError(f"{path}, {place}: {column} holds {wrong[0]!r}, which is not a label; write texts")
     return tuple(sorted({_plain_label(_text(path, place, column, part)) for part in parts} - {""}))
 
 
@@ -224,24 +227,24 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
                 if None in row or None in row.values():
                     raise ExportError(
                         f"{path}, {where}: it does not have {len(names)} columns as the header has; "
-                        "is a text with a comma not in quotes?"
+                        "put texts with a comma in quotes"
                     )
                 yield where, row
         except csv.Error as error:
             raise ExportError(
-                f"{path}, line {reader.line_num + 1}: it cannot be read, nor what follows it; "
-                f"mend the quotes there, and let no text have more than {csv.field_size_limit()} characters"
+                f"{path}, line {reader.line_num + 1}: the rest of the file cannot be read; correct the quotes there, "
+                f"and give no text more than {csv.field_size_limit()} characters"
             ) from error
 
 
 def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
-    """Raise ExportError if a header has a name twice, or is one cell that another delimiter would cut."""
+    """Raise ExportError if a header repeats a name, or is a single cell with another delimiter in it."""
     if len(names) == 1 and (
         other := next((sign for sign in _DELIMITERS if sign != delimiter and sign in names[0]), "")
     ):
         raise ExportError(
-            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}, and {path.suffix.lower()} has "
-            f"{_DELIMITERS[delimiter]} between them; save it again with those"
+            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}; {path.suffix.lower()} files "
+            f"have {_DELIMITERS[delimiter]} between columns; save the file again with those"
         )
     for name in names:
         if names.count(name) > 1:

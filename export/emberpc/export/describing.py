@@ -1,4 +1,4 @@
-"""Descriptions of labels: from a file, or what the labels are called if that tells texts apart."""
+"""Add descriptions to labels: from a file, or from the labels' names if these help to classify the texts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from emberpc.export.examples import Examples, label_names, read_descriptions
 from emberpc.export.strategies import STRATEGIES, Options
 from emberpc.export.workbench import Workbench
 
-#: Label names are learnt from only if going by them alone beats always giving the most frequent label by this much.
-_TELLING = 0.1
+#: Label names are used only if a zero-shot classifier with them exceeds the share of the most frequent label by this.
+_LEAST_GAIN = 0.1
 
 
 def described_examples(examples: Examples, path: Path | str | None, workbench: Workbench) -> Examples:
-    """Say what the labels mean: by the file, or by their names if those tell the texts apart.
+    """Return the examples with label descriptions: from the file, or the labels' names if they help to classify.
+
+    Args:
+        examples: labelled texts.
+        path: file with descriptions; None: try the labels' names.
+        workbench: the encoder to try the names with.
 
     Raises:
-        ExportError: the file cannot be read, or does not describe just the labels there are.
+        ExportError: the file cannot be read, or does not describe exactly the labels of the examples.
     """
     if path is not None:
         return replace(examples, descriptions=read_descriptions(path, examples.labels))
@@ -28,7 +33,12 @@ def described_examples(examples: Examples, path: Path | str | None, workbench: W
 
 
 def telling(named: Examples, workbench: Workbench) -> bool:
-    """Return whether the descriptions alone tell the texts apart far better than the most frequent label does."""
+    """Return whether zero-shot classification by the descriptions is at least 0.1 better than the most frequent label.
+
+    Args:
+        named: labelled texts with descriptions.
+        workbench: the encoder.
+    """
     best = STRATEGIES["zero-shot"].fit(named, workbench, Options()).classify(named.texts).argmax(axis=1)
     right = named.targets[np.arange(len(best)), best].mean()
-    return bool(right > named.targets.mean(axis=0).max() + _TELLING)
+    return bool(right > named.targets.mean(axis=0).max() + _LEAST_GAIN)

@@ -1,4 +1,4 @@
-"""Export an encoder as an embedding bundle."""
+"""Export an encoder as a bundle of an embedding model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.variants import FP32, add_variants, check_names
 
 MODEL_PATH = "onnx/model.onnx"
-#: Texts that an export is compared with PyTorch on; and how many of them go into the bundle for later checks.
+#: Number of texts to compare with PyTorch, and number of these that are stored in the bundle for later checks.
 PARITY_TEXTS = 64
 REFERENCE_TEXTS = 16
-#: Where transformers notes what tokenizer.json said of truncation and padding; some readers obey it.
+#: Keys of tokenizer_config.json that transformers copies from tokenizer.json's truncation and padding. Some readers
+#: obey them, so they are removed.
 _BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
@@ -53,28 +54,28 @@ def export_embedding(
     corpus: Path | str | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Export an encoder as an embedding bundle, and check it against PyTorch.
+    """Export an encoder as a bundle of an embedding model, and check it against PyTorch.
 
     Args:
         source: a folder, the name of an installed package that holds one, or a hub id.
-        target: the bundle's folder; whole at the end, or not there.
-        overwrite: whether to replace a bundle that is there.
-        name: what to call the base model; default: as the source is called.
-        max_tokens: the most tokens of a text; default: what the source says.
-        prompts: what the server puts before texts; default: what the source says.
-        matryoshka: to which dimensions vectors may be cut; default: what the source says.
-        variants: what to write beside fp32: names, or `auto`; see `emberpc.export.variants`.
-        validation: a file of texts like those to be served, or of queries with passages that answer them, to measure
-            variants on; default: docstrings.
-        corpus: with queries, a file of more passages to search among.
-        progress: told what is being done.
+        target: the bundle's folder; it is written atomically.
+        overwrite: whether to replace an existing bundle.
+        name: name of the base model; default: the source's name.
+        max_tokens: the most tokens of a text; default: the source's limit.
+        prompts: prompts that the server puts before texts; default: the source's.
+        matryoshka: dimensions that vectors may be shortened to; default: the source's.
+        variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`.
+        validation: a file to measure variants on: texts like those to be served, or queries with passages that answer
+            them; default: docstrings of Python's standard library.
+        corpus: with queries, a file of more passages to search in.
+        progress: called with the current step.
 
     Returns:
-        The manifest, with the parity measured.
+        The manifest, with the measured parity.
 
     Raises:
-        ExportError: the source cannot be exported, or the outcome does not give what PyTorch gives.
-        BundleError: `target` is taken.
+        ExportError: the source cannot be exported, or outputs differ from PyTorch's.
+        BundleError: `target` exists and may not be replaced.
     """
     check_names(variants)
     texts_to_try, judged = _validation(validation, corpus)
@@ -91,13 +92,13 @@ def export_embedding(
 
 
 def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[list[str], Judged | None]:
-    """Read what variants are measured on: texts, or queries and what answers them."""
+    """Read the data to measure variants on: texts, or queries with their passages (then the texts are empty)."""
     if path is not None and has_queries(path):
         return [], read_judged(path, corpus)
     if corpus is not None:
         raise ExportError(
-            f"{corpus} is to be searched, but there are no queries; give a validation file with the columns query and "
-            "passage, or no corpus"
+            f"{corpus} is a corpus to search, but there are no queries; give a validation file with the columns query "
+            "and passage, or no corpus"
         )
     return (read_texts(path) if path is not None else []), None
 
@@ -113,20 +114,23 @@ def write_embedding(
     quality: Mapping[str, float] | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Write an encoder into a staged folder as an embedding bundle to be finished, and check it against PyTorch.
+    """Write an encoder as an embedding bundle into a staged folder, without the final manifest, and check it.
 
     Args:
         encoder: the encoder.
-        folder: as `staged_folder` gave it.
+        folder: a folder from `staged_folder`.
         variants: as for `export_embedding`.
-        texts_to_try: to measure variants on; none: docstrings.
-        judged: to measure them on instead, by what its queries find.
-        strategy: how it was tuned, if it was.
-        quality: what was measured of it.
-        progress: told what is being done.
+        texts_to_try: texts to measure variants on; none: docstrings of Python's standard library.
+        judged: queries and passages to measure variants on instead.
+        strategy: name of the method that tuned the encoder, if any.
+        quality: figures of the tuning.
+        progress: called with the current step.
+
+    Returns:
+        The manifest; `finish_bundle` must write it.
 
     Raises:
-        ExportError: it cannot be exported, or the outcome does not give what PyTorch gives.
+        ExportError: the encoder cannot be exported, or outputs differ from PyTorch's.
     """
     converted = convert_encoder(encoder, folder, progress)
     converted.graph.save(folder / MODEL_PATH)
@@ -169,7 +173,7 @@ def _measured_on(texts: Sequence[str], judged: Judged | None) -> str:
 
 @dataclass(frozen=True)
 class Converted:
-    """An encoder as a graph with pooling, its tokenizer beside it."""
+    """An encoder's graph with pooling; its tokenizer is in the bundle's folder."""
 
     graph: GraphEditor
     dimensions: int
@@ -177,7 +181,11 @@ class Converted:
 
 
 def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Converted:
-    """Convert an encoder, add its pooling, and put its tokenizer into the bundle's folder."""
+    """Convert an encoder to ONNX, add its pooling, and write its tokenizer to the bundle's folder.
+
+    Raises:
+        ExportError: the encoder cannot be converted, or its limits contradict each other.
+    """
     progress("converting to ONNX", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as raw:
         graph = GraphEditor(convert(encoder.transformer, Path(raw)))
@@ -186,10 +194,10 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     graph.take_tokens_alone(encoder.name)
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
     check_matryoshka(encoder.matryoshka_dimensions, dimensions, encoder.name)
-    # A text is cut on request and padded with its batch: by the server, not by what the file says.
+    # Truncation and padding are switched off in the file: the server truncates as a call asks, and pads each batch.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if encoder.lower_case:
-        # sentence-transformers does it outside the tokenizer; whoever serves the bundle has the tokenizer alone.
+        # sentence-transformers lower-cases outside the tokenizer, but a server of the bundle has only the tokenizer.
         own = tokenizer.get("normalizer")
         before = [{"type": "Lowercase"}, *([own] if own else [])]
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": before}
@@ -207,7 +215,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
 
 
 def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
-    """Return the manifest's fields that say what the encoder is, for embedder and classifier alike."""
+    """Return the manifest's fields that describe the encoder, for embedding models and classifiers."""
     return {
         "base_model": encoder.name,
         "revision": encoder.revision,
@@ -226,7 +234,7 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
 
 
 def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
-    """Write the files by which sentence-transformers, TEI and others load the folder."""
+    """Write the configuration files with which sentence-transformers, TEI and others load the folder."""
     dense = ["Dense" for _ in encoder.dense]
     kinds = ["Transformer", "Pooling", *dense, *(["Normalize"] if encoder.normalize else [])]
     modules = [
@@ -258,6 +266,6 @@ def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path)
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON, making the folder if need be."""
+    """Write data as JSON; create the parent folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

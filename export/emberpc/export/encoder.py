@@ -1,4 +1,4 @@
-"""What an encoder says of itself: its weights, its limits, and how its token vectors become a text's."""
+"""Read an encoder's folder: weights, limits, pooling and the layers behind it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from emberpc.export.weights import find_weights, sha256_of_all
 
 _LOGGER = logging.getLogger(__name__)
 
-#: In this order; Dense may be there several times, or not.
+#: Supported modules, in the order required; Dense may occur any number of times.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _ACTIVATIONS = {"Tanh": "Tanh", "ReLU": "Relu", "Sigmoid": "Sigmoid", "Identity": ""}
 _DENSE_WEIGHTS = "model.safetensors"
@@ -43,8 +43,8 @@ _DENSE_WEIGHTS = "model.safetensors"
 class Dense:
     """A layer behind the pooling: activation(vector @ weights + bias).
 
-    `path` is its folder in the encoder's; `weights` is float32 (inputs, outputs), `bias` float32 (outputs,);
-    `activation` is ONNX's operator, empty for none.
+    `path` is its folder in the encoder's folder. `weights` is float32 (inputs, outputs), `bias` float32 (outputs,).
+    `activation` is the name of an ONNX operator, or empty.
     """
 
     path: str
@@ -57,11 +57,11 @@ class Dense:
 class Encoder:
     """An encoder to export."""
 
-    #: Its folder on this host.
+    #: Folder on this host.
     folder: Path
-    #: Where config.json, weights and tokenizer are: that folder, or as in old ones the `0_Transformer` in it.
+    #: Folder of config.json, weights and tokenizer: the same folder, or its `0_Transformer` in the older layout.
     transformer: Path
-    #: What it is called: a hub id, or the name of its folder.
+    #: Hub id, or name of the folder.
     name: str
     revision: str
     weights_sha256: str
@@ -69,29 +69,29 @@ class Encoder:
     dense: tuple[Dense, ...]
     normalize: bool
     max_tokens: int
-    #: Whether a user asked for that limit, and not the source.
+    #: Whether the limit was stated by the user; otherwise it is the source's.
     max_tokens_stated: bool
     prompts: Prompts
     matryoshka_dimensions: tuple[int, ...]
-    #: Whether texts are lower-cased before they are tokenised, whatever the tokenizer does.
+    #: Whether texts are lower-cased before the tokenizer gets them.
     lower_case: bool
-    #: Its config.json.
+    #: Content of config.json.
     config: dict[str, Any]
 
 
 def read_encoder(
     source: str | Path, *, name: str = "", max_tokens: int | None = None, progress: Progress = no_progress
 ) -> Encoder:
-    """Find an encoder and read what it says of itself.
+    """Find an encoder and read its settings.
 
     Args:
         source: a folder, an installed package that holds one, or a hub id; see `sources`.
-        name: what to call it in the bundle; default: the hub id or the folder's name.
-        max_tokens: the most tokens of a text; default: what the source says.
-        progress: told of a download.
+        name: name for the bundle; default: the hub id or the folder's name.
+        max_tokens: the most tokens of a text; default: the source's limit.
+        progress: called during a download.
 
     Raises:
-        ExportError: there is none, its weights are not safetensors, or it has a part that cannot be exported.
+        ExportError: there is no such encoder, its weights are not safetensors, or it has an unsupported part.
     """
     found = find_source(source, progress)
     try:
@@ -133,7 +133,7 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse a LoRA or other adapter: a few small matrices that mean nothing without the model they were trained on."""
+    """Raise ExportError for an adapter, such as LoRA: its few small matrices are useless without their base model."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -145,23 +145,24 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a model that is Python code of its own: its weights in a like-named architecture would be another model.
+    """Raise ExportError for a model with Python code of its own.
 
-    Such are gte v1.5 (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which says "bert".
+    Loaded into the architecture with a similar name, its weights would be another model. Examples are gte v1.5
+    (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which states "bert".
     """
     own = config.get("auto_map")
     if isinstance(own, dict) and "AutoModel" in own:
         raise ExportError(
-            f"{folder} is run by Python code of its own ({own['AutoModel']}, which needs trust_remote_code); "
+            f"{folder} needs Python code of its own ({own['AutoModel']}, with trust_remote_code); "
             "emberpc runs no code of a model: choose a model of an architecture that transformers has, or serve "
             "the ONNX file that its publisher may offer"
         )
 
 
 def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
-    """Refuse a model whose over-long texts lose their start: those of a bundle lose their end, unless a call says so.
+    """Raise ExportError for a model that truncates texts at their start: a bundle truncates at the end by default.
 
-    The comparison with PyTorch would not show it where no text is as long as the limit.
+    The comparison with PyTorch would not show the difference if all its texts are within the limit.
     """
     settings = read_transformer(folder)
     keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
@@ -170,26 +171,29 @@ def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
     side = str(sides[0]) if sides else _tokenizer_side(transformer / "tokenizer.json")
     if side.lower() == "left":
         raise ExportError(
-            f"{transformer} has truncation_side left: over-long texts lose their start, and those of a bundle their "
-            "end; set it to right (tokenizer_config.json) if that will do, and have callers state truncation START"
+            f"{transformer} has truncation_side left, which truncates texts at their start; a bundle truncates them at "
+            "the end; set it to right (tokenizer_config.json) if that will do, and have callers state truncation START"
         )
 
 
 def _tokenizer_side(path: Path) -> str:
-    """Return the side at which tokenizer.json itself cuts texts, where nothing else states one; empty: it cuts none."""
+    """Return the side at which tokenizer.json truncates texts, for folders that state none; empty: it does not."""
     try:
         truncation = json.loads(path.read_text(encoding="utf-8")).get("truncation")
-    except FileNotFoundError:  # there may be one in another form, which transformers converts
+    except FileNotFoundError:  # the tokenizer may be in another format, which transformers converts
         return ""
     except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise ExportError(f"{path} is no tokenizer; get the model again") from error
+        raise ExportError(f"{path} is not a tokenizer; get the model again") from error
     return str(truncation.get("direction")) if isinstance(truncation, dict) else ""
 
 
 def _modules(folder: Path) -> tuple[str, list[str], bool]:
-    """Return the pooling, the folders of Dense modules, and whether vectors are normalised.
+    """Return the pooling, the folders of Dense modules, and whether vectors are normalized.
 
-    Of a plain encoder, what sentence-transformers does: the mean, and nothing more.
+    For a plain encoder without modules.json, the result is that of sentence-transformers: mean pooling only.
+
+    Raises:
+        ExportError: a module is not supported or not in order, or there is no Pooling.
     """
     path, modules = folder / "modules.json", read_modules(folder)
     if not modules and not path.exists():
@@ -198,7 +202,7 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
     kinds, places = [kind for kind, _ in modules], [place for _, place in modules]
     stage = 0
     for i, (kind, place) in enumerate(zip(kinds, places, strict=True)):
-        wanted = _MODULES[stage : stage + 1] if i < 2 else _MODULES[stage:]  # in this order only
+        wanted = _MODULES[stage : stage + 1] if i < 2 else _MODULES[stage:]  # the first two are required
         if kind not in wanted:
             raise ExportError(
                 f"{path}: the module {kind} in {place or 'the folder itself'!r} cannot be exported yet; "
@@ -206,27 +210,29 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
             )
         stage = _MODULES.index(kind) + (kind != "Dense")
     if len(kinds) < 2:
-        raise ExportError(f"{path} has no Pooling, so its model gives no text one vector; choose one that has it")
+        raise ExportError(
+            f"{path} has no Pooling, so its model returns no single vector for a text; choose a model with Pooling"
+        )
     dense = [place for kind, place in zip(kinds, places, strict=True) if kind == "Dense"]
     return read_pooling(folder / places[1] / "config.json"), dense, kinds[-1] == "Normalize"
 
 
 def _report_unread(folder: Path) -> None:
-    """Warn of files that mean nothing without modules.json: it may have been lost on the way here."""
+    """Log a warning for files that are only read together with modules.json, which may have been lost in a copy."""
     found = sorted(
         path.relative_to(folder) for path in [*folder.glob("*_*/config.json"), *folder.glob("sentence_*.json")]
     )
     if found:
         _LOGGER.warning(
-            "%s has %s and no modules.json, without which sentence-transformers reads none of them: the mean is taken, "
-            "and the tokenizer's limit; get modules.json if the model has one",
+            "%s has %s but no modules.json, so sentence-transformers reads none of them: pooling is mean, and the "
+            "limit is the tokenizer's; get modules.json if the model has one",
             folder,
             ", ".join(map(str, found[:5])),
         )
 
 
 def _dense(folder: Path, path: str) -> Dense:
-    """Read a layer behind the pooling."""
+    """Read the configuration and weights of a Dense module; raise ExportError if it is unsupported or damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -245,14 +251,14 @@ def _dense(folder: Path, path: str) -> Dense:
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
-    """Return the most tokens of a text: what was asked for, else the least of the limits that the source states."""
+    """Return the most tokens of a text: `wanted`, or else the least limit that the source states."""
     if wanted is not None:
         positions = read_positions(config)
         most = positions or MAX_TOKENS
         if not 0 < wanted <= most:
-            raise ExportError(f"max_tokens is {wanted}; {folder} takes 1 to {most} tokens")
+            raise ExportError(f"max_tokens is {wanted}; {folder} allows 1 to {most} tokens")
         return wanted
     found = read_max_tokens(folder, config)
     if found is None:
-        raise ExportError(f"{folder} does not say how many tokens it takes; state it with --max-tokens")
+        raise ExportError(f"{folder} does not state a limit of tokens; state it with --max-tokens")
     return found

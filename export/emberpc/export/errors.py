@@ -1,9 +1,9 @@
-"""The error types of this room."""
+"""Errors of the export."""
 
 
 class ExportError(Exception):
-    """A model cannot be exported; the message is for the user and names the item, what is wrong and the remedy."""
+    """A model cannot be exported. The message is for the user and names the item, the problem and the remedy."""
 
 
 class NoRoomError(ExportError):
-    """There is no room on the disk: whatever is tried next fails, too."""
+    """The disk is full, so further attempts would fail, too."""

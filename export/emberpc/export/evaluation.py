@@ -22,10 +22,11 @@ from emberpc.export.linear import Matrix
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Logits that a classifier gave texts that it was not fitted to, (texts, labels), and what they are, bool.
+    """Logits of held-out texts, float32 (texts, labels), and the texts' right labels, bool (texts, labels).
 
-    `rows` says which of the training texts they are, int (texts,); empty if they are those of a validation file.
-    `unseen` tells that the very classifier had not seen them, and not only others fitted the same way.
+    `rows` has the indexes of the texts among the training texts, int (texts,); it is empty for texts of a validation
+    file. `unseen` is true if this classifier itself was not trained on the texts; false if that holds only for other
+    classifiers fitted in the same way.
     """
 
     logits: Matrix
@@ -61,12 +62,12 @@ class Calibration:
 def calibrate(
     held_out: HeldOut, *, multi_label: bool = False, outside: Matrix | None = None, rejection_rate: float = 0.01
 ) -> Calibration:
-    """Fit temperature and thresholds.
+    """Fit temperature, thresholds and the rejection logit.
 
     Args:
-        held_out: texts that the classifier was not fitted to.
-        multi_label: whether labels do not exclude each other.
-        outside: logits of texts that have none of the labels, if there are any.
+        held_out: logits of texts that the classifier was not trained on.
+        multi_label: whether a text may have several labels.
+        outside: logits of texts without any of the labels, float32 (texts, labels); None if there are no such texts.
         rejection_rate: without such texts, the share of held-out texts that may be rejected; 0: nothing is rejected.
     """
     temperature = fit_temperature(held_out.logits, held_out.targets, multi_label=multi_label)
@@ -82,7 +83,12 @@ def calibrate(
 
 
 def measure(logits: Matrix, targets: Targets, calibration: Calibration) -> dict[str, float]:
-    """Measure on texts with labels.
+    """Return figures of a classifier on labelled texts.
+
+    Args:
+        logits: float32 (texts, labels).
+        targets: the right labels, bool (texts, labels).
+        calibration: temperature and thresholds.
 
     Returns:
         `accuracy` (if multi-label: the share of texts with exactly the right labels), `macro_f1`, `micro_f1`,
@@ -92,7 +98,7 @@ def measure(logits: Matrix, targets: Targets, calibration: Calibration) -> dict[
 
     multi_label = calibration.multi_label
     decided = calibration.decide(logits)
-    # A label that no text has and none is given counts as nothing, not as wrong.
+    # Leave out labels that no text has and none is given: F1 would count them as 0.
     seen = targets.any(axis=0) | decided.any(axis=0)
     raw = probabilities(logits, multi_label=multi_label)
     return {
@@ -105,10 +111,16 @@ def measure(logits: Matrix, targets: Targets, calibration: Calibration) -> dict[
 
 
 def measure_scope(inside: Matrix, outside: Matrix, calibration: Calibration) -> dict[str, float]:
-    """Measure how well texts outside all labels are told apart, by the logits of both.
+    """Return figures of how well texts outside all labels are separated from texts with labels.
+
+    Args:
+        inside: logits of texts with labels, float32 (texts, labels).
+        outside: logits of texts outside all labels, float32 (texts, labels).
+        calibration: with or without a rejection logit.
 
     Returns:
-        `out_of_scope_auroc` and, if there is a threshold, the shares `rejected_in_scope` and `rejected_out_of_scope`.
+        `out_of_scope_auroc` and, if there is a rejection logit, the shares `rejected_in_scope` and
+        `rejected_out_of_scope`.
     """
     within, beyond = scope_scores(inside), scope_scores(outside)
     found = {"out_of_scope_auroc": out_of_scope_auroc(within, beyond)}

@@ -1,4 +1,4 @@
-"""What a classifier learns from: texts, the labels of each, and what the labels mean."""
+"""Training examples of a classifier: texts, the labels of each, and descriptions of the labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from emberpc.export.datasets import LabelledTexts, read_labelled, report_alike
 from emberpc.export.errors import ExportError
 
-#: bool (texts, labels): which labels each text has.
+#: bool (texts, labels): true where a text has a label.
 Targets = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
 
@@ -23,7 +23,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def evenly(count: int, most: int) -> Rows:
-    """Return the indexes of so many of so many, evenly apart."""
+    """Return at most `most` of the indexes from 0 to `count` - 1, spaced evenly, as int64."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
@@ -31,9 +31,8 @@ def evenly(count: int, most: int) -> Rows:
 class Examples:
     """Texts with their labels.
 
-    `targets` is bool (texts, labels), one True in each row unless
-    `multi_label`. `descriptions` holds a text for each label, in the labels'
-    order, or nothing.
+    `targets` is bool (texts, labels), with one True in each row unless `multi_label`. `descriptions` has a text for
+    each label, in the order of the labels, or is empty.
     """
 
     texts: tuple[str, ...]
@@ -44,20 +43,20 @@ class Examples:
 
     @property
     def classes(self) -> Rows:
-        """The one label of each text, int (texts,); single-label only."""
+        """Index of the label of each text, int (texts,); single-label only."""
         return np.asarray(self.targets.argmax(axis=1), dtype=np.int64)
 
     @property
     def per_label(self) -> float:
-        """How many texts a label has: the mean over the labels."""
+        """Mean number of texts of a label."""
         return float(self.targets.sum() / len(self.labels))
 
     def take(self, rows: Rows | Sequence[int]) -> Examples:
-        """Return some of the texts, by their indexes."""
+        """Return the examples of the given indexes, in that order."""
         return replace(self, texts=tuple(self.texts[row] for row in rows), targets=self.targets[np.asarray(rows)])
 
     def described(self) -> Examples:
-        """Return the examples with each label's description as one more example of the label, at the end."""
+        """Return the examples with each label's description appended as one more text of that label."""
         if not self.descriptions:
             return self
         return replace(
@@ -76,16 +75,25 @@ def label_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...]:
-    """Read what labels mean from a file with the columns `label` and `description`, one row a label.
+    """Read label descriptions from a file with the columns `label` and `description`, one row for each label.
+
+    Args:
+        path: the file.
+        labels: the labels to describe.
+
+    Returns:
+        The descriptions, in the order of `labels`.
 
     Raises:
-        ExportError: it cannot be read, a label has no row, or a row's label is unknown or there twice.
+        ExportError: the file cannot be read, a label has no row, or a row's label is unknown or repeated.
     """
     data = read_labelled(path, text_column="description", label_column="label")
     found: dict[str, str] = {}
     for text, (label,), place in zip(data.texts, data.labels, data.places, strict=True):
         if label not in labels:
-            raise ExportError(f"{path}, {place}: no training text has the label {label!r}; remove the row or mend it")
+            raise ExportError(
+                f"{path}, {place}: no training text has the label {label!r}; remove the row or correct it"
+            )
         if label in found:
             raise ExportError(f"{path}, {place}: the label {label!r} is described twice; keep one row")
         found[label] = text
@@ -95,12 +103,14 @@ def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...
 
 
 def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_examples: int = 2) -> Examples:
-    """Check what was read for training, and number its labels by their alphabetical order.
+    """Make training examples from the texts of a file; labels are numbered in alphabetical order.
+
+    Logs a warning for labels that hardly differ, and for texts with conflicting labels.
 
     Args:
-        data: what was read.
+        data: the texts of the file.
         multi_label: whether a text may have any number of labels.
-        min_examples: fewest texts that a label must have.
+        min_examples: fewest texts of a label.
 
     Raises:
         ExportError: there are fewer than two labels, or a label has too few texts.
@@ -117,7 +127,7 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
         ]
         raise ExportError(
             f"{data.path}: {len(few)} labels have fewer than {min_examples} texts: {', '.join(places)}"
-            f"{' …' if len(few) > len(places) else ''}; is one misspelt? add texts, remove the rows, "
+            f"{' …' if len(few) > len(places) else ''}; check their spelling, add texts, remove the rows, "
             "or allow it with --min-examples 1"
         )
     report_alike(data.path, labels)
@@ -126,10 +136,16 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
 
 
 def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
-    """Give texts to measure on the labels of the training texts; warn of conflicts, and of texts that are in both.
+    """Make examples to measure on, with the labels of the training texts.
+
+    Logs a warning for texts with conflicting labels, and for texts that are training texts, too.
+
+    Args:
+        data: the texts of the file.
+        like: the training examples.
 
     Raises:
-        ExportError: a label is not among those; the row is named.
+        ExportError: a label is not among the training labels; the error names the row.
     """
     known = set(like.labels)
     for given, place in zip(data.labels, data.places, strict=True):
@@ -144,13 +160,13 @@ def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
 
 
 def _report_shared(data: LabelledTexts, training: Examples) -> None:
-    """Warn of texts to measure on that are learnt from, too."""
-    learnt_from = set(training.texts)
-    shared = [(text, place) for text, place in zip(data.texts, data.places, strict=True) if text in learnt_from]
+    """Log a warning for texts to measure on that are training texts, too."""
+    training_texts = set(training.texts)
+    shared = [(text, place) for text, place in zip(data.texts, data.places, strict=True) if text in training_texts]
     if shared:
         text, place = shared[0]
         _LOGGER.warning(
-            "%s: %d texts are training texts, too, such as %.60r (%s); what is measured on them flatters; remove them",
+            "%s: %d texts are training texts, too, such as %.60r (%s), so figures on them are too good; remove them",
             data.path,
             len(shared),
             text,
@@ -159,7 +175,7 @@ def _report_shared(data: LabelledTexts, training: Examples) -> None:
 
 
 def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:
-    """Return which of the labels each text has."""
+    """Return the labels of each text, bool (texts, labels); every label of the data must be in `labels`."""
     numbers = {label: i for i, label in enumerate(labels)}
     targets = np.zeros((len(data.texts), len(labels)), dtype=bool)
     for row, given in enumerate(data.labels):
@@ -168,12 +184,12 @@ def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:
 
 
 def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
-    """Warn of texts that stand there with different labels: no classifier can get them all right."""
+    """Log a warning for texts that occur with different labels: no classifier can get them all right."""
     conflicts = data.conflicts()
     if conflicts:
         text, places = next(iter(conflicts.items()))
         _LOGGER.warning(
-            "%s: %d texts stand there with different labels, such as %.60r (%s)%s; correct them",
+            "%s: %d texts occur with different labels, such as %.60r (%s)%s; correct them",
             data.path,
             len(conflicts),
             text,

@@ -1,4 +1,4 @@
-"""Fine-tune an embedding model on queries and their passages, and export it if it became better."""
+"""Fine-tune an embedding model on queries and their passages, and export it if its retrieval improved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, check_names
 from emberpc.export.workbench import Cost
 
-#: What the manifest calls it.
+#: Value of `strategy` in the manifest.
 STRATEGY = "multiple-negatives-ranking"
 
 
@@ -41,26 +41,26 @@ def finetune_embedding(
     """Fine-tune an embedding model, export it, and check it against PyTorch.
 
     Args:
-        files: where the data is.
+        files: paths of the data files.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
-        target: the bundle's folder; whole at the end, or not there.
-        epochs: most passes over the queries; the best one on the held-out queries is kept.
-        layers: upper layers to tune; default: a third of them.
-        hard_negatives: passages near a query that do not answer it, for each query of a batch; 0: none.
-        checkpoints: where a training keeps what it needs to go on after an interruption.
-        variants: what to write beside fp32: names, or `auto`; they are measured by what the held-out queries find.
-        overwrite: whether to replace a bundle that is there.
-        max_tokens: the most tokens of a text, longer ones are cut; default: what the base says.
-        seed: of split, order and draws.
-        progress: told what is being done.
+        target: the bundle's folder; it is written atomically.
+        epochs: the most passes over the queries; the best epoch on the held-out queries is kept.
+        layers: number of upper layers to train; default: a third of all layers.
+        hard_negatives: number of hard negatives for each query of a batch; 0: none.
+        checkpoints: folder for checkpoints, from which an interrupted training continues; None: no checkpoints.
+        variants: variants to write in addition to fp32: names, or `auto`; they are measured on the held-out queries.
+        overwrite: whether to replace an existing bundle.
+        max_tokens: the most tokens of a text; longer texts are truncated. Default: the base's limit.
+        seed: seed of split, order and draws.
+        progress: called with the current step.
 
     Returns:
         The manifest; `quality` has the figures before and after, see `emberpc.export.retrieval.ranking.tune`.
 
     Raises:
-        ExportError: data or base cannot be used, the held-out queries' nDCG@10 did not grow, or the outcome does not
-            give what PyTorch gives.
-        BundleError: `target` is taken.
+        ExportError: an argument is invalid, data or base cannot be used, nDCG@10 of the held-out queries did not grow,
+            or outputs differ from PyTorch's.
+        BundleError: `target` exists and may not be replaced.
     """
     for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
         if value is not None and value < least:
@@ -83,7 +83,7 @@ def finetune_embedding(
             **outcome.figures,
         }
         if fault := _no_gain(quality):
-            kept.remove()  # a training that is done, and came to nothing
+            kept.remove()  # the training is finished and its result is not needed
             raise ExportError(fault)
         with tempfile.TemporaryDirectory(dir=folder) as raw:
             outcome.save(Path(raw))
@@ -101,18 +101,19 @@ def finetune_embedding(
                 quality=quality,
                 progress=progress,
             )
-        # Only now that the tuned encoder is gone from the folder: all that is there becomes part of the bundle.
+        # Call this only after the tuned encoder's folder is removed: every file in the folder becomes part of the
+        # bundle.
         manifest = finish_bundle(folder, manifest)
     kept.remove()
     return manifest
 
 
 def _no_gain(quality: dict[str, float]) -> str:
-    """Say that a model finds no more than before; empty if it does."""
+    """Return an error message if nDCG@10 of the held-out queries did not grow; empty if it did."""
     before, after = (quality[f"held_out_{DECIDING}_{when}"] for when in ("before", "after"))
     if after > before:
         return ""
-    tried = "; no epoch was better than none" if not quality["share"] else f", after {after:.4f}"
+    tried = "; no epoch improved it" if not quality["share"] else f", after {after:.4f}"
     return (
         f"fine-tuning did not help: nDCG@10 of {quality['held_out_queries']:.0f} held-out queries was {before:.4f} "
         f"before{tried}; nothing was written; give more data, or export the model as it is with "

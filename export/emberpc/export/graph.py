@@ -1,4 +1,4 @@
-"""What is added to a converted graph: pooling, normalisation, a classification head."""
+"""Add pooling, normalization and a classification head to a converted ONNX graph."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 from emberpc.export.encoder import Dense
 from emberpc.export.errors import ExportError
 
-#: How the names of nodes begin that are added to a converted graph.
+#: Prefix of the names of nodes that an export adds to a converted graph.
 ADDED = "emberpc_"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-#: What sentence-transformers and torch divide by where a mask or a vector is empty.
+#: Least divisors for an empty mask and for a zero vector, as in sentence-transformers and torch.
 _MIN_TOKENS = 1e-9
 _MIN_NORM = 1e-12
-#: An ONNX file is one protobuf message, of 2 GiB at most; some room is left for what is not weights.
+#: An ONNX file is one protobuf message of at most 2 GiB. 16 MiB are left for everything besides weights.
 _MOST_BYTES = 2**31 - 2**24
 
 
@@ -30,7 +30,7 @@ class GraphEditor:
     """Adds nodes to the end of an ONNX graph.
 
     Args:
-        path: the converted encoder.
+        path: ONNX file of the converted encoder; it must have the output `last_hidden_state`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,15 +40,15 @@ class GraphEditor:
         self._constant("axis_last", np.array([-1], dtype=np.int64))
 
     def take_tokens_alone(self, name: str) -> None:
-        """Make the graph take nothing but token ids, mask and token types.
+        """Reduce the graph's inputs to token ids, mask and token types.
 
-        `position_ids`, which decoders take, are computed from the mask: the place of a token among those that count.
+        `position_ids`, an input of decoders, are computed from the mask: the number of tokens before each token.
 
         Args:
-            name: what the model is called.
+            name: name of the model, for errors.
 
         Raises:
-            ExportError: it takes something else, as an encoder with a decoder does.
+            ExportError: the graph has another input, like an encoder with a decoder.
         """
         inputs = self.model.graph.input
         for given in [given for given in inputs if given.name == "position_ids"]:
@@ -59,18 +59,19 @@ class GraphEditor:
             counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
             places = self._node("Max", [self._node("Sub", [counted, "one"]), "zero"])
             self.model.graph.node.append(helper.make_node("Identity", [places], [given.name], name=f"{ADDED}positions"))
-            # A graph's nodes stand in the order in which they are computed.
+            # ONNX requires that nodes are listed in the order of computation.
             nodes = list(self.model.graph.node)
             del self.model.graph.node[:]
             self.model.graph.node.extend(nodes[before:] + nodes[:before])
         if others := [given.name for given in inputs if given.name not in _TOKENS]:
             raise ExportError(
-                f"{name} takes {', '.join(others)} besides its tokens, so it is more than a text encoder; choose one"
+                f"{name} has the inputs {', '.join(others)} besides its tokens, so it is not just a text encoder; "
+                "choose a text encoder"
             )
 
     @property
     def hidden_size(self) -> int:
-        """Size of a token's vector; not every config.json calls it by the same name."""
+        """Size of a token's vector, read from the graph: config.json has several names for it."""
         output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
         return int(output.type.tensor_type.shape.dim[2].dim_value)
 
@@ -80,10 +81,10 @@ class GraphEditor:
         Args:
             pooling: `mean`, `cls`, `max` or `lasttoken`.
             dense: layers behind the pooling.
-            normalize: whether to give vectors length 1.
+            normalize: whether to scale vectors to length 1.
 
         Returns:
-            The dimensions.
+            The dimensions of the output.
         """
         poolings = {"mean": self._mean, "cls": self._cls, "max": self._max, "lasttoken": self._last}
         pooled = poolings[pooling]()
@@ -100,16 +101,16 @@ class GraphEditor:
         return dimensions
 
     def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
-        """Put a linear head on the direction of `sentence_embedding`.
+        """Add a linear head on `sentence_embedding`, scaled to length 1.
 
         The outputs are then `logits`, `sentence_embedding` and `probabilities`,
         fp32 (texts, labels), (texts, dimensions) and (texts, labels).
 
         Args:
-            weights: float32, shape (dimensions, labels).
-            bias: float32, shape (labels,).
+            weights: float32 (dimensions, labels).
+            bias: float32 (labels,).
             temperature: divides the logits before they become probabilities.
-            multi_label: whether each label has a probability of its own.
+            multi_label: whether each label has its own probability (sigmoid); otherwise they sum to 1 (softmax).
         """
         self._constant("head_weights", weights)
         self._constant("head_bias", bias)
@@ -125,7 +126,7 @@ class GraphEditor:
         self.model.graph.output.extend(outputs[name] for name in ("logits", "sentence_embedding", "probabilities"))
 
     def save(self, path: Path) -> None:
-        """Write the graph and check it; weights that do not fit into the file go to `<name>_data` beside it."""
+        """Write and check the graph; see `save_model`."""
         save_model(self.model, path)
 
     def _mean(self) -> str:
@@ -146,17 +147,17 @@ class GraphEditor:
         return self._node("ReduceMax", [masked, "axis_1"], keepdims=0)
 
     def _last(self) -> str:
-        """Take the vector of each text's last token: where as many tokens are counted as there are."""
+        """Take the vector of each text's last token: where the running count of tokens reaches their number."""
         counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
         count = self._node("ReduceSum", ["attention_mask", "axis_1"], keepdims=1)
         here = self._node("Cast", [self._node("Equal", [counted, count])], to=TensorProto.FLOAT)
-        # Padding behind the last token counts as many, too.
+        # Padding behind the last token has the same count, so the mask removes it.
         here = self._node("Mul", [here, self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)])
         chosen = self._node("Mul", ["last_hidden_state", self._node("Unsqueeze", [here, "axis_last"])])
         return self._node("ReduceSum", [chosen, "axis_1"], keepdims=0)
 
     def _unit(self, vectors: str) -> str:
-        """Give vectors length 1."""
+        """Normalize vectors to length 1."""
         squares = self._node("Mul", [vectors, vectors])
         norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
         return self._node("Div", [vectors, self._at_least(norm, _MIN_NORM)])
@@ -170,7 +171,7 @@ class GraphEditor:
         self.model.graph.initializer.append(numpy_helper.from_array(value, name))
 
     def _node(self, operator: str, inputs: list[str], **attributes: int) -> str:
-        """Add a node; return the name of its one output."""
+        """Add a node with one output; return the output's name."""
         name = f"{ADDED}{operator.lower()}_{len(self.model.graph.node)}"
         self.model.graph.node.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
@@ -182,20 +183,24 @@ class GraphEditor:
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph and check it; weights that do not fit into the file go to `<name>_data` beside it."""
+    """Write and check a graph; weights beyond the 2 GiB of one file go to `<name>_data` beside it.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(f"{path.name}_data")
     if model.ByteSize() <= _MOST_BYTES:
         onnx.save(model, str(path))
     else:
-        data.unlink(missing_ok=True)  # it would be appended to
-        copy = onnx.ModelProto()  # which loses its weights to that file
+        data.unlink(missing_ok=True)  # onnx would append to an existing file
+        copy = onnx.ModelProto()  # a copy, since saving moves the weights out of the object
         copy.CopyFrom(model)
         onnx.save(copy, str(path), save_as_external_data=True, location=data.name)
     onnx.checker.check_model(str(path))
 
 
 def check_size(model: onnx.ModelProto) -> None:
-    """Raise ExportError for a graph that does not fit into one file: the quantiser and the optimiser cannot take it."""
+    """Raise ExportError for a graph that does not fit into one file: quantizer and optimizer do not support it."""
     if model.ByteSize() > _MOST_BYTES:
-        raise ExportError("the model is larger than 2 GiB; variants of such ones are not made yet")
+        raise ExportError("the model is larger than 2 GiB; variants of such models are not supported yet")

@@ -1,4 +1,4 @@
-"""The training libraries kept in hand: no chatter, and no exceptions of theirs past this room."""
+"""Call the training libraries silently, and turn their exceptions into ExportError."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from transformers.utils import logging as transformers_logging
 
 from emberpc.export.errors import ExportError
 
-#: What a write fails with where there is no room: the disk, the user's share of it, or the largest file allowed.
+#: `errno` of a failed write for lack of room: on the disk, in the user's quota, or beyond the greatest file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: Loggers that tell of their inner workings on every export; ONNX Runtime's quantiser uses the root ("") itself.
-_CHATTERERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
+#: Loggers that are silenced: they log internal details on every export. ONNX Runtime's quantizer uses the root ("").
+_SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
 
 
 @contextmanager
 def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
-    """Call torch, transformers, optimum and their like: in silence, and turning what they raise into ExportError.
+    """Run a block that calls torch, transformers, optimum or similar libraries; silence them, and convert exceptions.
 
-    They write of tracing, deprecations and missing poolers, none of which is
-    the user's to act upon.
+    The silenced output is about tracing, deprecations and missing poolers. Users cannot act on any of it.
 
     Args:
-        problem: what it means for the user if they raise, such as "the model m cannot be loaded".
-        remedy: what to do then.
+        problem: the meaning of an exception for the user, such as "the model m cannot be loaded".
+        remedy: what the user can do.
 
     Raises:
-        ExportError: they raised something; its class is named, and it is the error's `__cause__`.
-        OSError: the disk is full, which is no fault of what they were given.
+        ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception.
+        OSError: the disk is full, which says nothing about the model.
     """
     try:
         with _silence():
             yield
     except ExportError:
         raise
-    except Exception as error:  # they raise all kinds, with no base class in common
-        # Those that write from Rust or C++ say so in words alone.
+    except Exception as error:  # these libraries raise all kinds, with no common base class
+        # Libraries in Rust or C++ report a full disk only in the message.
         for code in _FULL:
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                 raise OSError(code, os.strerror(code)) from error
@@ -50,14 +49,14 @@ def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Switch warnings, logs and progress bars off, and afterwards back to what they were."""
-    loggers = [logging.getLogger(name) for name in _CHATTERERS]
+    """Switch off warnings, logs and progress bars inside the block; restore them afterwards."""
+    loggers = [logging.getLogger(name) for name in _SILENCED_LOGGERS]
     levels = [logger.level for logger in loggers]
     verbosity = transformers_logging.get_verbosity()
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    # Without a handler, `logging.warning` would put one there for good that prints to stderr.
+    # If the root logger had no handler, `logging.warning` would permanently add one that prints to stderr.
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     transformers_logging.set_verbosity(logging.CRITICAL)

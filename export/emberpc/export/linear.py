@@ -1,4 +1,4 @@
-"""Linear heads on vectors: logistic regression, its strength of regularisation chosen by cross-validation."""
+"""Linear heads on vectors: logistic regression with its regularization chosen by cross-validation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from emberpc.bundle import Head, unit
 from emberpc.export.examples import Rows, Targets
 from emberpc.export.progress import Progress, no_progress
 
-#: Inverse strengths of regularisation to choose from: few examples want a large one, many a small one.
+#: Inverse strengths of regularization to choose from. Few examples need a large value, many a small one.
 GRID = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-#: Where every label has one example, nothing can be chosen by measuring; this was good for few examples.
+#: Value for one example of each label, where cross-validation is not possible. It was good for few examples.
 FEW_EXAMPLES_C = 10.0
 _FOLDS = 5
 _MAX_ITERATIONS = 300
-#: Stop where no entry of the gradient of the mean loss is larger; smaller ones changed no figure's third digit.
+#: Stop once no entry of the gradient of the mean loss is larger. Smaller tolerances changed no figure's third digit.
 _TOLERANCE = 3e-5
-#: A C beyond the best of so many before it is not tried: accuracy rises and then falls along the grid.
+#: Stop at this many grid steps beyond the best value: along the grid, accuracy rises and then falls.
 _PATIENCE = 2
 
 Matrix = npt.NDArray[np.float32]
@@ -27,10 +27,10 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """A head, and the logits that heads like it gave texts that they had not seen.
+    """A head, and logits of texts by heads that were fitted in the same way but not on these texts.
 
-    `rows` are the indexes of those texts, int; `logits` is float32 (rows,
-    labels). Both are empty where every label has one text only.
+    `c` is the chosen inverse strength of regularization. `rows` has the indexes of those texts, int (rows,); `logits`
+    is float32 (rows, labels). Both are empty if every label has one text only.
     """
 
     head: Head
@@ -48,15 +48,15 @@ def fit_head(
     weights: Matrix | None = None,
     start: Head | None = None,
 ) -> Head:
-    """Fit logistic regression: multinomial, or one for each label if multi-label; by L-BFGS.
+    """Fit logistic regression with L-BFGS: multinomial, or one binary regression for each label if multi-label.
 
     Args:
-        vectors: float32 (texts, dimensions); only their direction counts.
+        vectors: float32 (texts, dimensions); they are scaled to length 1.
         targets: bool (texts, labels).
-        c: inverse strength of the L2 regularisation, as scikit-learn's `LogisticRegression` has it.
-        multi_label: whether labels do not exclude each other.
-        weights: how much each text counts, float32 (texts,) with a mean of 1; default: all alike.
-        start: a head to begin with, which saves time if it is for a similar `c`.
+        c: inverse strength of the L2 regularization, as in scikit-learn's `LogisticRegression`.
+        multi_label: whether a text may have several labels.
+        weights: weight of each text, float32 (texts,) with a mean of 1; default: equal weights.
+        start: head to start from; one for a similar `c` saves time.
     """
     import torch
     from torch.nn import functional
@@ -103,21 +103,21 @@ def cross_validate(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> CrossValidated:
-    """Fit a head with the C that gets the most texts right which the head did not see.
+    """Fit a head with the C of the best cross-validated accuracy.
 
-    Of several within one standard error of the best, the smallest: the more
-    regularised head (Hastie et al., The Elements of Statistical Learning, 7.10).
-    The error is that of the difference, text by text: all see the same texts.
+    Among the values within one standard error of the best, the smallest is taken, which is the most regularized head
+    (Hastie et al., The Elements of Statistical Learning, 7.10). The error is that of the paired difference, text by
+    text, since all heads are measured on the same texts.
 
     Args:
         vectors: float32 (texts, dimensions).
         targets: bool (texts, labels).
-        multi_label: whether labels do not exclude each other.
-        weights: how much each text counts; default: all alike.
-        always: so many of the last texts are learnt from in every fold and never measured on, such as
-            descriptions of labels.
-        seed: of the folds.
-        progress: told how far it is.
+        multi_label: whether a text may have several labels.
+        weights: weight of each text, float32 (texts,); default: equal weights.
+        always: this many of the last texts are trained on in every fold and never measured on, such as label
+            descriptions.
+        seed: seed of the folds.
+        progress: called with the number of fits done.
     """
     folds = stratify(targets, seed)
     folds[len(folds) - always :] = -1
@@ -149,15 +149,16 @@ def cross_validate(
 
 
 def _as_good(hits: npt.NDArray[np.float64], best: npt.NDArray[np.float64]) -> bool:
-    """Return whether one head's hits, (texts,), are within one standard error of another's on the same texts."""
+    """Return whether a head's accuracy is within one standard error of the best; both arrays are float64 (texts,)."""
     behind = best - hits
     return bool(behind.mean() <= behind.std() / len(behind) ** 0.5)
 
 
 def balanced_weights(targets: Targets) -> Matrix:
-    """Return weights under which every label counts alike, float32 (texts,) with a mean of 1.
+    """Return weights under which every label has the same total weight, float32 (texts,) with a mean of 1.
 
-    A text of several labels takes the weight of its rarest; one of none that of a label of mean size.
+    A text with several labels gets the weight of its rarest label. A text without labels gets the weight of a label
+    with the mean number of texts.
     """
     counts = np.maximum(targets.sum(axis=0), 1)
     rarity = counts.mean() / counts
@@ -166,10 +167,10 @@ def balanced_weights(targets: Targets) -> Matrix:
 
 
 def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
-    """Divide texts into folds, each label's as evenly as may be.
+    """Divide texts into folds, with the texts of each label spread as evenly as possible.
 
-    A text of several labels goes by its rarest. The only text of a label is in
-    no fold (-1), so that every head knows every label.
+    A text with several labels counts for its rarest label. A label's only text is in no fold (-1), so that every head
+    is trained on every label.
 
     Returns:
         The fold of each text, int (texts,).
@@ -183,7 +184,7 @@ def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
         rows = generator.permutation(np.flatnonzero(group == label))
         if len(rows) > 1:
             found[rows] = (start + np.arange(len(rows))) % folds
-            start += len(rows)  # else the first folds would get the odd ones of every label
+            start += len(rows)  # otherwise the first folds would get the surplus texts of every label
     return found
 
 

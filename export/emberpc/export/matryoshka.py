@@ -1,8 +1,8 @@
-"""To which dimensions a model's vectors may be cut: what a Matryoshka model's files say.
+"""Read the dimensions that a Matryoshka model's vectors may be shortened to.
 
-There is no one place for it. Read are, in this order:
+No file is the standard place. These are read, in this order:
 
-- `matryoshka_dimensions` in `config.json`, which vLLM and SGLang go by;
+- `matryoshka_dimensions` in `config.json`, which vLLM and SGLang read;
 - `matryoshka_dims` in the model card (`README.md`), which sentence-transformers writes there with the
   parameters of its `MatryoshkaLoss`.
 """
@@ -19,20 +19,20 @@ from typing import Any
 from emberpc.bundle.limits import MAX_DIMENSIONS
 from emberpc.export.errors import ExportError
 
-#: The parameters are an indented JSON object in a code block; only the list is needed of it.
+#: The parameters are an indented JSON object in a code block. Only this list is needed.
 _IN_CARD = re.compile(r'"matryoshka_dims":\s*(\[[\d\s,]*\])')
 _MAX_CARD_BYTES = 4 * 2**20
 
 
 def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the dimensions that a model's files state, the largest first; none if they state none.
+    """Return the dimensions that a model's files state, in descending order; empty if they state none.
 
     Args:
-        folder: the encoder's.
-        config: its config.json.
+        folder: the encoder's folder.
+        config: content of its config.json.
 
     Raises:
-        ExportError: config.json states something else than whole numbers above 0.
+        ExportError: config.json states something else than whole numbers above 0 and within the limit.
     """
     stated = config.get("matryoshka_dimensions")
     if stated is None:
@@ -46,16 +46,16 @@ def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def check_matryoshka(sizes: Sequence[int], dimensions: int, name: str) -> None:
-    """Raise ExportError if a model's vectors are shorter than what they are to be cut to."""
+    """Raise ExportError if a stated size is larger than the dimensions of the model's vectors."""
     if sizes and max(sizes) > dimensions:
         raise ExportError(
-            f"{name} gives vectors of {dimensions} dimensions, which cannot be cut to {max(sizes)}; "
-            "state those that it was trained for with --matryoshka"
+            f"{name} returns vectors of {dimensions} dimensions, which cannot be shortened to {max(sizes)}; "
+            "state the dimensions that it was trained for with --matryoshka"
         )
 
 
 def _in_card(path: Path) -> list[int]:
-    """Return the dimensions that the last `MatryoshkaLoss` in a model card was given; a card is no reason to fail."""
+    """Return the dimensions of the last `MatryoshkaLoss` in a model card; empty for any problem with the card."""
     try:
         if path.stat().st_size > _MAX_CARD_BYTES:
             return []

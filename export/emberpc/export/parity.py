@@ -1,4 +1,4 @@
-"""How near an ONNX file comes to PyTorch."""
+"""Compare an ONNX file's outputs with PyTorch's."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from emberpc.bundle.peers import read_json, read_positions, transformer_folder
 from emberpc.export.errors import ExportError
 from emberpc.export.runner import Matrix
 
-#: What fp32 must keep to: both sides compute the same in another order.
+#: Limits of fp32: both sides compute the same operations in another order.
 MIN_COSINE = 0.9999
 MAX_ABS_DIFF = 1e-4
-#: Two logits that differ by less are as good as each other: such as all of a head that found nothing to go by.
+#: Logits that differ by less count as equal, for example those of a head that learned nothing.
 _TIE = 1e-6
 
 
 def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
-    """Compare outputs, both float32 (texts, width).
+    """Compare outputs, both float32 (texts, dimensions or labels).
 
     Args:
-        expected: those of PyTorch.
-        got: those of ONNX Runtime.
-        labels: whether they are logits, so that the best label of each text counts.
+        expected: outputs of PyTorch.
+        got: outputs of ONNX Runtime.
+        labels: whether the outputs are logits, so that the best label of each text is compared, too.
     """
     agreement = 1.0
     if labels:
@@ -41,11 +41,11 @@ def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
 
 
 def faults(parity: Parity, scale: float = 1.0) -> list[str]:
-    """Say in what a variant is not near enough; empty if it is.
+    """Return a message for each limit that fp32 misses; an empty list if it meets all.
 
     Args:
-        parity: what was measured.
-        scale: the largest magnitude among the outputs, to which the greatest difference is compared.
+        parity: result of `compare`.
+        scale: largest magnitude of the outputs; the limit of the difference is multiplied by it.
     """
     found = []
     if not parity.cosine_min >= MIN_COSINE:
@@ -58,7 +58,7 @@ def faults(parity: Parity, scale: float = 1.0) -> list[str]:
 
 
 def require(name: str, parity: Parity, expected: Matrix) -> None:
-    """Raise ExportError unless a variant is near enough to be written."""
+    """Raise ExportError if `parity` misses a limit of fp32; `name` is for the message, `expected` for the scale."""
     found = faults(parity, scale=max(1.0, float(np.abs(expected).max())))
     if found:
         raise ExportError(
@@ -72,11 +72,11 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
     Args:
         folder: the model.
         texts: the texts.
-        max_tokens: where the other side of a comparison cuts texts.
-        stated: whether a user asked for that limit; otherwise the model must have it by itself.
+        max_tokens: number of tokens at which the other side of the comparison truncates texts.
+        stated: whether the user stated this limit; otherwise the model itself must have it.
 
     Raises:
-        ExportError: sentence-transformers cannot load or run the model, or cuts texts elsewhere.
+        ExportError: sentence-transformers cannot load or run the model, or truncates texts at another limit.
     """
     from emberpc.export.libraries import calling_libraries
 
@@ -87,7 +87,7 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
         model = SentenceTransformer(folder, device="cpu", local_files_only=True)
         if not stated:
             require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
-        # At this point it has that limit already, or one beyond its positions, at which it would fail.
+        # Here the model has this limit already, or a limit beyond its positions, with which it would fail.
         model.max_seq_length = max_tokens
         with torch.inference_mode():
             found = model.encode(list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False)
@@ -95,14 +95,14 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
 
 
 def source_limit(folder: Path, own: float | None) -> int | None:
-    """Return where a model's own library cuts texts, in tokens.
+    """Return the number of tokens at which a model's own library truncates texts.
 
     Args:
         folder: the model.
-        own: the limit that the library has once it loaded the model; None or absurdly large: none.
+        own: the limit of the loaded model in the library; None or an absurdly large number: no limit.
 
     Returns:
-        That limit, or how many positions the model has if that is less; None without either.
+        That limit, or the number of the model's positions if it is less; None without either.
     """
     positions = read_positions(read_json(transformer_folder(folder) / "config.json"))
     limits = [int(limit) for limit in (own, positions) if limit is not None and limit <= MAX_TOKENS]
@@ -110,17 +110,17 @@ def source_limit(folder: Path, own: float | None) -> int | None:
 
 
 def require_limit(folder: str, own: float | None, max_tokens: int, library: str) -> None:
-    """Raise ExportError unless a model's own library cuts texts where the other side of a comparison does.
+    """Raise ExportError unless a model's own library truncates texts at the same limit as the other side.
 
     Args:
         folder: the model.
         own: as for `source_limit`.
-        max_tokens: where the other side cuts texts.
-        library: the library's name.
+        max_tokens: number of tokens at which the other side truncates texts.
+        library: name of the library, for the error.
     """
     limit = source_limit(Path(folder), own)
     if limit not in (None, max_tokens):
         raise ExportError(
-            f"texts would be cut at {max_tokens} tokens, and {library} cuts them at {limit} with {folder}; "
+            f"texts would be truncated at {max_tokens} tokens, but {library} truncates them at {limit} with {folder}; "
             f"export the model again, with --max-tokens {max_tokens} if that limit is wanted"
         )

@@ -1,4 +1,4 @@
-"""How an export tells how far it is."""
+"""Progress callbacks of an export."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ class Progress(Protocol):
     """Called at the start of each stage, and again as the stage goes on."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Take note.
+        """Report progress.
 
         Args:
-            stage: what is being done, in a few words; a new name is a new stage.
-            done: how much of it is done.
-            total: how much there is to do; at least 1.
-            detail: what else there is to know just now, such as the loss.
+            stage: name of the step in a few words; another name starts another step.
+            done: amount of work done.
+            total: amount of work of the step; at least 1.
+            detail: more information of the moment, such as the loss.
         """
 
 
 def no_progress(stage: str, done: int, total: int, detail: str = "") -> None:
-    """Take no note: the default."""
+    """Report nothing; this is the default."""

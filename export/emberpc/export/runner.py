@@ -1,4 +1,4 @@
-"""Runs a bundle's ONNX file on texts, with ONNX Runtime and tokenizers alone."""
+"""Run a bundle's ONNX file on texts, with ONNX Runtime and tokenizers only."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from emberpc.bundle import BundleError, Graph, Interface, Tensor, find_inputs
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
-#: Small batches of like length are the fastest on a CPU.
+#: Texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
 _BATCH = 16
 
 Matrix = npt.NDArray[np.float32]
 
 
-#: What a graph takes for a batch of texts, (texts, tokens) by the input's name.
+#: Inputs of a graph for a batch of texts, by name, each int (texts, tokens).
 Feeds = dict[str, npt.NDArray[np.integer]]
 
 
@@ -30,13 +30,13 @@ class Runner:
     Args:
         model: the ONNX file.
         tokenizer: its `tokenizer.json`.
-        max_tokens: longer texts are cut.
-        pad_token_id: what fills up the shorter texts of a batch.
-        threads: how many threads run the model; 0: one for each core.
-        interface: how to call a graph that emberpc did not make; its one output is then made a vector for each text.
+        max_tokens: longer texts are truncated.
+        pad_token_id: token id that fills up the shorter texts of a batch.
+        threads: number of threads that run the model; 0: one for each core.
+        interface: how to call the graph of a foreign folder; its output is then turned into a vector for each text.
 
     Raises:
-        ExportError: a file does not load, or the graph wants inputs that a text does not give.
+        ExportError: a file cannot be loaded, or the graph has inputs other than those of a text encoder.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Runner:
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
             self._tokenizer.enable_truncation(max_tokens)
             self._tokenizer.enable_padding(pad_id=pad_token_id)
-        except Exception as error:  # neither ONNX Runtime nor tokenizers has a base class for what it raises
+        except Exception as error:  # ONNX Runtime and tokenizers have no common base class of their exceptions
             raise ExportError(
                 f"{model} cannot be loaded with {tokenizer.name} and {max_tokens} tokens ({type(error).__name__}); "
                 "export the model again"
@@ -79,15 +79,15 @@ class Runner:
 
         Args:
             texts: at least one text.
-            output: name of the output, of shape (texts, width).
-            batch_size: texts of a batch; texts of like length go together.
-            progress: told how many are done.
+            output: name of the output, of shape (texts, dimensions or labels).
+            batch_size: texts of a batch; texts of similar length go together.
+            progress: called with the number of texts done.
 
         Returns:
-            float32, shape (texts, width).
+            float32 (texts, dimensions or labels).
 
         Raises:
-            ExportError: the model loads, but does not run.
+            ExportError: the model cannot be run.
         """
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows: list[Matrix | None] = [None] * len(texts)
@@ -99,7 +99,7 @@ class Runner:
         return np.stack([row for row in rows if row is not None])
 
     def prepare(self, texts: Sequence[str]) -> list[Feeds]:
-        """Return the batches that `run` makes of texts, tokenised, for `infer`."""
+        """Return inputs for `infer`: the texts tokenized, in the batches and the order that `run` uses."""
         ordered = sorted(texts, key=len)
         return [self._feeds(ordered[start : start + _BATCH]) for start in range(0, len(ordered), _BATCH)]
 
@@ -113,10 +113,10 @@ class Runner:
         return self._inputs.feeds(ids, mask)
 
     def infer(self, feeds: Feeds, output: str) -> Matrix:
-        """Compute one output for a batch of texts that `prepare` made, in its order; float32 (texts, width).
+        """Compute one output for a batch from `prepare`, in its order; return float32 (texts, dimensions or labels).
 
         Raises:
-            ExportError: the model loads, but does not run.
+            ExportError: the model cannot be run.
         """
         try:
             (found,) = self._session.run([output], feeds)
@@ -125,7 +125,7 @@ class Runner:
                 return self._interface.finish(found, feeds.get(self._inputs.attention_mask, np.ones_like(ids)))
         except BundleError as error:
             raise ExportError(str(error)) from error
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        except Exception as error:  # ONNX Runtime has no common base class of its exceptions
             rows, width = feeds[self._inputs.input_ids].shape
             raise ExportError(
                 f"the ONNX model does not run on {rows} texts of {width} tokens; export it again"
@@ -134,7 +134,7 @@ class Runner:
 
 
 def graph_of(session: ort.InferenceSession) -> Graph:
-    """Return what a model takes and gives."""
+    """Return the inputs and outputs of a loaded model."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     return Graph(
         [Tensor(node.name, node.type, node.shape) for node in inputs],
@@ -143,12 +143,12 @@ def graph_of(session: ort.InferenceSession) -> Graph:
 
 
 def look(path: Path) -> Graph:
-    """Load an ONNX file, and return what it takes and gives.
+    """Load an ONNX file, and return its inputs and outputs.
 
     Raises:
-        ExportError: it does not load.
+        ExportError: the file cannot be loaded.
     """
     try:
         return graph_of(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+    except Exception as error:  # ONNX Runtime has no common base class of its exceptions
         raise ExportError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}; get the model again") from error

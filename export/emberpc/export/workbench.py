@@ -1,4 +1,4 @@
-"""An encoder at hand for training, with what was computed for each text once."""
+"""An encoder for training, with a cache of everything computed from each text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Cost:
-    """What a `with` block took: wall seconds, and CPU seconds of all cores."""
+    """Time of a `with` block: wall seconds, and CPU seconds of all cores. Several blocks add up."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -38,9 +38,9 @@ class Cost:
 
 @dataclass
 class Account:
-    """What a piece of work asked of a workbench, texts by what was computed of each, and what it had to wait for.
+    """Requests of a piece of work to a workbench: texts by kind of result, and the time it waited for them.
 
-    A text that was computed before costs nothing then; `Workbench.price` says what it would have cost.
+    A cached text takes no time. `Workbench.price` estimates the time without the cache.
     """
 
     asked: dict[str, set[str]] = field(default_factory=dict)
@@ -48,14 +48,14 @@ class Account:
 
 
 class Workbench:
-    """Gives texts' vectors by the encoder as it is, and their states in its lower layers; each text is run once.
+    """Computes and caches vectors of texts, and hidden states of lower layers, with the encoder's original weights.
 
-    The encoder's passage prompt goes before every text, as the server puts it there.
+    The encoder's passage prompt is put before every text, as the server does.
 
     Args:
         encoder: the encoder.
-        runner: its ONNX file.
-        progress: told how far the texts are.
+        runner: runner of its ONNX file.
+        progress: called with the number of texts done.
     """
 
     def __init__(self, encoder: Encoder, runner: Runner, progress: Progress = no_progress) -> None:
@@ -70,7 +70,7 @@ class Workbench:
 
     @contextmanager
     def account(self) -> Iterator[Account]:
-        """Keep account of what is asked for meanwhile."""
+        """Record all requests inside the block in a new account."""
         before, self._account = self._account, Account()
         try:
             yield self._account
@@ -78,7 +78,7 @@ class Workbench:
             self._account = before
 
     def price(self, account: Account) -> Cost:
-        """Return what all that was asked for costs if nothing is there yet: by the mean over all texts run so far."""
+        """Estimate the time of an account's requests without the cache, by the mean time of the texts run so far."""
         total = Cost()
         for kind, texts in account.asked.items():
             known = self._vectors if kind == "vectors" else self._states[int(kind)]
@@ -87,7 +87,7 @@ class Workbench:
         return total
 
     def vectors(self, texts: Sequence[str]) -> Matrix:
-        """Return the texts' vectors by the encoder as it is, float32 (texts, dimensions)."""
+        """Return the vectors of texts with the encoder's original weights, float32 (texts, dimensions)."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         with self._accounted("vectors", texts):
             if new:
@@ -98,18 +98,22 @@ class Workbench:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the encoder was loaded to be trained, which takes seconds and may fail."""
+        """Whether the PyTorch encoder is loaded; loading takes seconds and may fail."""
         return "backbone" in vars(self)
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The encoder in PyTorch."""
+        """The encoder in PyTorch; it is loaded at the first use.
+
+        Raises:
+            ExportError: it cannot be loaded or trained.
+        """
         from emberpc.export.tuning.backbone import Backbone
 
         return Backbone(self.encoder)
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the texts' token ids."""
+        """Return the token ids of each text."""
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
             prompt = self.encoder.prompts.passage
@@ -117,7 +121,7 @@ class Workbench:
         return [self._tokens[text] for text in texts]
 
     def states(self, texts: Sequence[str], top: int) -> list[States] | None:
-        """Return what the layers below the upper `top` give for each text; None if there are none below."""
+        """Return the hidden states of each text below the upper `top` layers; None if there are no layers below."""
         if top >= self.backbone.layers:
             return None
         known = self._states.setdefault(top, {})
@@ -129,7 +133,7 @@ class Workbench:
 
     @contextmanager
     def _accounted(self, kind: str, texts: Sequence[str]) -> Iterator[None]:
-        """Note that something is asked for of texts, and what it takes."""
+        """Record a request and the time that the block takes for it."""
         self._account.asked.setdefault(kind, set()).update(texts)
         with Cost() as cost:
             yield
