@@ -90,10 +90,10 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not a bundle"), staged_folder(tmp_path / "home", overwrite=True):
         pass
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError, match="no folder"), staged_folder(tmp_path / "file", overwrite=True):
+    with pytest.raises(BundleError, match="not a folder"), staged_folder(tmp_path / "file", overwrite=True):
         pass
     (tmp_path / "link").symlink_to(tmp_path / "home")
-    with pytest.raises(BundleError, match="no folder"), staged_folder(tmp_path / "link", overwrite=True):
+    with pytest.raises(BundleError, match="not a folder"), staged_folder(tmp_path / "link", overwrite=True):
         pass
     assert (tmp_path / "home" / "letters").read_text() == "dear"
 
