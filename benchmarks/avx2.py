@@ -1,10 +1,9 @@
-"""Runs a command as on a processor without AVX-512, and so without VNNI.
+"""Run a command as on a processor without AVX-512, and so without VNNI.
 
-Most hosts without a GPU have AVX2 and no more, and kernels differ: int8 gains
-less there. Where the processor can have the CPUID instruction fault (`cpuid_fault`
-among the flags of /proc/cpuinfo) and the system is Linux on x86-64, a small
-library (`hide_avx512.c`, compiled with cc) is loaded into the command and all it
-starts, and answers instead. It shows AVX2's kernels, not an older processor's speed.
+Most hosts without a GPU have AVX2 at most, and there the kernels differ: int8 gains less. This script compiles a small
+library (`hide_avx512.c`, with cc) and preloads it into the command and all its child processes. The library answers the
+CPUID instruction. It needs Linux on x86-64 and a processor that can make CPUID fault (`cpuid_fault` among the flags in
+/proc/cpuinfo). The result shows AVX2's kernels, not the speed of an older processor.
 
     python benchmarks/avx2.py python benchmarks/variants.py …
 """

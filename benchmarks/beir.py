@@ -1,4 +1,4 @@
-"""Reads data of BEIR's form: corpus.jsonl, queries.jsonl, qrels/train.tsv and qrels/test.tsv."""
+"""Read data in BEIR's format: corpus.jsonl, queries.jsonl, qrels/train.tsv and qrels/test.tsv."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def texts(path: Path) -> dict[str, str]:
-    """Return the texts of a corpus or of queries by id, with their titles, as the commands read a corpus."""
+    """Return the texts of a corpus or of queries by id; a title is put before its text, as emberpc's commands do."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
 
 
 def judgements(folder: Path, split: str) -> dict[str, set[str]]:
-    """Return which of the corpus are relevant to each query of a split, by id."""
+    """Return the ids of the relevant passages by the id of each query of a split, such as `test`."""
     found: dict[str, set[str]] = {}
     with (folder / "qrels" / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file, delimiter="\t"):
@@ -24,7 +24,17 @@ def judgements(folder: Path, split: str) -> dict[str, set[str]]:
 
 
 def write_pairs(folder: Path, target: Path) -> tuple[Path, Path]:
-    """Write the relevant pairs to learn from and to test on as files that emberpc's commands take."""
+    """Write the relevant pairs for training and for testing as JSONL files for emberpc's commands.
+
+    Training queries that are also test queries are left out.
+
+    Args:
+        folder: folder of the data.
+        target: existing folder to write to.
+
+    Returns:
+        The training file and the test file.
+    """
     queries, passages = texts(folder / "queries.jsonl"), texts(folder / "corpus.jsonl")
 
     def pairs(split: str) -> list[dict[str, str]]:

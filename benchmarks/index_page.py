@@ -1,9 +1,9 @@
-"""Write docs/index-benchmarks.md and its plot from what `benchmarks/index.py` measured.
+"""Write docs/index-benchmarks.md and its plot from the result of `benchmarks/index.py`.
 
-python benchmarks/index_page.py RESULT.json --vectors "what they are" [--filters FILTERS.json] [--churn RECALL.json]
+python benchmarks/index_page.py RESULT.json --vectors "description" [--filters FILTERS.json] [--churn RECALL.json]
 
-FILTERS.json is of `benchmarks/filters.py`, RECALL.json of `benchmarks/recall.py`. What stands on the page after its
-marker is kept: figures of other runs.
+FILTERS.json is written by `benchmarks/filters.py`, RECALL.json by `benchmarks/recall.py`. Text on the page after its
+marker is kept: it has figures of other runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BESIDE = {
     "ms a call, one at a time": "latency_ms",
     "queries/s, 64 a call": "queries_per_second_64",
 }
-#: Servers beside, which keep nothing.
+#: Comparison servers that store nothing.
 RPC_ONLY = ("empty handler", "ten ready hits")
 MILLION = 1_000_000
 KEPT = "<!-- figures of other runs -->\n"
@@ -52,7 +52,7 @@ emberpc is measured through gRPC, its records with an id and metadata, every bat
 Its build is from the first upsert until the graph has all.
 Peers run in process and keep ids only.
 
-- Building, the graph's part alone: {build} times `add_items` with one thread (asked: at most 1.15).
+- Building, the graph's part alone: {build} times `add_items` with one thread (target: at most 1.15).
 - Memory: {each} bytes a vector beside the {empty} MB of the server.
 - Restart, to the first answer: {restart_seconds} s as it was stopped, {restart_killed_seconds} s after `kill -9` with
   3,000 records in no snapshot, {restart_without_graph_seconds} s without any snapshot; the graph is then built while it
@@ -65,21 +65,21 @@ PATH = """
 ## The path of a search
 
 {rounds} alternating rounds, of which these are the medians; all of them at ef {ef}, which is what the server chose.
-One vector a call is asked by 8 callers (h2load), and one at a time by a client in Python; 64 a call by as many
+One vector a call is sent by 8 callers (h2load), and one at a time by a client in Python; 64 a call by as many
 callers as there are cores. hnswlib is in process, on as many threads. The empty handler is a gRPC server in Python
 whose handler does nothing; with ten ready hits it gives an answer of the same bytes.
 """
 
 SHARES = """
 - One vector a call: {calls} of the calls of an empty handler
-  (asked: 0.6; [why not](decisions/0017-the-path-of-a-search.md)), {hits} of one that gives ten ready hits.
+  (target: 0.6; [why not](decisions/0017-the-path-of-a-search.md)), {hits} of one that gives ten ready hits.
   One at a time: {latency} and {latency_hits}.
-- 64 a call: {together} of hnswlib's `knn_query` with as many candidates (asked: 0.8).
+- 64 a call: {together} of hnswlib's `knn_query` with as many candidates (target: 0.8).
 """
 
 
 def figures_of(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Return what goes into a row; recall by default is that of the last point of the curve."""
+    """Return the figures for a row; recall is that of the last point of the curve, for hnswlib that at ef 200."""
     if name == "hnswlib":
         at_200 = next(point for point in figures["curve"] if point["ef"] == 200)
         return {**figures, "recall": at_200["recall"]}
@@ -98,7 +98,7 @@ def table(results: dict[str, dict[str, Any]], columns: dict[str, str]) -> list[s
 
 
 def path(beside: dict[str, Any]) -> list[str]:
-    """Say what a search through gRPC has of what gRPC and the graph take alone."""
+    """Return the section that compares a search through gRPC with gRPC alone and with the graph alone."""
     shares = {name: f"{share:.2f}" for name, share in beside["shares"].items()}
     tail = SHARES.format(
         calls=shares["calls, of an empty handler"],
@@ -111,7 +111,7 @@ def path(beside: dict[str, Any]) -> list[str]:
 
 
 def filtered(found: dict[str, Any]) -> list[str]:
-    """Tell of filtered searches: one whose filter was asked before, and one whose filter is new."""
+    """Return the section on filtered searches: with filters used before, and with new filters."""
     rows = [
         f"| {row['share']:.2%} | {'yes' if row['field'] == 'indexed' else 'no'} | {row['recall']:.3f} "
         f"| {row['known']['p50_ms']:.2f} | {row['known']['p99_ms']:.2f} "
@@ -129,7 +129,7 @@ def filtered(found: dict[str, Any]) -> list[str]:
 
 
 def churned(found: dict[str, Any]) -> list[str]:
-    """Tell of recall after half of the records were replaced again and again, and of searches meanwhile."""
+    """Return the section on recall after many replacements, and on searches during them."""
     after, meanwhile = found["after"], found["meanwhile"]
     return [
         f"\n## After many writes\n\n{found['records']:,} vectors ({found['vectors']}), half of them replaced "
@@ -157,9 +157,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--vectors", required=True, help="what the vectors are, for the page")
-    parser.add_argument("--filters", type=Path, help="what benchmarks/filters.py measured")
-    parser.add_argument("--churn", type=Path, help="what benchmarks/recall.py measured")
+    parser.add_argument("--vectors", required=True, help="description of the vectors, for the page")
+    parser.add_argument("--filters", type=Path, help="result file of benchmarks/filters.py")
+    parser.add_argument("--churn", type=Path, help="result file of benchmarks/recall.py")
     arguments = parser.parse_args()
     found = json.loads(arguments.result.read_text(encoding="utf-8"))
     results, records, host = found["index"], found["records"], found["host"]

@@ -1,11 +1,11 @@
-"""One peer of the index, in an environment of its own: fill it, search it, stop it, open it again.
+"""Measure one peer of the index in its own environment: fill it, search it, stop it, open it again.
 
     python benchmarks/index_peers.py PEER VECTORS.npy QUERIES.npy FOLDER
 
-PEER is chromadb, lancedb, milvus-lite or qdrant-local. Needs that package and
-numpy only. Where a peer has an HNSW index it is given M 16, efConstruction 200
-and ef 200, as emberpc has; what it has instead is said in its name. The last
-line printed is JSON: seconds, queries per second, megabytes, and the ids found.
+PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs that package and
+numpy only. A peer with an HNSW index gets M 16, efConstruction 200 and ef 200, like
+emberpc. The last line printed is JSON: seconds, queries per second, megabytes, and the
+ids found.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def lancedb(vectors: Any, folder: Path) -> tuple[Callable[[], None], Callable[[]
             column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width)
             ids = pa.array(np.arange(start, start + len(part)))
             table.add(pa.table({"id": ids, "vector": column}))
-        # Its HNSW is one graph per partition of quantised vectors.
+        # LanceDB builds one HNSW graph per partition, of quantized vectors.
         table.create_index(
             metric="cosine",
             vector_column_name="vector",
@@ -148,7 +148,7 @@ PEERS = {"chromadb": chromadb, "lancedb": lancedb, "milvus-lite": milvus_lite, "
 
 
 def rate(search: Search, queries: Any, batch: int, seconds: float) -> float:
-    """Search for some time; return queries per second."""
+    """Search for `seconds` with `batch` queries in a call; return queries per second."""
     search(queries[:batch])
     start, done = perf_counter(), 0
     while perf_counter() - start < seconds:

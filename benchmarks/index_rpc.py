@@ -1,15 +1,15 @@
-"""A search by vector through gRPC beside what gRPC takes alone, in alternating rounds of one run.
+"""Compare a search by vector through gRPC with gRPC alone and with hnswlib alone, in alternating rounds of one run.
 
-What it is held against, each in a process of its own: a server whose handler
-does nothing; one whose handler gives ten hits that are ready, so that gRPC
-carries the same bytes; and hnswlib in this process, with the candidates that
-the server says it kept, on as many threads as there are cores.
+The emberpc server is compared with three systems: a server whose handler does
+nothing; a server whose handler returns ten prepared hits, so that gRPC carries
+the same bytes; and hnswlib in this process, with the ef that the emberpc server
+reports, on as many threads as there are cores. Each server has its own process.
 
-As a program it is one of these servers:
+Run as a program, this script is one of the first two servers:
 
-    python benchmarks/index_rpc.py SAID [ANSWER]
+    python benchmarks/index_rpc.py ADDRESS_FILE [ANSWER]
 
-It writes its address to the file SAID; ANSWER holds the SearchResponse that it gives, else an empty one.
+It writes its address to ADDRESS_FILE. It returns the SearchResponse in the file ANSWER, or an empty one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from load import capacity, middle
 
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, K, BATCH = "c", 10, 64
-#: Callers at a time, and calls of each, where the calls a second are measured; and calls where one follows the other.
+#: To measure calls per second: number of concurrent callers, and of calls by each. For latency: number of calls.
 CALLERS, CALLS, ONE_BY_ONE = 8, 500, 1000
 CORES = usable_cores()
 
@@ -46,17 +46,18 @@ Figures = dict[str, Any]
 
 
 def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int) -> Figures:
-    """Measure a server, what stands beside it, and the ratios of each round.
+    """Measure a server and the systems that it is compared with, and the ratios of each round.
 
     Args:
-        address: the server's; it has the collection.
-        graph: of the same vectors.
+        address: address of the emberpc server; it has the collection.
+        graph: graph of the same vectors.
         queries: float32 (at least 128, dimensions).
-        rounds: how many; the figures are their medians.
+        rounds: number of rounds; the figures are their medians.
 
     Returns:
-        `servers`: of each, calls a second (`queries_per_second_1`) and milliseconds of a call while there is no other
-        (`latency_ms`); `hnswlib` and `emberpc` have `queries_per_second_64` too. `shares`: what the server has of each.
+        `servers`: for each server, calls per second (`queries_per_second_1`) and milliseconds of a call without other
+        calls (`latency_ms`); `hnswlib` and `emberpc` also have `queries_per_second_64`. `shares`: emberpc's figures as
+        shares of the others'.
     """
     found: dict[str, list[Figures]] = {"emberpc": [], "empty handler": [], "ten ready hits": [], "hnswlib": []}
     with grpc.insecure_channel(address) as channel:
@@ -65,10 +66,10 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
     with ExitStack() as stack:
         addresses = {
             "emberpc": address,
-            "empty handler": stack.enter_context(_beside(b"")),
-            "ten ready hits": stack.enter_context(_beside(answer.SerializeToString())),
+            "empty handler": stack.enter_context(_comparison_server(b"")),
+            "ten ready hits": stack.enter_context(_comparison_server(answer.SerializeToString())),
         }
-        # A round that does not count: what is searched for first is read from the disk.
+        # The first round is not counted: its searches read data from disk.
         for _ in range(rounds + 1):
             for name, each in addresses.items():
                 calls = _calls_per_second(each, queries)
@@ -83,7 +84,7 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
 
 
 def _shares(found: dict[str, list[Figures]]) -> Figures:
-    """Return what the server has of the others: the medians of the rounds' ratios."""
+    """Return emberpc's figures as shares of the others': the medians of the ratios of the rounds."""
 
     def share(name: str, key: str, *, of_time: bool = False) -> float:
         ratios = [ours[key] / theirs[key] for ours, theirs in zip(found["emberpc"], found[name], strict=True)]
@@ -107,17 +108,17 @@ def _requests(queries: np.ndarray, calls: int, each: int) -> list[pb.SearchReque
 
 
 def _calls_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
-    """Return the queries a second of callers who each send the same so many queries again and again."""
+    """Return queries per second of concurrent callers; each caller sends the same `each` queries in every call."""
     calls = max(20, CALLS // each)
     return callers * calls * each / capacity(address, SEARCH, _requests(queries, callers, each), calls)
 
 
 def _latency(address: str, queries: np.ndarray) -> float:
-    """Return the milliseconds of a call, the median, where one call follows the other; by a client in Python."""
+    """Return the median milliseconds of a call, for sequential calls by a client in Python."""
     requests: Sequence[pb.SearchRequest] = _requests(queries, 100, 1)
     times = []
     with grpc.insecure_channel(address) as channel:
-        # The bytes of an answer are not looked into: that would be the client's work.
+        # Answers are not parsed: parsing would add the client's time.
         search: Any = channel.unary_unary(SEARCH, request_serializer=pb.SearchRequest.SerializeToString)
         for i in range(ONE_BY_ONE):
             start = perf_counter()
@@ -127,7 +128,7 @@ def _latency(address: str, queries: np.ndarray) -> float:
 
 
 def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
-    """Return the queries a second of the library, 64 at a time."""
+    """Return queries per second of hnswlib alone, with 64 queries in a call."""
     graph.set_ef(ef)
     start, count = perf_counter(), 0
     while perf_counter() - start < 0.5:
@@ -138,24 +139,24 @@ def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
 
 
 @contextmanager
-def _beside(answer: bytes) -> Iterator[str]:
-    """Run a server that gives one answer; give its address."""
+def _comparison_server(answer: bytes) -> Iterator[str]:
+    """Run a server in a child process that always returns `answer`; yield its address."""
     with tempfile.TemporaryDirectory() as folder:
-        said, ready = Path(folder) / "address", Path(folder) / "answer"
+        address_file, ready = Path(folder) / "address", Path(folder) / "answer"
         ready.write_bytes(answer)
-        child = subprocess.Popen([sys.executable, __file__, str(said), str(ready)])
+        child = subprocess.Popen([sys.executable, __file__, str(address_file), str(ready)])
         try:
-            while not said.exists():
+            while not address_file.exists():
                 if child.poll() is not None:
-                    raise RuntimeError("the server beside ended")
+                    raise RuntimeError("the comparison server ended before it served")
                 sleep(0.05)
-            yield said.read_text()
+            yield address_file.read_text()
         finally:
             child.kill()
             child.wait()
 
 
-async def _serve(said: Path, answer: pb.SearchResponse) -> None:
+async def _serve(address_file: Path, answer: pb.SearchResponse) -> None:
     async def search(request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
         return answer
 
@@ -169,19 +170,19 @@ async def _serve(said: Path, answer: pb.SearchResponse) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: method}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    temporary = said.with_suffix(".part")
+    temporary = address_file.with_suffix(".part")
     temporary.write_text(f"127.0.0.1:{port}")
-    temporary.rename(said)
+    temporary.rename(address_file)
     await server.wait_for_termination()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("said", type=Path)
+    parser.add_argument("address_file", type=Path)
     parser.add_argument("answer", type=Path, nargs="?")
     arguments = parser.parse_args()
     written = arguments.answer.read_bytes() if arguments.answer else b""
-    asyncio.run(_serve(arguments.said, pb.SearchResponse.FromString(written)))
+    asyncio.run(_serve(arguments.address_file, pb.SearchResponse.FromString(written)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Which way to int8 is the best? Builds the ways that were thought of, and measures each against fp32.
+"""Compare methods to quantize a model to int8: build each candidate, and measure it against fp32.
 
-BUNDLE is an embedding model as `emberpc export embedding` writes it. For each
-candidate the table has the mean cosine to fp32, the share of a text's 10
-nearest that are among fp32's, and texts per CPU-second as a multiple of fp32's:
-inference alone, one thread, in turns with fp32, the median of the ratios. What
-is calibrated or looked at beforehand are other texts than those measured on.
+BUNDLE is an embedding model written by `emberpc export embedding`. For each
+candidate, the table has the mean cosine to fp32, the share of a text's 10
+nearest texts that are also nearest by fp32, and texts per CPU-second as a
+multiple of fp32's: inference only, one thread, alternating with fp32, median of
+the ratios. Ranges are calibrated, and outliers found, on other texts than those
+that are measured.
 
     python benchmarks/int8_candidates.py BUNDLE [--texts FILE] [--count 256] [--only NAME …]
 
-FILE has a column `text`; without it the texts are docstrings.
+FILE has a column `text`; without it, the texts are docstrings.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ from emberpc.export.variants.measuring import ROUNDS, neighbour_agreement
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers
 
-#: Texts that ranges are calibrated and outliers looked for on, and every how many of the batches is timed.
+#: Number of texts for calibration and for finding outliers, and the interval between timed batches.
 LOOKED_AT = 64
 TIMED_EVERY = 4
-#: Tokens of a text that static ranges are calibrated on.
+#: Number of tokens that texts for the calibration of static ranges are truncated to.
 CUT_AT = 32
 OUTPUT = "sentence_embedding"
 
 
 def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProto] = ()) -> onnx.ModelProto:
-    """Make the products int8, weights by column; activations get one scale for each batch as they come."""
+    """Make the products int8: weights per column, activations with one scale for each batch at run time."""
     left = {node.name for node in without}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -70,7 +71,10 @@ def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProt
 
 
 class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Gives a calibration its texts, one after the other: the longer ones, cut, as it stacks what they give."""
+    """Yields texts for a calibration, one at a time. Only texts of `CUT_AT` tokens or more are used, and truncated.
+
+    All inputs then have the same shape, which is needed because the calibration stacks their outputs.
+    """
 
     def __init__(self, feeds: Sequence[Feeds]) -> None:
         long = [one for one in feeds if all(values.shape[1] >= CUT_AT for values in one.values())]
@@ -81,9 +85,9 @@ class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no 
 
 
 def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | None) -> onnx.ModelProto:
-    """Make the products int8 with fixed ranges of activations: their extremes, or what a percentile leaves of them."""
+    """Make the products int8 with fixed ranges of activations: the extremes, or with a percentile a narrower range."""
     method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it tells what it is doing
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints its progress
         path = Path(folder) / "model.onnx"
         quantize_static(
             model,
@@ -102,13 +106,13 @@ def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | N
 
 
 def second(model: onnx.ModelProto) -> list[NodeProto]:
-    """Return the second product of each feed-forward block: of those with constant weights, the one that narrows."""
+    """Return the second product of each feed-forward block: the products whose weights have more rows than columns."""
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     return [node for node in products(model) if dims[node.input[1]][0] > dims[node.input[1]][1]]
 
 
 def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
-    """Cut each column's weights, in place, at a percentile of their magnitudes."""
+    """Clip each column's weights, in place, at a percentile of their magnitudes."""
     wanted = {node.input[1] for node in products(model)}
     for tensor in model.graph.initializer:
         if tensor.name in wanted:
@@ -118,7 +122,7 @@ def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
 
 
 def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeProto], alpha: float = 0.5) -> None:
-    """Move range from inputs to weights, in place: x @ W = (x / s) @ (s W), as SmoothQuant does."""
+    """Move range from activations to weights, in place: x @ W = (x / s) @ (s W), as in SmoothQuant."""
     names = list(dict.fromkeys(node.input[0] for node in nodes))
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -143,7 +147,7 @@ def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeP
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to int8: its graph, made of fp32's (which it may change) and of some texts; `exact`: see `session_of`."""
+    """A method: `make` builds the graph from fp32's (which it may change) and texts; `exact`: see `session_of`."""
 
     name: str
     make: Callable[[onnx.ModelProto, Sequence[Feeds]], onnx.ModelProto]
@@ -189,7 +193,7 @@ CANDIDATES = (
 
 
 def session_of(model: onnx.ModelProto, *, exact: bool = False) -> ort.InferenceSession:
-    """Load a graph, on one thread; `exact`: 8-bit products that cannot saturate, where they else may."""
+    """Load a graph with one thread; `exact`: 8-bit products cannot saturate, where they otherwise could."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -221,7 +225,7 @@ def main() -> int:
     names = [candidate.name for candidate in CANDIDATES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="; ".join(names))
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # the quantisers' advice on every call
+    logging.disable(logging.WARNING)  # the quantizers log advice on every call
     manifest = read_bundle(arguments.bundle).manifest
     path = arguments.bundle / manifest.variant().path
     most = arguments.count + LOOKED_AT

@@ -1,9 +1,9 @@
-"""Does a short call wait behind a huge one?
+"""Measure whether a short call waits behind a huge one.
 
-A text of about 8 tokens is embedded again and again, each time another: with
-nothing else going on, then beside one request of 10,000 texts (which repeats
-until enough was measured), then beside a stream of as many. Asked: the 99th
-percentile beside is at most 3 times the idle one + 20 ms.
+A text of about 8 tokens is embedded again and again, each time another text:
+first on an idle server, then beside one request of 10,000 texts (repeated until
+enough calls were measured), then beside a stream of 10,000 texts. Target: the
+99th percentile beside them is at most 3 times that of the idle server + 20 ms.
 
     python benchmarks/lanes.py BUNDLE [--calls 400] [-o RESULT.json]
 """
@@ -27,8 +27,8 @@ HUGE = 10_000
 HERE = Path(__file__).resolve()
 
 
-class Beside:
-    """Embeds many texts over and over in a process of its own, for as long as the context lasts."""
+class BackgroundLoad:
+    """Embeds many texts repeatedly in a child process while the context lasts."""
 
     def __init__(self, address: str, way: str) -> None:
         self._command = [sys.executable, str(HERE), address, "--beside", way]
@@ -44,7 +44,7 @@ class Beside:
 
 
 def huge(address: str, way: str) -> None:
-    """Embed 10,000 texts, over and over, by one request at a time or by streams."""
+    """Embed 10,000 texts repeatedly until killed, in one request at a time or in streams."""
     texts = [f"{text} {i}" for i in range(5) for text in mixed_texts(HUGE // 5, None, seed=i)]
     with Client(address, timeout=3600) as client:
         while True:
@@ -56,7 +56,7 @@ def huge(address: str, way: str) -> None:
 
 
 def wait_until_busy(pid: int) -> None:
-    """Wait until a process uses most of the cores: until then the huge request has not come."""
+    """Wait until a process uses at least 0.8 of the cores, which means that the huge request has arrived."""
     while True:
         before, began = cpu_seconds(pid), perf_counter()
         sleep(0.5)
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="an embedding model, exported")
     parser.add_argument("--calls", type=int, default=400)
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--beside", help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if arguments.beside:
@@ -78,14 +78,14 @@ def main() -> None:
     with serving(Path(arguments.bundle), "--cache-bytes", "0", "--max-texts", str(HUGE), *flags) as server:
         call(server.address, [f"warm {i}" for i in range(100)], in_flight=1)
         for way in ("idle", "request", "stream"):
-            with nullcontext() if way == "idle" else Beside(server.address, way):
+            with nullcontext() if way == "idle" else BackgroundLoad(server.address, way):
                 if way != "idle":
                     wait_until_busy(server.process.pid)
                 texts = [f"where is my card {way} {i}" for i in range(arguments.calls)]
                 outcome = call(server.address, texts, in_flight=1)
             found[way] = {"p50_ms": outcome.percentile(0.5), "p99_ms": outcome.percentile(0.99)}
             bound = 3 * found["idle"]["p99_ms"] + 20
-            verdict = "" if way == "idle" else f" (asked: at most {bound:.1f} ms)"
+            verdict = "" if way == "idle" else f" (target: at most {bound:.1f} ms)"
             print(f"{way:8} p50 {found[way]['p50_ms']:.1f} ms, p99 {found[way]['p99_ms']:.1f} ms{verdict}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"host": host(), "lanes": found}, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""What does a lone text cost through the server, against its inference alone?
+"""Measure the time of a single text through the server, compared with its inference alone.
 
-Texts of some lengths are embedded one after another, each another, with nothing
-else going on: through gRPC, and in this process by the very session that the
-server makes (one thread), in turns. Printed are medians over the texts, and the
-ratio. Long texts may be faster through the server: a lone one has all cores, and
-so have short ones after it.
+Texts of several lengths are embedded one after another on an otherwise idle
+host, each time another text: through gRPC, and alternately in this process with
+the session that the server uses (one thread). The script prints medians over
+the texts, and the ratio. Long texts may be faster through the server, since it
+gives a single long text all cores. So may short texts that follow long ones.
 
     python benchmarks/latency.py BUNDLE [--rounds 200] [-o RESULT.json]
 """
@@ -26,7 +26,7 @@ from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from load import host, middle, serving
 
 SHORT, LONG = (8, 16, 32), (128, 256, 512)
-#: What is measured, and how many tokens it has.
+#: Number of tokens of each kind of text that is measured.
 KINDS = {
     **{str(tokens): tokens for tokens in (*SHORT, *LONG)},
     **{f"{tokens}, after long ones": tokens for tokens in SHORT},
@@ -34,13 +34,13 @@ KINDS = {
 
 
 def texts_of(model: Model, tokens: int, count: int) -> list[str]:
-    """Return texts of about so many tokens, each another."""
+    """Return `count` distinct texts of about `tokens` tokens."""
     words = [word for doc in read_stdlib()[:2000] for word in doc.text.split() if word.isalpha()]
     found: list[str] = []
     place = 0
     while len(found) < count:
         low, high = 1, tokens
-        while low < high:  # the most words that are not too many tokens
+        while low < high:  # find the most words within the number of tokens
             middle_ = (low + high + 1) // 2
             fits = model.tokenizer.count([" ".join(words[place : place + middle_])], "")[0] <= tokens
             low, high = (middle_, high) if fits else (low, middle_ - 1)
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="an embedding model, exported")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     arguments, flags = parser.parse_known_args()
     keep_freed_memory()
     model = Model.load("bare", arguments.bundle)
@@ -75,7 +75,7 @@ def main() -> None:
                 model.encoder.run([tokenized.ids])
                 between = perf_counter()
                 embed(request)
-                if i >= 10:  # the first ones warm both up
+                if i >= 10:  # the first texts are not counted: they warm up both sides
                     bare.append(1000 * (between - start))
                     served.append(1000 * (perf_counter() - between))
             own, theirs = middle(served), middle(bare)

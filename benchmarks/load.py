@@ -1,6 +1,6 @@
-"""What the benchmarks of the server share: texts, a server with its figures from the system, and callers.
+"""Helpers of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
 
-As a program it is the callers, in a process of their own, so that their work is not counted as the server's:
+Run as a program, this script is the callers, so that their CPU time is not part of the benchmark's or the server's:
 
     python benchmarks/load.py ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
 """
@@ -40,7 +40,7 @@ from emberpc.wire import vectors
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from server_process import ServerProcess  # noqa: E402 - it stands in another folder
+from server_process import ServerProcess  # noqa: E402 - it is in the folder that was added to the path above
 
 EMBED = "/emberpc.v1.EmbeddingService/Embed"
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -48,7 +48,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What callers saw: wall seconds of all, latency of each call in seconds, and their own CPU seconds."""
+    """Measurements of callers: wall seconds, latency of each call and CPU seconds of the callers in seconds, errors."""
 
     seconds: float
     latencies: list[float]
@@ -57,18 +57,18 @@ class Outcome:
     errors: int
 
     def percentile(self, share: float) -> float:
-        """Return the latency in milliseconds that so large a share of calls stayed below."""
+        """Return the latency in milliseconds that a share of the calls, in [0, 1], stayed below."""
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
-    """Return texts, each another: 70 % short queries and 30 % passages of 40 to 180 words, in random order.
+    """Return distinct texts in random order: 70 % short queries, and 30 % passages of 40 to 180 words.
 
     Args:
-        count: how many.
+        count: number of texts.
         queries: a CSV file with a column `text`; None: first sentences of docstrings of Python's standard library.
-        seed: of what is drawn, and of the order.
+        seed: seed of the draw and of the order.
     """
     generator = random.Random(seed)
     words = [doc.text.split() for doc in read_stdlib()]
@@ -92,24 +92,30 @@ def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
 
 @contextmanager
 def serving(bundle: Path, *flags: str) -> Iterator[ServerProcess]:
-    """Serve a bundle as `model`, with its data in a temporary folder."""
+    """Serve a bundle under the name `model`, with data in a temporary folder; yield the server."""
     with tempfile.TemporaryDirectory() as data, ServerProcess({"model": bundle}, Path(data), *flags) as process:
         yield process
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds that a process has used, all threads."""
+    """Return the CPU seconds of all threads of a process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def resident_megabytes(pid: int) -> float:
-    """Return the resident memory of a process."""
+    """Return the resident memory of a process in MB."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) -> Outcome:
-    """Embed texts by calls from a process of their own, so many at a time, so many texts in each.
+    """Embed texts with concurrent calls from a child process.
+
+    Args:
+        address: address of the server.
+        texts: texts to embed.
+        in_flight: number of concurrent calls.
+        batch: number of texts in a call.
 
     Raises:
         RuntimeError: a call failed.
@@ -126,10 +132,13 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
 
 
 def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
-    """Embed texts by calls of 1 and of 32, all at once, and by the model in this process; return the least cosine.
+    """Compare the server's vectors with those of the model in this process, for calls of 1 and of 32 texts.
+
+    Returns:
+        The least cosine of the calls of 32 texts.
 
     Raises:
-        RuntimeError: it is below 0.999.
+        RuntimeError: a cosine is below 0.999.
     """
     model = Model.load("bare", bundle)
     tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
@@ -143,21 +152,21 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
             got = np.concatenate([vectors.decode(answer.embeddings) for answer in answers])
             least = float(np.einsum("ij,ij->i", got, expected).min())
             if least < 0.999:
-                raise RuntimeError(f"a vector of the server's has a cosine of {least:.4f} to the model's own")
+                raise RuntimeError(f"a vector of the server has a cosine of {least:.4f} to the model's own vector")
     return least
 
 
 def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:
-    """Call a method by as many h2load processes, each with its own request; return the seconds until the last is done.
+    """Call a method with one h2load process for each request; return the seconds until the last process is done.
 
-    h2load (of nghttp2) costs a hundredth of a Python client, which would take the cores from the server. It cannot
-    read answers: whether they are right is for `call` to say.
+    h2load (of nghttp2) uses a hundredth of the CPU time of a Python client, which would take cores from the server.
+    It cannot read answers; use `check_answers` to check them.
 
     Args:
-        address: of the server.
-        method: its path, such as /emberpc.v1.EmbeddingService/Embed.
-        requests: one of each caller.
-        each: how many times it is sent.
+        address: address of the server.
+        method: path of the method, such as /emberpc.v1.EmbeddingService/Embed.
+        requests: the request of each caller.
+        each: number of times that a caller sends its request.
 
     Raises:
         RuntimeError: not every call succeeded.
@@ -181,7 +190,7 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
 
 
 def embed_requests(texts: Sequence[str]) -> list[Message]:
-    """Return the request to embed each of some texts."""
+    """Return one request for each text, to embed it."""
     return [embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END) for text in texts]
 
 
@@ -192,7 +201,7 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
     latencies: list[float] = []
     errors = 0
     async with grpc.aio.insecure_channel(address) as channel:
-        # Bytes in, bytes out: to read the answers, as `check_answers` does, would take cores from the server.
+        # Answers stay bytes: parsing them would take cores from the server. `check_answers` parses and checks some.
         embed: Any = channel.unary_unary(EMBED)
         await channel.channel_ready()
 
@@ -213,7 +222,7 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
 
 
 def host() -> dict[str, str]:
-    """Describe the machine and what runs on it, without its name."""
+    """Return processor, number of cores and versions of this host, without the host's name."""
     cpu = next(
         (
             line.partition(":")[2].strip()

@@ -1,10 +1,10 @@
-"""What happens when more comes than can be done?
+"""Measure goodput and latency under overload.
 
-Calls arrive at fixed moments, whether or not those before them were answered
-(an open loop), at 1, 2 and 5 times what the server can do, each with a deadline
-of one second; by calls of one text, by calls of 32, and by streams of 32.
-Goodput is the texts answered in time, a second. Asked: it stays flat, and what
-is refused is refused at once.
+Calls arrive at fixed moments, whether or not earlier calls were answered (an
+open loop), at 1, 2 and 5 times the server's capacity, each with a deadline of
+one second: calls of one text, calls of 32 texts, and streams of 32 texts.
+Goodput is the number of texts answered in time per second. Target: goodput
+does not fall, and a refused call is refused at once.
 
     python benchmarks/overload.py BUNDLE [--seconds 8] [-o RESULT.json]
 """
@@ -33,7 +33,7 @@ WAYS = {"calls of 1 text": 1, "calls of 32 texts": 32, "streams of 32 texts": 32
 
 
 async def arrivals(address: str, way: str, texts: list[str], rate: float, seconds: float) -> dict[str, float]:
-    """Let calls arrive at a rate in texts per second; return what became of them."""
+    """Send calls at a rate in texts per second; return goodput, numbers of calls by outcome, and median latencies."""
     batch = WAYS[way]
     latencies: list[float] = []
     refusals: list[float] = []
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="an embedding model, exported")
     parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--arrivals", nargs=2, metavar=("WAY", "RATE"), help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     texts = mixed_texts(1000, None)

@@ -1,8 +1,8 @@
-"""What `peers.py` runs in the environments of the peers, which have none of emberpc's packages."""
+"""Scripts that `peers.py` runs in the environments of the peers, where no package of emberpc is installed."""
 
 from __future__ import annotations
 
-#: Arguments: the peer, the model's folder, a JSON file of texts. Prints figures as JSON.
+#: Arguments: name of the peer, folder of the model, JSON file of texts. Prints figures as JSON.
 IN_PROCESS = r"""
 import json, os, sys, time
 peer, folder, texts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
@@ -45,7 +45,7 @@ found[f"{peer}, 1 × 1"] = {
 print(json.dumps(found))
 """
 
-#: Arguments: the model's folder, a JSON file of texts, a free port. Prints figures as JSON.
+#: Arguments: folder of the model, JSON file of texts, a free port. Prints figures as JSON.
 INFINITY = r"""
 import asyncio, json, os, subprocess, sys, time
 import httpx

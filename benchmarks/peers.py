@@ -1,18 +1,18 @@
-"""How does emberpc compare with other ways to serve the same weights?
+"""Compare emberpc with other programs that serve the same weights.
 
-The same mixed texts (70 % short queries, 30 % passages of 40 to 180 words),
-the same ONNX file, the same cores, one after the other in every round:
+All get the same mixed texts (70 % short queries, 30 % passages of 40 to 180
+words), the same ONNX file and the same cores, one after the other in every round:
 
-- emberpc through gRPC, 64 calls of one text and 4 of 32 at a time, and 8 and 1 of one text;
-- sentence-transformers in process, batches of 32, and one text at a time, with its torch and its onnx backend;
+- emberpc through gRPC: 64 concurrent calls of one text, 4 of 32 texts, 8 of one text, and 1 of one text;
+- sentence-transformers in process with its torch and its onnx backend: batches of 32, and one text at a time;
 - fastembed in process with the local model;
-- infinity-emb over HTTP with its optimum engine, as emberpc. It loads no local ONNX folder, but takes an
-  optimised copy from where it would cache one: the same file is put there.
+- infinity-emb over HTTP with its optimum engine, with the same calls as emberpc. It cannot load a local ONNX folder,
+  but it uses an optimized copy from its cache folder, so the same file is put there.
 
-Each is compared with emberpc asked in the same way; those in process, which no
-calls wait for, with emberpc at 64 × 1, or at 1 × 1 where they embed one text at
-a time. Peers that need packages of their own run in environments of their own:
-give their Pythons. One that is not given, or fails, is said so.
+Each peer is compared with emberpc at the same kind of calls. Peers in process
+are compared with emberpc at 64 × 1, or at 1 × 1 when they embed one text at a
+time. Peers with packages of their own run in environments of their own: give
+their Pythons. The output names peers that are not given or fail.
 
     python benchmarks/peers.py BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
         [--queries FILE.csv] [--texts 600] [--rounds 3] [-o RESULT.json]
@@ -40,7 +40,7 @@ WAYS = (("64 × 1", 64, 1), ("4 × 32", 4, 32), ("8 × 1", 8, 1), ("1 × 1", 1, 
 
 
 def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
-    """Measure emberpc, and the latency of its calls at 1, 8 and 64 in flight."""
+    """Return emberpc's figures for each kind of calls: throughput, CPU time, memory and latency."""
     found = {}
     with serving(bundle, "--cache-bytes", "0") as server:
         check_answers(server.address, bundle, texts[:100])
@@ -59,7 +59,11 @@ def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
 
 
 def child(python: str, script: str, *arguments: str, **environment: str) -> dict[str, Figures]:
-    """Run one of the scripts in an environment; it prints its figures as JSON in its last line."""
+    """Run one of the scripts in an environment; return the figures that it prints as JSON in its last line.
+
+    Raises:
+        RuntimeError: the script failed; the message is the last line of its stderr.
+    """
     run = subprocess.run(
         [python, "-c", script, *arguments],
         check=False,
@@ -81,11 +85,11 @@ def version_of(python: str, package: str) -> str:
 
 
 def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
-    """Serve by infinity with the same ONNX file as its optimised copy, and call it over HTTP."""
+    """Serve the same ONNX file with infinity, as its optimized copy, and call it over HTTP; return its figures."""
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
         shutil.copytree(bundle, model)
-        # Where it looks for an optimised copy: joined to an absolute path, its cache folder is the model's own.
+        # infinity joins its cache folder with the model's absolute path, which gives the model's own folder.
         shutil.copy(bundle / "onnx" / "model.onnx", model / "model_optimized.onnx")
         return child(
             python, INFINITY, str(model), texts, str(HTTP_PORT), HF_HOME=f"{home}/cache", HF_HUB_CACHE=f"{home}/cache"
@@ -99,7 +103,7 @@ def main() -> None:
     parser.add_argument("--queries", type=Path, help="CSV with a column text; default: sentences from docstrings")
     parser.add_argument("--texts", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     bundle: Path = arguments.bundle.resolve()
     pythons = dict(entry.split("=", 1) for entry in arguments.python)
@@ -141,9 +145,9 @@ def main() -> None:
     medians = {}
     for way, rounds in found.items():
         medians[way] = {name: middle([figures[name] for figures in rounds]) for name in rounds[0]}
-        asked = way.rpartition(", ")[2]
+        calls = way.rpartition(", ")[2]
         pairs = zip(
-            found[f"emberpc, {asked if asked in [name for name, *_ in WAYS] else WAYS[0][0]}"], rounds, strict=False
+            found[f"emberpc, {calls if calls in [name for name, *_ in WAYS] else WAYS[0][0]}"], rounds, strict=False
         )
         medians[way]["emberpc_is_times"] = middle(
             [ours["texts_per_second"] / theirs["texts_per_second"] for ours, theirs in pairs]

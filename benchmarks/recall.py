@@ -1,12 +1,13 @@
-"""How much of the truly nearest does a collection find: by default, as asked for, and after its records were replaced?
+"""Measure the recall of a collection: by default, with `min_recall`, and after its records were replaced.
 
-And how long do searches take while they are replaced, and graphs built anew?
+The script also measures the time of searches while records are replaced and graphs are rebuilt.
 
-One collection in this process, filled from a file of vectors, whose last ones
-are the queries and are not stored; or, without a file, from clustered gaussians
-(a centre for each 100 vectors, sigma 0.6, made of length 1: synthetic, and easy). The
-truth is every vector compared. Asked: recall@10 is 0.98 by default, and 0.95
-after half of the records were replaced ten times over.
+One collection in this process is filled with vectors of a file, whose last ones
+are the queries and are not stored. Without a file, the vectors are clustered
+Gaussians (one centre for 100 vectors, sigma 0.6, length 1), which are synthetic
+and easy. Recall is measured against a comparison with every vector. Targets:
+recall@10 is 0.98 by default, and 0.95 after half of the records were replaced
+ten times.
 
     python benchmarks/recall.py [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
 
@@ -33,7 +34,7 @@ DIMENSIONS, PER_CLUSTER, SIGMA = 384, 100, 0.6
 
 
 def clustered(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return vectors of length 1 around random centres."""
+    """Return random vectors of length 1 around random centres, float32 (count, 384)."""
     centres = rng.standard_normal((max(1, count // PER_CLUSTER), DIMENSIONS), dtype=np.float32)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     noise = rng.standard_normal((count, DIMENSIONS), dtype=np.float32) * np.float32(SIGMA / DIMENSIONS**0.5)
@@ -41,12 +42,12 @@ def clustered(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def unit(matrix: np.ndarray) -> np.ndarray:
-    """Return vectors of length 1, float32."""
+    """Normalize the rows of a matrix to length 1, as float32."""
     return np.ascontiguousarray(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), dtype=np.float32)
 
 
 def upsert(collection: Collection, rows: np.ndarray, matrix: np.ndarray) -> None:
-    """Write records named after the rows, and let the graph take them in."""
+    """Write records whose ids are the row numbers, and wait until the graph has them."""
     for first in range(0, len(rows), WRITE):
         part = rows[first : first + WRITE]
         collection.upsert([NewRecord(str(row)) for row in part], matrix[first : first + WRITE])
@@ -59,9 +60,9 @@ def replace_half(
     """Replace half of the records, and search meanwhile, one query after the other.
 
     Returns:
-        Seconds of the writes and of what the graph had to do for them; milliseconds of each search.
+        Seconds of the writes and of the graph's work for them; milliseconds of each search.
     """
-    # Each gets another's vector, moved a little: what is stored stays as it is distributed.
+    # Each record gets the vector of another record with a little noise, so the distribution of the vectors is the same.
     rows = rng.permutation(len(stored))[: len(stored) // 2]
     noise = rng.standard_normal((len(rows), stored.shape[1]), dtype=np.float32) * np.float32(0.1 / DIMENSIONS**0.5)
     stored[rows] = unit(stored[rng.permutation(rows)] + noise)
@@ -78,7 +79,7 @@ def replace_half(
 
 
 def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **options: float) -> dict[str, Any]:
-    """Return recall@10, how long a query took, and what the plans say."""
+    """Return recall@10, times of a query in milliseconds, and strategy and ef from the plans."""
     bounds = []
     for first in range(0, len(queries), 100):
         scores = queries[first : first + 100] @ stored.T
@@ -101,7 +102,7 @@ def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **o
 
 
 def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
-    """Measure one collection of all vectors but the last."""
+    """Measure one collection of all vectors but the last 500, which are the queries."""
     rng = np.random.default_rng(1)
     vectors = vectors[rng.permutation(len(vectors))]
     stored, queries = vectors[:-QUERIES].copy(), vectors[-QUERIES:]
@@ -133,11 +134,11 @@ def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print what came out."""
+    """Measure, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("vectors", nargs="?", type=Path, help="a .npy file; default: clustered gaussians")
-    parser.add_argument("--records", type=int, default=100_000, help="most vectors to take")
-    parser.add_argument("--rounds", type=int, default=10, help="how often half of the records are replaced")
+    parser.add_argument("--records", type=int, default=100_000, help="the most vectors to read")
+    parser.add_argument("--rounds", type=int, default=10, help="number of times that half of the records are replaced")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.vectors:

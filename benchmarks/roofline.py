@@ -1,14 +1,14 @@
-"""How near does the server come to what its model could do without it?
+"""Compare the server's throughput with that of its model without a server.
 
-The same texts go through the same ONNX file twice in every round: in ideal
-micro-batches (tokenised before, sorted by length, at most 512 tokens with
-padding, one thread for each core, sessions set up as the server sets its own),
-and through the server over gRPC, 64 calls of one text and 4 calls of 32 at a
-time. 70 % of the texts are short queries, 30 % passages of 40 to 180 words.
-Where h2load is installed (Debian: nghttp2-client), it calls with 64 of the
-texts, again and again, too: a Python client takes a share of the cores that one
-in another language, or on another host, would not. Printed are medians over the
-rounds, and of the ratios within them.
+In every round, the same texts go through the same ONNX file twice: without a
+server in ideal micro-batches (tokenized before, sorted by length, at most 512
+tokens with padding, one thread for each core, sessions configured like the
+server's), and through the server over gRPC, with 64 concurrent calls of one
+text and 4 of 32 texts. 70 % of the texts are short queries, 30 % are passages
+of 40 to 180 words. If h2load is installed (Debian: nghttp2-client), it also
+calls the server with 64 of the texts, again and again: a Python client takes a
+share of the cores that a client in another language, or on another host, would
+not take. The script prints medians over the rounds, of figures and of ratios.
 
     python benchmarks/roofline.py BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
 """
@@ -36,15 +36,15 @@ from load import EMBED, call, capacity, check_answers, cpu_seconds, embed_reques
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
-#: By h2load, as many callers as texts.
+#: Number of h2load callers; each sends one text.
 CALLERS = 64
 CAPACITY = f"{CALLERS} × 1, h2load"
 FEW = f"bare, {CALLERS} texts"
-ASKED = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
+TARGETS = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 
 def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
-    """Run texts in ideal micro-batches; return texts per second and CPU seconds per text."""
+    """Run texts in ideal micro-batches without a server; return texts per second and CPU seconds per text."""
     keep_freed_memory()
     model = Model.load("bare", bundle)
     tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
@@ -76,7 +76,7 @@ def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
 
 
 def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
-    """Run `bare` in a process of its own."""
+    """Run `bare` in a child process."""
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
         file.flush()
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--queries", type=Path, help="CSV with a column text; default: sentences from docstrings")
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if arguments.bare:
@@ -139,10 +139,10 @@ def main() -> None:
         if way.startswith("bare"):
             continue
         bases = found[FEW if way == CAPACITY else "bare"]
-        for name, asked in ASKED.items():
+        for name, target in TARGETS.items():
             pairs = zip(rounds, bases, strict=True)
             ratios[f"{way} {name}"] = middle([one[name] / base[name] for one, base in pairs])
-            print(f"    {name}: {ratios[f'{way} {name}']:.3f} of the roofline (asked: {asked})")
+            print(f"    {name}: {ratios[f'{way} {name}']:.3f} of the roofline (target: {target})")
     if arguments.output:
         arguments.output.write_text(json.dumps({"host": host(), "rounds": found, "ratios": ratios}, indent=2) + "\n")
 

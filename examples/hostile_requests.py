@@ -1,4 +1,4 @@
-"""The most expensive requests that each RPC takes, and some over its limits; for the hostile test and its benchmark."""
+"""The most expensive requests that each RPC accepts, and requests over its limits, for tests and a benchmark."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from emberpc.v1 import (
 )
 from emberpc.wire import vectors
 
-#: A collection of the model, and one that takes vectors only.
+#: Names of the collections: one with a model, and one with vectors only.
 TEXTS, POINTS = "hostile-texts", "hostile-points"
 _INDEX, _EMBEDDING = "/emberpc.v1.IndexService/", "/emberpc.v1.EmbeddingService/"
 
-#: What a text is repeated from.
+#: Units that long texts are made of by repetition.
 KINDS = {
     "one letter": "a",
     "words": "word ",
@@ -63,14 +63,14 @@ class Hostile:
 
 @dataclass(frozen=True)
 class Size:
-    """How large the requests are.
+    """Sizes of the requests.
 
     Attributes:
         text: bytes of a long text.
-        message: bytes of a request over the limits of its elements.
-        records: records with much metadata in one request.
-        numbers: numbers in the metadata of each.
-        dimensions: of the model's vectors.
+        message: bytes of a request with too many elements.
+        records: number of records with much metadata in one request.
+        numbers: number of numbers in the metadata of each of these records.
+        dimensions: dimensions of the model's vectors.
     """
 
     text: int = 2**20
@@ -96,7 +96,7 @@ def text_of(kind: str, size: int) -> str:
 
 
 def preparation(size: Size) -> Iterator[tuple[str, Message]]:
-    """Give the requests that make the collections, with their methods."""
+    """Yield the requests that create and fill the collections, each after the path of its method."""
     for name, model in ((TEXTS, "tiny"), (POINTS, "")):
         collection = index_pb2.Collection(name=name, model=model, dimensions=size.dimensions)
         yield _INDEX + "CreateCollection", index_pb2.CreateCollectionRequest(collection=collection)
@@ -109,7 +109,7 @@ def preparation(size: Size) -> Iterator[tuple[str, Message]]:
 
 
 def requests(size: Size) -> dict[str, Hostile]:
-    """Return the requests by name."""
+    """Return all hostile requests by name."""
     found: dict[str, Hostile] = {}
     for kind in KINDS:
         text = text_of(kind, size.text)
@@ -119,7 +119,7 @@ def requests(size: Size) -> dict[str, Hostile]:
 
 
 def _of_text(text: str) -> dict[str, Hostile]:
-    """Return the requests that take long texts."""
+    """Return the requests that accept a long text, by name."""
     search = _INDEX + "Search"
     query = index_pb2.SearchQuery(text=text)
     embed = embedding_pb2.EmbedRequest(model="tiny", texts=[text])
@@ -171,7 +171,7 @@ def _not(condition: filter_pb2.Filter, times: int) -> filter_pb2.Filter:
 
 
 def _of_filters() -> dict[str, Hostile]:
-    """Return the requests with deep and wide filters."""
+    """Return the requests with deep or wide filters, by name."""
     wide = _any([_any([_prefix(f"t{i}{j}") for j in range(80)]) for i in range(3)])
     odd = ".".join(['"'] * 40)
     values = [filter_pb2.FilterValue(string_value=f"v{i}") for i in range(10_000)]
@@ -198,8 +198,8 @@ def _of_filters() -> dict[str, Hostile]:
     }
 
 
-#: Requests of many elements within a message of the request: a name, the method, the numbers of the fields that the
-#: elements are within, and one element.
+#: Requests with many elements inside a nested message: name, path of the method, numbers of the fields around the
+#: elements, and one element in protobuf's wire format.
 _NESTED = (
     ("empty conditions", _INDEX + "CountRecords", (2, 1), b"\x0a\x00"),
     ("empty values of a membership", _INDEX + "CountRecords", (2, 5), b"\x12\x00"),
@@ -214,7 +214,7 @@ _NESTED = (
 
 
 def _within(numbers: Sequence[int], data: bytes) -> bytes:
-    """Return bytes as the value of a field, within a field, and so on; the numbers are those of the fields."""
+    """Wrap bytes in nested length-delimited fields with these numbers, the outermost first; return the wire format."""
     for number in reversed(numbers):
         length = bytearray()
         size = len(data)
@@ -226,7 +226,7 @@ def _within(numbers: Sequence[int], data: bytes) -> bytes:
 
 
 def _of_counts(size: Size) -> dict[str, Hostile]:
-    """Return the requests of many small elements; all are over a limit."""
+    """Return the requests with many small elements, by name; each exceeds a limit."""
     record = index_pb2.UpsertRecordsRequest(records=[index_pb2.Record()]).SerializeToString()
     cases = {
         "empty texts": (_EMBEDDING + "Embed", embedding_pb2.EmbedRequest(texts=[""]).SerializeToString()),
@@ -253,7 +253,7 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
     }
     for name, method, within, one in _NESTED:
         found[name] = Hostile(method, [_within(within, one * (size.message // len(one)))], refused=True)
-    # A group, which the decoder skips, before what is to be counted.
+    # The decoder skips this group; the elements that count come after it.
     found["a group"] = Hostile(
         _INDEX + "UpsertRecords", [b"\xf3\x07\xf4\x07" + record * (size.message // len(record))], refused=True
     )
@@ -265,7 +265,7 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
 
 
 def _of_answers(size: Size) -> dict[str, Hostile]:
-    """Return the requests with much in the request or the response."""
+    """Return the requests with a large request or response, by name."""
     numbers = [float(i) for i in range(size.numbers)]
     records = [_record(f"m{i}", "", {"n": numbers}) for i in range(size.records)]
     matrix = vectors.encode(np.ones((size.records, size.dimensions), dtype=np.float32))
@@ -309,7 +309,7 @@ def _of_answers(size: Size) -> dict[str, Hostile]:
 
 
 def _of_others(size: Size) -> dict[str, Hostile]:
-    """Return a request of each other RPC."""
+    """Return a request for each of the remaining RPCs, by name."""
     forged = "WzFlOTk5LCAiYSIsICJiIl0="
     collection = index_pb2.Collection(name="x" * 10_000, dimensions=2**31 - 1)
     info = server_pb2.GetServerInfoRequest()

@@ -1,4 +1,4 @@
-"""Runs `emberpc serve` as a child process, for the examples and the tests."""
+"""Run `emberpc serve` as a child process, for the examples and the tests."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from pathlib import Path
 from types import TracebackType
 
 _READY = re.compile(r"serving on (\S+:\d+)")
-# Bounds for a host ten times slower, with other programs on every core.
+# Limits for a host ten times slower, with other programs on every core.
 _START_SECONDS = 300
 _STOP_SECONDS = 300
 
 
 class ServerProcess:
-    """A real server on a real port, ready when the constructor returns.
+    """A server in a child process; the constructor returns when it is ready.
 
-    As a context manager it is stopped at the end, with SIGTERM, as an operator would.
+    As a context manager, it is stopped at the end with SIGTERM, as an operator would stop it.
 
     Args:
-        models: the bundles' folders by name.
-        data_dir: where the collections are.
+        models: folders of bundles by model name.
+        data_dir: the server's data directory.
         flags: more flags of `emberpc serve`.
-        listen: its address; port 0 takes a free one, and `address` says which.
+        listen: address to listen on. With port 0 the server takes a free port, and `address` has it.
 
     Raises:
-        RuntimeError: it ended before it served; the message is what it said.
+        RuntimeError: the server ended, or was not ready within 300 s; the message has its output.
     """
 
     def __init__(self, models: Mapping[str, Path], data_dir: Path, *flags: str, listen: str = "127.0.0.1:0") -> None:
@@ -42,7 +42,7 @@ class ServerProcess:
         self.address = ""
         self._log: list[str] = []
         self._ready = threading.Event()
-        # What it logs must be read throughout, or it would block once the pipe is full.
+        # Read the server's log all the time: the server would block if the pipe were full.
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._ready.wait(_START_SECONDS)
@@ -52,17 +52,17 @@ class ServerProcess:
 
     @property
     def output(self) -> str:
-        """All that it wrote to stderr so far."""
+        """Everything that the server wrote to stderr so far."""
         return "".join(self._log)
 
     def stop(self) -> int:
-        """Stop it as an operator would; return its exit code."""
+        """Stop the server with SIGTERM, as an operator would; return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(_STOP_SECONDS)
         return self._close()
 
     def kill(self) -> int:
-        """End it as a crash would; return its exit code."""
+        """Kill the server with SIGKILL, like a crash; return its exit code."""
         self.process.kill()
         self.process.wait(_STOP_SECONDS)
         return self._close()

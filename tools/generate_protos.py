@@ -1,8 +1,8 @@
 """Generate the Python code of protos/emberpc/v1, or check that it is current.
 
-Runs the pinned generator of tools/requirements-protos.txt in an environment of
-its own, because that generator would hold back grpcio and protobuf in the
-development environment.
+The script runs the generator pinned in tools/requirements-protos.txt in its own
+environment: in the development environment, the generator would force older
+versions of grpcio and protobuf.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ENVIRONMENT = ROOT / ".venv-protos"
 
 
 def generator() -> Path:
-    """Return the Python of the generator's environment, made if it is not there or not current."""
+    """Return the Python of the generator's environment; create the environment if it is missing or outdated."""
     python = ENVIRONMENT / "bin" / "python"
     stamp = ENVIRONMENT / "requirements.txt"
     wanted = REQUIREMENTS.read_text()
@@ -46,7 +46,7 @@ def generate(target: Path) -> None:
         f"--plugin=protoc-gen-mypy_grpc={python.parent / 'protoc-gen-mypy_grpc'}",
         "--proto_path=.",
         *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy")),
-        # A servicer inherits UNIMPLEMENTED for what it does not override: it is not abstract.
+        # Servicers are not abstract: a method that is not overridden answers UNIMPLEMENTED.
         f"--mypy_grpc_out=generate_concrete_servicer_stubs:{target}",
         *files,
     ]
@@ -54,7 +54,7 @@ def generate(target: Path) -> None:
     if run.returncode:
         raise SystemExit(run.stdout)
     for path in (target / PACKAGE).glob("*_pb2_grpc.py*"):
-        # types.proto and its like have no service: their empty *_grpc modules only clutter.
+        # Files without a service, such as types.proto, would only get empty *_grpc modules.
         source = PROTOS / PACKAGE / path.name.replace("_pb2_grpc.pyi", ".proto").replace("_pb2_grpc.py", ".proto")
         if "\nservice " not in source.read_text():
             path.unlink()
@@ -65,7 +65,7 @@ def generated(folder: Path) -> set[str]:
 
 
 def drift(fresh: Path) -> list[str]:
-    """Return the names of generated files that are missing, stale or left over."""
+    """Return the names of generated files that are missing, stale or no longer generated."""
     names = generated(PROTOS) | generated(fresh)
     _, changed, missing = filecmp.cmpfiles(PROTOS / PACKAGE, fresh / PACKAGE, names, shallow=False)
     return sorted(changed + missing)

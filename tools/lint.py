@@ -1,4 +1,4 @@
-"""Run every check of style, types and imports; all of them, so that one run tells all."""
+"""Run every check of style, types and imports. A failed check does not stop the others."""
 
 from __future__ import annotations
 

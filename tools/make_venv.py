@@ -1,9 +1,9 @@
-"""Make the development environment `.venv`, or bring it up to date.
+"""Create the development environment `.venv`, or bring it up to date.
 
-PyTorch goes in first, at the version of constraints.txt, so that nothing
-installed later can pull in another build of it. hnswlib has no wheel and
-compiles for the very host by default; here it is built for x86-64-v3, so that
-an environment, or pip's cache, can move to another machine.
+PyTorch is installed first, in the version of constraints.txt, so that no later
+package can install another build of it. hnswlib has no wheel and by default
+compiles for the processor of this host; here it is built for x86-64-v3, so that
+the environment, or pip's cache, also works on another machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
         return 0
     print("making .venv, or bringing it up to date: downloads about 1 GB the first time, and takes minutes", flush=True)
     python = ENVIRONMENT / "bin" / "python"
-    # One that is there may be in use: its executable cannot be written again.
+    # Do not create it again if it exists: it may be in use, and then its executable cannot be overwritten.
     if not python.exists():
         venv.create(ENVIRONMENT, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "-c", "constraints.txt"]

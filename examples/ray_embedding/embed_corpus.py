@@ -1,8 +1,8 @@
-"""Embed a corpus that outgrows one host, with Ray Data: Parquet in, Parquet out, from where it was left.
+"""Embed a corpus that is too large for one host, with Ray Data: from Parquet to Parquet, with resumption.
 
-The corpus is cut into parts of so many rows. Each is read, embedded and written by one actor, under a name that says
-which part it is, and gets that name only when it is whole: what is there is done, and a job that was killed is started
-again with the same command.
+The corpus is divided into parts of a fixed number of rows. One actor reads, embeds and writes a part. The name of its
+file identifies the part, and the file gets this name only when it is complete. So parts with a file are done, and the
+same command continues a job that was killed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
-#: A part is one call to the engine, which is to take it whole.
+#: Limit of the engine's queue, in tokens. A part is one call to the engine, so the queue must accept all of it.
 _QUEUE_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of one file of the corpus, and the name of the file that their vectors go to."""
+    """Some rows of one file of the corpus, and the name of the file for their vectors."""
 
     name: str
     path: str
@@ -49,15 +49,15 @@ class Part:
 
 
 class JobError(Exception):
-    """The job cannot be done; the message says why and the remedy."""
+    """The job cannot be done; the message has the reason and the remedy."""
 
 
 class Embedder:
-    """One actor: a model, and one core to run it.
+    """An actor with one model and one core to run it.
 
     Args:
-        model: the bundle.
-        out: the folder that the vectors go to.
+        model: folder of the bundle.
+        out: folder of the vectors.
         id_column: name of the column of ids.
         text_column: name of the column of texts.
     """
@@ -71,19 +71,19 @@ class Embedder:
         self._model = self._engine.registry.load("model", Path(model))
 
     def __call__(self, parts: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
-        """Embed parts and write them; tell of each its name, rows and seconds."""
-        told: dict[str, list[Any]] = {"part": [], "rows": [], "seconds": []}
+        """Embed parts and write them; return name, number of rows and seconds of each part."""
+        results: dict[str, list[Any]] = {"part": [], "rows": [], "seconds": []}
         for name, path, start, stop in zip(parts["name"], parts["path"], parts["start"], parts["stop"], strict=True):
             begun = time.perf_counter()
             table = self._embed(read_rows(str(path), self._columns, int(start), int(stop)))
             write_whole(table, self._out / str(name))
-            told["part"].append(str(name))
-            told["rows"].append(table.num_rows)
-            told["seconds"].append(time.perf_counter() - begun)
-        return told
+            results["part"].append(str(name))
+            results["rows"].append(table.num_rows)
+            results["seconds"].append(time.perf_counter() - begun)
+        return results
 
     def _embed(self, table: pa.Table) -> pa.Table:
-        """Add the vectors: float32, null where there is no text; and whether a text was cut to fit the model."""
+        """Return the table with a column of vectors (float32, null without a text) and one of truncation (bool)."""
         texts = table.column(self._columns[1]).to_pylist()
         rows = [i for i, text in enumerate(texts) if text and not text.isspace()]
         dimensions = self._model.manifest.dimensions
@@ -108,7 +108,7 @@ class Embedder:
 
 
 def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
-    """Read some rows of a file: those of its row groups that hold them."""
+    """Read the rows from `start` to below `stop` of a Parquet file; only row groups with such rows are read."""
     with pq.ParquetFile(path) as file:
         groups: list[int] = []
         first = before = 0
@@ -122,7 +122,7 @@ def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a Parquet file atomically: it is complete or does not exist."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("wb") as file:
         pq.write_table(table, file)
@@ -132,10 +132,10 @@ def write_whole(table: pa.Table, path: Path) -> None:
 
 
 def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
-    """Cut a corpus into parts, in the same way each time.
+    """Divide a corpus into parts; the same corpus always gives the same parts.
 
     Raises:
-        JobError: there is none, or a file of it is no Parquet or has not the columns.
+        JobError: there are no files, or a file is not Parquet or lacks a column.
     """
     files = sorted(corpus.glob("*.parquet")) if corpus.is_dir() else [corpus]
     if not files:
@@ -144,7 +144,7 @@ def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
         try:
             schema, count = pq.read_schema(path), pq.read_metadata(path).num_rows
         except (OSError, pa.ArrowInvalid) as error:
-            raise JobError(f"{path} cannot be read as Parquet; write it anew") from error
+            raise JobError(f"{path} cannot be read as Parquet; write it again") from error
         if missing := [column for column in columns if column not in schema.names]:
             raise JobError(f"{path} has no column {missing[0]!r}; it has {', '.join(schema.names)}")
         for start in range(0, count, rows):
@@ -153,13 +153,13 @@ def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
 
 
 def prepare(out: Path, job: Mapping[str, object]) -> IO[bytes]:
-    """Make the folder of the vectors, or see that it is of the same job, and clear away what was never finished.
+    """Create the folder of the vectors, or check that it belongs to the same job, and remove unfinished files.
 
     Returns:
-        A file whose lock says that the job is being done; it ends with the process.
+        A locked file. The lock, which ends with the process, keeps other runs of the job out.
 
     Raises:
-        JobError: it is of another job, or that job is being done.
+        JobError: the folder belongs to another job, or another run of the job holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = (out / ".lock").open("wb")
@@ -182,11 +182,11 @@ def prepare(out: Path, job: Mapping[str, object]) -> IO[bytes]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what is left of a job.
+    """Embed the parts of a job that are not done yet.
 
     Raises:
-        JobError: it cannot be done.
-        BundleError: the model is none.
+        JobError: the job cannot be done.
+        BundleError: the model is not a bundle.
     """
     bundle = read_bundle(options.model)
     manifest = bundle.manifest
@@ -205,22 +205,22 @@ def run(options: argparse.Namespace) -> None:
 
 
 def embed(left: list[Part], columns: list[str], options: argparse.Namespace) -> None:
-    """Embed parts, and tell how it goes."""
-    # One that is there already knows its cores.
+    """Embed parts with a pool of actors, and print the progress."""
+    # An existing cluster has its own number of cores.
     local = {} if options.address else {"num_cpus": options.actors, "include_dashboard": False}
     ray.init(options.address, logging_level=logging.ERROR, log_to_driver=False, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     start = time.perf_counter()
     rows = busy = 0.0
-    told = ray.data.from_items([asdict(part) for part in left], override_num_blocks=len(left)).map_batches(
+    results = ray.data.from_items([asdict(part) for part in left], override_num_blocks=len(left)).map_batches(
         Embedder,
         fn_constructor_args=(str(options.model.resolve()), str(options.out.resolve()), *columns),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=options.actors),
         num_cpus=1,
     )
-    for done, row in enumerate(told.iter_rows(), 1):
+    for done, row in enumerate(results.iter_rows(), 1):
         rows, busy = rows + row["rows"], busy + row["seconds"]
         print(f"{row['part']}: {row['rows']} texts in {row['seconds']:.1f} s; {done} of {len(left)}", flush=True)
     seconds = time.perf_counter() - start
@@ -237,9 +237,13 @@ def main() -> int:
     parser.add_argument("--model", type=Path, required=True, help="a bundle of an embedding model")
     parser.add_argument("--id-column", default="id")
     parser.add_argument("--text-column", default="text")
-    parser.add_argument("--rows", type=int, default=1000, help="rows of a part; what a kill costs at most, per actor")
+    parser.add_argument(
+        "--rows", type=int, default=1000, help="rows of a part; a kill loses at most one part per actor"
+    )
     parser.add_argument("--actors", type=int, default=usable_cores(), help="one core and one copy of the model each")
-    parser.add_argument("--address", help="of a Ray cluster that shares the folders, such as auto; default: this host")
+    parser.add_argument(
+        "--address", help="address of a Ray cluster with the same folders, such as auto; default: this host"
+    )
     options = parser.parse_args()
     try:
         run(options)

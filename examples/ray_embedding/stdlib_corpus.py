@@ -1,4 +1,4 @@
-"""Write a corpus of real texts that every host has: the sentences of its own Python's docstrings, as Parquet files."""
+"""Write real texts that every host has as Parquet files: the sentences of its Python's docstrings."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--texts", type=int, default=5000, help="most texts")
-    parser.add_argument("--files", type=int, default=4, help="over how many files they go")
+    parser.add_argument("--texts", type=int, default=5000, help="the most texts to write")
+    parser.add_argument("--files", type=int, default=4, help="number of files")
     options = parser.parse_args()
     texts = dict(islice(sentences(), options.texts))
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Read a foreign folder, that is one without a manifest: from its files, its graph and the user's model options.
 
 Such folders are written by sentence-transformers, optimum and others: an ONNX
-file in `onnx/` or beside `tokenizer.json`, `config.json`, and for embedders
-often `modules.json`, `1_Pooling/config.json` and
+file in `onnx/` or beside `tokenizer.json`, `config.json`, and for embedding
+models often `modules.json`, `1_Pooling/config.json` and
 `config_sentence_transformers.json`.
 """
 

@@ -1,4 +1,4 @@
-"""Measure a classifier on texts that it was not fitted to."""
+"""Calibrate a classifier, and measure it, on texts that it was not trained on."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called at the start of each stage, and again as the stage goes on."""
+    """Callback for progress. It is called at the start of each step, and again during the step."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Report progress.

@@ -65,7 +65,7 @@ class ServingCosts:
             costs = [ServingCost(**item) for item in json.loads(path.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
             costs = []
-        #: By base and strategy.
+        #: Known costs, by base and strategy.
         self.known = {(cost.base, cost.strategy): cost for cost in costs}
 
     def estimate(self, base: Base, strategy: str, trained_on: int, per_text: float) -> float:

@@ -89,7 +89,7 @@ class Judged:
     def few(self, most_queries: int, most_passages: int) -> Judged:
         """Return a sample of the queries, and a sample of the passages to search.
 
-        Queries are taken evenly. Their answers come first among the passages, and passages taken evenly fill the rest.
+        Queries are taken evenly. Their answers come first among the passages; then other passages are taken evenly.
         A query is left out if none of its answers is among the passages.
 
         Args:

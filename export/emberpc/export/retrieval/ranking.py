@@ -169,7 +169,7 @@ class _Tuning:
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))
         nearest, _ = Neighbours(passage_vectors).nearest(self._vectors(held_out), min(100, len(passage_vectors)))
-        for i in nearest.T.ravel().tolist():  # the nearest of each query, then the second nearest, …
+        for i in nearest.T.ravel().tolist():  # first the nearest passage of each query, then the second nearest, …
             if len(chosen) >= _POOL:
                 break
             chosen.setdefault(i)

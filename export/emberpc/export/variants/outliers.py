@@ -59,6 +59,6 @@ def _peaks(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Weights]
             for name, values in zip(names, session.run(names, feeds), strict=True):
                 own = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
                 peaks[name] = np.maximum(peaks.get(name, own), own)
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+    except Exception as error:  # ONNX Runtime has no common base class of its exceptions
         raise ExportError("its activations cannot be computed; leave this variant out") from error
     return peaks
