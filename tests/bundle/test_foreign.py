@@ -64,7 +64,7 @@ CONFIG: dict[str, Any] = {"hidden_size": 8, "max_position_embeddings": 32, "pad_
         ({}, {"query_prompt": "\ud800"}, "no valid Unicode"),
     ],
 )
-def test_what_is_beyond_a_limit_is_named(
+def test_a_value_beyond_a_limit_is_named(
     tmp_path: Path, change: dict[str, Any], options: Mapping[str, str], words: str
 ) -> None:
     with pytest.raises(BundleError, match=words):
@@ -137,7 +137,7 @@ def test_the_fingerprint_of_the_old_scheme_is_that_which_collections_were_bound_
     assert bundle.legacy_fingerprint() != bundle.fingerprint()
 
 
-def test_the_old_scheme_does_not_count_where_it_missed_weights(tmp_path: Path) -> None:
+def test_the_old_fingerprint_is_empty_if_it_missed_weights(tmp_path: Path) -> None:
     weights = helper.make_tensor("w", TensorProto.FLOAT, [2], np.ones(2, dtype=np.float32).tobytes(), raw=True)
     graph = helper.make_graph([], "g", [], [], [weights])
     for name, covered in (("model.onnx_data", True), ("model.onnx.data", False)):
@@ -164,7 +164,7 @@ MODULES = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
         ("x", "is no tokenizer"),
     ],
 )
-def test_a_tokenizer_must_lower_case_what_the_model_is_to_be_given_in_lower_case(
+def test_a_tokenizer_must_lower_case_if_the_model_needs_lower_case(
     tmp_path: Path, normalizer: object, words: str
 ) -> None:
     files = {
@@ -180,14 +180,14 @@ def test_a_tokenizer_must_lower_case_what_the_model_is_to_be_given_in_lower_case
         assert foreign(tmp_path, files).manifest.max_tokens == 16
 
 
-def test_a_limit_that_was_stated_is_told_from_that_of_the_source(tmp_path: Path) -> None:
+def test_the_manifest_says_whether_the_token_limit_was_stated(tmp_path: Path) -> None:
     assert foreign(tmp_path, {"config.json": CONFIG}, {"max_tokens": "8"}).manifest.max_tokens_stated
     assert not foreign(tmp_path, {"config.json": CONFIG}).manifest.max_tokens_stated
 
 
 @pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder", 7])
 @pytest.mark.parametrize("output", ["logits", "last_hidden_state"])
-def test_another_kind_of_model_is_not_served_as_one_of_single_texts(tmp_path: Path, kind: object, output: str) -> None:
+def test_models_that_do_not_take_single_texts_are_refused(tmp_path: Path, kind: object, output: str) -> None:
     files = {
         "config.json": CONFIG | {"id2label": {"0": "contradiction", "1": "entailment"}},
         "config_sentence_transformers.json": {"model_type": kind},

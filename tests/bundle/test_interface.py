@@ -65,7 +65,7 @@ def test_an_input_of_an_unknown_role_is_refused(names: tuple[str, ...]) -> None:
         ("=", "has the role ''"),
     ],
 )
-def test_what_is_stated_wrongly_is_refused(stated: str, words: str) -> None:
+def test_a_wrong_model_option_is_refused(stated: str, words: str) -> None:
     with pytest.raises(BundleError, match=words):
         find_inputs(graph("input_ids", "attention_mask", "position_ids"), stated, 0)
 

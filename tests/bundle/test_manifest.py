@@ -68,7 +68,7 @@ JSON = st.recursive(
 
 
 @given(MANIFESTS)
-def test_what_is_written_is_read(manifest: Manifest) -> None:
+def test_a_written_bundle_is_read(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
@@ -142,19 +142,19 @@ def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
         ({"format_version": None}, "export the model again"),
     ],
 )
-def test_what_is_wrong_is_named(change: dict[str, Any], words: str) -> None:
+def test_an_error_names_the_problem(change: dict[str, Any], words: str) -> None:
     data = json.loads(_manifest().to_json()) | change
     with pytest.raises(BundleError, match=words):
         Manifest.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format_version": 1}'])
-def test_what_is_no_manifest_is_refused(text: str) -> None:
+def test_an_invalid_manifest_is_refused(text: str) -> None:
     with pytest.raises(BundleError, match=r"emberpc\.json"):
         Manifest.from_json(text)
 
 
-def test_fields_of_a_newer_writer_are_left() -> None:
+def test_unknown_fields_of_a_newer_writer_are_ignored() -> None:
     manifest = _manifest()
     data = json.loads(manifest.to_json()) | {"licence": "MIT"}
     assert Manifest.from_json(json.dumps(data)) == manifest
@@ -177,7 +177,7 @@ def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
         {"files": {"tokenizer.json": FileEntry("11", 1)}},
     ],
 )
-def test_all_that_the_old_scheme_knew_changes_its_fingerprint(change: dict[str, Any]) -> None:
+def test_every_input_of_the_old_scheme_changes_its_fingerprint(change: dict[str, Any]) -> None:
     manifest = _manifest()
     assert dataclasses.replace(manifest, **change).legacy_fingerprint() != manifest.legacy_fingerprint()
 
@@ -212,7 +212,7 @@ def _manifest() -> Manifest:
     )
 
 
-def test_two_variants_of_one_name_are_refused() -> None:
+def test_two_variants_with_the_same_name_are_refused() -> None:
     data = json.loads(_manifest().to_json())
     data["variants"] *= 2
     with pytest.raises(BundleError, match="two variants have the same name"):
@@ -224,7 +224,7 @@ def test_a_bound_that_is_no_share_is_refused() -> None:
         Bound(cosine_min=1.5, difference_max=0.1)
 
 
-def test_a_bound_finds_what_is_too_far_off_nan_included() -> None:
+def test_a_bound_reports_outputs_that_miss_it_and_nan() -> None:
     bound = Bound(cosine_min=0.9, difference_max=0.5)
     expected = np.eye(3, 4, dtype=np.float32)
     assert bound.faults(expected, expected + np.float32(0.1)) == []

@@ -95,7 +95,7 @@ def another_opset(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     "change", [another_operator, another_order, another_weight, another_shape, another_constant, another_opset]
 )
-def test_all_that_decides_the_output_changes_its_digest(tmp_path: Path, change: Change) -> None:
+def test_every_change_that_affects_the_output_changes_its_digest(tmp_path: Path, change: Change) -> None:
     model = graph()
     change(model)
     assert digest(saved(tmp_path / "changed", model)) != digest(saved(tmp_path / "as it was", graph()))
@@ -111,7 +111,7 @@ def documentation(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("change", [a_head, documentation])
-def test_what_does_not_decide_the_output_does_not(tmp_path: Path, change: Change) -> None:
+def test_changes_that_do_not_affect_the_output_keep_its_digest(tmp_path: Path, change: Change) -> None:
     model = graph("_of_another_tool")
     change(model)
     assert digest(saved(tmp_path / "changed", model)) == digest(saved(tmp_path / "as it was", graph()))

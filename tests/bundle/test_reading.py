@@ -103,7 +103,7 @@ def test_damage_is_named(folder: Path, damage: Callable[[Path], None], words: st
 
 
 @pytest.mark.parametrize("name", ["../outside", "onnx/../../outside", "/etc/hostname", "onnx\\..\\outside"])
-def test_a_path_out_of_the_bundle_is_refused_even_if_it_is_there(folder: Path, name: str) -> None:
+def test_an_existing_path_outside_the_bundle_is_refused(folder: Path, name: str) -> None:
     (folder.parent / "outside").write_bytes(b"1")
     manifest = read_bundle(folder).manifest
     files = {**manifest.files, name: FileEntry("00", 1)}

@@ -23,7 +23,9 @@ def folder_of(tmp_path: Path, config: dict[str, object]) -> Path:
 @pytest.mark.parametrize(
     ("width", "labels"), [(1, {"0": "LABEL_0"}), (1, {"0": "LABEL_0", "1": "LABEL_1"}), ("labels", {"0": "LABEL_0"})]
 )
-def test_a_model_of_one_score_is_no_classifier(tmp_path: Path, width: int | str, labels: dict[str, str]) -> None:
+def test_a_model_with_one_score_is_refused_as_a_classifier(
+    tmp_path: Path, width: int | str, labels: dict[str, str]
+) -> None:
     folder = folder_of(tmp_path, {"id2label": labels, "max_position_embeddings": 32})
     graph = Graph(INPUTS, (Tensor("logits", "tensor(float)", ("batch", width)),))
     with pytest.raises(BundleError, match=r"one score for a text \(logits\), as rerankers .* at least two labels"):

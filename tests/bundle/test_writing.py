@@ -42,7 +42,7 @@ def test_an_exception_leaves_nothing_not_even_parents(tmp_path: Path, error: typ
     assert entries(tmp_path) == set()
 
 
-def test_parents_that_somebody_else_uses_by_now_stay(tmp_path: Path) -> None:
+def test_parent_folders_in_use_by_others_are_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stop"):
         write_until(ValueError("stop"), tmp_path / "models" / "mine")
     assert entries(tmp_path / "models") == {"beside"}
@@ -56,9 +56,7 @@ def test_an_exception_leaves_the_bundle_that_was_there(folder: Path) -> None:
     assert entries(folder.parent) == {folder.name, "beside"}
 
 
-def test_an_exception_while_it_is_put_in_place_leaves_the_bundle_that_was_there(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_during_replacement_keeps_the_old_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_bundle(folder).manifest
     rename = Path.rename
 
@@ -84,7 +82,7 @@ def test_a_bundle_is_replaced_only_if_asked(folder: Path) -> None:
     assert entries(folder.parent) == {folder.name}
 
 
-def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letters").write_text("dear")
     with pytest.raises(BundleError, match="not a bundle"), staged_folder(tmp_path / "home", overwrite=True):
@@ -145,7 +143,7 @@ def killed(target: Path) -> None:
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
-def test_what_a_killed_process_left_goes_at_the_next_try(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     killed(target)
     (left,) = entries(tmp_path)
@@ -167,7 +165,7 @@ def test_a_bundle_that_a_killed_process_had_moved_away_is_put_back(folder: Path)
     assert entries(folder.parent) == {folder.name}
 
 
-def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+def test_files_that_another_process_is_writing_are_kept(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "bundle") as first:
         (first / "file").write_text("first")
         code = "import sys; from emberpc.bundle import staged_folder\nwith staged_folder(sys.argv[1]): pass"

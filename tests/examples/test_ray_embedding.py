@@ -44,7 +44,7 @@ def command(corpus: Path, out: Path, model: Path, rows: int = PART) -> list[str]
     return [sys.executable, str(SCRIPT), *arguments]
 
 
-def test_a_job_that_is_killed_goes_on_where_it_was(corpus: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_killed_job_continues_with_the_remaining_parts(corpus: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     from emberpc.server.engine import Model, Truncation
@@ -100,7 +100,7 @@ def test_a_folder_of_another_job_is_refused(
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "text", "no-column"])
-def test_what_is_no_corpus_is_refused_by_name(corpus: Path, tiny_bundle: Path, tmp_path: Path, wrong: str) -> None:
+def test_an_invalid_corpus_is_refused_by_name(corpus: Path, tiny_bundle: Path, tmp_path: Path, wrong: str) -> None:
     folder = tmp_path / wrong
     folder.mkdir()
     arguments = command(folder, tmp_path / "vectors", tiny_bundle)

@@ -112,7 +112,7 @@ def write(path: Path) -> Path:
     return path
 
 
-def test_its_lower_layers_can_be_run_once(source: Path) -> None:
+def test_lower_layers_can_be_run_once(source: Path) -> None:
     backbone = Backbone(read_encoder(source))
     tokens = backbone.tokenize(["a", "some words of a text", "others"])
     whole = backbone.embed(tokens)
@@ -121,7 +121,7 @@ def test_its_lower_layers_can_be_run_once(source: Path) -> None:
     assert abs(backbone.embed(tokens, states) - whole).max() < 5e-3
 
 
-def test_it_can_be_tuned(source: Path, tmp_path: Path) -> None:
+def test_the_encoder_can_be_trained(source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv")
     for strategy in ("top-layers", "full"):
         manifest = export_classifier(Data(train), str(source), tmp_path / strategy, strategy=strategy, epochs=1)

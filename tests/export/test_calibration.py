@@ -56,7 +56,7 @@ def test_logits_without_bound_have_a_temperature() -> None:
                 assert np.exp(-4.001) < temperature < np.exp(4.001)
 
 
-def test_a_calibrated_model_has_no_error_and_a_boastful_one_has() -> None:
+def test_an_overconfident_model_has_a_calibration_error_and_a_calibrated_one_has_none() -> None:
     labels = np.eye(2, dtype=bool)[[0] * 80 + [1] * 20]
     honest = np.tile([0.8, 0.2], (100, 1))
     boastful = np.tile([0.99, 0.01], (100, 1))
@@ -68,7 +68,7 @@ def test_certainty_falls_into_the_last_bin() -> None:
     assert expected_calibration_error(np.array([[1.0, 0.0]]), np.array([[True, False]])) == 0
 
 
-def test_without_held_out_texts_the_temperature_is_left() -> None:
+def test_without_held_out_texts_the_temperature_is_1() -> None:
     assert fit_temperature(np.zeros((0, 3)), np.zeros((0, 3), dtype=bool)) == 1
 
 
@@ -82,7 +82,7 @@ def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own()
     assert expected_calibration_error(found, targets, multi_label=True) < 0.01
 
 
-def test_a_threshold_cuts_where_the_f1_is_best_and_rare_labels_share_one() -> None:
+def test_thresholds_maximize_f1_and_rare_labels_share_one() -> None:
     found = np.tile(np.linspace(0, 1, 101)[:, None], (1, 2))
     targets = np.stack([found[:, 0] >= 0.3, found[:, 1] >= 0.6], axis=1)
     assert fit_thresholds(found, targets) == pytest.approx((0.295, 0.595), abs=0.006)

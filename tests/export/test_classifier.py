@@ -55,7 +55,7 @@ def head_of(folder: Path) -> bytes:
     return bytes(onnx.numpy_helper.to_array(weights).tobytes())
 
 
-def test_it_learns_and_says_how_well(classifier_bundle: Path) -> None:
+def test_a_classifier_is_trained_and_its_quality_is_measured(classifier_bundle: Path) -> None:
     manifest = read_bundle(classifier_bundle).manifest
     assert manifest.task is Task.CLASSIFICATION
     assert manifest.labels == tuple(sorted(MODULES))
@@ -109,7 +109,7 @@ def test_the_logits_are_pytorchs_embeddings_times_the_head_in_the_graph(classifi
     assert [output.name for output in graph.output] == ["logits", "sentence_embedding", "probabilities"]
 
 
-def test_what_it_was_trained_on_does_not_travel_in_the_bundle(classifier_bundle: Path, training_file: Path) -> None:
+def test_training_texts_are_not_in_the_bundle(classifier_bundle: Path, training_file: Path) -> None:
     with training_file.open(newline="", encoding="utf-8") as file:
         trained = {row["text"] for row in csv.DictReader(file)}
     # The reference is of this Python's docstrings too, so some may be the same by chance; not most.
@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_nothing(training_file: Path, tiny_source: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_prompt_of_passages_goes_before_what_it_learns_from(
+def test_training_texts_get_the_passage_prompt(
     make_source: MakeSource, training_file: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
     prompted = make_source({"config_sentence_transformers.json": {"prompts": {"passage": "zzzz "}}})

@@ -69,7 +69,7 @@ def summary(outcomes: Iterable[Outcome], worth: float = 0.005) -> Summary:
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(0, 5))
-def test_a_larger_budget_holds_the_smaller_ones(counts: list[int], seed: int) -> None:
+def test_a_larger_budget_includes_the_texts_of_smaller_budgets(counts: list[int], seed: int) -> None:
     everything = examples(counts)
     before: set[str] = set()
     for budget in (1, 2, 5, 9):
@@ -81,7 +81,7 @@ def test_a_larger_budget_holds_the_smaller_ones(counts: list[int], seed: int) ->
     assert not take_budget(everything, NO_TEXTS, seed).texts
 
 
-def test_texts_of_several_labels_and_of_none_are_drawn_too() -> None:
+def test_texts_with_several_labels_or_none_are_drawn_too() -> None:
     data = replace(examples([50, 50], multi_label=True))
     data.targets[:10] = True
     data.targets[90:] = False
@@ -90,12 +90,12 @@ def test_texts_of_several_labels_and_of_none_are_drawn_too() -> None:
     assert (~sample.targets.any(axis=1)).sum() == 4
 
 
-def test_budgets_that_are_all_texts_anyway_are_one() -> None:
+def test_budgets_of_all_texts_are_merged() -> None:
     assert budgets_of([8, 1, 16, 32, ALL, 8], 16) == [1, 8, ALL]
     assert budgets_of([8, 1], 16) == [1, 8]
 
 
-def test_outcomes_are_kept_and_a_damaged_one_is_as_none(tmp_path: Path) -> None:
+def test_outcomes_are_stored_and_damaged_ones_are_ignored(tmp_path: Path) -> None:
     store = Store(tmp_path, "key")
     kept, damaged = outcome("linear", 4, 0.9), outcome("full", 4, 0.9)
     store.write(kept)
@@ -137,7 +137,7 @@ def test_the_cheap_come_first_and_seeds_wait_their_turn() -> None:
     assert order[-1] == Cell("base", "full", ALL, 1)
 
 
-def test_what_there_is_no_time_for_is_skipped_with_its_estimate() -> None:
+def test_a_cell_without_time_is_skipped_with_its_estimate() -> None:
     small, large = Cell("base", "top-layers", 4, 0), Cell("base", "top-layers", ALL, 0)
     plan = planner([small, large])
     done = {small: outcome("top-layers", 4, 0.9, wall_seconds=4.0)}
@@ -252,7 +252,7 @@ def test_labels_are_doubted_where_strategies_agree_against_them() -> None:
     assert suspects(summary(three[:1])) == []  # one alone proves nothing
 
 
-def test_what_was_skipped_is_said_in_a_line_for_each_way_and_budget() -> None:
+def test_skipped_cells_give_a_line_for_each_strategy_and_budget() -> None:
     done = summary([outcome("linear", 4, 0.9)])
     cells = [Cell("base", "full", 4, seed) for seed in range(3)]
     plan = planner([*cells, Cell("base", "linear", 4, 0)])

@@ -40,7 +40,7 @@ def wanted(tiny_source: Path, tmp_path: Path) -> Wanted:
     )  # fmt: skip
 
 
-def test_a_training_that_is_done_is_not_lost_before_its_outcome_is_kept(wanted: Wanted, tmp_path: Path) -> None:
+def test_a_finished_training_is_kept_until_its_outcome_is_stored(wanted: Wanted, tmp_path: Path) -> None:
     details: list[str] = []
     told: list[str] = []
 
@@ -64,7 +64,7 @@ def test_a_training_that_is_done_is_not_lost_before_its_outcome_is_kept(wanted: 
     assert list((tmp_path / "report" / "checkpoints").iterdir()) == []
 
 
-def test_a_strategy_that_fails_is_skipped_with_its_reason_and_the_others_go_on(
+def test_a_failing_strategy_is_skipped_with_its_reason(
     wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contrastive, "supervised_contrastive", lambda vectors, _together: vectors.sum() * torch.nan)
@@ -137,7 +137,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("limit", [10, 40, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (90, 200, 600))])
-def test_a_time_limit_is_kept_but_for_what_cannot_be_interrupted(
+def test_the_time_limit_is_kept_except_for_steps_that_cannot_be_interrupted(
     wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
     clock = Clock(monkeypatch)
@@ -150,7 +150,7 @@ def test_a_time_limit_is_kept_but_for_what_cannot_be_interrupted(
     assert all(skipped.for_time for skipped in compared.skipped)
 
 
-def test_what_is_done_once_is_part_of_the_first_estimate(
+def test_shared_work_is_part_of_the_first_estimate(
     wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)

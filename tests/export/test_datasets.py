@@ -87,7 +87,7 @@ def test_whole_numbers_are_labels(tmp_path: Path) -> None:
     assert read_labelled(path).labels == [("1",), ("1",)]
 
 
-def test_texts_with_several_labels_are_told(tmp_path: Path) -> None:
+def test_texts_with_conflicting_labels_are_reported(tmp_path: Path) -> None:
     data = read_labelled(write(tmp_path, "data.csv", "text,label\nx,a\ny,a\nx,b\ny,a\n"))
     assert data.conflicts() == {"x": ["line 2: a", "line 4: b"]}
 
@@ -108,7 +108,7 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         ("data.csv", "text,label\na,x\nb, c,y\n", "line 3: it does not have 2 columns"),
         ("data.csv", "text,label\na\n", "line 2: it does not have 2 columns"),
         ("data.csv", 'text,label\n"a,x\n', "line 2: .*correct the quotes"),
-        ("data.csv", "text,label\n" + "a" * 200_000 + ",x\n", "line 2: .*no text have more than 131072 characters"),
+        ("data.csv", "text,label\n" + "a" * 200_000 + ",x\n", "line 2: .*give no text more than 131072 characters"),
         ("data.csv", "", "has no rows"),
         ("data.csv", "text,label\n", "has no rows"),
         ("data.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', "line 2: it is not JSON"),
@@ -127,7 +127,7 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         ("data.txt", "a", "must end in .csv, .tsv, .jsonl, .ndjson or .parquet"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_row(tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_an_error_names_its_row(tmp_path: Path, name: str, content: str, words: str) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(ExportError, match=words) as caught:
         read_labelled(path)
@@ -277,7 +277,7 @@ def test_labels_that_differ_are_not_reported(tmp_path: Path, caplog: pytest.LogC
         ('["a", "\\ud800"]', "label holds a lone surrogate"),
     ],
 )
-def test_what_is_no_label_is_none_among_several_either(tmp_path: Path, label: str, words: str) -> None:
+def test_an_invalid_label_is_refused_in_a_list_of_labels_too(tmp_path: Path, label: str, words: str) -> None:
     path = write(tmp_path, "d.jsonl", f'{{"text": "t", "label": {label}}}\n')
     with pytest.raises(ExportError, match=f"line 1: {words}"):
         read_labelled(path, separator=";")
@@ -305,7 +305,7 @@ def test_names_of_files_are_read_as_the_command_line_reads_them(tmp_path: Path, 
     assert read_labelled(write(tmp_path, name, content)).labels == [("x",)]
 
 
-def test_space_around_the_names_of_columns_is_left_out(tmp_path: Path) -> None:
+def test_space_around_column_names_is_removed(tmp_path: Path) -> None:
     assert read_labelled(write(tmp_path, "d.csv", "text , label\na,x\n")).labels == [("x",)]
     with pytest.raises(ExportError, match="line 1: the column 'label' is there twice"):
         read_labelled(write(tmp_path, "e.csv", "text,label,label \na,x,y\n"))

@@ -153,9 +153,7 @@ def test_a_plain_encoder_is_mean_pooled_as_sentence_transformers_has_it(tiny_sou
     )
 
 
-def test_a_distilbert_whose_config_calls_its_size_otherwise_and_takes_two_inputs(
-    make_source: MakeSource, tmp_path: Path
-) -> None:
+def test_distilbert_with_another_size_key_and_two_inputs_is_exported(make_source: MakeSource, tmp_path: Path) -> None:
     from transformers import DistilBertConfig, DistilBertModel
 
     source = make_source()
@@ -260,7 +258,7 @@ def test_weights_that_lack_a_tensor_are_refused_rather_than_made_up(make_source:
     assert leftovers(tmp_path) == set()
 
 
-def test_what_the_exporter_does_not_know_is_refused_with_its_reason(make_source: MakeSource, tmp_path: Path) -> None:
+def test_an_unsupported_encoder_is_refused_with_the_reason(make_source: MakeSource, tmp_path: Path) -> None:
     config = json.loads((make_source(name="original") / "config.json").read_text())
     source = make_source({"config.json": {**config, "model_type": "never-heard-of", "architectures": ["NeverModel"]}})
     with pytest.raises(ExportError, match=r"cannot be converted to ONNX \(ValueError\)") as caught:

@@ -244,7 +244,7 @@ def test_an_encoder_in_a_folder_of_its_own_is_exported_with_its_pooling(
     assert verify_bundle(tmp_path / "bundle", against=source).ok
 
 
-def test_the_encoder_alone_is_refused_where_other_parts_pool_its_vectors(make_source: MakeSource) -> None:
+def test_the_transformer_folder_of_a_larger_model_is_refused(make_source: MakeSource) -> None:
     source = old_form(make_source())
     with pytest.raises(ExportError, match=f"is a part of the model in {source}, .* name {source}"):
         read_encoder(source / "0_Transformer")
@@ -266,7 +266,7 @@ def test_a_limit_that_the_model_cannot_keep_is_refused(make_source: MakeSource, 
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_model_that_states_no_limit_must_be_told_one(make_source: MakeSource) -> None:
+def test_a_model_without_a_token_limit_needs_max_tokens(make_source: MakeSource) -> None:
     source = make_source()
     config = json.loads((source / "config.json").read_text())
     del config["max_position_embeddings"]
@@ -322,7 +322,7 @@ def test_the_side_that_tokenizer_json_states_counts(
         assert read_encoder(source).max_tokens == 32
 
 
-def test_a_tokenizer_without_a_limit_leaves_it_to_the_positions(make_source: MakeSource, tmp_path: Path) -> None:
+def test_without_a_tokenizer_limit_the_positions_limit_the_tokens(make_source: MakeSource, tmp_path: Path) -> None:
     source = make_source({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}})
     manifest = export_embedding(source, tmp_path / "bundle")
     assert manifest.max_tokens == 32
@@ -348,7 +348,7 @@ def test_the_hash_is_of_the_weights_alone(make_source: MakeSource, tiny_source: 
     assert read_encoder(other).weights_sha256 != read_encoder(tiny_source).weights_sha256
 
 
-def test_a_model_that_is_fed_lower_case_is_so_in_its_bundle(make_source: MakeSource, tmp_path: Path) -> None:
+def test_the_bundle_of_a_lower_casing_model_lower_cases(make_source: MakeSource, tmp_path: Path) -> None:
     """sentence-transformers lower-cases outside the tokenizer; here with a tokenizer that keeps the case."""
     source = make_source(
         {

@@ -71,7 +71,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_pairs_of_one_query_come_together(tmp_path: Path, suffix: str) -> None:
+def test_pairs_of_the_same_query_become_one_query(tmp_path: Path, suffix: str) -> None:
     rows = [*pairs(12), {"query": "query 3", "passage": "another"}, {"query": "query 4", "passage": "passage 3"}]
     data = read_data(Files(write(tmp_path / f"train{suffix}", rows)), 0)
     assert len(data.passages) == 13
@@ -106,7 +106,7 @@ def test_triplets_state_negatives(tmp_path: Path) -> None:
         assert [data.passages[i] for i in stated] == [f"passage {int(text.split()[1]) + 1}"]
 
 
-def test_texts_of_a_label_answer_each_other_and_none_that_is_held_out_is_learnt_from(tmp_path: Path) -> None:
+def test_texts_of_a_label_answer_each_other_and_held_out_texts_are_not_trained_on(tmp_path: Path) -> None:
     rows = [{"text": f"{label}{i}", "label": label} for label in "abc" for i in range(8)]
     data = read_data(Files(write(tmp_path / "train.csv", rows)), 0)
     assert len(data.passages) == 24
@@ -135,7 +135,7 @@ def test_texts_of_a_label_answer_those_of_other_files_that_are_measured(tmp_path
         read_data(Files(train, validation, validation), 0)
 
 
-def test_padded_labels_are_one_and_labels_of_another_case_are_reported(
+def test_padded_labels_are_merged_and_labels_of_another_case_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = write(tmp_path / "t.csv", [{"text": f"a{i}", "label": f"{' ' * i}io"} for i in range(4)])
@@ -207,7 +207,7 @@ def test_ndcg_and_recall_are_as_counted_by_hand() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 260), st.integers(1, 8))
-def test_no_positive_and_no_near_one_is_ever_mined(seed: int, passages: int, most: int) -> None:
+def test_positives_and_passages_above_the_margin_are_never_mined(seed: int, passages: int, most: int) -> None:
     generator = np.random.default_rng(seed)
     found = generator.normal(size=(passages, 6)).astype(np.float32)
     asked = generator.normal(size=(5, 6)).astype(np.float32)
@@ -225,7 +225,7 @@ def test_no_positive_and_no_near_one_is_ever_mined(seed: int, passages: int, mos
         assert all(cosines[row, i] < answer - 0.049 * abs(answer) for i in negatives)
 
 
-def test_the_index_refuses_what_would_crash_it() -> None:
+def test_the_index_refuses_input_that_would_crash_hnswlib() -> None:
     vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
     index = Neighbours(vectors)
     best, scores = index.nearest(vectors[:5], 3)
@@ -291,7 +291,7 @@ def test_a_seed_gives_the_same_weights(tiny: Encoder, tmp_path: Path) -> None:
     assert not same(first, tune(data, tiny, replace(QUICK, seed=1)))
 
 
-def test_an_interrupted_training_goes_on_where_it_was(tiny: Encoder, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes(tiny: Encoder, tmp_path: Path) -> None:
     class StopError(Exception):
         pass
 
@@ -327,7 +327,7 @@ def test_an_interrupted_training_goes_on_where_it_was(tiny: Encoder, tmp_path: P
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_of_judged_queries_few_are_taken_with_what_answers_them(most_queries: int, most: int, seed: int) -> None:
+def test_a_sample_of_judged_queries_keeps_their_answers(most_queries: int, most: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     relevant = [set(generator.choice(20, generator.integers(1, 4), replace=False).tolist()) for _ in range(12)]
     judged = Judged(tuple(f"passage {i}" for i in range(20)), queries(relevant))
@@ -380,7 +380,7 @@ def test_an_interruption_leaves_nothing(tiny_source: Path, tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
 
 
-def test_all_that_a_killed_one_leaves_is_what_the_next_removes(
+def test_the_next_export_removes_all_files_of_a_killed_one(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside: set[str] = set()

@@ -14,7 +14,7 @@ from emberpc.export.retrieval.mining import mine
 
 
 @pytest.mark.parametrize("files", ["split", "given"])
-def test_texts_of_a_label_are_no_negatives_of_it_though_they_are_held_out(tmp_path: Path, files: str) -> None:
+def test_held_out_texts_of_a_label_are_not_mined_as_its_negatives(tmp_path: Path, files: str) -> None:
     """Held-out and test texts are among the passages, and a query to learn from does not know that they answer it."""
 
     def write(name: str, numbers: range) -> Path:

@@ -177,7 +177,7 @@ def a_second_output(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("change", [two_inputs, int32_inputs, a_second_output])
-def test_graphs_of_other_forms_are_served_as_they_are(
+def test_graphs_with_other_inputs_and_outputs_are_served(
     edited: Callable[[Edit], Path], expected: Vectors, change: Edit
 ) -> None:
     np.testing.assert_allclose(served(edited(change)), expected, atol=1e-5)
@@ -260,7 +260,7 @@ def test_a_pooled_output_of_another_name_is_found(edited: Callable[[Edit], Path]
     )
 
 
-def test_a_file_of_another_name_is_found_and_of_several_one_is_stated(peer: Path, tmp_path: Path) -> None:
+def test_an_onnx_file_of_another_name_is_found_and_several_need_a_model_option(peer: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(peer, folder)
     (folder / "onnx" / "model.onnx").rename(folder / "encoder_O3.onnx")
@@ -335,7 +335,7 @@ def test_a_real_server_serves_them_and_binds_collections_to_them(
         assert client.search("notes", TEXTS[2], top_k=1)[0].record.id == "2"
 
 
-def test_verify_against_the_source_tells_a_wrong_one(tiny_bundle: Path, tiny_source: Path, peer: Path) -> None:
+def test_verify_against_the_source_finds_a_wrong_variant(tiny_bundle: Path, tiny_source: Path, peer: Path) -> None:
     report = verify_bundle(tiny_bundle, against=tiny_source)
     assert report.ok
     assert report.checks[-1].name == "fp32 against PyTorch"
@@ -366,7 +366,7 @@ def test_verify_against_the_source_tells_a_wrong_one(tiny_bundle: Path, tiny_sou
         ({}, {"max_tokens": "many"}, "the model option max_tokens is 'many'; it must be a whole number"),
     ],
 )
-def test_what_cannot_be_served_is_refused_with_its_reason(
+def test_a_model_that_cannot_be_served_is_refused_with_the_reason(
     peer: Path, tmp_path: Path, files: Mapping[str, object], options: Mapping[str, str], said: str
 ) -> None:
     folder = tmp_path / "spoilt"

@@ -71,7 +71,7 @@ def served(bundle: Path, texts: list[str]) -> np.ndarray[tuple[int, ...], np.dty
         ("mean", {}),  # GTE
     ],
 )
-def test_e5_bge_and_gte_give_what_sentence_transformers_gives_with_their_prompts(
+def test_e5_bge_and_gte_agree_with_sentence_transformers_with_prompts(
     make_source: MakeSource, tmp_path: Path, pooling: str, prompts: dict[str, str]
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -129,7 +129,7 @@ def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["new", "nomic_bert", "bert"])
-def test_code_of_its_own_is_refused_even_where_it_calls_itself_bert(make_source: MakeSource, model_type: str) -> None:
+def test_custom_code_is_refused_even_if_the_model_type_is_bert(make_source: MakeSource, model_type: str) -> None:
     source = make_source()
     config = json.loads((source / "config.json").read_text())
     own = {"AutoConfig": "configuration.NewConfig", "AutoModel": "modeling.NewModel"}
@@ -138,7 +138,7 @@ def test_code_of_its_own_is_refused_even_where_it_calls_itself_bert(make_source:
         read_encoder(source)
 
 
-def test_a_module_of_ones_own_is_not_taken_for_that_of_the_same_name(make_source: MakeSource) -> None:
+def test_a_custom_module_is_not_mistaken_for_one_of_sentence_transformers(make_source: MakeSource) -> None:
     modules = modules_json("Transformer", "Pooling")
     modules[0]["type"] = "custom_st.Transformer"
     source = make_source({"modules.json": modules, "1_Pooling/config.json": pooling_json("mean")})

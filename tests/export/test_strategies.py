@@ -76,7 +76,9 @@ _LONG = ("contrastive", "full")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _LONG else []) for name in STRATEGIES]
 )
-def test_it_tells_texts_apart_that_it_has_not_seen(workbench: Workbench, training_file: Path, name: str) -> None:
+def test_a_strategy_classifies_texts_that_it_was_not_trained_on(
+    workbench: Workbench, training_file: Path, name: str
+) -> None:
     known, unseen = of_modules(training_file, 8)
     fitted = STRATEGIES[name].fit(known, workbench, Options(epochs=3))
     right = fitted.classify(unseen.texts).argmax(axis=1) == unseen.classes
@@ -86,7 +88,7 @@ def test_it_tells_texts_apart_that_it_has_not_seen(workbench: Workbench, trainin
     assert (fitted.tuned is not None) == STRATEGIES[name].tunes
 
 
-def test_what_is_kept_of_a_tuning_is_a_mean_with_the_original(
+def test_tuned_weights_are_a_mean_with_the_original_ones(
     tiny_source: Path, train: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = read_encoder(tiny_source)
@@ -111,9 +113,7 @@ def test_many_texts_tune_more_layers(have: int, per_label: float, tuned: int) ->
     assert layers.TopLayers().top(have, per_label) == tuned
 
 
-def test_one_outcome_is_not_changed_by_another_fit(tiny_source: Path, tiny_bundle: Path, training_file: Path) -> None:
-    runner = Runner(tiny_bundle / "onnx" / "model.onnx", tiny_bundle / "tokenizer.json", 32, 0)
-    workbench = Workbench(read_encoder(tiny_source), runner)
+def test_a_fitted_classifier_is_not_changed_by_another_fit(workbench: Workbench, training_file: Path) -> None:
     known, unseen = of_modules(training_file, 4)
     first = STRATEGIES["top-layers"].fit(known, workbench, Options(epochs=1))
     before = first.classify(unseen.texts)
@@ -158,7 +158,7 @@ def test_texts_may_have_several_labels(tiny_source: Path, tmp_path: Path) -> Non
         assert "Sigmoid" in operators
 
 
-def test_lower_layers_run_once_give_what_they_give_each_time(minilm_bundle: Path) -> None:
+def test_cached_lower_states_give_the_same_vectors(minilm_bundle: Path) -> None:
     backbone = Backbone(read_encoder(minilm_source()))
     tokens = backbone.tokenize(["one", "a text of several words", "and\nanother, longer still, of two lines"])
     whole = backbone.embed(tokens)
@@ -170,9 +170,7 @@ def test_lower_layers_run_once_give_what_they_give_each_time(minilm_bundle: Path
 
 
 @pytest.mark.parametrize("name", TUNING)
-def test_an_interrupted_training_goes_on_where_it_was(
-    tiny_source: Path, train: Path, tmp_path: Path, name: str
-) -> None:
+def test_an_interrupted_training_resumes(tiny_source: Path, train: Path, tmp_path: Path, name: str) -> None:
     class StopError(Exception):
         pass
 
@@ -220,7 +218,7 @@ def test_an_interrupted_training_goes_on_where_it_was(
     assert list(kept.iterdir()) == []
 
 
-def test_a_checkpoint_that_is_damaged_is_begun_anew(tiny_source: Path, train: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_restarts_the_training(tiny_source: Path, train: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "kept" / "a.safetensors")
     checkpoint.write(TrainingState({"value.a": torch.ones(2)}, 3, [0.5]))
     state = checkpoint.read()
@@ -303,7 +301,7 @@ def test_labels_as_words() -> None:
     )
 
 
-def test_each_text_of_a_contrastive_batch_has_a_fellow() -> None:
+def test_each_text_of_a_contrastive_batch_has_a_positive_pair() -> None:
     targets = np.eye(3, dtype=bool)[[0] * 5 + [1] * 2 + [2]]
     examples = Examples(tuple("abcdefgh"), targets, ("x", "y", "z"))
     seen: set[int] = set()
@@ -313,7 +311,7 @@ def test_each_text_of_a_contrastive_batch_has_a_fellow() -> None:
     assert seen == set(range(8))
 
 
-def test_the_contrastive_loss_is_less_where_fellows_are_near() -> None:
+def test_the_contrastive_loss_is_less_if_positive_pairs_are_near() -> None:
     targets = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
     near = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
     assert supervised_contrastive(near, targets) < supervised_contrastive(near[[0, 2, 1, 3]], targets)
@@ -321,7 +319,7 @@ def test_the_contrastive_loss_is_less_where_fellows_are_near() -> None:
     assert alone.item() == 0
 
 
-def test_what_a_training_took_before_it_was_interrupted_is_counted(tmp_path: Path) -> None:
+def test_the_time_before_an_interruption_is_counted(tmp_path: Path) -> None:
     Checkpoints(tmp_path).of(seed=0).write(TrainingState({}, 3, [0.5], Cost(20.0, 30.0)))
     checkpoints = Checkpoints(tmp_path)
     state = checkpoints.of(seed=0).read()
@@ -331,7 +329,7 @@ def test_what_a_training_took_before_it_was_interrupted_is_counted(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_of_one_encoder_as_it_is_used_and_of_one_split(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_depends_on_encoder_settings_and_split(tiny_source: Path, tmp_path: Path) -> None:
     encoder = read_encoder(tiny_source)
     known = Examples(("a", "b"), np.eye(2, dtype=bool), ("x", "y"))
     swapped = replace(known, targets=known.targets[::-1])

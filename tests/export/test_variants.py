@@ -64,7 +64,7 @@ def vectors(folder: Path, variant: Variant, texts: list[str]) -> np.ndarray:
     return runner.run(texts, "sentence_embedding")
 
 
-def test_fp32_comes_first_and_what_was_asked_for_follows_within_its_bound(bundle: Path) -> None:
+def test_fp32_is_first_and_requested_variants_meet_their_bounds(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
     assert [variant.name for variant in manifest.variants] == ["fp32", *NAMES]
     assert manifest.variant().bound is None
@@ -221,7 +221,7 @@ def test_a_server_serves_the_variant_that_is_chosen(bundle: Path, tmp_path: Path
     assert np.abs(np.asarray(small) - np.asarray(full)).max() > 1e-4
 
 
-def test_auto_keeps_what_gains_something_and_says_why_the_rest_went(tiny_source: Path, tmp_path: Path) -> None:
+def test_auto_keeps_variants_with_a_gain_and_gives_reasons_for_the_others(tiny_source: Path, tmp_path: Path) -> None:
     manifest = export_embedding(str(tiny_source), tmp_path / "bundle", variants=["auto"])
     kept = {variant.name for variant in manifest.variants}
     assert "fp32" in kept
@@ -237,7 +237,7 @@ def test_auto_keeps_what_gains_something_and_says_why_the_rest_went(tiny_source:
     assert verify_bundle(tmp_path / "bundle").ok
 
 
-def test_one_outside_its_bound_is_not_written(
+def test_a_variant_that_misses_its_bound_is_not_written(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict = Bound(cosine_min=1.0, difference_max=0.0, cosine_mean=1.0)
@@ -251,7 +251,7 @@ def test_one_outside_its_bound_is_not_written(
     assert not (tmp_path / "auto" / "onnx" / "model_qint8_avx2.onnx").exists()
 
 
-def test_what_cannot_be_made_of_a_model_is_said(
+def test_a_variant_that_cannot_be_made_is_reported(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(surgery, "_LIKE_BERT", ("deberta",))
@@ -281,7 +281,7 @@ def test_an_embedder_is_measured_on_the_users_texts(tiny_source: Path, tmp_path:
         export_embedding(str(tiny_source), tmp_path / "c", variants=["fp16"], validation=path)
 
 
-def test_an_embedder_is_measured_by_what_queries_find(
+def test_an_embedding_model_is_measured_by_retrieval(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, corpus = tmp_path / "queries.csv", tmp_path / "corpus.csv"
@@ -350,7 +350,7 @@ def test_a_classifiers_vectors_are_held_to_the_bound_too(
         ("top-layers", 0, "training texts that were held out"),
     ],
 )
-def test_it_is_said_whether_a_classifier_had_seen_what_its_variants_are_measured_on(
+def test_the_manifest_says_whether_variants_were_measured_on_training_texts(
     training_file: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     strategy: str, refit_below: int, words: str,
 ) -> None:  # fmt: skip
@@ -383,7 +383,7 @@ def test_a_classifier_is_measured_by_its_labels(training_file: Path, tiny_source
     assert outputs == ["logits", "sentence_embedding", "probabilities"]
 
 
-def test_the_manifest_keeps_it_all_and_one_without_it_is_still_read(bundle: Path) -> None:
+def test_the_manifest_stores_measurements_and_is_read_without_them(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
     assert Manifest.from_json(manifest.to_json()) == manifest
     older = json.loads(manifest.to_json())

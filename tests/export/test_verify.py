@@ -149,9 +149,7 @@ def widen_the_reference(folder: Path) -> None:
         (widen_the_reference, ["reference"]),
     ],
 )
-def test_damage_that_the_hashes_were_made_to_fit_is_found_where_it_is(
-    bundle: Path, damage: Callable[[Path], None], checks: list[str]
-) -> None:
+def test_damage_with_matching_hashes_is_found(bundle: Path, damage: Callable[[Path], None], checks: list[str]) -> None:
     manifest = read_bundle(bundle).manifest
     damage(bundle)
     finish_bundle(bundle, manifest)
@@ -170,7 +168,7 @@ def test_damage_that_the_hashes_were_made_to_fit_is_found_where_it_is(
         ({"pad_token_id": 10**6}, "fp32 in one batch"),
     ],
 )
-def test_a_manifest_that_does_not_fit_its_model_is_found(bundle: Path, change: dict[str, int], check: str) -> None:
+def test_verify_finds_a_manifest_that_differs_from_its_model(bundle: Path, change: dict[str, int], check: str) -> None:
     manifest: Manifest = dataclasses.replace(read_bundle(bundle).manifest, **change)  # type: ignore[arg-type]  # ints all
     finish_bundle(bundle, manifest)
     assert check in failed(verify_bundle(bundle))

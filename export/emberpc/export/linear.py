@@ -189,7 +189,7 @@ def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
 
 
 def right(logits: Matrix, targets: Targets, multi_label: bool) -> npt.NDArray[np.float64]:
-    """Return 1 for each text whose best label is right, or else 0; if multi-label, the share of right labels: (texts,)."""
+    """Return 1 or 0 for each text whether its best label is right; if multi-label, its share of right labels."""
     if multi_label:
         return np.asarray(((logits > 0) == targets).mean(axis=1))
     return np.asarray(targets[np.arange(len(logits)), logits.argmax(axis=1)], dtype=np.float64)
