@@ -49,7 +49,12 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def page(found: Mapping[str, Any], queries: str) -> str:
-    """Return the results as Markdown."""
+    """Return the results as Markdown.
+
+    Args:
+        found: figures of each script, by its name.
+        queries: description of the short texts.
+    """
     described = ", ".join(f"{name} {value}" for name, value in host().items())
     day = datetime.now(timezone.utc).date().isoformat()
     lines = [f"{day}: {described}. all-MiniLM-L6-v2 in fp32, unless it says int8. Short texts are {queries}.", ""]

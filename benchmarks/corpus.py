@@ -30,7 +30,11 @@ _SHORTEST, _LONGEST = 20, 400
 
 
 def texts(data: Path | None) -> Iterator[str]:
-    """Yield all texts, unsplit."""
+    """Yield all texts before they are split: docstrings and, with a folder `data`, the texts of its data sets.
+
+    Raises:
+        OSError: a file of a data set is missing.
+    """
     for doc in read_stdlib():
         yield doc.text
     if data is None:

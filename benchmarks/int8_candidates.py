@@ -122,7 +122,14 @@ def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
 
 
 def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeProto], alpha: float = 0.5) -> None:
-    """Move range from activations to weights, in place: x @ W = (x / s) @ (s W), as in SmoothQuant."""
+    """Move range from activations to weights, in place: x @ W = (x / s) @ (s W), as in SmoothQuant.
+
+    Args:
+        model: the graph.
+        feeds: texts to measure the range of activations with, each a batch of its own.
+        nodes: the matrix products to change.
+        alpha: share of the range that moves, in [0, 1].
+    """
     names = list(dict.fromkeys(node.input[0] for node in nodes))
     watched = onnx.ModelProto()
     watched.CopyFrom(model)

@@ -68,7 +68,7 @@ JSON = st.recursive(
 
 
 @given(MANIFESTS)
-def test_a_written_bundle_is_read(manifest: Manifest) -> None:
+def test_a_written_manifest_is_read(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 

@@ -203,7 +203,7 @@ def _interface(
 
 
 def _check_case(folder: Path) -> None:
-    """Refuse a model that needs lower-cased texts if its tokenizer does not lower-case: the server does nothing else.
+    """Refuse a model that needs lower-cased texts if its tokenizer keeps the case: the server does not lower-case.
 
     Raises:
         BundleError: the folder states `do_lower_case`, and its tokenizer keeps the case.

@@ -122,7 +122,11 @@ class Bundle:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def legacy_fingerprint(self, variant: str = "") -> str:
-        """Return the fingerprint (hex) of the old scheme; empty if it does not cover all weights."""
+        """Return the old scheme's fingerprint (hex) of a variant (empty name: the first); empty if it misses weights.
+
+        Raises:
+            BundleError: the bundle has no such variant.
+        """
         return self.manifest.legacy_fingerprint(variant) if self.legacy_covers_weights else ""
 
     def head(self) -> Head | None:

@@ -37,7 +37,6 @@ def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: st
 
     Raises:
         ExportError: the source cannot be run, or the difference exceeds the variant's bound.
-        ExportError: the source cannot be run, or they differ by more than the variant's bound.
     """
     folder = find_source(source).folder
     texts = sample_texts(_TEXTS)
@@ -66,6 +65,7 @@ def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: st
 
 def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool) -> Matrix:
     """Return the logits of texts by transformers in fp32, float32 (texts, labels).
+
     For arguments and errors, see `torch_embeddings`.
     """
     with calling_libraries(f"{folder} cannot be run by transformers", "is it a text classifier?"):

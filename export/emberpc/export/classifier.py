@@ -201,7 +201,11 @@ class _Measuring(TypedDict):
 
 
 def _to_measure_on(examples: Examples, validation: Examples | None, held_out: HeldOut) -> _Measuring:
-    """Choose the texts to measure variants on: if possible, texts that the classifier was not trained on."""
+    """Choose texts to measure variants on, if possible texts that the classifier was not trained on.
+
+    Returns:
+        Keyword arguments for `add_variants`: the examples, and their description.
+    """
     if validation is not None:
         return {"examples": validation, "measured_on": "the texts of the validation file"}
     if held_out.unseen and len(held_out.rows):

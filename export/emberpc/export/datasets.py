@@ -183,7 +183,7 @@ def report_alike(path: Path, labels: Iterable[str]) -> None:
 
 
 def _comparable(label: str) -> str:
-    """Return a form of a label that is equal for labels that look alike, or for numbers with the same value."""
+    """Normalize a label for comparison: case, space, invisible characters and how a number is written do not count."""
     visible = "".join(" " if each.isspace() else each for each in label if unicodedata.category(each) != "Cf")
     form = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
     return str(Decimal(form).normalize()) if _NUMBER.fullmatch(form) else form

@@ -71,7 +71,7 @@ class GraphEditor:
 
     @property
     def hidden_size(self) -> int:
-        """Size of a token's vector, read from the graph: config.json has several names for it."""
+        """Dimensions of a token's vector, read from the graph: config.json files use several names for this number."""
         output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
         return int(output.type.tensor_type.shape.dim[2].dim_value)
 
@@ -101,7 +101,7 @@ class GraphEditor:
         return dimensions
 
     def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
-        """Add a linear head on `sentence_embedding`, scaled to length 1.
+        """Add a linear head. It reads the vectors of `sentence_embedding`, scaled to length 1.
 
         The outputs are then `logits`, `sentence_embedding` and `probabilities`,
         fp32 (texts, labels), (texts, dimensions) and (texts, labels).
@@ -147,7 +147,10 @@ class GraphEditor:
         return self._node("ReduceMax", [masked, "axis_1"], keepdims=0)
 
     def _last(self) -> str:
-        """Take the vector of each text's last token: where the running count of tokens reaches their number."""
+        """Add nodes that take the vector of each text's last token; return the name of their output.
+
+        The last token is where the running count of tokens reaches their number.
+        """
         counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
         count = self._node("ReduceSum", ["attention_mask", "axis_1"], keepdims=1)
         here = self._node("Cast", [self._node("Equal", [counted, count])], to=TensorProto.FLOAT)
@@ -157,7 +160,7 @@ class GraphEditor:
         return self._node("ReduceSum", [chosen, "axis_1"], keepdims=0)
 
     def _unit(self, vectors: str) -> str:
-        """Normalize vectors to length 1."""
+        """Add nodes that normalize vectors to length 1; return the name of their output."""
         squares = self._node("Mul", [vectors, vectors])
         norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
         return self._node("Div", [vectors, self._at_least(norm, _MIN_NORM)])

@@ -125,7 +125,13 @@ class Planner:
         return min(in_time, key=rank, default=None)
 
     def skipped(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome], seconds_left: float) -> list[Skipped]:
-        """Return every cell that was not fitted, with the reason: the time limit."""
+        """Return cells that were not fitted for lack of time, each with its estimate as the reason.
+
+        Args:
+            cells: the cells.
+            done: outcomes so far.
+            seconds_left: time left when the comparison stopped.
+        """
         hopeless = self.hopeless(done)
         return [
             Skipped(

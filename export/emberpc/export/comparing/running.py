@@ -57,7 +57,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Compared:
-    """Result of a comparison."""
+    """Result of a comparison: its data, the outcomes of all cells, serving costs, and cells that were skipped."""
 
     #: Title of the data: the name of the folder with the training texts.
     title: str
@@ -230,7 +230,12 @@ class _Comparison:
         return report
 
     def _shared_seconds(self, cell: Cell, per_text: float) -> float:
-        """Return the seconds that a cell takes for work that several cells share and that is not done yet."""
+        """Estimate the seconds of work for a cell that several cells share and that is not done yet.
+
+        Args:
+            cell: the cell.
+            per_text: seconds that embedding one text takes.
+        """
         base = self._bases[cell.base]
         loading = STRATEGIES[cell.strategy].tunes and not base.workbench.is_trainable
         texts = len(self._sample(cell).texts)

@@ -54,7 +54,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Trained weights by parameter name, the number of upper layers they belong to, and figures; see `tune`."""
+    """Result of `tune`.
+
+    `weights` are the trained weights by parameter name, of the upper `top` layers of `backbone`.
+    """
 
     weights: Weights
     top: int

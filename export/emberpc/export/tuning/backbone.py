@@ -203,7 +203,10 @@ class Backbone:
     def embed(
         self, tokens: Sequence[TokenIds], states: Sequence[States] | None = None, progress: Progress = no_progress
     ) -> npt.NDArray[np.float32]:
-        """Embed texts with the current weights, without gradients; return float32 (texts, dimensions)."""
+        """Embed texts in batches with the current weights, without gradients; return float32 (texts, dimensions).
+
+        `tokens` and `states` are as for `forward`; `progress` is called with the number of texts done.
+        """
         found: dict[int, npt.NDArray[np.float32]] = {}
         for rows in by_length(tokens, _BATCH):
             with torch.inference_mode():
