@@ -111,7 +111,7 @@ def test_zero_shot_without_label_texts_is_listed_as_skipped(wanted: Wanted, tmp_
     wanted = replace(wanted, strategies=("zero-shot", "linear"), label_texts=False)
     (skipped,) = run(wanted, tmp_path / "report").skipped
     assert skipped.cell.strategy == "zero-shot"
-    assert "their texts are left out" in skipped.reason
+    assert "these are switched off" in skipped.reason
 
 
 #: What a conversion takes by the clock below; it cannot be interrupted.

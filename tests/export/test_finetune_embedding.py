@@ -131,7 +131,7 @@ def test_texts_of_a_label_answer_those_of_other_files_that_are_measured(tmp_path
     assert {data.passages[i] for known in data.train.relevant for i in known} == {
         f"{a}{i}" for a in "ab" for i in range(3)
     }
-    with pytest.raises(ExportError, match=r"v\.csv, line 2: the query is in .*v\.csv"):
+    with pytest.raises(ExportError, match=r"v\.csv, line 2: the query is also in .*v\.csv"):
         read_data(Files(train, validation, validation), 0)
 
 
