@@ -77,8 +77,11 @@ class Planner:
 
         For each pair, take its accuracy minus the best accuracy of all other pairs, at the pair's two largest
         measured budgets. Extend the line through these two gaps, over the logarithm of the texts of a label, to the
-        largest budget of the comparison. The pair is hopeless if the line is there below -2 times
-        the standard error of an accuracy, the pair is hopeless.
+        largest budget of the comparison. The pair is hopeless if the line is more than two standard errors of an
+        accuracy below 0 there.
+
+        Args:
+            done: outcomes so far.
         """
         means = mean_accuracies(done.values())
         errors = {known.budget: _standard_error(outcome) for known, outcome in done.items()}
