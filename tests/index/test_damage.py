@@ -3,55 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, damage, rows, schema
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, schema
 from emberpc.server.index.filters import Comparison, Not, Operator
 from emberpc.server.index.reembedding import Reembedding
-from index.support import gaussian, make_older, recall, refused
-from index_helpers import true_scores
-
-COUNT, WIDTH = 60, 8
-LOST = "r00007"
-EVEN = Comparison("even", Operator.EQUAL, True)
-QUESTIONS = [f"text of r{i:05}" for i in range(COUNT)]
-VECTORS = gaussian(COUNT, WIDTH)
-TRUTH = {f"r{i:05}": VECTORS[i] for i in range(COUNT)}
-
-
-def new_records() -> list[NewRecord]:
-    return [NewRecord(each, f"text of {each}", {"even": i % 2 == 0}) for i, each in enumerate(TRUTH)]
-
-
-@contextmanager
-def damaged(
-    folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: int | None = None
-) -> Iterator[Collection]:
-    """Make a collection, change one of its records behind the index's back, and open it again.
-
-    With `older`, a version wrote it that had done that many steps.
-    """
-    index = Index(folder, buffer_limit=8)
-    index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(new_records(), VECTORS)
-    index.close()
-    (path,) = folder.rglob("records.db")
-    with closing(sqlite3.connect(path)) as connection:
-        if older is not None:
-            make_older(connection, older)
-        connection.execute(f"UPDATE records SET {assignment} WHERE id = '{LOST}'", parameters)
-        connection.commit()
-    for graph in folder.rglob("graph-*"):
-        graph.unlink()
-    with closing(Index(folder, buffer_limit=8)) as index:
-        yield index.get("c")
+from index.damages import COUNT, EVEN, LOST, QUESTIONS, TRUTH, VECTORS, WIDTH, damaged
+from index.support import gaussian, recall, refused
 
 
 def check_all_but_the_lost(collection: Collection, *, maintained: bool) -> None:
@@ -343,63 +307,6 @@ def test_a_write_takes_nothing_over_from_a_damaged_record(tmp_path: Path) -> Non
         assert record.create_time == record.update_time
 
 
-def damage_words(folder: Path, statement: str) -> None:
-    (path,) = folder.rglob("records.db")
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute(statement)
-        connection.commit()
-
-
-@pytest.mark.parametrize("dense_weight", [None, 0.5])
-def test_a_search_that_meets_damage_in_the_word_index_has_it_built_again(
-    tmp_path: Path, dense_weight: float | None
-) -> None:
-    with damaged(tmp_path, "revision = revision") as collection:
-        damage_words(tmp_path, "DELETE FROM words_docsize WHERE id = 8")
-
-        def search() -> list[str]:
-            if dense_weight is None:
-                (found,) = collection.search_words(["text"], [COUNT])
-            else:
-                (found,) = collection.search_both(VECTORS[:1], ["text"], [COUNT], dense_weight=dense_weight)
-            return sorted(record.id for record, _ in found.hits)
-
-        with refused(Code.DATA_LOSS, "word index of collection 'c'", "search again"):
-            search()
-        collection.maintain()
-        assert search() == list(TRUTH)
-        assert [problem for step in collection.verify() for problem in step.problems] == []
-
-
-def test_a_write_that_meets_damage_in_the_word_index_has_it_built_again(tmp_path: Path) -> None:
-    with damaged(tmp_path, "revision = revision") as collection:
-        damage_words(tmp_path, "UPDATE words_data SET block = x'00'")
-        assert collection.delete([LOST]).deleted == 1
-        collection.upsert([NewRecord("new", "text of mine")], VECTORS[7:8])
-        (found,) = collection.search_words(["text"], [COUNT + 1])
-        assert sorted(record.id for record, _ in found.hits) == sorted({*TRUTH, "new"} - {LOST})
-        assert [problem for step in collection.verify() for problem in step.problems] == []
-
-
-def test_a_collection_opens_though_its_word_index_does_not(tmp_path: Path) -> None:
-    with damaged(tmp_path, "revision = revision"):
-        pass
-    damage_words(tmp_path, "DELETE FROM words_config")
-    with closing(Index(tmp_path)) as index:
-        assert len(index.get("c").search_words(["text"], [COUNT])[0].hits) == COUNT
-
-
-def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
-    """They would be found without a record, which FTS5 takes for damage."""
-    with damaged(tmp_path, "text = 'another'") as collection:
-        assert collection.delete([LOST]).deleted == 1
-        collection.maintain()
-        (found,) = collection.search_words(["text"], [COUNT])
-        assert len(found.hits) == COUNT - 1
-        assert collection.search_words([LOST], [COUNT])[0].hits == []
-        assert [problem for step in collection.verify() for problem in step.problems] == []
-
-
 def test_times_are_checked_as_they_are_served(tmp_path: Path) -> None:
     """Microseconds from SQLite and from Python are the same, whatever the last digits of the stored seconds are."""
     lives = [10.0 ** (i % 11) + i / 7 for i in range(COUNT)]
@@ -500,105 +407,3 @@ def test_the_warning_of_a_numeric_filter_reads_past_damaged_metadata(tmp_path: P
         collection.upsert(records[8:], VECTORS[8:])
         (sentence,) = collection.mismatches(Comparison("year", Operator.EQUAL, 1999))
         assert sentence.startswith("the filter compares 'year' with a number")
-
-
-@pytest.fixture
-def one_of_many(tmp_path: Path) -> Iterator[Callable[..., Collection]]:
-    """Open a collection of 400 records, and then give some rows the vector of the first one on disk."""
-    indexes: list[Index] = []
-
-    def make(damaged_rows: Sequence[int], distance: Distance = Distance.COSINE, *, older: bool = False) -> Collection:
-        vectors = gaussian(400, WIDTH)
-        index = Index(tmp_path, buffer_limit=1000)
-        records = [NewRecord(f"r{i:05}", f"text {i}", {"even": i % 2 == 0}) for i in range(400)]
-        index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(records, vectors)
-        index.close()
-        (path,) = tmp_path.rglob("records.db")
-        if older:
-            with closing(sqlite3.connect(path)) as connection:
-                make_older(connection, 4)
-        indexes.append(Index(tmp_path, buffer_limit=1000))
-        collection = indexes[-1].get("c")
-        with closing(sqlite3.connect(path)) as connection:
-            for row in damaged_rows:
-                values = (vectors[0].astype("<f4").tobytes(), f"r{row:05}")
-                connection.execute("UPDATE records SET vector = ? WHERE id = ?", values)
-            connection.commit()
-        return collection
-
-    yield make
-    for index in indexes:
-        index.close()
-
-
-@pytest.mark.parametrize("older", [False, True], ids=["", "older"])
-@pytest.mark.parametrize("distance", Distance)
-def test_a_damaged_vector_that_would_be_a_hit_is_found_out_by_every_search_of_the_store(
-    one_of_many: Callable[..., Collection], distance: Distance, older: bool
-) -> None:
-    lost = [100, 102, 104, 106, 108, 110]
-    collection = one_of_many(lost, distance, older=older)
-    query = gaussian(400, WIDTH)[:1]
-    kept = {f"r{i:05}": vector for i, vector in enumerate(gaussian(400, WIDTH)) if i not in lost}
-    even = {key: vector for key, vector in kept.items() if int(key[1:]) % 2 == 0}
-    for condition, min_recall, others in ((EVEN, 0, even), (EVEN, 1, even), (None, 1, kept)):
-        (found,) = collection.search(query, 3, conditions=[condition], min_recall=min_recall)
-        right = np.sort(true_scores(query[0], np.stack(list(others.values())), distance))[::-1][:3]
-        assert {record.id for record, _ in found.hits} <= others.keys()
-        assert np.allclose([score for _, score in found.hits], right, rtol=1e-4)
-
-
-def test_the_vectors_that_are_compared_are_not_all_checked(
-    one_of_many: Callable[..., Collection], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Checking every vector takes an eighth of a search. Only hits are checked, with a filter that is kept once."""
-    collection = one_of_many([])
-    query = gaussian(400, WIDTH)[:1]
-    checked: list[int] = []
-
-    def watched(row: Sequence[Any], size: int) -> bool:
-        checked.append(row[0])
-        return rows.is_sound_vector(row, size)
-
-    monkeypatch.setattr(damage, "is_sound_vector", watched)
-    for condition in (None, EVEN):
-        checked.clear()
-        collection.search(query, 3, conditions=[condition], min_recall=1)
-        assert len(checked) == 3
-    checked.clear()
-    for _ in range(2):
-        collection.search(query, 3, conditions=[EVEN])
-    assert len(checked) == 3
-    checked.clear()
-    collection.search(query, 100, min_recall=1)
-    assert len(checked) >= 400, "reading very many hits again would take longer"
-
-
-def test_many_damaged_vectors_cost_one_search_more(
-    one_of_many: Callable[..., Collection], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collection = one_of_many(range(100, 200))
-    query = gaussian(400, WIDTH)[:1]
-    scans: list[dict[str, Any]] = []
-    scan = collection._store.scan
-
-    def watched(*values: Any, **options: Any) -> Any:
-        scans.append(options)
-        return scan(*values, **options)
-
-    monkeypatch.setattr(collection._store, "scan", watched)
-    (found,) = collection.search(query, 3, min_recall=1)
-    assert scans == [{"checked": False}, {"checked": True}]
-    assert not {f"r{i:05}" for i in range(100, 200)} & {record.id for record, _ in found.hits}
-    (found,) = collection.search(query, 3, conditions=[EVEN])
-    assert len(found.hits) == 3
-    assert not {f"r{i:05}" for i in range(100, 200)} & {record.id for record, _ in found.hits}
-
-
-def test_a_damaged_vector_that_is_no_hit_is_found_by_verify(one_of_many: Callable[..., Collection]) -> None:
-    """It is left out of the answer as it would be if it was checked."""
-    collection = one_of_many([100])
-    query = -gaussian(400, WIDTH)[:1]
-    (found,) = collection.search(query, 3, min_recall=1)
-    assert "r00100" not in {record.id for record, _ in found.hits}
-    assert [problem.id for step in collection.verify() for problem in step.problems] == ["r00100"]

@@ -384,7 +384,7 @@ def with_a_hub() -> Matrix:
 
 def of_many_lengths() -> Matrix:
     """Return vectors of which some are hundreds of times as long as others."""
-    return gaussian(1500, WIDTH) * np.exp(1.5 * gaussian(1500, 1, seed=1))
+    return np.asarray(gaussian(1500, WIDTH) * np.exp(1.5 * gaussian(1500, 1, seed=1)), dtype=np.float32)
 
 
 #: Vectors among which a plain graph cuts off many, or that it cannot tell apart.

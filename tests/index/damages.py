@@ -1,0 +1,46 @@
+"""A collection of which one record is damaged on disk."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
+from emberpc.server.index.filters import Comparison, Operator
+from index.support import gaussian, make_older
+
+COUNT, WIDTH = 60, 8
+LOST = "r00007"
+EVEN = Comparison("even", Operator.EQUAL, True)
+QUESTIONS = [f"text of r{i:05}" for i in range(COUNT)]
+VECTORS = gaussian(COUNT, WIDTH)
+TRUTH = {f"r{i:05}": VECTORS[i] for i in range(COUNT)}
+
+
+def new_records() -> list[NewRecord]:
+    return [NewRecord(each, f"text of {each}", {"even": i % 2 == 0}) for i, each in enumerate(TRUTH)]
+
+
+@contextmanager
+def damaged(
+    folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: int | None = None
+) -> Iterator[Collection]:
+    """Make a collection, change one of its records behind the index's back, and open it again.
+
+    With `older`, a version wrote it that had done that many steps.
+    """
+    index = Index(folder, buffer_limit=8)
+    index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(new_records(), VECTORS)
+    index.close()
+    (path,) = folder.rglob("records.db")
+    with closing(sqlite3.connect(path)) as connection:
+        if older is not None:
+            make_older(connection, older)
+        connection.execute(f"UPDATE records SET {assignment} WHERE id = '{LOST}'", parameters)
+        connection.commit()
+    for graph in folder.rglob("graph-*"):
+        graph.unlink()
+    with closing(Index(folder, buffer_limit=8)) as index:
+        yield index.get("c")

@@ -1,0 +1,71 @@
+"""A word index that is damaged on disk is built again from the texts."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.errors import Code
+from emberpc.server.index import Index, NewRecord
+from index.damages import COUNT, LOST, TRUTH, VECTORS, damaged
+from index.support import refused
+
+
+def damage_words(folder: Path, statement: str) -> None:
+    (path,) = folder.rglob("records.db")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+@pytest.mark.parametrize("dense_weight", [None, 0.5])
+def test_a_search_that_meets_damage_in_the_word_index_has_it_built_again(
+    tmp_path: Path, dense_weight: float | None
+) -> None:
+    with damaged(tmp_path, "revision = revision") as collection:
+        damage_words(tmp_path, "DELETE FROM words_docsize WHERE id = 8")
+
+        def search() -> list[str]:
+            if dense_weight is None:
+                (found,) = collection.search_words(["text"], [COUNT])
+            else:
+                (found,) = collection.search_both(VECTORS[:1], ["text"], [COUNT], dense_weight=dense_weight)
+            return sorted(record.id for record, _ in found.hits)
+
+        with refused(Code.DATA_LOSS, "word index of collection 'c'", "search again"):
+            search()
+        collection.maintain()
+        assert search() == list(TRUTH)
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+
+
+def test_a_write_that_meets_damage_in_the_word_index_has_it_built_again(tmp_path: Path) -> None:
+    with damaged(tmp_path, "revision = revision") as collection:
+        damage_words(tmp_path, "UPDATE words_data SET block = x'00'")
+        assert collection.delete([LOST]).deleted == 1
+        collection.upsert([NewRecord("new", "text of mine")], VECTORS[7:8])
+        (found,) = collection.search_words(["text"], [COUNT + 1])
+        assert sorted(record.id for record, _ in found.hits) == sorted({*TRUTH, "new"} - {LOST})
+        assert [problem for step in collection.verify() for problem in step.problems] == []
+
+
+def test_a_collection_opens_though_its_word_index_does_not(tmp_path: Path) -> None:
+    with damaged(tmp_path, "revision = revision"):
+        pass
+    damage_words(tmp_path, "DELETE FROM words_config")
+    with closing(Index(tmp_path)) as index:
+        assert len(index.get("c").search_words(["text"], [COUNT])[0].hits) == COUNT
+
+
+def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
+    """They would be found without a record, which FTS5 takes for damage."""
+    with damaged(tmp_path, "text = 'another'") as collection:
+        assert collection.delete([LOST]).deleted == 1
+        collection.maintain()
+        (found,) = collection.search_words(["text"], [COUNT])
+        assert len(found.hits) == COUNT - 1
+        assert collection.search_words([LOST], [COUNT])[0].hits == []
+        assert [problem for step in collection.verify() for problem in step.problems] == []
