@@ -85,7 +85,7 @@ def test_files_that_nothing_reads_without_modules_json_are_reported(
 ) -> None:
     files = {"1_Pooling/config.json": pooling_json("cls"), "sentence_bert_config.json": {"max_seq_length": 20}}
     assert read_encoder(make_source(files)).pooling == "mean"
-    assert "has 1_Pooling/config.json, sentence_bert_config.json and no modules.json" in caplog.text
+    assert "has 1_Pooling/config.json, sentence_bert_config.json but no modules.json" in caplog.text
     caplog.clear()
     assert read_encoder(make_source(name="plain")).pooling == "mean"
     assert read_encoder(make_source({**MODULES, **files}, name="whole")).pooling == "cls"
