@@ -153,7 +153,7 @@ def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
     own = config.get("auto_map")
     if isinstance(own, dict) and "AutoModel" in own:
         raise ExportError(
-            f"{folder} needs Python code of its own ({own['AutoModel']}, with trust_remote_code); "
+            f"{folder} is run by Python code of its own ({own['AutoModel']}, which needs trust_remote_code); "
             "emberpc runs no code of a model: choose a model of an architecture that transformers has, or serve "
             "the ONNX file that its publisher may offer"
         )
