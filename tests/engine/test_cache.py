@@ -137,7 +137,7 @@ class Gate:
         def held(encoder: Encoder, batch: Sequence[TokenIds], threads: int = 1) -> Output:
             if not self.entered.is_set():
                 self.entered.set()
-                assert self.open.wait(30)
+                assert self.open.wait(300)
                 if fails:
                     raise RuntimeError("secret of the model")
             return run(encoder, batch, threads)
@@ -152,7 +152,7 @@ async def test_who_waited_for_a_call_that_ended_without_an_outcome_is_served_all
     expected = (await serving.embed("x y z")).output
     gate = Gate(monkeypatch, fails=fails)
     first = asyncio.create_task(serving.embed("z y"))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     second = asyncio.create_task(serving.embed("z y"))
     await asyncio.sleep(0)
     if not fails:
@@ -160,7 +160,7 @@ async def test_who_waited_for_a_call_that_ended_without_an_outcome_is_served_all
     gate.open.set()
     with pytest.raises((asyncio.CancelledError, ServiceError)):
         await first
-    assert (await asyncio.wait_for(second, 30)).output.shape == expected.shape
+    assert (await asyncio.wait_for(second, 300)).output.shape == expected.shape
 
 
 async def test_interactive_work_does_not_wait_for_the_same_text_in_bulk(
@@ -168,9 +168,9 @@ async def test_interactive_work_does_not_wait_for_the_same_text_in_bulk(
 ) -> None:
     gate = Gate(monkeypatch)
     bulk = asyncio.create_task(serving.embed("p q", lane=Lane.BULK))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     # The only worker is held up; the express worker serves this one.
-    await asyncio.wait_for(serving.embed("p q"), 30)
+    await asyncio.wait_for(serving.embed("p q"), 300)
     assert not bulk.done()
     gate.open.set()
     await bulk

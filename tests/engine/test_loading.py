@@ -228,10 +228,10 @@ def test_closing_waits_for_what_is_loaded_until_its_deadline_only(registry: Regi
 
     def load() -> bool:
         begun.set()
-        return go_on.wait(30)
+        return go_on.wait(300)
 
     loading, waiting = loader.submit(load), loader.submit(load)
-    assert begun.wait(30)
+    assert begun.wait(300)
     assert not loader.close(Deadline(0))
     assert waiting.cancelled()
     go_on.set()

@@ -205,7 +205,7 @@ class SlowLoading:
 
         def slow(session: OnnxSession, threads: int, cancellation: LoadCancellation | None = None) -> OnnxSession:
             self.begun.set()
-            assert self.go_on.wait(30)
+            assert self.go_on.wait(300)
             return load(session, threads, None)  # as with an ONNX Runtime that cannot cancel
 
         def probe(encoder: Encoder, session: OnnxSession, batch: Sequence[TokenIds]) -> float:
@@ -220,7 +220,7 @@ def test_a_closed_encoder_has_no_thread_that_makes_a_session(bundle: Path, monke
     encoder, batch = Model.load("m", bundle).encoder, [np.array([2, 7, 3])]
     loading = SlowLoading(monkeypatch)
     encoder.run(batch, threads=2)
-    assert loading.begun.wait(30)
+    assert loading.begun.wait(300)
     assert not encoder.close(Deadline(0))
     loading.go_on.set()
     assert encoder.close(Deadline(30))
@@ -244,7 +244,7 @@ def test_an_engine_closes_the_encoders_of_versions_that_are_served_no_more(
         engine = Engine(Registry(pool), pool, workers=1, batch_tokens=64, max_queue_tokens=1000)
         loading = SlowLoading(monkeypatch)
         engine.registry.load("m", bundle).encoder.run([np.array([2, 7, 3])], threads=2)
-        assert loading.begun.wait(30)
+        assert loading.begun.wait(300)
         engine.registry.load("m", bundle, fresh=True)
         assert not engine.close(Deadline(0))
         loading.go_on.set()

@@ -32,7 +32,7 @@ async def test_readiness_follows_the_workers(monkeypatch: pytest.MonkeyPatch) ->
         await set_health(servicer, serving=serving)
 
     monkeypatch.setattr(app, "_set_health", telling)
-    await asyncio.wait_for(app._revive(cast(Engine, Reviving([0, 0, 1, 2])), 2, statuses), 30)
+    await asyncio.wait_for(app._revive(cast(Engine, Reviving([0, 0, 1, 2])), 2, statuses), 300)
     assert told == [False, False, True, True]
     answer = await statuses.Check(health_pb2.HealthCheckRequest(), cast(Any, None))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -50,7 +50,7 @@ class Gate:
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         self.entered.set()
-        assert self.open.wait(30)
+        assert self.open.wait(300)
         self.seen += [len(ids) for ids in batch]
         return np.zeros((len(batch), 1), dtype=np.float32)
 
@@ -106,7 +106,7 @@ async def test_a_failing_model_fails_only_the_calls_in_its_batch(scheduler: Make
 async def test_overload_is_refused_at_once_with_a_time_to_come_back(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1, max_queue_tokens=100), Gate()
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     waiting = asyncio.create_task(busy.run(gate, texts(90)))
     await asyncio.sleep(0)
     with pytest.raises(ServiceError) as refused:
@@ -127,7 +127,7 @@ async def test_a_call_that_could_never_be_taken_is_told_to_split(scheduler: Make
 async def test_what_a_caller_who_left_still_wanted_is_not_run(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     left = asyncio.create_task(busy.run(gate, texts(7)))
     stayed = asyncio.create_task(busy.run(gate, texts(60)))
     await asyncio.sleep(0)
@@ -142,7 +142,7 @@ async def test_what_a_caller_who_left_still_wanted_is_not_run(scheduler: Make) -
 async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     waiting = asyncio.create_task(busy.run(gate, texts(60)))
     await asyncio.sleep(0)
     closing = asyncio.create_task(asyncio.to_thread(busy.close))
@@ -160,7 +160,7 @@ async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) 
 async def test_closing_waits_for_a_running_batch_until_its_deadline_only(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     assert not busy.close(Deadline(0))
     gate.open.set()
     await running
@@ -170,7 +170,7 @@ async def test_closing_waits_for_a_running_batch_until_its_deadline_only(schedul
 async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(scheduler: Make) -> None:
     busy, gate, runner = scheduler(workers=1), Gate(), Lengths(poison=13)
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     good, bad, other = (asyncio.create_task(busy.run(runner, texts(length))) for length in (12, 13, 14))
     await asyncio.sleep(0)
     gate.open.set()
@@ -184,7 +184,7 @@ async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(
 async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.01)))
     await asyncio.sleep(0.02)  # its time passes while the only worker is busy
     gate.open.set()
@@ -241,7 +241,7 @@ async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Ma
     """The rate of the slow batches says 800 seconds, their best 20: that is the least that the call takes."""
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(5)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     accepted = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
     await asyncio.sleep(0)
     for rate in (400.0, 10.0, 10.0, 10.0, 10.0):
@@ -255,7 +255,7 @@ async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Ma
 async def test_accepted_work_is_dropped_when_its_least_time_is_past_the_deadline(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(5)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     hopeless = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
     await asyncio.sleep(0)
     for _ in range(3):
@@ -272,7 +272,7 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
     for _ in range(3):
         await busy.run(Slow(), texts(64))
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))
     await asyncio.sleep(0)
     bulk = Caller(lane=Lane.BULK, deadline=perf_counter() + 1)
@@ -292,8 +292,8 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
 async def test_a_short_call_is_served_while_all_workers_are_at_bulk_work(scheduler: Make) -> None:
     busy, gate = scheduler(workers=2), Gate()
     bulk = [asyncio.create_task(busy.run(gate, texts(50), Caller(lane=Lane.BULK))) for _ in range(8)]
-    await asyncio.to_thread(gate.entered.wait, 30)
-    short = await asyncio.wait_for(busy.run(Lengths(), texts(8)), 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
+    short = await asyncio.wait_for(busy.run(Lengths(), texts(8)), 300)
     assert int(short.rows[0][0]) == 8
     assert not any(task.done() for task in bulk)
     gate.open.set()
@@ -313,7 +313,7 @@ async def test_a_text_that_is_alone_has_all_cores_and_no_other(scheduler: Make) 
     assert [int(row[0]) for result in (lone, several) for row in result.rows] == [3, 1, 1]
     gate = Gate()
     running = asyncio.create_task(free.run(gate, texts(5)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     beside = await free.run(Threads(), texts(200))
     assert int(beside.rows[0][0]) == 1
     gate.open.set()
@@ -336,9 +336,9 @@ async def test_a_worker_that_dies_fails_its_own_calls_and_is_replaced(scheduler:
     told = threading.Event()
     busy = scheduler(workers=1, batch_tokens=10, on_failure=told.set)
     calls = [asyncio.create_task(busy.run(Deadly(), texts(10))) for _ in range(3)]
-    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 300)
     assert [result.code for result in results if isinstance(result, ServiceError)] == [Code.INTERNAL] * 3
-    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 30)).rows] == [9]
+    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 300)).rows] == [9]
     assert busy.counts.lost_workers == 3
     assert not told.is_set()
 
@@ -355,16 +355,16 @@ async def test_when_no_worker_can_be_had_any_more_nobody_hangs_and_somebody_is_t
 
     monkeypatch.setattr(busy, "_start", no_thread)
     calls = [asyncio.create_task(busy.run(Deadly(), texts(10))) for _ in range(3)]
-    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+    results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 300)
     assert all(isinstance(result, ServiceError) for result in results)
-    assert await asyncio.to_thread(told.wait, 30)
+    assert await asyncio.to_thread(told.wait, 300)
     with pytest.raises(ServiceError) as refused:
         await busy.run(Lengths(), texts(1))
     assert refused.value.code is Code.UNAVAILABLE
     assert busy.revive() == 0
     monkeypatch.undo()
     assert busy.revive() == 1
-    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 30)).rows] == [9]
+    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 300)).rows] == [9]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -378,9 +378,9 @@ async def test_when_the_books_are_wrong_nobody_hangs(scheduler: Make, monkeypatc
     with monkeypatch.context() as wrong:
         wrong.setattr(Queue, "take", loses_what_it_took)
         calls = [asyncio.create_task(busy.run(Lengths(), texts(length))) for length in (10, 60, 20)]
-        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 300)
     assert [result.code for result in results if isinstance(result, ServiceError)] == [Code.INTERNAL] * 3
-    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 30)).rows] == [9]
+    assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 300)).rows] == [9]
 
 
 async def test_workers_do_without_a_priority_of_their_own(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,14 +388,14 @@ async def test_workers_do_without_a_priority_of_their_own(scheduler: Make, monke
         raise PermissionError
 
     monkeypatch.setattr(os, "setpriority", refuse)
-    result = await asyncio.wait_for(scheduler().run(Lengths(), texts(9)), 30)
+    result = await asyncio.wait_for(scheduler().run(Lengths(), texts(9)), 300)
     assert [int(row[0]) for row in result.rows] == [9]
 
 
 async def test_what_a_caller_who_left_still_wanted_holds_up_nobody(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 30)
+    await asyncio.to_thread(gate.entered.wait, 300)
     left = asyncio.create_task(busy.run(gate, texts(*[9] * 100)))
     stayed = asyncio.create_task(busy.run(gate, texts(60, 61)))
     await asyncio.sleep(0)

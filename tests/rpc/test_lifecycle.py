@@ -131,7 +131,7 @@ def test_health_and_reflection_answer(server: ServerProcess) -> None:
 
 
 def test_stopping_lets_a_call_in_flight_finish(minilm_bundle: Path, tmp_path: Path) -> None:
-    server = ServerProcess({"minilm": minilm_bundle}, tmp_path)
+    server = ServerProcess({"minilm": minilm_bundle}, tmp_path, "--drain-seconds", "250")
     texts = [f"text number {i} " + "word " * (i % 100) for i in range(400)]
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
@@ -151,7 +151,7 @@ def test_stopping_lets_a_call_in_flight_finish(minilm_bundle: Path, tmp_path: Pa
 def test_sigint_stops_it_too(tmp_path: Path) -> None:
     server = ServerProcess({}, tmp_path)
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(30) == 0
+    assert server.process.wait(300) == 0
     server.kill()
 
 

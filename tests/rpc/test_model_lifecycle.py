@@ -82,7 +82,7 @@ def test_reloads_under_load_fail_no_call_and_mix_no_answer(
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             while not stop.is_set():
                 try:
-                    answers.append(stub.Embed(embedding_pb2.EmbedRequest(model="m", texts=[TEXT] * 3), timeout=30))
+                    answers.append(stub.Embed(embedding_pb2.EmbedRequest(model="m", texts=[TEXT] * 3), timeout=300))
                 except grpc.RpcError as error:
                     failures.append(error)
 

@@ -38,7 +38,7 @@ class Watched:
         self.running += 1
         self.most = max(self.most, self.running)
         self.entered.set()
-        assert self.go_on.wait(30)
+        assert self.go_on.wait(300)
         threading.Event().wait(self.seconds)
         self.running -= 1
         return self._collection.search(queries, *arguments, **options)
@@ -67,7 +67,7 @@ def one(collection: Any, row: int, top_k: int = 3, **options: Any) -> Search:
 async def first(groups: SearchGroups, watched: Any) -> asyncio.Task[list[SearchOutcome]]:
     """Begin a search that waits."""
     running = asyncio.create_task(groups.search(one(watched, 0)))
-    await asyncio.to_thread(watched.entered.wait, 30)
+    await asyncio.to_thread(watched.entered.wait, 300)
     return running
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _WAIT_SECONDS = 1.0
 _MOMENT_SECONDS = 0.3
 #: Seconds after the drain time at which the process ends, whatever it does.
-_END_SECONDS = 1.8
+_END_SECONDS = 1.6
 #: Seconds after the drain time at which a process ends whose interpreter is held by one call into a library.
 _HELD_SECONDS = 2.0
 #: Seconds for the last lines of the log: nobody may read what the process writes to.
