@@ -57,7 +57,7 @@ class MilvusLiteProcess:
 
     def stop(self) -> None:
         """Let it end by itself."""
-        self._process.communicate(timeout=30)
+        self._process.communicate(timeout=300)
         self._log.close()
 
     def kill(self) -> None:

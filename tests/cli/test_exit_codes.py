@@ -156,7 +156,7 @@ def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
     try:
         assert arrived.wait(30)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     finally:
         done.set()
         process.kill()
@@ -193,7 +193,7 @@ def test_a_pipe_that_nobody_reads_at_all_is_no_error_either(fake: FakeServer) ->
         check=False,
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=30,
+        timeout=300,
     )
     os.close(writer)
     assert (process.returncode, process.stderr) == (0, b"")

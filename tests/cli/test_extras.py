@@ -22,7 +22,7 @@ def run(without: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[
         f"from emberpc.cli.main import main; code = main({list(arguments)!r})\n"
         "print(*(name for name, module in sys.modules.items() if module)); sys.exit(code)"
     )
-    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

@@ -43,7 +43,7 @@ def stopped(arguments: list[object], stage: str, number: int) -> tuple[int, str]
                 break
         else:
             pytest.fail(f"{stage!r} was never done: {said}")
-        said += process.communicate(timeout=120)[1]
+        said += process.communicate(timeout=300)[1]
     return process.returncode, said
 
 

@@ -53,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
                 env=environment,
                 check=True,
                 stdout=subprocess.DEVNULL,
-                timeout=120,
+                timeout=300,
             )
         yield {**environment, "RECORDS": str(records)}
 
@@ -68,7 +68,7 @@ def in_shell(arguments: list[str], redirections: str, environment: dict[str, str
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return found.returncode, found.stderr
 
@@ -132,7 +132,7 @@ def test_help_that_nobody_reads_is_no_error(served: dict[str, str], arguments: l
         check=False,
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=120,
+        timeout=300,
     )
     os.close(writer)
     assert (found.returncode, found.stderr) == (0, b"")

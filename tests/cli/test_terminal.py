@@ -90,7 +90,7 @@ def test_progress_is_shown_and_gone_when_it_is_done(collection: Path) -> None:
 def test_a_terminal_that_knows_no_unicode_is_served_too(collection: Path, flags: list[str]) -> None:
     command = [sys.executable, "-m", "emberpc.cli.main", "get", "c", "wide", *flags]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    outcome = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=30)
+    outcome = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
     if flags:
         assert json.loads(outcome.stdout)["text"] == "漢字" * 60
     else:

@@ -100,7 +100,7 @@ def test_a_collection_that_was_exported_and_deleted_is_the_same_once_imported(
         (told,) = outcome.err.splitlines()[1:]
         assert told.startswith("to make the collection again: emberpc collection create notes --model tiny ")
         command = told.partition(": ")[2].replace("emberpc", f"{sys.executable} -m emberpc.cli.main")
-        subprocess.run(command, shell=True, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, shell=True, check=True, capture_output=True, timeout=300)
         outcome = emberpc("collection", "import", "notes", file, "--json")
     else:
         outcome = emberpc("collection", "import", "notes", file, "--json", "--create")
@@ -348,7 +348,7 @@ def test_an_export_that_is_stopped_leaves_nothing(
                 process.wait(60)
 
         fake.hooks["ListRecords"] = stop
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=300)[1]
     assert process.returncode == (130 if number == signal.SIGINT else -number), said
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.parquet", "mine")]
 

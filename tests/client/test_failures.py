@@ -349,7 +349,7 @@ def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
         "UpsertRecords": ("upsert", ("c", [{"id": "a", "text": "a"}])),
     }[rpc]
     with PingProxy(fake.target, 1) as proxy:
-        shell = shell_type(proxy.target, timeout=120)
+        shell = shell_type(proxy.target, timeout=300)
         try:
             shell("create_collection", "c")
             monkeypatch.setattr(_retrying, "_SOON", -1.0)  # every call has run for long
@@ -370,7 +370,7 @@ def test_a_call_whose_connection_breaks_soon_is_repeated(
 ) -> None:
     monkeypatch.setattr(_retrying, "_SOON", 1000.0)  # however slow the host is
     with PingProxy(fake.target, 1) as proxy:
-        shell = shell_type(proxy.target, timeout=120)
+        shell = shell_type(proxy.target, timeout=300)
         broken = iter([proxy.cut])
         fake.hooks["Embed"] = lambda _: next(broken, lambda: None)()
         try:

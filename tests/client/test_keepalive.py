@@ -40,7 +40,7 @@ def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
     shell_type: Any, rpc: str, name: str, arguments: tuple[Any, ...]
 ) -> None:
     with FakeServer(options=hastened(_KEEPALIVE)) as server, PingProxy(server.target, PINGS) as proxy:
-        shell = shell_type(proxy.target, timeout=120)
+        shell = shell_type(proxy.target, timeout=300)
         try:
             shell("create_collection", "c")
             server.hooks[rpc] = lambda _: proxy.enough.wait(100)
@@ -58,7 +58,7 @@ def test_the_same_call_is_ended_by_a_server_with_the_default_of_grpc(shell_type:
         FakeServer(options=[*options, (PING_INTERVAL, DEFAULT_INTERVAL_MS // 100)]) as server,
         PingProxy(server.target, PINGS) as proxy,
     ):
-        shell = shell_type(proxy.target, timeout=120)
+        shell = shell_type(proxy.target, timeout=300)
         ended: list[str] = []
         server.hooks["Embed"] = lambda _: proxy.enough.wait(100)
         try:

@@ -63,7 +63,7 @@ def test_a_killed_job_continues_with_the_remaining_parts(corpus: Path, tiny_bund
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
     assert len(before) >= 3
 
-    again = subprocess.run(command(corpus, out, tiny_bundle), capture_output=True, text=True, check=True, timeout=120)
+    again = subprocess.run(command(corpus, out, tiny_bundle), capture_output=True, text=True, check=True, timeout=300)
     assert again.stdout.startswith(f"{FILES * ROWS // PART} parts, ")
     assert int(again.stdout.split()[2]) >= 3
     found = sorted(out.glob("part-*"))
@@ -80,7 +80,7 @@ def test_a_killed_job_continues_with_the_remaining_parts(corpus: Path, tiny_bund
     truth = np.concatenate([model.encoder.run([each]) for each in ids])
     assert np.allclose(np.array([row["vector"] for row in rows if row["vector"]]), truth, atol=1e-5)
 
-    whole = subprocess.run(command(corpus, out, tiny_bundle), capture_output=True, text=True, check=True, timeout=60)
+    whole = subprocess.run(command(corpus, out, tiny_bundle), capture_output=True, text=True, check=True, timeout=300)
     assert whole.stdout == "15 parts, 15 of them done before\n"
 
 
@@ -88,13 +88,13 @@ def test_a_folder_of_another_job_is_refused(
     corpus: Path, tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "vectors"
-    subprocess.run(command(corpus / "0.parquet", out, tiny_bundle), capture_output=True, check=True, timeout=120)
+    subprocess.run(command(corpus / "0.parquet", out, tiny_bundle), capture_output=True, check=True, timeout=300)
     for other, word in (
         (command(corpus, out, tiny_bundle), "corpus"),
         (command(corpus / "0.parquet", out, other_tiny_bundle), "model"),
         (command(corpus / "0.parquet", out, tiny_bundle, rows=50), "rows"),
     ):
-        refused = subprocess.run(other, capture_output=True, text=True, check=False, timeout=60)
+        refused = subprocess.run(other, capture_output=True, text=True, check=False, timeout=300)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert f"another job, with another {word}" in refused.stderr
 
@@ -108,7 +108,7 @@ def test_an_invalid_corpus_is_refused_by_name(corpus: Path, tiny_bundle: Path, t
         (folder / "0.parquet").write_text("id,text\n")
     if wrong == "no-column":
         arguments = [*command(corpus, tmp_path / "vectors", tiny_bundle), "--text-column", "body"]
-    refused = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+    refused = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert "Traceback" not in refused.stderr

@@ -232,7 +232,7 @@ def test_a_crash_in_the_middle_of_maintenance_loses_nothing(tmp_path: Path, mome
         stdout=subprocess.PIPE,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert (found.returncode, found.stdout) == (-signal.SIGKILL, "written\n")
     index = Index(tmp_path, buffer_limit=8)

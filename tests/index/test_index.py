@@ -282,7 +282,7 @@ def test_a_directory_that_is_read_only_says_so_and_what_is_there_stays() -> None
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=300,
         )
         assert found.stdout.splitlines() == [
             "INTERNAL the data directory cannot be written to; see to its permissions",

@@ -72,6 +72,6 @@ def wait_until(look: Callable[[], Any]) -> Any:
 
 def test_a_connection_that_says_nothing_is_closed(process: ServerProcess) -> None:
     host, _, port = process.address.rpartition(":")
-    with closing(socket.create_connection((host, int(port)), timeout=120)) as connection:
+    with closing(socket.create_connection((host, int(port)), timeout=300)) as connection:
         while connection.recv(1024):  # the server's own first frames
             pass

@@ -28,7 +28,7 @@ def start_failing(*flags: str) -> tuple[int, str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert run.stdout == ""
     return run.returncode, run.stderr
@@ -58,7 +58,7 @@ def test_too_little_address_space_is_an_error_and_no_crash(tmp_path: Path) -> No
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert run.returncode > 0  # a signal's would be negative
     assert "limited to 500 MiB (RLIMIT_AS" in run.stderr

@@ -66,7 +66,7 @@ def test_a_malformed_request_is_refused(server: ServerProcess, channel: grpc.Cha
     method, data = _BAD[kind]
     call: Any = channel.unary_unary(f"/emberpc.v1.{method}")
     with pytest.raises(grpc.RpcError) as raised:
-        call(data, timeout=60)
+        call(data, timeout=300)
     check(raised.value, method.partition("/")[2])
     assert "Traceback" not in server.output
 
@@ -75,7 +75,7 @@ def test_a_malformed_request_is_refused(server: ServerProcess, channel: grpc.Cha
 def test_a_malformed_message_of_a_stream_is_refused(server: ServerProcess, channel: grpc.Channel, name: str) -> None:
     open_stream: Any = channel.stream_stream(f"/emberpc.v1.IndexService/{name}")
     with pytest.raises(grpc.RpcError) as raised:
-        list(open_stream(iter([b"\x0a\x7f"]), timeout=60))
+        list(open_stream(iter([b"\x0a\x7f"]), timeout=300))
     check(raised.value, name)
     assert "Traceback" not in server.output
 
@@ -90,7 +90,7 @@ def test_a_malformed_request_to_a_service_of_grpc_is_refused(
 ) -> None:
     open_stream: Any = channel.stream_stream(f"/grpc.{name}")
     with pytest.raises(grpc.RpcError) as raised:
-        list(open_stream(iter([data]), timeout=60))
+        list(open_stream(iter([data]), timeout=300))
     check(raised.value, name.partition("/")[2])
     assert "Traceback" not in server.output
 
@@ -98,18 +98,18 @@ def test_a_malformed_request_to_a_service_of_grpc_is_refused(
 def test_the_services_of_grpc_answer_as_they_do_without_emberpc(channel: grpc.Channel) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channel)
     serving = health_pb2.HealthCheckResponse.SERVING
-    assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == serving
-    watch = stub.Watch(health_pb2.HealthCheckRequest(service="emberpc.v1.IndexService"), timeout=60)
+    assert stub.Check(health_pb2.HealthCheckRequest(), timeout=300).status == serving
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service="emberpc.v1.IndexService"), timeout=300)
     assert next(watch).status == serving
     watch.cancel()
     with pytest.raises(grpc.RpcError) as raised:
-        stub.Check(health_pb2.HealthCheckRequest(service="none"), timeout=60)
+        stub.Check(health_pb2.HealthCheckRequest(service="none"), timeout=300)
     assert isinstance(raised.value, grpc.Call)
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
     assert status.REQUEST_ID_KEY in dict(raised.value.trailing_metadata())
     info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
     requests = [reflection_pb2.ServerReflectionRequest(list_services="")] * 2
-    for answer in info(iter(requests), timeout=60):
+    for answer in info(iter(requests), timeout=300):
         names = {service.name for service in answer.list_services_response.service}
         assert {"emberpc.v1.IndexService", "grpc.health.v1.Health"} <= names
 
@@ -117,7 +117,7 @@ def test_the_services_of_grpc_answer_as_they_do_without_emberpc(channel: grpc.Ch
 def test_many_wrong_items_are_an_invalid_argument(channel: grpc.Channel) -> None:
     request = embedding_pb2.EmbedRequest(model="minilm", texts=[" "] * 400)
     with pytest.raises(grpc.RpcError) as raised:
-        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=60)
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=300)
     assert isinstance(raised.value, grpc.Call)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "(and 399 more)" in str(raised.value.details())
@@ -126,7 +126,7 @@ def test_many_wrong_items_are_an_invalid_argument(channel: grpc.Channel) -> None
 def test_long_names_are_a_refusal_that_arrives(channel: grpc.Channel) -> None:
     request = embedding_pb2.EmbedRequest(model="é" * 100_000, texts=["a"])
     with pytest.raises(grpc.RpcError) as raised:
-        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=60)
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=300)
     assert isinstance(raised.value, grpc.Call)
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 

@@ -89,7 +89,7 @@ def test_silent_connections_add_no_threads_and_stop_no_scrape(measured: ServerPr
     before = len(list(tasks.iterdir()))
     with ExitStack() as stack:
         for i in range(3 * MOST_CONNECTIONS):
-            silent = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            silent = stack.enter_context(socket.create_connection((host, int(port)), timeout=300))
             with suppress(OSError):  # it was closed for newer ones
                 silent.sendall((b"", b"GET /metr", b"x" * 30_000, b"GET /metrics HTTP/1.1\r\n\r\n")[i % 4])
         assert figures(measured)["emberpc_models"] == 1
@@ -100,7 +100,7 @@ def test_silent_connections_add_no_threads_and_stop_no_scrape(measured: ServerPr
 @pytest.mark.parametrize("request_line", [b"nonsense", b"POST /metrics HTTP/1.1", b"GET / a b c"])
 def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request_line: bytes) -> None:
     host, port = re.findall(r"figures at http://(\S+):(\d+)", measured.output)[0]
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         connection.sendall(request_line + b"\r\n\r\n")
         with connection.makefile("rb") as answer:
             assert answer.readline().startswith(b"HTTP/1.1 40")
@@ -118,7 +118,7 @@ def test_a_request_that_cannot_be_read_gets_an_answer(measured: ServerProcess, a
     assert found is not None
     request = urllib.request.Request(found[1], headers={"Accept": accept})
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=60)
+        urllib.request.urlopen(request, timeout=300)
     assert refused.value.code == 500
     assert figures(measured)["emberpc_models"] == 1
 

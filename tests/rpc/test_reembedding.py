@@ -217,7 +217,7 @@ def test_the_command_line_waits_until_it_is_done(server: ServerProcess, client: 
     def reembed(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "emberpc.cli.main", "collection", "reembed", "c", *arguments]
         return subprocess.run(
-            [*command, "--target", server.address], capture_output=True, text=True, timeout=60, check=False
+            [*command, "--target", server.address], capture_output=True, text=True, timeout=300, check=False
         )
 
     done = reembed("--model", "b")

@@ -173,7 +173,7 @@ def test_the_command_line_tells_of_bad_records_by_their_lines(
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [sys.executable, "-m", "emberpc.cli.main", "upsert", "c", str(file), "--stream", "--json"]
     run = subprocess.run(
-        [*command, "--target", tiny_server.address], capture_output=True, text=True, timeout=60, check=False
+        [*command, "--target", tiny_server.address], capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 2, run.stderr
     assert json.loads(run.stdout) == {"inserted": 2, "updated": 0, "sequence": 1}
