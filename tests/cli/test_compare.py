@@ -133,7 +133,7 @@ def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_r
     for words in ("1 test texts are training texts", "Fitted with one seed only", "linear at 1 a label"):
         assert words in page
         assert words in outcome.err
-    assert "Too few texts to hold any out" in outcome.err
+    assert "Too few texts to hold some out" in outcome.err
 
 
 @pytest.mark.slow

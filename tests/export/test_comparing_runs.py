@@ -158,7 +158,7 @@ def test_shared_work_is_part_of_the_first_estimate(
     choose = Planner.choose
 
     def watched(self: Any, cells: Any, done: Any, left: Any) -> Any:
-        extra.append(self.estimate(cells[0], done) - self._own(cells[0], done))
+        extra.append(self.estimate(cells[0], done) - self._own_seconds(cells[0], done))
         return choose(self, cells, done, left)
 
     monkeypatch.setattr(Planner, "choose", watched)

@@ -114,17 +114,18 @@ def values(count: int) -> pb.Filter:
 
 
 @pytest.mark.parametrize(
-    ("each", "words"),
+    ("each", "count", "words"),
     [
-        (pb.Filter(any=pb.FilterList(filters=[comparing()] * 99)), "2100 conditions"),
-        (values(2_500), "52500 values"),
-        (pb.Filter(any=pb.FilterList(filters=[values(10_000)] * 6)), "more than 50000 values"),
+        (pb.Filter(any=pb.FilterList(filters=[comparing()] * 99)), 21, "2100 conditions"),
+        (values(2_500), 21, "52500 values"),
+        (pb.Filter(any=pb.FilterList(filters=[values(10_000)] * 6)), 1, "more than 50000 values"),
+        (pb.Filter(any=pb.FilterList(filters=[values(10_000)] * 6)), 21, "more than 500000 list items"),
     ],
 )
 def test_all_filters_of_a_request_have_a_limit(
-    stub: index_pb2_grpc.IndexServiceStub, points: str, each: pb.Filter, words: str
+    stub: index_pb2_grpc.IndexServiceStub, points: str, each: pb.Filter, count: int, words: str
 ) -> None:
-    queries = [index_pb2.SearchQuery(record_id="b", filter=each)] * 21
+    queries = [index_pb2.SearchQuery(record_id="b", filter=each)] * count
     with pytest.raises(grpc.RpcError, match=words) as refused:
         stub.Search(index_pb2.SearchRequest(collection=points, queries=queries))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -120,6 +120,7 @@ def test_a_request_that_cannot_be_read_gets_an_answer(measured: ServerProcess, a
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=300)
     assert refused.value.code == 500
+    refused.value.close()
     assert figures(measured)["emberpc_models"] == 1
 
 
