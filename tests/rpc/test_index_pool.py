@@ -350,7 +350,8 @@ async def test_writes_of_one_collection_take_two_threads(served: Served, monkeyp
         return served.stub.UpsertRecords(request)
 
     writes = [write("endless", i) for i in range(THREADS + 2)]
-    await until(lambda: served.pool.writers("endless").waiting == THREADS)
+    # A write has a slot while its records are read, too: all are read before the second one begins.
+    await until(lambda: len(began) == 2 and served.pool.writers("endless").waiting == THREADS)
     assert (await write("other", 0)).inserted_count == 1
     assert len(began) == 2
     go_on.set()
