@@ -109,8 +109,8 @@ def fill_to_the_last_byte(path: Path) -> None:
 def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) -> None:
     data = small_disk / "data"
     with closing(Index(data, buffer_limit=8, snapshot_every=10**6)) as index:
-        # No snapshots, which maintenance would write at any time: the space of the first one is what is reserved for
-        # deletions, and little more.
+        # The space of the first one is more than what is reserved for deletions. Maintenance would write snapshots at
+        # any time, so there are none.
         for name, batches in (("c", 80), ("d", 8)):
             collection = index.create(CollectionSpec(name, WIDTH))
             for number in range(batches):
