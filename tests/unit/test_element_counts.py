@@ -86,6 +86,18 @@ def test_nested_elements_are_refused_before_they_are_decoded(
         check(data, message.DESCRIPTOR)
 
 
+@pytest.mark.parametrize(
+    ("times", "numbers", "words"), [(100, (), "more than 1000 fields"), (6000, (2,), "a Record with more than 65536")]
+)
+def test_fields_of_several_numbers_are_counted_together(times: int, numbers: tuple[int, ...], words: str) -> None:
+    """Each number by itself would be within the limit, and all together would be counted in one long step."""
+    data = b"".join(UNKNOWN_NUMBERS[:200]) * times
+    for number in numbers:
+        data = within(number, data)
+    with pytest.raises(ServiceError, match=words):
+        check(data, index_pb2.UpsertRecordsRequest.DESCRIPTOR)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_group_does_not_hide_elements(place: int) -> None:
     items = EMPTY_RECORD * (SIZE // len(EMPTY_RECORD))

@@ -13,19 +13,19 @@ from typing import NamedTuple
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from emberpc.bundle.protobuf import DELIMITED, read_field
 from emberpc.server.errors import ServiceError, invalid
 
 #: Requests of fewer bytes are decoded without a look: they decode in some milliseconds.
 _SMALL = 64 * 1024
-#: Most occurrences of a field of the request itself that has no limit of its own, and most different fields.
+#: Most fields of the request itself beside the elements that have a limit of their own.
 _MAX_OTHERS = 1000
-#: Most items of a list or map of a message within a request. A map of many keys decodes in more than linear time.
+#: Most fields and list items of one message within a request. A map of many keys decodes in more than linear time.
 _MAX_ITEMS = 2**16
 #: Most list items, map entries and unknown fields of all messages within a request; they decode in 0.1 to 0.4 seconds.
 MAX_ELEMENTS = 500_000
 #: Bytes that are looked at between pauses, some milliseconds of work.
 _STEP_BYTES = 32 * 1024
-_VARINT, _EIGHT_BYTES, _DELIMITED, _FOUR_BYTES = 0, 1, 2, 5
 #: Bytes of a varint before its last one.
 _CONTINUED = bytes(range(0x80, 0x100))
 _FIXED_SIZES = {
@@ -43,7 +43,7 @@ class _Part(NamedTuple):
 
 
 class _TooManyError(Exception):
-    """A message has too many fields of one number, or fields of too many numbers (number 0)."""
+    """A message has more fields than `most`: of one number, or (0) of all numbers without a limit of their own."""
 
     def __init__(self, number: int, most: int) -> None:
         super().__init__(number, most)
@@ -62,8 +62,8 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
         limits: most elements of a repeated field of the request itself, by the name of the field.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit, if a list or map of a message
-            within the request has more than 65,536 items, or if all of them have more than `MAX_ELEMENTS`.
+        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit, if a message within the request has
+            more than 65,536 fields and list items, or if all of them have more than `MAX_ELEMENTS`.
         ValueError: the bytes are no message, or have a group, which no message of emberpc has.
     """
     if len(data) < _SMALL:
@@ -105,9 +105,9 @@ def _too_many_fields(message: Descriptor, error: _TooManyError) -> ServiceError:
 
 
 @lru_cache(maxsize=256)
-def _fields(message: Descriptor) -> dict[int, tuple[int, Descriptor | None, int | None]]:
-    """Return of each field of a message type, by number: 1 if repeated else 0; its message type; see `_packed`."""
-    return {field.number: (int(field.is_repeated), field.message_type, _packed(field)) for field in message.fields}
+def _fields(message: Descriptor) -> dict[int, tuple[bool, Descriptor | None, int | None]]:
+    """Return of each field of a message type, by number: whether it is repeated; its message type; see `_packed`."""
+    return {field.number: (field.is_repeated, field.message_type, _packed(field)) for field in message.fields}
 
 
 def _packed(field: FieldDescriptor) -> int | None:
@@ -122,8 +122,8 @@ def _scan(data: bytes, outer: _Part, limits: Mapping[int, int], most: int) -> tu
     Args:
         data: the request.
         outer: the message.
-        limits: most occurrences of a field, by its number.
-        most: most occurrences of any other field.
+        limits: most items of a field, by its number.
+        most: most items of all other fields.
 
     Returns:
         The number of its list items, map entries and unknown fields, and the messages within it.
@@ -135,73 +135,33 @@ def _scan(data: bytes, outer: _Part, limits: Mapping[int, int], most: int) -> tu
     fields = _fields(outer.message)
     counts: dict[int, int] = {}
     parts: list[_Part] = []
+    elements = 0
     place, end = outer.start, outer.end
     while place < end:
-        key, place = _varint(data, place, end)
-        number, kind = key >> 3, key & 7
-        start, place = _value(data, place, end, kind)
+        number, kind, start, place = read_field(data, place, end)
+        repeated, message, item_size = fields.get(number, _UNKNOWN)
         count = 1
-        if kind == _DELIMITED:
-            _, message, item_size = fields.get(number, _UNKNOWN)
-            if item_size is not None:
-                packed = data[start:place]
-                count = len(packed) // item_size if item_size else len(packed.translate(None, _CONTINUED))
-            elif message is not None and not _is_scalar(data, start, place, message):
-                parts.append(_Part(message, start, place))
-        count += counts.get(number, 0)
-        if count > limits.get(number, most):
-            raise _TooManyError(number, limits.get(number, most))
-        counts[number] = count
-        if len(counts) > _MAX_OTHERS:
-            raise _TooManyError(0, _MAX_OTHERS)
-    return sum(count for number, count in counts.items() if fields.get(number, _UNKNOWN)[0]), parts
-
-
-def _value(data: bytes, place: int, end: int, kind: int) -> tuple[int, int]:
-    """Return where the value of a field of a wire type starts and ends; ValueError: it ends after its message."""
-    if kind == _DELIMITED:
-        size, start = _varint(data, place, end)
-        stop = start + size
-    elif kind == _VARINT:
-        start, (_, stop) = place, _varint(data, place, end)
-    elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-        start, stop = place, place + (8 if kind == _EIGHT_BYTES else 4)
-    else:
-        raise ValueError(f"a field has the wire type {kind}")
-    if stop > end:
-        raise ValueError("a field ends after its message")
-    return start, stop
+        if kind == DELIMITED and item_size is not None:
+            packed = data[start:place]
+            count = len(packed) // item_size if item_size else len(packed.translate(None, _CONTINUED))
+        elif kind == DELIMITED and message is not None and not _is_scalar(data, start, place, message):
+            parts.append(_Part(message, start, place))
+        limited = number if number in limits else 0
+        counts[limited] = counts.get(limited, 0) + count
+        if counts[limited] > limits.get(limited, most):
+            raise _TooManyError(limited, limits.get(limited, most))
+        elements += count if repeated else 0
+    return elements, parts
 
 
 def _is_scalar(data: bytes, start: int, end: int, message: Descriptor) -> bool:
     """Return whether a message is empty, or one number or string, as most metadata values are."""
-    size = end - start
-    if not size:
+    if start == end:
         return True
-    repeated, inner, _ = _fields(message).get(data[start] >> 3, _UNKNOWN)
-    kind = data[start] & 7
-    if repeated or inner is not None or data[start] >= 0x80:
-        return False
-    if kind == _DELIMITED:
-        return size > 1 and data[start + 1] == size - 2 < 0x80
-    return size == (9 if kind == _EIGHT_BYTES else 5 if kind == _FOUR_BYTES else 2)
+    number, _, _, stop = read_field(data, start, end)
+    repeated, inner, _ = _fields(message).get(number, _UNKNOWN)
+    return stop == end and not repeated and inner is None
 
 
 #: Of a field that the message type does not have.
-_UNKNOWN: tuple[int, Descriptor | None, int | None] = (1, None, None)
-
-
-def _varint(data: bytes, place: int, end: int) -> tuple[int, int]:
-    """Return a number and where it ends."""
-    if place < end and data[place] < 0x80:
-        return data[place], place + 1
-    value = 0
-    for shift in range(0, 70, 7):
-        if place >= end:
-            raise ValueError("a number ends after its message")
-        byte = data[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-    raise ValueError("a number has more than ten bytes")
+_UNKNOWN: tuple[bool, Descriptor | None, int | None] = (True, None, None)
