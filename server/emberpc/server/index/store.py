@@ -24,7 +24,7 @@ from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reserve import Reserve
 from emberpc.server.index.rows import NUMBER_COLUMNS, bytes_of_name, damaged, has_sound_numbers, insert_row
 from emberpc.server.index.store_reader import StoreReader
-from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Matrix, NewRecord, StoredRecord
+from emberpc.server.index.types import ANSWER_BYTES, Change, CollectionSpec, Labels, Matrix, NewRecord, StoredRecord
 from emberpc.server.index.validation import check_revision
 
 log = logging.getLogger(__name__)
@@ -117,23 +117,18 @@ class Store(StoreReader):
         sequence = self._next_sequence(connection)
         removed = {row[0] for row in present.values()}
         self._remove(connection, removed)
-        first = self._next_label(connection)
-        for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
-            kept = record.id in present and record.id not in damaged_ids
-            insert_row(
-                connection,
-                first + i,
-                (record.id, record.text, document, record.label),
-                vector,
-                (
-                    sequence,
-                    present[record.id][2] if kept else now,
-                    now,
-                    None if record.time_to_live is None else now + record.time_to_live,
-                ),
+        created = {record_id: row[2] for record_id, row in present.items() if record_id not in damaged_ids}
+        numbers = [
+            (
+                sequence,
+                created.get(record.id, now),
+                now,
+                None if record.time_to_live is None else now + record.time_to_live,
             )
+            for record in records
+        ]
+        added = self._insert(connection, records, documents, vectors, numbers)
         updated = len(present)
-        added = np.arange(first, first + len(records), dtype=np.int64)
         return Change(sequence, added, removed, len(records) - updated, updated)
 
     def copy(self, records: Sequence[StoredRecord], documents: Sequence[str], vectors: Matrix) -> Change:
@@ -156,22 +151,34 @@ class Store(StoreReader):
     ) -> Change:
         removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
         self._remove(connection, removed)
-        first = self._next_label(connection)
-        for i, (record, document, vector) in enumerate(zip(records, documents, vectors, strict=True)):
-            insert_row(
-                connection,
-                first + i,
-                (record.id, record.text, document, record.label),
-                vector,
-                (
-                    record.revision,
-                    record.create_time.timestamp(),
-                    record.update_time.timestamp(),
-                    None if record.expire_time is None else record.expire_time.timestamp(),
-                ),
+        numbers = [
+            (
+                record.revision,
+                record.create_time.timestamp(),
+                record.update_time.timestamp(),
+                None if record.expire_time is None else record.expire_time.timestamp(),
             )
-        added = np.arange(first, first + len(records), dtype=np.int64)
+            for record in records
+        ]
+        added = self._insert(connection, records, documents, vectors, numbers)
         return Change(self._sequence(connection), added, removed)
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        records: Sequence[NewRecord | StoredRecord],
+        documents: Sequence[str],
+        vectors: Matrix,
+        numbers: Sequence[tuple[int, float, float, float | None]],
+    ) -> Labels:
+        """Insert rows; `numbers` has the revision, create, update and expire time of each. Return their labels."""
+        first = self._next_label(connection)
+        labels = np.arange(first, first + len(records), dtype=np.int64)
+        for label, record, document, vector, its in zip(
+            labels.tolist(), records, documents, vectors, numbers, strict=True
+        ):
+            insert_row(connection, label, (record.id, record.text, document, record.label), vector, its)
+        return labels
 
     def identity(self) -> str:
         """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
