@@ -125,14 +125,12 @@ class GroupedVectors:
     @property
     def _nodes_in_all(self) -> int:
         """Number of nodes that are not deleted, of this graph and of those of groups."""
-        groups = (group for group in self._groups.values() if isinstance(group, GroupedVectors))
-        return self._hnsw.count + sum(group._nodes_in_all for group in groups)
+        return self._hnsw.count + sum(graph._nodes_in_all for graph in _graphs_of(self._groups.values()))
 
     @property
     def strays(self) -> int:
         """Number of vectors that no search of a graph found, so that they are compared with every query."""
-        groups = (group for group in self._groups.values() if isinstance(group, GroupedVectors))
-        return len(self._strays) + sum(group.strays for group in groups)
+        return len(self._strays) + sum(graph.strays for graph in _graphs_of(self._groups.values()))
 
     @property
     def shells(self) -> Shells | None:
@@ -167,9 +165,8 @@ class GroupedVectors:
     def set_ef(self, ef: int) -> None:
         """Set how many candidates a search keeps; at least the `k` of the searches that follow."""
         self._hnsw.set_ef(ef)
-        for group in (*self._groups.values(), self._strays):
-            if isinstance(group, GroupedVectors):
-                group.set_ef(ef)
+        for graph in _graphs_of((*self._groups.values(), self._strays)):
+            graph.set_ef(ef)
 
     def labels(self) -> set[int]:
         """Return the labels that can be found."""
@@ -438,12 +435,8 @@ class GroupedVectors:
 
     def _graphs(self) -> list[GroupedVectors]:
         """Return the graphs of groups, and of groups within those."""
-        return [
-            graph
-            for group in (*self._groups.values(), self._strays)
-            if isinstance(group, GroupedVectors)
-            for graph in (group, *group._graphs())
-        ]
+        graphs = _graphs_of((*self._groups.values(), self._strays))
+        return [each for graph in graphs for each in (graph, *graph._graphs())]
 
     def _drop_if_ghost(self, node: int) -> None:
         if node in self._ghosts:
@@ -525,6 +518,11 @@ class GroupedVectors:
                 if filled == k:
                     break
         return labels, expanded
+
+
+def _graphs_of(groups: Iterable[_Group]) -> list[GroupedVectors]:
+    """Return those groups that have a graph of their own."""
+    return [group for group in groups if isinstance(group, GroupedVectors)]
 
 
 def hashes_of(vectors: Matrix) -> list[int]:
