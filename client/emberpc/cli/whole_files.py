@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     target = _target(path)
     try:
-        with _stream(target.path) if target.is_stream else _replacing(target.path) as file:
+        with target.path.open("wb") if target.is_stream else _replacing(target.path) as file:
             yield file
     except OSError as error:
         raise CliError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -76,12 +76,6 @@ def _target(path: Path) -> Target:
         raise CliError(str(error)) from error
     except OSError as error:
         raise CliError(f"--output: {path} cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _stream(path: Path) -> Iterator[BinaryIO]:
-    with path.open("wb") as file:
-        yield file
 
 
 @contextmanager

@@ -163,9 +163,8 @@ class Model:
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
         fresh = fresh and head is None
-        bundle.external_files(
-            variant.name, loading.contents
-        )  # before the file is loaded: none may lie outside the folder
+        # Before the file is loaded: none may lie outside the folder.
+        bundle.external_files(variant.name, loading.contents)
         fingerprinting = beside.submit(
             bundle.fingerprint, variant.name, headless=head is not None, contents=loading.contents
         )
