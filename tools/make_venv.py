@@ -43,7 +43,7 @@ def main() -> int:
     if not python.exists():
         venv.create(ENVIRONMENT, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "-c", "constraints.txt"]
-    # pip says what it collects, so that nobody looks at a silent terminal.
+    # Without --quiet, since the steps take minutes.
     steps = (["torch"], "PyTorch"), (["-e", ".[dev]"], "everything else; hnswlib is compiled, which takes a minute")
     for number, (arguments, what) in enumerate(steps, 1):
         print(f"step {number} of {len(steps)}: {what} …", flush=True)

@@ -1,4 +1,4 @@
-"""The command line, run in this process against a fake server."""
+"""The command line, run in this process against a fake server or a server of tiny models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emberpc.cli.main import main
+from emberpc.client import Client
 from fake_server import FakeServer
+from server_process import ServerProcess
 
 
 @dataclass
@@ -56,3 +59,25 @@ def emberpc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny_server(
+    tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server of the tiny model and of another one."""
+    models = {"tiny": tiny_bundle, "other": other_tiny_bundle}
+    process = ServerProcess(models, tmp_path_factory.mktemp("data"))
+    yield process
+    assert process.stop() == 0, process.output
+    assert "Traceback" not in process.output
+
+
+@pytest.fixture
+def tiny_client(tiny_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client of that server, which the command line talks to as well; its collections are deleted afterwards."""
+    monkeypatch.setenv("EMBERPC_TARGET", tiny_server.address)
+    with Client(tiny_server.address) as connected:
+        yield connected
+        for collection in connected.collections():
+            connected.delete_collection(collection.name)

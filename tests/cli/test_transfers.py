@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import pytest
 
 from emberpc.client import Client, Record
 from fake_server import FakeServer
-from server_process import ServerProcess
 from stream_helpers import LETTERS, texts_of
 
 Emberpc = Any
@@ -27,26 +25,10 @@ LONG = " ".join(LETTERS * 2)
 ODD = 'naïve "ключ"\u2028/鍵 #1'
 
 
-@pytest.fixture(scope="module")
-def tiny_server(
-    tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """A server of the tiny model and of another one."""
-    models = {"tiny": tiny_bundle, "other": other_tiny_bundle}
-    process = ServerProcess(models, tmp_path_factory.mktemp("data"))
-    yield process
-    assert process.stop() == 0, process.output
-    assert "Traceback" not in process.output
-
-
 @pytest.fixture
-def client(tiny_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """A client of that server, which the command line talks to as well."""
-    monkeypatch.setenv("EMBERPC_TARGET", tiny_server.address)
-    with Client(tiny_server.address) as connected:
-        yield connected
-        for collection in connected.collections():
-            connected.delete_collection(collection.name)
+def client(tiny_client: Client) -> Client:
+    """A client of the server of tiny models."""
+    return tiny_client
 
 
 @pytest.fixture

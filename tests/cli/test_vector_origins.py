@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from emberpc.client import Client, Record
-from server_process import ServerProcess
 from stream_helpers import texts_of
 
 Emberpc = Any
 
 
-@pytest.fixture(scope="module")
-def server(
-    tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """A server of the tiny model and of another one."""
-    models = {"tiny": tiny_bundle, "other": other_tiny_bundle}
-    process = ServerProcess(models, tmp_path_factory.mktemp("data"))
-    yield process
-    assert process.stop() == 0, process.output
-
-
 @pytest.fixture
-def client(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """A client of that server, which the command line talks to as well."""
-    monkeypatch.setenv("EMBERPC_TARGET", server.address)
-    with Client(server.address) as connected:
-        yield connected
-        for collection in connected.collections():
-            connected.delete_collection(collection.name)
+def client(tiny_client: Client) -> Client:
+    """A client of the server of tiny models."""
+    return tiny_client
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from emberpc.export.examples import read_descriptions, training_examples
 
 
 def plain(label: str) -> str:
-    """Return a label as it is to be read: in NFC, without space and characters without width around it."""
+    """Return a label as the reader must return it: in NFC, without space and characters without width around it."""
     label = unicodedata.normalize("NFC", label)
     kept = [i for i, each in enumerate(label) if not each.isspace() and each not in "\u200b\u2060\ufeff"]
     return label[kept[0] : kept[-1] + 1] if kept else ""

@@ -1,4 +1,4 @@
-"""The cache of exports: what a test gets is what its own inputs make, and nobody else can spoil it."""
+"""The cache of exports: a test gets the export of its own inputs, and no other test can change it."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Client(TextMethods, GroupCalls, BackupCalls, ModelCalls):
             m: links of a node of its graph, per layer, 4 to 64; 0: the server's default.
             ef_construction: candidates kept while inserting, 16 to 2000; 0: the server's default.
             indexed_fields: metadata fields that filters use often, at most 16; each slows down every write a little.
-            exist_ok: return the collection of that name if there is one, as it is, instead of raising AlreadyExists.
+            exist_ok: if there is a collection of that name, return it unchanged instead of raising AlreadyExists.
                 Its model and distance must be the same, and so must `dimensions`, `m` and `ef_construction` if given.
 
         Raises:

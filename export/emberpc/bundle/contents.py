@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from emberpc.bundle.errors import BundleError
+from emberpc.bundle.hashing import too_short
 
 #: Hashed at a time, before `stop` is asked again.
 _PIECE_BYTES = 1 << 24
@@ -17,7 +18,7 @@ class Contents:
     """The contents of files in memory, as they were when each was first read. Thread-safe.
 
     Args:
-        stop: whether nobody waits for a hash any more; asked between pieces.
+        stop: whether to stop hashing, since the loading was cancelled; called between pieces.
     """
 
     def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -71,7 +72,7 @@ class Contents:
         data = memoryview(self.read(path))
         end = len(data) if length is None else offset + length
         if end > len(data):
-            raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
+            raise too_short(path)
         return self._hash(path, data[offset:end])
 
     def _hash(self, path: Path, data: memoryview) -> bytes:

@@ -37,5 +37,10 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
     except OSError as error:
         raise BundleError(f"{path} cannot be read; give this user permission to read it") from error
     if rest:
-        raise BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")
+        raise too_short(path)
     return digest.digest()
+
+
+def too_short(path: Path) -> BundleError:
+    """Return the error for a file that ends before a part of it does."""
+    return BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")

@@ -18,7 +18,7 @@ _SECONDS = 10.0
 #: Most bytes of a request's head; a request with a body is answered without it.
 _HEAD_BYTES = 16 * 2**10
 
-#: Connections that wait to be accepted. asyncio tries to accept so many at a time, also when no descriptor is free.
+#: Connections that wait to be accepted. asyncio tries to accept this many at a time, also when no descriptor is free.
 _BACKLOG = 8
 #: Seconds between two log lines on connections that could not be accepted.
 _LOG_SECONDS = 60.0

@@ -17,7 +17,7 @@ from emberpc.export.strategies import EXPORTABLE, STRATEGIES
 
 #: A difference counts as significant from this many standard errors on (about 95 % confidence).
 _SIGNIFICANT_ERRORS = 2.0
-#: A difference of training times, in CPU-seconds, that is no price: nobody waits for it.
+#: A difference of training times, in CPU-seconds, that is too small to be a price.
 _NEGLIGIBLE_SECONDS = 1.0
 
 

@@ -297,7 +297,7 @@ class Collection(Lifecycle, SearchCalls):
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:
-        """Move vectors from the buffer to the graph, and build graph or word index anew if they must be.
+        """Move vectors from the buffer to the graph, and rebuild the graph or the word index if needed.
 
         Takes long, and lets searches and writes in between; ends early when the collection is to be closed. A closed
         one stays closed: when it is opened it asks for what there is to do.

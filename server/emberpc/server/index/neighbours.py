@@ -179,7 +179,7 @@ class Neighbours:
     def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
         """Search for every node by its own vector, if there are many more than at the last check.
 
-        With `at_rest`, it is enough that there is one more.
+        With `at_rest`, one more is enough.
 
         One that is not found is compared with every query from then on. Searches and writes go on meanwhile. A check
         that is stopped goes on at the next call. Must not run beside `drain`.

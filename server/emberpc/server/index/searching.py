@@ -35,7 +35,7 @@ _VECTORS_PER_CANDIDATE = 2
 _FEW = 1000
 #: A search of the graph that found too few that match keeps so many times the candidates the next time.
 _WIDER = 4
-#: Checking a vector that was compared takes as long as checking so many while they are read.
+#: Checking a vector after it was compared takes as long as checking this many vectors while they are read.
 _CHECKS_PER_HIT = 6
 #: Times that a search which a write came across is done before it holds writes off.
 _TRIES = 8
@@ -294,7 +294,7 @@ def _exact_up_to(ef: int) -> int:
 
 
 def _are_rather_checked_first(hits: int, count: int) -> bool:
-    """Return whether checking so many vectors as they are read is quicker than reading so many hits again for it."""
+    """Return whether checking `count` vectors while reading them is quicker than reading `hits` again to check them."""
     return _CHECKS_PER_HIT * hits > count
 
 

@@ -26,9 +26,9 @@ _MAX_DEAD_SHARE = 0.25
 _MAX_STRAY_SHARE = 0.02
 #: So few strays cost a search less than 5 %.
 _FEW_STRAYS = 100
-#: A graph that cuts off a greater share of a sample is built anew in shells before it takes in more.
+#: A graph that cuts off a greater share of a sample is rebuilt in shells before more vectors are added.
 _MAX_MISSED_SHARE = 0.02
-#: The first sample is of a graph of so many vectors, the next of one that is 1.5 times as large.
+#: Vectors in the graph at the first sample; the next sample is at 1.5 times as many.
 _FIRST_SAMPLE = 1000
 _SAMPLE_GROWTH = 1.5
 #: Share of the time that checks of a graph at rest may take: 100,000 nodes take some 5 s.
@@ -174,7 +174,7 @@ class Upkeep:
         return max(1000, wanted - self._neighbours.graph_size)
 
     def _rebuild_if_due(self, *, misses: bool = False) -> None:
-        """Build the graph anew if many nodes are deleted or strays, or, as a sample says, searches miss many."""
+        """Rebuild the graph if many nodes are deleted or strays, or if searches miss many of a sample."""
         limit, shuffled = self._pace.buffer_limit, self._has_many_strays() or (misses and self._may_get_better())
         if not shuffled and self._neighbours.dead_share <= _MAX_DEAD_SHARE:
             return
@@ -198,7 +198,7 @@ class Upkeep:
         return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and self._may_get_better()
 
     def _may_get_better(self) -> bool:
-        """Whether the graph holds many more vectors than when it was built anew because of strays."""
+        """Whether the graph holds many more vectors than when it was rebuilt because of strays."""
         return self._neighbours.graph_size >= 1.5 * self._size_shuffled
 
     def _rests(self) -> bool:

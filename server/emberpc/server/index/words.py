@@ -46,7 +46,7 @@ _COMPATIBLE = re.compile(
     "\uab5c-\uab69\ufb00-\ufb06\ufb13-\ufb4f\ufb50-\ufdfc\ufe70-\uffee\U00010781-\U000107ba\U0001d400-\U0001d7ff"
     "\U0001ee00-\U0001eebb\U0001f100-\U0001f251\U0001fbf0-\U0001fbf9]"
 )
-#: A fraction is left as it is: of 2½ would become 21⁄2.
+#: Fractions are not folded: 2½ would become 21⁄2.
 _FRACTION_SLASH = "\u2044"
 #: Characters that a text may become longer by, beyond twice its length. Some characters decompose into 18.
 _MORE_CHARACTERS = 1000
