@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.batching import Item, Queue
+from emberpc.server.engine.batching import Item, JobResult, Queue
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.scheduler import Scheduler
@@ -53,6 +53,13 @@ class Gate:
         assert self.open.wait(300)
         self.seen += [len(ids) for ids in batch]
         return np.zeros((len(batch), 1), dtype=np.float32)
+
+
+async def hold(scheduler: Scheduler, gate: Gate, length: int) -> asyncio.Task[JobResult]:
+    """Have a worker run a text of a length until the gate is opened; return the call."""
+    running = asyncio.create_task(scheduler.run(gate, texts(length)))
+    await asyncio.to_thread(gate.entered.wait, 300)
+    return running
 
 
 Make = Callable[..., Scheduler]
@@ -110,8 +117,7 @@ async def test_a_failing_model_fails_only_the_calls_in_its_batch(scheduler: Make
 
 async def test_overload_is_refused_at_once_with_a_time_to_come_back(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1, max_queue_tokens=100), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(90)))
     await asyncio.sleep(0)
     with pytest.raises(ServiceError) as refused:
@@ -131,8 +137,7 @@ async def test_a_call_that_could_never_be_taken_is_told_to_split(scheduler: Make
 
 async def test_what_a_caller_who_left_still_wanted_is_not_run(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     left = asyncio.create_task(busy.run(gate, texts(7)))
     stayed = asyncio.create_task(busy.run(gate, texts(60)))
     await asyncio.sleep(0)
@@ -146,8 +151,7 @@ async def test_what_a_caller_who_left_still_wanted_is_not_run(scheduler: Make) -
 
 async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(60)))
     await asyncio.sleep(0)
     closing = asyncio.create_task(asyncio.to_thread(busy.close))
@@ -164,8 +168,7 @@ async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) 
 
 async def test_closing_waits_for_a_running_batch_until_its_deadline_only(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     assert not busy.close(Deadline(0))
     gate.open.set()
     await running
@@ -174,8 +177,7 @@ async def test_closing_waits_for_a_running_batch_until_its_deadline_only(schedul
 
 async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(scheduler: Make) -> None:
     busy, gate, runner = scheduler(workers=1), Gate(), Lengths(poison=13)
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     good, bad, other = (asyncio.create_task(busy.run(runner, texts(length))) for length in (12, 13, 14))
     await asyncio.sleep(0)
     gate.open.set()
@@ -188,8 +190,7 @@ async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(
 
 async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.01)))
     await asyncio.sleep(0.02)  # its time passes while the only worker is busy
     gate.open.set()
@@ -245,8 +246,7 @@ def test_a_host_that_became_slower_has_another_best_rate_at_last() -> None:
 async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Make) -> None:
     """The rate of the slow batches says 800 seconds, their best 20: that is the least that the call takes."""
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(5)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 5)
     accepted = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
     await asyncio.sleep(0)
     for rate in (400.0, 10.0, 10.0, 10.0, 10.0):
@@ -259,8 +259,7 @@ async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Ma
 
 async def test_accepted_work_is_dropped_when_its_least_time_is_past_the_deadline(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(5)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 5)
     hopeless = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
     await asyncio.sleep(0)
     for _ in range(3):
@@ -276,8 +275,7 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
     busy, gate = scheduler(workers=1), Gate()
     for _ in range(3):
         await busy.run(Slow(), texts(64))
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))
     await asyncio.sleep(0)
     bulk = Caller(lane=Lane.BULK, deadline=perf_counter() + 1)
@@ -317,8 +315,7 @@ async def test_a_text_that_is_alone_has_all_cores_and_no_other(scheduler: Make) 
     lone, several = await free.run(Threads(), texts(200)), await free.run(Threads(), texts(200, 200))
     assert [int(row[0]) for result in (lone, several) for row in result.rows] == [3, 1, 1]
     gate = Gate()
-    running = asyncio.create_task(free.run(gate, texts(5)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(free, gate, 5)
     beside = await free.run(Threads(), texts(200))
     assert int(beside.rows[0][0]) == 1
     gate.open.set()
@@ -399,8 +396,7 @@ async def test_workers_do_without_a_priority_of_their_own(scheduler: Make, monke
 
 async def test_what_a_caller_who_left_still_wanted_holds_up_nobody(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
-    running = asyncio.create_task(busy.run(gate, texts(50)))
-    await asyncio.to_thread(gate.entered.wait, 300)
+    running = await hold(busy, gate, 50)
     left = asyncio.create_task(busy.run(gate, texts(*[9] * 100)))
     stayed = asyncio.create_task(busy.run(gate, texts(60, 61)))
     await asyncio.sleep(0)
