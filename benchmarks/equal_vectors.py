@@ -19,10 +19,11 @@ from time import process_time
 
 import numpy as np
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
-from emberpc.server.index.graph import Graph
-from emberpc.server.index.metric import nearest, prepare
-from emberpc.server.index.types import Matrix
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
+from emberpc.server.collections.metric import nearest, prepare
+from emberpc.server.collections.types import Matrix
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph.graph import Graph
 
 _BATCH = 16
 _DIMENSIONS = 384

@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.collections.filters import AllOf, Comparison, Filter, Operator
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
-from emberpc.server.index.filters import AllOf, Comparison, Filter, Operator
+from emberpc.server.index import Collection, Index
 
 DIMENSIONS, K, QUERIES = 384, 10, 300
 SHARES = (0.5, 0.1, 0.01, 0.0001)

@@ -32,8 +32,9 @@ import numpy as np
 
 import index_rpc
 from emberpc.client import Client, Record
-from emberpc.server.index import CollectionSpec, Index, NewRecord
-from emberpc.server.index.recall import MIN_SIZE, load
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.index import Index
+from emberpc.server.index.search.recall import MIN_SIZE, load
 from load import cpu_seconds, host, resident_megabytes
 from server_process import ServerProcess
 

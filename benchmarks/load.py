@@ -1,4 +1,4 @@
-"""Helpers of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
+"""WorkerThreads of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
 
 Run as a program, this script is the callers, so that their CPU time is not part of the benchmark's or the server's:
 

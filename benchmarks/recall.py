@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.index import Collection, Index
 
 QUERIES, K, WRITE = 500, 10, 1000
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.999)

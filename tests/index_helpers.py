@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from emberpc.server.index import Distance, NewRecord
+from emberpc.server.collections import Distance, NewRecord
 
 DIMENSIONS = 16
 

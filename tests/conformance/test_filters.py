@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conformance.conftest import BACKENDS, milvus_uri
-from emberpc.server.index import CollectionSpec, Distance, Index, NewRecord
-from emberpc.server.index.backend import CollectionBackend, IndexBackend
-from emberpc.server.index.filters import (
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
+from emberpc.server.collections.backend import CollectionBackend, IndexBackend
+from emberpc.server.collections.filters import (
     AllOf,
     AnyOf,
     Comparison,
@@ -27,6 +27,7 @@ from emberpc.server.index.filters import (
     Prefix,
     matches,
 )
+from emberpc.server.index import Index
 from index.test_filters import CONDITIONS, METADATA
 from index_helpers import true_scores, vectors
 

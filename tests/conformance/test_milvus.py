@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client, Record
+from emberpc.server.cancellation import cancelled_when
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord, Strategy
+from emberpc.server.collections.filters import Comparison, Existence, Not, Operator
 from emberpc.server.errors import Code
-from emberpc.server.index import CollectionSpec, Distance, NewRecord, Strategy
-from emberpc.server.index.cancellation import cancelled_when
-from emberpc.server.index.filters import Comparison, Existence, Not, Operator
 from index.support import refused
 from index_helpers import true_scores, vectors
 from milvus_lite_process import MilvusLiteProcess, need_milvus

@@ -7,7 +7,7 @@ import pytest
 
 from conformance.conftest import MakeCollection
 from emberpc.client import Client, NotFound, RecordId
-from emberpc.server.index import Distance
+from emberpc.server.collections import Distance
 from index_helpers import true_scores, vectors
 
 DIMENSIONS = 32

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from conformance.conftest import BACKENDS, milvus_uri
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.collections.backend import IndexBackend
+from emberpc.server.collections.filters import AllOf, Comparison, Membership, Not, Operator, Prefix
 from emberpc.server.errors import Code
-from emberpc.server.index import CollectionSpec, Index, NewRecord
-from emberpc.server.index.backend import IndexBackend
-from emberpc.server.index.filters import AllOf, Comparison, Membership, Not, Operator, Prefix
+from emberpc.server.index import Index
 from index.support import refused
 from index_helpers import vectors
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from emberpc.server.index import Collection, CollectionSpec, Index
-from emberpc.server.index.backup import LAST_LINE_SIZE, last_line
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs.backup import LAST_LINE_SIZE, last_line
 
 
 def accept_all(spec: CollectionSpec) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Index
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.index import Collection, Index
 from index_helpers import DIMENSIONS
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord
-from emberpc.server.index.filters import Comparison, Operator
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
+from emberpc.server.collections.filters import Comparison, Operator
+from emberpc.server.index import Collection, Index
 from index.support import gaussian, make_older
 
 COUNT, WIDTH = 60, 8

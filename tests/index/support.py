@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
+from emberpc.server.collections import NewRecord
+from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, NewRecord, schema
-from emberpc.server.index.damage import lenient_text
-from emberpc.server.index.rows import DAMAGES, ROW_COLUMNS, Row
-from emberpc.server.index.types import Matrix
+from emberpc.server.index import Collection
+from emberpc.server.index.storage import schema
+from emberpc.server.index.storage.damage import lenient_text
+from emberpc.server.index.storage.rows import DAMAGES, ROW_COLUMNS, Row
 from index_helpers import records, true_scores
 
 

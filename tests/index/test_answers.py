@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord, RecordParts, StoredRecord
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, RecordParts, StoredRecord
-from emberpc.server.index.store_reader import StoreReader
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage.store_reader import StoreReader
 from index.support import refused
 from index_helpers import DIMENSIONS, vectors
 

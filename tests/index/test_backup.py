@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord, StoredRecord
+from emberpc.server.collections.filters import Comparison, Operator
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, StoredRecord
-from emberpc.server.index.backup import pieces
-from emberpc.server.index.filters import Comparison, Operator
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs.backup import pieces
 from index.backups import folders, restored, taken
 from index.support import gaussian, numbered, refused
 from index.test_expiry import soon

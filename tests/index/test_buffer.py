@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.index import Distance
-from emberpc.server.index.buffer import Buffer
-from emberpc.server.index.types import Matrix
+from emberpc.server.collections import Distance
+from emberpc.server.collections.types import Matrix
+from emberpc.server.index.graph.buffer import Buffer
 from index.support import gaussian
 from index_helpers import true_scores
 
@@ -27,7 +27,7 @@ STEPS = st.lists(
 @given(steps=STEPS, k=st.integers(1, 40))
 def test_it_holds_what_was_added_and_not_removed(chunk: int, steps: list[tuple[str, int | set[int]]], k: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("emberpc.server.index.buffer._CHUNK", chunk)
+        patch.setattr("emberpc.server.index.graph.buffer._CHUNK", chunk)
         buffer = Buffer(4, Distance.EUCLIDEAN)
     truth: dict[int, Matrix] = {}
     last = 0

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.cancellation import Cancellation, cancelled, cancelled_when
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.collections.filters import AnyOf, Comparison, Filter, Operator, Prefix
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, clusters, database
-from emberpc.server.index.cancellation import Cancellation, cancelled, cancelled_when
-from emberpc.server.index.clusters import k_means
-from emberpc.server.index.filters import AnyOf, Comparison, Filter, Operator, Prefix
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs import clusters
+from emberpc.server.index.jobs.clusters import k_means
+from emberpc.server.index.storage import database
 from index.support import numbered, refused
 from index_helpers import DIMENSIONS, vectors
 

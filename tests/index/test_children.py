@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Index
-from emberpc.server.index.children import ChildKilledError, in_child
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph.child_process import ChildKilledError, in_child
 from index.support import gaussian, numbered
 from index_helpers import DIMENSIONS
 
@@ -44,7 +45,7 @@ def test_it_has_none_of_the_files_that_are_open_here(tmp_path: Path) -> None:
 MULTIPLYING = """
 import threading
 import numpy as np
-from emberpc.server.index.children import in_child
+from emberpc.server.index.graph.child_process import in_child
 matrix, vector = np.ones((4000, 384), dtype=np.float32), np.ones(384, dtype=np.float32)
 over, turn = threading.Event(), threading.Event()
 
@@ -86,7 +87,7 @@ def test_a_snapshot_whose_process_is_killed_is_written_by_the_next(
         children.append(work)
         return in_child(work if len(children) > 1 else lambda: os.kill(os.getpid(), signal.SIGKILL))
 
-    monkeypatch.setattr("emberpc.server.index.graph.in_child", killed_at_first)
+    monkeypatch.setattr("emberpc.server.index.graph.graph.in_child", killed_at_first)
     with closing(Index(tmp_path, buffer_limit=10, snapshot_every=50)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))
         collection.upsert(numbered(60), gaussian(60, DIMENSIONS))

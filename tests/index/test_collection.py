@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord, SearchOutcome, Strategy
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, SearchOutcome, Strategy
+from emberpc.server.index import Collection, Index
 from index_helpers import DIMENSIONS, records, true_scores, vectors
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
+from emberpc.server.collections.filters import Comparison, Not, Operator
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, schema
-from emberpc.server.index.filters import Comparison, Not, Operator
+from emberpc.server.index import Collection, Index
 from emberpc.server.index.reembedding import Reembedding
+from emberpc.server.index.storage import schema
 from index.damages import COUNT, EVEN, LOST, QUESTIONS, TRUTH, VECTORS, WIDTH, damaged
 from index.support import gaussian, recall, refused
 

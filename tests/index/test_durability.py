@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index
+from emberpc.server.index import Collection, Index
 from index_helpers import DIMENSIONS, records, true_scores, vectors
 
 # Writes batches of a size that tells of half-written ones, and says of each before and after.
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.index import Index
 index = Index(Path(sys.argv[1]), buffer_limit=16, snapshot_every=40)
 rng = np.random.default_rng(int(sys.argv[2]))
 try:
@@ -184,10 +186,12 @@ def test_two_hundred_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
 # Kills itself at a moment that a kill from outside would hardly hit.
 KILLED = """
 import os, pathlib, signal, sys
-from emberpc.server.index import Index, graph, maintenance, neighbours, snapshots
+from emberpc.server.index import Index
+from emberpc.server.index.graph import graph, neighbours, snapshots
+from emberpc.server.index.jobs import maintenance_thread
 from index_helpers import records, vectors
 folder, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
-maintenance.Maintainer.wake = lambda *_: None  # not before all is written
+maintenance_thread.Maintainer.wake = lambda *_: None  # not before all is written
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)

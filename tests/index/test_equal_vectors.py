@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from emberpc.server.index import CollectionSpec, Distance, Index, snapshots
-from emberpc.server.index.graph import Graph
-from emberpc.server.index.metric import prepare
-from emberpc.server.index.types import Labels, Matrix
+from emberpc.server.collections import CollectionSpec, Distance
+from emberpc.server.collections.metric import prepare
+from emberpc.server.collections.types import Labels, Matrix
+from emberpc.server.index import Index
+from emberpc.server.index.graph import snapshots
+from emberpc.server.index.graph.graph import Graph
 from index.support import gaussian, numbered
 
 WIDTH = 32

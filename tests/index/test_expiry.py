@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
-from emberpc.server.index.store import Store
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage.store import Store
 from index_helpers import DIMENSIONS, records, vectors
 
 

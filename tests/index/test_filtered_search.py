@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord, Strategy
+from emberpc.server.collections.filters import AnyOf, Comparison, Existence, Filter, Not, Operator
+from emberpc.server.collections.types import Distance, Matrix
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord, Strategy, selection
-from emberpc.server.index.filters import AnyOf, Comparison, Existence, Filter, Not, Operator
-from emberpc.server.index.neighbours import Candidates, Neighbours
-from emberpc.server.index.types import Distance, Matrix
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph.neighbours import Candidates, Neighbours
+from emberpc.server.index.search import filtered
 from index.support import gaussian, refused
 from index_helpers import true_scores, vectors
 
@@ -135,7 +137,7 @@ def test_a_filter_sees_every_write_at_once(
     collection: Collection, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
 ) -> None:
     """The same filter again and again, so that what is remembered of it is brought up to date, or is not there."""
-    monkeypatch.setattr(selection, bound, value)
+    monkeypatch.setattr(filtered, bound, value)
     data = gaussian(60, 16)
     query = data[:1]
     kinds = AnyOf((equal("kind", "a"), equal("kind", "b")))

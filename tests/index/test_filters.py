@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberpc.server.index import Collection, NewRecord, store_reader
-from emberpc.server.index.filter_sql import can_be_indexed, compile_filter, index_statement
-from emberpc.server.index.filters import (
+from emberpc.server.collections import NewRecord
+from emberpc.server.collections.filters import (
     MAX_KEYS,
     AllOf,
     AnyOf,
@@ -26,10 +25,14 @@ from emberpc.server.index.filters import (
     Not,
     Operator,
     Prefix,
+    can_be_indexed,
     keys,
     matches,
     mismatches,
 )
+from emberpc.server.index import Collection
+from emberpc.server.index.storage import store_reader
+from emberpc.server.index.storage.filter_sql import compile_filter, index_statement
 from index_helpers import vectors
 
 KEYS = ["a", "b", "a.b", 'q"uote', "it's", "br[0]", "back\\slash", "ключ", "", "$", "new\nline", "7"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.collections.filters import Comparison, Operator
+from emberpc.server.collections.types import Matrix, StoredRecord
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
-from emberpc.server.index.filters import Comparison, Operator
-from emberpc.server.index.reserve import Reserve
-from emberpc.server.index.types import Matrix, StoredRecord
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage.reserve import Reserve
 from index.support import gaussian, recall, refused
 
 WIDTH, BATCH = 64, 20
@@ -83,7 +84,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, caplo
         collection = index.create(CollectionSpec("c", WIDTH))
         written, number = fill(collection, 0)
         check(collection, written)
-        collection._upkeep.snapshot()
+        collection._graph_maintenance.snapshot()
         assert "no snapshot" in caplog.text
         check(collection, written)
     for room in (False, True):

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, duplicates
-from emberpc.server.index.clusters import k_means
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs import duplicates
+from emberpc.server.index.jobs.clusters import k_means
 from index.support import numbered, refused
 from index_helpers import DIMENSIONS, vectors
 

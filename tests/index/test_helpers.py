@@ -7,18 +7,19 @@ import threading
 import numpy as np
 import pytest
 
-from emberpc.server.index import CollectionSpec, hnsw
-from emberpc.server.index.graph import Graph
-from emberpc.server.index.helpers import Helpers
-from emberpc.server.index.hnsw import GraphError
-from emberpc.server.index.metric import prepare
-from emberpc.server.index.types import Distance
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.collections.metric import prepare
+from emberpc.server.collections.types import Distance
+from emberpc.server.index.graph import hnsw
+from emberpc.server.index.graph.graph import Graph
+from emberpc.server.index.graph.hnsw import GraphError
+from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_each_part_is_done_once_and_in_its_place(most: int, parts: int) -> None:
-    helpers: Helpers[int, int] = Helpers(most)
+    helpers: WorkerThreads[int, int] = WorkerThreads(most)
     done: list[int] = []
 
     def work(part: int) -> int:
@@ -30,7 +31,7 @@ def test_each_part_is_done_once_and_in_its_place(most: int, parts: int) -> None:
 
 
 def test_a_helper_that_is_busy_is_not_waited_for() -> None:
-    helpers: Helpers[int, int] = Helpers(1)
+    helpers: WorkerThreads[int, int] = WorkerThreads(1)
     begun, free = threading.Event(), threading.Event()
 
     def hold(part: int) -> int:
@@ -51,7 +52,7 @@ def test_a_helper_that_is_busy_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_what_fails_is_told_when_nobody_is_at_it_any_more(wrong: int) -> None:
-    helpers: Helpers[int, int] = Helpers(1)
+    helpers: WorkerThreads[int, int] = WorkerThreads(1)
     begun, over = threading.Event(), threading.Event()
 
     def work(part: int) -> int:
@@ -75,11 +76,11 @@ def test_without_threads_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert Helpers[int, int](2).each(lambda part: part + 1, [1, 2, 3]) == [2, 3, 4]
+    assert WorkerThreads[int, int](2).each(lambda part: part + 1, [1, 2, 3]) == [2, 3, 4]
 
 
 def test_many_queries_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hnsw, "_helpers", Helpers(2))
+    monkeypatch.setattr(hnsw, "_helpers", WorkerThreads(2))
     spec = CollectionSpec("c", 16)
     vectors = prepare(np.random.default_rng(0).standard_normal((600, 16), dtype=np.float32), Distance.COSINE)
     graph = Graph(spec)

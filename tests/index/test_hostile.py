@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from emberpc.server.collections import MAX_TOP_K, CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import MAX_TOP_K, Collection, CollectionSpec, Distance, Index
+from emberpc.server.index import Collection, Index
 from index.support import gaussian, numbered, refused
 
 WIDTH = 8
@@ -68,7 +69,8 @@ import tempfile
 from pathlib import Path
 import numpy as np
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import CollectionSpec, Index
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.index import Index
 from index.support import gaussian, numbered
 from index.test_hostile import BAD
 

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from emberpc.server.collections import CollectionSpec, Fusion, NewRecord, Strategy
+from emberpc.server.collections.filters import Comparison, Filter, Operator
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Fusion, Index, NewRecord, Strategy, hybrid
-from emberpc.server.index.filters import Comparison, Filter, Operator
-from emberpc.server.index.hybrid import fused
-from emberpc.server.index.words import _folded, search_text, words_of
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.search import hybrid
+from emberpc.server.index.search.hybrid import fused
+from emberpc.server.index.storage.lexical_terms import _folded, search_text, words_of
 from index.support import gaussian, make_older, refused
 
 TEXTS = {

@@ -16,9 +16,11 @@ from unittest.mock import Mock
 
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, snapshots
-from emberpc.server.index.graph import Graph
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph import snapshots
+from emberpc.server.index.graph.graph import Graph
 from index.support import refused
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -240,7 +242,8 @@ def test_a_damaged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
 READ_ONLY = """
 import os, pathlib, sys
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.index import Index
 from index_helpers import vectors
 matrix = vectors(1)
 if not os.getuid():

@@ -15,7 +15,8 @@ from contextlib import closing
 from pathlib import Path
 import numpy as np
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.index import Index
 from emberpc.server.memory import keep_freed_memory
 
 VECTOR = np.ones((1, 384), dtype=np.float32)

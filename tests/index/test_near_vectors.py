@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, snapshots
-from emberpc.server.index.graph import Graph
-from emberpc.server.index.grouped_vectors import GroupedVectors
-from emberpc.server.index.hnsw import Hnsw
-from emberpc.server.index.metric import nearest, prepare
-from emberpc.server.index.neighbours import Neighbours
-from emberpc.server.index.types import Labels, Matrix
+from emberpc.server.collections import CollectionSpec, Distance
+from emberpc.server.collections.metric import nearest, prepare
+from emberpc.server.collections.types import Labels, Matrix
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph import snapshots
+from emberpc.server.index.graph.graph import Graph
+from emberpc.server.index.graph.grouped_vectors import GroupedVectors
+from emberpc.server.index.graph.hnsw import Hnsw
+from emberpc.server.index.graph.neighbours import Neighbours
 from index.support import gaussian, numbered
 
 WIDTH = 32
@@ -255,7 +257,7 @@ def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
     alone = index.create(CollectionSpec("d", WIDTH, m=8, ef_construction=60))
     alone.upsert(numbered(1500), vectors[others])
     alone.maintain()
-    ours, theirs = (each._upkeep.effort.ef(10, 0, 0.95) for each in (collection, alone))
+    ours, theirs = (each._graph_maintenance.effort.ef(10, 0, 0.95) for each in (collection, alone))
     assert ours is not None
     assert theirs is not None
     assert ours >= theirs / 2
@@ -309,28 +311,28 @@ def cut_off(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
     collection.upsert(numbered(1500), vectors[:1500])
     unchecked(monkeypatch, collection.maintain)
     collection.upsert(numbered(100, first=1500), vectors[1500:])
-    collection._upkeep._last_write += 1000
+    collection._graph_maintenance._last_write += 1000
     collection.maintain()
     assert not_found(collection), "the graph is too good to show anything"
     return collection
 
 
 def test_a_graph_at_rest_is_checked_though_it_grew_little(cut_off: Collection) -> None:
-    cut_off._upkeep._next_check = 0
-    assert cut_off._upkeep.due_at_rest is not None
-    cut_off._upkeep._last_write -= 5000
+    cut_off._graph_maintenance._next_check = 0
+    assert cut_off._graph_maintenance.due_at_rest is not None
+    cut_off._graph_maintenance._last_write -= 5000
     cut_off.maintain()
     assert not_found(cut_off) == 0
-    assert cut_off._upkeep.due_at_rest is None
+    assert cut_off._graph_maintenance.due_at_rest is None
 
 
 def test_checks_of_a_graph_at_rest_take_a_small_share_of_the_time(cut_off: Collection) -> None:
-    upkeep = cut_off._upkeep
-    upkeep._last_write -= 5000
-    upkeep._next_check += 1000
-    seconds = upkeep.due_at_rest
+    maintenance = cut_off._graph_maintenance
+    maintenance._last_write -= 5000
+    maintenance._next_check += 1000
+    seconds = maintenance.due_at_rest
     assert seconds is not None
-    assert seconds > upkeep._pace.rest_seconds
+    assert seconds > maintenance._pace.rest_seconds
     cut_off.maintain()
     assert not_found(cut_off), "it was checked before the time"
 
@@ -350,7 +352,7 @@ def test_a_graph_that_is_loaded_is_checked_for_what_was_added_before(cut_off: Co
 def test_members_of_a_group_that_is_not_in_a_snapshot_are_found_and_grouped_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emberpc.server.index.graph._MOST_SAVED", 150)
+    monkeypatch.setattr("emberpc.server.index.graph.graph._MOST_SAVED", 150)
     vectors, _ = crowd(300, 200, 0.001)
     vectors = prepare(vectors, Distance.COSINE)
     graph = built(vectors)
@@ -502,7 +504,7 @@ def test_shells_outlast_a_restart(tmp_path: Path) -> None:
 
 
 def test_many_strays_have_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emberpc.server.index.grouped_vectors._MOST_STRAYS_COMPARED", 100)
+    monkeypatch.setattr("emberpc.server.index.graph.grouped_vectors._MOST_STRAYS_COMPARED", 100)
     vectors = prepare(one_cone(), Distance.COSINE)
     graph = built(vectors)
     graph.check(graph.check_begins())

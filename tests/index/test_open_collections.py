@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.index import Collection, Index
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
-from emberpc.server.index.readers import MOST_DESCRIPTORS
+from emberpc.server.index.storage.readers import MOST_DESCRIPTORS
 from index.backups import restored, taken
 from index.support import gaussian, numbered, refused
 from index.test_threads import together, until
@@ -110,7 +111,7 @@ def test_one_whose_snapshot_cannot_be_written_stays_open(index: Index, monkeypat
     """Otherwise its graph would have to be built once more."""
     collection = made(index, 0, count=40)
     collection.maintain()
-    monkeypatch.setattr(collection._upkeep, "snapshot", lambda: None)
+    monkeypatch.setattr(collection._graph_maintenance, "snapshot", lambda: None)
     assert not collection.close_idle()
     assert is_open(collection)
     for i in range(1, 6):

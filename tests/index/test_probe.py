@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Index
-from emberpc.server.index.probing import Probe
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.search.probe import Probe
 from index.support import gaussian, numbered
 
 COUNT, WIDTH = 600, 32

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.server.collections import CollectionSpec
 from emberpc.server.errors import Code
-from emberpc.server.index import CollectionSpec, Index, snapshots
+from emberpc.server.index import Index
+from emberpc.server.index.graph import snapshots
 from index.support import numbered, refused
 from index_helpers import DIMENSIONS, vectors
 

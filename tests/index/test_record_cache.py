@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
-from emberpc.server.index.record_cache import RecordCache
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage.record_cache import RecordCache
 from index_helpers import DIMENSIONS, records, vectors
 
 JSON = st.recursive(

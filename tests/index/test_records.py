@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, NewRecord
+from emberpc.server.index import Collection, Index
 from index.support import gaussian, numbered, refused
 
 VECTOR = np.ones((1, 4), dtype=np.float32)

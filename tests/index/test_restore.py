@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index
-from emberpc.server.index.backup import HEADROOM, LAST_LINE_SIZE
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs.backup import HEADROOM, LAST_LINE_SIZE
 from index.backups import accept_all, changed, folders, restored, sealed, taken
 from index.support import gaussian, make_checksums_right, make_older, numbered, refused
 from index.test_safety import largest_file

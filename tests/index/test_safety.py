@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Strategy
+from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Index, Strategy
-from emberpc.server.index.types import Matrix
+from emberpc.server.index import Collection, Index
 from index.backups import restored, taken
 from index.support import gaussian, numbered, refused
 
@@ -144,10 +145,10 @@ def test_a_snapshot_cut_off_by_a_full_disk_never_counts(tmp_path: Path, caplog: 
     collection.upsert(numbered(1000), vectors)
     collection.maintain()
     with largest_file(100_000):
-        collection._upkeep.snapshot()
+        collection._graph_maintenance.snapshot()
     assert "no snapshot" in caplog.text
     assert not list(folder_of(tmp_path).glob("graph-*"))
-    collection._upkeep.snapshot()
+    collection._graph_maintenance.snapshot()
     assert len(list(folder_of(tmp_path).glob("graph-*"))) == 2
     index.close()
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance, Strategy
+from emberpc.server.collections.types import Labels, Matrix
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, Strategy
-from emberpc.server.index.types import Labels, Matrix
+from emberpc.server.index import Collection, Index
 from index.support import gaussian, numbered, recall, refused
 
 
@@ -206,16 +207,16 @@ def test_the_graph_takes_in_all_that_waits_when_writes_rest(tmp_path: Path) -> N
     with closing(Index(tmp_path, buffer_limit=100)) as index:
         collection = index.create(CollectionSpec("c", 8))
         collection.upsert(numbered(90), gaussian(90, 8))
-        assert collection._upkeep.due_at_rest is None  # so few are compared one by one for good
+        assert collection._graph_maintenance.due_at_rest is None  # so few are compared one by one for good
         collection.upsert(numbered(90, first=90), gaussian(90, 8, seed=1))
         collection.maintain()
         collection.upsert(numbered(50, first=500), gaussian(50, 8, seed=2))
-        assert collection._upkeep.due_at_rest is not None
-        collection._upkeep._last_write -= 1000
-        collection._upkeep._next_check = 0  # the last check is long ago, too
+        assert collection._graph_maintenance.due_at_rest is not None
+        collection._graph_maintenance._last_write -= 1000
+        collection._graph_maintenance._next_check = 0  # the last check is long ago, too
         collection.maintain()
         assert (collection._neighbours.waiting, collection._neighbours.graph_size) == (0, 230)
-        assert collection._upkeep.due_at_rest is None
+        assert collection._graph_maintenance.due_at_rest is None
 
 
 def test_maintenance_at_rest_comes_once_and_after_the_last_write(index: Index) -> None:

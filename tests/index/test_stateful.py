@@ -11,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from emberpc.server.index import CollectionSpec, Distance, Index, NewRecord
-from emberpc.server.index.filters import Comparison, Filter, Operator, matches
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
+from emberpc.server.collections.filters import Comparison, Filter, Operator, matches
+from emberpc.server.index import Index
 from index_helpers import DIMENSIONS, true_scores
 
 kinds = st.integers(0, 3)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, damage, rows
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage import damage, rows
 from index.damages import EVEN, WIDTH
 from index.support import gaussian, make_older
 from index_helpers import true_scores

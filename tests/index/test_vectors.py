@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from emberpc.server.collections import CollectionSpec, Distance
+from emberpc.server.collections.metric import check_vectors, nearest, prepare
+from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import Code, ServiceError, items_of
-from emberpc.server.index import CollectionSpec, Distance, Index
-from emberpc.server.index.metric import check_vectors, nearest, prepare
-from emberpc.server.index.types import Matrix
+from emberpc.server.index import Index
 from index.support import gaussian, numbered, refused
 from index_helpers import true_scores
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, CollectionSpec, Distance, Index, NewRecord, verifying, word_index
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs import verify
+from emberpc.server.index.storage import word_index
 from index.support import gaussian, make_checksums_right, numbered, refused
 
 COUNT, WIDTH = 400, 16
@@ -242,7 +245,7 @@ def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest
     monkeypatch.setattr(graph, "search", blind)
     assert problems(collection) == [("r00007", "UNREACHABLE")]
     # A sample may miss it, all records do not.
-    monkeypatch.setattr(verifying, "_SAMPLE", 0)
+    monkeypatch.setattr(verify, "_SAMPLE", 0)
     assert problems(collection) == []
     found = [problem.id for step in collection.verify(full=True) for problem in step.problems]
     assert found == ["r00007"]

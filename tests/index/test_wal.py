@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.server.collections import CollectionSpec
 from emberpc.server.errors import Code
-from emberpc.server.index import CollectionSpec, Index, wal
-from emberpc.server.index.database import connect, transaction
+from emberpc.server.index import Index
+from emberpc.server.index.storage import wal
+from emberpc.server.index.storage.database import connect, transaction
 from index.support import gaussian, numbered, refused
 
 WRITES = 6

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.server.collections import NewRecord
 from emberpc.server.errors import Code
-from emberpc.server.index import Index, NewRecord
+from emberpc.server.index import Index
 from index.damages import COUNT, LOST, TRUTH, VECTORS, damaged
 from index.support import refused
 

@@ -17,8 +17,9 @@ import pytest
 
 from emberpc.cli.main import main
 from emberpc.client import AlreadyExists, AsyncClient, Client, InputError, InvalidArgument, NotFound
+from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.handlers import Handlers
-from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.index import Index
 from emberpc.server.services import requests
 from emberpc.server.services.backups import Backups
 from emberpc.server.services.index_pool import IndexPool

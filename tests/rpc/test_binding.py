@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 
+from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.engine import Engine, Model, Registry, Truncation
 from emberpc.server.errors import Code, items_of
-from emberpc.server.index import CollectionSpec, Index, NewRecord
+from emberpc.server.index import Index
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.index import IndexService
 from emberpc.server.services.index_pool import IndexPool

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound, Record, RecordId, SearchQuery
+from emberpc.server.collections import CollectionSpec
+from emberpc.server.collections.backend import no_collection
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import CollectionSpec
-from emberpc.server.index.backend import no_collection
 from emberpc.server.services.index import IndexService
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from server_process import ServerProcess

@@ -14,11 +14,13 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from emberpc.server import cancellation
+from emberpc.server.collections import CollectionSpec
 from emberpc.server.engine import Engine, Registry
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.handlers import Handlers
-from emberpc.server.index import Collection, CollectionSpec, Index, cancellation
-from emberpc.server.index.database import translated
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage.database import translated
 from emberpc.server.services import index_pool
 from emberpc.server.services.index import IndexService, add_index_service
 from emberpc.server.services.index_pool import IndexPool

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emberpc.server.collections import CollectionSpec, SearchOutcome
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection, CollectionSpec, Index, SearchOutcome
+from emberpc.server.index import Collection, Index
 from emberpc.server.services import search_groups
 from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.search_groups import Search, SearchGroups

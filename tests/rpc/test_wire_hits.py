@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emberpc.server.index import Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
 from emberpc.server.services.records import Parts, fill_record, record_vectors
 from emberpc.server.services.wire_hits import response_bytes
 from emberpc.v1 import index_pb2 as pb

@@ -13,10 +13,10 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from emberpc.server.collections import IndexBackend
 from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
 from emberpc.server.errors import ServiceError, StartupError
 from emberpc.server.handlers import Handlers, Observe
-from emberpc.server.index import Index, IndexBackend
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService, add_index_service
@@ -229,8 +229,12 @@ async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> 
 
 
 def _open_index(settings: Settings) -> IndexBackend:
-    if settings.index_backend == "milvus":
-        return _milvus_index(settings)
+    return _milvus_index(settings) if settings.index_backend == "milvus" else _embedded_index(settings)
+
+
+def _embedded_index(settings: Settings) -> IndexBackend:
+    from emberpc.server.index import Index  # noqa: PLC0415 - needs hnswlib, which a server on Milvus does without
+
     try:
         return Index(
             settings.data_dir,

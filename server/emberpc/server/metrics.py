@@ -12,8 +12,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from emberpc.server.collections import IndexBackend
 from emberpc.server.engine import Engine
-from emberpc.server.index import IndexBackend
 from emberpc.server.scraping import PageServer
 
 log = logging.getLogger(__name__)

@@ -59,9 +59,11 @@ def serve(settings: Settings) -> None:
     stopping = Stopping(settings.drain_seconds)
     try:
         models = pool.submit(_load_models, settings, pool)
-        if problem := hnswlib_problem(settings.data_dir, lambda: import_module("emberpc.server.handlers")):
-            raise StartupError(problem)
-        from emberpc.server.app import run  # noqa: PLC0415 - it imports hnswlib, and takes as long as loading a model
+        if settings.index_backend == "embedded":
+            if problem := hnswlib_problem(settings.data_dir, lambda: import_module("emberpc.server.handlers")):
+                raise StartupError(problem)
+            import_module("emberpc.server.index")
+        from emberpc.server.app import run  # noqa: PLC0415 - its import takes as long as loading a model
 
         asyncio.run(run(settings, workers, pool, threads, models, stopping))
     finally:

@@ -13,21 +13,20 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from emberpc.server.collections.backend import ReembeddingBackend, collection_exists, no_collection
+from emberpc.server.collections.types import ANSWER_BYTES, CollectionSpec, ProbeFigures, check_name, check_page_size
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index.backend import collection_exists, no_collection
 from emberpc.server.index.collection import Collection
-from emberpc.server.index.data_directory import DataDirectory, Entry
-from emberpc.server.index.expiry import Expirer
-from emberpc.server.index.files import new_folder, written
-from emberpc.server.index.maintenance import Maintainer
+from emberpc.server.index.jobs.expiry import Expirer
+from emberpc.server.index.jobs.graph_maintenance import Pace
+from emberpc.server.index.jobs.maintenance_thread import Maintainer
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
-from emberpc.server.index.probing import ProbeFigures
-from emberpc.server.index.record_cache import RecordCache
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.restoring import Restoration
-from emberpc.server.index.types import ANSWER_BYTES, CollectionSpec, check_name, check_page_size
-from emberpc.server.index.upkeep import Pace
+from emberpc.server.index.storage.data_directory import DataDirectory, Entry
+from emberpc.server.index.storage.files import new_folder, written
+from emberpc.server.index.storage.record_cache import RecordCache
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
@@ -272,7 +271,7 @@ class Index:
                     self._reembeddings[name] = found
             return list(self._reembeddings.values())
 
-    def switch(self, reembedding: Reembedding) -> bool:
+    def switch(self, reembedding: ReembeddingBackend) -> bool:
         """Let the new collection take the old one's place, at once and for good, if it has all records.
 
         Calls under way finish on the old one.
@@ -280,12 +279,15 @@ class Index:
         Returns:
             Whether it did; otherwise there is more to take over.
         """
-        source, target = reembedding.source, reembedding.target
-        name = source.spec.name
-        reembedding.prune()
+        name = reembedding.spec.name
+        own = self._reembeddings.get(name)
+        if own is None or own is not reembedding:
+            return False
+        source, target = own.source, own.target
+        own.prune()
         created = source.info().create_time
         with source.frozen() as sequence, self._use():
-            if self._reembeddings.get(name) is not reembedding or not reembedding.is_complete():
+            if self._reembeddings.get(name) is not own or not own.is_complete():
                 return False
             target.replace(sequence)
             self._directory.switch(name)

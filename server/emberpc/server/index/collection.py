@@ -12,36 +12,41 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from emberpc.server.errors import invalid, items_of
-from emberpc.server.index.backup import Piece, copy_of, pieces
-from emberpc.server.index.calls import Calls
-from emberpc.server.index.clusters import Cluster, cluster_records
-from emberpc.server.index.duplicates import DuplicatePair, find_duplicates
-from emberpc.server.index.filter_sql import EVERYTHING, Clause, compile_filter
-from emberpc.server.index.filters import MISMATCH_RECORDS, Filter, mismatches
-from emberpc.server.index.lifecycle import Lifecycle
-from emberpc.server.index.metric import check_vectors, prepare
-from emberpc.server.index.open_collections import OpenCollections
-from emberpc.server.index.probing import Probe, ProbeFigures
-from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.reserve import Reserve
-from emberpc.server.index.search_calls import SearchCalls, clause_of
-from emberpc.server.index.types import (
+from emberpc.server.collections.filters import MISMATCH_RECORDS, Filter, mismatches
+from emberpc.server.collections.metric import check_vectors, prepare
+from emberpc.server.collections.types import (
     ANSWER_BYTES,
     WHOLE_RECORD,
     Change,
+    Cluster,
     CollectionInfo,
     CollectionSpec,
+    DuplicatePair,
     Matrix,
     NewRecord,
+    Piece,
+    ProbeFigures,
     RecordParts,
     StoredRecord,
+    Verified,
     WriteResult,
     check_page_size,
 )
-from emberpc.server.index.upkeep import Pace
-from emberpc.server.index.validation import check_records
-from emberpc.server.index.verifying import Verified, Verifier
+from emberpc.server.collections.validation import check_records
+from emberpc.server.errors import invalid, items_of
+from emberpc.server.index.call_gate import CallGate
+from emberpc.server.index.jobs.backup import copy_of, pieces
+from emberpc.server.index.jobs.clusters import cluster_records
+from emberpc.server.index.jobs.duplicates import find_duplicates
+from emberpc.server.index.jobs.graph_maintenance import Pace
+from emberpc.server.index.jobs.verify import Verifier
+from emberpc.server.index.lifecycle import Lifecycle
+from emberpc.server.index.open_collections import OpenCollections
+from emberpc.server.index.search.probe import Probe
+from emberpc.server.index.search_methods import SearchMethods, clause_of
+from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause, compile_filter
+from emberpc.server.index.storage.record_cache import RecordCache
+from emberpc.server.index.storage.reserve import Reserve
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
@@ -50,7 +55,7 @@ log = logging.getLogger(__name__)
 _EXPIRED_AT_ONCE = 1000
 
 
-class Collection(Lifecycle, SearchCalls):
+class Collection(Lifecycle, SearchMethods):
     """A set of records whose vectors may be compared with each other. Safe to use from several threads.
 
     While nobody uses it, its files and memory can be given up by `close_idle`; the next call opens it again.
@@ -104,7 +109,7 @@ class Collection(Lifecycle, SearchCalls):
         self._answer_bytes = answer_bytes
         self._pace = pace
         self._create = create
-        self._calls = Calls(f"collection {spec.name!r}", self._open, self._release)
+        self._calls = CallGate(f"collection {spec.name!r}", self._open, self._release)
         #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
         self._probe = Probe(probe_share)
@@ -302,18 +307,18 @@ class Collection(Lifecycle, SearchCalls):
         Takes long, and lets searches and writes in between; ends early when the collection is to be closed. A closed
         one stays closed: when it is opened it asks for what there is to do.
         """
-        if not self._calls.begin_upkeep():
+        if not self._calls.begin_maintenance():
             return
         try:
             if self._store.words_suspect:
                 with self._write_lock:
                     self._store.build_words()
-            self._upkeep.run()
-            if (seconds := self._upkeep.due_at_rest) is not None:
+            self._graph_maintenance.run()
+            if (seconds := self._graph_maintenance.due_at_rest) is not None:
                 self._wake_at_rest(seconds)
             self._probe.run(self._searcher.search, lambda ids: self._store.get(ids, with_vectors=False))
         finally:
-            self._calls.finish_upkeep()
+            self._calls.finish_maintenance()
 
     def expire(self) -> float | None:
         """Delete the records whose time is up; return when the next one's is, in seconds since 1970, None for none."""

@@ -10,22 +10,22 @@ from datetime import datetime
 from pathlib import Path
 
 from emberpc.server import descriptors
+from emberpc.server.collections.metric import prepare
+from emberpc.server.collections.types import CollectionInfo, CollectionSpec, Labels, Matrix
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import snapshots
-from emberpc.server.index.calls import Calls
-from emberpc.server.index.graph import Graph
-from emberpc.server.index.hybrid import HybridSearcher
-from emberpc.server.index.metric import prepare
-from emberpc.server.index.neighbours import Neighbours
+from emberpc.server.index.call_gate import CallGate
+from emberpc.server.index.graph import snapshots
+from emberpc.server.index.graph.graph import Graph
+from emberpc.server.index.graph.neighbours import Neighbours
+from emberpc.server.index.jobs.graph_maintenance import GraphMaintenance, Pace
 from emberpc.server.index.open_collections import OpenCollections
-from emberpc.server.index.record_cache import RecordCache
-from emberpc.server.index.reserve import Reserve
-from emberpc.server.index.searching import Searcher
-from emberpc.server.index.selection import Selector
-from emberpc.server.index.store import Store
-from emberpc.server.index.types import CollectionInfo, CollectionSpec, Labels, Matrix
-from emberpc.server.index.upkeep import Pace, Upkeep
+from emberpc.server.index.search.dense import DenseSearcher
+from emberpc.server.index.search.filtered import Selector
+from emberpc.server.index.search.hybrid import HybridSearcher
+from emberpc.server.index.storage.record_cache import RecordCache
+from emberpc.server.index.storage.reserve import Reserve
+from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Lifecycle:
     _reserve: Reserve
     _answer_bytes: int
     _pace: Pace
-    _calls: Calls
+    _calls: CallGate
     _write_lock: threading.Lock
     #: Whether the files are to be made.
     _create: bool
@@ -54,9 +54,9 @@ class Lifecycle:
     _store: Store
     _neighbours: Neighbours
     _selector: Selector
-    _searcher: Searcher
+    _searcher: DenseSearcher
     _hybrid: HybridSearcher
-    _upkeep: Upkeep
+    _graph_maintenance: GraphMaintenance
 
     def _open(self) -> None:
         """Open the database, and read the graph.
@@ -101,9 +101,11 @@ class Lifecycle:
         except BaseException:
             self._store.close()
             raise
-        self._searcher = Searcher(self._store, self._neighbours, self._selector, self._write_lock, self.spec.distance)
+        self._searcher = DenseSearcher(
+            self._store, self._neighbours, self._selector, self._write_lock, self.spec.distance
+        )
         self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
-        self._upkeep = Upkeep(
+        self._graph_maintenance = GraphMaintenance(
             self.spec, self._folder, self._store, self._neighbours, self._read_vectors, self._pace, self._calls.ending
         )
         if next_expiry is not None:
@@ -117,8 +119,9 @@ class Lifecycle:
     @property
     def is_saved(self) -> bool:
         """Whether closing it has no snapshot to write."""
-        upkeep: Upkeep | None = self.__dict__.get("_upkeep")  # another thread may close the collection now
-        return upkeep is None or upkeep.is_saved
+        # Another thread may close the collection now.
+        maintenance: GraphMaintenance | None = self.__dict__.get("_graph_maintenance")
+        return maintenance is None or maintenance.is_saved
 
     def close_idle(self) -> bool:
         """Save a snapshot if the graph changed, and close the database, if no call is in progress; `_open` opens it.
@@ -129,18 +132,18 @@ class Lifecycle:
             Whether it was closed.
         """
         try:
-            if not self._calls.begin_upkeep(idle=True):
+            if not self._calls.begin_maintenance(idle=True):
                 return False
         except ServiceError:  # closed for good
             return False
         try:
             begun = self._calls.begun
-            self._upkeep.save()
-            if not self._upkeep.is_saved:
+            self._graph_maintenance.save()
+            if not self._graph_maintenance.is_saved:
                 return False
             info = self._info()
         finally:
-            self._calls.finish_upkeep()
+            self._calls.finish_maintenance()
 
         def close() -> None:
             self._close_files()
@@ -162,7 +165,7 @@ class Lifecycle:
 
         def close() -> None:
             if until.seconds_left:
-                self._upkeep.save()
+                self._graph_maintenance.save()
             self._close_files()
 
         closed = self._calls.end(close, until)
@@ -182,7 +185,7 @@ class Lifecycle:
     def _close_files(self) -> None:
         """Close the database, and forget all that is in memory; no call may be under way."""
         self._store.close()
-        del self._store, self._neighbours, self._selector, self._searcher, self._hybrid, self._upkeep
+        del self._store, self._neighbours, self._selector, self._searcher, self._hybrid, self._graph_maintenance
         self._open_collections.discard(self)
 
     def _info(self) -> CollectionInfo:
@@ -229,10 +232,10 @@ class Lifecycle:
         return found, prepare(vectors, self.spec.distance)
 
     def _wake_if_needed(self) -> None:
-        self._upkeep.note_write()
-        if self._upkeep.due or self._store.words_suspect:
+        self._graph_maintenance.note_write()
+        if self._graph_maintenance.due or self._store.words_suspect:
             self._wake()
-        elif (seconds := self._upkeep.due_at_rest) is not None:
+        elif (seconds := self._graph_maintenance.due_at_rest) is not None:
             self._wake_at_rest(seconds)
 
     def _forget_damaged(self, labels: set[int]) -> None:

@@ -7,10 +7,9 @@ import threading
 import time
 from typing import Protocol
 
-from emberpc.server import descriptors
+from emberpc.server import cancellation, descriptors
 from emberpc.server.deadlines import Deadline
-from emberpc.server.index import cancellation
-from emberpc.server.index.readers import MOST_DESCRIPTORS
+from emberpc.server.index.storage.readers import MOST_DESCRIPTORS
 from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord
 from emberpc.server.index.collection import Collection
-from emberpc.server.index.types import CollectionSpec, Matrix, StoredRecord
 
 _PAGE = 1000
 
@@ -49,6 +49,10 @@ class Reembedding:
             if new := [record for _, record in found if present.get(record.id) != record.revision]:
                 return new
         return []
+
+    def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
+        """Return the present revisions of records of the source, by id."""
+        return self.source.revisions(ids)
 
     def rewind(self) -> None:
         """Look through all records again for those that are not there."""

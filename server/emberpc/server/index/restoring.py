@@ -14,15 +14,16 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
+from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.errors import Code, ServiceError, invalid
-from emberpc.server.index import backup, schema
-from emberpc.server.index.backup_checks import check_backup, damaged, given_up
 from emberpc.server.index.collection import Collection
-from emberpc.server.index.data_directory import Entry
-from emberpc.server.index.database import connect, transaction, translated
-from emberpc.server.index.files import new_folder, written
-from emberpc.server.index.store import DATABASE_NAME
-from emberpc.server.index.types import CollectionSpec
+from emberpc.server.index.jobs import backup
+from emberpc.server.index.jobs.backup_checks import check_backup, damaged, given_up
+from emberpc.server.index.storage import schema
+from emberpc.server.index.storage.data_directory import Entry
+from emberpc.server.index.storage.database import connect, transaction, translated
+from emberpc.server.index.storage.files import new_folder, written
+from emberpc.server.index.storage.store import DATABASE_NAME
 
 _NOTHING_RESTORED = "nothing was restored"
 

@@ -9,12 +9,11 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+from emberpc.server.collections import ReembeddingBackend
+from emberpc.server.collections.backend import RestorationBackend, collection_exists, no_collection, unsupported
+from emberpc.server.collections.types import CollectionSpec, ProbeFigures, check_page_size
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index.backend import RestorationBackend, collection_exists, no_collection, unsupported
-from emberpc.server.index.probing import ProbeFigures
-from emberpc.server.index.reembedding import Reembedding
-from emberpc.server.index.types import CollectionSpec, check_page_size
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.collection import BACKEND, MilvusCollection
 from emberpc.server.milvus.connection import Connection
@@ -99,16 +98,16 @@ class MilvusIndex:
             self._known.pop(name, None)
         self._call(name, "drop_collection")
 
-    def reembed(self, spec: CollectionSpec) -> Reembedding:
+    def reembed(self, spec: CollectionSpec) -> ReembeddingBackend:
         """Refuse it."""
         remedy = "make a collection under the new model, and import this one's export there with --text-only"
         raise unsupported("ReembedCollection", BACKEND, remedy)
 
-    def reembeddings(self) -> list[Reembedding]:
+    def reembeddings(self) -> list[ReembeddingBackend]:
         """Return none: none is ever begun."""
         return []
 
-    def switch(self, reembedding: Reembedding) -> bool:
+    def switch(self, reembedding: ReembeddingBackend) -> bool:
         """Refuse it."""
         raise unsupported("ReembedCollection", BACKEND, "use the embedded index")
 

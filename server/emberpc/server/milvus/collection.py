@@ -10,28 +10,28 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from emberpc.server.errors import invalid, items_of
-from emberpc.server.index.backend import unsupported
-from emberpc.server.index.backup import Piece
-from emberpc.server.index.clusters import Cluster
-from emberpc.server.index.duplicates import DuplicatePair
-from emberpc.server.index.filters import MISMATCH_RECORDS, Filter, mismatches
-from emberpc.server.index.metric import check_vectors
-from emberpc.server.index.types import (
+from emberpc.server.collections.backend import unsupported
+from emberpc.server.collections.filters import MISMATCH_RECORDS, Filter, mismatches
+from emberpc.server.collections.metric import check_vectors
+from emberpc.server.collections.types import (
     WHOLE_RECORD,
+    Cluster,
     CollectionInfo,
     CollectionSpec,
+    DuplicatePair,
     Fusion,
     Matrix,
     NewRecord,
+    Piece,
     RecordParts,
     SearchOutcome,
     StoredRecord,
+    Verified,
     WriteResult,
     check_page_size,
 )
-from emberpc.server.index.validation import check_records, check_search
-from emberpc.server.index.verifying import Verified
+from emberpc.server.collections.validation import check_records, check_search
+from emberpc.server.errors import invalid, items_of
 from emberpc.server.milvus import schema, terms
 from emberpc.server.milvus.connection import Connection
 from emberpc.server.milvus.reading import Reader

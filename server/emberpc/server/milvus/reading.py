@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from emberpc.server import cancellation
+from emberpc.server.collections.filters import Filter, matches
+from emberpc.server.collections.types import CollectionSpec, Matrix
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import cancellation
-from emberpc.server.index.filters import Filter, matches
-from emberpc.server.index.types import CollectionSpec, Matrix
 from emberpc.server.milvus import schema, terms
 from emberpc.server.milvus.connection import NOT_LOADED, Connection
 

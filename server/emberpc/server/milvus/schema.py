@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pymilvus import DataType, MilvusClient
 
+from emberpc.server.collections.types import CollectionSpec, Distance, Matrix, NewRecord, StoredRecord
 from emberpc.server.errors import Violation, invalid, invalid_fields
-from emberpc.server.index.types import CollectionSpec, Distance, Matrix, NewRecord, StoredRecord
 from emberpc.server.milvus import terms
 from emberpc.server.milvus.literals import quoted
 from emberpc.server.names import NAME

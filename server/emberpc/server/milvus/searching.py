@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.server.index.filters import Filter, matches
-from emberpc.server.index.metric import nearest, prepare
-from emberpc.server.index.types import Distance, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections.filters import Filter, matches
+from emberpc.server.collections.metric import nearest, prepare
+from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.reading import Reader, clause_of
 

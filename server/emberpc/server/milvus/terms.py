@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from emberpc.server.index.filters import (
+from emberpc.server.collections.filters import (
     AllOf,
     AnyOf,
     Comparison,

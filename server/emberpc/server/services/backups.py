@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
 
+from emberpc.server.cancellation import Cancellation
+from emberpc.server.collections import CollectionBackend, CollectionSpec, IndexBackend, RestorationBackend
 from emberpc.server.engine import Truncation
 from emberpc.server.errors import Code, ServiceError, invalid
-from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, RestorationBackend
-from emberpc.server.index.cancellation import Cancellation
 from emberpc.server.services import requests
 from emberpc.server.services.filters import check_indexed_fields
 from emberpc.server.services.index_pool import IndexPool, seconds_left

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from emberpc.bundle import Task
+from emberpc.server.collections import CollectionBackend, CollectionSpec
 from emberpc.server.engine import Engine, Model
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import CollectionBackend, CollectionSpec
 
 
 def unbound_fingerprint(engine: Engine, spec: CollectionSpec) -> str:

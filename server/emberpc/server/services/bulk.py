@@ -20,9 +20,10 @@ from functools import partial
 
 import numpy as np
 
+from emberpc.server import cancellation
+from emberpc.server.collections import CollectionBackend, NewRecord
 from emberpc.server.engine import Engine, Lane, Truncation
 from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
-from emberpc.server.index import CollectionBackend, NewRecord, cancellation
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.bulk_embedding import GROUP_TEXTS, GROUPS, BulkEmbedder, Embedded

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from emberpc.server.collections import filters
+from emberpc.server.collections.filters import can_be_indexed
 from emberpc.server.errors import invalid
-from emberpc.server.index import filters
-from emberpc.server.index.filter_sql import can_be_indexed
 from emberpc.v1 import filter_pb2 as pb
 
 _OPERATORS: dict[pb.ComparisonOperator.ValueType, filters.Operator] = {

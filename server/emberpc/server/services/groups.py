@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
+from emberpc.server import cancellation
+from emberpc.server.collections import CollectionBackend, DuplicatePair
 from emberpc.server.errors import invalid
-from emberpc.server.index import CollectionBackend, DuplicatePair, cancellation
 from emberpc.server.paging import decode_token, encode_token, wrong_token
 from emberpc.server.services import requests
 from emberpc.server.services.index_pool import IndexPool

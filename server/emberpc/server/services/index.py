@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from emberpc.bundle import Task
+from emberpc.server.collections import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
+from emberpc.server.collections.filters import Filter
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.index import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
-from emberpc.server.index.filters import Filter
 from emberpc.server.services import keeping, reading, replies, requests
 from emberpc.server.services.backups import Backups
 from emberpc.server.services.binding import collection_model

@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, suppress
 from math import inf
 from typing import Any, TypeVar
 
-from emberpc.server.index import cancellation
-from emberpc.server.index.cancellation import Cancellation
+from emberpc.server import cancellation
+from emberpc.server.cancellation import Cancellation
 from emberpc.server.services.requests import Context
 from emberpc.server.services.slots import Slots
 

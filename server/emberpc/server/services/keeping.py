@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from emberpc.server.collections import CollectionBackend, Verified
 from emberpc.server.errors import Code
-from emberpc.server.index import CollectionBackend, Verified
 from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.requests import Context
 from emberpc.v1 import errors_pb2

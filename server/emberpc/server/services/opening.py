@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from emberpc.server.collections import CollectionBackend, IndexBackend
 from emberpc.server.engine import Engine
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import CollectionBackend, IndexBackend
 from emberpc.server.services.binding import unbound_fingerprint
 from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.slots import Slots

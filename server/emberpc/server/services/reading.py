@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emberpc.server.index import CollectionBackend, StoredRecord
-from emberpc.server.index.filters import Filter
+from emberpc.server.collections import CollectionBackend, StoredRecord
+from emberpc.server.collections.filters import Filter
 from emberpc.server.services import requests
 from emberpc.server.services.records import Parts, fill_record, record_vectors
 from emberpc.v1 import index_pb2 as pb

@@ -12,8 +12,8 @@ from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from emberpc.server.errors import invalid
-from emberpc.server.index import (
+from emberpc.server import cancellation
+from emberpc.server.collections import (
     MAX_METADATA_BYTES,
     CollectionBackend,
     CollectionSpec,
@@ -21,8 +21,8 @@ from emberpc.server.index import (
     NewRecord,
     RecordParts,
     StoredRecord,
-    cancellation,
 )
+from emberpc.server.errors import invalid
 from emberpc.server.services.requests import MAX_PARTS
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from emberpc.bundle import Task
+from emberpc.server.collections import CollectionBackend, IndexBackend, ReembeddingBackend, StoredRecord
 from emberpc.server.engine import Caller, Engine, Lane, Model, Truncation
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import CollectionBackend, IndexBackend, Reembedding, StoredRecord
 from emberpc.server.services.binding import matches
 from emberpc.server.services.bulk_embedding import GROUP_TEXTS, BulkEmbedder
 from emberpc.server.services.forms import check_dimensions, shape
@@ -122,7 +122,7 @@ class Reembedder:
         message.start_time.FromDatetime(job.reembedding.started)
         return message
 
-    def _run(self, reembedding: Reembedding) -> None:
+    def _run(self, reembedding: ReembeddingBackend) -> None:
         name = reembedding.spec.name
         job = self._jobs[name] = _Job(self._engine, self._index, self._pool, self._limits, reembedding)
 
@@ -137,7 +137,7 @@ class _Job:
     """One collection's way to another model."""
 
     def __init__(
-        self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits, reembedding: Reembedding
+        self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits, reembedding: ReembeddingBackend
     ) -> None:
         self._engine = engine
         self._index = index
@@ -251,7 +251,7 @@ class _Job:
         """Forget the failures of records that were changed or deleted since; say what is wrong with the others."""
         if not self._failed:
             return
-        present = await self._in_pool(self.reembedding.source.revisions, list(self._failed))
+        present = await self._in_pool(self.reembedding.source_revisions, list(self._failed))
         self._failed = {key: each for key, each in self._failed.items() if present.get(key) == each[0]}
         problem = ""
         if self._failed:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from emberpc.server.collections import WriteResult
 from emberpc.server.engine import Inference, Model
-from emberpc.server.index import WriteResult
 from emberpc.v1 import index_pb2, types_pb2
 
 

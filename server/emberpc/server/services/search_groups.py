@@ -18,9 +18,9 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
+from emberpc.server.collections import WHOLE_RECORD, CollectionBackend, RecordParts, SearchOutcome
+from emberpc.server.collections.filters import Filter
 from emberpc.server.errors import ServiceError
-from emberpc.server.index import WHOLE_RECORD, CollectionBackend, RecordParts, SearchOutcome
-from emberpc.server.index.filters import Filter
 from emberpc.server.services.forms import Matrix
 from emberpc.server.services.index_pool import IndexPool
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from emberpc.server.collections import MAX_TOP_K, CollectionBackend, Fusion, SearchOutcome
+from emberpc.server.collections.filters import Filter
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import ServiceError, invalid, items_of, not_found
-from emberpc.server.index import MAX_TOP_K, CollectionBackend, Fusion, SearchOutcome
-from emberpc.server.index.filters import Filter
 from emberpc.server.services import replies, requests
 from emberpc.server.services.binding import collection_model
 from emberpc.server.services.filters import FilterReader

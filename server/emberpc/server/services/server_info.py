@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from emberpc.server.collections import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K, filters
 from emberpc.server.element_counts import MAX_ELEMENTS
-from emberpc.server.index import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K, filters
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.server.services import requests
 from emberpc.server.services.filters import MAX_REQUEST_CONDITIONS, MAX_REQUEST_VALUES

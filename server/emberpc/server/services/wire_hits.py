@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from emberpc.server.index import Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
 from emberpc.server.services.records import Parts, record_message, record_vectors
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2

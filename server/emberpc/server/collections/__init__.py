@@ -1,0 +1,53 @@
+"""The contract that every index backend fulfils. Imports no backend, no gRPC and no engine."""
+
+from __future__ import annotations
+
+from emberpc.server.collections.backend import CollectionBackend, IndexBackend, ReembeddingBackend, RestorationBackend
+from emberpc.server.collections.types import (
+    WHOLE_RECORD,
+    Cluster,
+    CollectionSpec,
+    Distance,
+    DuplicatePair,
+    Fusion,
+    NewRecord,
+    Piece,
+    Plan,
+    ProbeFigures,
+    Problem,
+    RecordParts,
+    SearchOutcome,
+    StoredRecord,
+    Strategy,
+    Verified,
+    WriteResult,
+)
+from emberpc.server.collections.validation import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K
+
+__all__ = [
+    "MAX_ID_BYTES",
+    "MAX_LABEL_BYTES",
+    "MAX_METADATA_BYTES",
+    "MAX_TOP_K",
+    "WHOLE_RECORD",
+    "Cluster",
+    "CollectionBackend",
+    "CollectionSpec",
+    "Distance",
+    "DuplicatePair",
+    "Fusion",
+    "IndexBackend",
+    "NewRecord",
+    "Piece",
+    "Plan",
+    "ProbeFigures",
+    "Problem",
+    "RecordParts",
+    "ReembeddingBackend",
+    "RestorationBackend",
+    "SearchOutcome",
+    "StoredRecord",
+    "Strategy",
+    "Verified",
+    "WriteResult",
+]

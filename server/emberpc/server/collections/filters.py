@@ -1,0 +1,240 @@
+"""Conditions on the metadata of records: what they are, and what they mean.
+
+`matches` is the meaning; `filter_sql` and other engines must agree with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+from emberpc.server import cancellation
+
+#: A string, a number (a double), a truth value or null.
+Value = str | float | bool | None
+
+#: How deep conditions may be nested, and how many there may be in one filter. SQLite takes expressions of depth 1000.
+MAX_DEPTH = 32
+MAX_CONDITIONS = 256
+MAX_LIST = 100
+MAX_VALUES = 10_000
+#: Longest field, in characters.
+MAX_FIELD = 1000
+#: Most nested keys of a field. Metadata of a request cannot be nested deeper: a message may have 100 levels, and each
+#: level of metadata takes three. SQLite joins at most 64 tables, and a key of an unusual name takes one.
+MAX_KEYS = 40
+
+_FIELD = re.compile(r"(?:[^\\]|\\[.\\])*", re.DOTALL)
+_PART = re.compile(r"\\([.\\])|(\.)", re.DOTALL)
+
+
+class Operator(str, Enum):
+    """How a field compares with a value."""
+
+    EQUAL = "="
+    NOT_EQUAL = "!="
+    LESS = "<"
+    LESS_OR_EQUAL = "<="
+    GREATER = ">"
+    GREATER_OR_EQUAL = ">="
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """All of these hold."""
+
+    conditions: tuple[Filter, ...]
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """At least one of these holds."""
+
+    conditions: tuple[Filter, ...]
+
+
+@dataclass(frozen=True)
+class Not:
+    """This does not hold."""
+
+    condition: Filter
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The field compares so with a value; NOT_EQUAL is that EQUAL does not hold."""
+
+    field: str
+    operator: Operator
+    value: Value
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The field equals one of several values."""
+
+    field: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The field is a string that starts so."""
+
+    field: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Existence:
+    """The field is there, be it null."""
+
+    field: str
+
+
+Filter = AllOf | AnyOf | Not | Comparison | Membership | Prefix | Existence
+
+
+def is_field(field: str) -> bool:
+    """Return whether a field is written rightly: a backslash stands before a dot or a backslash of a key only."""
+    return bool(_FIELD.fullmatch(field))
+
+
+@lru_cache(maxsize=1024)
+def keys(field: str) -> tuple[str, ...]:
+    """Return the nested keys that a field names: parted by dots; after a backslash, a dot or backslash is the key's."""
+    found = [""]
+    end = 0
+    for part in _PART.finditer(field):
+        found[-1] += field[end : part.start()] + (part[1] or "")
+        if part[2]:
+            found.append("")
+        end = part.end()
+    found[-1] += field[end:]
+    return tuple(found)
+
+
+def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
+    """Return whether a record's metadata meets a condition.
+
+    A comparison with a field that is missing or of another type is false. A
+    list meets one if an item of it does; an item that is a list itself, or an
+    object, does not.
+    """
+    if isinstance(condition, AllOf):
+        return all(matches(each, metadata) for each in condition.conditions)
+    if isinstance(condition, AnyOf):
+        return any(matches(each, metadata) for each in condition.conditions)
+    if isinstance(condition, Not):
+        return not matches(condition.condition, metadata)
+    there, value = _look_up(metadata, keys(condition.field))
+    if isinstance(condition, Existence):
+        return there
+    if not there:
+        found = False
+    elif isinstance(value, (list, tuple)):
+        found = any(_meets(item, condition) for item in value)
+    else:
+        found = _meets(value, condition)
+    negated = isinstance(condition, Comparison) and condition.operator is Operator.NOT_EQUAL
+    return found is not negated
+
+
+#: Records whose metadata is looked at for `mismatches`.
+MISMATCH_RECORDS = 1000
+
+
+def mismatches(condition: Filter, read: Callable[[], Iterable[Mapping[str, Any]]]) -> list[str]:
+    """Return a sentence for each field that a condition compares with a number, and that holds strings only.
+
+    Args:
+        condition: the condition.
+        read: reads the metadata of some records; called only if the condition compares a field with a number.
+    """
+    kinds: dict[str, set[str]] = {field: set() for field in _compared_with_numbers(condition)}
+    for metadata in read() if kinds else ():
+        cancellation.check()
+        for field, found in kinds.items():
+            there, value = _look_up(metadata, keys(field))
+            if there:
+                found.update(map(kind_of, value) if isinstance(value, (list, tuple)) else [kind_of(value)])
+    return [
+        f"the filter compares {field[:100]!r} with a number, and the records have strings there; compare with "
+        "a string, or write the records with numbers (on the command line with --types)"
+        for field, found in kinds.items()
+        if "string" in found and "number" not in found
+    ]
+
+
+def _compared_with_numbers(condition: Filter) -> Iterator[str]:
+    """Give the field of each comparison with a number."""
+    if isinstance(condition, (AllOf, AnyOf)):
+        for each in condition.conditions:
+            yield from _compared_with_numbers(each)
+    elif isinstance(condition, Not):
+        yield from _compared_with_numbers(condition.condition)
+    elif (isinstance(condition, Comparison) and kind_of(condition.value) == "number") or (
+        isinstance(condition, Membership) and any(kind_of(value) == "number" for value in condition.values)
+    ):
+        yield condition.field
+
+
+def _look_up(metadata: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
+    for key in path:
+        if not isinstance(metadata, Mapping) or key not in metadata:
+            return False, None
+        metadata = metadata[key]
+    return True, metadata
+
+
+def _meets(value: Any, condition: Comparison | Membership | Prefix) -> bool:
+    """Return whether a value that is no list meets a condition; of NOT_EQUAL, whether it is equal."""
+    if isinstance(condition, Membership):
+        return any(_equal(value, each) for each in condition.values)
+    if isinstance(condition, Prefix):
+        return isinstance(value, str) and value.startswith(condition.prefix)
+    if condition.operator in (Operator.EQUAL, Operator.NOT_EQUAL):
+        return _equal(value, condition.value)
+    if kind_of(value) != kind_of(condition.value) or kind_of(value) not in ("string", "number"):
+        return False
+    compared: dict[Operator, bool] = {
+        Operator.LESS: value < condition.value,
+        Operator.LESS_OR_EQUAL: value <= condition.value,
+        Operator.GREATER: value > condition.value,
+        Operator.GREATER_OR_EQUAL: value >= condition.value,
+    }
+    return compared[condition.operator]
+
+
+def _equal(value: Any, other: Value) -> bool:
+    return kind_of(value) == kind_of(other) != "other" and bool(value == other)
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is: `string`, `number`, `boolean`, `null`, or `other`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    return "string" if isinstance(value, str) else "other"
+
+
+def can_be_indexed(field: str) -> bool:
+    """Return whether there can be an index on a field: SQLite's paths cannot name every key."""
+    return is_field(field) and sqlite_path(keys(field)) is not None
+
+
+def sqlite_path(path: tuple[str, ...]) -> str | None:
+    """Return SQLite's path to nested keys as an SQL literal, or None if there is none for a key.
+
+    A literal and no parameter: SQLite takes an index on an expression only for the very same expression.
+    """
+    if any(not key or any(c in '"\\' or ord(c) < 32 for c in key) for key in path):
+        return None
+    return "'$" + "".join(f'."{key}"' for key in path).replace("'", "''") + "'"

@@ -1,0 +1,206 @@
+"""Distances: how vectors are prepared, checked, compared and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.server.collections.types import Distance, Labels, Matrix
+from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
+
+#: hnswlib's name of the space. Vectors are normalised here, so cosine is an inner product too.
+SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
+#: Longest vector: the square of a distance between two of them, scaled, is still a float32.
+_MAX_LENGTH = 1e14
+#: A length whose square is within these bounds in float32 is neither zero nor longer than that, whatever was rounded.
+_PLAIN = (1e-30, 1e27)
+#: hnswlib works with 1 - product in float32, which swallows small products. Under DOT_PRODUCT both sides are scaled by
+#: this power of two, which changes no digit, so that vectors much shorter than 1 can be told apart.
+_DOT_SCALE = np.float32(2**14)
+#: Under DOT_PRODUCT, the least length of a prepared vector that hnswlib tells from others of about its length: 1e-5 of
+#: the product with a query of length 1, scaled, is more than the last digit of 1.
+_LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
+#: Scores computed at a time, so that a long buffer and many queries do not fill the memory (16 MB).
+_BLOCK = 4 * 2**20
+#: So few queries are compared as columns: of thousands of vectors, four take half as long so as the other way.
+_FEW_QUERIES = 8
+
+
+def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
+    """Raise INVALID_ARGUMENT, naming each vector that is not fit to be stored or searched for.
+
+    hnswlib takes a short vector and corrupts the heap, and takes NaN and gives nonsense.
+
+    Args:
+        matrix: float32, shape (vectors, any).
+        dimensions: what the second axis must be.
+        distance: under COSINE, a vector needs a direction.
+        path: what the request calls vector i.
+    """
+    if matrix.dtype != np.float32:
+        raise invalid(path(0), f"is of type {matrix.dtype}; it must be float32")
+    if matrix.ndim != 2 or matrix.shape[1] != dimensions:
+        width = matrix.shape[1] if matrix.ndim == 2 else 0
+        raise invalid(path(0), f"has {width} dimensions, the collection has {dimensions}")
+    _check_lengths(_lengths(matrix), distance, path)
+
+
+def prepare(matrix: Matrix, distance: Distance) -> Matrix:
+    """Return vectors as graph and buffer hold them: of length 1 under COSINE; float32, contiguous."""
+    if distance is Distance.COSINE:
+        matrix = (matrix / _lengths(matrix)[:, None]).astype(np.float32)
+    elif distance is Distance.DOT_PRODUCT:
+        matrix = matrix * _DOT_SCALE
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> Matrix:
+    """Check and prepare vectors that are searched for, in half the time of `check_vectors` and `prepare`.
+
+    What is stored is prepared to the same bits whenever that is done; for queries the last bit does not matter.
+    """
+    if matrix.dtype != np.float32 or matrix.ndim != 2 or matrix.shape[1] != dimensions:
+        check_vectors(matrix, dimensions, distance, path)
+    exact = matrix.astype(np.float64)
+    lengths = np.sqrt(np.add.reduce(exact * exact, axis=1))
+    if not all(0 < length <= _MAX_LENGTH for length in lengths.tolist()):  # nor is NaN
+        _check_lengths(lengths, distance, path)
+    if distance is Distance.COSINE:
+        exact /= lengths[:, None]
+        return exact.astype(np.float32)
+    return prepare(matrix, distance)
+
+
+def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: FieldPath) -> None:
+    violations = []
+    for i in np.flatnonzero(~np.isfinite(lengths) | (lengths == 0) | (lengths > _MAX_LENGTH)):
+        if not np.isfinite(lengths[i]):
+            violations.append(Violation(path(int(i)), "holds NaN or infinity; every value must be a finite number"))
+        elif lengths[i]:
+            violations.append(Violation(path(int(i)), f"is longer than {_MAX_LENGTH:g}; scale the vectors down"))
+        elif distance is Distance.COSINE:
+            violations.append(Violation(path(int(i)), "has length zero, so no direction; cosine cannot compare it"))
+    if violations:
+        raise invalid_fields(violations)
+
+
+def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
+    """Return which vectors, float32 (vectors, dimensions), `check_vectors` would take: bool (vectors,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", matrix, matrix)
+    fit: npt.NDArray[np.bool_] = (squares > _PLAIN[0]) & (squares < _PLAIN[1])
+    doubtful = np.flatnonzero(~fit)
+    if len(doubtful):
+        lengths = _lengths(matrix[doubtful])
+        fit[doubtful] = (lengths <= _MAX_LENGTH) & ((lengths > 0) | (distance is not Distance.COSINE))
+    return fit
+
+
+def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
+    """Return which prepared vectors, float32 (vectors, dimensions), are too short for hnswlib: bool (vectors,)."""
+    if distance is not Distance.DOT_PRODUCT:
+        return np.zeros(len(prepared), dtype=bool)
+    short: npt.NDArray[np.bool_] = np.einsum("ij,ij->i", prepared, prepared) < _LEAST_IN_GRAPH**2
+    return short
+
+
+def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
+    """Scale short queries of inner products up by powers of two, which changes no digit; hnswlib rounds less then.
+
+    Args:
+        queries: prepared queries, float32 (queries, dimensions).
+
+    Returns:
+        The queries, of length at least 2**14 except those of length zero, and the scale of each, float32 (queries, 1).
+    """
+    lengths = np.maximum(_lengths(queries), np.finfo(np.float64).tiny)
+    powers = np.clip(np.ceil(np.log2(float(_DOT_SCALE) / lengths)), 0, 120)
+    scales = np.exp2(powers).astype(np.float32)[:, None]
+    return queries * scales, scales
+
+
+def nearest(
+    queries: Matrix, vectors: Matrix, k: int, distance: Distance, among: npt.NDArray[np.bool_] | None = None
+) -> tuple[Labels, Matrix]:
+    """Compare prepared queries with every one of some prepared vectors.
+
+    Args:
+        queries: float32 (queries, dimensions).
+        vectors: float32 (vectors, dimensions).
+        k: most vectors to return for each query.
+        distance: how they compare.
+        among: bool (vectors,), which of the vectors count; None: all.
+
+    Returns:
+        Rows of `vectors`, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+    """
+    k = min(k, len(vectors) if among is None else int(np.count_nonzero(among)))
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    best = np.empty((len(queries), k), dtype=np.float32)
+    step = max(1, _BLOCK // max(1, len(vectors)))
+    for start in range(0, len(queries) if k else 0, step):
+        part = slice(start, start + step)
+        found = _scores(queries[part], vectors, distance)
+        if among is not None:
+            found[:, ~among] = -np.inf
+        chosen = np.argpartition(-found, k - 1, axis=1)[:, :k]
+        # np.take_along_axis takes longer than comparing a small group.
+        across = np.arange(len(chosen))[:, None]
+        chosen_scores = found[across, chosen]
+        order = np.argsort(-chosen_scores, axis=1, kind="stable")
+        rows[part] = chosen[across, order]
+        best[part] = chosen_scores[across, order]
+    return rows, best
+
+
+def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Matrix]:
+    """Merge what was found of the same queries in several places.
+
+    Args:
+        found: of each place labels, int64 (queries, any), nearest first, and their scores, float32 of the same shape.
+        k: most labels to return for each query.
+
+    Returns:
+        Labels, int64 (queries, at most k), nearest first, and their scores; of equal ones the first place's come first.
+    """
+    if len(found) == 1:
+        return found[0]
+    labels = np.concatenate([each[0] for each in found], axis=1)
+    scores = np.concatenate([each[1] for each in found], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    rows = np.arange(len(order))[:, None]
+    return labels[rows, order], scores[rows, order]
+
+
+def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
+    """Turn what hnswlib gives into scores; greater is nearer."""
+    if distance is Distance.EUCLIDEAN:
+        return -np.sqrt(np.maximum(distances, 0))
+    return _unscaled(1 - distances, distance)
+
+
+def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
+    """Score prepared vectors against prepared queries: float32 (queries, vectors); greater is nearer."""
+    if distance is not Distance.EUCLIDEAN:
+        products = (vectors @ queries.T).T if len(queries) <= _FEW_QUERIES else queries @ vectors.T
+        return _unscaled(products, distance)
+    # Not by |a|² + |b|² - 2ab: that loses the distances that are small against the lengths.
+    found = np.empty((len(queries), len(vectors)), dtype=np.float32)
+    step = max(1, _BLOCK // max(1, queries.shape[1]))
+    for row, query in enumerate(queries):
+        for start in range(0, len(vectors), step):
+            difference = vectors[start : start + step] - query
+            found[row, start : start + step] = -np.sqrt(np.einsum("ij,ij->i", difference, difference))
+    return found
+
+
+def _unscaled(products: Matrix, distance: Distance) -> Matrix:
+    return products / _DOT_SCALE**2 if distance is Distance.DOT_PRODUCT else products
+
+
+def _lengths(matrix: Matrix) -> npt.NDArray[np.float64]:
+    """Return the vectors' lengths; in float64, where the square of a float32 neither overflows nor vanishes."""
+    lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
+    return lengths

@@ -1,0 +1,117 @@
+"""What a record must be to be stored, and a search to be made."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from emberpc.server.collections.types import NewRecord
+from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
+
+MAX_ID_BYTES = 512
+MAX_LABEL_BYTES = 512
+MAX_METADATA_BYTES = 64 * 1024
+MAX_TOP_K = 10_000
+_MAX_EF = 1_000_000
+
+
+def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> list[str]:
+    """Check the records of one write.
+
+    Args:
+        records: the records.
+        restored: whether they come from a backup. Older versions had no limit on a label.
+
+    Returns:
+        The metadata of each, as JSON.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, naming every record that is not fit to be stored.
+    """
+    if not records:
+        raise invalid("records", "is empty; give at least one record")
+    violations = []
+    documents = []
+    seen: dict[str, int] = {}
+    for i, record in enumerate(records):
+        document, wrong_metadata = _document(record)
+        documents.append(document)
+        wrong = {"id": _wrong_id(record.id), "metadata": wrong_metadata}
+        for name, text in (("text", record.text), ("label", record.label)):
+            wrong[name] = "" if _size(text) is not None else "has half a surrogate pair; send Unicode text"
+        if not wrong["id"] and record.id in seen:
+            wrong["id"] = f"is {record.id!r} as that of records[{seen[record.id]}]; leave one out"
+        seen.setdefault(record.id, i)
+        if not wrong["label"] and not restored and len(record.label.encode()) > MAX_LABEL_BYTES:
+            size = len(record.label.encode())
+            wrong["label"] = f"has {size} bytes, a label has at most {MAX_LABEL_BYTES}; shorten it"
+        violations += [Violation(f"records[{i}].{name}", why) for name, why in wrong.items() if why]
+    if violations:
+        raise invalid_fields(violations)
+    return documents
+
+
+def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float = 0) -> None:
+    """Raise INVALID_ARGUMENT unless the options of a search fit its queries."""
+    if len(top_k) != queries:
+        raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")
+    if excluded != queries:
+        raise invalid("exclude_ids", f"has {excluded} items for {queries} queries; give one for each")
+    for i, size in enumerate(top_k):
+        if not 1 <= size <= MAX_TOP_K:
+            raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
+    if not 0 <= ef <= _MAX_EF:
+        raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")
+    if not 0 <= min_recall <= 1:  # nor is NaN
+        raise invalid("min_recall", f"is {min_recall:g}; it must be above 0 and at most 1, or 0 for no target")
+    if ef and min_recall:
+        raise invalid("min_recall", "is given beside ef; give one of the two")
+
+
+def check_revision(record_id: str, expected: int, present: int) -> None:
+    """Raise ABORTED unless a record has the revision that a write expects, 0 for one that is not there."""
+    if expected != present:
+        raise ServiceError(
+            Code.ABORTED,
+            f"record {record_id!r} has revision {present}, not {expected}; the request wrote nothing, read the record "
+            "and retry",
+            reason="REVISION_MISMATCH",
+            metadata={"record": record_id, "expected_revision": str(expected), "present_revision": str(present)},
+        )
+
+
+def _wrong_id(record_id: str) -> str:
+    """Say what is wrong with an id; empty: nothing."""
+    size = _size(record_id)
+    if size is None:
+        return "has half a surrogate pair; send Unicode text"
+    if not size:
+        return "is empty; give every record an id"
+    if size > MAX_ID_BYTES:
+        return f"has {size} bytes, an id has at most {MAX_ID_BYTES}; shorten it"
+    if any(unicodedata.category(character) == "Cc" for character in record_id):
+        return "has a control character; leave it out"
+    return ""
+
+
+def _document(record: NewRecord) -> tuple[str, str]:
+    """Return metadata as JSON, and what is wrong with it; empty: nothing."""
+    if not isinstance(record.metadata, Mapping):
+        return "", "is no JSON object; give one"
+    try:
+        document = json.dumps(dict(record.metadata), ensure_ascii=False, allow_nan=False)
+        size = len(document.encode())
+    except (TypeError, ValueError, RecursionError):
+        return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
+    if size > MAX_METADATA_BYTES:
+        return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
+    return document, ""
+
+
+def _size(text: str) -> int | None:
+    """Return the number of bytes as UTF-8, or None if the text cannot be written so."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return None

@@ -1,0 +1,163 @@
+"""The newest vectors, compared one by one until the graph takes them in."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from emberpc.server.collections.metric import best_of, nearest
+from emberpc.server.collections.types import Distance, Labels, Matrix
+
+#: Values in a full chunk (2 MB), and the fewest vectors of a chunk.
+_CHUNK, _FEWEST = 2**19, 16
+
+
+class Buffer:
+    """Prepared vectors by label, in ascending order of labels.
+
+    They lie in chunks of one size; only the last chunk may be smaller, and then
+    grows to that size by doubling. Adding and removing cost in proportion to what
+    is added and removed, however much waits: what is removed is only marked,
+    until its chunk is empty and goes as a whole.
+
+    Not safe to use from several threads; `Neighbours` holds the lock.
+    """
+
+    def __init__(self, dimensions: int, distance: Distance) -> None:
+        self._dimensions = dimensions
+        self._distance = distance
+        self._rows = max(_FEWEST, _CHUNK // dimensions)
+        self._chunks: list[_Chunk] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, labels: Labels, vectors: Matrix) -> None:
+        """Take in vectors, float32 (n, dimensions), under labels, int64 (n,), ascending and above all before."""
+        start = 0
+        while start < len(labels):
+            if not self._chunks or (not self._chunks[-1].room and self._chunks[-1].rows >= self._rows):
+                self._chunks.append(_Chunk(_FEWEST, self._dimensions))
+            last = self._chunks[-1]
+            if (wanted := last.rows - last.room + len(labels) - start) > last.rows:
+                last.grow(min(self._rows, max(wanted, 2 * last.rows)))
+            end = min(len(labels), start + last.room)
+            last.add(labels[start:end], vectors[start:end])
+            start = end
+        self._count += len(labels)
+
+    def remove(self, labels: set[int]) -> None:
+        """Drop those of the labels that are there."""
+        if not self._count:
+            return
+        wanted = np.sort(np.fromiter(labels, dtype=np.int64, count=len(labels)))
+        for chunk in self._chunks:
+            self._count -= chunk.remove(wanted)
+        self._chunks = [chunk for chunk in self._chunks if chunk.count]
+
+    def oldest(self, count: int) -> tuple[Labels, Matrix]:
+        """Return the labels and vectors that have waited longest, at most `count`."""
+        parts: list[tuple[Labels, Matrix]] = []
+        for chunk in self._chunks:
+            if count <= 0:
+                break
+            parts.append(chunk.oldest(count))
+            count -= len(parts[-1][0])
+        if not parts:
+            return np.empty(0, dtype=np.int64), np.empty((0, self._dimensions), dtype=np.float32)
+        return np.concatenate([labels for labels, _ in parts]), np.concatenate([vectors for _, vectors in parts])
+
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the vectors, float32 (dimensions,), of those labels that are there."""
+        found: dict[int, Matrix] = {}
+        for chunk in self._chunks:
+            found.update(chunk.held(labels))
+        return found
+
+    def labels(self) -> set[int]:
+        """Return the labels that are there."""
+        return {label for chunk in self._chunks for label in chunk.present_labels().tolist()}
+
+    def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
+        """Compare prepared queries, float32 (queries, dimensions), with every vector.
+
+        Returns:
+            Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+        """
+        found = [chunk.search(queries, k, self._distance) for chunk in self._chunks]
+        if not found:
+            return np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
+        return best_of(found, k)
+
+
+class _Chunk:
+    """Vectors that lie together: the rows from `first` to before `end` are in use, `count` of them present."""
+
+    def __init__(self, rows: int, dimensions: int) -> None:
+        self._labels: Labels = np.empty(rows, dtype=np.int64)
+        self._vectors: Matrix = np.empty((rows, dimensions), dtype=np.float32)
+        self._present = np.zeros(rows, dtype=bool)
+        self._first = self._end = self.count = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows in use or free."""
+        return len(self._labels)
+
+    def grow(self, rows: int) -> None:
+        """Make room for that many rows, no fewer than now."""
+        more = rows - self.rows
+        self._labels = np.pad(self._labels, (0, more))
+        self._vectors = np.pad(self._vectors, ((0, more), (0, 0)))
+        self._present = np.pad(self._present, (0, more))
+
+    @property
+    def room(self) -> int:
+        """Rows that are free."""
+        return len(self._labels) - self._end
+
+    def add(self, labels: Labels, vectors: Matrix) -> None:
+        """Take in vectors for which there is room."""
+        new = slice(self._end, self._end + len(labels))
+        self._labels[new], self._vectors[new], self._present[new] = labels, vectors, True
+        self._end += len(labels)
+        self.count += len(labels)
+
+    def remove(self, wanted: Labels) -> int:
+        """Drop those of the labels, ascending, that are there; return how many were."""
+        here = self._labels[self._first : self._end]
+        # Of many labels that go, and many chunks, only those that may be of this one are looked for.
+        low, high = np.searchsorted(wanted, here[[0, -1]])
+        mine = wanted[low : high + 1]
+        rows = np.searchsorted(here, mine)
+        known = rows < len(here)
+        rows = rows[known][here[rows[known]] == mine[known]] + self._first
+        gone = int(self._present[rows].sum())
+        self._present[rows] = False
+        self.count -= gone
+        if self.count:
+            self._first += int(np.argmax(self._present[self._first : self._end]))
+        return gone
+
+    def oldest(self, count: int) -> tuple[Labels, Matrix]:
+        """Return the first labels and vectors, at most `count`."""
+        rows = self._first + np.flatnonzero(self._present[self._first : self._end])[:count]
+        return self._labels[rows], self._vectors[rows]
+
+    def held(self, labels: list[int]) -> dict[int, Matrix]:
+        """Return the vectors of those labels that are there."""
+        here = slice(self._first, self._end)
+        rows = self._first + np.flatnonzero(np.isin(self._labels[here], labels) & self._present[here])
+        return dict(zip(self._labels[rows].tolist(), self._vectors[rows], strict=True))
+
+    def present_labels(self) -> Labels:
+        """Return the labels that are there."""
+        here = slice(self._first, self._end)
+        return self._labels[here][self._present[here]]
+
+    def search(self, queries: Matrix, k: int, distance: Distance) -> tuple[Labels, Matrix]:
+        """Compare queries with every vector; as `Buffer.search`."""
+        here = slice(self._first, self._end)
+        present = self._present[here] if self.count < self._end - self._first else None
+        rows, scores = nearest(queries, self._vectors[here], k, distance, present)
+        return self._labels[here][rows], scores

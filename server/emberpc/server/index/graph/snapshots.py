@@ -1,0 +1,173 @@
+"""Snapshots of a graph: whole and checked, or as good as not there.
+
+A graph can always be rebuilt from the store; a snapshot saves the time. Each is
+a file of hnswlib's and a sidecar with its hash and what it holds. The sidecar is
+written last, so a graph without one was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emberpc.server.collections.types import CollectionSpec
+from emberpc.server.index.graph.graph import Contents, Graph, Saving
+from emberpc.server.index.graph.hnsw import GraphError
+from emberpc.server.index.graph.shells import Shells
+from emberpc.server.index.storage.files import sha256_of, synchronise
+
+log = logging.getLogger(__name__)
+
+#: 3: equal vectors are one node. 4: nearly equal vectors are one node, and nodes that no search finds are none.
+_FORMAT = 4
+_KEPT = 2
+
+
+class AheadError(Exception):
+    """A snapshot has labels that the database never gave: the database is an older copy of the one it was made of."""
+
+
+def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, folder: Path) -> None:
+    """Write a snapshot, and drop the oldest ones.
+
+    Args:
+        begin: begins to write the graph to a path.
+        spec: the collection's.
+        identity: its database's.
+        folder: where its snapshots are.
+
+    Raises:
+        OSError: it cannot be written; those that were there still are.
+    """
+    number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
+    path = folder / f"graph-{number:08}.bin"
+    try:
+        saving = begin(path)
+        saving.wait()
+        size = path.stat().st_size
+        # hnswlib reports success on a full disk, too.
+        if size != saving.size:
+            raise OSError(f"{path.name} has {size} of {saving.size} bytes")
+        synchronise(path)
+        facts = {
+            **_facts(spec, identity),
+            "size": size,
+            "sha256": sha256_of(path),
+            "count": saving.live,
+            **_contents_to_json(saving.contents),
+            "newest": saving.newest,
+        }
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"facts": facts, "facts_sha256": _digest(facts)}), encoding="utf-8")
+        synchronise(temporary)
+        temporary.rename(path.with_suffix(".json"))
+        synchronise(folder)
+    finally:
+        _clean(folder)
+
+
+def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Graph | None:
+    """Return the newest snapshot that is whole and the collection's own, or None.
+
+    Args:
+        spec: the collection's.
+        identity: its database's.
+        newest: the greatest label that the database ever gave.
+        folder: where its snapshots are.
+
+    Raises:
+        AheadError: the newest that is the collection's own has greater labels. Those would come to stand for other
+            vectors as the database goes on, so it must take another identity.
+    """
+    for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
+        try:
+            return _load(spec, identity, newest, sidecar)
+        except (OSError, ValueError, KeyError, TypeError, GraphError) as error:
+            log.warning("collection %s: %s is left aside: %s", spec.name, sidecar.name, error or type(error).__name__)
+    return None
+
+
+def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Graph:
+    """Read one snapshot; any of several errors if anything about it is wrong."""
+    path = sidecar.with_suffix(".bin")
+    document = json.loads(sidecar.read_text(encoding="utf-8"))
+    facts = document["facts"]
+    if document["facts_sha256"] != _digest(facts):
+        raise ValueError("its facts are not what was written")
+    own = _facts(spec, identity)
+    if {key: facts.get(key) for key in own} != own:
+        raise ValueError("it is of another collection, or of an older version")
+    if facts["newest"] > newest:
+        raise AheadError
+    if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
+        raise ValueError("its graph is not what was written")
+    graph = Graph.load(spec, path, _contents_from_json(facts))
+    count = graph.live + len(graph.awaited)
+    if count != facts["count"]:
+        raise ValueError(f"it holds {count} vectors, not {facts['count']}")
+    return graph
+
+
+def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
+    """What must be the same for a graph to be this collection's."""
+    return {
+        "format": _FORMAT,
+        "identity": identity,
+        "dimensions": spec.dimensions,
+        "distance": spec.distance.value,
+        "m": spec.m,
+        "ef_construction": spec.ef_construction,
+    }
+
+
+def _contents_to_json(contents: Contents) -> dict[str, object]:
+    return {
+        "dead": contents.dead.tolist(),
+        "members": [[node, labels] for node, labels in contents.members.items()],
+        "outside": [[leader, labels] for leader, labels in contents.outside.items()],
+        "ghosts": contents.ghosts,
+        "checked": contents.checked,
+        "shells": [contents.shells.centre.tolist(), contents.shells.radius] if contents.shells else None,
+    }
+
+
+def _contents_from_json(facts: dict[str, Any]) -> Contents:
+    """Return what `_contents_to_json` was given; KeyError, TypeError or ValueError if it cannot have been."""
+    return Contents(
+        np.array(facts["dead"], dtype=np.int64),
+        {int(node): [int(label) for label in labels] for node, labels in facts["members"]},
+        {int(leader): [int(label) for label in labels] for leader, labels in facts["outside"]},
+        [int(node) for node in facts["ghosts"]],
+        int(facts["checked"]),
+        _shells_from_json(facts.get("shells")),  # older snapshots have none
+    )
+
+
+def _shells_from_json(facts: list[Any] | None) -> Shells | None:
+    if facts is None:
+        return None
+    centre, radius = facts
+    return Shells(np.array(centre, dtype=np.float32), float(radius))
+
+
+def _digest(facts: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _clean(folder: Path) -> None:
+    """Drop all but the newest snapshots, and what never became one."""
+    kept = {path.stem for path in sorted(folder.glob("graph-*.json"))[-_KEPT:]}
+    for path in folder.glob("graph-*"):
+        if path.stem not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.removeprefix("graph-")
+    return int(digits) if digits.isdigit() else 0

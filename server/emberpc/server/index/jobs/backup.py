@@ -1,0 +1,150 @@
+"""A collection as one file, copied while it is read and written.
+
+The file is an SQLite database: the records, and what the collection is (the table `backup`). Behind it comes one line
+with the SHA-256 of all before it, which SQLite passes over, so that a file that was cut off or changed anywhere is
+found out wherever it was kept.
+
+The copy is made by VACUUM INTO. It reads in one transaction, so it has one state, and under a write-ahead log it keeps
+no writer waiting. SQLite's online backup would begin anew with every write, and take along the pages of deleted rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from emberpc.server.collections.types import CollectionSpec, Piece
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.storage.damage import lenient_text
+from emberpc.server.index.storage.database import STEPS_BETWEEN_LOOKS, connect, translated
+from emberpc.server.index.storage.files import new_folder, written
+from emberpc.server.index.storage.filter_sql import INDEX_PREFIX
+from emberpc.server.index.storage.rows import ROW_COLUMNS, Row, damaged
+from emberpc.server.index.storage.store import DATABASE_NAME
+
+FORMAT = 1
+#: SQLite's `application_id` of a backup: "Embr".
+APPLICATION_ID = 0x456D6272
+#: What the collection is; one row.
+TABLE = "CREATE TABLE backup (format INTEGER NOT NULL, spec TEXT NOT NULL, created REAL NOT NULL)"
+_LAST_LINE = b"emberpc-backup-sha256:%s\n"
+LAST_LINE_SIZE = len(_LAST_LINE % (b"0" * 64))
+#: Bytes of the disk that copies leave free for writes.
+HEADROOM = 64 * 2**20
+_INDEXES = f"{INDEX_PREFIX}*"
+_PIECE_BYTES = 2**20
+
+
+def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callable[[], bool]) -> IO[bytes] | None:
+    """Copy a collection's database, and what the collection is.
+
+    Args:
+        folder: the collection's folder.
+        spec: what the collection is.
+        created: since when.
+        stop: whether to give up.
+
+    Returns:
+        The copy, open for reading. It has no name any more, so it is gone when it is closed or the server dies. None:
+        it was given up.
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if there is no room for it, INTERNAL if the database fails or a record is
+            damaged.
+    """
+    what = f"the backup of collection {spec.name!r}"
+    with written("no backup was made"), translated(what), ExitStack() as stack:
+        scratch = new_folder(folder.parent)
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        path = scratch / "backup.db"
+        with closing(connect(folder / DATABASE_NAME)) as connection:
+            pages, size = (int(connection.execute(f"PRAGMA page_{part}").fetchone()[0]) for part in ("count", "size"))
+            check_room(scratch, pages * size, what)
+            connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
+            try:
+                connection.execute("VACUUM INTO ?", (str(path.absolute()),))
+            except sqlite3.OperationalError:
+                if stop():
+                    return None
+                raise
+        with closing(sqlite3.connect(path, isolation_level=None)) as copy:
+            if not _looked_through(copy, stop):
+                return None
+            _complete(copy, spec, created)
+        return path.open("rb")
+
+
+def _looked_through(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
+    """Check that every record is as it was written, lest damage comes out only when the backup is needed.
+
+    Returns:
+        False if it was given up.
+
+    Raises:
+        ServiceError: INTERNAL if one is not.
+    """
+    copy.text_factory = lenient_text
+    for row in map(Row._make, copy.execute(f"SELECT {ROW_COLUMNS} FROM records")):  # noqa: S608 - our own columns
+        if stop():
+            return False
+        if not row.is_whole:
+            raise damaged(row.id)
+    return True
+
+
+def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime) -> None:
+    """Make a backup of the copy of a database."""
+    copy.execute("PRAGMA journal_mode = OFF")
+    # They are made anew where it is opened; and there they would be expressions from a stranger.
+    indexes = copy.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND name GLOB ?", (_INDEXES,))
+    for (name,) in indexes.fetchall():
+        copy.execute(f"DROP INDEX {name}")
+    copy.execute(TABLE)
+    copy.execute("INSERT INTO backup VALUES (?, ?, ?)", (FORMAT, spec.to_json(), created.timestamp()))
+    copy.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
+    """Give a copy piece by piece, of at most 1 MiB, and behind it the line with its SHA-256; of None, nothing."""
+    if copy is None:
+        return
+    digest = hashlib.sha256()
+    with copy:
+        total = os.fstat(copy.fileno()).st_size + LAST_LINE_SIZE
+        while data := copy.read(_PIECE_BYTES):
+            digest.update(data)
+            yield Piece(data, total)
+    line = last_line(digest.hexdigest())
+    digest.update(line)
+    yield Piece(line, total, digest.hexdigest())
+
+
+def last_line(sha256: str) -> bytes:
+    """Return the line that comes behind the database, with the SHA-256 (hex) of all before it."""
+    return _LAST_LINE % sha256.encode()
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raise RESOURCE_EXHAUSTED unless there is room for so many bytes.
+
+    Args:
+        folder: where they are to go.
+        size: how many.
+        what: what they are, for the message.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size + HEADROOM:
+        raise ServiceError(
+            Code.RESOURCE_EXHAUSTED,
+            f"{what} needs {size + HEADROOM} free bytes in the data directory, of which {HEADROOM} stay free for "
+            f"writes, and {free} are free; make room and try again",
+            reason="DISK_FULL",
+            metadata={"needed_bytes": str(size + HEADROOM), "free_bytes": str(free)},
+        )

@@ -1,0 +1,240 @@
+"""Is a file the backup of a collection, and undamaged? Nothing of it is believed before it was looked at.
+
+A collection's database is opened for writing and used by SQLite as it is, so one that comes from elsewhere must hold
+no table, trigger or view but ours, and no value that could not have been written here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from emberpc.server.collections.metric import check_vectors
+from emberpc.server.collections.types import CollectionSpec, NewRecord
+from emberpc.server.collections.validation import check_records
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.jobs import backup
+from emberpc.server.index.storage import schema
+from emberpc.server.index.storage.database import STEPS_BETWEEN_LOOKS
+from emberpc.server.index.storage.rows import Row
+
+log = logging.getLogger(__name__)
+
+_BATCH = 100
+#: What a number may be: more would leave none for those that come after.
+_MOST = 2**62
+#: Seconds from 1970 to the year 10,000.
+_END_OF_TIME = 253_402_300_800
+#: What the value of a column must be, by its declared type.
+_CONDITIONS = {
+    "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {_MOST}",
+    "REAL": f"typeof({{0}}) = 'real' AND {{0}} >= 0 AND {{0}} < {_END_OF_TIME}",
+    "TEXT": "typeof({0}) = 'text'",
+    "BLOB": "typeof({0}) = 'blob'",
+}
+
+
+def damaged(what: str) -> ServiceError:
+    """Return the error for a file that is no whole backup of a collection; `what` is wrong with it."""
+    return ServiceError(
+        Code.INVALID_ARGUMENT, f"the backup cannot be restored: {what}; restore another copy", reason="BACKUP_DAMAGED"
+    )
+
+
+def foreign(what: str) -> ServiceError:
+    """Return the error for a file that is something else; `what` it is."""
+    message = f"the file is no backup of a collection: {what}; restore one that `BackupCollection` gave"
+    return ServiceError(Code.INVALID_ARGUMENT, message, reason="NOT_A_BACKUP")
+
+
+def check_backup(
+    path: Path, accept: Callable[[CollectionSpec], None], stop: Callable[[], bool]
+) -> tuple[CollectionSpec, datetime]:
+    """Check all of a backup, its last line taken off.
+
+    Args:
+        path: the file; it is only read.
+        accept: raises ValueError or ServiceError if a collection cannot be served.
+        stop: whether to give up.
+
+    Returns:
+        What the collection is, and since when.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if it is none, or damaged; FAILED_PRECONDITION if a newer version wrote it;
+            UNAVAILABLE if it was given up.
+    """
+    with _reading(path, stop) as theirs, closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
+        version = _version(theirs)
+        schema.make(ours, version)
+        ours.execute(backup.TABLE)
+        # Before anything of them is read.
+        if _objects(ours) != _objects(theirs):
+            raise foreign("its tables are not those of a collection")
+        spec, created = _spec(theirs, accept)
+        found = [row[0] for row in theirs.execute("PRAGMA integrity_check(10)")]
+        if found != ["ok"]:
+            log.warning("a backup is damaged: %s", "; ".join(map(str, found)))
+            raise damaged("its database is damaged")
+        _check_values(theirs, ours)
+        _check_records(theirs, _columns(ours), spec, stop, older=version < schema.CHECKED_VERSION)
+    return spec, created
+
+
+@contextmanager
+def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connection]:
+    """Open a database that may be meant to do harm, to read it; what SQLite says of it becomes an error of ours."""
+    try:
+        # Immutable: no log or journal beside it is looked for, and none is written.
+        address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
+        with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as connection:
+            # SQLite's own advice for databases from strangers.
+            for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "query_only = ON"):
+                connection.execute(f"PRAGMA {pragma}")
+            connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
+            yield connection
+    # Python decodes names and messages of SQLite, which hold bytes of the file.
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        if stop():
+            raise given_up() from error
+        log.warning("a backup cannot be read: %s", error)
+        raise damaged("its database is damaged") from error
+
+
+def given_up() -> ServiceError:
+    """Return the error for a restore that nobody waits for any more."""
+    return ServiceError(Code.UNAVAILABLE, "the restore was given up; begin again", reason="GIVEN_UP")
+
+
+def _version(theirs: sqlite3.Connection) -> int:
+    """Return how many steps of the schema were done."""
+    if theirs.execute("PRAGMA application_id").fetchone()[0] != backup.APPLICATION_ID:
+        raise foreign("it is a database of something else")
+    version = int(theirs.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(schema.STEPS):
+        raise _newer()
+    # Another encoding would put ids in another order.
+    if version < 0 or theirs.execute("PRAGMA encoding").fetchone()[0] != "UTF-8":
+        raise foreign("its version or its encoding is none of ours")
+    return version
+
+
+def _newer() -> ServiceError:
+    message = "a newer version of emberpc wrote the backup; restore it with that"
+    return ServiceError(Code.FAILED_PRECONDITION, message, reason="NEWER_FORMAT")
+
+
+def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
+    """Return the tables, indexes, triggers and views, as they were declared."""
+    statement = "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master ORDER BY type, name"
+    return connection.execute(statement).fetchall()
+
+
+def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) -> tuple[CollectionSpec, datetime]:
+    """Return what the collection is, and since when."""
+    rows = theirs.execute("SELECT format, spec, created FROM backup LIMIT 2").fetchall()
+    if rows and isinstance(rows[0][0], int) and rows[0][0] > backup.FORMAT:
+        raise _newer()
+    try:
+        ((_, text, created),) = rows
+        spec = _typed_spec(text)
+        spec.check()
+        accept(spec)
+        return spec, datetime.fromtimestamp(created, timezone.utc)
+    except (ServiceError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise damaged("what it says of the collection cannot be") from error
+
+
+def _typed_spec(text: str) -> CollectionSpec:
+    """Return what the catalogue would read of a text, if it is of the right types."""
+    spec = CollectionSpec.from_json(text)
+    likeness = json.loads(CollectionSpec("any", 1).to_json())
+    if any(not isinstance(value, type(likeness[name])) for name, value in json.loads(text).items()):
+        raise TypeError("a value has another type")
+    if not all(isinstance(field, str) for field in spec.indexed_fields):
+        raise TypeError("a field is no text")
+    return spec
+
+
+def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
+    """Check that every value has its column's type; SQLite lets any column hold anything."""
+    tables = ours.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'words%'"
+    ).fetchall()
+    for (table,) in tables:
+        columns = ours.execute('SELECT name, type, "notnull" OR pk FROM pragma_table_info(?)', (table,)).fetchall()
+        conditions = [
+            f"({_CONDITIONS[kind].format(name)}{'' if required else f' OR {name} IS NULL'})"
+            for name, kind, required in columns
+        ]
+        statement = f"SELECT 1 FROM {table} WHERE NOT ({' AND '.join(conditions)}) LIMIT 1"  # noqa: S608 - our own tables
+        if theirs.execute(statement).fetchone():
+            raise damaged(f"its table {table} holds values that cannot be")
+    labels = theirs.execute("SELECT coalesce(min(label), 1), coalesce(max(label), 0) FROM records").fetchone()
+    (last,) = theirs.execute("SELECT coalesce(max(revision), 0) FROM records").fetchone()
+    state = theirs.execute("SELECT one, sequence FROM state LIMIT 2").fetchall()
+    numbers = theirs.execute("SELECT name, seq FROM sqlite_sequence LIMIT 2").fetchall()
+    most = numbers[0][1] if numbers else 0
+    in_order = (
+        labels[0] >= 1
+        and len(state) == 1
+        and last <= state[0][1]
+        and [name for name, _ in numbers] in ([], ["records"])
+        and isinstance(most, int)
+        and labels[1] <= most <= _MOST
+    )
+    if not in_order:
+        raise damaged("its numbers contradict each other")
+
+
+def _columns(ours: sqlite3.Connection) -> str:
+    """Return the columns of a Row, with NULL for those that the version of a database does not have."""
+    present = {name for (name,) in ours.execute("SELECT name FROM pragma_table_info('records')")}
+    return ", ".join(name if name in present else "NULL" for name in Row._fields)
+
+
+def _check_records(
+    theirs: sqlite3.Connection, columns: str, spec: CollectionSpec, stop: Callable[[], bool], *, older: bool
+) -> None:
+    """Check that every record is one that could be written, and as it was written.
+
+    Args:
+        theirs: the backup.
+        columns: what makes a Row.
+        spec: what the collection is.
+        stop: whether to give up.
+        older: an older version wrote it, whose rows may lack checksums.
+    """
+    rows = theirs.execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - our own columns
+    while batch := rows.fetchmany(_BATCH):
+        if stop():
+            raise given_up()
+        vectors = []
+        for row in map(Row._make, batch):
+            _, record_id, text, metadata, label, vector = row[:6]
+            if not (row.was_whole if older else row.is_whole):
+                raise damaged(f"its record {record_id!r} is not as it was written")
+            if len(vector) != 4 * spec.dimensions:
+                what = f"has a vector of {len(vector)} bytes, not {4 * spec.dimensions}"
+                raise damaged(f"its record {record_id!r} {what}")
+            vectors.append(np.frombuffer(vector, dtype="<f4"))
+            try:
+                check_records([NewRecord(record_id, text, json.loads(metadata), label)], restored=True)
+            except (ValueError, RecursionError) as error:
+                raise damaged(f"its record {record_id!r} has metadata that is no JSON") from error
+            except ServiceError as error:
+                what = error.violations[0].description.partition(";")[0]
+                raise damaged(f"a part of its record {record_id!r} {what}") from error
+        try:
+            check_vectors(np.stack(vectors), spec.dimensions, spec.distance, str)
+        except ServiceError as error:
+            record_id = batch[int(error.violations[0].field)][1]
+            raise damaged(f"the vector of its record {record_id!r} cannot be compared with others") from error

@@ -1,0 +1,159 @@
+"""Groups of like records: k-means over the vectors of a collection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.server.collections.metric import prepare
+from emberpc.server.collections.types import Cluster, CollectionSpec, Distance, Labels, Matrix
+from emberpc.server.index.storage.store import Store
+
+#: Vectors that the centres are fitted to, drawn at random where there are more; and at least so many for each cluster.
+_SAMPLE, _SAMPLE_PER_CLUSTER = 20_000, 50
+_ROUNDS = 25
+_SEED = 0
+_READ_BATCH = 4000
+#: Vectors that are held against all centres at a time: 16 MB of products with 1,000 centres.
+_ASSIGNED_AT_ONCE = 4000
+
+Rows = npt.NDArray[np.int64]
+
+
+def cluster_records(
+    spec: CollectionSpec, store: Store, count: int, examples: int, stop: Callable[[], bool]
+) -> list[Cluster]:
+    """Group the records of a collection, as of one moment.
+
+    The centres are fitted to a sample, by the same seed each time; then every
+    record goes to the one nearest to it, a few thousand in memory at a time.
+
+    Args:
+        spec: of the collection; under EUCLIDEAN clusters go by distance, else by direction.
+        store: its records.
+        count: clusters; fewer come out if some stay empty, as among equal vectors.
+        examples: records to give of each cluster.
+        stop: whether the outcome is wanted no more.
+
+    Returns:
+        The clusters, largest first; none if it was to stop.
+    """
+    directions = spec.distance is not Distance.EUCLIDEAN
+
+    def ready(matrix: Matrix) -> Matrix:
+        if not directions:
+            return prepare(matrix, Distance.EUCLIDEAN)
+        # A vector without direction is as near to one centre as to the other.
+        lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return np.asarray(matrix / lengths, dtype=np.float32)
+
+    with store.snapshot():
+        labels = store.labels()
+        if not len(labels):
+            return []
+        most = min(len(labels), max(_SAMPLE, _SAMPLE_PER_CLUSTER * count))
+        chosen = np.sort(np.random.default_rng(_SEED).choice(labels, most, replace=False))
+        centres = k_means(ready(store.vectors(chosen.tolist())[1]), count, directions=directions, stop=stop)
+        if stop():
+            return []
+        sizes = np.zeros(len(centres), dtype=np.int64)
+        best: list[list[tuple[float, int]]] = [[] for _ in centres]
+        for batch, matrix in store.scan(_READ_BATCH):
+            if stop():
+                return []
+            rows, scores = _assigned(ready(matrix), centres, directions=directions)
+            sizes += np.bincount(rows, minlength=len(centres))
+            _keep_nearest(best, batch, rows, scores, examples)
+        records = store.by_label([label for nearest in best for _, label in nearest], with_vectors=False)
+    clusters = [
+        Cluster(int(size), [records[label] for _, label in nearest if label in records])
+        for size, nearest in zip(sizes, best, strict=True)
+        if size
+    ]
+    return sorted(clusters, key=lambda cluster: -cluster.record_count)
+
+
+def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[], bool] = lambda: False) -> Matrix:
+    """Return the centres of clusters: k-means++ (Arthur and Vassilvitskii, 2007) and Lloyd's rounds.
+
+    Args:
+        vectors: float32 (n, dimensions), n at least 1; of length 1 where directions count.
+        count: clusters wanted.
+        directions: whether clusters go by cosine, with centres of length 1, instead of distance.
+        stop: whether to end at the next step: with the centre, the round or the some thousand vectors under way.
+
+    Returns:
+        float32 (at most count, dimensions): no more than there are different vectors.
+    """
+    generator = np.random.default_rng(_SEED)
+    centres = _spread(vectors, count, generator, stop)
+    before: Rows | None = None
+    for _ in range(_ROUNDS):
+        rows = np.zeros(len(vectors), dtype=np.int64)
+        for start in range(0, len(vectors), _ASSIGNED_AT_ONCE):
+            if stop():
+                return centres
+            part = slice(start, start + _ASSIGNED_AT_ONCE)
+            rows[part], _ = _assigned(vectors[part], centres, directions=directions)
+        if before is not None and np.array_equal(rows, before):
+            break
+        before = rows
+        sums = np.zeros_like(centres)
+        np.add.at(sums, rows, vectors)
+        sizes = np.bincount(rows, minlength=len(centres))
+        filled = sizes > 0  # an empty one stays where it was
+        centres[filled] = sums[filled] / sizes[filled, None]
+        if directions:
+            lengths = np.linalg.norm(centres, axis=1, keepdims=True)
+            centres = np.divide(centres, lengths, out=centres, where=lengths > 0)
+    return centres
+
+
+def _spread(vectors: Matrix, count: int, generator: np.random.Generator, stop: Callable[[], bool]) -> Matrix:
+    """Draw the first centres among the vectors, the farther one is from those drawn before, the likelier.
+
+    Of a few drawn at a time the one is taken that leaves the least distance: by a single one, two centres too often
+    fall into one group. Fewer are drawn if it is to stop.
+    """
+    tries = 2 + int(np.log(count))
+    centres = [vectors[int(generator.integers(len(vectors)))]]
+    distances = _squared_distances(vectors, centres[0])
+    while len(centres) < count and not stop() and (total := distances.sum()) > 0:
+        drawn = generator.choice(len(vectors), tries, p=distances / total)
+        left = [np.minimum(distances, _squared_distances(vectors, vectors[row])) for row in drawn]
+        best = int(np.argmin([each.sum() for each in left]))
+        centres.append(vectors[drawn[best]])
+        distances = left[best]
+    return np.stack(centres)
+
+
+def _squared_distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float64]:
+    difference = vectors - centre
+    squares: npt.NDArray[np.float64] = np.einsum("ij,ij->i", difference, difference, dtype=np.float64)
+    return squares
+
+
+def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Rows, Matrix]:
+    """Return the nearest centre of each vector, and how near it is; greater is nearer."""
+    scores = vectors @ centres.T
+    if not directions:
+        # |v|² is the same for all centres; what is left of the squared distance, halved.
+        scores -= 0.5 * np.einsum("ij,ij->i", centres, centres)
+    rows = np.argmax(scores, axis=1)
+    nearest = scores[np.arange(len(rows)), rows]
+    if not directions:
+        nearest -= 0.5 * np.einsum("ij,ij->i", vectors, vectors)
+    return rows, nearest
+
+
+def _keep_nearest(
+    best: Sequence[list[tuple[float, int]]], labels: Labels, rows: Rows, scores: Matrix, most: int
+) -> None:
+    """Keep of each cluster the records nearest to its centre."""
+    for cluster in np.unique(rows).tolist():
+        own = np.flatnonzero(rows == cluster)
+        near = own[np.argsort(-scores[own], kind="stable")[:most]]
+        both = best[cluster] + list(zip(scores[near].tolist(), labels[near].tolist(), strict=True))
+        best[cluster][:] = sorted(both, key=lambda each: (-each[0], each[1]))[:most]

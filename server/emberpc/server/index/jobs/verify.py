@@ -1,0 +1,192 @@
+"""Is every record of a collection there, undamaged, and found? Store, memory and graph are held against each other."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from emberpc.server.collections.metric import check_vectors, nearest, prepare
+from emberpc.server.collections.types import CollectionSpec, Labels, Matrix, Problem, Verified
+from emberpc.server.errors import Code, ServiceError, items_of
+from emberpc.server.index.graph.neighbours import Candidates, Neighbours
+from emberpc.server.index.storage.lexical_terms import search_text
+from emberpc.server.index.storage.rows import Row
+from emberpc.server.index.storage.store import Store
+
+_BATCH = 500
+#: Candidates of the search for a record by its own vector, and how many at a time, since others wait meanwhile. A miss
+#: of the first is looked into with the second, the most that a search keeps by default.
+_TRIES = ((200, 8), (800, 1))
+#: Records that are searched for by default.
+_SAMPLE = 2000
+_HITS = 10
+_OTHER_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
+
+
+@dataclass
+class Verifier:
+    """Checks a collection while it is read and written.
+
+    `store` and `neighbours` may be replaced between two steps.
+
+    Attributes:
+        store: the truth.
+        neighbours: what searches go by.
+        write_lock: held by every write, from before the store has it until memory has it too.
+        spec: what the collection is.
+        full: whether every record is searched for; otherwise a random sample.
+
+    A word index that does not match the texts is built again, since nothing else repairs it.
+    """
+
+    store: Store
+    neighbours: Neighbours
+    write_lock: threading.Lock
+    spec: CollectionSpec
+    full: bool = False
+    _found_damaged: bool = False
+    _found_other_words: bool = False
+
+    def steps(self) -> Iterator[Verified]:
+        """Check all of it, some hundred records a step; the last step is `done`."""
+        total, checked, last = self.store.count(), 0, 0
+        share = 1.0 if self.full else _SAMPLE / max(1, total)
+        yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.damage()])
+        while rows := self.store.rows(last, _BATCH):
+            last, checked = rows[-1].label, checked + len(rows)
+            yield Verified(checked, max(total, checked), self._batch(rows, share))
+        yield Verified(checked, checked, self._words())
+        yield Verified(checked, checked, self._strangers(), done=True)
+
+    def _batch(self, rows: Sequence[Row], share: float) -> list[Problem]:
+        """Check some records, and search for that share of them."""
+        problems = []
+        whole: list[tuple[Row, Matrix]] = []
+        for row in rows:
+            try:
+                whole.append((row, self._decoded(row)))
+            except ServiceError as error:
+                self._found_damaged = True
+                problems.append(Problem(row.name, "RECORD_DAMAGED", f"record {row.name!r}: {error.message}"))
+                continue
+            if row.search_text != search_text(row.text):
+                self._found_other_words = True
+                problems.append(Problem(row.id, "WORDS_DAMAGED", f"record {row.id!r}: {_OTHER_WORDS}"))
+        if whole:
+            labels = np.array([row.label for row, _ in whole], dtype=np.int64)
+            vectors = prepare(np.vstack([vector for _, vector in whole]), self.spec.distance)
+            problems += self._in_memory([row for row, _ in whole], labels, vectors, share)
+        return problems
+
+    def _decoded(self, row: Row) -> Matrix:
+        """Return the stored vector, float32 (1, dimensions).
+
+        Raises:
+            ServiceError: it, or the metadata, is not what can have been written.
+        """
+        try:
+            metadata = json.loads(row.metadata)
+        except (ValueError, TypeError, RecursionError):
+            metadata = None
+        if not isinstance(metadata, dict):
+            raise ServiceError(Code.INTERNAL, "its metadata is no JSON object; upsert it again")
+        if not row.is_whole:
+            raise ServiceError(Code.INTERNAL, "it is not as it was written; delete it or upsert it again")
+        size = 4 * self.spec.dimensions
+        if len(row.vector) != size:
+            message = f"its vector has {len(row.vector)} bytes, not {size}; upsert it again"
+            raise ServiceError(Code.INTERNAL, message)
+        vector: Matrix = np.frombuffer(row.vector, dtype="<f4")[None]
+        check_vectors(vector, self.spec.dimensions, self.spec.distance, items_of("vector"))
+        return vector
+
+    def _in_memory(self, rows: Sequence[Row], labels: Labels, vectors: Matrix, share: float) -> list[Problem]:
+        """Check that memory has the vectors as they are stored, and that searches find that share of them."""
+        held = self.neighbours.held(labels.tolist())
+        problems, there = [], []
+        for i, row in enumerate(rows):
+            vector = held.get(row.label)
+            if vector is None:
+                if self._missing(row.label):
+                    message = f"record {row.id!r} is not in memory, so no search finds it; restart the server"
+                    problems.append(Problem(row.id, "NOT_IN_MEMORY", message))
+            elif not np.array_equal(vector, vectors[i]):
+                message = f"the stored vector of record {row.id!r} is not the one that is searched; upsert it again"
+                problems.append(Problem(row.id, "VECTOR_DIFFERS", message))
+            elif random.random() < share:  # noqa: S311 - a sample, no secret
+                there.append(i)
+        if there:
+            problems += self._unreachable([rows[i] for i in there], labels[there], vectors[there])
+        return problems
+
+    def _unreachable(self, rows: Sequence[Row], labels: Labels, vectors: Matrix) -> list[Problem]:
+        """Search the graph for each record by its own vector."""
+        suspects = list(range(len(rows)))
+        for ef, turn in _TRIES:
+            # Of a graph no more than half is asked for: past that, searches compare every vector.
+            k = min(_HITS, max(1, self.neighbours.graph_size // 2))
+            found: list[Candidates | None] = []
+            for start in range(0, len(suspects), turn):
+                found += self.neighbours.search(vectors[suspects[start : start + turn]], k, ef)
+            suspects = [
+                i
+                for i, each in zip(suspects, found, strict=True)
+                if each and self._missed(each, int(labels[i]), vectors[i])
+            ]
+            if not suspects:
+                return []
+        missed = [i for i in suspects if self.neighbours.held([int(labels[i])])]
+        self.neighbours.compare_always([int(labels[i]) for i in missed])
+        return [
+            Problem(
+                rows[i].id,
+                "UNREACHABLE",
+                f"no link of the graph led to record {rows[i].id!r}, so searches missed it; they find it from now on, "
+                "and it need not be upserted again",
+            )
+            for i in missed
+        ]
+
+    def _missed(self, found: Candidates, label: int, vector: Matrix) -> bool:
+        """Whether a search for a record's vector found others that are less near to it, and not the record."""
+        if label in found.labels or not found.scores:
+            return False
+        (own,) = nearest(vector[None], vector[None], 1, self.spec.distance)[1][0]
+        return bool(min(found.scores) < own - 1e-5 * max(abs(own), *map(abs, found.scores)))
+
+    def _missing(self, label: int) -> bool:
+        """Whether a record is in the store and not in memory, with no write under way."""
+        with self.write_lock:
+            return bool(len(self.store.vectors([label])[0])) and not self.neighbours.held([label])
+
+    def _words(self) -> list[Problem]:
+        """Compare the word index with the texts, and build it again if it does not match them."""
+        suspect = self.store.words_suspect
+        if not suspect and not self._found_other_words and self.store.words_are_sound():
+            return []
+        try:
+            with self.write_lock:
+                self.store.build_words()
+        except ServiceError as error:
+            message = f"the word index does not match the texts, and it cannot be built again: {error.message}"
+            return [Problem("", "WORDS_DAMAGED", message)]
+        # Known before, or said of a record. Of a damaged text the index has the words that it had.
+        if suspect or self._found_other_words or self._found_damaged:
+            return []
+        return [Problem("", "WORDS_DAMAGED", f"the word index: {_OTHER_WORDS}")]
+
+    def _strangers(self) -> list[Problem]:
+        """Find what searches may come upon and the store does not have."""
+        suspects = self.neighbours.labels() - set(self.store.labels().tolist())
+        if suspects:
+            with self.write_lock:
+                suspects = self.neighbours.labels() - set(self.store.labels().tolist())
+        if not suspects:
+            return []
+        message = f"memory has {len(suspects)} vectors that belong to no record; restart the server"
+        return [Problem("", "UNKNOWN_VECTORS", message)]

@@ -1,0 +1,1 @@
+"""Search of a collection: dense, lexical, hybrid and filtered."""

@@ -1,0 +1,183 @@
+"""How many candidates a search of a collection's graph must keep for a wanted recall: measured, not guessed.
+
+A sample of the distinct vectors, each moved by more or less noise, is searched
+for exactly and in the graph. What that took at which recall, with the noise for
+which it is least, is kept beside the collection, and measured again when the
+graph has grown by a half or is new.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from emberpc.server.collections.metric import nearest, prepare
+from emberpc.server.collections.types import Distance, Matrix
+from emberpc.server.index.graph.neighbours import Neighbours
+from emberpc.server.index.storage.files import synchronise
+from emberpc.server.index.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+#: With fewer vectors in the graph comparing all of them is as quick.
+MIN_SIZE = 1000
+#: Measured again when the graph has so many times the vectors that it had.
+_GROWTH = 1.5
+#: Lengths of the noise against the vector's own, and queries that are moved by each. With the first, queries are as
+#: unlike the records as questions are unlike texts that answer them, with a cosine of 0.7. With the others they are
+#: like texts that are nearly the same, which are easier to find for, but not among vectors in a narrow cone.
+_NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
+_SIZES = (10, 100)
+_EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
+#: Queries at one value of ef, while other searches wait: some milliseconds.
+_TURN = 4
+#: A sample errs: so much of what may be missing is kept as a reserve.
+_RESERVE = 0.25
+_SCAN_BATCH = 2000
+_NAME = "recall.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured once: the share of the true `k` nearest that was found with `ef` candidates."""
+
+    k: int
+    ef: int
+    recall: float
+
+
+@dataclass(frozen=True)
+class RecallMap:
+    """What was measured of a graph that held `size` vectors."""
+
+    size: int
+    points: tuple[Point, ...]
+
+    def outgrown(self, size: int) -> bool:
+        """Whether a graph of so many vectors is another one by now."""
+        return size >= _GROWTH * self.size
+
+    def ef(self, k: int, recall: float) -> int | None:
+        """Return the fewest candidates with which so much of the true `k` nearest is found; None if none will do."""
+        measured = sorted({point.k for point in self.points})
+        if not measured:
+            return None
+        # Fewer hits are not harder to find; for more than were measured, candidates grow in proportion.
+        nearest_size = next((size for size in measured if size >= k), measured[-1])
+        wanted = recall + _RESERVE * (1 - recall)
+        fitting = [point.ef for point in self.points if point.k == nearest_size and point.recall >= wanted]
+        return max(k, -(-min(fitting) * max(k, nearest_size) // nearest_size)) if fitting else None
+
+
+def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Callable[[], bool]) -> RecallMap | None:
+    """Measure a collection's graph; searches and writes go on meanwhile. None if told to stop.
+
+    Some two seconds at 100,000 vectors, most of it for reading them.
+    """
+    size = neighbours.graph_size
+    queries = _queries(store, neighbours, distance)
+    if not len(queries[0]):
+        return RecallMap(size, ())
+    truth = _best_scores(store, np.vstack(queries), distance, stop)
+    if truth is None:
+        return None
+    points: list[Point] = []
+    for k in _SIZES:
+        kinds = list(zip(queries, np.split(truth, np.cumsum([len(each) for each in queries])[:-1]), strict=True))
+        for ef in _EFS:
+            if ef < k or 2 * k > size:
+                continue
+            found = [_recall(neighbours, *kind, k, ef, stop) for kind in kinds]
+            recalls = [each for each in found if each is not None]
+            if len(recalls) < len(found):
+                return None
+            points.append(Point(k, ef, min(recalls)))
+            # More candidates find no fewer.
+            kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < 1]
+            if not kinds:
+                break
+    return RecallMap(size, tuple(points))
+
+
+def save(measured: RecallMap, folder: Path) -> None:
+    """Keep what was measured; a file that cannot be written costs only measuring it again."""
+    temporary = folder / f"{_NAME}.tmp"
+    try:
+        temporary.write_text(json.dumps({"format": _FORMAT, **asdict(measured)}), encoding="utf-8")
+        synchronise(temporary)
+        temporary.rename(folder / _NAME)
+    except OSError as error:
+        log.warning("%s: not kept: %s", folder / _NAME, error)
+        temporary.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> RecallMap | None:
+    """Return what was kept, or None if there is nothing that can be read."""
+    try:
+        document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+        if document["format"] != _FORMAT:
+            return None
+        points = [Point(int(each["k"]), int(each["ef"]), float(each["recall"])) for each in document["points"]]
+        return RecallMap(int(document["size"]), tuple(points))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is left aside: %s", folder / _NAME, error or type(error).__name__)
+        return None
+
+
+def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
+    """Return prepared queries near the records, for each length of noise: stored vectors of a sample, moved by it.
+
+    Of equal and nearly equal vectors the sample has one at most: a graph may find many copies of one text with few
+    candidates, and other records with many only.
+    """
+    labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(labels, min(max(count for _, count in _NOISES), len(labels)), replace=False)
+    vectors = rng.permutation(store.vectors(sorted(chosen.tolist()))[1])
+    noise = rng.standard_normal(vectors.shape, dtype=np.float32)
+    noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    noise *= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return [prepare((vectors + length * noise)[:count], distance) for length, count in _NOISES]
+
+
+def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callable[[], bool]) -> Matrix | None:
+    """Return the scores of the truly nearest, greatest first, float32 (queries, at most 100)."""
+    best = np.empty((len(queries), 0), dtype=np.float32)
+    with store.snapshot():
+        for _, vectors in store.scan(_SCAN_BATCH):
+            if stop():
+                return None
+            _, scores = nearest(queries, prepare(vectors, distance), _SIZES[-1], distance)
+            best = -np.sort(-np.hstack([best, scores]), axis=1)[:, : _SIZES[-1]]
+    return best
+
+
+def _recall(
+    neighbours: Neighbours, queries: Matrix, truth: Matrix, k: int, ef: int, stop: Callable[[], bool]
+) -> float | None:
+    """Return the share of hits that are as near as the k-th nearest; None if told to stop, or the graph cannot tell."""
+    k = min(k, truth.shape[1])
+    # What is as near as the k-th but for the last digits is as good.
+    bounds = (truth[:, k - 1] - 1e-5 * float(np.abs(truth).max())).tolist()
+    right = 0
+    for rows in _turns(len(queries)):
+        if stop():
+            return None
+        for candidates, bound in zip(neighbours.search(queries[rows], k, ef), bounds[rows], strict=True):
+            if candidates is None:
+                return None
+            right += min(k, sum(score >= bound for score in candidates.scores))
+    return right / (k * len(queries))
+
+
+def _turns(count: int) -> Iterator[slice]:
+    for start in range(0, count, _TURN):
+        yield slice(start, start + _TURN)

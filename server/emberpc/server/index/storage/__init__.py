@@ -1,0 +1,1 @@
+"""Storage of a collection: SQLite tables, files and the data directory."""

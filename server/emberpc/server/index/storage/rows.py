@@ -1,0 +1,306 @@
+"""Rows of a collection's database, and what they are as records."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sqlite3
+import struct
+import zlib
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from emberpc.server.collections.metric import are_fit
+from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.storage.lexical_terms import search_text
+
+#: What Python raises where the value of a damaged column is used.
+DAMAGES = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
+#: `json.loads` looks for encodings and blanks first, which takes as long again.
+_DECODE = json.JSONDecoder().raw_decode
+# Moments as microseconds: JSON in SQLite has 15 digits only, and the checksum is of what is served.
+_COLUMNS = """label, id, text, metadata, class_label, revision,
+    CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
+    CAST(round(expires * 1e6) AS INTEGER), text_checksum"""
+_NAME_OF_BYTES = re.compile(r"""b(['"])(?:[ -\[\]-~]|\\(?:[\\'"tnr]|x[0-9a-f]{2}))*\1""")
+#: What `is_sound_vector` takes.
+VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
+#: What `has_sound_numbers` takes.
+NUMBER_COLUMNS = "label, revision, created, updated, expires, text_checksum, row_checksum"
+#: The numbers of a record as its checksum covers them.
+_NUMBERS = struct.Struct("<5q").pack
+#: For the expiry of a record that never goes: no time in microseconds.
+_NEVER = -(2**63)
+#: Microseconds from here on are whole numbers in a double, and SQLite's `round` leaves them as they are.
+_WHOLE = 2**52
+#: What `has_vector` takes.
+UNCHECKED_COLUMNS = "label, vector"
+#: Takes a JSON list of labels, and gives their records without vectors as one JSON value, for `records_of_one_row`.
+AS_ONE_ROW = f"""
+SELECT json_group_array(json_array({_COLUMNS}, CASE WHEN typeof(checksum) = 'integer' THEN row_checksum END))
+FROM records WHERE label IN (SELECT value FROM json_each(?))
+"""  # noqa: S608 - our own columns
+
+
+class Row(NamedTuple):
+    """A record as its row has it, undecoded; a column that is damaged may be of any type."""
+
+    label: int
+    id: str
+    text: str
+    metadata: str
+    class_label: str
+    vector: bytes
+    revision: int
+    created: float
+    updated: float
+    expires: float | None
+    text_checksum: int | None
+    checksum: int | None
+    row_checksum: int | None
+    search_text: str | None
+
+    @property
+    def name(self) -> str:
+        """Its id, as far as that can be read."""
+        return name_of(self.id)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is as it was written."""
+        try:
+            return (self.text_checksum, self.checksum, self.row_checksum) == self.checksums()
+        except DAMAGES:
+            return False
+
+    @property
+    def was_whole(self) -> bool:
+        """Whether a row that an older version wrote is as it was written, as far as it has checksums.
+
+        One without checksums is taken to be if it can be read.
+        """
+        try:
+            pairs = zip((self.text_checksum, self.checksum, self.row_checksum), self.checksums(), strict=True)
+            return all(checksum in (None, found) for checksum, found in pairs)
+        except DAMAGES:
+            return False
+
+    def checksums(self) -> tuple[int, int, int]:
+        """Return the checksums that go with its values: `text_checksum`, `checksum`, `row_checksum`.
+
+        Raises one of `DAMAGES` if a value has another type than it was written with.
+        """
+        texts = (self.id, self.text, self.metadata, self.class_label)
+        if type(self.vector) is not bytes or not all(type(each) is str for each in texts):
+            raise TypeError
+        text_checksum = text_checksum_of(*texts)
+        moments = (_microseconds(self.created), _microseconds(self.updated), _microseconds(self.expires))
+        return (
+            text_checksum,
+            checksum_of(text_checksum, self.vector),
+            row_checksum_of(text_checksum, self.label, self.revision, *moments),
+        )
+
+
+#: The columns of a Row.
+ROW_COLUMNS = ", ".join(Row._fields)
+_INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row._fields))})"  # noqa: S608 - our own
+
+
+def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
+    """Return the CRC-32 of a record's texts, each ended by a byte that no UTF-8 has; metadata as JSON."""
+    return checksum_of_bytes((record_id.encode(), text.encode(), metadata.encode(), label.encode()))
+
+
+def checksum_of_bytes(texts: Sequence[bytes]) -> int:
+    """Return the checksum of a record's texts in UTF-8, in the order of `text_checksum_of`."""
+    return zlib.crc32(b"\xff".join((*texts, b"")))
+
+
+def checksum_of(text_checksum: int, vector: bytes) -> int:
+    """Return the CRC-32 of a record's texts, whose own is given, and of its vector behind them."""
+    return zlib.crc32(vector, text_checksum)
+
+
+def row_checksum_of(
+    text_checksum: int, label: int, revision: int, created: int | None, updated: int | None, expires: int | None
+) -> int:
+    """Return the CRC-32 of a record's texts, whose own is given, and of its numbers behind them.
+
+    The times are in microseconds since 1970, as they are served. Raises one of `DAMAGES` if one is no whole number.
+    """
+    numbers = _NUMBERS(label, revision, created, updated, _NEVER if expires is None else expires)
+    return zlib.crc32(numbers, text_checksum)
+
+
+def columns_of(with_vectors: bool) -> str:
+    """Return what to select of a record for `record_of`."""
+    return f"{_COLUMNS}, checksum, row_checksum, {'vector' if with_vectors else 'NULL'}"
+
+
+def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
+    """Make a record of a row of `columns_of`, with the same `with_vectors`.
+
+    Raises:
+        ServiceError: DATA_LOSS if it is damaged.
+    """
+    number, record_id, text, metadata, label, revision, created, updated, expires, *more = row
+    text_checksum, checksum, row_checksum, vector = more
+    try:
+        found = _checked_texts(record_id, text, metadata, label, text_checksum)
+        numbers = (number, revision, created, updated, expires)
+        if row_checksum_of(found, *numbers) != row_checksum or type(checksum) is not int:
+            raise ValueError
+        if vector is not None and checksum_of(found, vector) != checksum:
+            raise ValueError
+        return StoredRecord(
+            record_id,
+            text,
+            _decoded(metadata),
+            label,
+            revision,
+            _moment(created),
+            _moment(updated),
+            _vector(vector, spec) if with_vectors else None,
+            None if expires is None else _moment(expires),
+        )
+    except DAMAGES as error:
+        raise damaged(record_id) from error
+
+
+def records_of_one_row(document: str) -> dict[int, StoredRecord]:
+    """Make records, by label, of what `AS_ONE_ROW` gives; raises one of `DAMAGES` if one of them is damaged."""
+    records = {}
+    for (
+        label,
+        record_id,
+        text,
+        metadata,
+        class_label,
+        revision,
+        created,
+        updated,
+        expires,
+        text_checksum,
+        row_checksum,
+    ) in json.loads(document):
+        found = _checked_texts(record_id, text, metadata, class_label, text_checksum)
+        if row_checksum_of(found, label, revision, created, updated, expires) != row_checksum:
+            raise ValueError
+        records[label] = StoredRecord(
+            record_id,
+            text,
+            _decoded(metadata),
+            class_label,
+            revision,
+            _moment(created),
+            _moment(updated),
+            expire_time=None if expires is None else _moment(expires),
+        )
+    return records
+
+
+def has_vector(row: Sequence[Any], size: int) -> bool:
+    """Return whether a row of `UNCHECKED_COLUMNS`, or with more behind them, has a vector of that many bytes."""
+    return type(row[1]) is bytes and len(row[1]) == size
+
+
+def is_sound_vector(row: Sequence[Any], size: int) -> bool:
+    """Return whether a row of `VECTOR_COLUMNS` has a vector of that many bytes that goes with its checksum."""
+    if not has_vector(row, size):
+        return False
+    _, vector, text_checksum, checksum = row
+    try:
+        return bool(checksum_of(text_checksum, vector) == checksum)
+    except (TypeError, OverflowError):
+        return False
+
+
+def has_sound_numbers(row: Sequence[Any]) -> bool:
+    """Return whether the numbers of a row of `NUMBER_COLUMNS` go with its checksum; its texts are not looked at."""
+    label, revision, created, updated, expires, text_checksum, row_checksum = row
+    try:
+        moments = (_microseconds(created), _microseconds(updated), _microseconds(expires))
+        return bool(row_checksum_of(text_checksum, label, revision, *moments) == row_checksum)
+    except DAMAGES:
+        return False
+
+
+def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksum: Any) -> int:
+    """Return the checksum of a record's texts; raise TypeError or ValueError if they do not go with theirs."""
+    if not (type(record_id) is type(text) is type(metadata) is type(label) is str):
+        raise TypeError
+    found = text_checksum_of(record_id, text, metadata, label)
+    if checksum != found:
+        raise ValueError
+    return found
+
+
+def _microseconds(seconds: float | None) -> int | None:
+    """Return a time as `AS_ONE_ROW` gives it; raise TypeError or OverflowError if it is none."""
+    if seconds is None:
+        return None
+    if type(seconds) is not float:
+        raise TypeError
+    scaled = seconds * 1e6
+    return int(scaled + 0.5) if 0 <= scaled < _WHOLE else round(scaled)
+
+
+def _decoded(metadata: str) -> dict[str, Any]:
+    """Return what a JSON object says; raise TypeError or ValueError if it is none."""
+    if metadata == "{}":
+        return {}
+    found = _DECODE(metadata)[0]
+    if type(found) is not dict:
+        raise TypeError
+    return found
+
+
+def _vector(data: Any, spec: CollectionSpec) -> Matrix:
+    """Return a stored vector; raise ValueError or TypeError if none of the collection can be such."""
+    vector: Matrix = np.frombuffer(data, dtype="<f4")
+    if len(vector) != spec.dimensions or not are_fit(vector[None], spec.distance)[0]:
+        raise ValueError
+    return vector
+
+
+def name_of(record_id: object) -> str:
+    """Return an id; of one that is damaged and no text, what Python writes for its value, such as `b'\\xff'`."""
+    return record_id if isinstance(record_id, str) else ascii(record_id)
+
+
+def bytes_of_name(name: str) -> bytes | None:
+    """Return the bytes that `name_of` gave this name to; None if it gave it to none."""
+    return bytes(ast.literal_eval(name)) if _NAME_OF_BYTES.fullmatch(name) else None
+
+
+def damaged(record_id: object) -> ServiceError:
+    """Return the error for a record whose row is none any more, and whose id may be of any type."""
+    name = name_of(record_id)
+    return ServiceError(
+        Code.DATA_LOSS,
+        f"record {name!r} is damaged on disk; delete it or upsert it again, and see what VerifyCollection finds",
+        reason="RECORD_DAMAGED",
+        metadata={"record": name},
+    )
+
+
+def _moment(microseconds: Any) -> datetime:
+    return datetime.fromtimestamp(microseconds / 1e6, timezone.utc)
+
+
+def insert_row(
+    connection: sqlite3.Connection,
+    number: int,
+    texts: tuple[str, str, str, str],
+    vector: Matrix,
+    times: tuple[int, float, float, float | None],
+) -> None:
+    """Insert a record: its number; id, text, metadata, label; vector; revision, when made, written, gone."""
+    values = Row(number, *texts, vector.astype("<f4").tobytes(), *times, None, None, None, search_text(texts[1]))
+    connection.execute(_INSERT, (*values[:-4], *values.checksums(), values.search_text))
