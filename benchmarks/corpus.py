@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.client import Client
-from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.export.data.stdlib_texts import read_stdlib
 from load import serving
 
 _END = re.compile(r"(?<=[.!?])\s+")

@@ -36,10 +36,10 @@ from rich.console import Console
 from rich.table import Table
 
 from emberpc.bundle import read_bundle, unit
-from emberpc.export.datasets import read_texts
-from emberpc.export.examples import evenly
-from emberpc.export.runner import Feeds, Matrix, Runner
-from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.convert.onnx_runner import Feeds, Matrix, Runner
+from emberpc.export.data.datasets import read_texts
+from emberpc.export.data.examples import evenly
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.variants.measuring import ROUNDS, neighbour_agreement
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers

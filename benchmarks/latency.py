@@ -18,7 +18,7 @@ from time import perf_counter
 
 import grpc
 
-from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.server.engine import Model, Truncation
 from emberpc.server.errors import items_of
 from emberpc.server.memory import keep_freed_memory

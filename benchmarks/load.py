@@ -1,4 +1,4 @@
-"""WorkerThreads of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
+"""Helpers of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
 
 Run as a program, this script is the callers, so that their CPU time is not part of the benchmark's or the server's:
 
@@ -31,7 +31,7 @@ import grpc.aio
 import numpy as np
 from google.protobuf.message import Message
 
-from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.server.engine import Model, Truncation
 from emberpc.server.errors import items_of
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2

@@ -24,7 +24,7 @@ import matplotlib as mpl
 
 from emberpc.bundle import read_bundle
 from emberpc.client import Client
-from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.export.data.stdlib_texts import read_stdlib
 from load import cpu_seconds, host, middle, resident_megabytes, serving
 
 mpl.use("Agg")

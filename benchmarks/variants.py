@@ -26,14 +26,14 @@ from rich.table import Table
 
 from beir import write_pairs
 from emberpc.bundle import BundleError, Head, Manifest, Variant, read_bundle
-from emberpc.export.datasets import read_labelled
+from emberpc.export.classify.linear import fit_head
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.data.datasets import read_labelled
+from emberpc.export.data.examples import targets_of
 from emberpc.export.embedding import export_embedding
-from emberpc.export.examples import targets_of
-from emberpc.export.linear import fit_head
 from emberpc.export.retrieval.data import Judged, read_judged
 from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.measures import measure as measure_search
-from emberpc.export.runner import Runner
 from emberpc.export.variants import CANDIDATES
 
 #: Inverse strength of the linear head's regularization. It is fixed, since variants are compared and not heads.

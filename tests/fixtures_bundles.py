@@ -49,7 +49,7 @@ def minilm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Docstrings of the standard library labelled with their modules, as CSV."""
-    from emberpc.export.stdlib_texts import read_stdlib
+    from emberpc.export.data.stdlib_texts import read_stdlib
 
     path = tmp_path_factory.mktemp("data") / "train.csv"
     taken: Counter[str] = Counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.export.data.stdlib_texts import read_stdlib
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+")
 

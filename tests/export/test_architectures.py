@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
-from emberpc.export.encoder import read_encoder
+from emberpc.export.source.encoder import read_encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import tiny_tokenizer

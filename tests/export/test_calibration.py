@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emberpc.export.calibration import (
+from emberpc.export.classify.calibration import (
     expected_calibration_error,
     fit_rejection,
     fit_temperature,

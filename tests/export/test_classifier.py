@@ -15,10 +15,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from emberpc.bundle import Manifest, Reference, Task, read_bundle
-from emberpc.export.calibration import probabilities
 from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classify.calibration import probabilities
+from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
 from emberpc.export.errors import ExportError
-from emberpc.export.stdlib_texts import read_stdlib, sample_texts
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MODULES, MakeSource, minilm_source
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.export.comparing.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
-from emberpc.export.comparing.findings import confusions, suspects
-from emberpc.export.comparing.planning import Planner, budgets_of
-from emberpc.export.comparing.running import Compared
-from emberpc.export.comparing.serving import ServingCost
-from emberpc.export.comparing.summary import Summary, caveats, crossover, recommendation, skipped_lines
+from emberpc.export.compare.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
+from emberpc.export.compare.findings import confusions, suspects
+from emberpc.export.compare.planning import Planner, budgets_of
+from emberpc.export.compare.running import Compared
+from emberpc.export.compare.serving import ServingCost
+from emberpc.export.compare.summary import Summary, caveats, crossover, recommendation, skipped_lines
+from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import Examples
 
 TEXTS = 400
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from emberpc.export import compare as room
-from emberpc.export import workbench
 from emberpc.export.classifier import Data
-from emberpc.export.comparing import identity, running
-from emberpc.export.comparing.cells import ALL
-from emberpc.export.comparing.planning import Planner
-from emberpc.export.comparing.running import FOR_REPORT, Wanted, run
+from emberpc.export.classify import workbench
+from emberpc.export.classify.strategies import contrastive
+from emberpc.export.compare import comparison as room
+from emberpc.export.compare import identity, running
+from emberpc.export.compare.cells import ALL
+from emberpc.export.compare.planning import Planner
+from emberpc.export.compare.running import FOR_REPORT, Wanted, run
 from emberpc.export.embedding import convert_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.strategies import contrastive
 from emberpc.export.tuning.backbone import Backbone
 
 
@@ -130,7 +130,7 @@ class Clock:
             self.now += CONVERSION
             return convert_encoder(*arguments)
 
-        monkeypatch.setattr("emberpc.export.comparing.bases.convert_encoder", converted)
+        monkeypatch.setattr("emberpc.export.compare.bases.convert_encoder", converted)
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self.now += 1.0

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emberpc.export.datasets import read_labelled
+from emberpc.export.data.datasets import read_labelled
+from emberpc.export.data.examples import read_descriptions, training_examples
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import read_descriptions, training_examples
 
 
 def plain(label: str) -> str:

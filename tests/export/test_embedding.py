@@ -14,11 +14,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from emberpc.bundle import BundleError, Manifest, Prompts, Reference, Task, read_bundle
-from emberpc.export import graph
+from emberpc.export.convert import graph
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
-from emberpc.export.runner import Runner
-from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MakeSource, minilm_source, modules_json, pooling_json
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from emberpc.bundle import Prompts, finish_bundle
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.parity import torch_embeddings
 from emberpc.export.embedding import export_embedding
-from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.parity import torch_embeddings
-from emberpc.export.runner import Runner
+from emberpc.export.source.encoder import read_encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MakeSource, modules_json, pooling_json

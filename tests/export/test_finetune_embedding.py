@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from emberpc.bundle import read_bundle
 from emberpc.export import finetune
-from emberpc.export.encoder import Encoder, read_encoder
+from emberpc.export.classify.linear import Matrix
+from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.export.errors import ExportError
 from emberpc.export.finetune import finetune_embedding
-from emberpc.export.linear import Matrix
 from emberpc.export.retrieval.data import Data, Files, Judged, Queries, read_data
 from emberpc.export.retrieval.embedder import Embedder
 from emberpc.export.retrieval.measures import measure
 from emberpc.export.retrieval.mining import Neighbours, mine
 from emberpc.export.retrieval.ranking import Options, Outcome, multiple_negatives_ranking, tune
-from emberpc.export.stdlib_texts import read_stdlib
+from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.verify import verify_bundle

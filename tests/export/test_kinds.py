@@ -18,10 +18,10 @@ from transformers import BertModel, PretrainedConfig, Qwen2Config, Qwen3Config, 
 from transformers.models.auto.modeling_auto import AutoModel
 
 from emberpc.bundle import Prompts
+from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.embedding import export_embedding
-from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.runner import Runner
+from emberpc.export.source.encoder import read_encoder
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MakeSource, modules_json, pooling_json, tiny_tokenizer
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from emberpc.bundle import unit
-from emberpc.export.calibration import probabilities
-from emberpc.export.linear import GRID, balanced_weights, cross_validate, fit_head, stratify
+from emberpc.export.classify.calibration import probabilities
+from emberpc.export.classify.linear import GRID, balanced_weights, cross_validate, fit_head, stratify
 
 
 def one_hot(classes: np.ndarray) -> np.ndarray:

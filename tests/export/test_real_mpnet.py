@@ -10,8 +10,8 @@ import pytest
 
 from emberpc.client import Client
 from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
-from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.verify import verify_bundle
 from server_process import ServerProcess
 

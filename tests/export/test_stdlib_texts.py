@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from emberpc.export.stdlib_texts import read_stdlib, sample_texts
+from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
 
 
 def test_there_are_thousands_and_all_are_public() -> None:
@@ -35,7 +35,7 @@ def test_docstrings_of_c_modules_and_methods_are_read() -> None:
 
 def test_python_sources_are_parsed_and_not_imported() -> None:
     code = (
-        "import sys; from emberpc.export.stdlib_texts import read_stdlib; docs = read_stdlib(); "
+        "import sys; from emberpc.export.data.stdlib_texts import read_stdlib; docs = read_stdlib(); "
         "print(any(d.module == 'turtle' for d in docs), {'turtle', 'tkinter', 'smtplib', 'torch'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -17,21 +17,21 @@ import torch
 
 from bundle_cache import shared_export
 from emberpc.bundle import Manifest, Prompts, read_bundle
-from emberpc.export.calibration import probabilities
 from emberpc.export.classifier import Data, export_classifier
-from emberpc.export.datasets import read_labelled
+from emberpc.export.classify.calibration import probabilities
+from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Options, layers
+from emberpc.export.classify.strategies.contrastive import paired, supervised_contrastive
+from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.data.datasets import read_labelled
+from emberpc.export.data.examples import Examples, label_names, training_examples
 from emberpc.export.embedding import export_embedding
-from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import Examples, label_names, training_examples
-from emberpc.export.runner import Runner
-from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Options, layers
-from emberpc.export.strategies.contrastive import paired, supervised_contrastive
+from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints, TrainingState
 from emberpc.export.tuning.loop import Recipe
 from emberpc.export.verify import verify_bundle
-from emberpc.export.workbench import Cost, Workbench
 from fixtures_bundles import MODULES, minilm_source
 
 TUNING = [name for name, strategy in STRATEGIES.items() if strategy.tunes]

@@ -19,11 +19,11 @@ from bundle_cache import shared_export
 from emberpc.bundle import Bound, Manifest, Measured, Variant, finish_bundle, read_bundle
 from emberpc.client import Client
 from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classify.strategies import base as strategies
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
-from emberpc.export.runner import Runner
-from emberpc.export.stdlib_texts import sample_texts
-from emberpc.export.strategies import base as strategies
 from emberpc.export.variants import CANDIDATES, Candidate, choosing, surgery
 from emberpc.export.variants.candidates import Material
 from emberpc.export.variants.measuring import neighbour_agreement

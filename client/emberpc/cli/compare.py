@@ -26,7 +26,7 @@ from emberpc.cli.options import AsJson, listed
 from emberpc.cli.output import Column, note, print_gap, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from emberpc.export.comparing.summary import Summary
+    from emberpc.export.compare.summary import Summary
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _EVERYTHING = "1,2,4,8,16,32,all"
@@ -99,10 +99,10 @@ def compare(
     """Fine-tuning or embedding? Compare all strategies on your own data, and say which one to take."""
     left = f"what was measured is kept in {output}, and the same command goes on from there"
     with exporting("emberpc compare", left) as progress:
-        from emberpc.export import compare as room
         from emberpc.export.classifier import Data
-        from emberpc.export.comparing.running import Wanted
-        from emberpc.export.strategies import STRATEGIES
+        from emberpc.export.classify.strategies import STRATEGIES
+        from emberpc.export.compare import comparison as room
+        from emberpc.export.compare.running import Wanted
 
         wanted = Wanted(
             data=Data(
@@ -134,7 +134,7 @@ def compare(
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
     """Read a list of budgets."""
-    from emberpc.export.comparing.cells import ALL
+    from emberpc.export.compare.cells import ALL
 
     found = []
     for part in listed("--budget", values):
@@ -155,10 +155,10 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exported: bool) -> None:
-    from emberpc.export.comparing.cells import ALL, NO_TEXTS
-    from emberpc.export.comparing.report import content
-    from emberpc.export.comparing.summary import caveats, crossover, recommendation, skipped_lines
-    from emberpc.export.strategies import STRATEGIES
+    from emberpc.export.classify.strategies import STRATEGIES
+    from emberpc.export.compare.cells import ALL, NO_TEXTS
+    from emberpc.export.compare.report import content
+    from emberpc.export.compare.summary import caveats, crossover, recommendation, skipped_lines
 
     if as_json:
         print_json([content(summary)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emberpc.bundle import Manifest, Task
-from emberpc.export.calibration import weakness
+from emberpc.export.classify.calibration import weakness
 
 
 def model_card(manifest: Manifest) -> str:

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import TypedDict
 
 from emberpc.bundle import Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
-from emberpc.export.calibration import FEW_TEXTS, weakness
 from emberpc.export.card import model_card
-from emberpc.export.datasets import read_labelled, read_texts
-from emberpc.export.describing import described_examples
+from emberpc.export.classify.calibration import FEW_TEXTS, weakness
+from emberpc.export.classify.evaluation import Calibration, HeldOut, calibrate, measure, measure_scope
+from emberpc.export.classify.linear import Matrix
+from emberpc.export.classify.model_description import described_examples
+from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
+from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.parity import compare, require, torch_embeddings
+from emberpc.export.data.datasets import read_labelled, read_texts
+from emberpc.export.data.examples import Examples, held_out_examples, training_examples
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import (
     MODEL_PATH,
     PARITY_TEXTS,
@@ -25,19 +33,11 @@ from emberpc.export.embedding import (
     convert_encoder,
     write_json,
 )
-from emberpc.export.encoder import Encoder, read_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.evaluation import Calibration, HeldOut, calibrate, measure, measure_scope
-from emberpc.export.examples import Examples, held_out_examples, training_examples
-from emberpc.export.linear import Matrix
-from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.runner import Runner
-from emberpc.export.stdlib_texts import sample_texts
-from emberpc.export.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
+from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, add_variants, check_names
-from emberpc.export.workbench import Cost, Workbench
 
 _LOGGER = logging.getLogger(__name__)
 

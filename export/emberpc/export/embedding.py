@@ -17,17 +17,17 @@ from tokenizers import Tokenizer
 from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.bundle.peers import read_token_id
 from emberpc.export.card import model_card
-from emberpc.export.convert import convert
-from emberpc.export.datasets import read_texts
-from emberpc.export.encoder import Encoder, read_encoder
+from emberpc.export.convert.graph import GraphEditor
+from emberpc.export.convert.onnx_export import convert
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.parity import compare, require, torch_embeddings
+from emberpc.export.data.datasets import read_texts
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
-from emberpc.export.graph import GraphEditor
-from emberpc.export.matryoshka import check_matryoshka
-from emberpc.export.parity import compare, require, torch_embeddings
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.data import Judged, has_queries, read_judged
-from emberpc.export.runner import Runner
-from emberpc.export.stdlib_texts import sample_texts
+from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.source.matryoshka import check_matryoshka
 from emberpc.export.variants import FP32, add_variants, check_names
 
 MODEL_PATH = "onnx/model.onnx"

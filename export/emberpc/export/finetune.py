@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from emberpc.bundle import Manifest, finish_bundle, staged_folder
+from emberpc.export.classify.workbench import Cost
 from emberpc.export.embedding import write_embedding
-from emberpc.export.encoder import read_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.data import Files, Judged, read_data
 from emberpc.export.retrieval.measures import DECIDING
 from emberpc.export.retrieval.ranking import Options, tune
+from emberpc.export.source.encoder import read_encoder
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, check_names
-from emberpc.export.workbench import Cost
 
 #: Value of `strategy` in the manifest.
 STRATEGY = "multiple-negatives-ranking"

@@ -22,9 +22,9 @@ from emberpc.bundle import (
     Variant,
     open_bundle,
 )
+from emberpc.export.convert.onnx_runner import Matrix, Runner, look
+from emberpc.export.convert.parity import compare, faults
 from emberpc.export.errors import ExportError
-from emberpc.export.parity import compare, faults
-from emberpc.export.runner import Matrix, Runner, look
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def verify_bundle(
         return report
     runners = {variant.name: _check_variant(bundle, variant, reference, report) for variant in bundle.manifest.variants}
     if against is not None:
-        from emberpc.export.against import compare_with_source
+        from emberpc.export.convert.source_comparison import compare_with_source
 
         for name, runner in runners.items():
             if runner is not None:

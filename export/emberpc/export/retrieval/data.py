@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.export.datasets import label_of, read_rows, report_alike, text_of
+from emberpc.export.data.datasets import label_of, read_rows, report_alike, text_of
+from emberpc.export.data.examples import evenly
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import evenly
 
 #: Without a validation file: share of the queries to hold out, their greatest number, and the least number of queries.
 _HELD_OUT = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from emberpc.bundle import unit
-from emberpc.export.linear import Matrix
+from emberpc.export.classify.linear import Matrix
 from emberpc.export.retrieval.data import Queries
 
 #: The figure that decides between models.

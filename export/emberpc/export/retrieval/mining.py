@@ -8,8 +8,8 @@ import hnswlib
 import numpy as np
 
 from emberpc.bundle import unit
+from emberpc.export.classify.linear import Matrix
 from emberpc.export.errors import ExportError
-from emberpc.export.linear import Matrix
 from emberpc.export.retrieval.data import Queries
 
 #: hnswlib's usual parameters. The graph serves one pass over the queries only.

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from emberpc.export.encoder import Encoder
-from emberpc.export.linear import Matrix
+from emberpc.export.classify.linear import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.data import Data, Queries
 from emberpc.export.retrieval.embedder import Embedder
 from emberpc.export.retrieval.measures import DECIDING, measure
 from emberpc.export.retrieval.mining import Neighbours, mine
+from emberpc.export.source.encoder import Encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
 from emberpc.export.tuning.loop import Recipe, shuffled, train

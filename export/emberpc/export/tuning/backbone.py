@@ -13,10 +13,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from emberpc.export.encoder import Encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.source.encoder import Encoder
 
 #: Texts of a batch when nothing is trained. Batches are made of texts of similar length.
 _BATCH = 32

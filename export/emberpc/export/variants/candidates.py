@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from emberpc.bundle import Bound
-from emberpc.export.runner import Feeds
+from emberpc.export.convert.onnx_runner import Feeds
 from emberpc.export.variants import surgery
 from emberpc.export.variants.outliers import find_outliers
 

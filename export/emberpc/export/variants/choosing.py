@@ -9,13 +9,13 @@ from pathlib import Path
 import onnx
 
 from emberpc.bundle import Manifest, Measured, Parity, Variant
+from emberpc.export.convert.graph import check_size, save_model
+from emberpc.export.convert.parity import compare
+from emberpc.export.data.examples import Examples, evenly
+from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
-from emberpc.export.examples import Examples, evenly
-from emberpc.export.graph import check_size, save_model
-from emberpc.export.parity import compare
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.data import Judged
-from emberpc.export.stdlib_texts import sample_texts
 from emberpc.export.variants.candidates import CANDIDATES, Candidate, Material
 from emberpc.export.variants.measuring import (
     MOST_PASSAGES,

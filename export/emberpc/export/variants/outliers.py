@@ -9,8 +9,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from emberpc.export.convert.onnx_runner import Feeds
 from emberpc.export.errors import ExportError
-from emberpc.export.runner import Feeds
 from emberpc.export.variants.surgery import Columns, Weights, products
 
 #: Number of columns split from an input. On all-MiniLM-L6-v2, 4 or 8 columns hold nearly all outliers.

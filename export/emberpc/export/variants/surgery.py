@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from emberpc.export.convert.graph import ADDED
 from emberpc.export.errors import ExportError
-from emberpc.export.graph import ADDED
 from emberpc.export.libraries import calling_libraries
 
 #: Least number of values for which a table or matrix is stored in fewer bits.

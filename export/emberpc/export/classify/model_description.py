@@ -1,0 +1,44 @@
+"""Add descriptions to labels: from a file, or from the labels' names if these help to classify the texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from emberpc.export.classify.strategies import STRATEGIES, Options
+from emberpc.export.classify.workbench import Workbench
+from emberpc.export.data.examples import Examples, label_names, read_descriptions
+
+#: Label names are used only if a zero-shot classifier with them exceeds the share of the most frequent label by this.
+_LEAST_GAIN = 0.1
+
+
+def described_examples(examples: Examples, path: Path | str | None, workbench: Workbench) -> Examples:
+    """Return the examples with label descriptions: from the file, or the labels' names if they help to classify.
+
+    Args:
+        examples: labelled texts.
+        path: file with descriptions; None: try the labels' names.
+        workbench: the encoder to try the names with.
+
+    Raises:
+        ExportError: the file cannot be read, or does not describe exactly the labels of the examples.
+    """
+    if path is not None:
+        return replace(examples, descriptions=read_descriptions(path, examples.labels))
+    named = replace(examples, descriptions=label_names(examples.labels))
+    return named if telling(named, workbench) else examples
+
+
+def telling(named: Examples, workbench: Workbench) -> bool:
+    """Return whether zero-shot classification by the descriptions is at least 0.1 better than the most frequent label.
+
+    Args:
+        named: labelled texts with descriptions.
+        workbench: the encoder.
+    """
+    best = STRATEGIES["zero-shot"].fit(named, workbench, Options()).classify(named.texts).argmax(axis=1)
+    right = named.targets[np.arange(len(best)), best].mean()
+    return bool(right > named.targets.mean(axis=0).max() + _LEAST_GAIN)

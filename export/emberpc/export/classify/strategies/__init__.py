@@ -1,0 +1,18 @@
+"""Strategies to make a classifier from an encoder and labelled texts, behind one interface."""
+
+from __future__ import annotations
+
+from emberpc.export.classify.strategies.base import Fitted, Options, Strategy
+from emberpc.export.classify.strategies.contrastive import Contrastive
+from emberpc.export.classify.strategies.frozen import Centroids, Linear, Nearest, ZeroShot
+from emberpc.export.classify.strategies.layers import FullTuning, TopLayers
+
+#: All strategies, from the cheapest to the most expensive.
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (ZeroShot(), Nearest(), Centroids(), Linear(), TopLayers(), Contrastive(), FullTuning())
+}
+#: Names of the strategies whose result is a linear head, which can be exported as one graph.
+EXPORTABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.exportable)
+
+__all__ = ["EXPORTABLE", "STRATEGIES", "Fitted", "Options", "Strategy"]

@@ -1,0 +1,151 @@
+"""The contrastive strategy: train texts of one label to be near each other, then fit a linear head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from emberpc.export.classify.linear import balanced_weights, fit_head
+from emberpc.export.classify.strategies.base import (
+    Fitted,
+    Options,
+    Tuned,
+    accuracy,
+    fit_and_hold_out,
+    no_texts,
+    standard_error,
+)
+from emberpc.export.classify.strategies.frozen import class_means, prototypes
+from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of, default_epochs
+from emberpc.export.classify.workbench import Workbench
+from emberpc.export.data.examples import Examples
+from emberpc.export.tuning.loop import Recipe, train
+
+#: Texts of a batch, in pairs of one label. All other texts of the batch serve as negatives.
+_BATCH = 32
+_TEMPERATURE = 0.1
+#: Inverse strength of the head's regularization. It cannot be cross-validated, since the encoder was trained on these
+#: texts. On texts that it was not trained on, 3, 10 and 30 gave equal accuracy.
+_C = 10.0
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """Trains the upper half of the layers by which texts share a label, then fits logistic regression.
+
+    This follows SetFit (Tunstall et al., "Efficient Few-Shot Learning Without Prompts", 2022), but with the supervised
+    contrastive loss (Khosla et al., 2020). That loss compares a text with all texts of its batch instead of one other
+    text, so each forward pass teaches more, and forward passes are the main cost.
+    """
+
+    name: str = "contrastive"
+    exportable: bool = True
+    tunes: bool = True
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Train with early stopping on held-out texts, then fit the head; see `Strategy.fit`."""
+
+        def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
+            return self._train(known.described(), held_out, epochs, stage, workbench, options)
+
+        return fit_and_hold_out(fit, examples, options)
+
+    def _train(
+        self,
+        examples: Examples,
+        held_out: Examples | None,
+        epochs: int | None,
+        stage: str,
+        workbench: Workbench,
+        options: Options,
+    ) -> tuple[Fitted, int]:
+        backbone = workbench.backbone
+        top = max(1, backbone.layers // 2)
+        tokens, states = workbench.tokens(examples.texts), workbench.states(examples.texts, top)
+        if held_out is not None:
+            # Cache these states before the training: the lower layers must run with the original weights.
+            workbench.states(held_out.texts, top)
+        parameters = backbone.train_top(top)
+        recipe = Recipe(epochs or default_epochs(examples.per_label), 1e-4, batch=_BATCH)
+        together = torch.from_numpy(examples.targets.astype(np.float32))
+
+        def loss_of(rows: list[int]) -> torch.Tensor:
+            vectors = backbone.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
+            return supervised_contrastive(vectors, together[rows])
+
+        def score() -> float:
+            if held_out is None:
+                return 0.0
+            means = class_means(backbone.embed(tokens, states), examples)
+            found = backbone.embed(workbench.tokens(held_out.texts), workbench.states(held_out.texts, top))
+            return accuracy(prototypes(means).logits(found), held_out)
+
+        log = train(
+            parameters,
+            {},
+            lambda epoch: paired(examples, recipe.batch, options.seed, epoch),
+            loss_of,
+            recipe,
+            score=score if held_out is not None else None,
+            tolerance=standard_error(held_out),
+            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, workbench, options),
+            stage=stage,
+            progress=options.progress,
+        )
+        head = fit_head(
+            backbone.embed(tokens, states),
+            examples.targets,
+            _C,
+            multi_label=examples.multi_label,
+            weights=balanced_weights(examples.targets) if options.balanced else None,
+        )
+        tuned = Tuned(backbone.weights(), top, backbone)
+        figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
+        return Fitted(by_tuned(head, tuned, workbench), no_texts(examples), head, tuned, figures), log.best_epoch
+
+
+def supervised_contrastive(vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the supervised contrastive loss of a batch (Khosla et al., "Supervised Contrastive Learning", eq. 2).
+
+    Args:
+        vectors: float32 (texts, dimensions), of any length.
+        targets: float32 (texts, labels), 1 where a text has a label. Two texts are a positive pair if they share one.
+
+    Returns:
+        A scalar, the mean over the texts that have a positive pair in the batch; 0 if none has.
+    """
+    units = functional.normalize(vectors, dim=1)
+    itself = torch.eye(len(units), dtype=torch.bool)
+    similarity = (units @ units.T / _TEMPERATURE).masked_fill(itself, -torch.inf)
+    together = ((targets @ targets.T) > 0) & ~itself
+    likelihood = similarity.log_softmax(dim=1).masked_fill(~together, 0.0)
+    count = together.sum(dim=1)
+    # A text without a positive pair in its batch does not count.
+    return -(likelihood.sum(dim=1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+
+
+def paired(examples: Examples, size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the batches of an epoch, as indexes of texts. Each batch is made of pairs of texts with the same label.
+
+    Args:
+        examples: the texts. For a text with several labels, one of them is drawn.
+        size: number of texts of a batch.
+        seed: seed of the draw.
+        epoch: number of the epoch; each has another draw.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    drawn = (examples.targets * generator.random(examples.targets.shape)).argmax(axis=1)
+    pairs: list[tuple[int, int]] = []
+    for label in np.unique(drawn):
+        rows = generator.permutation(np.flatnonzero((drawn == label) & examples.targets[:, label])).tolist()
+        if len(rows) % 2:
+            rows.append(rows[0])  # an odd number of texts: the last one is paired with the first
+        pairs += zip(rows[::2], rows[1::2], strict=True)
+    order = generator.permutation(len(pairs))
+    flat = [
+        [row for i in order[start : start + size // 2] for row in pairs[i]] for start in range(0, len(pairs), size // 2)
+    ]
+    return [list(dict.fromkeys(batch)) for batch in flat]

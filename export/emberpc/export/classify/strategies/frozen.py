@@ -1,0 +1,163 @@
+"""Strategies that do not train the encoder: label descriptions, nearest examples, centroids, a linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from emberpc.bundle import Head, unit
+from emberpc.export.classify.evaluation import HeldOut
+from emberpc.export.classify.linear import Matrix, balanced_weights, cross_validate, stratify
+from emberpc.export.classify.strategies.base import Fitted, Options, no_texts
+from emberpc.export.classify.workbench import Workbench
+from emberpc.export.data.examples import Examples
+from emberpc.export.errors import ExportError
+
+#: Factor that turns a cosine, in [-1, 1], into a logit of a range that softmax can use. Calibration fits a temperature
+#: on top of it.
+COSINE_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Gives the label whose description is nearest to the text; the training texts are not used for fitting."""
+
+    name: str = "zero-shot"
+    exportable: bool = True
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Use the vectors of the label descriptions as the head; see `Strategy.fit`."""
+        if not examples.descriptions:
+            raise ExportError("the strategy zero-shot needs label descriptions, and there are none; give them")
+        head = prototypes(workbench.vectors(examples.descriptions))
+        held_out = options.validation or examples  # the strategy learns from no text, so all texts are held out
+        if not held_out.texts:
+            return Fitted(_classify_by(head, workbench), no_texts(examples), head)
+        logits = head.logits(workbench.vectors(held_out.texts))
+        rows = np.arange(0 if options.validation else len(examples.texts))
+        return Fitted(_classify_by(head, workbench), HeldOut(logits, held_out.targets, rows, unseen=True), head)
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Gives the label whose mean vector of examples is nearest to the text."""
+
+    name: str = "centroids"
+    exportable: bool = True
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Use the mean vector of each label as the head; see `Strategy.fit`."""
+
+        def fit_head(known: Examples) -> Head:
+            return prototypes(class_means(workbench.vectors(known.texts), known))
+
+        head = fit_head(examples.described())
+
+        def classify(known: Examples, texts: Sequence[str]) -> Matrix:
+            return fit_head(known.described()).logits(workbench.vectors(texts))
+
+        return Fitted(_classify_by(head, workbench), _hold_out(classify, examples, options), head)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Gives the label of the nearest example. It is not exportable: no linear head can compute it."""
+
+    name: str = "nearest"
+    exportable: bool = False
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Cache the vectors of the examples; nothing is trained. See `Strategy.fit`."""
+
+        def classify(known: Examples, texts: Sequence[str]) -> Matrix:
+            kept, vectors = unit(workbench.vectors(known.texts)), unit(workbench.vectors(texts))
+            # The score of a label is the largest cosine to one of its examples; -1 for a label without examples.
+            found = np.full((len(texts), len(known.labels)), -1.0, dtype=np.float32)
+            for label in range(len(known.labels)):
+                own = known.targets[:, label]
+                if own.any():
+                    found[:, label] = (vectors @ kept[own].T).max(axis=1)
+            return COSINE_SCALE * found
+
+        described = examples.described()
+        workbench.vectors(described.texts)  # fills the cache
+        return Fitted(
+            lambda texts: classify(described, texts),
+            _hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Logistic regression on the encoder's vectors, with its regularization chosen by cross-validation."""
+
+    name: str = "linear"
+    exportable: bool = True
+    tunes: bool = False
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Fit the head by logistic regression; see `Strategy.fit`."""
+        described = examples.described()
+        found = cross_validate(
+            workbench.vectors(described.texts),
+            described.targets,
+            multi_label=examples.multi_label,
+            weights=balanced_weights(described.targets) if options.balanced else None,
+            always=len(described.texts) - len(examples.texts),
+            seed=options.seed,
+            progress=options.progress,
+        )
+        held_out = HeldOut(found.logits, described.targets[found.rows], found.rows)
+        if options.validation is not None:
+            logits = found.head.logits(workbench.vectors(options.validation.texts))
+            held_out = HeldOut(logits, options.validation.targets)
+        return Fitted(_classify_by(found.head, workbench), held_out, found.head, figures={"regularisation_c": found.c})
+
+
+def class_means(vectors: Matrix, examples: Examples) -> Matrix:
+    """Return the mean vector of each label's texts, scaled to length 1, float32 (labels, dimensions).
+
+    Args:
+        vectors: vectors of the examples, float32 (texts, dimensions).
+        examples: the examples; a label without texts gets zeros.
+    """
+    counts = np.maximum(examples.targets.sum(axis=0), 1)[:, None]
+    return unit(np.asarray(examples.targets.T.astype(np.float32) @ unit(vectors) / counts, dtype=np.float32))
+
+
+def prototypes(vectors: Matrix) -> Head:
+    """Return the head whose logits are `COSINE_SCALE` times the cosine to each label's vector.
+
+    Args:
+        vectors: a vector of each label, float32 (labels, dimensions).
+    """
+    return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
+
+
+def _classify_by(head: Head, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
+    return lambda texts: head.logits(workbench.vectors(texts))
+
+
+def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:
+    """Return logits of held-out texts: of the validation texts, or by cross-validation of the examples.
+
+    Args:
+        classify: returns the logits of texts by a classifier that is fitted to the examples given.
+        examples: the training texts.
+        options: options of the fit.
+    """
+    if options.validation is not None:
+        return HeldOut(classify(examples, options.validation.texts), options.validation.targets)
+    folds = stratify(examples.targets, options.seed)
+    rows, parts = [np.zeros(0, dtype=np.int64)], [np.zeros((0, len(examples.labels)), dtype=np.float32)]
+    for fold in np.unique(folds[folds >= 0]):
+        unseen = np.flatnonzero(folds == fold)
+        rows.append(unseen)
+        known = examples.take(np.flatnonzero(folds != fold))
+        parts.append(classify(known, [examples.texts[row] for row in unseen]))
+    return HeldOut(np.concatenate(parts), examples.targets[np.concatenate(rows)], np.concatenate(rows))

@@ -1,0 +1,214 @@
+"""Strategies that train layers of the encoder together with a head: the upper layers, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log2
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emberpc.bundle import Head
+from emberpc.export.classify.linear import Matrix, balanced_weights
+from emberpc.export.classify.strategies.base import (
+    Fitted,
+    Options,
+    Tuned,
+    accuracy,
+    fit_and_hold_out,
+    no_texts,
+    standard_error,
+)
+from emberpc.export.classify.strategies.frozen import COSINE_SCALE, class_means
+from emberpc.export.classify.workbench import Workbench
+from emberpc.export.data.examples import Examples
+from emberpc.export.tuning.checkpoint import Checkpoint
+from emberpc.export.tuning.loop import Recipe, shuffled, train
+
+#: Share of the trained weights in the result; the rest comes from the original weights (Wortsman et al., "Robust
+#: fine-tuning of zero-shot models", 2022). The weighted mean is more accurate than either (docs/decisions/0010).
+_TUNED_SHARE = 0.8
+#: From this mean number of texts of a label on, half of the layers are trained instead of a third.
+_HALF_FROM = 64
+
+
+class _CosineHead(nn.Module):
+    """Logits = scale × cosine(vector, vector of the label) + bias. Once trained, it is a linear head.
+
+    It starts from the mean vector of each label, so it begins with the accuracy of the strategy centroids. With few
+    examples this helps (docs/decisions/0010).
+    """
+
+    def __init__(self, means: Matrix, *, multi_label: bool) -> None:
+        super().__init__()
+        self.labels = nn.Parameter(torch.from_numpy(means))
+        # With several labels for a text, each label needs its own cosine above which it is given. The bias learns it.
+        self.bias = nn.Parameter(torch.full((len(means),), -COSINE_SCALE / 2 if multi_label else 0.0))
+        self.bias.requires_grad_(multi_label)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        cosines = functional.normalize(vectors, dim=1) @ functional.normalize(self.labels, dim=1).T
+        return COSINE_SCALE * cosines + self.bias
+
+    def linear(self) -> Head:
+        weights = COSINE_SCALE * functional.normalize(self.labels.detach(), dim=1)
+        return Head(np.ascontiguousarray(weights.T.numpy()), self.bias.detach().numpy().copy())
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Strategy that trains layers and head together; subclasses choose the layers."""
+
+    name: str
+    encoder_rate: float
+    exportable: bool = True
+    tunes: bool = True
+
+    def top(self, layers: int, per_label: float) -> int:
+        """Return the number of upper layers to train, for an encoder's layers and the mean texts of a label."""
+        raise NotImplementedError
+
+    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+        """Train with early stopping on held-out texts; see `Strategy.fit`."""
+
+        def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
+            return self._train(known.described(), held_out, epochs, stage, workbench, options)
+
+        return fit_and_hold_out(fit, examples, options)
+
+    def _train(
+        self,
+        examples: Examples,
+        held_out: Examples | None,
+        epochs: int | None,
+        stage: str,
+        workbench: Workbench,
+        options: Options,
+    ) -> tuple[Fitted, int]:
+        backbone = workbench.backbone
+        top = self.top(backbone.layers, examples.per_label)
+        tokens, states = workbench.tokens(examples.texts), workbench.states(examples.texts, top)
+        if held_out is not None:
+            # Cache these states before the training: the lower layers must run with the original weights.
+            workbench.states(held_out.texts, top)
+        parameters = backbone.train_top(top)
+        original = backbone.weights()
+        means = class_means(workbench.vectors(examples.texts), examples)
+        head = _CosineHead(means, multi_label=examples.multi_label)
+        recipe = Recipe(epochs or default_epochs(examples.per_label), self.encoder_rate)
+        loss = loss_by_targets(examples, balanced=options.balanced)
+        lengths = [len(ids) for ids in tokens]
+
+        def loss_of(rows: list[int]) -> torch.Tensor:
+            vectors = backbone.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
+            return loss(head(vectors), rows)
+
+        def score() -> float:
+            texts = held_out.texts if held_out else ()
+            logits = head.linear().logits(backbone.embed(workbench.tokens(texts), workbench.states(texts, top)))
+            return accuracy(logits, held_out) if held_out else 0.0
+
+        log = train(
+            parameters,
+            {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad},
+            lambda epoch: shuffled(lengths, recipe.batch, options.seed, epoch),
+            loss_of,
+            recipe,
+            score=score if held_out is not None else None,
+            tolerance=standard_error(held_out),
+            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, workbench, options),
+            stage=stage,
+            progress=options.progress,
+        )
+        trained = backbone.weights()
+        backbone.load({name: weights.lerp(trained[name], _TUNED_SHARE) for name, weights in original.items()})
+        tuned, linear = Tuned(backbone.weights(), top, backbone), head.linear()
+        figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
+        return Fitted(by_tuned(linear, tuned, workbench), no_texts(examples), linear, tuned, figures), log.best_epoch
+
+
+class TopLayers(_Layers):
+    """Trains the upper third of the layers, or half with many texts; states of the lower layers are computed once."""
+
+    def __init__(self) -> None:
+        super().__init__("top-layers", 2e-4)
+
+    def top(self, layers: int, per_label: float) -> int:
+        """Return a third of the layers, or half of them from 64 texts of each label on; at least one."""
+        return max(1, layers // (2 if per_label >= _HALF_FROM else 3))
+
+
+class FullTuning(_Layers):
+    """Trains all layers."""
+
+    def __init__(self) -> None:
+        super().__init__("full", 1e-4)
+
+    def top(self, layers: int, per_label: float) -> int:
+        """Return all layers."""
+        return layers
+
+
+def by_tuned(head: Head, tuned: Tuned, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
+    """Return a function that returns the logits of texts by a tuned encoder.
+
+    It loads the tuned weights at each call, since the backbone may have been trained for something else meanwhile.
+    """
+
+    def classify(texts: Sequence[str]) -> Matrix:
+        tokens, states = workbench.tokens(texts), workbench.states(texts, tuned.top)
+        workbench.backbone.train_top(tuned.top)
+        workbench.backbone.load(tuned.weights)
+        return head.logits(workbench.backbone.embed(tokens, states, workbench.progress))
+
+    return classify
+
+
+def checkpoint_of(
+    strategy: str, examples: Examples, held_out: Examples | None, recipe: Recipe, workbench: Workbench, options: Options
+) -> Checkpoint:
+    """Return the checkpoint of one training; its key covers everything that the outcome depends on."""
+    encoder = workbench.encoder
+    return options.checkpoints.of(
+        strategy=strategy,
+        encoder=encoder.weights_sha256,
+        tokens=encoder.max_tokens,
+        prompt=encoder.prompts.passage,
+        texts=examples.texts,
+        targets=examples.targets.tolist(),
+        held_out=held_out and (held_out.texts, held_out.targets.tolist()),
+        recipe=repr(recipe),
+        seed=options.seed,
+        balanced=options.balanced,
+    )
+
+
+def default_epochs(per_label: float) -> int:
+    """Return the default number of epochs, from 5 to 12: with 4 texts of each label 10, with 16 texts 8, with 64 6."""
+    return max(5, min(12, round(12 - log2(max(per_label, 1)))))
+
+
+def loss_by_targets(examples: Examples, *, balanced: bool) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
+    """Return the loss of a batch's logits: cross-entropy, or binary cross-entropy summed over labels if multi-label.
+
+    Args:
+        examples: the training texts.
+        balanced: whether every label has the same weight.
+
+    Returns:
+        A function of logits, float32 (texts, labels), and of the texts' indexes; it returns a scalar.
+    """
+    wanted = torch.from_numpy(examples.targets.astype(np.float32))
+    weights = torch.from_numpy(balanced_weights(examples.targets)) if balanced else torch.ones(len(wanted))
+
+    def loss(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if examples.multi_label:
+            losses = functional.binary_cross_entropy_with_logits(logits, wanted[rows], reduction="none").sum(dim=1)
+        else:
+            losses = functional.cross_entropy(logits, wanted[rows], reduction="none")
+        return (losses * weights[rows]).mean()
+
+    return loss

@@ -1,0 +1,142 @@
+"""An encoder for training, with a cache of everything computed from each text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from emberpc.export.classify.linear import Matrix
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.progress import Progress, no_progress
+from emberpc.export.source.encoder import Encoder
+
+if TYPE_CHECKING:
+    from emberpc.export.tuning.backbone import Backbone, States, TokenIds
+
+
+@dataclass
+class Cost:
+    """Time of a `with` block: wall seconds, and CPU seconds of all cores. Several blocks add up."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __enter__(self) -> Cost:
+        self._wall, self._cpu = perf_counter(), process_time()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.seconds += perf_counter() - self._wall
+        self.cpu_seconds += process_time() - self._cpu
+
+
+@dataclass
+class Account:
+    """Requests of a piece of work to a workbench: texts by kind of result, and the time it waited for them.
+
+    A cached text takes no time. `Workbench.price` estimates the time without the cache.
+    """
+
+    asked: dict[str, set[str]] = field(default_factory=dict)
+    waited: Cost = field(default_factory=Cost)
+
+
+class Workbench:
+    """Computes and caches vectors of texts, and hidden states of lower layers, with the encoder's original weights.
+
+    The encoder's passage prompt is put before every text, as the server does.
+
+    Args:
+        encoder: the encoder.
+        runner: runner of its ONNX file.
+        progress: called with the number of texts done.
+    """
+
+    def __init__(self, encoder: Encoder, runner: Runner, progress: Progress = no_progress) -> None:
+        self.encoder = encoder
+        self.progress = progress
+        self._runner = runner
+        self._vectors: dict[str, Matrix] = {}
+        self._tokens: dict[str, TokenIds] = {}
+        self._states: dict[int, dict[str, States]] = {}
+        self._spent: dict[str, Cost] = {}
+        self._account = Account()
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """Record all requests inside the block in a new account."""
+        before, self._account = self._account, Account()
+        try:
+            yield self._account
+        finally:
+            self._account = before
+
+    def price(self, account: Account) -> Cost:
+        """Estimate the time of an account's requests without the cache, by the mean time of the texts run so far."""
+        total = Cost()
+        for kind, texts in account.asked.items():
+            known = self._vectors if kind == "vectors" else self._states[int(kind)]
+            total.seconds += self._spent[kind].seconds * len(texts) / len(known)
+            total.cpu_seconds += self._spent[kind].cpu_seconds * len(texts) / len(known)
+        return total
+
+    def vectors(self, texts: Sequence[str]) -> Matrix:
+        """Return the vectors of texts with the encoder's original weights, float32 (texts, dimensions)."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        with self._accounted("vectors", texts):
+            if new:
+                prompt = self.encoder.prompts.passage
+                found = self._runner.run([prompt + text for text in new], "sentence_embedding", progress=self.progress)
+                self._vectors.update(zip(new, found, strict=True))
+        return np.stack([self._vectors[text] for text in texts])
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the PyTorch encoder is loaded; loading takes seconds and may fail."""
+        return "backbone" in vars(self)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The encoder in PyTorch; it is loaded at the first use.
+
+        Raises:
+            ExportError: it cannot be loaded or trained.
+        """
+        from emberpc.export.tuning.backbone import Backbone
+
+        return Backbone(self.encoder)
+
+    def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Return the token ids of each text."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        if new:
+            prompt = self.encoder.prompts.passage
+            self._tokens.update(zip(new, self.backbone.tokenize([prompt + text for text in new]), strict=True))
+        return [self._tokens[text] for text in texts]
+
+    def states(self, texts: Sequence[str], top: int) -> list[States] | None:
+        """Return the hidden states of each text below the upper `top` layers; None if there are no layers below."""
+        if top >= self.backbone.layers:
+            return None
+        known = self._states.setdefault(top, {})
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        with self._accounted(str(top), texts):
+            if new:
+                known.update(zip(new, self.backbone.lower_states(self.tokens(new), top, self.progress), strict=True))
+        return [known[text] for text in texts]
+
+    @contextmanager
+    def _accounted(self, kind: str, texts: Sequence[str]) -> Iterator[None]:
+        """Record a request and the time that the block takes for it."""
+        self._account.asked.setdefault(kind, set()).update(texts)
+        with Cost() as cost:
+            yield
+        for total in (self._spent.setdefault(kind, Cost()), self._account.waited):
+            total.seconds += cost.seconds
+            total.cpu_seconds += cost.cpu_seconds

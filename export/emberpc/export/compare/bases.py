@@ -1,0 +1,86 @@
+"""Open the encoders of a comparison, and convert fitted classifiers to the ONNX files that would be served."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from emberpc.export.classifier import tuned_encoder
+from emberpc.export.classify.strategies import Fitted
+from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.embedding import MODEL_PATH, Converted, convert_encoder
+from emberpc.export.progress import Progress
+from emberpc.export.source.encoder import Encoder, read_encoder
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened encoder: its ONNX file in `folder`, a runner and a workbench, and the seconds that opening it took."""
+
+    encoder: Encoder
+    folder: Path
+    converted: Converted
+    runner: Runner
+    workbench: Workbench
+    seconds: float
+
+
+def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progress) -> Base:
+    """Read an encoder, convert it to ONNX, and open it.
+
+    Args:
+        source: as for `read_encoder`.
+        folder: new folder to write the ONNX file and the tokenizer to.
+        max_tokens: the most tokens of a text; default: the limit that the source states.
+        progress: called with the current step.
+
+    Raises:
+        ExportError: the encoder cannot be read or converted.
+    """
+    with Cost() as cost:
+        encoder = read_encoder(source, max_tokens=max_tokens, progress=progress)
+        folder.mkdir(parents=True)
+        converted = convert_encoder(encoder, folder, progress)
+        converted.graph.save(folder / MODEL_PATH)
+        runner = _runner(folder, folder, encoder, converted)
+    return Base(encoder, folder, converted, runner, Workbench(encoder, runner, progress), cost.seconds)
+
+
+def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[Runner, int]:
+    """Write the ONNX file of a fitted classifier. A classifier without a linear head is served by the base's own file.
+
+    Args:
+        base: the base that it was fitted on.
+        fitted: the result of a strategy.
+        folder: existing, empty folder to write to.
+        progress: called with the current step.
+
+    Returns:
+        A runner of the ONNX file, and the bytes to serve: the ONNX file with its weights, and the tokenizer's files.
+
+    Raises:
+        ExportError: the tuned encoder cannot be converted.
+    """
+    if fitted.head is None:
+        return base.runner, _size(base.folder)
+    with tuned_encoder(base.encoder, fitted, folder) as (_, tuned):
+        untuned = base.converted.graph
+        graph = copy.deepcopy(untuned) if tuned is None else convert_encoder(tuned, folder, progress).graph
+    if tuned is None:
+        for path in base.folder.glob("*.json"):
+            shutil.copyfile(path, folder / path.name)
+    # Temperature and `multi_label` do not change the logits, so any value will do.
+    graph.classify(fitted.head.weights, fitted.head.bias, 1.0, multi_label=False)
+    graph.save(folder / MODEL_PATH)
+    return _runner(folder, base.folder, base.encoder, base.converted), _size(folder)
+
+
+def _runner(folder: Path, tokenizer: Path, encoder: Encoder, converted: Converted) -> Runner:
+    return Runner(folder / MODEL_PATH, tokenizer / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

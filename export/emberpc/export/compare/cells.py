@@ -1,0 +1,151 @@
+"""Cells of a comparison: a cell is one classifier, fitted with one budget and seed; its outcome is stored in a file."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from emberpc.export.data.examples import Examples, Rows
+from emberpc.export.errors import ExportError
+from emberpc.export.files import write_text
+
+#: The budget of a strategy that learns from no text.
+NO_TEXTS = 0
+#: The budget of all training texts.
+ALL = -1
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """A classifier to fit. `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`."""
+
+    base: str
+    strategy: str
+    budget: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """Strategy, budget and seed, for progress messages."""
+        return f"{self.strategy}, {budget_name(self.budget)}, seed {self.seed}"
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file that stores the outcome."""
+        base = re.sub(r"[^A-Za-z0-9.]+", "-", self.base).strip("-.")
+        return f"{base}_{self.strategy}_{budget_name(self.budget).replace(' ', '-')}_{self.seed}.json"
+
+
+def budget_name(budget: int) -> str:
+    """Return a budget as words: `no texts`, `all texts` or `N a label`."""
+    return {NO_TEXTS: "no texts", ALL: "all texts"}.get(budget, f"{budget} a label")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions of a classifier on texts that it was not trained on.
+
+    `rows` are the indexes of the texts in their file. `labels` are the indexes of the labels given to each text.
+    `confidence` is the probability of each decision, in [0, 1].
+    """
+
+    rows: list[int]
+    labels: list[list[int]]
+    confidence: list[float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of fitting and measuring one cell."""
+
+    cell: Cell
+    #: Number of training texts.
+    texts: int
+    #: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc`, `seconds` and `cpu_seconds` of the training, and others.
+    figures: dict[str, float]
+    test: Decisions
+    #: Decisions on the training texts that were held out or cross-validated.
+    held_out: Decisions
+    #: Mean confidence, share of right decisions, and number of decisions of each bin: see `calibration.reliability`.
+    reliability: list[tuple[float, float, int]]
+
+
+class Store:
+    """Stores the outcomes of a comparison in its folder, one file each.
+
+    Args:
+        folder: folder of the comparison; it is created if it does not exist.
+        key: key of the comparison; see `identity.key_of`.
+
+    Raises:
+        ExportError: the folder holds outcomes of other data or options.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder / "cells"
+        self._key_path = folder / "comparison.key"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._key_path.exists() and self._key_path.read_text(encoding="utf-8") != key:
+            raise ExportError(
+                f"{folder} holds a comparison of other data, bases or options; give another folder, or remove this one"
+            )
+        write_text(self._key_path, key)
+
+    def read(self, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
+        """Return the stored outcomes of the given cells; a file that is missing or cannot be read is left out."""
+        found = {}
+        for cell in cells:
+            try:
+                data = json.loads((self._folder / cell.file_name).read_text(encoding="utf-8"))
+                found[cell] = _outcome(data)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def write(self, outcome: Outcome) -> None:
+        """Store an outcome."""
+        write_text(self._folder / outcome.cell.file_name, json.dumps(asdict(outcome)))
+
+
+def _outcome(data: dict[str, object]) -> Outcome:
+    """Make an outcome from parsed JSON; raise ValueError, KeyError or TypeError if the JSON is not an outcome."""
+    parts = {
+        "cell": Cell(**data["cell"]),  # type: ignore[arg-type]  # wrong fields raise TypeError
+        "test": Decisions(**data["test"]),  # type: ignore[arg-type]
+        "held_out": Decisions(**data["held_out"]),  # type: ignore[arg-type]
+        "reliability": [tuple(bin_) for bin_ in data["reliability"]],  # type: ignore[attr-defined]
+    }
+    return Outcome(**{**data, **parts})  # type: ignore[arg-type]
+
+
+def take_budget(examples: Examples, budget: int, seed: int) -> Examples:
+    """Draw a number of texts of each label at random. With the same seed, a larger budget includes the smaller ones.
+
+    A text with several labels counts for each of them. Texts without labels are drawn like the texts of one more
+    label.
+
+    Args:
+        examples: texts to draw from.
+        budget: number of texts of each label, or `ALL`, or `NO_TEXTS`. A label with fewer texts gives all of them.
+        seed: seed of the draw.
+    """
+    if budget == ALL:
+        return examples
+    taken = np.zeros(len(examples.labels) + 1, dtype=np.int64)
+    rows: list[int] = []
+    order = list(range(len(examples.texts)))
+    random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible draw, not a secret
+    for row in order:
+        own: Rows = np.flatnonzero(examples.targets[row])
+        own = own if len(own) else np.array([len(examples.labels)])
+        if (taken[own] < budget).any():
+            taken[own] += 1
+            rows.append(row)
+    return examples.take(np.sort(np.array(rows, dtype=np.int64)))

@@ -1,0 +1,77 @@
+"""Key that identifies a comparison, so that outcomes of different comparisons are never mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from emberpc.export.compare.bases import Base
+from emberpc.export.data.examples import Examples
+
+#: Modules of `emberpc.export` whose code determines an outcome. The other modules plan, report and export.
+_MAKES_OUTCOMES = (
+    *("calibration.py", "describing.py", "evaluation.py", "examples.py", "linear.py", "workbench.py"),
+    *("strategies", "tuning", "comparing/cells.py"),
+)
+_TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers")
+
+
+def key_of(
+    train: Examples,
+    test: Examples,
+    outside: Sequence[str],
+    bases: Iterable[Base],
+    *,
+    label_texts: bool,
+    balanced: bool,
+    descriptions: Path | str | None,
+) -> str:
+    """Return a key of a comparison's inputs, to be compared with the key of the outcomes stored in its folder.
+
+    Args:
+        train: training texts with their targets.
+        test: test texts with their targets.
+        outside: texts outside all labels.
+        bases: opened encoders.
+        label_texts: whether label descriptions are training texts, too.
+        balanced: whether every label has the same weight.
+        descriptions: file with label descriptions, or None.
+
+    Returns:
+        A SHA-256 (hex) of everything that an outcome depends on apart from its cell: data, encoders, options, the
+        code that makes outcomes, and the versions of the libraries.
+
+    Raises:
+        OSError: the file with descriptions cannot be read.
+    """
+    parts = {
+        "train": [train.texts, train.targets.tolist(), train.labels],
+        "test": [test.texts, test.targets.tolist()],
+        "outside": list(outside),
+        "bases": {base.encoder.name: [base.encoder.weights_sha256, base.encoder.max_tokens] for base in bases},
+        "options": [label_texts, balanced],
+        "descriptions": Path(descriptions).read_text(encoding="utf-8") if descriptions else "",
+        "code": code_version(),
+        "tools": {tool: version(tool) for tool in _TOOLS},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """Return a SHA-256 (hex) of the code that determines outcomes.
+
+    The package's version does not suffice: it may stay the same while the code changes.
+    """
+    room = Path(str(files("emberpc.export")))
+    paths = [path for name in _MAKES_OUTCOMES for path in (room / name, *sorted((room / name).glob("*.py")))]
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            digest.update(path.relative_to(room).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

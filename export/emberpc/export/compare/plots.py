@@ -1,0 +1,153 @@
+"""Draw the plots of a comparison as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emberpc.export.classify.strategies import STRATEGIES
+from emberpc.export.compare.cells import ALL, NO_TEXTS
+from emberpc.export.compare.findings import Confusion
+from emberpc.export.compare.summary import Point, Summary, Way
+from emberpc.export.files import staged
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: Colours that colour-blind readers can distinguish (Okabe and Ito, "Color Universal Design", 2008).
+_COLOURS = ("#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D")
+_INCHES = (7.2, 4.4)
+_DOTS_PER_INCH = 130
+#: A bin with fewer decisions is not drawn: its share of right decisions is too uncertain.
+_LEAST_DECISIONS = 10
+
+
+def draw_plots(summary: Summary, confused: Sequence[Confusion], folder: Path) -> dict[str, Path]:
+    """Draw all plots of a comparison.
+
+    Args:
+        summary: the comparison.
+        confused: confusions of the recommended classifier; see `findings.confusions`.
+        folder: folder to write the PNG files to; it must exist.
+
+    Returns:
+        The files, by plot: `learning-curves`, `accuracy-cost`, `reliability`, `confusions`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    plots: dict[str, Callable[[Axes], None]] = {
+        "learning-curves": lambda axes: _learning_curves(axes, summary),
+        "accuracy-cost": lambda axes: _accuracy_cost(axes, summary),
+        "reliability": lambda axes: _reliability(axes, summary),
+        "confusions": lambda axes: _confusions(axes, confused),
+    }
+    return {name: _draw(plot, folder / f"{name}.png") for name, plot in plots.items()}
+
+
+def _draw(plot: Callable[[Axes], None], path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    plot(axes)
+    with staged(path) as beside:
+        figure.savefig(beside, format="png")
+    return path
+
+
+def _style(summary: Summary, way: Way) -> dict[str, str]:
+    base = list(summary.compared.sources).index(way.base)
+    return {
+        "color": _COLOURS[list(STRATEGIES).index(way.strategy) % len(_COLOURS)],
+        "linestyle": _LINES[base % len(_LINES)],
+        "marker": _MARKERS[base % len(_MARKERS)],
+        "label": way.strategy if len(summary.compared.sources) == 1 else f"{way.strategy} ({way.base})",
+    }
+
+
+def _learning_curves(axes: Axes, summary: Summary) -> None:
+    for way in summary.ways:
+        curve, style = summary.curve(way), _style(summary, way)
+        if curve[0].budget == NO_TEXTS:
+            axes.axhline(curve[0].accuracy, color=style["color"], linestyle=style["linestyle"], label=style["label"])
+            continue
+        x = [summary.per_label(point.budget) for point in curve]
+        y = [point.accuracy for point in curve]
+        half = [point.band or 0.0 for point in curve]
+        axes.plot(x, y, markersize=4, linewidth=1.6, **style)  # type: ignore[arg-type]
+        low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    # The confidence band of two seeds can be wider than the plot, so the limits follow the lines, not the bands.
+    axes.set_ylim(min(p.accuracy for p in summary.points) - 0.05, min(1.0, summary.best.accuracy + 0.05))
+    budgets = sorted(summary.compared.per_label, key=summary.per_label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([summary.per_label(budget) for budget in budgets])
+    axes.set_xticklabels(["all" if budget == ALL else str(budget) for budget in budgets])
+    axes.minorticks_off()
+    axes.set_xlabel("training texts of each label")
+    axes.set_ylabel("accuracy on the test texts")
+    axes.set_title("Learning curves; bands: 95 % confidence over seeds", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _accuracy_cost(axes: Axes, summary: Summary) -> None:
+    for way in summary.ways:
+        curve, style = summary.curve(way), _style(summary, way)
+        x = [max(point.means["cpu_seconds"], 1e-2) for point in curve]
+        axes.plot(x, [point.accuracy for point in curve], markersize=4, linewidth=1.2, **style)  # type: ignore[arg-type]
+        end = curve[-1]
+        if end.budget != NO_TEXTS:
+            name = "all" if end.budget == ALL else str(end.budget)
+            axes.annotate(name, (x[-1], end.accuracy), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("CPU-seconds of the training, embedding the texts included")
+    axes.set_ylabel("accuracy on the test texts")
+    axes.set_title("Accuracy against cost; along a line, the texts of each label grow", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+
+
+def _reliability(axes: Axes, summary: Summary) -> None:
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="perfectly calibrated")
+    for point in _reliability_points(summary):
+        outcome = point.outcomes[0]
+        style = {**_style(summary, point.way), "label": f"{point.way.strategy}, ECE {point.means['ece']:.3f}"}
+        bins = [bin_ for bin_ in outcome.reliability if bin_[2] >= _LEAST_DECISIONS]
+        if not bins:
+            continue
+        x, y, counts = zip(*bins, strict=True)
+        axes.plot(x, y, linewidth=1.4, **{**style, "marker": None})  # type: ignore[arg-type]
+        most = max(counts)
+        axes.scatter(x, y, s=[8 + 120 * count / most for count in counts], color=style["color"], alpha=0.7)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("confidence of the decision")
+    axes.set_ylabel("share that is right")
+    axes.set_title("Reliability on the test texts; the larger a dot, the more decisions", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left")
+
+
+def _reliability_points(summary: Summary) -> list[Point]:
+    """Return the points that get a reliability line: the winner, and the best point with and without training."""
+    points = [summary.winner, summary.frozen, summary.tuned]
+    return list({point.way: point for point in points if point is not None}.values())
+
+
+def _confusions(axes: Axes, confused: Sequence[Confusion]) -> None:
+    if not confused:
+        axes.text(0.5, 0.5, "no text of the test was given a wrong label", ha="center", transform=axes.transAxes)
+        return
+    names = [f"{c.label} → {c.given}" for c in confused]
+    places = range(len(names))
+    axes.barh(places, [c.count for c in confused], color=_COLOURS[3])
+    axes.set_yticks(places, [name if len(name) <= 64 else f"{name[:63]}…" for name in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("test texts, mean over the seeds")
+    axes.set_title("Labels that the recommended strategy confuses most", fontsize=10)

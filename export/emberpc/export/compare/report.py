@@ -1,0 +1,119 @@
+"""Write the report of a comparison: an HTML page, JSON and plots."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from emberpc.export.compare.cells import budget_name
+from emberpc.export.compare.findings import confusions, suspects
+from emberpc.export.compare.plots import draw_plots
+from emberpc.export.compare.summary import Point, Summary, caveats, crossover, recommendation, skipped_lines
+from emberpc.export.files import write_text
+
+_BYTES_PER_MB = 1e6
+
+
+def write_report(summary: Summary, folder: Path) -> Path:
+    """Write `report.html` (with the plots inside), `report.json` and the plots as PNG files.
+
+    Args:
+        summary: the comparison.
+        folder: folder to write to; it must exist.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from jinja2 import Environment
+
+    found = content(summary)
+    write_text(folder / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    plots = draw_plots(summary, confusions(summary, summary.winner), folder)
+    template = files("emberpc.export.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
+    page = (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(template)
+        .render(
+            **{**found, "winner": summary.winner.name},
+            largest=f"At the largest budget: {budget_name(summary.largest)}",
+            table=[table_row(summary, point) for point in summary.at(summary.largest)],
+            all_rows=[table_row(summary, point) for point in summary.points],
+            more_time=any(skipped.for_time for skipped in summary.compared.skipped),
+            scope="out_of_scope_auroc" in summary.winner.means,
+            images={name: _inline(path) for name, path in plots.items()},
+        )
+    )
+    return write_text(folder / "report.html", page)
+
+
+def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
+    """Return a row of the report's table: the figures of a point as formatted strings; empty if not measured."""
+    serving = summary.serving(point.way)
+    auroc = point.means.get("out_of_scope_auroc")
+    cpu = point.means["cpu_seconds"]
+    return {
+        "strategy": point.way.strategy,
+        "base": point.way.base,
+        "budget": budget_name(point.budget),
+        "accuracy": f"{point.accuracy:.4f}" + (f" ± {point.band:.4f}" if point.band is not None else ""),
+        "macro_f1": f"{point.means['macro_f1']:.3f}",
+        "ece_before": f"{point.means['ece_uncalibrated']:.3f}",
+        "ece": f"{point.means['ece']:.3f}",
+        "auroc": "" if auroc is None else f"{auroc:.3f}",
+        "cpu_seconds": f"{cpu:.1f}" if cpu < 10 else f"{cpu:,.0f}",
+        "milliseconds": f"{serving.milliseconds:.1f}" if serving else "",
+        "megabytes": f"{serving.size_bytes / _BYTES_PER_MB:.1f}" if serving else "",
+        "seeds": str(point.seeds),
+        "winner": point is summary.winner,
+    }
+
+
+def content(summary: Summary) -> dict[str, Any]:
+    """Return the content of `report.json` as plain data; the HTML report is rendered from it, too."""
+    compared, winner = summary.compared, summary.winner
+    return {
+        "recommendation": recommendation(summary),
+        "crossover": crossover(summary),
+        "caveats": caveats(summary),
+        "winner": {"base": winner.way.base, "strategy": winner.way.strategy, "budget": budget_name(winner.budget)},
+        "data": {
+            "title": compared.title,
+            "train_texts": len(compared.train.texts),
+            "test_texts": len(compared.test.texts),
+            "labels": len(compared.train.labels),
+            "multi_label": compared.train.multi_label,
+        },
+        "points": [
+            {
+                "base": point.way.base,
+                "strategy": point.way.strategy,
+                "budget": budget_name(point.budget),
+                "texts_per_label": summary.per_label(point.budget),
+                "texts": point.texts,
+                "seeds": point.seeds,
+                "accuracy_band": point.band,
+                **point.means,
+            }
+            for point in summary.points
+        ],
+        "cells": [{**asdict(outcome.cell), "figures": outcome.figures} for outcome in compared.outcomes],
+        "serving": [{**asdict(cost), "milliseconds": cost.milliseconds} for cost in compared.serving],
+        "confusions": [asdict(confusion) for confusion in confusions(summary, winner)],
+        "suspects": [asdict(suspect) for suspect in suspects(summary)],
+        "skipped": skipped_lines(summary),
+        "version": version("emberpc"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def _inline(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

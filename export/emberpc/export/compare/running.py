@@ -1,0 +1,321 @@
+"""Fit and measure the cells of a comparison within its time limit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from emberpc.export.classifier import Data, read_data
+from emberpc.export.classify.calibration import reliability
+from emberpc.export.classify.evaluation import Calibration, calibrate, measure, measure_scope
+from emberpc.export.classify.linear import Matrix
+from emberpc.export.classify.model_description import described_examples
+from emberpc.export.classify.strategies import STRATEGIES, Fitted, Options
+from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.compare.bases import Base, open_base
+from emberpc.export.compare.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
+from emberpc.export.compare.identity import key_of
+from emberpc.export.compare.planning import Planner, Skipped, budgets_of
+from emberpc.export.compare.serving import ServingCost, ServingCosts
+from emberpc.export.data.datasets import read_labelled
+from emberpc.export.data.examples import Examples, held_out_examples, label_names
+from emberpc.export.errors import ExportError, NoRoomError
+from emberpc.export.progress import Progress, no_progress
+from emberpc.export.tuning.checkpoint import Checkpoints
+
+#: Seconds of the time limit that are reserved for the report. The conversion of one encoder cannot be interrupted and
+#: may exceed the limit: it takes 5 to 15 s for an encoder of MiniLM's size (docs/compare.md).
+FOR_REPORT = 15.0
+_NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Settings of a comparison.
+
+    `data` names the training texts, and `test` is a file of the same format. Texts of `data` that are outside all
+    labels are used for measuring and not for training.
+    """
+
+    data: Data
+    test: Path
+    bases: tuple[str, ...]
+    budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, ALL)
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    seeds: int = 3
+    #: Seconds; None: no limit.
+    time_limit: float | None = None
+    label_texts: bool = True
+    balanced: bool = False
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Result of a comparison: its data, the outcomes of all cells, serving costs, and cells that were skipped."""
+
+    #: Title of the data: the name of the folder with the training texts.
+    title: str
+    train: Examples
+    test: Examples
+    outcomes: tuple[Outcome, ...]
+    serving: tuple[ServingCost, ...]
+    skipped: tuple[Skipped, ...]
+    #: Mean number of texts of a label, by budget.
+    per_label: dict[int, float]
+    #: The source of each base, by the base's name.
+    sources: dict[str, str]
+
+
+class _OutOfTimeError(Exception):
+    """The time limit passed in the middle of a cell."""
+
+
+def run(wanted: Wanted, folder: Path, progress: Progress = no_progress) -> Compared:
+    """Fit and measure all cells that the time limit allows.
+
+    Args:
+        wanted: settings of the comparison.
+        folder: folder for outcomes and checkpoints. Outcomes that it has already are read and not computed again.
+        progress: called with the current step.
+
+    Raises:
+        ExportError: the settings, the data or a base cannot be used, or the folder holds another comparison.
+        NoRoomError: a checkpoint cannot be written.
+    """
+    start = perf_counter()
+    _check(wanted)
+    train, _, outside = read_data(wanted.data)
+    test = held_out_examples(
+        read_labelled(
+            wanted.test,
+            text_column=wanted.data.text_column,
+            label_column=wanted.data.label_column,
+            separator=wanted.data.separator,
+        ),
+        train,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        bases = {}
+        for number, source in enumerate(wanted.bases):
+            base = open_base(source, Path(name) / str(number), wanted.max_tokens, progress)
+            bases[base.encoder.name] = base
+        key = key_of(
+            train,
+            test,
+            outside,
+            bases.values(),
+            label_texts=wanted.label_texts,
+            balanced=wanted.balanced,
+            descriptions=wanted.data.descriptions,
+        )
+        store = Store(folder, key)
+        comparison = _Comparison(wanted, train, test, outside, bases, store, folder, start, progress)
+        done, skipped = comparison.run()
+    return Compared(
+        Path(wanted.data.train).resolve().parent.name,
+        train,
+        test,
+        tuple(done[cell] for cell in sorted(done)),
+        tuple(comparison.serving.known.values()),
+        tuple(skipped),
+        comparison.per_label,
+        dict(zip(bases, wanted.bases, strict=True)),
+    )
+
+
+def _check(wanted: Wanted) -> None:
+    if unknown := [name for name in wanted.strategies if name not in STRATEGIES]:
+        raise ExportError(f"there is no strategy {unknown[0]!r}; there are: {', '.join(STRATEGIES)}")
+    if not wanted.bases or not wanted.strategies or not wanted.budgets:
+        raise ExportError("a comparison needs at least one base, one strategy and one budget")
+    if wanted.seeds < 1:
+        raise ExportError(f"seeds is {wanted.seeds}; it must be at least 1")
+    if bad := [budget for budget in wanted.budgets if budget < 1 and budget != ALL]:
+        raise ExportError(f"a budget is {bad[0]}; it must be at least 1, or all")
+
+
+class _Comparison:
+    """Fits the cells of one comparison and keeps their outcomes."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        train: Examples,
+        test: Examples,
+        outside: Sequence[str],
+        bases: dict[str, Base],
+        store: Store,
+        folder: Path,
+        start: float,
+        progress: Progress,
+    ) -> None:
+        self._wanted, self._train, self._test, self._outside = wanted, train, test, outside
+        self._bases, self._store, self._progress = bases, store, progress
+        self._end = None if wanted.time_limit is None else start + wanted.time_limit - FOR_REPORT
+        self._checkpoints = folder / "checkpoints"
+        self.serving = ServingCosts(folder / "serving.json")
+        budgets = budgets_of(wanted.budgets, int(train.targets.sum(axis=0).max()))
+        self._samples = {
+            (budget, seed): take_budget(train, budget, seed) for budget in budgets for seed in range(wanted.seeds)
+        }
+        self.per_label = {budget: self._samples[budget, 0].per_label for budget in budgets}
+        cells = [
+            Cell(base, strategy, budget, seed)
+            for base in bases
+            for strategy in wanted.strategies
+            for budget, seed in ([(NO_TEXTS, 0)] if strategy == "zero-shot" else self._samples)
+        ]
+        self._left_out = [cell for cell in cells if cell.strategy == "zero-shot" and not wanted.label_texts]
+        self._cells = [cell for cell in cells if cell not in self._left_out]
+
+    def run(self) -> tuple[dict[Cell, Outcome], list[Skipped]]:
+        """Fit all cells without a stored outcome; return all outcomes, and the cells that were skipped."""
+        done = self._store.read(self._cells)
+        todo = [cell for cell in self._cells if cell not in done]
+        skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
+        try:
+            seconds = {name: self._embed(base) for name, base in self._bases.items()} if todo else {}
+        except _OutOfTimeError:
+            reason = "the time limit passed before all texts were embedded"
+            return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo)]
+        texts = {cell: len(self._sample(cell).texts) for cell in self._cells}
+        planner = Planner(texts, self.per_label, seconds, lambda cell: self._shared_seconds(cell, seconds[cell.base]))
+        while todo:
+            cell = planner.choose(todo, done, self._seconds_left())
+            if cell is None:
+                break
+            todo.remove(cell)
+            kept = Checkpoints(self._checkpoints)
+            try:
+                outcome = self._fit(cell, f"{len(done) + 1} of {len(self._cells)}", kept)
+                self._store.write(outcome)
+            except _OutOfTimeError:
+                reason = "the time limit passed during its training; with more time it continues from there"
+                skipped.append(Skipped(cell, reason, for_time=True))
+                continue
+            except NoRoomError:
+                raise
+            except ExportError as error:
+                failed = [cell, *self._fails_too(cell, todo)]
+                skipped += [Skipped(other, f"it failed: {error}") for other in failed]
+                todo = [other for other in todo if other not in failed]
+            else:
+                done[cell] = outcome
+            kept.remove()
+        return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
+
+    def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
+        """Return the other cells that will fail like this one: all that train the encoder, if it cannot be trained."""
+        if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].workbench.is_trainable:
+            return []
+        return [other for other in todo if other.base == cell.base and STRATEGIES[other.strategy].tunes]
+
+    def _seconds_left(self) -> float | None:
+        return None if self._end is None else self._end - perf_counter()
+
+    def _timed(self, title: str) -> Progress:
+        """Return a progress callback for one step; it raises `_OutOfTimeError` once the time limit has passed."""
+
+        def report(stage: str, done: int, total: int, detail: str = "") -> None:
+            if self._end is not None and perf_counter() > self._end:
+                raise _OutOfTimeError
+            self._progress(title, done, total, f"{stage} {detail}".strip())
+
+        return report
+
+    def _shared_seconds(self, cell: Cell, per_text: float) -> float:
+        """Estimate the seconds of work for a cell that several cells share and that is not done yet.
+
+        Args:
+            cell: the cell.
+            per_text: seconds that embedding one text takes.
+        """
+        base = self._bases[cell.base]
+        loading = STRATEGIES[cell.strategy].tunes and not base.workbench.is_trainable
+        texts = len(self._sample(cell).texts)
+        return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
+
+    def _sample(self, cell: Cell) -> Examples:
+        """Return a cell's training texts; with the budget `NO_TEXTS` none, but still all labels."""
+        if cell.budget == NO_TEXTS:
+            return self._train.take(np.zeros(0, dtype=np.int64))
+        return self._samples[cell.budget, cell.seed]
+
+    def _embed(self, base: Base) -> float:
+        """Embed all texts of the comparison; return the mean seconds for one text."""
+        texts = {*self._train.texts, *self._test.texts, *self._outside}
+        base.workbench.progress = self._timed("embedding all texts")
+        with Cost() as cost:
+            base.workbench.vectors(sorted(texts))
+        return cost.seconds / len(texts)
+
+    def _fit(self, cell: Cell, number: str, checkpoints: Checkpoints) -> Outcome:
+        """Fit and measure one cell; return its outcome, with seconds that include earlier, interrupted trainings."""
+        base, sample = self._bases[cell.base], self._sample(cell)
+        report = self._timed(f"{number}: {cell.title}")
+        report("beginning", 0, 1)
+        workbench = base.workbench
+        workbench.progress = report
+        if STRATEGIES[cell.strategy].tunes:
+            _ = workbench.backbone  # load it here: this takes seconds once and is not part of the cell's own time
+        with Cost() as wall:
+            sample = self._described(sample, workbench)
+            options = Options(cell.seed, self._wanted.balanced, checkpoints=checkpoints, progress=report)
+            with workbench.account() as account, Cost() as cost:
+                fitted = STRATEGIES[cell.strategy].fit(sample, workbench, options)
+            price = workbench.price(account)
+            outcome = self._measure(cell, sample, fitted)
+        before = checkpoints.spent
+        self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, report)
+        outcome.figures.update(
+            wall_seconds=wall.seconds + before.seconds,
+            seconds=before.seconds + cost.seconds - account.waited.seconds + price.seconds,
+            cpu_seconds=before.cpu_seconds + cost.cpu_seconds - account.waited.cpu_seconds + price.cpu_seconds,
+        )
+        return outcome
+
+    def _described(self, sample: Examples, workbench: Workbench) -> Examples:
+        """Add label descriptions to the sample if label texts are switched on; zero-shot falls back to label names."""
+        if not self._wanted.label_texts:
+            return sample
+        if not sample.texts and self._wanted.data.descriptions is None:
+            return replace(sample, descriptions=label_names(sample.labels))
+        return described_examples(sample, self._wanted.data.descriptions, workbench)
+
+    def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
+        """Measure a fitted classifier on the test texts, calibrated on the texts that its strategy held out."""
+        calibration = calibrate(fitted.held_out, multi_label=sample.multi_label)
+        logits = fitted.classify(self._test.texts)
+        held_out = fitted.held_out
+        figures = {**fitted.figures, "held_out_texts": float(len(held_out))}
+        figures |= measure(logits, self._test.targets, calibration)
+        if self._outside:
+            figures |= measure_scope(logits, fitted.classify(self._outside), calibration)
+        return Outcome(
+            cell,
+            len(sample.texts),
+            figures,
+            _decisions(logits, np.arange(len(logits)), calibration),
+            _decisions(held_out.logits, held_out.rows, calibration) if cell.budget == ALL else Decisions([], [], []),
+            reliability(calibration.probabilities(logits), self._test.targets, multi_label=sample.multi_label),
+        )
+
+
+def _decisions(logits: Matrix, rows: np.ndarray, calibration: Calibration) -> Decisions:
+    decided = calibration.decide(logits)
+    probable = calibration.probabilities(logits)
+    if calibration.multi_label:
+        confidence = np.where(decided, probable, 1 - probable).min(axis=1)
+    else:
+        confidence = probable.max(axis=1)
+    return Decisions(
+        [int(row) for row in rows],
+        [[int(label) for label in np.flatnonzero(row)] for row in decided],
+        [round(float(value), 4) for value in confidence],
+    )

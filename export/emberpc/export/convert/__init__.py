@@ -1,0 +1,1 @@
+"""Convert a model to ONNX and compare the result with its source."""

@@ -1,0 +1,209 @@
+"""Add pooling, normalization and a classification head to a converted ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from emberpc.export.errors import ExportError
+from emberpc.export.source.encoder import Dense
+
+#: Prefix of the names of nodes that an export adds to a converted graph.
+ADDED = "emberpc_"
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+#: Least divisors for an empty mask and for a zero vector, as in sentence-transformers and torch.
+_MIN_TOKENS = 1e-9
+_MIN_NORM = 1e-12
+#: An ONNX file is one protobuf message of at most 2 GiB. 16 MiB are left for everything besides weights.
+_MOST_BYTES = 2**31 - 2**24
+
+
+Matrix = npt.NDArray[np.float32]
+
+
+class GraphEditor:
+    """Adds nodes to the end of an ONNX graph.
+
+    Args:
+        path: ONNX file of the converted encoder; it must have the output `last_hidden_state`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.model = onnx.load(str(path))
+        self._constant("axis_1", np.array([1], dtype=np.int64))
+        self._constant("axis_1_scalar", np.array(1, dtype=np.int64))
+        self._constant("axis_last", np.array([-1], dtype=np.int64))
+
+    def take_tokens_alone(self, name: str) -> None:
+        """Reduce the graph's inputs to token ids, mask and token types.
+
+        `position_ids`, an input of decoders, are computed from the mask: the number of tokens before each token.
+
+        Args:
+            name: name of the model, for errors.
+
+        Raises:
+            ExportError: the graph has another input, like an encoder with a decoder.
+        """
+        inputs = self.model.graph.input
+        for given in [given for given in inputs if given.name == "position_ids"]:
+            inputs.remove(given)
+            self._constant("one", np.array(1, dtype=np.int64))
+            self._constant("zero", np.array(0, dtype=np.int64))
+            before = len(self.model.graph.node)
+            counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
+            places = self._node("Max", [self._node("Sub", [counted, "one"]), "zero"])
+            self.model.graph.node.append(helper.make_node("Identity", [places], [given.name], name=f"{ADDED}positions"))
+            # ONNX requires that nodes are listed in the order of computation.
+            nodes = list(self.model.graph.node)
+            del self.model.graph.node[:]
+            self.model.graph.node.extend(nodes[before:] + nodes[:before])
+        if others := [given.name for given in inputs if given.name not in _TOKENS]:
+            raise ExportError(
+                f"{name} has the inputs {', '.join(others)} besides its tokens, so it is not just a text encoder; "
+                "choose a text encoder"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """Dimensions of a token's vector, read from the graph: config.json files use several names for this number."""
+        output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
+        return int(output.type.tensor_type.shape.dim[2].dim_value)
+
+    def pool(self, pooling: str, dense: Sequence[Dense], *, normalize: bool) -> int:
+        """Add the output `sentence_embedding`, fp32 (texts, dimensions), as sentence-transformers computes it.
+
+        Args:
+            pooling: `mean`, `cls`, `max` or `lasttoken`.
+            dense: layers behind the pooling.
+            normalize: whether to scale vectors to length 1.
+
+        Returns:
+            The dimensions of the output.
+        """
+        poolings = {"mean": self._mean, "cls": self._cls, "max": self._max, "lasttoken": self._last}
+        pooled = poolings[pooling]()
+        dimensions = self.hidden_size
+        for i, layer in enumerate(dense):
+            self._constant(f"dense_{i}_weights", layer.weights)
+            self._constant(f"dense_{i}_bias", layer.bias)
+            pooled = self._node("Gemm", [pooled, f"dense_{i}_weights", f"dense_{i}_bias"])
+            pooled = self._node(layer.activation, [pooled]) if layer.activation else pooled
+            dimensions = len(layer.bias)
+        if normalize:
+            pooled = self._unit(pooled)
+        self._output("sentence_embedding", pooled, dimensions)
+        return dimensions
+
+    def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
+        """Add a linear head. It reads the vectors of `sentence_embedding`, scaled to length 1.
+
+        The outputs are then `logits`, `sentence_embedding` and `probabilities`,
+        fp32 (texts, labels), (texts, dimensions) and (texts, labels).
+
+        Args:
+            weights: float32 (dimensions, labels).
+            bias: float32 (labels,).
+            temperature: divides the logits before they become probabilities.
+            multi_label: whether each label has its own probability (sigmoid); otherwise they sum to 1 (softmax).
+        """
+        self._constant("head_weights", weights)
+        self._constant("head_bias", bias)
+        self._constant("temperature", np.array(temperature, dtype=np.float32))
+        unit = self._unit("sentence_embedding")
+        logits = self._node("Gemm", [unit, "head_weights", "head_bias"])
+        self._output("logits", logits, weights.shape[1])
+        scaled = self._node("Div", [logits, "temperature"])
+        found = self._node("Sigmoid", [scaled]) if multi_label else self._node("Softmax", [scaled], axis=1)
+        self._output("probabilities", found, weights.shape[1])
+        outputs = {output.name: output for output in self.model.graph.output}
+        del self.model.graph.output[:]
+        self.model.graph.output.extend(outputs[name] for name in ("logits", "sentence_embedding", "probabilities"))
+
+    def save(self, path: Path) -> None:
+        """Write and check the graph; see `save_model`."""
+        save_model(self.model, path)
+
+    def _mean(self) -> str:
+        mask = self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)
+        masked = self._node("Mul", ["last_hidden_state", self._node("Unsqueeze", [mask, "axis_last"])])
+        total = self._node("ReduceSum", [masked, "axis_1"], keepdims=0)
+        count = self._node("ReduceSum", [mask, "axis_1"], keepdims=1)
+        return self._node("Div", [total, self._at_least(count, _MIN_TOKENS)])
+
+    def _cls(self) -> str:
+        self._constant("first", np.array(0, dtype=np.int64))
+        return self._node("Gather", ["last_hidden_state", "first"], axis=1)
+
+    def _max(self) -> str:
+        self._constant("lowest", np.array(-1e9, dtype=np.float32))
+        present = self._node("Cast", ["attention_mask"], to=TensorProto.BOOL)
+        masked = self._node("Where", [self._node("Unsqueeze", [present, "axis_last"]), "last_hidden_state", "lowest"])
+        return self._node("ReduceMax", [masked, "axis_1"], keepdims=0)
+
+    def _last(self) -> str:
+        """Add nodes that take the vector of each text's last token; return the name of their output.
+
+        The last token is where the running count of tokens reaches their number.
+        """
+        counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
+        count = self._node("ReduceSum", ["attention_mask", "axis_1"], keepdims=1)
+        here = self._node("Cast", [self._node("Equal", [counted, count])], to=TensorProto.FLOAT)
+        # Padding behind the last token has the same count, so the mask removes it.
+        here = self._node("Mul", [here, self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)])
+        chosen = self._node("Mul", ["last_hidden_state", self._node("Unsqueeze", [here, "axis_last"])])
+        return self._node("ReduceSum", [chosen, "axis_1"], keepdims=0)
+
+    def _unit(self, vectors: str) -> str:
+        """Add nodes that normalize vectors to length 1; return the name of their output."""
+        squares = self._node("Mul", [vectors, vectors])
+        norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
+        return self._node("Div", [vectors, self._at_least(norm, _MIN_NORM)])
+
+    def _at_least(self, name: str, bound: float) -> str:
+        constant = f"{name}_bound"
+        self._constant(constant, np.array(bound, dtype=np.float32))
+        return self._node("Max", [name, constant])
+
+    def _constant(self, name: str, value: npt.NDArray[np.generic]) -> None:
+        self.model.graph.initializer.append(numpy_helper.from_array(value, name))
+
+    def _node(self, operator: str, inputs: list[str], **attributes: int) -> str:
+        """Add a node with one output; return the output's name."""
+        name = f"{ADDED}{operator.lower()}_{len(self.model.graph.node)}"
+        self.model.graph.node.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
+
+    def _output(self, name: str, source: str, width: int) -> None:
+        self.model.graph.node.append(helper.make_node("Identity", [source], [name], name=f"{ADDED}{name}"))
+        shape: list[str | int | None] = [self.model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, width]
+        self.model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write and check a graph; weights beyond the 2 GiB of one file go to `<name>_data` beside it.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(f"{path.name}_data")
+    if model.ByteSize() <= _MOST_BYTES:
+        onnx.save(model, str(path))
+    else:
+        data.unlink(missing_ok=True)  # onnx would append to an existing file
+        copy = onnx.ModelProto()  # a copy, since saving moves the weights out of the object
+        copy.CopyFrom(model)
+        onnx.save(copy, str(path), save_as_external_data=True, location=data.name)
+    onnx.checker.check_model(str(path))
+
+
+def check_size(model: onnx.ModelProto) -> None:
+    """Raise ExportError for a graph that does not fit into one file: quantizer and optimizer do not support it."""
+    if model.ByteSize() > _MOST_BYTES:
+        raise ExportError("the model is larger than 2 GiB; variants of such models are not supported yet")

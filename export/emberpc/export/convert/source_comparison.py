@@ -1,0 +1,86 @@
+"""Compare a variant with the PyTorch model that it was exported from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from emberpc.bundle import Bundle, Task
+from emberpc.export.convert.onnx_runner import Matrix, Runner
+from emberpc.export.convert.parity import compare, faults, require_limit, torch_embeddings
+from emberpc.export.data.stdlib_texts import sample_texts
+from emberpc.export.errors import ExportError
+from emberpc.export.libraries import calling_libraries
+from emberpc.export.source.locate import find_source
+from emberpc.export.variants.measuring import neighbour_agreement
+
+#: Number of texts to compare: enough for each text to have 10 nearest neighbours among them.
+_TEXTS = 64
+
+
+def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: str | Path) -> tuple[None, str]:
+    """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
+
+    Vectors are compared; for a foreign classifier, logits. A classifier that emberpc tuned has its own encoder: give
+    that encoder as the source, not its base.
+
+    Args:
+        bundle: the bundle or foreign folder.
+        variant: name of the variant.
+        runner: runner of the variant.
+        source: the PyTorch model: a folder, an installed package that holds one, or a hub id.
+
+    Returns:
+        None, and the result as words.
+
+    Raises:
+        ExportError: the source cannot be run, or the difference exceeds the variant's bound.
+    """
+    folder = find_source(source).folder
+    texts = sample_texts(_TEXTS)
+    logits = bundle.foreign is not None and bundle.manifest.task is Task.CLASSIFICATION
+    output = bundle.foreign.output if bundle.foreign else "sentence_embedding"
+    manifest = bundle.manifest
+    run = _torch_logits if logits else torch_embeddings
+    expected = run(str(folder), texts, manifest.max_tokens, stated=manifest.max_tokens_stated)
+    got = runner.run(texts, output)
+    if got.shape != expected.shape:
+        raise ExportError(
+            f"{output} has the shape {got.shape}, and {source} returns {expected.shape}; give the model's own source"
+        )
+    parity = compare(expected, got, labels=logits)
+    agreement = neighbour_agreement(expected, got)
+    words = (
+        f"{output} on {len(texts)} texts: least cosine {parity.cosine_min:.6f}, greatest difference "
+        f"{parity.max_abs_diff:.2g}, {agreement:.1%} of the 10 nearest"
+    )
+    bound = bundle.manifest.variant(variant).bound
+    found = bound.faults(expected, got) if bound else faults(parity, scale=max(1.0, float(np.abs(expected).max())))
+    if found:
+        raise ExportError(f"{words}; {'; '.join(found)}; export the model again")
+    return None, words
+
+
+def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool) -> Matrix:
+    """Return the logits of texts by transformers in fp32, float32 (texts, labels).
+
+    For arguments and errors, see `torch_embeddings`.
+    """
+    with calling_libraries(f"{folder} cannot be run by transformers", "is it a text classifier?"):
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not stated:
+            require_limit(folder, tokenizer.model_max_length, max_tokens, "transformers")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        ).eval()
+        with torch.inference_mode():
+            rows = [
+                model(**tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")).logits
+                for text in texts
+            ]
+        return np.asarray(torch.cat(rows).numpy(), dtype=np.float32)

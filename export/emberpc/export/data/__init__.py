@@ -1,0 +1,1 @@
+"""Read labelled examples and texts."""

@@ -1,0 +1,198 @@
+"""Training examples of a classifier: texts, the labels of each, and descriptions of the labels."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.export.data.datasets import LabelledTexts, read_labelled, report_alike
+from emberpc.export.errors import ExportError
+
+#: bool (texts, labels): true where a text has a label.
+Targets = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def evenly(count: int, most: int) -> Rows:
+    """Return at most `most` of the indexes from 0 to `count` - 1, spaced evenly, as int64."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with their labels.
+
+    `targets` is bool (texts, labels), with one True in each row unless `multi_label`. `descriptions` has a text for
+    each label, in the order of the labels, or is empty.
+    """
+
+    texts: tuple[str, ...]
+    targets: Targets
+    labels: tuple[str, ...]
+    multi_label: bool = False
+    descriptions: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> Rows:
+        """Index of the label of each text, int (texts,); single-label only."""
+        return np.asarray(self.targets.argmax(axis=1), dtype=np.int64)
+
+    @property
+    def per_label(self) -> float:
+        """Mean number of texts of a label."""
+        return float(self.targets.sum() / len(self.labels))
+
+    def take(self, rows: Rows | Sequence[int]) -> Examples:
+        """Return the examples of the given indexes, in that order."""
+        return replace(self, texts=tuple(self.texts[row] for row in rows), targets=self.targets[np.asarray(rows)])
+
+    def described(self) -> Examples:
+        """Return the examples with each label's description appended as one more text of that label."""
+        if not self.descriptions:
+            return self
+        return replace(
+            self,
+            texts=self.texts + self.descriptions,
+            targets=np.concatenate([self.targets, np.eye(len(self.labels), dtype=bool)]),
+        )
+
+
+def label_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return labels as words: `card_arrival` and `cardArrival` become `card arrival`."""
+    return tuple(
+        re.sub(r"[\s_\-./]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip().lower() or label
+        for label in labels
+    )
+
+
+def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...]:
+    """Read label descriptions from a file with the columns `label` and `description`, one row for each label.
+
+    Args:
+        path: the file.
+        labels: the labels to describe.
+
+    Returns:
+        The descriptions, in the order of `labels`.
+
+    Raises:
+        ExportError: the file cannot be read, a label has no row, or a row's label is unknown or repeated.
+    """
+    data = read_labelled(path, text_column="description", label_column="label")
+    found: dict[str, str] = {}
+    for text, (label,), place in zip(data.texts, data.labels, data.places, strict=True):
+        if label not in labels:
+            raise ExportError(
+                f"{path}, {place}: no training text has the label {label!r}; remove the row or correct it"
+            )
+        if label in found:
+            raise ExportError(f"{path}, {place}: the label {label!r} is described twice; keep one row")
+        found[label] = text
+    if missing := [label for label in labels if label not in found]:
+        raise ExportError(f"{path} does not describe {len(missing)} labels, such as {missing[0]!r}; add a row for each")
+    return tuple(found[label] for label in labels)
+
+
+def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_examples: int = 2) -> Examples:
+    """Make training examples from the texts of a file; labels are numbered in alphabetical order.
+
+    Logs a warning for labels that hardly differ, and for texts with conflicting labels.
+
+    Args:
+        data: the texts of the file.
+        multi_label: whether a text may have any number of labels.
+        min_examples: fewest texts of a label.
+
+    Raises:
+        ExportError: there are fewer than two labels, or a label has too few texts.
+    """
+    counts = Counter(label for given in data.labels for label in given)
+    if len(counts) < 2:
+        found = f"the label {next(iter(counts))!r} only" if counts else "no labels"
+        raise ExportError(f"{data.path} has {found}; a classifier needs at least two")
+    labels = tuple(sorted(counts))
+    if few := [label for label in labels if counts[label] < min_examples]:
+        places = [
+            f"{label!r} ({', '.join(p for p, given in zip(data.places, data.labels, strict=True) if label in given)})"
+            for label in few[:5]
+        ]
+        raise ExportError(
+            f"{data.path}: {len(few)} labels have fewer than {min_examples} texts: {', '.join(places)}"
+            f"{' …' if len(few) > len(places) else ''}; check their spelling, add texts, remove the rows, "
+            "or allow it with --min-examples 1"
+        )
+    report_alike(data.path, labels)
+    report_conflicts(data, multi_label=multi_label)
+    return Examples(tuple(data.texts), targets_of(data, labels), labels, multi_label)
+
+
+def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
+    """Make examples to measure on, with the labels of the training texts.
+
+    Logs a warning for texts with conflicting labels, and for texts that are training texts, too.
+
+    Args:
+        data: the texts of the file.
+        like: the training examples.
+
+    Raises:
+        ExportError: a label is not among the training labels; the error names the row.
+    """
+    known = set(like.labels)
+    for given, place in zip(data.labels, data.places, strict=True):
+        if unknown := sorted(set(given) - known):
+            raise ExportError(
+                f"{data.path}, {place}: no training text has the label {unknown[0]!r}; "
+                "correct it, remove the row, or add training texts with it"
+            )
+    report_conflicts(data, multi_label=like.multi_label)
+    _report_shared(data, like)
+    return replace(like, texts=tuple(data.texts), targets=targets_of(data, like.labels))
+
+
+def _report_shared(data: LabelledTexts, training: Examples) -> None:
+    """Log a warning for texts to measure on that are training texts, too."""
+    training_texts = set(training.texts)
+    shared = [(text, place) for text, place in zip(data.texts, data.places, strict=True) if text in training_texts]
+    if shared:
+        text, place = shared[0]
+        _LOGGER.warning(
+            "%s: %d texts are training texts, too, such as %.60r (%s), so figures on them are too good; remove them",
+            data.path,
+            len(shared),
+            text,
+            place,
+        )
+
+
+def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:
+    """Return the labels of each text, bool (texts, labels); every label of the data must be in `labels`."""
+    numbers = {label: i for i, label in enumerate(labels)}
+    targets = np.zeros((len(data.texts), len(labels)), dtype=bool)
+    for row, given in enumerate(data.labels):
+        targets[row, [numbers[label] for label in given]] = True
+    return targets
+
+
+def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
+    """Log a warning for texts that occur with different labels: no classifier can get them all right."""
+    conflicts = data.conflicts()
+    if conflicts:
+        text, places = next(iter(conflicts.items()))
+        _LOGGER.warning(
+            "%s: %d texts occur with different labels, such as %.60r (%s)%s; correct them",
+            data.path,
+            len(conflicts),
+            text,
+            ", ".join(places),
+            "" if multi_label else "; the classifier cannot get them all right",
+        )

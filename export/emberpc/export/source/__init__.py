@@ -1,0 +1,1 @@
+"""Read a source model: find its folder, read its settings and weights."""

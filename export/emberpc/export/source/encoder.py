@@ -1,0 +1,264 @@
+"""Read an encoder's folder: weights, limits, pooling and the layers behind it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.bundle import BundleError, Prompts
+from emberpc.bundle.limits import MAX_TOKENS
+from emberpc.bundle.peers import (
+    ADAPTER_CONFIG,
+    read_json,
+    read_max_tokens,
+    read_modules,
+    read_pooling,
+    read_positions,
+    read_prompts,
+    read_sentence_transformers,
+    read_transformer,
+    transformer_folder,
+)
+from emberpc.export.errors import ExportError
+from emberpc.export.progress import Progress, no_progress
+from emberpc.export.source.locate import Source, find_source
+from emberpc.export.source.matryoshka import read_matryoshka
+from emberpc.export.source.weights import find_weights, sha256_of_all
+
+_LOGGER = logging.getLogger(__name__)
+
+#: Supported modules, in the order required; Dense may occur any number of times.
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+_ACTIVATIONS = {"Tanh": "Tanh", "ReLU": "Relu", "Sigmoid": "Sigmoid", "Identity": ""}
+_DENSE_WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A layer behind the pooling: activation(vector @ weights + bias).
+
+    `path` is its folder in the encoder's folder. `weights` is float32 (inputs, outputs), `bias` float32 (outputs,).
+    `activation` is the name of an ONNX operator, or empty.
+    """
+
+    path: str
+    weights: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+    activation: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder to export."""
+
+    #: Folder on this host.
+    folder: Path
+    #: Folder of config.json, weights and tokenizer: the same folder, or its `0_Transformer` in the older layout.
+    transformer: Path
+    #: Hub id, or name of the folder.
+    name: str
+    revision: str
+    weights_sha256: str
+    pooling: str
+    dense: tuple[Dense, ...]
+    normalize: bool
+    max_tokens: int
+    #: Whether the limit was stated by the user; otherwise it is the source's.
+    max_tokens_stated: bool
+    prompts: Prompts
+    matryoshka_dimensions: tuple[int, ...]
+    #: Whether texts are lower-cased before the tokenizer gets them.
+    lower_case: bool
+    #: Content of config.json.
+    config: dict[str, Any]
+
+
+def read_encoder(
+    source: str | Path, *, name: str = "", max_tokens: int | None = None, progress: Progress = no_progress
+) -> Encoder:
+    """Find an encoder and read its settings.
+
+    Args:
+        source: a folder, an installed package that holds one, or a hub id; see `sources`.
+        name: name for the bundle; default: the hub id or the folder's name.
+        max_tokens: the most tokens of a text; default: the source's limit.
+        progress: called during a download.
+
+    Raises:
+        ExportError: there is no such encoder, its weights are not safetensors, or it has an unsupported part.
+    """
+    found = find_source(source, progress)
+    try:
+        return _read(found, name, max_tokens)
+    except BundleError as error:
+        raise ExportError(str(error)) from error
+
+
+def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
+    folder = found.folder
+    _refuse_adapter(folder)
+    transformer = transformer_folder(folder)
+    config = read_json(transformer / "config.json")
+    if not config:
+        raise ExportError(
+            f"{transformer} has no config.json, so it is no Hugging Face encoder; name the folder that has one"
+        )
+    _refuse_own_code(folder, config)
+    pooling, dense, normalize = _modules(folder)
+    weights = sha256_of_all([*find_weights(transformer), *(folder / path / _DENSE_WEIGHTS for path in dense)])
+    sentence_transformers = read_sentence_transformers(folder)
+    _refuse_cut_starts(folder, transformer)
+    return Encoder(
+        folder=folder,
+        transformer=transformer,
+        name=name or found.name,
+        revision=found.revision or weights[:12],
+        weights_sha256=weights,
+        pooling=pooling,
+        dense=tuple(_dense(folder, path) for path in dense),
+        normalize=normalize,
+        max_tokens=_max_tokens(folder, config, max_tokens),
+        max_tokens_stated=max_tokens is not None,
+        prompts=read_prompts(sentence_transformers),
+        matryoshka_dimensions=read_matryoshka(folder, config),
+        lower_case=bool(read_transformer(folder).get("do_lower_case")),
+        config=config,
+    )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise ExportError for an adapter, such as LoRA: its few small matrices are useless without their base model."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    raise ExportError(
+        f"{folder} is an adapter ({ADAPTER_CONFIG}, such as LoRA) for {base or 'another model'}; merge the two and "
+        "give the folder of the result: with peft, "
+        "AutoPeftModel.from_pretrained(DIR).merge_and_unload().save_pretrained(OUT)"
+    )
+
+
+def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ExportError for a model with Python code of its own.
+
+    Loaded into the architecture with a similar name, its weights would be another model. Examples are gte v1.5
+    (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which states "bert".
+    """
+    own = config.get("auto_map")
+    if isinstance(own, dict) and "AutoModel" in own:
+        raise ExportError(
+            f"{folder} is run by Python code of its own ({own['AutoModel']}, which needs trust_remote_code); "
+            "emberpc runs no code of a model: choose a model of an architecture that transformers has, or serve "
+            "the ONNX file that its publisher may offer"
+        )
+
+
+def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
+    """Raise ExportError for a model that truncates texts at their start: a bundle truncates at the end by default.
+
+    The comparison with PyTorch would not show the difference if all its texts are within the limit.
+    """
+    settings = read_transformer(folder)
+    keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
+    stated = [*keywords, read_json(transformer / "tokenizer_config.json")]
+    sides = [each["truncation_side"] for each in stated if isinstance(each, dict) and each.get("truncation_side")]
+    side = str(sides[0]) if sides else _tokenizer_side(transformer / "tokenizer.json")
+    if side.lower() == "left":
+        raise ExportError(
+            f"{transformer} has truncation_side left, which truncates texts at their start; a bundle truncates them at "
+            "the end; set it to right (tokenizer_config.json) if that will do, and have callers state truncation START"
+        )
+
+
+def _tokenizer_side(path: Path) -> str:
+    """Return the side at which tokenizer.json truncates texts, for folders that state none; empty: it does not."""
+    try:
+        truncation = json.loads(path.read_text(encoding="utf-8")).get("truncation")
+    except FileNotFoundError:  # the tokenizer may be in another format, which transformers converts
+        return ""
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise ExportError(f"{path} is not a tokenizer; get the model again") from error
+    return str(truncation.get("direction")) if isinstance(truncation, dict) else ""
+
+
+def _modules(folder: Path) -> tuple[str, list[str], bool]:
+    """Return the pooling, the folders of Dense modules, and whether vectors are normalized.
+
+    For a plain encoder without modules.json, the result is that of sentence-transformers: mean pooling only.
+
+    Raises:
+        ExportError: a module is not supported or not in order, or there is no Pooling.
+    """
+    path, modules = folder / "modules.json", read_modules(folder)
+    if not modules and not path.exists():
+        _report_unread(folder)
+        return "mean", [], False
+    kinds, places = [kind for kind, _ in modules], [place for _, place in modules]
+    stage = 0
+    for i, (kind, place) in enumerate(zip(kinds, places, strict=True)):
+        wanted = _MODULES[stage : stage + 1] if i < 2 else _MODULES[stage:]  # the first two are required
+        if kind not in wanted:
+            raise ExportError(
+                f"{path}: the module {kind} in {place or 'the folder itself'!r} cannot be exported yet; "
+                f"supported are {', '.join(_MODULES)}, in this order"
+            )
+        stage = _MODULES.index(kind) + (kind != "Dense")
+    if len(kinds) < 2:
+        raise ExportError(
+            f"{path} has no Pooling, so its model returns no single vector for a text; choose a model with Pooling"
+        )
+    dense = [place for kind, place in zip(kinds, places, strict=True) if kind == "Dense"]
+    return read_pooling(folder / places[1] / "config.json"), dense, kinds[-1] == "Normalize"
+
+
+def _report_unread(folder: Path) -> None:
+    """Log a warning for files that are only read together with modules.json, which may have been lost in a copy."""
+    found = sorted(
+        path.relative_to(folder) for path in [*folder.glob("*_*/config.json"), *folder.glob("sentence_*.json")]
+    )
+    if found:
+        _LOGGER.warning(
+            "%s has %s but no modules.json, so sentence-transformers reads none of them: pooling is mean, and the "
+            "limit is the tokenizer's; get modules.json if the model has one",
+            folder,
+            ", ".join(map(str, found[:5])),
+        )
+
+
+def _dense(folder: Path, path: str) -> Dense:
+    """Read the configuration and weights of a Dense module; raise ExportError if it is unsupported or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    config = read_json(folder / path / "config.json")
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rpartition(".")[2]
+    if activation not in _ACTIVATIONS:
+        supported = ", ".join(_ACTIVATIONS)
+        raise ExportError(f"{folder / path}: the activation {activation} cannot be exported; supported are {supported}")
+    try:
+        tensors = load_file(folder / path / _DENSE_WEIGHTS)
+        weights = np.ascontiguousarray(tensors["linear.weight"].astype(np.float32).T)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ExportError(f"{folder / path / _DENSE_WEIGHTS} cannot be read; get the model again") from error
+    bias = tensors.get("linear.bias", np.zeros(weights.shape[1])).astype(np.float32)
+    return Dense(path, weights, bias, _ACTIVATIONS[activation])
+
+
+def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
+    """Return the most tokens of a text: `wanted`, or else the least limit that the source states."""
+    if wanted is not None:
+        positions = read_positions(config)
+        most = positions or MAX_TOKENS
+        if not 0 < wanted <= most:
+            raise ExportError(f"max_tokens is {wanted}; {folder} allows 1 to {most} tokens")
+        return wanted
+    found = read_max_tokens(folder, config)
+    if found is None:
+        raise ExportError(f"{folder} does not state a limit of tokens; state it with --max-tokens")
+    return found
