@@ -14,10 +14,7 @@ from emberpc.export.compare.bases import Base
 from emberpc.export.data.examples import Examples
 
 #: Modules of `emberpc.export` whose code determines an outcome. The other modules plan, report and export.
-_MAKES_OUTCOMES = (
-    *("calibration.py", "describing.py", "evaluation.py", "examples.py", "linear.py", "workbench.py"),
-    *("strategies", "tuning", "comparing/cells.py"),
-)
+_MAKES_OUTCOMES = ("classify", "tuning", "data/examples.py", "compare/cells.py")
 _TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers")
 
 
@@ -69,9 +66,9 @@ def code_version() -> str:
     The package's version does not suffice: it may stay the same while the code changes.
     """
     room = Path(str(files("emberpc.export")))
-    paths = [path for name in _MAKES_OUTCOMES for path in (room / name, *sorted((room / name).glob("*.py")))]
     digest = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            digest.update(path.relative_to(room).as_posix().encode() + b"\0" + path.read_bytes())
+    for name in _MAKES_OUTCOMES:
+        path = room / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(room).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
