@@ -89,6 +89,8 @@ class GroupedVectors:
         self._groups: dict[int, _Group] = {}
         #: Vectors that no search of the graph found.
         self._strays: _Group = Pool(spec.dimensions, spec.distance)
+        #: Whether a search for a node did not find it.
+        self._has_missed = False
         #: Hashes of vectors that were strays. Added again they are strays again: as nodes they would cut off others.
         self._stray_hashes: set[int] = set()
         #: Groups that every search searches: of leaders that no search found, of shells, of short vectors.
@@ -131,6 +133,11 @@ class GroupedVectors:
     def strays(self) -> int:
         """Number of vectors that no search of a graph found, so that they are compared with every query."""
         return len(self._strays) + sum(graph.strays for graph in _graphs_of(self._groups.values()))
+
+    @property
+    def has_misses(self) -> bool:
+        """Whether a search of a graph missed a node since the graphs were made."""
+        return self._has_missed or any(graph.has_misses for graph in _graphs_of(self._groups.values()))
 
     @property
     def shells(self) -> Shells | None:
@@ -380,6 +387,7 @@ class GroupedVectors:
 
     def _leave_out(self, node: int, vector: Matrix) -> None:
         """Delete a node from the graph and compare its vector, (1, dimensions), with every query."""
+        self._has_missed = True
         self._hnsw.delete(node)
         if node in self._groups:
             self._searched_always.add(node)
@@ -390,6 +398,7 @@ class GroupedVectors:
 
     def _put_aside(self, names: Labels, vectors: Matrix) -> None:
         """Make strays of vectors, (n, dimensions), that are in no graph and no group."""
+        self._has_missed |= bool(len(names))
         if isinstance(self._strays, Pool) and len(self._strays) + len(names) > _MOST_STRAYS_COMPARED:
             # Without the vectors that took their links, most of them find each other.
             self._strays = self._graph_of(self._strays, groups=False)

@@ -30,8 +30,9 @@ _READ_BATCH = 2000
 _CHECKED_AT_ONCE = 32
 #: Nodes that are searched for to find out whether a graph cuts off many; some 15 ms.
 _PROBED = 256
-#: All nodes are checked again when there are 1.5 times as many as at the last check: later ones may take their links.
-_CHECK_GROWTH = 1.5
+#: All nodes are checked again when there are 1.5 times as many as at the last check: later nodes may take their links.
+#: While no search has missed a node, a sample is searched for at that growth, and all nodes at the second growth.
+_CHECK_GROWTH, _SOUND_CHECK_GROWTH = 1.5, 4.0
 
 #: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).
 ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
@@ -186,7 +187,8 @@ class Neighbours:
         """
         if not self._unchecked:
             with self._lock.read():
-                has_grown = self._graph.to_check >= max(1, _CHECK_GROWTH * self._graph.checked)
+                growth = _CHECK_GROWTH if self._graph.has_misses else _SOUND_CHECK_GROWTH
+                has_grown = self._graph.to_check >= max(1, growth * self._graph.checked)
                 if not has_grown and not (at_rest and self._graph.added):
                     return
                 self._unchecked = self._graph.check_begins()

@@ -34,6 +34,8 @@ _GROWTH = 1.5
 _NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
+#: No more candidates are tried for queries that find this share. Callers who want more get an exact search.
+_ENOUGH = 0.9995
 #: Queries at one value of ef, while other searches wait: some milliseconds.
 _TURN = 4
 #: A sample errs: so much of what may be missing is kept as a reserve.
@@ -99,7 +101,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
                 return None
             points.append(Point(k, ef, min(recalls)))
             # More candidates find no fewer.
-            kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < 1]
+            kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < _ENOUGH]
             if not kinds:
                 break
     return RecallMap(size, tuple(points))
