@@ -19,8 +19,10 @@ from onnx import helper
 from emberpc.bundle import Bundle, FileEntry, Manifest, finish_bundle, read_bundle
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.reading import sha256_of
-from emberpc.server.engine import Model, ModelLoadError, Registry, model, tables
-from emberpc.server.engine.session import OnnxSession, SessionError
+from emberpc.server.engine import Model, ModelLoadError, Registry
+from emberpc.server.engine.models import model
+from emberpc.server.engine.sessions import shared_tables
+from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, SessionError
 
 MODEL = Path("onnx") / "model.onnx"
 
@@ -171,7 +173,7 @@ def empty(path: Path) -> None:
 def test_a_served_model_does_not_depend_on_its_files(
     spoil: Callable[[Path], None], file: str, foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_MIN_BYTES", 1024)
+    monkeypatch.setattr(shared_tables, "_MIN_BYTES", 1024)
     served, tokens = Model.load("m", foreign), [np.array([2, 7, 8, 9, 3]), np.array([2, 11, 3])]
     before = served.encoder.run(tokens)
     wide = served.encoder._session.with_threads(2)

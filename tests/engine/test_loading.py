@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine import Loader, ModelsDirectory, Registry, watching
+from emberpc.server.engine import Loader, ModelsDirectory, Registry
+from emberpc.server.engine.models import watching
 from emberpc.server.errors import Code, ServiceError
 
 

@@ -21,10 +21,11 @@ from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine import Engine, Model, ModelLoadError, Registry, calibration
-from emberpc.server.engine.calibration import Calibration, calibrated_batch_tokens, choose
-from emberpc.server.engine.encoders import Encoder, Encoders
-from emberpc.server.engine.session import LoadCancellation, OnnxSession, Output, SessionError
+from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
+from emberpc.server.engine.models import calibration
+from emberpc.server.engine.models.calibration import Calibration, calibrated_batch_tokens, choose
+from emberpc.server.engine.models.encoders import Encoder, Encoders
+from emberpc.server.engine.sessions.onnx_runtime import LoadCancellation, OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 
 

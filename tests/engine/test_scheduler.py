@@ -19,7 +19,7 @@ from emberpc.server.engine.batching import Item, JobResult, Queue
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.session import Output
+from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 

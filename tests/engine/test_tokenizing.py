@@ -27,7 +27,7 @@ from emberpc.server.engine import tokenizing
 from emberpc.server.engine.inference import Inferrer
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.tokenizing import AbandonedError, TextTokenizer, Truncation
-from emberpc.server.engine.words import Words
+from emberpc.server.engine.word_cache import WordCache
 from emberpc.server.errors import Code, ServiceError, items_of
 
 MAX_TOKENS = 8
@@ -229,13 +229,13 @@ def test_only_as_much_of_a_text_is_read_as_is_needed(
     pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, sign: str, truncation: Truncation
 ) -> None:
     read: list[int] = []
-    bare = Words.bare
+    bare = WordCache.bare
 
-    def counted(words: Words, text: str) -> list[int] | None:
+    def counted(words: WordCache, text: str) -> list[int] | None:
         read.append(len(text))
         return bare(words, text)
 
-    monkeypatch.setattr(Words, "bare", counted)
+    monkeypatch.setattr(WordCache, "bare", counted)
     try:
         pairs["added"].ours.tokenize([sign * 1_000_000], "", truncation, items_of("texts"))
     except ServiceError:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from emberpc.bundle import read_bundle
 from emberpc.client import Client
 from emberpc.export.data.stdlib_texts import read_stdlib
-from emberpc.server.engine.model import Model
+from emberpc.server.engine.models.model import Model
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
 from emberpc.wire import vectors
 from fixtures_bundles import minilm_source

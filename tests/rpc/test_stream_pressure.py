@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Registry, Truncation
-from emberpc.server.engine.session import Output
+from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, FieldPath, ServiceError
 from emberpc.server.handlers import Handlers

@@ -3,11 +3,11 @@
 from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.engine import Engine
 from emberpc.server.engine.inference import Inference
-from emberpc.server.engine.loading import Loader
-from emberpc.server.engine.model import Model, ModelLoadError, Tell
-from emberpc.server.engine.registry import Registry
+from emberpc.server.engine.models.loading import Loader
+from emberpc.server.engine.models.model import Model, ModelLoadError, Tell
+from emberpc.server.engine.models.registry import Registry
+from emberpc.server.engine.models.watching import ModelsDirectory
 from emberpc.server.engine.tokenizing import Truncation
-from emberpc.server.engine.watching import ModelsDirectory
 
 __all__ = [
     "Caller",

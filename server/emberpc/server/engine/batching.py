@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import NamedTuple, Protocol
 
 from emberpc.server.engine.calls import Caller, Lane
-from emberpc.server.engine.session import Output
+from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
 #: A call of more than so many micro-batches goes with the bulk work, whatever its caller says of it.

@@ -9,11 +9,11 @@ from pathlib import Path
 from emberpc.bundle import Task
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.cache import Cache
-from emberpc.server.engine.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.calls import Caller
 from emberpc.server.engine.inference import Inference, Inferrer
-from emberpc.server.engine.model import Model
-from emberpc.server.engine.registry import Registry
+from emberpc.server.engine.models.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
+from emberpc.server.engine.models.model import Model
+from emberpc.server.engine.models.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import FieldPath

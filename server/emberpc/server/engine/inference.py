@@ -15,9 +15,9 @@ import numpy as np
 
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
 from emberpc.server.engine.calls import Caller
-from emberpc.server.engine.model import Model
+from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.session import Output
+from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath
 

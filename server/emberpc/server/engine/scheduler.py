@@ -19,9 +19,9 @@ import numpy as np
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
 from emberpc.server.engine.calls import Caller, Lane
-from emberpc.server.engine.outcomes import fail, failure, result_of, tell
+from emberpc.server.engine.job_results import fail, failure, result_of, tell
 from emberpc.server.engine.rates import Rates
-from emberpc.server.engine.session import Output
+from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 

@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Encoding, Tokenizer
 
 from emberpc.bundle.contents import Contents
-from emberpc.server.engine.words import Words
+from emberpc.server.engine.word_cache import WordCache
 from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 
 TokenIds = npt.NDArray[np.int64]
@@ -79,7 +79,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
-        self._words = Words.of(self._tokenizer)
+        self._words = WordCache.of(self._tokenizer)
         self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     @property
@@ -234,7 +234,7 @@ class TextTokenizer:
         return tail[space:] if space < len(tail) // 2 else tail
 
     def _read_pieces(
-        self, words: Words, text: str, enough: int, stop: Callable[[], bool], *, backwards: bool = False
+        self, words: WordCache, text: str, enough: int, stop: Callable[[], bool], *, backwards: bool = False
     ) -> tuple[list[int], str]:
         """Return the first (or last) ids of a text, at least `enough` if it has as many, and the part they are of.
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from emberpc.server.engine import words
-from emberpc.server.engine.words import Words
+from emberpc.server.engine import word_cache
+from emberpc.server.engine.word_cache import WordCache
 
 #: Letters that are dropped, decomposed, cut apart, joined to others, or begin a special token.
 PIECES = st.sampled_from(
@@ -34,8 +34,8 @@ def minilm(minilm_bundle: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def remembered(minilm: Tokenizer) -> Words:
-    found = Words.of(minilm)
+def remembered(minilm: Tokenizer) -> WordCache:
+    found = WordCache.of(minilm)
     assert found is not None
     return found
 
@@ -55,7 +55,7 @@ def wordpiece(normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
-def test_ids_are_the_tokenizers(minilm: Tokenizer, remembered: Words, texts: list[str]) -> None:
+def test_ids_are_the_tokenizers(minilm: Tokenizer, remembered: WordCache, texts: list[str]) -> None:
     for text in texts:
         assert remembered.ids(text) in (None, minilm.encode(text).ids)
 
@@ -66,12 +66,12 @@ def test_ids_are_the_tokenizers(minilm: Tokenizer, remembered: Words, texts: lis
 def test_tokens_of_the_tokenizers_own_are_not_missed(lowercase: bool, normalized: bool, text: str) -> None:
     made = wordpiece(normalizers.BertNormalizer(lowercase=lowercase))
     made.add_tokens([AddedToken("[sep]", normalized=normalized), AddedToken("<", normalized=normalized)])
-    found = Words.of(made)
+    found = WordCache.of(made)
     assert found is not None
     assert found.ids(text) in (None, made.encode(text).ids)
 
 
-def test_plain_texts_in_any_language_are_told_by_their_words(minilm: Tokenizer, remembered: Words) -> None:
+def test_plain_texts_in_any_language_are_told_by_their_words(minilm: Tokenizer, remembered: WordCache) -> None:
     for text in ("", "Two words, and more.", "naïve café", "東京タワー", "a\tb\nc"):
         assert remembered.ids(text) == minilm.encode(text).ids
     assert remembered.ids("what is [MASK]?") is None
@@ -85,7 +85,7 @@ def test_a_word_is_cut_once(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
             asked.extend(texts)
             return list(minilm.encode_batch_fast(texts, add_special_tokens=add_special_tokens))
 
-    found = Words.of(minilm)
+    found = WordCache.of(minilm)
     assert found is not None
     monkeypatch.setattr(found, "_tokenizer", Counting())
     long = "y" * 50
@@ -95,8 +95,8 @@ def test_a_word_is_cut_once(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_words_that_are_not_met_any_more_are_forgotten(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "_GENERATION", 10)
-    found = Words.of(minilm)
+    monkeypatch.setattr(word_cache, "_GENERATION", 10)
+    found = WordCache.of(minilm)
     assert found is not None
     for number in range(100):
         text = f"stays w{number}"
@@ -107,8 +107,8 @@ def test_words_that_are_not_met_any_more_are_forgotten(minilm: Tokenizer, monkey
 
 
 def test_threads_may_share_it(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "_GENERATION", 5)
-    found = Words.of(minilm)
+    monkeypatch.setattr(word_cache, "_GENERATION", 5)
+    found = WordCache.of(minilm)
     assert found is not None
     wrong: list[str] = []
 
@@ -129,11 +129,11 @@ def test_threads_may_share_it(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch
 def test_tokenizers_of_other_kinds_are_left_alone() -> None:
     by_space = wordpiece()
     by_space.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    assert Words.of(by_space) is None
+    assert WordCache.of(by_space) is None
     other_rule = wordpiece(normalizers.Sequence([normalizers.Replace("b", "a"), normalizers.BertNormalizer()]))
-    assert Words.of(other_rule) is None
-    assert Words.of(Tokenizer(models.BPE())) is None
+    assert WordCache.of(other_rule) is None
+    assert WordCache.of(Tokenizer(models.BPE())) is None
     worded = wordpiece()
     worded.add_tokens(["new york"])
-    assert Words.of(worded) is None
-    assert Words.of(wordpiece()) is not None
+    assert WordCache.of(worded) is None
+    assert WordCache.of(wordpiece()) is not None

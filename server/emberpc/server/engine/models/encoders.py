@@ -13,7 +13,7 @@ import numpy as np
 
 from emberpc.bundle import Interface
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.session import LoadCancellation, OnnxSession, Output, SessionError
+from emberpc.server.engine.sessions.onnx_runtime import LoadCancellation, OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.memory import return_memory
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from emberpc.server.cores import quota, usable_cores
-from emberpc.server.engine.model import Model
+from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import items_of
 

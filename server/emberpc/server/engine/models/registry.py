@@ -16,8 +16,8 @@ from typing import Any
 
 from emberpc.bundle import Task
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.encoders import Encoder, Encoders
-from emberpc.server.engine.model import Model, Tell
+from emberpc.server.engine.models.encoders import Encoder, Encoders
+from emberpc.server.engine.models.model import Model, Tell
 from emberpc.server.errors import Code, ServiceError, invalid, not_found
 from emberpc.server.memory import return_memory
 

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from emberpc.bundle.contents import Contents
-from emberpc.server.engine import tables
-from emberpc.server.engine.session import OnnxSession
-from emberpc.server.engine.tables import read_tables
+from emberpc.server.engine.sessions import shared_tables
+from emberpc.server.engine.sessions.onnx_runtime import OnnxSession
+from emberpc.server.engine.sessions.shared_tables import read_tables
 
 WORDS = np.arange(300 * 8, dtype=np.float32).reshape(300, 8)
 
 
 @pytest.fixture(autouse=True)
 def every_table_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MIN_BYTES", 1024)
+    monkeypatch.setattr(shared_tables, "_MIN_BYTES", 1024)
 
 
 def graph(*extra: onnx.NodeProto, weights: np.ndarray = WORDS) -> onnx.ModelProto:

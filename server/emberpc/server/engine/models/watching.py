@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from emberpc.bundle.manifest import MANIFEST_NAME
-from emberpc.server.engine.loading import Loader
-from emberpc.server.engine.model import Model
-from emberpc.server.engine.registry import Registry
+from emberpc.server.engine.models.loading import Loader
+from emberpc.server.engine.models.model import Model
+from emberpc.server.engine.models.registry import Registry
 from emberpc.server.errors import ServiceError
 
 log = logging.getLogger(__name__)

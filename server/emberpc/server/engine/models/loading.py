@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.model import Model, ModelLoadError, Tell
-from emberpc.server.engine.registry import Registry
+from emberpc.server.engine.models.model import Model, ModelLoadError, Tell
+from emberpc.server.engine.models.registry import Registry
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.memory import return_memory
 from emberpc.server.names import NAME

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from emberpc.bundle import BundleError, Graph, Interface, Tensor
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.onnx_file import external_locations
-from emberpc.server.engine.tables import Tables, read_tables
+from emberpc.server.engine.sessions.shared_tables import Tables, read_tables
 from emberpc.server.engine.tokenizing import TokenIds
 
 Output = npt.NDArray[np.float32]

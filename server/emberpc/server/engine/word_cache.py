@@ -36,7 +36,7 @@ _MAX_CHARACTERS = 32
 _GENERATION = 12_000
 
 
-class Words:
+class WordCache:
     """A tokenizer of BERT's kind, and the words that it cut before. Safe to use from several threads.
 
     Args:
@@ -72,7 +72,7 @@ class Words:
         self._earlier: dict[str, Ids] = {}
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Words | None:
+    def of(cls, tokenizer: Tokenizer) -> WordCache | None:
         """Return what remembers a tokenizer's words; None if it may tell a word by what stands around it."""
         known = json.loads(tokenizer.to_str())
         normalizer, cutter, model = (

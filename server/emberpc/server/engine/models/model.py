@@ -23,8 +23,8 @@ from emberpc.bundle import (
     open_bundle,
 )
 from emberpc.bundle.contents import Contents
-from emberpc.server.engine.encoders import Encoder, Encoders
-from emberpc.server.engine.session import OnnxSession, Output, SessionError
+from emberpc.server.engine.models.encoders import Encoder, Encoders
+from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, Output, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
 
