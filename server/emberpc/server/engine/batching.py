@@ -1,16 +1,13 @@
-"""Which waiting texts go into the next micro-batch.
+"""Choose the waiting texts of the next micro-batch.
 
-A CPU is fastest with small batches of like length: padding is work thrown
-away, and a batch of more than some hundred tokens leaves the cache. So the
-texts that wait for a model are kept in order of length, and a micro-batch is a
-run of neighbours in that order whose padded size stays within the budget.
+A CPU is fastest with small batches of texts of similar length. Padding is wasted work, and a batch of more than some
+hundred tokens does not fit into the processor's cache. So the texts that wait for a model are sorted by length. A
+micro-batch is a run of neighbours in that order whose padded size stays within the budget.
 
-It is built around one text, the anchor. Anchors are taken from the callers in
-turn, and of a caller's calls in their order: in turns all of them would end
-late under load, in order those that were taken end in time. Bulk work waits in
-a lane of its own, and so does any call so large that others would wait for it;
-batches of one lane hold no text of the other, or a short call would last as
-long as the bulk that fills up its batch.
+A micro-batch is built around one text, the anchor. Callers take turns to give the anchor. The calls of one caller are
+run in the order of their arrival: if they took turns too, all of them would end late under load. Bulk work waits in its
+own lane, and so does each call that is so large that others would wait for it. A batch holds texts of one lane only:
+otherwise a short call would take as long as the bulk texts in its batch.
 """
 
 from __future__ import annotations
@@ -28,31 +25,32 @@ from emberpc.server.engine.calls import Caller, Lane
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
-#: A call of more than so many micro-batches goes with the bulk work, whatever its caller says of it.
+#: A call of more micro-batches than this goes into the bulk lane, whatever priority its caller asked for.
 _LARGE = 2
 
-#: What a batch costs beside its tokens, in tokens. Measured with MiniLM on one core: 16.4, 30.7 and 59 ms for 128, 256
-#: and 512 tokens are 0.11 ms for each token and 2.3 ms for the batch.
+#: Fixed cost of a batch, in tokens. Measured with MiniLM on one core: batches of 128, 256 and 512 tokens took 16.4,
+#: 30.7 and 59 ms, which is 0.11 ms for each token and 2.3 ms for each batch.
 _BATCH_COST = 20
 
 _numbers = count()
 
 
 class Runner(Protocol):
-    """What runs a batch: an `Encoder`."""
+    """Runs a batch; an `Encoder`."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
-        """Run token ids of some texts on so many threads at most; float32, shape (texts, width)."""
+        """Run the token ids of some texts on at most `threads` threads; return float32, shape (texts, width)."""
         ...
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job gave.
+    """Outputs and times of a finished job.
 
-    `rows[i]` is the output for text i, float32 (width,). The seconds are wall
-    time: from submission to the first batch's start, and from there to the
-    last batch's end.
+    Attributes:
+        rows: the output for each text, float32 (width,).
+        queue_seconds: wall time from the submission to the start of the first batch.
+        infer_seconds: wall time from the start of the first batch to the end of the last one.
     """
 
     rows: list[Output]
@@ -62,10 +60,19 @@ class JobResult:
 
 @dataclass(eq=False)
 class Job:
-    """One call's texts on their way through one model.
+    """The texts of one call that run through one model.
 
-    `future` belongs to the caller's event loop. `over`: nobody waits for the
-    outcome any more, since it is told or its caller left.
+    Attributes:
+        runner: runs the batches.
+        texts: token ids of each text.
+        caller: who sent the call, its lane and its deadline.
+        future: set on the caller's event loop when the job ends.
+        over: whether nobody waits for the job: its result was sent, or its caller left.
+        tokens: number of tokens of all texts.
+        rows: the output of each text so far.
+        remaining: number of texts without an output.
+        submitted: when the job was submitted, as `perf_counter` gives it.
+        started: when its first batch started; 0 before that.
     """
 
     runner: Runner
@@ -86,12 +93,12 @@ class Job:
 
     @property
     def tokens_left(self) -> int:
-        """About how many tokens are still to be run."""
+        """Estimated number of tokens that are still to be run."""
         return self.tokens * self.remaining // len(self.texts)
 
 
 class Item(NamedTuple):
-    """One text of a job; ordered by length, then by arrival: no two have the same number."""
+    """One text of a job. Items are sorted by length, then by arrival; `number` is unique."""
 
     length: int
     number: int
@@ -100,16 +107,16 @@ class Item(NamedTuple):
 
 
 class Queue:
-    """All that waits in one lane. Not thread-safe: the scheduler holds its lock around every call."""
+    """The texts that wait in one lane. Not thread-safe: the scheduler holds its lock around every call."""
 
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
         self._pools: dict[Runner, list[Item]] = {}
-        #: The callers in turn.
+        #: Callers, in the order of their turns.
         self._turns: deque[str] = deque()
-        #: Each caller's waiting texts, call by call; those already taken are skipped.
+        #: Waiting texts of each caller, call by call. Texts in `_taken` are skipped.
         self._texts: dict[str, deque[Iterator[Item]]] = {}
-        #: Tokens of each caller that wait.
+        #: Number of waiting tokens of each caller.
         self._tokens: Counter[str] = Counter()
         self._taken: set[int] = set()
         self.tokens = 0
@@ -118,7 +125,7 @@ class Queue:
         return bool(self._pools)
 
     def add(self, job: Job) -> None:
-        """Take in a job's texts."""
+        """Add the texts of a job."""
         items = [Item(len(ids), next(_numbers), job, row) for row, ids in enumerate(job.texts)]
         pool = self._pools.setdefault(job.runner, [])
         if len(items) == 1:
@@ -135,15 +142,19 @@ class Queue:
         self.tokens += job.tokens
 
     def ahead(self, name: str, tokens: int) -> int:
-        """Return how many tokens would be run before a new call of a caller, of so many tokens, is done.
+        """Return how many waiting tokens are run before a new call ends, without the tokens of that call.
 
-        Its own are not counted. Other callers have a turn for each of this one's, and no more than all that waits.
+        Between two turns of this caller, each other caller has one turn. The result is at most all waiting tokens.
+
+        Args:
+            name: the caller of the new call.
+            tokens: number of tokens of the new call.
         """
         callers = len(self._tokens) + (name not in self._tokens)
         return min(self.tokens, self._tokens.get(name, 0) * callers + tokens * (callers - 1))
 
     def take(self) -> list[Item]:
-        """Take the next micro-batch: texts of one model, at most the budget when padded, at least one text."""
+        """Remove and return the next micro-batch: at least one text, of one model, padded size within the budget."""
         anchor = self._next_anchor()
         pool = self._pools[anchor.job.runner]
         low, high = self._window(pool, bisect_left(pool, anchor))
@@ -151,7 +162,7 @@ class Queue:
         del pool[low:high]
         if not pool:
             del self._pools[anchor.job.runner]
-        # The anchor's call is past it already; the others are still to be met in their calls' turns.
+        # The iterator of the anchor's call is past the anchor. Those of the other texts still have to skip them.
         self._taken.update(item.number for item in batch if item is not anchor)
         for item in batch:
             self._count_out(item)
@@ -160,7 +171,7 @@ class Queue:
         return batch
 
     def discard(self, job: Job) -> None:
-        """Take out what waits of a job that nobody wants any more."""
+        """Remove the waiting texts of a job."""
         pool = self._pools.get(job.runner, [])
         gone = [item for item in pool if item.job is job]
         if not gone:
@@ -168,7 +179,7 @@ class Queue:
         pool[:] = [item for item in pool if item.job is not job]
         if not pool:
             del self._pools[job.runner]
-        self._taken.update(item.number for item in gone)  # they are still to be met in their call's turn
+        self._taken.update(item.number for item in gone)  # the iterator of their call still has to skip them
         for item in gone:
             self._count_out(item)
         if not self._pools:
@@ -182,7 +193,7 @@ class Queue:
             del self._tokens[name]
 
     def drain(self) -> set[Job]:
-        """Take out everything; return the jobs that waited."""
+        """Remove everything; return the jobs that waited."""
         jobs = {item.job for pool in self._pools.values() for item in pool}
         self._pools.clear()
         self._forget()
@@ -190,14 +201,14 @@ class Queue:
         return jobs
 
     def _forget(self) -> None:
-        """Forget the turns of those who have nothing waiting any more."""
+        """Remove the turns of callers: nothing waits."""
         self._turns.clear()
         self._texts.clear()
         self._taken.clear()
         self._tokens.clear()
 
     def _next_anchor(self) -> Item:
-        """Return the first waiting text of the caller whose turn it is, who goes to the end of the line."""
+        """Return the first waiting text of the caller whose turn it is; move that caller to the end of the turns."""
         while True:
             name = self._turns.popleft()
             calls = self._texts[name]
@@ -212,10 +223,17 @@ class Queue:
             del self._texts[name]
 
     def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
-        """Return the run of neighbours around an anchor that does most for its time, within the budget.
+        """Return the bounds of the best run of neighbours around an anchor, within the budget.
 
-        It grows, to the better side, as long as that raises the share of the
-        time that goes into tokens and not into padding or the batch itself.
+        The run grows by one text, on the better side, as long as that raises the share of the batch's time that is
+        spent on tokens and not on padding or the fixed cost.
+
+        Args:
+            pool: waiting texts of one model, sorted by length.
+            anchor: place of the anchor in `pool`.
+
+        Returns:
+            First place of the run, and the place after its last.
         """
         low, high, longest = anchor, anchor + 1, pool[anchor].length
         tokens, best = longest, _worth(longest, longest)
@@ -237,23 +255,28 @@ class Queue:
 
 
 def _worth(tokens: int, padded: int) -> float:
-    """Return the share of a batch's time that goes into its tokens."""
+    """Return the share of a batch's time that is spent on its tokens.
+
+    Args:
+        tokens: number of tokens of the batch.
+        padded: number of tokens with padding.
+    """
     return tokens / (padded + _BATCH_COST)
 
 
 class Backlog:
-    """All that waits, in its lanes. Not thread-safe.
+    """The waiting texts of all lanes. Not thread-safe.
 
     Args:
-        batch_tokens: most tokens of a micro-batch, padding included; a longer text goes alone.
-        bulk_seconds: the bulk lane has a turn at least so often, however much interactive work there is.
+        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
+        bulk_seconds: longest time between two turns of the bulk lane, however much interactive work waits.
     """
 
     def __init__(self, batch_tokens: int, bulk_seconds: float) -> None:
         self._batch_tokens = batch_tokens
         self._bulk_seconds = bulk_seconds
         self._queues = {lane: Queue(batch_tokens) for lane in Lane}
-        #: When bulk work last had a turn, or began to wait.
+        #: When the bulk lane last had a turn, or bulk work began to wait.
         self._bulk_turn = 0.0
 
     def __bool__(self) -> bool:
@@ -261,7 +284,7 @@ class Backlog:
 
     @property
     def tokens(self) -> int:
-        """How many tokens wait."""
+        """Number of waiting tokens."""
         return sum(queue.tokens for queue in self._queues.values())
 
     def waits(self, lane: Lane) -> bool:
@@ -269,30 +292,30 @@ class Backlog:
         return bool(self._queues[lane])
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Make the micro-batches from now on of another size."""
+        """Set the most tokens of the micro-batches that follow."""
         self._batch_tokens = tokens
         for queue in self._queues.values():
             queue.batch_tokens = tokens
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
-        """Return the lane that a call of so many tokens belongs in."""
+        """Return the lane of a call with `tokens` tokens."""
         return Lane.BULK if tokens > _LARGE * self._batch_tokens else caller.lane
 
     def ahead(self, tokens: int, caller: Caller) -> int:
-        """Return how many tokens are run before a new call of so many is done, its own not counted."""
+        """Return how many waiting tokens are run before a new call of `tokens` tokens ends, without its own."""
         own = self.lane(tokens, caller)
         precedence = sum(queue.tokens for lane, queue in self._queues.items() if lane < own)
         return precedence + self._queues[own].ahead(caller.name, tokens)
 
     def add(self, job: Job) -> None:
-        """Take in a job's texts."""
+        """Add the texts of a job."""
         lane = self.lane(job.tokens, job.caller)
         if lane is Lane.BULK and not self._queues[lane]:
             self._bulk_turn = perf_counter()
         self._queues[lane].add(job)
 
     def next_lane(self) -> Lane:
-        """Return the lane whose turn it is; something must wait."""
+        """Return the lane whose turn it is. At least one text must wait."""
         if not self._queues[Lane.BULK]:
             return Lane.INTERACTIVE
         if not self._queues[Lane.INTERACTIVE] or perf_counter() - self._bulk_turn > self._bulk_seconds:
@@ -300,15 +323,15 @@ class Backlog:
         return Lane.INTERACTIVE
 
     def take(self, lane: Lane) -> list[Item]:
-        """Take a micro-batch from a lane in which something waits."""
+        """Remove and return a micro-batch of a lane in which at least one text waits."""
         if lane is Lane.BULK:
             self._bulk_turn = perf_counter()
         return self._queues[lane].take()
 
     def discard(self, job: Job) -> None:
-        """Take out what waits of a job that nobody wants any more."""
+        """Remove the waiting texts of a job."""
         self._queues[self.lane(job.tokens, job.caller)].discard(job)
 
     def drain(self) -> set[Job]:
-        """Take out everything; return the jobs that waited."""
+        """Remove everything; return the jobs that waited."""
         return {job for queue in self._queues.values() for job in queue.drain()}

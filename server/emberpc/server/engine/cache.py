@@ -1,6 +1,6 @@
-"""What encoders gave for texts: kept for those who ask again, and shared by those who ask at the same time.
+"""Cache the encoder outputs of texts, and share the runs of texts that several calls send at the same time.
 
-Both are used from the event loop's thread alone, so they need no locks.
+Both classes are used from the thread of the event loop only, so they need no locks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.lru import LruCache
 
-#: Bytes of an entry beside its text and its numbers: the tuples, the array's header, the dictionary's slot.
+#: Bytes of an entry without its text and its numbers: tuples, array header, slot of the dictionary.
 _OVERHEAD = 600
 
 
 class Key(NamedTuple):
-    """All that an outcome depends on. `encoder` is the number of one loading of an encoder: a reload makes another."""
+    """Everything that determines an output. `encoder` is the number of a loaded encoder; a reload has a new number."""
 
     encoder: int
     prompt: str
@@ -31,7 +31,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What an encoder gave for a text: `row` is float32 (width,), not writable."""
+    """Output of an encoder for a text: `row` is float32 (width,), not writable."""
 
     row: Output
     tokens: int
@@ -39,15 +39,15 @@ class Entry(NamedTuple):
 
 
 class Cache(LruCache[Key, Entry]):
-    """Outcomes, in a bounded number of bytes; 0 keeps none."""
+    """Outputs by key, least recently used first out, in at most `max_bytes` bytes; 0 keeps none."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes, _size)
 
     def add(self, entries: Mapping[Key, Entry]) -> None:
-        """Keep copies of entries, and forget others if there is no room."""
-        # The rows come from the heaps of the workers. Those that stay would keep these from shrinking when a batch of
-        # long texts is over; a copy is in the heap of the thread that calls this.
+        """Store copies of entries; remove the least recently used entries if there is no room."""
+        # The rows lie in the heaps of the workers. If they stayed there, those heaps could not shrink after a batch of
+        # long texts. A copy lies in the heap of the calling thread.
         super().add({key: entry._replace(row=entry.row.copy()) for key, entry in entries.items()})
 
 
@@ -57,27 +57,27 @@ def _size(key: Key, entry: Entry) -> int:
 
 @dataclass(eq=False)
 class Flight:
-    """Texts of one call that are being run."""
+    """A run of texts that other calls may share."""
 
     lane: Lane
-    #: Set when it has ended, with what became of the texts; without any if it failed.
+    #: Set at the end of the run. `entries` then holds the outputs; if the run failed, it is empty.
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     entries: dict[Key, Entry] = field(default_factory=dict)
 
 
 class Flights:
-    """The texts that are being run now."""
+    """The runs in progress, by text."""
 
     def __init__(self) -> None:
         self._flying: dict[Key, Flight] = {}
 
     def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, Flight]:
-        """Return the flights that give what is wanted no later than running it oneself: none of a slower lane."""
+        """Return the runs in progress for keys, without runs in a slower lane than `lane`."""
         return {key: flight for key in keys if (flight := self._flying.get(key)) is not None and flight.lane <= lane}
 
     @contextmanager
     def lead(self, keys: Iterable[Key], lane: Lane) -> Iterator[Flight]:
-        """Run texts for all who come to want them meanwhile; they are told, however it ends."""
+        """Register the texts that a block runs, so that other calls can share them; `landed` is set at its end."""
         flight = Flight(lane)
         own = [key for key in keys if self._flying.setdefault(key, flight) is flight]
         try:

@@ -1,4 +1,4 @@
-"""What became of jobs, and telling it to their callers: from the workers' threads to the event loops."""
+"""Send the results and errors of jobs from the workers' threads to the event loops of their callers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ log = logging.getLogger(__name__)
 
 
 def failure() -> ServiceError:
-    """Return the error of a call whose texts could not be run."""
+    """Return the error of a call on whose texts the model failed."""
     return ServiceError(Code.INTERNAL, "the model failed on this call")
 
 
 def result_of(job: Job, end: float) -> JobResult:
-    """Return what a job gave whose rows are all there, the last of them since `end`."""
+    """Return the result of a job that has all rows; its last batch ended at `end` (`perf_counter`)."""
     rows = [row for row in job.rows if row is not None]
     return JobResult(rows, job.started - job.submitted, end - job.started)
 
 
 def fail(jobs: Iterable[Job], error: ServiceError) -> None:
-    """Tell the callers of jobs that they failed."""
-    tell([(job, error) for job in jobs])
+    """Send an error to the callers of jobs."""
+    send([(job, error) for job in jobs])
 
 
-def tell(outcomes: Sequence[tuple[Job, JobResult | ServiceError]]) -> None:
-    """Tell callers what became of their calls, those of one event loop at once: each waking of it costs a thread."""
+def send(outcomes: Sequence[tuple[Job, JobResult | ServiceError]]) -> None:
+    """Send results and errors to callers, with one wake-up for each event loop.
+
+    A wake-up of an event loop is a system call, and makes the thread of the loop run.
+    """
     loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[Job, JobResult | ServiceError]]] = defaultdict(list)
     for job, outcome in outcomes:
         if not job.over:
@@ -38,8 +41,8 @@ def tell(outcomes: Sequence[tuple[Job, JobResult | ServiceError]]) -> None:
     for loop, own in loops.items():
         try:
             loop.call_soon_threadsafe(_settle, own)
-        except RuntimeError:  # it is closed
-            log.debug("%d callers left with their event loop", len(own))
+        except RuntimeError:  # the loop is closed
+            log.debug("the event loop of %d callers is closed", len(own))
         for job, _ in own:
             job.over = True
 
@@ -47,7 +50,7 @@ def tell(outcomes: Sequence[tuple[Job, JobResult | ServiceError]]) -> None:
 def _settle(outcomes: Iterable[tuple[Job, JobResult | ServiceError]]) -> None:
     for job, outcome in outcomes:
         if job.future.done():
-            log.debug("a caller left before its outcome was there")
+            log.debug("a caller left before its result was ready")
         elif isinstance(outcome, ServiceError):
             job.future.set_exception(outcome)
         else:

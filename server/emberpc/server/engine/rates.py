@@ -1,4 +1,4 @@
-"""How fast the workers are: the rate to estimate by, and the best rate seen."""
+"""Measure the throughput of the workers: the usual rate, and the best rate."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from collections import deque
 from math import inf
 from statistics import median
 
-#: Batches whose median is the rate that calls are refused by. One slow or fast batch does not move a median.
+#: Number of last batches whose median is the usual rate. A median does not follow one slow or fast batch.
 _RATE_BATCHES = 9
-#: Batches to measure before a call is refused for want of time.
+#: Number of measured batches before a call is refused because of its deadline.
 _LEAST_BATCHES = 3
-#: Batches of which the fastest is the best rate. Older ones are forgotten, since a host may become slower for good.
+#: Number of batches whose fastest gives the best rate. Older batches do not count: a host may become slower for good.
 _BEST_BATCHES = 1000
-#: Tokens per second assumed of one worker until one is measured; no call is refused by it for want of time.
+#: Assumed tokens per second of one worker before the first measurement; no call is refused because of it.
 _FIRST_RATE = 2000.0
 
 
 class Rates:
-    """Tokens per second of one worker, as measured. Not thread-safe."""
+    """Measured tokens per second of one worker. Not thread-safe."""
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_RATE_BATCHES)
-        #: The fastest of the batches counted, and of those that were counted before.
+        #: Fastest rate of the present period of `_BEST_BATCHES` batches, and of the period before; batches so far.
         self._fastest, self._fastest_before, self._counted = 0.0, 0.0, 0
         self.usual = _FIRST_RATE
 
     @property
     def measured(self) -> bool:
-        """Whether enough batches were measured to refuse a call for want of time."""
+        """Whether enough batches were measured to refuse a call because of its deadline."""
         return len(self._latest) >= _LEAST_BATCHES
 
     @property
     def best(self) -> float:
-        """The rate of the fastest batch, which no estimate may exceed; infinite until enough were measured."""
+        """Rate of the fastest batch; infinite before enough batches were measured."""
         return max(self._fastest, self._fastest_before) if self.measured else inf
 
     def add(self, rate: float) -> None:
-        """Take in the rate of a batch."""
+        """Add the rate of a batch."""
         self._latest.append(rate)
         self.usual = median(self._latest)
         if self._counted >= _BEST_BATCHES:

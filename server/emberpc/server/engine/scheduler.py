@@ -1,4 +1,4 @@
-"""The workers: threads that run micro-batches, and the bounded backlog before them."""
+"""Run micro-batches on a fixed number of threads, from a bounded queue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
 from emberpc.server.engine.calls import Caller, Lane
-from emberpc.server.engine.job_results import fail, failure, result_of, tell
+from emberpc.server.engine.job_results import fail, failure, result_of, send
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
@@ -27,29 +27,32 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Smaller batches, as a share of the size that is meant, tell nothing of what a worker does when much waits.
-_TELLING = 0.25
-#: However much interactive work there is, bulk work has a turn so often: it gets slower, and never stands still.
+#: Least size of a batch whose rate is measured, as a share of the size of a micro-batch. The rates of smaller batches
+#: say nothing about the throughput of a full queue.
+_LEAST_MEASURED_SHARE = 0.25
+#: Longest time between two turns of bulk work: it gets slower under interactive load, but never stops.
 _BULK_SECONDS = 0.25
-#: Estimates of time are off by as much; what is begun and not done in time was work for nothing.
+#: Factor for the error of time estimates. A call that starts and misses its deadline is wasted work.
 _MARGIN = 1.25
-#: Of the workers, against 0 for the other threads. With 3, at five times what can be done, calls were refused after 3
-#: to 9 ms and not 60 to 150, and a short call beside 10,000 texts took 14 ms and not 21 at the 99th percentile.
+#: `nice` value of worker threads (other threads: 0). With 3, at five times the load that the server can serve, calls
+#: were refused after 3 to 9 ms instead of 60 to 150 ms, and the 99th percentile of a short call beside 10,000 texts was
+#: 14 ms instead of 21 ms.
 _NICE = 3
 _ANYBODY = Caller()
 
 
 @dataclass
 class Counts:
-    """What the workers have done so far."""
+    """Numbers of the work that was done since the start."""
 
     batches: int = 0
     texts: int = 0
     tokens: int = 0
-    #: What batches were filled up with to the length of their longest text.
+    #: Padding tokens.
     padding: int = 0
-    #: Calls that were not taken, since too much waited; or not run, since nobody wanted the outcome any more.
+    #: Calls that were refused, since too many tokens waited or the deadline was too soon.
     refused: int = 0
+    #: Calls that were dropped from the queue, since their deadline could not be met.
     expired: int = 0
     failed_batches: int = 0
     lost_workers: int = 0
@@ -58,16 +61,15 @@ class Counts:
 class Scheduler:
     """Runs jobs on a fixed number of threads.
 
-    One more thread, the express worker, takes interactive work when all
-    others are at bulk work: a short call then shares a core for some
-    milliseconds, instead of waiting for the end of a batch that lasts a hundred.
-    A text that is alone may have all cores.
+    One more thread, the express worker, runs interactive work while all other workers run bulk work. A short call then
+    shares a core for some milliseconds and does not wait for the end of a bulk batch, which takes some 100 ms. If only
+    one text is in the queue, its run may use all cores.
 
     Args:
         workers: number of threads; each runs one micro-batch at a time on one core.
-        batch_tokens: most tokens of a micro-batch, padding included; a longer text goes alone.
+        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
         max_queue_tokens: most tokens that may wait.
-        on_failure: called, on a worker's thread, when a worker died and none could take its place; see `revive`.
+        on_failure: called on a worker's thread when a worker died and could not be replaced; see `revive`.
     """
 
     def __init__(
@@ -88,18 +90,23 @@ class Scheduler:
         self._at_bulk = 0
         self._workers = workers
         self._threads: dict[str, threading.Thread] = {}
-        #: The jobs whose callers wait.
+        #: Jobs whose callers wait.
         self._live: set[Job] = set()
         if not self.revive():
             raise RuntimeError("the system gives no thread for a worker")
 
     async def run(self, runner: Runner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
-        """Run the texts of one call. If the caller goes away, what still waits is dropped.
+        """Run the texts of one call. If the caller leaves, the texts that still wait are dropped.
+
+        Args:
+            runner: runs the batches.
+            texts: token ids of each text, at least one text.
+            caller: who sent the call, its lane and its deadline.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too much waits already or it would not be done in time,
-                INVALID_ARGUMENT if the call alone is too large ever to be taken, DEADLINE_EXCEEDED if it was not
-                begun in time, INTERNAL if the model failed, UNAVAILABLE if the server is stopping.
+            ServiceError: RESOURCE_EXHAUSTED if too many tokens wait or the deadline cannot be met, INVALID_ARGUMENT if
+                the call has more tokens than may wait, DEADLINE_EXCEEDED if it was not started in time, INTERNAL if
+                the model failed, UNAVAILABLE if the server is stopping.
         """
         job = Job(runner, texts, caller, asyncio.get_running_loop().create_future())
         self._submit(job)
@@ -109,10 +116,10 @@ class Scheduler:
             self._end(job)
 
     def check_room(self, caller: Caller) -> None:
-        """See whether a call can be taken at all, before it is tokenised in vain.
+        """Check, before a call is tokenized, that the queue has room for it.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if not.
+            ServiceError: RESOURCE_EXHAUSTED if the queue is full or the deadline cannot be met.
         """
         with self._lock:
             if self._backlog.tokens >= self._max_queue_tokens:
@@ -120,7 +127,7 @@ class Scheduler:
             self._check_time(0, caller)
 
     def revive(self) -> int:
-        """Start the threads that are missing, as far as the system gives any; return how many workers live."""
+        """Start the missing threads, as far as the system allows; return the number of live workers."""
         with self._lock:
             for name in (*(f"worker-{i}" for i in range(self._workers)), "express"):
                 if name not in self._threads and not self._closing:
@@ -131,30 +138,30 @@ class Scheduler:
             return self._alive
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Make the micro-batches from now on of another size."""
+        """Set the most tokens of the micro-batches that follow."""
         with self._lock:
             self._batch_tokens = tokens
             self._backlog.set_batch_tokens(tokens)
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
-        """Return the lane that a call of so many tokens goes in, whatever its caller says of it."""
+        """Return the lane of a call: a large call is bulk work, whatever its caller asked for."""
         return self._backlog.lane(tokens, caller)
 
     @property
     def waiting_tokens(self) -> int:
-        """How many tokens wait."""
+        """Number of waiting tokens."""
         return self._backlog.tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """What one worker does, as lately measured."""
+        """Tokens per second of one worker, the median of the last batches."""
         return self._rates.usual
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the workers after the batches that they run, and wait for them; what waits fails with UNAVAILABLE.
+        """Stop each worker after its present batch, and wait for it; waiting calls fail with UNAVAILABLE.
 
         Args:
-            deadline: until when to wait; None: without limit.
+            deadline: how long to wait; None: without limit.
 
         Returns:
             Whether all workers have ended.
@@ -163,7 +170,7 @@ class Scheduler:
         return all(deadline.join(thread) for thread in threads)
 
     def stop(self) -> list[threading.Thread]:
-        """Have the workers stop after the batches that they run, and return them; what waits fails with UNAVAILABLE."""
+        """Tell each worker to stop after its present batch; return the threads. Waiting calls fail with UNAVAILABLE."""
         with self._lock:
             self._closing = True
             waiting = self._backlog.drain()
@@ -193,7 +200,7 @@ class Scheduler:
                 self._express_waits.notify()
 
     def _end(self, job: Job) -> None:
-        """Account for a call that ended, maybe since its caller left: what of it still waits holds up nobody."""
+        """Remove a call that ended. If its caller left, its waiting texts are removed from the queue."""
         job.over = True
         with self._lock:
             self._live.discard(job)
@@ -201,11 +208,11 @@ class Scheduler:
                 self._backlog.discard(job)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
-        """Refuse a call of so many tokens that would not be done in time."""
+        """Raise RESOURCE_EXHAUSTED if a call of `tokens` tokens cannot meet its deadline."""
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
-        # Its own tokens, and the rest of the batch that is being run when it comes.
+        # The call's own tokens, and the rest of the batch that runs when the call comes.
         needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
         if _MARGIN * needed > caller.deadline - perf_counter():
             self.counts.refused += 1
@@ -214,7 +221,7 @@ class Scheduler:
                 f"about {wait:.1f} seconds of work go before this call, and its deadline is too soon; try again later, "
                 "or give it more time",
                 reason="DEADLINE_TOO_SOON",
-                retry_after=wait or None,  # with nothing before it, it would be too late the next time, too
+                retry_after=wait or None,  # if nothing waits, a retry would be too late as well
             )
 
     def _full(self, tokens: int) -> ServiceError:
@@ -229,19 +236,19 @@ class Scheduler:
         )
 
     def _seconds(self, tokens: int) -> float:
-        """Estimate how long all workers take for so many tokens."""
+        """Return the estimated seconds that all workers need for `tokens` tokens."""
         return tokens / (self._rates.usual * max(1, self._alive))
 
     def _least_seconds(self, job: Job) -> float:
-        """Return how long the rest of a job takes at least, at the best rate of all workers; 0 until it is measured."""
+        """Return the least seconds that the rest of a job needs, at the best rate; 0 before rates are measured."""
         return job.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
-        """Return whether interactive work waits, and all workers are at bulk work."""
+        """Return whether interactive work waits while all workers run bulk work."""
         return self._at_bulk >= self._alive > 0 and self._backlog.waits(Lane.INTERACTIVE)
 
     def _start(self, name: str) -> None:
-        """Start a thread. The express worker is not counted among those alive: it does not do all work.
+        """Start a thread. The express worker does not count as alive, since it runs no bulk work.
 
         Raises:
             RuntimeError: the system gives no thread.
@@ -254,21 +261,24 @@ class Scheduler:
 
     def _work(self, name: str, express: bool) -> None:
         try:
-            _step_back()
+            _lower_priority()
             while self._work_once(express):
                 pass
         finally:
             self._leave(name)
 
     def _work_once(self, express: bool) -> bool:
-        """Wait for a batch and run it; False when the server is stopping. Nothing of it is held on to afterwards."""
+        """Wait for a batch and run it; return False when the server is stopping.
+
+        A function of its own, so that its locals, and with them the batch, are released before the next wait.
+        """
         batch = self._express_batch() if express else self._next_batch()
         if batch:
             self._run_batch(batch)
         return bool(batch)
 
     def _next_batch(self) -> list[Item]:
-        """Wait for a micro-batch; empty when the server is stopping."""
+        """Wait for a micro-batch and return it; empty when the server is stopping."""
         with self._lock:
             while True:
                 self._work_waits.wait_for(lambda: self._backlog or self._closing)
@@ -278,7 +288,7 @@ class Scheduler:
                     return wanted
 
     def _express_batch(self) -> list[Item]:
-        """Wait for interactive work that all others leave waiting for the sake of bulk work; empty when stopping."""
+        """Wait until interactive work waits while all workers run bulk work; return a batch, empty when stopping."""
         with self._lock:
             while True:
                 self._express_waits.wait_for(lambda: self._closing or self._is_for_express())
@@ -288,11 +298,13 @@ class Scheduler:
                     return wanted
 
     def _take(self, lane: Lane) -> list[Item]:
-        """Take a batch, less what nobody wants any more: callers who left, whose call failed, or cannot be in time."""
+        """Return a batch of a lane without the texts of calls that ended or cannot meet their deadline."""
         now = perf_counter()
         try:
             batch = self._backlog.take(lane)
-        except BaseException:  # the books are wrong: which texts it took is not known, and no caller may hang
+        except (
+            BaseException
+        ):  # the queue is inconsistent: nobody knows which texts were removed, and no caller may hang
             self._backlog.drain()
             fail(self._live, failure())
             raise
@@ -327,7 +339,7 @@ class Scheduler:
                 self._at_bulk -= bulk
 
     def _run_and_finish(self, batch: list[Item], threads: int = 1) -> None:
-        """Run a batch. If it fails, its calls are run one by one: only one whose own texts fail shall fail."""
+        """Run a batch. If it fails, run its calls one by one, so that only the calls fail whose own texts fail."""
         start = perf_counter()
         try:
             output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch], threads)
@@ -346,14 +358,14 @@ class Scheduler:
             self._run_and_finish(own)
 
     def _finish(self, batch: list[Item], output: Output, start: float, end: float, threads: int) -> None:
-        """Hand out a batch's rows, and finish the jobs that have all of theirs."""
+        """Give each text of a batch its output row, and finish the jobs that have all rows."""
         tokens = sum(item.length for item in batch)
         finished = []
         # Copies: a row alone would keep the whole batch's output in memory.
         rows = [np.array(row) for row in output]
         with self._lock:
-            # What several threads did together does not tell of what one worker does.
-            if threads == 1 and tokens >= self._batch_tokens * _TELLING:
+            # The rate is that of one worker, so runs on several threads do not count.
+            if threads == 1 and tokens >= self._batch_tokens * _LEAST_MEASURED_SHARE:
                 self._rates.add(tokens / (end - start))
             self.counts.batches += 1
             self.counts.texts += len(batch)
@@ -366,10 +378,10 @@ class Scheduler:
                 job.remaining -= 1
                 if not job.remaining:
                     finished.append(job)
-        tell([(job, result_of(job, end)) for job in finished])
+        send([(job, result_of(job, end)) for job in finished])
 
     def _leave(self, name: str) -> None:
-        """Account for a thread that ends. If it was not told to, another takes its place; if none can, nobody waits."""
+        """Remove a thread that ends. If it died, replace it; if no worker is left, fail the waiting calls."""
         with self._lock:
             self._alive -= name != "express"
             del self._threads[name]
@@ -381,7 +393,7 @@ class Scheduler:
             try:
                 self._start(name)
             except RuntimeError:
-                log.exception("no thread could take the place of %s", name)
+                log.exception("no thread could be started to replace %s", name)
             else:
                 log.error("%s died and was replaced", name)
                 return
@@ -390,8 +402,11 @@ class Scheduler:
         self._on_failure()
 
 
-def _step_back() -> None:
-    """Let this thread have a core after those that take and refuse calls, which need little of one, but at once."""
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        with suppress(OSError):  # some containers refuse it, and work is done without
+def _lower_priority() -> None:
+    """Lower the priority of this thread below the threads that accept and refuse calls.
+
+    Those threads need little time of a core, but need it at once.
+    """
+    if sys.platform == "linux":  # on other systems a thread has no priority of its own
+        with suppress(OSError):  # some containers forbid it; the work is done without it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

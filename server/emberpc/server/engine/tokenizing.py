@@ -1,4 +1,4 @@
-"""From texts to token ids, with the true lengths that batching goes by."""
+"""Tokenize texts, with limits on the work for long texts."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 
 TokenIds = npt.NDArray[np.int64]
 
-#: A text of more characters than this per token that the model takes is long. It is tokenised alone and by pieces of
-#: that size, until it is known to be too long. At once, 2 MB of punctuation would take 325 MB.
+#: A text is long if it has more characters than this for each token of the model's length limit. A long text is
+#: tokenized alone, in pieces of that size, until it is known to exceed the limit. In one piece, 2 MB of punctuation
+#: would take 325 MB.
 _CHARACTERS_PER_TOKEN = 32
-#: Where a tokenizer's texts cannot be cut into pieces, a longer head is tried: this factor times the one before.
+#: If texts cannot be cut into pieces, longer and longer heads are tokenized; each is this factor longer than the last.
 _GROWTH = 4
-#: Characters of short texts that are tokenised together.
+#: Characters of short texts that are tokenized in one call of the tokenizer.
 _TOGETHER = 2**17
-#: Most characters of one text that are tokenised at once where it cannot be cut into pieces, if that is not too few for
-#: the tokens that the model takes. Byte-level BPE takes 0.6 s and 60 MB for them, and cannot be stopped meanwhile.
+#: Most characters that are tokenized in one call if a text cannot be cut into pieces; more only if the model's length
+#: limit needs more. Byte-level BPE takes 0.6 s and 60 MB for them, and cannot be stopped meanwhile.
 _MOST_AT_ONCE = 2**18
 
 
-#: What most requests call their texts.
+#: Path of text i in most requests.
 _TEXTS = items_of("texts")
 
 
 class Truncation(str, Enum):
-    """What to do with a text of more tokens than the model takes."""
+    """Handling of a text that has more tokens than the model's length limit."""
 
     REFUSE = "refuse"
     END = "end"
@@ -48,34 +49,34 @@ class Truncation(str, Enum):
 
 
 class AbandonedError(Exception):
-    """Nobody waits for the outcome any more."""
+    """Tokenizing was stopped, since its caller left."""
 
 
 def never() -> bool:
-    """Return False: work that nobody abandons."""
+    """Return False; a `stop` for work that is never stopped."""
     return False
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Token ids of one text, special tokens and prompt included, and whether the text was cut to fit."""
+    """Token ids of one text, with special tokens and prompt, and whether the text was truncated."""
 
     ids: TokenIds
     truncated: bool = False
 
 
 class TextTokenizer:
-    """A bundle's tokenizer. Safe to use from several threads.
+    """The tokenizer of a bundle. Thread-safe.
 
     Args:
         path: its `tokenizer.json`.
-        max_tokens: the most tokens of a text.
-        contents: reads the file; None: it is read from disk.
+        max_tokens: length limit of a text, in tokens, with prompt and special tokens.
+        contents: reads the file; None: read it from disk.
     """
 
     def __init__(self, path: Path, max_tokens: int, contents: Contents | None = None) -> None:
         self._tokenizer = Tokenizer.from_buffer((contents or Contents()).read(path))
-        # Foreign files bring their own; here a text is cut on request only, and padded with its batch.
+        # Foreign files may set truncation and padding. Here a text is truncated on request, and a batch pads its texts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
@@ -84,12 +85,12 @@ class TextTokenizer:
 
     @property
     def _long(self) -> int:
-        """Characters of the longest text that is tokenised at once, whatever it holds."""
+        """Characters of the longest text that is tokenized in one call, whatever it holds."""
         return _CHARACTERS_PER_TOKEN * self.max_tokens
 
     @property
     def _most_at_once(self) -> int:
-        """Most characters of a text that are tokenised at once where it cannot be cut into pieces."""
+        """Most characters that are tokenized in one call if a text cannot be cut into pieces."""
         return max(_MOST_AT_ONCE, self._long)
 
     def count(
@@ -99,17 +100,17 @@ class TextTokenizer:
         stop: Callable[[], bool] = never,
         path: FieldPath = _TEXTS,
     ) -> list[int]:
-        """Return the tokens of each text with its prompt, before any truncation.
+        """Count the tokens of each text with its prompt, before any truncation.
 
         Args:
             texts: the texts.
-            prompt: what goes before each of them.
-            stop: whether nobody waits for the outcome any more; asked between pieces.
-            path: what the request calls text i, for errors.
+            prompt: prompt of each text.
+            stop: whether to stop, since the caller left; called between pieces.
+            path: path of text i in the request, for errors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT, naming each text that is too long for a tokenizer that must read it whole.
-            AbandonedError: `stop` said so.
+            ServiceError: INVALID_ARGUMENT for each text that is too long for a tokenizer that cannot read it in pieces.
+            AbandonedError: `stop` returned True.
         """
         if self._words is None:
             most = self._most_at_once - len(prompt)
@@ -130,19 +131,19 @@ class TextTokenizer:
         path: FieldPath,
         stop: Callable[[], bool] = never,
     ) -> list[TokenizedText]:
-        """Tokenise texts.
+        """Tokenize texts.
 
         Args:
             texts: the texts.
-            prompt: what goes before each of them.
-            truncation: what to do with those of more than `max_tokens` tokens.
-            path: what the request calls text i, for errors.
-            stop: whether nobody waits for the outcome any more; asked between pieces.
+            prompt: prompt of each text.
+            truncation: handling of texts of more than `max_tokens` tokens.
+            path: path of text i in the request, for errors.
+            stop: whether to stop, since the caller left; called between pieces.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT, naming each text that has no tokens, or too many where they are refused, or
-                whose tokens are so long that a tokenizer which must read it whole cannot tell.
-            AbandonedError: `stop` said so.
+            ServiceError: INVALID_ARGUMENT for each text that has no token, that has too many tokens under REFUSE, or
+                that is too long for a tokenizer that cannot read it in pieces.
+            AbandonedError: `stop` returned True.
         """
         short = self._short([prompt + text for text in texts if len(prompt) + len(text) <= self._long], stop)
         result = []
@@ -170,7 +171,7 @@ class TextTokenizer:
         return result
 
     def _short(self, texts: Sequence[str], stop: Callable[[], bool]) -> Iterator[list[int]]:
-        """Give the ids of each text, special ones included; some texts at a time."""
+        """Yield the token ids of each text, with special tokens; tokenize groups of texts in one call."""
         together: list[str] = []
         characters = 0
         for text in texts:
@@ -182,18 +183,18 @@ class TextTokenizer:
         yield from self._ids(together, stop)
 
     def _ids(self, texts: Sequence[str], stop: Callable[[], bool]) -> list[list[int]]:
-        """Return the ids of each text, special ones included."""
+        """Return the token ids of each text, with special tokens."""
         if stop():
             raise AbandonedError
         found = [None if self._words is None else self._words.ids(text) for text in texts]
-        untold = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        if not untold:
+        unknown = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        if not unknown:
             return [ids for ids in found if ids is not None]
-        encodings = iter(self._tokenizer.encode_batch_fast(untold, add_special_tokens=True))
+        encodings = iter(self._tokenizer.encode_batch_fast(unknown, add_special_tokens=True))
         return [next(encodings).ids if ids is None else ids for ids in found]
 
     def _bare(self, piece: str, stop: Callable[[], bool]) -> list[int]:
-        """Return the ids of a piece of a text, without special ones."""
+        """Return the token ids of a piece of a text, without special tokens."""
         if stop():
             raise AbandonedError
         ids = None if self._words is None else self._words.bare(piece)
@@ -202,10 +203,13 @@ class TextTokenizer:
         return ids
 
     def _read(self, whole: str, truncation: Truncation, stop: Callable[[], bool]) -> tuple[list[int], str]:
-        """Return the ids of the head of a long text, special ones included, and the head.
+        """Tokenize the head of a long text.
 
-        The head is the whole text, or has more ids than the model takes, or as many characters as are tokenised at
-        once. If the start is to be cut, it is a tail.
+        The head is the whole text, or exceeds the length limit, or has as many characters as are tokenized in one call.
+        With Truncation.START it is the end of the text instead.
+
+        Returns:
+            The token ids of the head, with special tokens, and the head.
         """
         if self._words is not None:
             backwards = truncation is Truncation.START
@@ -226,7 +230,7 @@ class TextTokenizer:
             length = min(length * _GROWTH, self._most_at_once)
 
     def _tail(self, text: str) -> str:
-        """Return as much of the end of a text as is tokenised at once, from a blank on if there is one."""
+        """Return the end of a text that is tokenized in one call; it starts at white space if there is any."""
         if len(text) <= self._most_at_once:
             return text
         tail = text[-self._most_at_once :]
@@ -236,9 +240,9 @@ class TextTokenizer:
     def _read_pieces(
         self, words: WordCache, text: str, enough: int, stop: Callable[[], bool], *, backwards: bool = False
     ) -> tuple[list[int], str]:
-        """Return the first (or last) ids of a text, at least `enough` if it has as many, and the part they are of.
+        """Return the first token ids of a text (the last ones with `backwards`), and the part of the text they cover.
 
-        Special ids are not among them.
+        At least `enough` ids are returned if the text has as many; special tokens are not included.
         """
         pieces: deque[str] = deque(words.pieces(text, self._long))
         read: list[str] = []
@@ -265,18 +269,18 @@ class TextTokenizer:
     def _truncate(
         self, prompt: str, text: str, head: str, ids: list[int], truncation: Truncation, stop: Callable[[], bool]
     ) -> list[int]:
-        """Return as many of a text's ids, which are too many, as just fit with its prompt and the special ones.
+        """Return the token ids of a truncated text, with prompt and special tokens: `max_tokens` ids.
 
         Args:
-            prompt: what goes before the text.
+            prompt: prompt of the text.
             text: the text.
-            head: the start of both, which has too many ids already.
-            ids: those of the head, special ones included.
+            head: the start of prompt and text, which exceeds the length limit.
+            ids: token ids of the head, with special tokens.
             truncation: END or START.
-            stop: whether nobody waits for the outcome any more.
+            stop: whether to stop, since the caller left.
         """
         if truncation is Truncation.START:
-            # The prompt stands at the start and must stay there: only the text behind it is cut.
+            # The prompt stays at the start: only the text after it is truncated.
             if self._words is not None:
                 before = self._bare(prompt, stop)
                 room = max(self._room - len(before), 0)

@@ -1,10 +1,9 @@
-"""Token ids by words that were met before.
+"""Cache the token ids of words.
 
-Most words of a text were met in texts before it. A tokenizer of BERT's kind cuts
-at blanks and at ASCII punctuation whatever stands around them, so the ids of a
-text are those of its words, one after the other, and looking a word up takes a
-hundredth of what cutting it into pieces does. What was not met is left to the
-tokenizer itself, which so defines every id.
+Most words of a text occurred in earlier texts. A BERT tokenizer splits at white space and at ASCII punctuation,
+whatever is around them. So the ids of a text are the ids of its words, one after the other. To look a word up takes a
+hundredth of the time that the tokenizer takes for it. Words that are not in the cache are given to the tokenizer, so
+the tokenizer defines every id.
 """
 
 from __future__ import annotations
@@ -20,32 +19,33 @@ from tokenizers import Tokenizer
 Ids = tuple[int, ...]
 
 _PUNCTUATION = r"!-/:-@\[-`{-~"
-#: Runs of punctuation, each sign of which is a word of its own anyway, and runs of anything else but blanks. Control
-#: characters are among the latter: BERT's normalizer drops them, and what stands beside them is one word.
+#: Runs of punctuation, in which the tokenizer makes each sign a word, and runs of other characters without white space.
+#: The latter may hold control characters: BERT's normalizer removes them and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
-#: Where a text may be cut in two whose ids, one after the other, are the text's: after a blank, since no added token
-#: has one. In texts without added tokens after punctuation too, and between ideographs that the normalizer sets apart.
+#: Places at which a text may be cut so that the ids of the parts, one after the other, are those of the text: after
+#: white space, since no added token contains any. Texts without added tokens may also be cut after punctuation, and between
+#: ideographs if the normalizer separates them.
 _BLANK = re.compile(r"[ \t\n\r]")
 _SIGN = re.compile(rf"[ \t\n\r{_PUNCTUATION}]")
 _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u4e00-\u9fff])")
-#: Characters that are searched at a time: a search holds the interpreter.
+#: Characters of one call of a regular expression, which holds the interpreter lock.
 _SEARCHED = 2**16
-#: Longer ones are mostly met once.
+#: Longer words are not cached: most of them occur once.
 _MAX_CHARACTERS = 32
-#: Words of a generation: both of them take 5 MB at the most.
+#: Words of one generation of the cache. Two generations take at most 5 MB.
 _GENERATION = 12_000
 
 
 class WordCache:
-    """A tokenizer of BERT's kind, and the words that it cut before. Safe to use from several threads.
+    """A BERT tokenizer with a cache of the words of earlier texts. Thread-safe.
 
     Args:
-        tokenizer: one that cuts and pads nothing, and tells words by blanks and punctuation alone.
-        special: finds what may stand for a token of its own in a text; None: nothing does.
-        ascii_only: whether other texts may hold such a thing in disguise.
-        longest: characters of the longest thing that `special` finds.
-        before: ids that go before every text.
-        after: ids that go after it.
+        tokenizer: splits words at white space and punctuation only; neither truncates nor pads.
+        special: finds text that may be an added token; None: there are no added tokens.
+        ascii_only: whether texts with other characters may hold an added token that `special` does not find.
+        longest: characters of the longest added token.
+        before: ids before every text.
+        after: ids after every text.
         ideographs: whether the tokenizer makes each ideograph a word.
     """
 
@@ -67,13 +67,13 @@ class WordCache:
         self._before = before
         self._after = after
         self._cut_plain = _SIGN_OR_IDEOGRAPH if ideographs else _SIGN
-        #: Two generations. A word that is met moves to the first; when that is full, the second is forgotten.
+        #: Two generations. A word that occurs moves to the first. When the first is full, it becomes the second.
         self._lately: dict[str, Ids] = {}
         self._earlier: dict[str, Ids] = {}
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
-        """Return what remembers a tokenizer's words; None if it may tell a word by what stands around it."""
+        """Return a cache for a tokenizer; None if the ids of a word may depend on the text around the word."""
         known = json.loads(tokenizer.to_str())
         normalizer, cutter, model = (
             (known[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")
@@ -99,12 +99,12 @@ class WordCache:
         )
 
     def ids(self, text: str) -> list[int] | None:
-        """Return a text's ids, special ones included; None if that is for the tokenizer alone to tell."""
+        """Return the token ids of a text, with special tokens; None if only the tokenizer can give them."""
         bare = self.bare(text)
         return None if bare is None else self.framed(bare)
 
     def bare(self, text: str) -> list[int] | None:
-        """Return a text's ids without special ones; None if that is for the tokenizer alone to tell."""
+        """Return the token ids of a text without special tokens; None if only the tokenizer can give them."""
         if not self._is_plain(text):
             return None
         words = _WORD.findall(text)
@@ -114,15 +114,15 @@ class WordCache:
         return list(chain.from_iterable(filter(None, found)))
 
     def framed(self, ids: Sequence[int]) -> list[int]:
-        """Return ids with the special ones of a text."""
+        """Return token ids with the special tokens of a text around them."""
         return [*self._before, *ids, *self._after]
 
     def pieces(self, text: str, characters: int) -> list[str]:
-        """Cut a text where the ids of the pieces, one after the other and without special ones, are those of the text.
+        """Cut a text into pieces whose token ids, one after the other, are those of the text without special tokens.
 
         Args:
             text: the text.
-            characters: about how many a piece has. Where the text may not be cut, it has more.
+            characters: least characters of a piece but the last. A piece is longer where the text cannot be cut.
         """
         cut, start, pieces = (self._cut_plain if self._is_plain(text) else _BLANK), 0, []
         while len(text) - start > characters and (found := cut.search(text, start + characters - 1)):
@@ -131,7 +131,7 @@ class WordCache:
         return [*pieces, text[start:]]
 
     def _is_plain(self, text: str) -> bool:
-        """Whether no part of a text can be an added token."""
+        """Return whether no part of a text can be an added token."""
         if self._ascii_only and not text.isascii():
             return False
         if self._special is None:
@@ -140,11 +140,11 @@ class WordCache:
         return not any(self._special.search(text, i * _SEARCHED, end) for i, end in enumerate(ends))
 
     def cut(self, ids: list[int], max_tokens: int) -> list[int]:
-        """Return what `ids` gave for a text, cut at its end, so that with the special ones it is so many."""
+        """Truncate the result of `ids` at the end of the text to `max_tokens` ids with special tokens."""
         return [*ids[: max_tokens - len(self._after)], *self._after]
 
     def _find(self, words: Sequence[str], found: list[Ids | None]) -> None:
-        """Fill in the ids of the words that were not met lately."""
+        """Fill in the ids of words that the newest generation does not hold."""
         missing = {word for word, ids in zip(words, found, strict=True) if ids is None}
         learnt = {word: self._earlier[word] for word in missing & self._earlier.keys()}
         if new := [*missing - learnt.keys()]:
@@ -159,9 +159,9 @@ class WordCache:
 
 
 def _may_hold(token: dict[str, Any]) -> str:
-    """Return a pattern that is in every text which holds an added token.
+    """Return a pattern that matches in every text that holds an added token.
 
-    One that is looked for in normalised text may be written in many ways, each of which begins as it does.
+    A token that is searched for in normalised text can be written in several ways; all begin with the same character.
     """
     content: str = token["content"]
     return re.escape(content[0] if token["normalized"] else content)

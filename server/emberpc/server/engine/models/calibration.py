@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch should have on this host: measured once, and kept."""
+"""Measure the best size of a micro-batch on this host, in tokens, and keep the result in a file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from emberpc.server.errors import items_of
 
 log = logging.getLogger(__name__)
 
-#: Until it is measured, and where it cannot be.
+#: Size before the measurement, and on hosts where it fails.
 DEFAULT_BATCH_TOKENS = 512
-#: Fewer than the first cannot keep a core's multipliers busy; more than the last leave every cache.
+#: Measured sizes. Smaller batches do not keep the arithmetic units of a core busy; larger ones fit into no cache.
 _CANDIDATES = (128, 256, 512, 1024)
 _TEXT_TOKENS = 32
-#: Runs of each candidate, in turns; the fastest counts, since whatever else ran on the host only slows one down.
+#: Runs of each size, in turns. The fastest run counts, since other work on the host only makes runs slower.
 _ROUNDS = 3
-#: Of the best throughput. A smaller batch that comes so near is better: whoever comes next waits for less.
+#: Share of the best throughput that suffices. The smallest size that reaches it is chosen: a call that comes next waits
+#: for a shorter batch.
 _NEAR = 0.98
-#: A thread that had less of a core than this, while it measured, shared it: the host was busy.
+#: Least share of a core that the measuring thread has on an idle host; with less, the host was busy.
 _IDLE_SHARE = 0.9
 #: Seconds after which a measurement is done again at the next start: hosts and neighbours change.
 _MAX_AGE = 30 * 24 * 3600.0
@@ -57,12 +58,12 @@ def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool]
 
     Args:
         model: what to measure with.
-        record: a JSON file; written if it is not there, is older than 30 days, or is of another model, processor,
-            number of cores or ONNX Runtime. Not written if the host is busy: measure again later.
-        stop: whether to give up; asked between batches.
+        record: JSON file with the result. It is written if it is missing, older than 30 days, or of another model,
+            processor, number of cores or ONNX Runtime. It is not written if the host is busy: measure again later.
+        stop: whether to stop measuring; called between batches.
 
     Returns:
-        None if it was given up.
+        The best size; None if `stop` ended the measurement.
     """
     circumstances = _circumstances(model)
     known = _read(record)
@@ -96,25 +97,29 @@ def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool]
 
 
 def choose(rates: Mapping[int, float]) -> int:
-    """Return the smallest size whose tokens per second come near the best."""
+    """Return the smallest size that has at least 98 % of the best throughput.
+
+    Args:
+        rates: tokens per second by size in tokens.
+    """
     best = max(rates.values())
     return min(tokens for tokens, rate in rates.items() if rate >= _NEAR * best)
 
 
 def _circumstances(model: Model) -> str:
-    """Return what a measurement depends on."""
+    """Return a text of everything that a measurement depends on."""
     cores = f"{usable_cores()} cores (quota {quota():g})"
     return f"{model.fingerprint} {platform.machine()} {_processor()} {cores} onnxruntime {ort.__version__}"
 
 
 def _is_recent(known: Mapping[str, object]) -> bool:
-    """Whether a record says when it was measured, and that is not long ago nor in the future."""
+    """Return whether a record was measured at most 30 days ago, and not in the future."""
     measured = known.get("measured")
     return isinstance(measured, float) and 0 <= time() - measured <= _MAX_AGE
 
 
 def _measure(model: Model, stop: Callable[[], bool]) -> _Measured | None:
-    """Measure each size; None if it was given up."""
+    """Measure each size; return None if `stop` ended the measurement."""
     (text,) = model.tokenizer.tokenize([_SOME_TEXT], "", Truncation.END, items_of("texts"))
     ids = np.resize(text.ids, min(_TEXT_TOKENS, model.tokenizer.max_tokens))
     seconds = dict.fromkeys(_CANDIDATES, np.inf)
@@ -134,7 +139,7 @@ def _measure(model: Model, stop: Callable[[], bool]) -> _Measured | None:
 
 
 def _processor() -> str:
-    """Return the processor's name, as far as the system tells."""
+    """Return the name of the processor; empty if it is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What turns token ids into vectors or logits; one serves all models that are the same but for their heads."""
+"""Encoders: ONNX models that compute vectors or logits from token ids. Models that differ by their heads share one."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
 
-#: The text that tells whether a session with several threads is the faster one: its tokens, and how often it is run.
+#: Tokens of the text that is run to compare a session of several threads with one of one thread, and number of runs.
 _PROBE_TOKENS, _PROBES = 32, 5
 _numbers = count()
 
 
 class Encoder:
-    """An ONNX model and how to call it.
+    """An ONNX model with its interface.
 
     Args:
-        session: the model, one thread for a run.
-        interface: how to call it.
-        pad_token_id: what fills up the shorter texts of a batch.
-        sha256: hash (hex) of the ONNX file that was loaded.
+        session: the model, with one thread for a run.
+        interface: roles of the model's inputs and outputs.
+        pad_token_id: token id that fills up the shorter texts of a batch.
+        sha256: SHA-256 (hex) of the ONNX file that was loaded.
     """
 
     def __init__(self, session: OnnxSession, interface: Interface, pad_token_id: int, sha256: str = "") -> None:
         self.interface = interface
         self.sha256 = sha256
-        #: Of this loading: what a cache kept of one before it is not of this one.
+        #: Number of this loaded encoder. Cached outputs of an encoder that was loaded before do not match it.
         self.number = next(_numbers)
         self._session = session
         self._pad_token_id = pad_token_id
         self._wide: OnnxSession | None = None
         self._lock = threading.Lock()
-        #: Makes the session with several threads; started once.
+        #: Thread that loads the session with several threads; started once.
         self._widener: threading.Thread | None = None
         self._closing = LoadCancellation()
 
@@ -53,12 +53,13 @@ class Encoder:
         return self._wide is not None
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
-        """Run texts' token ids as one batch; float32 (texts, width).
+        """Run the token ids of texts as one batch; return float32 (texts, width).
 
         Args:
-            batch: the texts.
-            threads: that are free for it. More than one need a session of their own, which takes the model's memory
-                once more, less the large tables: it is made beside the first run that could use it.
+            batch: token ids of each text.
+            threads: number of threads that the run may use. More than one need a second session, which takes the
+                memory of the model again, without the large tables. The first run that could use the second session
+                starts to load it in the background.
         """
         if threads > 1 and self._widener is None:
             self._start_widening(threads)
@@ -66,12 +67,12 @@ class Encoder:
         return self._run_on(session, batch)
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop making a session with several threads. `run` keeps working on the session that is there.
+        """Cancel the loading of the session with several threads. `run` still works, on the first session.
 
-        A thread that is inside ONNX Runtime when the interpreter ends would abort the process.
+        A thread that is inside ONNX Runtime at the end of the interpreter would abort the process.
 
         Args:
-            deadline: until when to wait for the thread; None: without limit.
+            deadline: how long to wait for the thread; None: without limit.
 
         Returns:
             Whether the thread has ended.
@@ -88,7 +89,7 @@ class Encoder:
             widener = threading.Thread(target=self._widen, args=(threads,), name="widen", daemon=True)
             try:
                 widener.start()
-            except RuntimeError:  # the system gives no thread; the next run tries again
+            except RuntimeError:  # the system allows no thread; the next run tries again
                 log.warning("no thread could be started to load %s for several threads", self._session.path)
                 return
             self._widener = widener
@@ -97,12 +98,12 @@ class Encoder:
         return session.run(batch, self.interface, self._pad_token_id)
 
     def _widen(self, threads: int) -> None:
-        """Make a session with several threads, and keep it if it is the faster one."""
+        """Load a session with several threads, and keep it if it is faster."""
         try:
             wide = self._session.with_threads(threads, self._closing)
-        except SessionError as error:  # one thread does it, too
+        except SessionError as error:  # the session with one thread goes on
             if not self._closing.cancelled:
-                log.warning("%s; texts that are alone run on one core", error)
+                log.warning("%s; single texts run on one core", error)
             return
         faster = self._is_faster(wide)
         if faster:
@@ -110,13 +111,14 @@ class Encoder:
         elif not self._closing.cancelled:
             log.info("%s is no faster on %d threads", self._session.path, threads)
         del wide
-        # Reading the weights took as much again as they take in the end; and if the session is not kept, all of it.
+        # Loading takes twice the memory of the weights for a moment; and a session that is not kept takes none.
         return_memory()
 
     def _is_faster(self, wide: OnnxSession) -> bool:
-        """Run a short text on both sessions, in turns, since what else runs holds up both; the fastest run counts.
+        """Return whether a session runs a short text faster than the session with one thread.
 
-        False as soon as the encoder is closed.
+        The sessions run in turns, so that other work on the host slows both. The fastest run of each counts. False as
+        soon as the encoder is closed.
         """
         probe = [np.full(_PROBE_TOKENS, self._pad_token_id, dtype=np.int64)]
         times = []
@@ -133,7 +135,7 @@ class Encoder:
 
 
 class Encoders:
-    """The encoders in use, by what tells one from another. Thread-safe."""
+    """The encoders in use, by fingerprint and length limit. Thread-safe."""
 
     def __init__(self) -> None:
         self._known: WeakValueDictionary[tuple[str, int], Encoder] = WeakValueDictionary()
@@ -148,10 +150,10 @@ class Encoders:
         """Return an encoder that is in use, or load it.
 
         Args:
-            fingerprint: of the models that it serves, made of the bytes of their files.
-            max_tokens: where their texts are cut; other cuts are other vectors.
-            load: loads it.
-            fresh: load it anyway, and share that from now on.
+            fingerprint: fingerprint of its models.
+            max_tokens: length limit of texts, in tokens; with another limit a long text has another vector.
+            load: loads the encoder.
+            fresh: whether to load it even if one is in use; later calls get the new one.
         """
         with self._lock:
             key = (fingerprint, max_tokens)

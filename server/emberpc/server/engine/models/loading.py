@@ -1,4 +1,4 @@
-"""Loads, reloads and unloads models while others, or older versions of them, are served."""
+"""Load, reload and unload models while the server serves."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Result = TypeVar("Result")
 
 
 class Loader:
-    """Changes what a registry serves.
+    """Changes the models of a registry.
 
-    What changes it runs by `submit`, on one thread, one after the other: two
-    changes of one model never meet, and loading takes no thread that calls need.
+    Changes run through `submit`, one after the other, on one thread. So two changes of one model never overlap, and
+    loading takes no thread that calls need.
 
     Args:
         registry: the models.
-        models_dir: the folder that models may be loaded from by path; None: none may be.
-        variants: which ONNX file of a model to serve, by the model's name; default: its first.
-        options: what is stated of models that emberpc did not export, by their names.
+        models_dir: folder that models may be loaded from by path; None: models cannot be loaded by path.
+        variants: variant to serve, by the name of the model; default: the first.
+        options: options of foreign models, by the name of the model.
     """
 
     def __init__(
@@ -45,24 +45,24 @@ class Loader:
         self._variants = variants or {}
         self._options = options or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        #: Not done yet; a set that only the methods below change.
+        #: Changes that are not done.
         self._submitted: set[Future[Any]] = set()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run something after what was submitted before; it goes on if nobody waits for it any more."""
+        """Run work after all work that was submitted before; it runs to its end even if nobody waits for it."""
         future = self._thread.submit(work)
         self._submitted.add(future)
         future.add_done_callback(self._submitted.discard)
         return future
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Drop what waits, and wait for what is being done.
+        """Drop the waiting changes, and wait for the running one.
 
         Args:
-            deadline: until when to wait; None: without limit.
+            deadline: how long to wait; None: without limit.
 
         Returns:
-            Whether nothing is being done any more.
+            Whether no change is running.
         """
         self._thread.shutdown(wait=False, cancel_futures=True)
         return not wait(list(self._submitted), (deadline or Deadline()).seconds_left).not_done
@@ -73,13 +73,13 @@ class Loader:
         Args:
             name: the name.
             path: the folder, relative to the models directory.
-            variant: which of its ONNX files; empty: the one that the server was told, else the first.
-            tell: called with each stage as it begins.
+            variant: name of the variant; empty: the one of the server's settings, else the first.
+            tell: receives the name of each stage as it begins.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the name is none or the path leads nowhere or out of the directory,
-                ALREADY_EXISTS if the name is taken, FAILED_PRECONDITION if there is no models directory or the bundle
-                cannot be served.
+            ServiceError: INVALID_ARGUMENT if the name is malformed, or the path names no folder or leads out of the
+                directory; ALREADY_EXISTS if the name is taken; FAILED_PRECONDITION if there is no models directory or
+                the bundle cannot be served.
         """
         if not NAME.fullmatch(name):
             raise invalid("name", f"is {name!r}; it must be 1 to 128 letters, digits, '.', '_' and '-'")
@@ -95,34 +95,34 @@ class Loader:
         )
 
     def reload(self, name: str, path: str = "", variant: str = "", tell: Tell = lambda stage: None) -> Model:
-        """Serve what is now in a model's folder, or another bundle, under the model's name. Takes seconds.
+        """Load a model's folder again, or another bundle, and serve it under the model's name. Takes seconds.
 
-        Calls that hold the old version finish on it. It stays if the new one cannot be served.
+        Calls that use the old version finish on it. The old version stays if the new one cannot be served.
 
         Args:
             name: the model.
-            path: another folder, relative to the models directory; empty: the one it was loaded from.
-            variant: which of its ONNX files; empty: the one of the name that is served now.
-            tell: called with each stage as it begins.
+            path: another folder, relative to the models directory; empty: the folder that it was loaded from.
+            variant: name of the variant; empty: the variant that is served now.
+            tell: receives the name of each stage as it begins.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such model, else as `load` says.
+            ServiceError: NOT_FOUND if no model has that name, else the errors of `load`.
         """
         served = self._registry.get(name)
         folder = self._folder(path) if path else served.folder
         return self._serve(name, folder, variant or served.variant.name, served.options, tell, fresh=True)
 
     def unload(self, name: str) -> Future[None]:
-        """Serve a model no more; new calls do not find it.
+        """Stop serving a model; new calls do not find it.
 
         Returns:
-            A future that is done when the calls that hold it are done and its memory was returned.
+            A future that is done when the calls that use the model have ended and its memory was returned.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such model.
+            ServiceError: NOT_FOUND if no model has that name.
         """
         gone = self._registry.remove(name)
-        log.info("model %s is served no more", name)
+        log.info("model %s is unloaded", name)
         return gone
 
     def _serve(
@@ -134,15 +134,15 @@ class Loader:
             raise ServiceError(
                 Code.FAILED_PRECONDITION, str(error), reason="MODEL_UNFIT", metadata={"model": name}
             ) from error
-        return_memory()  # reading a file of weights takes as much again as they take in the end
+        return_memory()  # loading takes twice the memory of the weights for a moment
         return model
 
     def _folder(self, path: str) -> Path:
         """Return a folder inside the models directory.
 
         Raises:
-            ServiceError: FAILED_PRECONDITION if there is no models directory, INVALID_ARGUMENT if the path leads
-                nowhere, out of it or over a symbolic link.
+            ServiceError: FAILED_PRECONDITION if there is no models directory, INVALID_ARGUMENT if the path names no
+                folder, leads out of the directory, or contains a symbolic link.
         """
         if self._models_dir is None:
             raise ServiceError(
@@ -151,7 +151,7 @@ class Loader:
                 reason="NO_MODELS_DIR",
             )
         pure = PurePosixPath(path)
-        # Hidden names too: an export writes to one until it is whole.
+        # Hidden names are refused too: an export writes to a hidden folder until it is complete.
         if not pure.parts or pure.is_absolute() or "\0" in path or any(part.startswith(".") for part in pure.parts):
             raise invalid(
                 "path",
@@ -167,7 +167,7 @@ class Loader:
                         "path", f"is {path!r}, which leads over a symbolic link; put the folder itself there, no link"
                     )
             there = folder.is_dir()
-        except OSError:  # such as a name that is too long
+        except OSError:  # for example, a name that is too long
             there = False
         if not there:
             raise invalid("path", f"is {path!r}, and the server's models directory has no such folder; put it there")

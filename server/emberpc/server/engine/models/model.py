@@ -1,4 +1,4 @@
-"""A bundle made ready to run."""
+"""Load a bundle as a model that can be served."""
 
 from __future__ import annotations
 
@@ -28,27 +28,38 @@ from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, Output, Ses
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
 
-#: How far the outputs of fp32 for the bundle's reference texts may be from PyTorch's. Other processors round
-#: otherwise; a wrong tokenizer or graph is off by far more. Other variants state a bound of their own.
+#: Bound of the difference between the outputs of fp32 and those of PyTorch, for the bundle's reference texts.
+#: Processors round differently; a wrong tokenizer or graph differs by far more. The manifest holds the bounds
+#: of other variants.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
-#: Enough to tell a wrong model from a right one without holding up the start.
+#: Reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a quick start.
 _REFERENCE_TEXTS = 4
 
-#: Told what is being done.
+#: Receives the name of each stage of loading as it begins.
 Tell = Callable[[str], None]
 
 
 class ModelLoadError(Exception):
-    """A model cannot be served; the message names it, what is wrong and the remedy."""
+    """A model cannot be served; the message names the model, the problem and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model that is served under a name.
 
-    `folder` and `options` are where it came from and what was stated of it. `fingerprint` is a SHA-256 (hex) of all
-    bytes that decide its vectors. `legacy_fingerprint` is that of the old scheme; empty if it does not cover all
-    weights.
+    Attributes:
+        name: the name.
+        folder: folder that it was loaded from.
+        options: options that the server was given for a foreign model.
+        manifest: manifest of the bundle.
+        variant: ONNX file of the bundle that is served.
+        tokenizer: its tokenizer.
+        encoder: its encoder, which it may share with other models.
+        head: head of a classifier if the encoder does not compute the logits itself, else None.
+        size_bytes: bytes of the ONNX file.
+        loaded: when it was loaded.
+        fingerprint: SHA-256 (hex) of all bytes that determine its vectors.
+        legacy_fingerprint: fingerprint under the old scheme; empty if that does not cover all weights.
     """
 
     name: str
@@ -58,7 +69,6 @@ class Model:
     variant: Variant
     tokenizer: TextTokenizer
     encoder: Encoder
-    #: Of a classifier, if it is not in what the encoder runs.
     head: Head | None
     size_bytes: int
     loaded: datetime
@@ -66,7 +76,7 @@ class Model:
     legacy_fingerprint: str
 
     def finish(self, output: Output) -> Output:
-        """Make the model's output of its encoder's: float32 (texts, dimensions or labels)."""
+        """Convert encoder output to this model's embeddings or logits: float32 (texts, dimensions or labels)."""
         return output if self.head is None else self.head.logits(output)
 
     @classmethod
@@ -81,22 +91,23 @@ class Model:
         fresh: bool = False,
         tell: Tell = lambda stage: None,
     ) -> Model:
-        """Read a bundle, check it, load it, and see that it gives what it gave when it was exported.
+        """Read, check and load a bundle, and compare its outputs with those at export.
 
-        A folder that emberpc did not write is served by what it says of itself,
-        and checked for giving a text the same alone and in a batch.
+        A foreign folder, which emberpc did not write, has no outputs to compare with. It must give a text the same
+        output alone and in a batch.
 
         Args:
             name: the name to serve it under.
             folder: the bundle.
-            variant_name: which of its ONNX files; empty: the first.
-            options: what is stated of a foreign model; see `emberpc.bundle.Stated`.
-            encoders: those in use, to share one with other models; default: it gets one of its own.
-            fresh: load its files though an encoder like theirs is in use; a classifier whose own is the head shares it.
-            tell: called with each stage as it begins.
+            variant_name: name of the variant; empty: the first.
+            options: options of a foreign model; see `emberpc.bundle.Stated`.
+            encoders: encoders in use, which the model may share; None: the model gets its own.
+            fresh: whether to load the files even if an encoder with the same weights is in use. A classifier that
+                differs from another model by its head only shares the encoder all the same.
+            tell: receives the name of each stage as it begins.
 
         Raises:
-            ModelLoadError: the bundle is damaged or does not do what it did at export, or something has to be stated.
+            ModelLoadError: the bundle is damaged, its outputs differ from those at export, or an option is missing.
         """
         loading = _Loading()
         try:
@@ -109,7 +120,7 @@ class Model:
                 contents=loading.contents,
             )
             loading.contents.read(bundle.model_path(bundle.manifest.variant(variant_name)))
-            # On cores of their own: each hashing takes about as long as loading does.
+            # On other threads: hashing the weights takes about as long as loading them.
             with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
                 hashes = beside.submit(bundle.check_hashes, loading.contents)
                 tell("loading the weights")
@@ -118,7 +129,7 @@ class Model:
                         name, folder, bundle, variant_name, options or {}, loading, encoders, beside, fresh=fresh
                     )
                 except (BundleError, SessionError):
-                    hashes.result()  # that a file changed is the better reason
+                    hashes.result()  # a changed file is the cause, so its error comes first
                     raise
                 hashes.result()
             bundle.check_contents(loading.contents)
@@ -146,7 +157,7 @@ class Model:
         *,
         fresh: bool,
     ) -> Model:
-        """Load what a bundle holds; the weights are hashed in `beside` while they are loaded."""
+        """Load the files of a bundle; `beside` hashes the weights meanwhile."""
         manifest = bundle.manifest
         variant = manifest.variant(variant_name)
         head = bundle.head()
@@ -159,25 +170,25 @@ class Model:
             interface = bundle.interface(session.graph, headless=head is not None)
             return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
 
-        # One that gives logits is of no use to others.
+        # An encoder that gives logits cannot be shared.
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
         fresh = fresh and head is None
-        # Before the file is loaded: none may lie outside the folder.
+        # Before the ONNX file is loaded: its external files must lie inside the folder.
         bundle.external_files(variant.name, loading.contents)
         fingerprinting = beside.submit(
             bundle.fingerprint, variant.name, headless=head is not None, contents=loading.contents
         )
-        if fresh or shared.is_empty:  # no encoder in use can be shared, so the fingerprint need not be known first
+        if fresh or shared.is_empty:  # no encoder can be shared, so loading need not wait for the fingerprint
             try:
                 loading.session(path)
             except SessionError:
-                fingerprinting.result()  # what is wrong with the file says more
+                fingerprinting.result()  # an error of the file's contents says more
                 raise
         fingerprint = fingerprinting.result()
         encoder = shared.get(fingerprint, manifest.max_tokens, load_encoder, fresh=fresh)
         if head is None and encoder.sha256 != entry.sha256:
-            # Another file gives the same vectors. This one must load as well, or the folder is not fit to be served.
+            # The shared encoder was loaded from another file with the same weights. This file must load as well.
             load_encoder()
         return cls(
             name=name,
@@ -195,11 +206,12 @@ class Model:
         )
 
     def _check(self, bundle: Bundle) -> None:
-        """Run some texts, which warms the model up too.
+        """Run some texts and compare the outputs; this also warms the model up.
 
         Raises:
-            ModelLoadError: the outputs are not those of the export, or of a foreign model, those of other batches.
-            BundleError: the output is of no shape that can be served.
+            ModelLoadError: the outputs differ from those at export; those of a foreign model differ from those of
+                other batches.
+            BundleError: the output has a shape that cannot be served.
         """
         reference = None if bundle.foreign else bundle.reference()
         texts = PROBES if reference is None else reference.texts[:_REFERENCE_TEXTS]
@@ -232,14 +244,14 @@ class Model:
 
 
 class _Loading:
-    """The files and sessions of one model that is being loaded; the files are in memory until it is loaded."""
+    """The files and sessions of a model while it is loaded; the files are in memory until then."""
 
     def __init__(self) -> None:
         self.contents = Contents()
         self._sessions: dict[Path, OnnxSession] = {}
 
     def session(self, path: Path) -> OnnxSession:
-        """Return the session of an ONNX file, which is made when it is first asked for.
+        """Return the session of an ONNX file; the first call loads it.
 
         Raises:
             SessionError: the file does not load.

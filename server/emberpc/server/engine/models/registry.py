@@ -1,4 +1,4 @@
-"""The models that are served, by name; which calls hold which version of one; and the end of an old version."""
+"""Served models by name. Calls hold the version of a model that they use; unused versions are freed."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ log = logging.getLogger(__name__)
 
 
 class _Version:
-    """One model as it was loaded, and the calls that hold it."""
+    """A loaded model and the calls that use it."""
 
     def __init__(self, model: Model) -> None:
         self.model: Model | None = model
         self.calls: set[asyncio.Task[Any]] = set()
         self.retired = False
-        #: Done when no call holds the retired version any more and its memory was returned.
+        #: Done when the version is retired, no call uses it, and its memory was returned to the system.
         self.gone: Future[None] = Future()
 
 
 class Registry:
-    """Models by name. Safe to use from several threads.
+    """Models by name. Thread-safe.
 
-    A call that looks a model up holds that very version until the asyncio task
-    that it runs in is done. A version that was replaced or removed is let go of
-    when the last call that holds it is done.
+    A call that looks up a model uses that version until the call's asyncio task ends. A replaced or removed version is
+    freed when the last call that uses it ends.
 
     Args:
-        pool: where memory is returned, which takes some milliseconds.
+        pool: runs the freeing of memory, which takes some milliseconds.
     """
 
     def __init__(self, pool: Executor) -> None:
-        #: What the models have in common.
+        #: Encoders that models share.
         self.encoders = Encoders()
-        #: Of all versions, the retired ones too: a thread may still make a session of one.
+        #: Encoders of all versions, retired ones included: a thread may still load a session for one.
         self._served: weakref.WeakSet[Encoder] = weakref.WeakSet()
         self._pool = pool
         self._lock = threading.RLock()
@@ -66,7 +65,7 @@ class Registry:
         fresh: bool = False,
         tell: Tell = lambda stage: None,
     ) -> Model:
-        """Load a bundle and serve it under a name, instead of one that has the name already. Takes seconds.
+        """Load a bundle and serve it under a name; it replaces a model of that name. Takes seconds.
 
         The arguments and errors are those of `Model.load`.
         """
@@ -76,9 +75,9 @@ class Registry:
         return model
 
     def put(self, model: Model) -> None:
-        """Serve a model under its name from now on, instead of one that has the name already.
+        """Serve a model under its name; it replaces a model of that name.
 
-        Others with the same weights go over to its encoder, or the weights would be in memory twice.
+        Other models with the same weights get its encoder, so that the weights are in memory once.
         """
         with self._lock:
             self._replace(model)
@@ -94,13 +93,13 @@ class Registry:
             self._retire(old)
 
     def remove(self, name: str) -> Future[None]:
-        """Serve a model no more.
+        """Stop serving a model.
 
         Returns:
-            A future that is done when the last call that holds the model is done and its memory was returned.
+            A future that is done when the last call that uses the model has ended and its memory was returned.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name.
+            ServiceError: NOT_FOUND if no model has that name.
         """
         with self._lock:
             version = self._versions.pop(name, None)
@@ -110,16 +109,16 @@ class Registry:
         return version.gone
 
     def models(self) -> list[Model]:
-        """Return the models by name; no call holds them for that."""
+        """Return the models, sorted by name, without holding them for a call."""
         with self._lock:
             found = [self._versions[name].model for name in sorted(self._versions)]
         return [model for model in found if model is not None]
 
     def get(self, name: str) -> Model:
-        """Return a model; no call holds it for that.
+        """Return a model without holding it for a call.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name.
+            ServiceError: NOT_FOUND if no model has that name.
         """
         with self._lock:
             if name not in self._versions or (model := self._versions[name].model) is None:
@@ -127,26 +126,26 @@ class Registry:
         return model
 
     def served(self, name: str) -> Model | None:
-        """Return a model, None if there is none of that name; no call holds it for that."""
+        """Return a model without holding it for a call; None if no model has that name."""
         version = self._versions.get(name)
         return None if version is None else version.model
 
     def calls(self, name: str) -> int:
-        """Return how many calls hold the version of a model that is served now; 0 if there is none of that name."""
+        """Return the number of calls that use the served version of a model; 0 if no model has that name."""
         with self._lock:
             return len(self._versions[name].calls) if name in self._versions else 0
 
     def find(self, name: str, task: Task | None = None, field: str = "model") -> Model:
-        """Return a model for a call, which holds this version of it until its asyncio task is done.
+        """Return a model for a call; the running asyncio task holds this version until the task ends.
 
         Args:
-            name: its name; empty: the only one served that does the task.
-            task: what it must do; None: anything.
-            field: what the request calls the name, for errors.
+            name: its name; empty: the only served model for the task.
+            task: task that it must have; None: any.
+            field: request field that holds the name, for errors.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name, FAILED_PRECONDITION if it does something else or
-                none does the task, INVALID_ARGUMENT if the name is empty and there are several.
+            ServiceError: NOT_FOUND if no model has that name, FAILED_PRECONDITION if it has another task or no model
+                has the task, INVALID_ARGUMENT if the name is empty and several models have the task.
         """
         with self._lock:
             model = self._named(name, task) if name else self._only(task, field)
@@ -154,19 +153,19 @@ class Registry:
         return model
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Return no more memory, since the process and the pool end, and close the encoders.
+        """Close the encoders. From now on no memory is returned, since the process ends.
 
         Args:
-            deadline: until when to wait for the encoders' threads; None: without limit.
+            deadline: how long to wait for the encoders' threads; None: without limit.
 
         Returns:
-            Whether no thread of an encoder runs any more.
+            Whether all threads of encoders have ended.
         """
         with self._lock:
             self._closed = True
             served = list(self._served)
         now, deadline = Deadline(0), deadline or Deadline()
-        waiting = [encoder for encoder in served if not encoder.close(now)]  # all are stopped before any is waited for
+        waiting = [encoder for encoder in served if not encoder.close(now)]  # stops all before it waits for any
         return all(encoder.close(deadline) for encoder in waiting)
 
     def _named(self, name: str, task: Task | None) -> Model:
@@ -182,26 +181,26 @@ class Registry:
 
     def _only(self, task: Task | None, field: str) -> Model:
         fitting = [model for model in self.models() if task in (None, model.manifest.task)]
-        what = f"{task.value} model" if task else "model"
+        kind = f"{task.value} model" if task else "model"
         if not fitting:
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
-                f"no {what} is served; start the server with --model NAME=DIR",
+                f"no {kind} is served; start the server with --model NAME=DIR",
                 reason="NO_MODEL",
             )
         if len(fitting) > 1:
             names = ", ".join(model.name for model in fitting)
-            raise invalid(field, f"is empty, and there are several {what}s to choose from; name one of: {names}")
+            raise invalid(field, f"is empty, and there are several {kind}s to choose from; name one of: {names}")
         return fitting[0]
 
     def _not_found(self, name: str) -> ServiceError:
         return not_found("model", name, f"served are: {', '.join(sorted(self._versions)) or 'none'}")
 
     def _hold(self, version: _Version) -> None:
-        """Count the running task, which is the call, among those that hold a version."""
+        """Add the running asyncio task, which is the call, to those that use a version."""
         try:
             call = asyncio.current_task()
-        except RuntimeError:  # no event loop runs in this thread, so it is no call that asks
+        except RuntimeError:  # no event loop runs in this thread, so this is no call
             return
         if call is not None and call not in version.calls:
             version.calls.add(call)
@@ -225,27 +224,27 @@ class Registry:
             self._pool.submit(self._free, version)
 
     def _free(self, version: _Version) -> None:
-        """Drop what should be the last reference to a version's model, and give the system its memory back."""
+        """Drop the last reference to the model of a version, and return its memory to the system."""
         model, version.model = version.model, None
         if model is not None:
             rest = weakref.ref(model)
             del model
             if rest() is not None:
-                gc.collect()  # a call that failed may have left a cycle: an exception and the frames it passed
+                gc.collect()  # a failed call may have left a cycle of an exception and its frames
             if (lingering := rest()) is not None:
-                # Such as the last job of a worker that has had none since.
-                log.debug("an old version of model %s is in use beyond its last call", lingering.name)
+                # For example, a worker that has had no job since still refers to its last one.
+                log.debug("an old version of model %s is still referred to after its last call", lingering.name)
                 weakref.finalize(lingering, self._return_late).atexit = False
                 del lingering
         return_memory()
         version.gone.set_result(None)
 
     def _return_late(self) -> None:
-        """Return the memory of a model that something held beyond its last call."""
-        with suppress(RuntimeError):  # the pool is shut down: the process ends
+        """Return the memory of a model that was still referred to after its last call."""
+        with suppress(RuntimeError):  # the pool is shut down, and the process ends
             self._pool.submit(return_memory)
 
 
 def _alike(one: Model, other: Model) -> bool:
-    """Whether what one encoder gives serves both models."""
+    """Return whether two models can share an encoder."""
     return (one.fingerprint, one.manifest.max_tokens) == (other.fingerprint, other.manifest.max_tokens)

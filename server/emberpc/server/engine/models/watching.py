@@ -1,4 +1,4 @@
-"""A directory whose subfolders are served, each under its own name, and followed as they change."""
+"""Serve the subfolders of a directory under their names, and follow their changes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from emberpc.server.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Of each file of a folder: its path, size, time of change (ns) and inode.
+#: Path, size, time of change (ns) and inode of each file of a folder.
 _State: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 
 
 class _Outcome(Enum):
     DEALT_WITH = auto()
     FAILED = auto()
-    #: It failed, and has changed since the look before: somebody may still be writing.
+    #: It failed, and the folder changed since the poll before: a program may still write it.
     MOVING = auto()
 
 
@@ -37,18 +37,17 @@ class _Look:
 
 
 class ModelsDirectory:
-    """Serves every subfolder that holds a manifest, under the subfolder's name.
+    """Serves each subfolder that holds a manifest, under the name of the subfolder.
 
-    Hidden subfolders, such as exports that are not finished, are passed over.
-    What cannot be served is logged once, and tried again when it has changed
-    and come to rest; what was served before stays. A model that was loaded from
-    elsewhere under a subfolder's name, or that a call unloaded, is left alone.
+    Hidden subfolders, for example unfinished exports, are skipped. A folder that cannot be served is logged once, and
+    tried again when it has changed and two polls find it unchanged; the version that was served before stays. A model
+    that was loaded from another place under the name of a subfolder, or that a call unloaded, is left as it is.
 
     Args:
         folder: the directory.
         registry: the models.
-        loader: changes them; its thread runs `poll`.
-        reserved: names that are not this directory's to serve.
+        loader: changes the models; its thread runs `poll`.
+        reserved: names that this directory may not serve.
     """
 
     def __init__(self, folder: Path, registry: Registry, loader: Loader, reserved: Collection[str] = ()) -> None:
@@ -63,7 +62,7 @@ class ModelsDirectory:
         self._readable = True
 
     def poll(self) -> None:
-        """Look once: load what is new, reload what has another manifest, unload what is gone since the last look."""
+        """Load new subfolders, reload those with another manifest, and unload models whose subfolder is gone."""
         try:
             names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
             self._unload_missing()
@@ -78,9 +77,9 @@ class ModelsDirectory:
         self._looks = {name: look for name, look in self._looks.items() if name in names}
 
     def _unload_missing(self) -> None:
-        """Unload models whose folder was missing at the look before, too: one that is replaced is missing for a moment.
+        """Unload models whose folder is missing in two polls; a folder that is replaced is missing for a moment.
 
-        A folder that is there without a manifest is being written, and what it held stays.
+        A folder without a manifest is being written, so its model stays.
         """
         missing = {model.name for model in self._registry.models() if self._owns(model) and not model.folder.is_dir()}
         for name in sorted(missing & self._missing):
@@ -102,7 +101,7 @@ class ModelsDirectory:
             elif last is not None and state != last.state:
                 self._looks[name] = _Look(state, _Outcome.MOVING)
         except FileNotFoundError:
-            log.debug("%s is being replaced or removed; the next look tells", self._folder / name)
+            log.debug("%s is being replaced or removed; the next poll decides", self._folder / name)
         except OSError as error:
             if last is None or last.state:
                 log.warning("%s is not served: it cannot be read (%s)", self._folder / name, error.strerror)
@@ -112,7 +111,7 @@ class ModelsDirectory:
         """Load or reload a folder that is new or has changed."""
         served = next((model for model in self._registry.models() if model.name == name), None)
         if name in self._reserved or (served is not None and not self._owns(served)):
-            log.warning("%s is not served: model %s comes from elsewhere", self._folder / name, name)
+            log.warning("%s is not served: model %s was loaded from another place", self._folder / name, name)
             return _Outcome.DEALT_WITH
         manifest = hashlib.sha256((self._folder / name / MANIFEST_NAME).read_bytes()).digest()
         if served is not None and self._loaded.get(name) == manifest:
@@ -123,7 +122,7 @@ class ModelsDirectory:
             else:
                 self._loader.reload(name)
         except ServiceError as error:
-            stays = "" if served is None else "; what was served before stays"
+            stays = "" if served is None else "; the version that was served before stays"
             log.warning("%s is not served: %s%s", self._folder / name, error.message, stays)
             return _Outcome.FAILED
         self._loaded[name] = manifest

@@ -1,4 +1,4 @@
-"""The one place that knows ONNX Runtime."""
+"""Run ONNX models with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Output = npt.NDArray[np.float32]
 
 
 class SessionError(Exception):
-    """An ONNX file cannot be loaded; the message says which."""
+    """An ONNX file cannot be loaded; the message names it."""
 
 
 class LoadCancellation:
     """Cancels the loading of sessions, from another thread. Thread-safe.
 
-    ONNX Runtime before 1.22 cannot cancel: a session that is being loaded is then loaded to its end.
+    ONNX Runtime before 1.22 cannot cancel: a session that is being loaded is loaded to its end.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,14 @@ class LoadCancellation:
         return self._cancelled
 
     def cancel(self) -> None:
-        """Cancel the session that is being loaded, and all that follow."""
+        """Cancel the session that is being loaded, and those that are loaded later."""
         with self._lock:
             self._cancelled = True
             if self._loading is not None:
                 _set_cancelled(self._loading)
 
     def begin(self, options: ort.SessionOptions) -> None:
-        """Make the loading that begins with these options the one that `cancel` cancels."""
+        """Note the options of the session that is loaded next, so that `cancel` can cancel it."""
         with self._lock:
             self._loading = options
             if self._cancelled:
@@ -61,20 +61,20 @@ def _set_cancelled(options: ort.SessionOptions) -> None:
 
 
 class OnnxSession:
-    """An ONNX model, run on token ids. Safe to run from several threads.
+    """An ONNX model that runs on token ids. Several threads may run it at the same time.
 
-    All its weights are in memory of its own: what becomes of the files after the loading changes nothing.
+    All weights are copied into memory, so later changes of the files have no effect.
 
     Args:
         path: the ONNX file.
-        threads: that one run may use.
-        tables: those of the file, if another session has them in memory; None: they are read.
-        cancellation: cancels the loading; None: nothing does.
-        contents: reads the ONNX file and the files with weights of it.
-        hashes: what the files must have, by their paths; None: anything.
+        threads: number of threads that one run may use.
+        tables: shared tables of the file if another session has read them; None: read them.
+        cancellation: cancels the loading; None: loading cannot be cancelled.
+        contents: reads the ONNX file and its external weight files.
+        hashes: SHA-256 (hex) that each file must have, by path; None: not checked.
 
     Raises:
-        SessionError: the file does not load or is another one, or loading was cancelled.
+        SessionError: the file cannot be loaded, has another hash, or loading was cancelled.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class OnnxSession:
         model, weights = _read(path, contents)
         files = [path, *(path.parent / location for location in weights)]
         if hashes is not None and {file: contents.sha256(file) for file in files} != hashes:
-            raise SessionError(f"{path} was written again since it was loaded")
+            raise SessionError(f"{path} changed since it was loaded")
         self._tables = read_tables(path, contents) if tables is None else tables
-        # ONNX Runtime does not keep them: they must live as long as the session.
+        # ONNX Runtime holds no reference to these values, so they must live as long as the session.
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in self._tables.items()}
         options = _options(threads)
         if cancellation is not None:
@@ -101,45 +101,45 @@ class OnnxSession:
         try:
             for name, value in self._values.items():
                 options.add_initializer(name, value)
-            if weights:  # otherwise ONNX Runtime would map these files, and a served model would change with them
+            if weights:  # otherwise ONNX Runtime maps the files, and a served model changes when they change
                 options.add_external_initializers_from_files_in_memory(
                     list(weights), list(weights.values()), [len(data) for data in weights.values()]
                 )
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
-        self._session._model_bytes = None  # ONNX Runtime keeps them and does not need them any more
+        self._session._model_bytes = None  # ONNX Runtime holds the file's bytes and does not need them after loading
         self._hashes = {file: contents.sha256(file) for file in files}
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        #: What the model takes and gives.
+        #: Inputs and outputs of the model.
         self.graph = Graph(
             [Tensor(node.name, node.type, node.shape) for node in inputs],
             [Tensor(node.name, node.type, node.shape) for node in outputs],
         )
 
     def with_threads(self, threads: int, cancellation: LoadCancellation | None = None) -> OnnxSession:
-        """Return a session of the same model that uses `threads` threads; they share the large tables.
+        """Load a second session of the same model, with `threads` threads; both share the large tables.
 
         Args:
-            threads: that one run may use.
-            cancellation: cancels the loading; None: nothing does.
+            threads: number of threads that one run may use.
+            cancellation: cancels the loading; None: loading cannot be cancelled.
 
         Raises:
-            SessionError: the files do not load any more, hold other bytes than before, or loading was cancelled.
+            SessionError: the files cannot be loaded, changed since this session was loaded, or loading was cancelled.
         """
         contents = Contents(lambda: cancellation is not None and cancellation.cancelled)
         try:
             return OnnxSession(self.path, threads, self._tables, cancellation, contents, self._hashes)
         except BundleError as error:
-            raise SessionError(f"{self.path} was not loaded again for several threads") from error
+            raise SessionError(f"{self.path} could not be loaded again for several threads") from error
 
     def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
         """Run texts as one batch, padded to the longest.
 
         Args:
             batch: token ids of each text, at least one text.
-            interface: how to call the model.
-            pad_token_id: what fills up the shorter texts.
+            interface: roles of the model's inputs and outputs.
+            pad_token_id: token id that fills up the shorter texts.
 
         Returns:
             float32, shape (texts, width of the output).
@@ -155,7 +155,7 @@ class OnnxSession:
 
 
 def _read(path: Path, contents: Contents) -> tuple[bytes, dict[str, bytes]]:
-    """Return an ONNX file, and the files that hold weights of it by the names that it has for them.
+    """Return the bytes of an ONNX file, and those of its external weight files by their names in the file.
 
     Raises:
         SessionError: a file cannot be read, or ONNX Runtime cannot take weights from memory.
@@ -177,11 +177,11 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait for the next operation of a run must not sleep: waking them takes as long as one of a short
-    # text. Between runs none spins: the server's workers are the parallelism, and it would take a core from them.
+    # Threads that wait for the next operation of a run must not sleep: to wake them takes as long as an operation on a
+    # short text. Between runs no thread spins: it would take a core from the server's workers.
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Both keep memory for every shape ever seen, and a server sees every shape.
+    # Both would keep memory for every input shape, and a server sees all shapes.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 3

@@ -1,8 +1,7 @@
-"""The tables of an ONNX file that are only looked up in: every session of the file can use the same copy.
+"""Read the lookup tables of an ONNX file, which all sessions of the file can share.
 
-ONNX Runtime brings what is multiplied into an order of its own, for each session
-anew, but takes a row of a table from where it lies. In a small model the table
-of words is half of the weights.
+ONNX Runtime copies matrices into its own layout for each session. It reads the rows of a lookup table in place. In a
+small model the table of word embeddings is half of the weights.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from emberpc.bundle.protobuf import Message
 
 Tables = dict[str, npt.NDArray[np.generic]]
 
-#: Smaller ones are not worth it.
+#: Smaller tables are not shared: it would save too little.
 _MIN_BYTES = 1 << 20
-#: Types of tables, by ONNX's number for them (onnx.proto, TensorProto.DataType).
+#: NumPy type of each supported tensor type (onnx.proto, TensorProto.DataType).
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 10: np.float16}
 #: Numbers of fields (onnx.proto).
 _MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER = 7, 1, 5
@@ -31,13 +30,13 @@ _TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_BYTES = 1, 2, 8, 9
 
 
 def read_tables(path: Path, contents: Contents) -> Tables:
-    """Return copies of the large tables of an ONNX file that nothing but `Gather` uses, by name.
+    """Return copies of the large tables of an ONNX file that only `Gather` nodes use, by name.
 
-    What is wrong with the file is for the session to say: of one that cannot be read there are no tables.
+    If the file cannot be read, the result is empty: the session then reports the error.
 
     Args:
         path: the file.
-        contents: reads it, and the files beside it that hold weights.
+        contents: reads the file and its external weight files.
     """
     try:
         data = contents.read(path)
@@ -63,7 +62,7 @@ def _tables_of(model: Message, folder: Path, contents: Contents) -> Tables:
 
 
 def _table(tensor: Message, folder: Path, contents: Contents) -> tuple[bytes, npt.NDArray[np.generic] | None]:
-    """Return a tensor's name and what it holds, read-only; None if that is small or of no known type."""
+    """Return the name and the read-only values of a tensor; no values if it is small or of an unsupported type."""
     shape: list[int] = []
     name, kind, content = b"", 0, None
     for number, value in tensor.fields():
