@@ -302,9 +302,8 @@ class Scheduler:
         now = perf_counter()
         try:
             batch = self._backlog.take(lane)
-        except (
-            BaseException
-        ):  # the queue is inconsistent: nobody knows which texts were removed, and no caller may hang
+        except BaseException:
+            # The queue is inconsistent: nobody knows which texts were removed. No caller may hang.
             self._backlog.drain()
             fail(self._live, failure())
             raise

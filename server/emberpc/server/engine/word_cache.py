@@ -23,8 +23,8 @@ _PUNCTUATION = r"!-/:-@\[-`{-~"
 #: The latter may hold control characters: BERT's normalizer removes them and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
 #: Places at which a text may be cut so that the ids of the parts, one after the other, are those of the text: after
-#: white space, since no added token contains any. Texts without added tokens may also be cut after punctuation, and between
-#: ideographs if the normalizer separates them.
+#: white space, since no added token contains any. Texts without added tokens may also be cut after
+#: punctuation, and between ideographs if the normalizer separates them.
 _BLANK = re.compile(r"[ \t\n\r]")
 _SIGN = re.compile(rf"[ \t\n\r{_PUNCTUATION}]")
 _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u4e00-\u9fff])")
