@@ -149,7 +149,7 @@ def test_a_bad_folder_is_told_once_and_tried_again_when_it_rests(
     assert registry.get("a") is first
     (record,) = caplog.records
     assert "model.onnx has 1000 bytes" in record.message
-    assert "what was served before stays" in record.message
+    assert "the version that was served before stays" in record.message
 
     (models / "a" / "onnx" / "model.onnx").write_bytes(weights)
     directory.poll()
