@@ -15,7 +15,7 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection
 from emberpc.server.index.storage import schema
 from emberpc.server.index.storage.damage import lenient_text
-from emberpc.server.index.storage.rows import DAMAGES, ROW_COLUMNS, Row
+from emberpc.server.index.storage.rows import DAMAGE_ERRORS, ROW_COLUMNS, Row
 from index_helpers import records, true_scores
 
 
@@ -68,7 +68,7 @@ def make_checksums_right(connection: sqlite3.Connection) -> None:
     """Give each record of a database the checksums that go with its values, unless they can have none."""
     connection.text_factory = lenient_text
     for row in [Row(*values) for values in connection.execute(f"SELECT {ROW_COLUMNS} FROM records")]:
-        with suppress(*DAMAGES):
+        with suppress(*DAMAGE_ERRORS):
             connection.execute(
                 "UPDATE records SET text_checksum = ?, checksum = ?, row_checksum = ? WHERE label = ?",
                 (*row.checksums(), row.label),

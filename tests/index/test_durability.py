@@ -213,7 +213,7 @@ elif moment == "half of a file":
         return in_child(write_half)
     graph.in_child = torn
 elif moment == "no sidecar":
-    snapshots.synchronise = kill
+    snapshots.sync_to_disk = kill
 else:
     pathlib.Path.rename = kill
 collection = Index(folder, buffer_limit=8, snapshot_every=8).get("c")

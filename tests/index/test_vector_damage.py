@@ -75,9 +75,9 @@ def test_the_vectors_that_are_compared_are_not_all_checked(
 
     def watched(row: Sequence[Any], size: int) -> bool:
         checked.append(row[0])
-        return rows.is_sound_vector(row, size)
+        return rows.has_intact_vector(row, size)
 
-    monkeypatch.setattr(damage, "is_sound_vector", watched)
+    monkeypatch.setattr(damage, "has_intact_vector", watched)
     for condition in (None, EVEN):
         checked.clear()
         collection.search(query, 3, conditions=[condition], min_recall=1)

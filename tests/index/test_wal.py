@@ -52,7 +52,7 @@ def damaged(crashed: Path, folder: Path, offset: Callable[[list[int]], int]) -> 
     data = folder / "data"
     shutil.copytree(crashed, data)
     path = log_of(data)
-    found = wal.look(path.with_name("records.db"))
+    found = wal.inspect(path.with_name("records.db"))
     assert found is not None
     assert found.readable
     assert found.commits[-1] == found.frames
@@ -127,7 +127,7 @@ def test_a_damaged_log_of_the_catalogue_is_reported(tmp_path: Path, caplog: pyte
         for name in "abc":
             index.create(CollectionSpec(name, 8))
         shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    found = wal.look(tmp_path / "copy" / "catalogue.db")
+    found = wal.inspect(tmp_path / "copy" / "catalogue.db")
     assert found is not None
     flip(tmp_path / "copy" / "catalogue.db-wal", offset_of(found.commits[-2]) + 1000)
     Index(tmp_path / "copy").close()
@@ -162,10 +162,10 @@ def check_nothing_is_reported(path: Path, copy: Path, caplog: pytest.LogCaptureF
     copy.mkdir()
     for each in (path, path.with_name("records.db-wal")):
         shutil.copy(each, copy)
-    found = wal.look(copy / path.name)
+    found = wal.inspect(copy / path.name)
     assert found is not None
     with closing(connect(copy / path.name)) as connection:
-        wal.report(connection, found, "it")
+        wal.report_lost_commits(connection, found, "it")
     assert caplog.text == ""
 
 

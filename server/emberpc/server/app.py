@@ -240,7 +240,7 @@ def _embedded_index(settings: Settings) -> IndexBackend:
             settings.data_dir,
             record_cache_bytes=settings.record_cache_bytes,
             probe_share=settings.recall_probe,
-            answer_bytes=settings.max_response_bytes,
+            max_response_bytes=settings.max_response_bytes,
             max_collections=settings.max_collections,
             max_open=settings.max_open_collections,
             idle_seconds=settings.close_idle_seconds,

@@ -23,7 +23,7 @@ Labels = npt.NDArray[np.int64]
 
 MAX_DIMENSIONS = 16_000
 #: Most bytes of the records of one answer, unless the server's settings say otherwise.
-ANSWER_BYTES = 32 * 2**20
+MAX_RESPONSE_BYTES = 32 * 2**20
 #: Values of the engine's `Truncation`.
 _TRUNCATIONS = ("refuse", "end", "start")
 

@@ -14,7 +14,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from emberpc.server.collections.backend import ReembeddingBackend, collection_exists, no_collection
-from emberpc.server.collections.types import ANSWER_BYTES, CollectionSpec, ProbeFigures, check_name, check_page_size
+from emberpc.server.collections.types import (
+    MAX_RESPONSE_BYTES,
+    CollectionSpec,
+    ProbeFigures,
+    check_name,
+    check_page_size,
+)
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
@@ -25,7 +31,7 @@ from emberpc.server.index.open_collections import OpenCollections, derived_limit
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.restoring import Restoration
 from emberpc.server.index.storage.data_directory import DataDirectory, Entry
-from emberpc.server.index.storage.files import new_folder, written
+from emberpc.server.index.storage.files import new_folder, translated_os_errors
 from emberpc.server.index.storage.record_cache import RecordCache
 from emberpc.server.paging import decode_token, encode_token
 
@@ -47,7 +53,7 @@ class Index:
         snapshot_every: vectors that a graph takes in between snapshots, at least.
         record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
         probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
-        answer_bytes: most bytes of the records of one answer.
+        max_response_bytes: most bytes of the records of one answer.
         max_collections: most collections that `create` and `restore` make.
         max_open: collections that are kept open while nobody uses them; 0: by the limit of file descriptors.
         idle_seconds: a collection without a call for this long is closed until its next call; 0: none is.
@@ -64,7 +70,7 @@ class Index:
         snapshot_every: int = Pace.snapshot_every,
         record_cache_bytes: int = 0,
         probe_share: float = 0,
-        answer_bytes: int = ANSWER_BYTES,
+        max_response_bytes: int = MAX_RESPONSE_BYTES,
         max_collections: int = 10_000,
         max_open: int = 0,
         idle_seconds: float = 0,
@@ -72,7 +78,7 @@ class Index:
         self._max_collections = max_collections
         self._pace = Pace(buffer_limit, snapshot_every)
         self._probe_share = probe_share
-        self._answer_bytes = answer_bytes
+        self._max_response_bytes = max_response_bytes
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
@@ -94,7 +100,7 @@ class Index:
                 RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
         """
         spec.check()
-        with self._use(), written("no collection was made"):
+        with self._use(), translated_os_errors("no collection was made"):
             self._check_free(spec.name)
             entry, collection = self._new(spec)
             self._enter(entry, collection)
@@ -169,7 +175,7 @@ class Index:
                 RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
-        with self._use(), written("the collection stays as it was"):
+        with self._use(), translated_os_errors("the collection stays as it was"):
             spec = replace(self._existing(name).spec, truncation=truncation)
             spec.check()
             self._directory.update(spec)
@@ -190,7 +196,7 @@ class Index:
             ServiceError: NOT_FOUND if there is none of that name, RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
-        with self._use(), written("the collection stays bound as it was"):
+        with self._use(), translated_os_errors("the collection stays bound as it was"):
             entry = self._existing(name)
             if entry.spec.model_fingerprint == legacy:
                 spec = replace(entry.spec, model_fingerprint=fingerprint)
@@ -241,7 +247,7 @@ class Index:
                 reason="RECORDS_WITHOUT_TEXT",
                 metadata={"collection": spec.name, "records": str(without)},
             )
-        with self._use(), written("the collection stays under its model"):
+        with self._use(), translated_os_errors("the collection stays under its model"):
             if spec.name in self._reembeddings:
                 raise ServiceError(
                     Code.FAILED_PRECONDITION,
@@ -417,6 +423,6 @@ class Index:
             self._open_collections,
             pace=self._pace,
             probe_share=self._probe_share,
-            answer_bytes=self._answer_bytes,
+            max_response_bytes=self._max_response_bytes,
             create=create,
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from emberpc.server.collections.filters import MISMATCH_RECORDS, Filter, mismatches
 from emberpc.server.collections.metric import check_vectors, prepare
 from emberpc.server.collections.types import (
-    ANSWER_BYTES,
+    MAX_RESPONSE_BYTES,
     WHOLE_RECORD,
     Change,
     Cluster,
@@ -76,7 +76,7 @@ class Collection(Lifecycle, SearchMethods):
         open_collections: those that are open; it may close this one by `close_idle`.
         pace: when the graph takes in vectors, and is saved.
         probe_share: share of the searches that are done again, exactly, to measure recall.
-        answer_bytes: most bytes of the records of one answer.
+        max_response_bytes: most bytes of the records of one answer.
         create: make its files; the folder must be there and empty.
     """
 
@@ -94,7 +94,7 @@ class Collection(Lifecycle, SearchMethods):
         *,
         pace: Pace,
         probe_share: float = 0,
-        answer_bytes: int = ANSWER_BYTES,
+        max_response_bytes: int = MAX_RESPONSE_BYTES,
         create: bool = False,
     ) -> None:
         self.spec = spec
@@ -106,7 +106,7 @@ class Collection(Lifecycle, SearchMethods):
         self._cache = cache
         self._open_collections = open_collections
         self._reserve = reserve
-        self._answer_bytes = answer_bytes
+        self._max_response_bytes = max_response_bytes
         self._pace = pace
         self._create = create
         self._calls = CallGate(f"collection {spec.name!r}", self._open, self._release)
@@ -225,7 +225,7 @@ class Collection(Lifecycle, SearchMethods):
             with_vectors: whether they have their vectors.
             parts: what they must have; they may have more.
         """
-        with self._calls.one(), self._store.answers.one(parts):
+        with self._calls.one(), self._store.response_bytes.limited(parts):
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
@@ -246,7 +246,7 @@ class Collection(Lifecycle, SearchMethods):
         check_page_size(page_size)
         after = decode_token(page_token)
         clause = clause_of(condition) or EVERYTHING
-        with self._calls.one(), self._store.answers.one(parts):
+        with self._calls.one(), self._store.response_bytes.limited(parts):
             found, cut = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         records = found[:page_size]
         more = cut or len(found) > page_size
@@ -298,7 +298,7 @@ class Collection(Lifecycle, SearchMethods):
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
         """Group the records by likeness; see `cluster_records`."""
-        with self._calls.one(stop) as ends, self._store.answers.one():
+        with self._calls.one(stop) as ends, self._store.response_bytes.limited():
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:

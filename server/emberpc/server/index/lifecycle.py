@@ -39,7 +39,7 @@ class Lifecycle:
     _cache: RecordCache
     _open_collections: OpenCollections
     _reserve: Reserve
-    _answer_bytes: int
+    _max_response_bytes: int
     _pace: Pace
     _calls: CallGate
     _write_lock: threading.Lock
@@ -87,7 +87,7 @@ class Lifecycle:
             self._cache,
             self._reserve,
             self._open_collections.shrink,
-            answer_bytes=self._answer_bytes,
+            max_response_bytes=self._max_response_bytes,
             create=self._create,
         )
         try:
@@ -199,7 +199,7 @@ class Lifecycle:
             return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
         except snapshots.AheadError:
             log.warning("collection %s: its database is older than its graph, which is rebuilt", self.spec.name)
-            self._store.take_another_identity()
+            self._store.take_new_identity()
             return None
 
     def _delete_expired_before_use(self) -> None:

@@ -22,7 +22,7 @@ from emberpc.server.index.jobs.backup_checks import check_backup, damaged, given
 from emberpc.server.index.storage import schema
 from emberpc.server.index.storage.data_directory import Entry
 from emberpc.server.index.storage.database import connect, transaction, translated
-from emberpc.server.index.storage.files import new_folder, written
+from emberpc.server.index.storage.files import new_folder, translated_os_errors
 from emberpc.server.index.storage.store import DATABASE_NAME
 
 _NOTHING_RESTORED = "nothing was restored"
@@ -58,7 +58,7 @@ class Restoration:
         #: Of all but the bytes that may turn out to be the last line, which are held back.
         self._digest = hashlib.sha256()
         self._held_back = b""
-        with ExitStack() as stack, written(_NOTHING_RESTORED):
+        with ExitStack() as stack, translated_os_errors(_NOTHING_RESTORED):
             self._folder = new_folder(collections)
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
             backup.check_room(self._folder, total, "the backup")
@@ -68,7 +68,7 @@ class Restoration:
 
     def write(self, data: bytes) -> None:
         """Take in the next bytes."""
-        with self._lock, written(_NOTHING_RESTORED):
+        with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
             backup.check_room(self._folder, len(data), "what is still to come of the backup")
             self._take(data)
@@ -84,7 +84,7 @@ class Restoration:
                 is another, FAILED_PRECONDITION if a newer version wrote it, ALREADY_EXISTS if there is a collection of
                 the name by now.
         """
-        with self._lock, written(_NOTHING_RESTORED):
+        with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
             self._check_digests(sha256)
             self._file.close()
@@ -137,7 +137,7 @@ class Restoration:
             schema.prepare(connection, self._what, create=False)
             with transaction(connection):
                 schema.index_words(connection)
-                connection.execute(schema.IDENTITY_ANEW)
+                connection.execute(schema.NEW_IDENTITY)
 
     def _check_open(self) -> None:
         if self._closed.is_set():

@@ -65,7 +65,7 @@ class SearchMethods:
         check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
-        with self._calls.one(), self._store.answers.one(parts):
+        with self._calls.one(), self._store.response_bytes.limited(parts):
             request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
             # Filtered ones have ways of their own to be exact.
             probed = not any(request.conditions) and self._probe.wants_one()
@@ -87,7 +87,7 @@ class SearchMethods:
         """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
         check_search(len(texts), top_k, len(texts), 0)
         clauses = [clause_of(condition) for condition in conditions] or [None] * len(texts)
-        with self._calls.one(), self._store.answers.one(parts):
+        with self._calls.one(), self._store.response_bytes.limited(parts):
             return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
 
     def search_both(
@@ -122,7 +122,7 @@ class SearchMethods:
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
-        with self._calls.one(), self._store.answers.one(parts):
+        with self._calls.one(), self._store.response_bytes.limited(parts):
             return self._hybrid.by_both(
                 self._request(
                     prepared, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall

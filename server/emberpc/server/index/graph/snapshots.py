@@ -20,7 +20,7 @@ from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.index.graph.graph import Contents, Graph, Saving
 from emberpc.server.index.graph.hnsw import GraphError
 from emberpc.server.index.graph.shells import Shells
-from emberpc.server.index.storage.files import sha256_of, synchronise
+from emberpc.server.index.storage.files import sha256_of, sync_to_disk
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, f
         # hnswlib reports success on a full disk, too.
         if size != saving.size:
             raise OSError(f"{path.name} has {size} of {saving.size} bytes")
-        synchronise(path)
+        sync_to_disk(path)
         facts = {
             **_facts(spec, identity),
             "size": size,
@@ -65,9 +65,9 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, f
         }
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"facts": facts, "facts_sha256": _digest(facts)}), encoding="utf-8")
-        synchronise(temporary)
+        sync_to_disk(temporary)
         temporary.rename(path.with_suffix(".json"))
-        synchronise(folder)
+        sync_to_disk(folder)
     finally:
         _clean(folder)
 

@@ -24,7 +24,7 @@ from emberpc.server.collections.types import CollectionSpec, Piece
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage.damage import lenient_text
 from emberpc.server.index.storage.database import STEPS_BETWEEN_LOOKS, connect, translated
-from emberpc.server.index.storage.files import new_folder, written
+from emberpc.server.index.storage.files import new_folder, translated_os_errors
 from emberpc.server.index.storage.filter_sql import INDEX_PREFIX
 from emberpc.server.index.storage.rows import ROW_COLUMNS, Row, damaged
 from emberpc.server.index.storage.store import DATABASE_NAME
@@ -60,7 +60,7 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
             damaged.
     """
     what = f"the backup of collection {spec.name!r}"
-    with written("no backup was made"), translated(what), ExitStack() as stack:
+    with translated_os_errors("no backup was made"), translated(what), ExitStack() as stack:
         scratch = new_folder(folder.parent)
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         path = scratch / "backup.db"
@@ -94,7 +94,7 @@ def _looked_through(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
     for row in map(Row._make, copy.execute(f"SELECT {ROW_COLUMNS} FROM records")):  # noqa: S608 - our own columns
         if stop():
             return False
-        if not row.is_whole:
+        if not row.is_intact:
             raise damaged(row.id)
     return True
 

@@ -220,7 +220,7 @@ def _check_records(
         vectors = []
         for row in map(Row._make, batch):
             _, record_id, text, metadata, label, vector = row[:6]
-            if not (row.was_whole if older else row.is_whole):
+            if not (row.was_intact if older else row.is_intact):
                 raise damaged(f"its record {record_id!r} is not as it was written")
             if len(vector) != 4 * spec.dimensions:
                 what = f"has a vector of {len(vector)} bytes, not {4 * spec.dimensions}"

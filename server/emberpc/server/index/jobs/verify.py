@@ -56,7 +56,7 @@ class Verifier:
         """Check all of it, some hundred records a step; the last step is `done`."""
         total, checked, last = self.store.count(), 0, 0
         share = 1.0 if self.full else _SAMPLE / max(1, total)
-        yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.damage()])
+        yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.integrity_errors()])
         while rows := self.store.rows(last, _BATCH):
             last, checked = rows[-1].label, checked + len(rows)
             yield Verified(checked, max(total, checked), self._batch(rows, share))
@@ -95,7 +95,7 @@ class Verifier:
             metadata = None
         if not isinstance(metadata, dict):
             raise ServiceError(Code.INTERNAL, "its metadata is no JSON object; upsert it again")
-        if not row.is_whole:
+        if not row.is_intact:
             raise ServiceError(Code.INTERNAL, "it is not as it was written; delete it or upsert it again")
         size = 4 * self.spec.dimensions
         if len(row.vector) != size:
@@ -167,7 +167,7 @@ class Verifier:
     def _words(self) -> list[Problem]:
         """Compare the word index with the texts, and build it again if it does not match them."""
         suspect = self.store.words_suspect
-        if not suspect and not self._found_other_words and self.store.words_are_sound():
+        if not suspect and not self._found_other_words and self.store.words_are_intact():
             return []
         try:
             with self.write_lock:

@@ -123,7 +123,7 @@ class HybridSearcher:
         """Return the best of the records that match an FTS5 query, as many as k if there are."""
         most = k
         while True:
-            found = self._store.with_words(query, most, condition)
+            found = self._store.lexical_matches(query, most, condition)
             records = self._store.by_label([label for label, _ in found], with_vectors=with_vectors)
             hits = [(records[label], score) for label, score in found if label in records][:k]
             if len(hits) == k or len(found) < most:
@@ -138,7 +138,7 @@ class HybridSearcher:
         counts = {}
         for word in words:
             cancellation.check()
-            counts[word] = self._store.count_with_words(expression([word]))
+            counts[word] = self._store.count_lexical_matches(expression([word]))
         return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or words
 
 

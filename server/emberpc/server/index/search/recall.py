@@ -19,7 +19,7 @@ import numpy as np
 from emberpc.server.collections.metric import nearest, prepare
 from emberpc.server.collections.types import Distance, Matrix
 from emberpc.server.index.graph.neighbours import Neighbours
-from emberpc.server.index.storage.files import synchronise
+from emberpc.server.index.storage.files import sync_to_disk
 from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def save(measured: RecallMap, folder: Path) -> None:
     temporary = folder / f"{_NAME}.tmp"
     try:
         temporary.write_text(json.dumps({"format": _FORMAT, **asdict(measured)}), encoding="utf-8")
-        synchronise(temporary)
+        sync_to_disk(temporary)
         temporary.rename(folder / _NAME)
     except OSError as error:
         log.warning("%s: not kept: %s", folder / _NAME, error)

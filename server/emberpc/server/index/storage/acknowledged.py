@@ -1,8 +1,8 @@
-"""The number of the last write that was acknowledged, beside the database.
+"""Sequence of the last acknowledged write, kept in a file beside the database.
 
-A crash, or damage to the write-ahead log, can take away the end of a database, and SQLite cannot tell an acknowledged
-write from one that was cut off before. The file is written after each commit without waiting for the disk. So after the
-server was killed it is exact, and after a power cut it may name an earlier write, never a later one.
+A crash or damage to the write-ahead log can remove the end of a database. SQLite cannot tell an acknowledged write from
+a write that was cut off before it was acknowledged. The file is written after each commit without waiting for the disk.
+After the server was killed the file is exact. After a power cut it may name an earlier write, never a later one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from pathlib import Path
 _NAME = "acknowledged"
 
 
-def note(folder: Path, identity: str, sequence: int) -> None:
-    """Note that a write is about to be acknowledged; a file that cannot be written costs only the check.
+def write(folder: Path, identity: str, sequence: int) -> None:
+    """Write the sequence of a write that is about to be acknowledged.
+
+    A file that cannot be written raises no error: only the check for lost writes is missing then.
 
     Args:
         folder: the folder of the collection.
         identity: the identity of its database.
-        sequence: the number of the write.
+        sequence: the sequence of the write.
     """
     try:
         file = os.open(folder / _NAME, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            # The length never changes, so that it is overwritten in one step.
+            # The length never changes, so one write replaces the whole file.
             os.pwrite(file, _line(identity, sequence), 0)
         finally:
             os.close(file)
@@ -33,8 +35,8 @@ def note(folder: Path, identity: str, sequence: int) -> None:
         pass
 
 
-def noted(folder: Path, identity: str) -> int:
-    """Return the number of the last write that was noted for a database; 0 if nothing was, or it cannot be read."""
+def read(folder: Path, identity: str) -> int:
+    """Return the sequence last written for a database; 0 if none was written or the file cannot be read."""
     try:
         data = (folder / _NAME).read_bytes()
         sequence = int(data.split()[1])

@@ -1,4 +1,4 @@
-"""The data directory: the one server that may use it, which folder is which collection, and what a crash left."""
+"""The data directory: its lock, the catalogue that maps collections to folders, and removal of a crash's leftovers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import wal
 from emberpc.server.index.storage.database import connect, transaction, translated
-from emberpc.server.index.storage.files import synchronise
+from emberpc.server.index.storage.files import sync_to_disk
 from emberpc.server.index.storage.reserve import Reserve
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ _DATABASE = "catalogue.db"
 _COLLECTIONS = "collections"
 _RESERVE = "reserve"
 _FOLDER = re.compile(r"[0-9a-f]{32}")
-_WHAT = "the catalogue"
-#: Columns of an entry, but for its time. As bytes: one damaged text would otherwise fail the query for all entries.
+_SUBJECT = "the catalogue"
+#: Columns of an entry except its time. As bytes: one damaged text would otherwise fail the query for all entries.
 _ROW = "CAST(name AS BLOB), CAST(spec AS BLOB), CAST(folder AS BLOB)"
 _SCHEMA = """
 BEGIN;
@@ -41,7 +41,7 @@ CREATE TABLE collections (
 );
 COMMIT;
 """
-#: What format 2 has more: the collections that are to take the place of others.
+#: Format 2 adds the collections that are to replace others of the same name (re-embeddings).
 _SECOND = f"""
 BEGIN;
 CREATE TABLE reembeddings (
@@ -57,12 +57,12 @@ COMMIT;
 
 @dataclass(frozen=True)
 class Entry:
-    """What a folder is.
+    """An entry of the catalogue.
 
     Attributes:
-        spec: what the collection is.
-        folder: where it is.
-        since: when it was made.
+        spec: the spec of the collection.
+        folder: the folder with its data.
+        since: when the collection was created.
     """
 
     spec: CollectionSpec
@@ -71,27 +71,27 @@ class Entry:
 
 
 class DataDirectory:
-    """Which collections there are, for the one server that may use them. Not safe to use from several threads.
+    """The catalogue of collections, for the one server that may use it. Not safe to use from several threads.
 
-    The catalogue is the truth: a folder that it does not name was never finished, or is deleted, and is removed when
-    the directory is opened.
+    The catalogue is the truth. A folder that it does not name is of a collection that was never finished or was
+    deleted; it is removed when the directory is opened.
 
     Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
 
     Args:
-        path: the directory; made if it is not there.
+        path: the directory; created if it is missing.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
+        ServiceError: FAILED_PRECONDITION if it cannot be used, another server uses it, or its format is newer.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        #: Where the collections' folders are.
+        #: Parent of the collections' folders.
         self.collections = path / _COLLECTIONS
         with ExitStack() as stack:
             stack.enter_context(_lock(path))
-            #: What deletions use on a full disk.
+            #: Disk space for deletions on a full disk.
             self.reserve = Reserve(path / _RESERVE)
             self._database = self.reserve.run(partial(_open_catalogue, path))
             stack.callback(self._database.close)
@@ -99,16 +99,16 @@ class DataDirectory:
             self._resources = stack.pop_all()
 
     def close(self) -> None:
-        """Give the directory up."""
+        """Close the catalogue and release the lock."""
         self._resources.close()
 
     def find(self, name: str) -> Entry | None:
-        """Return a collection's entry; None if there is none of that name.
+        """Return the entry of a collection; None if no collection has that name.
 
         Raises:
             ServiceError: besides the usual, INTERNAL if the entry is damaged.
         """
-        with translated(_WHAT):
+        with translated(_SUBJECT):
             row = self._database.execute(
                 f"SELECT {_ROW}, created FROM collections WHERE name = ?",  # noqa: S608 - our own columns
                 (name,),
@@ -116,12 +116,12 @@ class DataDirectory:
         return None if row is None else self._entry(row)
 
     def folder(self, name: str) -> Path | None:
-        """Return a collection's folder, also if the rest of its entry is damaged; None if there is none of that name.
+        """Return the folder of a collection, even if the rest of its entry is damaged; None if it does not exist.
 
         Raises:
             ServiceError: besides the usual, INTERNAL if the folder's name is damaged.
         """
-        with translated(_WHAT):
+        with translated(_SUBJECT):
             row = self._database.execute(
                 "SELECT CAST(folder AS BLOB) FROM collections WHERE name = ?", (name,)
             ).fetchone()
@@ -129,7 +129,7 @@ class DataDirectory:
 
     def check_count(self, most: int) -> None:
         """Raise RESOURCE_EXHAUSTED if there are `most` collections or more."""
-        with translated(_WHAT):
+        with translated(_SUBJECT):
             count = self._database.execute("SELECT count(*) FROM collections").fetchone()[0]
         if count >= most:
             raise ServiceError(
@@ -141,11 +141,11 @@ class DataDirectory:
             )
 
     def specs(self, after: str, count: int) -> list[CollectionSpec]:
-        """Return the specs of the collections that follow a name, at most `count`, by name.
+        """Return the specs of at most `count` collections whose names follow `after`, sorted by name.
 
-        Of a collection whose entry is damaged, only the name is right, and the dimensions are 0.
+        If the entry of a collection is damaged, only the name in its spec is right, and the dimensions are 0.
         """
-        with translated(_WHAT):
+        with translated(_SUBJECT):
             rows = self._database.execute(
                 "SELECT CAST(name AS BLOB), CAST(spec AS BLOB) FROM collections WHERE name > ? ORDER BY name LIMIT ?",
                 (after, count),
@@ -159,16 +159,16 @@ class DataDirectory:
         return specs
 
     def add(self, entry: Entry) -> None:
-        """Name a collection; for good when this returns.
+        """Insert the entry of a new collection; it is durable when this returns.
 
         Raises:
-            OSError: its folder cannot be made to last.
+            OSError: the folder cannot be synchronised to disk.
         """
         self._insert("collections", entry)
 
     def update(self, spec: CollectionSpec) -> None:
-        """Replace the spec of a collection; of one that is to take its place, the truncation only."""
-        with translated(_WHAT), transaction(self._database):
+        """Replace the spec of a collection; of its re-embedding, if there is one, only the truncation."""
+        with translated(_SUBJECT), transaction(self._database):
             self._database.execute("UPDATE collections SET spec = ? WHERE name = ?", (spec.to_json(), spec.name))
             self._database.execute(
                 "UPDATE reembeddings SET spec = json_set(spec, '$.truncation', ?) WHERE name = ?",
@@ -176,15 +176,15 @@ class DataDirectory:
             )
 
     def delete(self, name: str) -> None:
-        """Name a collection no more."""
+        """Delete the entry of a collection."""
         self._delete("DELETE FROM collections WHERE name = ?", name)
 
     def reembeddings(self) -> list[Entry]:
-        """Return the entries of those that are to take the place of the collections of their names.
+        """Return the entries of the collections that are to replace those of the same names.
 
         A damaged entry is left out, and its folder stays.
         """
-        with translated(_WHAT):
+        with translated(_SUBJECT):
             rows = self._database.execute(
                 f"SELECT {_ROW}, started FROM reembeddings"  # noqa: S608 - our own columns
             ).fetchall()
@@ -193,20 +193,20 @@ class DataDirectory:
             try:
                 entries.append(self._entry(row))
             except ServiceError:
-                log.exception("a re-embedding cannot go on")
+                log.exception("a re-embedding cannot be resumed: its catalogue entry is damaged")
         return entries
 
     def add_reembedding(self, entry: Entry) -> None:
-        """Name one that is to take a collection's place; raises as `add`."""
+        """Insert the entry of a collection that is to replace the one of that name; raises as `add`."""
         self._insert("reembeddings", entry)
 
     def delete_reembedding(self, name: str) -> None:
-        """Name it no more."""
+        """Delete the entry of a re-embedding."""
         self._delete("DELETE FROM reembeddings WHERE name = ?", name)
 
     def switch(self, name: str) -> None:
-        """Let the one that is to take a collection's place take it; the other is named no more."""
-        with translated(_WHAT), transaction(self._database):
+        """Replace a collection's entry by that of its re-embedding, and delete the latter."""
+        with translated(_SUBJECT), transaction(self._database):
             self._database.execute(
                 "UPDATE collections SET (folder, spec) = (SELECT folder, spec FROM reembeddings WHERE name = ?1) "
                 "WHERE name = ?1",
@@ -216,17 +216,17 @@ class DataDirectory:
 
     def _delete(self, statement: str, name: str) -> None:
         def delete() -> None:
-            with translated(_WHAT), transaction(self._database):
+            with translated(_SUBJECT), transaction(self._database):
                 self._database.execute(statement, (name,))
 
         self.reserve.run(delete)
 
     def _insert(self, table: str, entry: Entry) -> None:
         self.reserve.check("no collection was made")
-        # The folder must be as lasting as the row that names it.
+        # The folder must be durable before the row that names it.
         for path in (entry.folder, self.collections, self._path):
-            synchronise(path)
-        with translated(_WHAT), transaction(self._database):
+            sync_to_disk(path)
+        with translated(_SUBJECT), transaction(self._database):
             self._database.execute(
                 f"INSERT INTO {table} VALUES (?, ?, ?, ?)",  # noqa: S608 - our own tables
                 (entry.spec.name, entry.folder.name, entry.spec.to_json(), entry.since.timestamp()),
@@ -246,12 +246,12 @@ class DataDirectory:
         return self.collections / _text(folder)
 
     def _remove_orphans(self) -> None:
-        """Remove what a crash left of collections that were being made or deleted; nothing that is not ours.
+        """Remove folders that a crash left of unfinished creations and deletions; other files stay.
 
         If a folder that the catalogue names is missing, nothing is removed: one damaged bit in that name would cost
         the collection its data.
         """
-        with translated(_WHAT):
+        with translated(_SUBJECT):
             rows = self._database.execute(
                 "SELECT CAST(folder AS BLOB) FROM collections UNION ALL SELECT CAST(folder AS BLOB) FROM reembeddings"
             ).fetchall()
@@ -266,20 +266,20 @@ class DataDirectory:
             return
         for path in there:
             if path.name not in known:
-                log.info("removing %s: no collection has it", path)
+                log.info("removing %s: it belongs to no collection", path)
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _text(data: bytes) -> str:
-    """Return a name of the catalogue; damaged bytes become a character that no valid name has."""
+    """Decode a name in the catalogue; damaged bytes become a character that no valid name has."""
     return data.decode(errors="replace")
 
 
 def _spec(name: str, text: bytes) -> CollectionSpec:
-    """Read the spec of a collection from the catalogue.
+    """Decode the spec of a collection.
 
     Raises:
-        ServiceError: INTERNAL if it is damaged, as far as that can be known.
+        ServiceError: INTERNAL if it is damaged, as far as that can be detected.
     """
     try:
         spec = CollectionSpec.from_json(text.decode())
@@ -310,7 +310,7 @@ def _collection_folders(data_dir: Path) -> list[Path]:
 
 
 def _lock(data_dir: Path) -> IO[bytes]:
-    """Take the directory for this process alone; closing the file, or dying, gives it up."""
+    """Lock the directory for this process; closing the file, or the end of the process, unlocks it."""
     if data_dir.exists() and not data_dir.is_dir():
         raise _unusable(data_dir, "is not a directory; choose another --data-dir")
     try:
@@ -330,15 +330,15 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
     path = data_dir / _DATABASE
     with ExitStack() as stack:
         try:
-            found = wal.look(path)
+            found = wal.inspect(path)
             database = connect(path, create=True)
             stack.callback(database.close)
-            wal.report(database, found, _WHAT)
+            wal.report_lost_commits(database, found, _SUBJECT)
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > _FORMAT:
                 raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
             if version == 0:
-                # Without this, a lost catalogue would make orphans of all collections.
+                # Without this check, a lost catalogue would make orphans of all collections.
                 if _collection_folders(data_dir):
                     raise _unusable(data_dir, f"has collections but no {_DATABASE}; restore it from a copy")
                 database.executescript(_SCHEMA)
@@ -349,7 +349,7 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             raise _unusable(
                 data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
             ) from error
-        # Python decodes names and messages of SQLite, which hold damaged bytes of the schema.
+        # UnicodeDecodeError: Python decodes SQLite's names and messages, which may hold damaged bytes of the schema.
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             log.exception("%s cannot be read", path)
             raise _unusable(data_dir, f"has a damaged {_DATABASE}; restore it from a copy") from error

@@ -1,4 +1,4 @@
-"""SQLite as the index uses it: synchronised at every commit, its errors in the server's terms."""
+"""SQLite connections as the index uses them: synchronous commits, and errors translated to `ServiceError`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: SQLite's message; its code is in the exception only from Python 3.11 on.
+#: SQLite's message; the exception carries its code only from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
 _INTERRUPTED = "interrupted"
-#: Steps of SQLite between two looks whether a statement is still wanted: some milliseconds.
+#: Steps of SQLite between two checks for cancellation: some milliseconds.
 STEPS_BETWEEN_LOOKS = 20_000
-#: Seconds to wait for another connection's lock; there is none but while a connection opens or a log is merged.
+#: Seconds to wait for another connection's lock. Locks are held only while a connection opens or a log is merged.
 _TIMEOUT = 30
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
-    """Open a database; its connections may go from thread to thread.
+    """Open a database; the connection may be used by different threads in turn.
 
-    A statement ends early if the call that its thread runs is cancelled. A COMMIT has too few steps to be ended.
+    A statement ends early if the call that its thread serves is cancelled. A COMMIT has too few steps to be ended.
 
     Args:
-        path: its file.
-        create: make it if it is not there; else that is an error, lest lost data look like none.
+        path: the database file.
+        create: create a missing file. Without it a missing file is an error, so that lost data is noticed.
 
     Raises:
         sqlite3.Error: it cannot be opened.
@@ -45,7 +45,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     )
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode anything less than FULL may lose what was acknowledged.
+        # In WAL mode any level below FULL may lose acknowledged writes.
         connection.execute("PRAGMA synchronous = FULL")
         connection.set_progress_handler(cancellation.cancelled, STEPS_BETWEEN_LOOKS)
     except BaseException:
@@ -56,7 +56,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Write everything of the block, or nothing; on disk when it ends."""
+    """Commit all writes of the block or none; they are on disk when it ends."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -69,27 +69,27 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def empty_log(connection: sqlite3.Connection) -> None:
-    """Move the write-ahead log into the database and give its space back, unless another connection reads it."""
+    """Merge the write-ahead log into the database and truncate it, unless another connection reads it."""
     connection.execute("PRAGMA busy_timeout = 0")
     try:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     except sqlite3.OperationalError:
-        # What was committed stays in the log.
+        # Committed data stays in the log.
         log.warning("the write-ahead log cannot be emptied now", exc_info=True)
     finally:
         connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Turn SQLite's errors into the server's.
+def translated(subject: str) -> Iterator[None]:
+    """Translate SQLite's errors to `ServiceError`.
 
     Args:
-        what: whose database it is, for the message.
+        subject: name of the database in messages, such as "collection 'c'".
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, DEADLINE_EXCEEDED if the
-            call was cancelled, else INTERNAL; the log says more.
+            call was cancelled, else INTERNAL; the log has the details.
     """
     try:
         yield
@@ -99,18 +99,18 @@ def translated(what: str) -> Iterator[None]:
         if str(error) == _DISK_FULL:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                f"the disk is full; the request wrote nothing to {what}, make room and try again",
+                f"the disk is full; the request wrote nothing to {subject}, make room and try again",
                 reason="DISK_FULL",
             ) from error
-        # SQLite says "unable to open database file" or "disk I/O error" then.
+        # In this case SQLite reports "unable to open database file" or "disk I/O error".
         if descriptors.none_free():
-            log.warning("%s: no file descriptor is free; the limit is %d", what, descriptors.limit())
+            log.warning("%s: no file descriptor is free; the limit is %d", subject, descriptors.limit())
             raise descriptors.shortage() from error
-        log.exception("%s: the database failed", what)
-        raise ServiceError(Code.INTERNAL, f"the database of {what} failed", reason="DATABASE_FAILED") from error
-    # Python decodes names and messages of SQLite, which hold damaged bytes of the schema.
+        log.exception("%s: the database failed", subject)
+        raise ServiceError(Code.INTERNAL, f"the database of {subject} failed", reason="DATABASE_FAILED") from error
+    # UnicodeDecodeError: Python decodes SQLite's names and messages, which may hold damaged bytes of the schema.
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        log.exception("%s: the database is damaged", what)
+        log.exception("%s: the database is damaged", subject)
         raise ServiceError(
-            Code.INTERNAL, f"the database of {what} is damaged; restore a backup", reason="DATABASE_DAMAGED"
+            Code.INTERNAL, f"the database of {subject} is damaged; restore a backup", reason="DATABASE_DAMAGED"
         ) from error

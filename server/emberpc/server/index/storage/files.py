@@ -1,4 +1,4 @@
-"""Files that must outlast a power cut."""
+"""Files and folders that must survive a power cut."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def written(otherwise: str) -> Iterator[None]:
-    """Turn what the system says of writing to the data directory into the server's errors.
+def translated_os_errors(consequence: str) -> Iterator[None]:
+    """Translate errors of the operating system while writing to the data directory to `ServiceError`.
 
     Args:
-        otherwise: what was not done, for the message, such as "no collection was made".
+        consequence: the effect of an error, for the message, such as "no collection was made".
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, else INTERNAL; the log says
-            more.
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, else INTERNAL; the log has
+            the details.
     """
     try:
         yield
     except OSError as error:
-        log.exception("%s", otherwise)
+        log.exception("%s", consequence)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"the disk is full; {otherwise}, make room and try again"
+            message = f"the disk is full; {consequence}, make room and try again"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
         if descriptors.is_shortage(error):
             raise descriptors.shortage() from error
@@ -42,23 +42,23 @@ def written(otherwise: str) -> Iterator[None]:
 
 
 def new_folder(collections: Path) -> Path:
-    """Make a folder among those of the collections, for what is to be removed or to become a collection.
+    """Create a folder beside those of the collections, for data to be removed or to become a collection.
 
-    If the server is killed before, the next start removes it, since the catalogue does not name it.
+    If the server is killed before the catalogue names the folder, the next start removes it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     folder = collections / uuid.uuid4().hex
     folder.mkdir(parents=True)
     return folder
 
 
-def synchronise(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk.
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on disk.
 
     Raises:
-        OSError: they cannot be put there.
+        OSError: they cannot be written.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -68,7 +68,7 @@ def synchronise(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file.
+    """Return the SHA-256 of a file in hexadecimal.
 
     Raises:
         OSError: it cannot be read.

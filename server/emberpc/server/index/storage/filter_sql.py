@@ -1,4 +1,4 @@
-"""Conditions on metadata as SQL over the JSON that a record's metadata is kept as."""
+"""Compilation of filters to SQL over the JSON column `metadata`."""
 
 from __future__ import annotations
 
@@ -31,44 +31,46 @@ _SURROGATES = range(0xD800, 0xE000)
 
 @dataclass(frozen=True)
 class Clause:
-    """An expression that is true for the records that match, and the values of its parameters, in order.
+    """An SQL expression that is true for matching records, and false or null for others.
 
-    It is false or null for the others.
+    Attributes:
+        sql: the expression.
+        parameters: the values of its parameters, in order.
+        depth: entries on the stack of SQLite's parser that it needs, beyond those of a single condition.
     """
 
     sql: str
     parameters: tuple[Any, ...] = ()
-    #: Entries of the stack of SQLite's parser that the expression takes, beyond those of one condition.
     depth: int = 0
 
 
-#: Met by every record.
+#: Matches every record.
 EVERYTHING = Clause("TRUE")
 
 
 def compile_filter(condition: Filter) -> Clause:
-    """Return a condition as an expression over the column `metadata`; fields and values must be within bounds."""
+    """Compile a filter to an expression over the column `metadata`; the filter must be validated before."""
     if isinstance(condition, AllOf):
-        return _join(" AND ", _together(condition.conditions))
+        return _join(" AND ", _conjunction(condition.conditions))
     if isinstance(condition, AnyOf):
         return _join(" OR ", [compile_filter(each) for each in condition.conditions])
     if isinstance(condition, Not):
         return _negated(compile_filter(condition.condition))
     path = keys(condition.field)
     if isinstance(condition, Existence):
-        return _somewhere(path, [_Test("{type} IS NOT NULL")], lists=False)
+        return _value_clause(path, [_Test("{type} IS NOT NULL")], lists=False)
     if isinstance(condition, Membership):
         tests = _memberships(condition.values)
         if sqlite_path(path) is None:
-            return _step_by_step(path, _any(tests), lists=True)
-        return _join(" OR ", [_somewhere(path, [test]) for test in tests])
+            return _stepwise_clause(path, _any_of(tests), lists=True)
+        return _join(" OR ", [_value_clause(path, [test]) for test in tests])
     if isinstance(condition, Comparison) and condition.operator is Operator.NOT_EQUAL:
         return _negated(compile_filter(Comparison(condition.field, Operator.EQUAL, condition.value)))
-    return _somewhere(path, [_test(condition)])
+    return _value_clause(path, [_test(condition)])
 
 
-def _together(conditions: Sequence[Filter]) -> list[Clause]:
-    """Return conditions that are all to hold; the ends of a range as one, so that an index finds it."""
+def _conjunction(conditions: Sequence[Filter]) -> list[Clause]:
+    """Compile conditions that must all hold; both ends of a range become one clause, so that an index is used."""
     ends: dict[str, list[_Test]] = {}
     others = []
     for each in conditions:
@@ -76,15 +78,15 @@ def _together(conditions: Sequence[Filter]) -> list[Clause]:
             ends.setdefault(each.field, []).append(_test(each))
         else:
             others.append(compile_filter(each))
-    return [*(_somewhere(keys(field), tests) for field, tests in ends.items()), *others]
+    return [*(_value_clause(keys(field), tests) for field, tests in ends.items()), *others]
 
 
-#: What the names of the indexes on metadata begin with.
+#: Prefix of the names of metadata indexes.
 INDEX_PREFIX = "metadata_"
 
 
 def index_statement(field: str) -> str:
-    """Return the statement that makes the index on a field that can be indexed."""
+    """Return the statement that creates the index on a field; the field must be indexable."""
     path = sqlite_path(keys(field))
     return (
         f"CREATE INDEX IF NOT EXISTS {_index_name(field)} ON records "
@@ -103,12 +105,12 @@ def _index_name(field: str) -> str:
 
 @dataclass(frozen=True)
 class _Test:
-    """A test of one value, by `{type}` and `{value}`: what JSON calls its type, and it itself as SQL."""
+    """A test of one JSON value, with the placeholders `{type}` (its JSON type) and `{value}` (its SQL value)."""
 
     template: str
     parameters: tuple[Any, ...] = ()
 
-    def of(self, type_of: str, value: str) -> str:
+    def render(self, type_of: str, value: str) -> str:
         return self.template.replace("{type}", type_of).replace("{value}", value)
 
 
@@ -121,35 +123,35 @@ def _test(condition: Comparison | Prefix) -> _Test:
 def _comparison(operator: Operator, value: Value) -> _Test:
     kind = kind_of(value)
     if kind in ("null", "boolean"):
-        # Only equality gets here; the rest is refused before.
+        # Only equality gets here; validation refuses the other operators.
         return _Test("{type} IS ?", (json.dumps(value),))
     if kind == "number":
-        # Read from its digits as SQLite reads the metadata's, which may be off by a bit from how Python reads them.
-        # The plus takes away the cast's affinity, which would keep SQLite from an index.
+        # SQLite casts the digits as it does those of the metadata, which may differ by a bit from Python's float.
+        # The plus removes the cast's affinity, which would keep SQLite from using an index.
         return _Test(f"{{type}} {_TYPES[kind]} AND {{value}} {operator.value} +CAST(? AS REAL)", (repr(value),))
     return _Test(f"{{type}} {_TYPES[kind]} AND {{value}} {operator.value} ?", (value,))
 
 
 def _memberships(values: Sequence[Value]) -> list[_Test]:
-    """Return a test for each type among the values."""
+    """Return one test for each type among the values."""
     tests = []
     for kind, types in _TYPES.items():
         if some := [value for value in values if kind_of(value) == kind]:
-            # One parameter for all: SQLite takes a limited number of them.
+            # One parameter for all values: SQLite limits the number of parameters.
             template = f"{{type}} {types} AND {{value}} IN (SELECT wanted.atom FROM json_each(?) AS wanted)"  # noqa: S608 - ours, values are parameters
             tests.append(_Test(template, (json.dumps(some, ensure_ascii=False),)))
     tests += [_comparison(Operator.EQUAL, each) for each in (None, True, False) if any(each is one for one in values)]
     return tests
 
 
-def _any(tests: Sequence[_Test]) -> _Test:
-    """Return the test that at least one of several tests is met."""
+def _any_of(tests: Sequence[_Test]) -> _Test:
+    """Return a test that is met if at least one of several tests is met."""
     template = " OR ".join(f"({test.template})" for test in tests)
     return _Test(f"({template})", tuple(value for test in tests for value in test.parameters))
 
 
 def _prefix(prefix: str) -> _Test:
-    """Return the test for strings from the prefix on up to the first that is past all that start so."""
+    """Return a test for strings from the prefix up to the first string that is past all those with the prefix."""
     test = "{type} IS 'text' AND {value} >= ?"
     start = prefix.rstrip(chr(_LAST_CHARACTER))
     if not start:
@@ -159,47 +161,50 @@ def _prefix(prefix: str) -> _Test:
     return _Test(f"{test} AND {{value}} < ?", (prefix, end))
 
 
-def _somewhere(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool = True) -> Clause:
-    """Return that the value at a path meets all tests, or, if it is a list, for each test an item of it."""
+def _value_clause(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool = True) -> Clause:
+    """Return a clause for the value at a path to meet all tests.
+
+    If `lists` is true and the value is a list, each test must be met by some item.
+    """
     json_path = sqlite_path(path)
     if json_path is None:
-        return _join(" AND ", [_step_by_step(path, test, lists=lists) for test in tests])
+        return _join(" AND ", [_stepwise_clause(path, test, lists=lists) for test in tests])
     type_of, value = f"json_type(metadata, {json_path})", f"json_extract(metadata, {json_path})"
-    alone = " AND ".join(test.of(type_of, value) for test in tests)
+    alone = " AND ".join(test.render(type_of, value) for test in tests)
     parameters = tuple(value for test in tests for value in test.parameters)
     if not lists:
         return Clause(f"({alone})", parameters)
     items = " AND ".join(
         f"EXISTS (SELECT 1 FROM json_each(metadata, {json_path}) AS item "  # noqa: S608 - ours, values are parameters
-        f"WHERE {test.of('item.type', 'item.atom')})"
+        f"WHERE {test.render('item.type', 'item.atom')})"
         for test in tests
     )
     return Clause(f"(({alone}) OR ({type_of} IS 'array' AND {items}))", parameters * 2)
 
 
-def _step_by_step(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clause:
-    """Do what `_somewhere` does for keys that SQLite's paths cannot name: with quotes, backslashes, or empty."""
+def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clause:
+    """Compile as `_value_clause` does for keys that SQLite's paths cannot name: with quotes, backslashes, or empty."""
     tables = ["json_each(metadata) AS step0"]
     conditions = ["step0.key = ?"]
     for i in range(1, len(path)):
-        # CASE: json_each fails for what is not JSON, and a string is not.
+        # CASE: json_each fails for a value that is not JSON, such as a string.
         tables.append(
             f"json_each(CASE step{i - 1}.type WHEN 'object' THEN step{i - 1}.value ELSE '{{}}' END) AS step{i}"
         )
         conditions.append(f"step{i}.key = ?")
     last = f"step{len(path) - 1}"
-    found = f"({test.of(f'{last}.type', f'{last}.atom')})"
+    found = f"({test.render(f'{last}.type', f'{last}.atom')})"
     parameters = (*path, *test.parameters)
     if lists:
         items = f"json_each(CASE {last}.type WHEN 'array' THEN {last}.value ELSE '[]' END) AS item"
-        found = f"({found} OR EXISTS (SELECT 1 FROM {items} WHERE {test.of('item.type', 'item.atom')}))"  # noqa: S608 - ours, values are parameters
+        found = f"({found} OR EXISTS (SELECT 1 FROM {items} WHERE {test.render('item.type', 'item.atom')}))"  # noqa: S608 - ours, values are parameters
         parameters += test.parameters
     conditions.append(found)
     return Clause(f"EXISTS (SELECT 1 FROM {', '.join(tables)} WHERE {' AND '.join(conditions)})", parameters)  # noqa: S608 - ours, values are parameters
 
 
 def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
-    """Return clauses joined by AND or OR, the deepest first.
+    """Join clauses by AND or OR, the deepest first.
 
     The stack of SQLite's parser has 100 entries. A nested expression takes one of them if it is the first operand, and
     three otherwise. With the deepest first, few levels of a filter with a limited number of conditions take three.
@@ -211,5 +216,5 @@ def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
 
 
 def _negated(clause: Clause) -> Clause:
-    # Not NOT: what is null, as of a field that is missing, does not match, so its opposite does.
+    # IS NOT TRUE instead of NOT: a null, as of a missing field, does not match, so the negation must match.
     return Clause(f"({clause.sql} IS NOT TRUE)", clause.parameters, clause.depth + 1)

@@ -1,8 +1,8 @@
-"""Words of texts and of queries, normalised in one way, so that a query finds a word however it is written.
+"""Normalization of texts and queries to words, so that a query finds a word in any spelling.
 
-SQLite's tokenizer splits what comes from here at spaces and punctuation, and stems it. Case, accents, invisible
-characters and compatibility forms (such as ligatures, widths and superscripts) are ignored. Scripts that are
-written without spaces are split into characters and pairs of characters.
+SQLite's tokenizer splits the normalized text at spaces and punctuation, and stems the words. Case, accents, invisible
+characters and compatibility forms (such as ligatures, widths and superscripts) are ignored. Scripts that are written
+without spaces are split into characters and pairs of characters.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+")
-#: Words of a query that count; each is looked up.
+#: Words of a query that are looked up; further words are ignored.
 _MAX_WORDS = 256
 #: Characters of a query that are read: folding 2 MB of Chinese took 0.8 s.
 _MAX_CHARACTERS = 2**16
-#: Marks of one character that count.
+#: Combining marks on one character that are kept.
 _MAX_MARKS = 30
-#: Each decomposes into marks, but is of combining class 0 itself.
+#: Characters that decompose into marks but have combining class 0 themselves.
 _MARKS_OF_CLASS_0 = "\u0f73\u0f75\u0f81"
-#: Marks that a reader may leave out: accents, and the vowel points of Hebrew and Arabic. Others, such as those of
+#: Marks that a writer may omit: accents, and the vowel points of Hebrew and Arabic. Other marks, such as those of
 #: Japanese and of Indian scripts, make another letter.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670"
     "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+"
 )
-#: Letters with a stroke or tied together, which do not decompose.
+#: Letters with a stroke, and ligatures, that Unicode does not decompose.
 _LETTERS = {"đ": "d", "ð": "d", "ø": "o", "ł": "l", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe"}
 _LETTER = re.compile(f"[{''.join(_LETTERS)}]")
-#: Code points that are not seen: those that Unicode calls default ignorable (DerivedCoreProperties.txt), such as the
-#: soft hyphen, zero width spaces and joiners, variation selectors and bidirectional marks; and two that only stretch a
-#: word (tatweel of Arabic, lajanyalan of N'Ko).
+#: Invisible code points: those that Unicode calls default ignorable (DerivedCoreProperties.txt), such as the soft
+#: hyphen, zero width spaces and joiners, variation selectors and bidirectional marks; and two that only stretch a word
+#: (tatweel of Arabic, lajanyalan of N'Ko).
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-#: Where letters, digits and symbols with a compatibility decomposition lie. Those of Hangul's letters (U+3131 to
-#: U+318E) are left as they are: decomposed, two that follow each other would become one syllable.
+#: Letters, digits and symbols with a compatibility decomposition. Hangul's letters (U+3131 to U+318E) are excluded:
+#: decomposed, two adjacent ones would become one syllable.
 _COMPATIBLE = re.compile(
     "[\u00aa\u00b2-\u00b5\u00b9-\u00be\u0132-\u0149\u017f\u01c4-\u01f3\u02b0-\u02e4\u03d0-\u03f9\u0587\u0675-\u0678\u0e33"
     "\u0eb3\u0edc\u0edd\u0f77-\u0f79\u10fc\u1d2c-\u1dbf\u1e9a\u1e9b\u2070-\u20a8\u2100-\u2189\u2460-\u24ea\u2c7c\u2c7d"
@@ -48,9 +48,9 @@ _COMPATIBLE = re.compile(
 )
 #: Fractions are not folded: 2½ would become 21⁄2.
 _FRACTION_SLASH = "\u2044"
-#: Characters that a text may become longer by, beyond twice its length. Some characters decompose into 18.
+#: Folding may make a text this many characters longer than twice its length. Some characters decompose into 18.
 _MORE_CHARACTERS = 1000
-#: Letters of scripts that are written without spaces, or in Korean without those between a word and its endings.
+#: Letters of scripts written without spaces, and of Korean, which has no space between a word and its endings.
 _UNSPACED = (
     "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46"  # Thai
     "\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6\u0edc-\u0edf"  # Lao
@@ -70,7 +70,7 @@ _RUN = re.compile(f"(?:[{_UNSPACED}][{_MARKS}]*)+")
 
 
 class _Forms(dict[str, str]):
-    """Maps a character to what it is a compatibility form of, else to itself."""
+    """Maps a character to the normal form of its compatibility form; other characters to themselves."""
 
     def __missing__(self, character: str) -> str:
         found = self[character] = _form(character)
@@ -81,9 +81,9 @@ def _form(character: str) -> str:
     found = unicodedata.normalize("NFKC", character)
     if found == unicodedata.normalize("NFC", character) or _FRACTION_SLASH in found:
         return character
-    if found[0] == " ":  # a mark by itself: part of a word in Arabic only
+    if found[0] == " ":  # a mark on its own: part of a word in Arabic only
         return found[1:] if unicodedata.category(character) == "Lo" else character
-    # A symbol separates words, and goes on doing so (™); but not the radicals that stand for characters in some texts.
+    # Spaces keep a symbol such as ™ a separator of words, except for radicals that some texts use as characters.
     symbol = unicodedata.category(character)[0] not in "LNM" and not _CHARACTER.match(found)
     return f" {found} " if symbol or " " in found else found
 
@@ -92,9 +92,9 @@ _FORMS = _Forms()
 
 
 class _Spaced(dict[int, int]):
-    """Maps the code of what is no letter, number or mark to a space, and others to themselves.
+    """Maps the code of a character that is no letter, number or mark to a space, and other codes to themselves.
 
-    Python decides, since SQLite may know another version of Unicode.
+    Python's tables decide, since SQLite may have another version of Unicode.
     """
 
     def __missing__(self, code: int) -> int:
@@ -105,26 +105,26 @@ class _Spaced(dict[int, int]):
         return found
 
 
-#: Codes whose kind is kept in memory: of most alphabets.
+#: Codes below this are cached: most alphabets.
 _CACHED = 0x3000
 _SPACED = _Spaced()
 
 
 def search_text(text: str) -> str | None:
-    """Return what is indexed of a text; None if that is the text itself, since SQLite ignores the case of ASCII."""
+    """Return the text to index; None if it equals `text`, which holds for ASCII since SQLite ignores its case."""
     if text.isascii():
         return None
     return _RUN.sub(lambda run: f" {' '.join(_characters_and_pairs(run[0]))} ", _folded(text))
 
 
 def words_of(query: str) -> list[str]:
-    """Return the words of a query, each once, and no more than are looked up.
+    """Return the distinct words of a query, at most `_MAX_WORDS`.
 
-    Of a run without spaces these are the pairs of characters: single ones are in too many texts.
+    A run of characters without spaces gives pairs of characters: single characters are in too many texts.
     """
     if len(query) > _MAX_CHARACTERS:
         query = query[:_MAX_CHARACTERS]
-        # Without the word that is cut.
+        # Drop the last word, which may be cut.
         query = query.rpartition(" ")[0] or query
     if query.isascii():
         found = _WORD.findall(query.lower())
@@ -135,17 +135,17 @@ def words_of(query: str) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    """Return a text without case, accents and forms, with spaces for all that is no part of a word."""
-    # Character by character: only afterwards marks are counted, and only then normalising a text is safe.
-    text = _stream_safe(_INVISIBLE.sub("", _formless(text)))
-    # Before the case: the iota below a letter is an accent, and would become a letter.
+    """Return a text without case, accents and compatibility forms, with spaces for characters outside of words."""
+    # Forms are replaced character by character. Marks are counted after that, and only then is it safe to normalize.
+    text = _stream_safe(_INVISIBLE.sub("", _without_forms(text)))
+    # Accents go before case folding, which would turn the iota subscript, an accent, into a letter.
     text = _ACCENTS.sub("", unicodedata.normalize("NFD", text)).casefold()
     text = _LETTER.sub(lambda letter: _LETTERS[letter[0]], unicodedata.normalize("NFC", text))
     return text.translate(_SPACED)
 
 
-def _formless(text: str) -> str:
-    """Return a text without compatibility forms; only without those of one character where it would grow too much."""
+def _without_forms(text: str) -> str:
+    """Replace compatibility forms; if the text would grow too much, only those that give a single character."""
     found = _COMPATIBLE.sub(lambda form: _FORMS[form[0]], text)
     if len(found) > 2 * len(text) + _MORE_CHARACTERS:
         return _COMPATIBLE.sub(lambda form: _FORMS[form[0]] if len(_FORMS[form[0]]) == 1 else form[0], text)
@@ -153,10 +153,10 @@ def _formless(text: str) -> str:
 
 
 def _stream_safe(text: str) -> str:
-    """Return a text without the marks of a character past its 30th.
+    """Return a text with at most 30 marks on each character.
 
-    Normalising takes time by the square of such a run of marks: 32 s for 400 KB. No script has more than 30 (Unicode
-    Standard Annex 15, Stream-Safe Text Format).
+    Normalization takes quadratic time for a run of marks: 32 s for 400 KB. No script has more than 30 (Unicode Standard
+    Annex 15, Stream-Safe Text Format).
     """
     kept = []
     run = 0
@@ -177,6 +177,6 @@ def _characters_and_pairs(run: str) -> Iterator[str]:
 
 
 def _pairs(run: str) -> list[str]:
-    """Return the pairs of characters of a run; the character itself if it is a single one."""
+    """Return the pairs of characters of a run; of a run of one character, that character."""
     characters = _CHARACTER.findall(run)
     return [a + b for a, b in pairwise(characters)] or characters

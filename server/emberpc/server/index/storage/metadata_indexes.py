@@ -1,4 +1,4 @@
-"""Indexes on fields of the metadata, and what they ask of those who delete rows."""
+"""Creation of indexes on metadata fields, and deletion of rows in spite of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
-    """Make those indexes of a collection that are not there; one that damaged metadata keeps from being, later.
+    """Create the missing metadata indexes of a collection; an index that damaged metadata prevents is skipped.
 
     Raises:
         sqlite3.Error: it failed otherwise.
@@ -26,12 +26,12 @@ def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
         except sqlite3.OperationalError as error:
             if not is_of_metadata(error):
                 raise
-            # Searches are slower without it, and right.
+            # Searches without the index are slower, and their results are the same.
             log.warning("collection %s: no index on %s: see what VerifyCollection finds", spec.name, field)
 
 
 def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: Iterable[int]) -> None:
-    """Delete the rows of some labels, damaged or not.
+    """Delete rows by label, damaged or not.
 
     Raises:
         sqlite3.Error: it failed.
@@ -42,7 +42,7 @@ def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: It
     except sqlite3.OperationalError as error:
         if not is_of_metadata(error):
             raise
-        # An index reads the metadata of a row before it lets go of it.
+        # An index must evaluate the metadata of a row to remove it, which fails for damaged metadata.
         for field in filter(can_be_indexed, spec.indexed_fields):
             connection.execute(drop_index_statement(field))
         connection.executemany("DELETE FROM records WHERE label = ?", parameters)

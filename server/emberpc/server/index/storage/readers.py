@@ -1,4 +1,4 @@
-"""Connections to a database for reading: a thread has one for the length of a call; few are kept between calls."""
+"""Pool of connections for reading: a thread holds one during a call, and few are kept between calls."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from emberpc.server import descriptors
 from emberpc.server.errors import ServiceError
 from emberpc.server.index.storage.database import connect, translated
 
-#: Connections that are kept for the next call. A call that finds none opens one.
+#: Connections kept for later calls. A call that finds none opens one.
 _IDLE = 4
-#: File descriptors of a database that nobody uses: the database and its log for each connection, one of them for
-#: writing, and the log's index. More if more threads have read it at once: SQLite keeps a closed connection's
-#: descriptor of the database for the next one.
+#: File descriptors of an idle database: the database and its log for each connection (one of them for writing), and
+#: the log's index. There are more if more threads have read at once: SQLite keeps a closed connection's descriptor of
+#: the database for the next connection.
 MOST_DESCRIPTORS = 2 * (1 + _IDLE) + 1
 
 
 class Readers:
-    """The connections for reading of one database. Safe to use from several threads.
+    """Connections for reading one database. Safe to use from several threads.
 
     Args:
-        path: the database.
-        what: whose it is, for messages.
-        on_shortage: called when no file descriptor is free, before another try to connect.
+        path: the database file.
+        subject: name of the database in messages.
+        on_shortage: called when no file descriptor is free, before the second attempt to connect.
     """
 
-    def __init__(self, path: Path, what: str, on_shortage: Callable[[], None]) -> None:
+    def __init__(self, path: Path, subject: str, on_shortage: Callable[[], None]) -> None:
         self._path = path
-        self._what = what
+        self._subject = subject
         self._local = threading.local()
         self._lock = threading.Lock()
-        #: All of them, and those that no thread has.
+        #: All open connections, and those that no thread holds.
         self._all: set[sqlite3.Connection] = set()
         self._idle: list[sqlite3.Connection] = []
         self._on_shortage = on_shortage
 
     def take(self) -> sqlite3.Connection:
-        """Return this thread's connection, which it has until `release`.
+        """Return this thread's connection, which it holds until `release`.
 
         Raises:
             ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if no file descriptor is free.
@@ -56,7 +56,7 @@ class Readers:
         return connection
 
     def release(self) -> None:
-        """Take this thread's connection back, unless it is in a transaction."""
+        """Return this thread's connection to the pool, unless it is in a transaction."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.in_transaction:
             return
@@ -69,18 +69,18 @@ class Readers:
         connection.close()
 
     def close(self) -> None:
-        """Close every connection; no call may be under way or follow."""
+        """Close every connection; no call may be in progress or follow."""
         with self._lock:
             for connection in self._all:
                 connection.close()
 
     def _connected(self) -> sqlite3.Connection:
         try:
-            with translated(self._what):
+            with translated(self._subject):
                 return connect(self._path)
         except ServiceError as error:
             if error.reason != descriptors.SHORTAGE:
                 raise
         self._on_shortage()
-        with translated(self._what):
+        with translated(self._subject):
             return connect(self._path)

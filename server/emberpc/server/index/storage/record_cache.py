@@ -1,8 +1,7 @@
-"""Records that were found lately, so that a hit need not be read from the database again.
+"""Cache of recently returned records, so that a repeated hit is not read from the database again.
 
-A label belongs to one version of one record and is never used again, so what is
-kept never goes stale: a record that is changed or deleted has its label no
-more, and memory finds only labels that are live.
+A label belongs to one version of one record and is never reused, so cached records never become stale: a record that is
+changed or deleted loses its label, and searches return only labels that are live.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from itertools import count
 from emberpc.server.collections.types import StoredRecord
 from emberpc.server.lru import LruCache
 
-#: Bytes of an entry beside its texts: the tuple, the dates, the dictionaries, the slot, and what an answer's form of it
-#: has beside texts.
+#: Bytes of an entry besides its texts: the tuple, dates, dictionaries and slot, and the overhead of its serialized form
+#: in a response.
 _OVERHEAD = 1200
 
 _Key = tuple[int, int]
@@ -26,7 +25,7 @@ class RecordCache:
     """Records without vectors, of all collections together. Safe to use from several threads.
 
     Args:
-        max_bytes: most bytes of all of them, about; 0 keeps none.
+        max_bytes: approximate limit of the bytes of all records; 0 disables the cache.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -35,23 +34,23 @@ class RecordCache:
         self._owners = count()
 
     def new_owner(self) -> int:
-        """Return a number for one who keeps records here, whose labels are then not those of others."""
+        """Return the number of a new owner, which keeps its labels apart from those of other owners."""
         return next(self._owners)
 
     def find(self, owner: int, labels: Sequence[int]) -> dict[int, StoredRecord]:
-        """Return the records that are there, by label."""
+        """Return the cached records of an owner, by label."""
         with self._lock:
             found = self._entries.each([(owner, label) for label in labels])
         return {label: record for label, record in zip(labels, found, strict=True) if record is not None}
 
     def add(self, owner: int, records: Mapping[int, StoredRecord]) -> None:
-        """Keep records, by label."""
+        """Insert records, by label."""
         with self._lock:
             self._entries.add({(owner, label): record for label, record in records.items()})
 
 
 def _size(_: _Key, record: StoredRecord) -> int:
-    # Metadata takes, as objects, some times its size as text; counting it exactly would cost more than it is worth.
+    # As objects, metadata takes several times its size as text; an exact count would cost more than it is worth.
     metadata = 200 * len(record.metadata) + (len(str(record.metadata)) if record.metadata else 0)
-    # Twice: once in the form that an answer has it in.
+    # Twice: the cached record, and its serialized form in a response.
     return 2 * (sys.getsizeof(record.text) + sys.getsizeof(record.id)) + metadata + _OVERHEAD

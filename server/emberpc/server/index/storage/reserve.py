@@ -1,7 +1,7 @@
-"""Space on the disk that only deletions use.
+"""Reserved disk space that only deletions use.
 
-A deletion writes to a log before it frees anything, and SQLite makes files when it opens a database, so that neither
-would work on a full disk.
+A deletion writes to a log before it frees space, and SQLite creates files when it opens a database. Neither works on a
+full disk without the reserve.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 #: Bytes of the reserve: the pages that a deletion of some thousand records writes.
 _SIZE = 16 * 2**20
-#: A disk with less room is full: SQLite needs that much to open a database.
+#: A disk with fewer free bytes counts as full: SQLite needs that much to open a database.
 _FULL = 64 * 2**10
-#: Reasons of errors by which SQLite reports a full disk, beside others.
+#: Error reasons by which SQLite may report a full disk; they have other causes too.
 _FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
-#: On a small file system the reserve takes this share.
+#: The reserve takes at most one part in this many of the file system.
 _SHARE = 8
 
 Result = TypeVar("Result")
@@ -49,11 +49,11 @@ class Reserve:
         with self._lock:
             self._allocate()
 
-    def check(self, otherwise: str) -> None:
+    def check(self, consequence: str) -> None:
         """Allocate the file again if it was removed and there is room.
 
         Args:
-            otherwise: what is not done without it, for the message, such as "nothing was written".
+            consequence: the effect of a missing reserve, for the message, such as "nothing was written".
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if there is no room.
@@ -62,22 +62,22 @@ class Reserve:
             return
         raise ServiceError(
             Code.RESOURCE_EXHAUSTED,
-            f"the disk is full; {otherwise}, delete collections or make room, and try again",
+            f"the disk is full; {consequence}, delete collections or make room, and try again",
             reason="DISK_FULL",
         )
 
     def refill(self) -> bool:
-        """Allocate the file again if it was removed and there is room; return whether writes may go on."""
+        """Allocate the file again if it was removed and there is room; return whether other writes are allowed."""
         if self._missing:
             with self._lock:
                 self._allocate()
         return not self._missing
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """Run a deletion, or what must come before one; if the disk is full, remove the file and run it again.
+        """Run a deletion, or a step that must precede one; if the disk is full, remove the file and run it again.
 
         Raises:
-            ServiceError: what `action` raises, RESOURCE_EXHAUSTED if the reserve is used up or does not suffice.
+            ServiceError: errors of `action`; RESOURCE_EXHAUSTED if the reserve is used up or not large enough.
         """
         try:
             return action()
@@ -91,7 +91,7 @@ class Reserve:
         return shutil.disk_usage(self._path.parent).free < _FULL
 
     def _release(self) -> bool:
-        """Remove the file; return whether it was there."""
+        """Remove the file; return whether it existed."""
         with self._lock:
             self._missing = True
             try:
@@ -111,7 +111,7 @@ class Reserve:
             self._missing = error.errno in (errno.ENOSPC, errno.EDQUOT)
             return
         try:
-            # A smaller one is left from a crash.
+            # A crash may have left a smaller file.
             os.posix_fallocate(descriptor, 0, self._size)
             self._missing = False
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The bytes of records that are read for one answer, limited before the records are read."""
+"""Limit on the bytes of the records in one response, checked before the records are read."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from emberpc.server.collections.types import WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
-#: Records whose bytes are looked up by one statement; SQLite reads their texts for that.
+#: Records whose sizes one statement computes; SQLite reads their texts for that.
 SIZES_AT_ONCE = 32
 _BYTES = {name: f"length(CAST({name} AS BLOB))" for name in ("text", "metadata", "class_label")}
-#: Bytes of a record in an answer beside its texts, metadata and vector.
+#: Bytes of a record in a response besides its texts, metadata and vector.
 _OVERHEAD = 150
-#: Bytes of metadata as a message for each byte as JSON, at most.
+#: Upper bound of the bytes of metadata in a message for each byte as JSON.
 _METADATA_FACTOR = 4
 
 
 def row_bytes(row: Sequence[object], parts: RecordParts) -> int:
-    """Return the most bytes that a row of `rows.columns_of` has in an answer of these parts."""
+    """Return an upper bound of the bytes of a row of `rows.columns_of` in a response with these parts."""
     columns = [
         len(each.encode()) if isinstance(each, str) else len(each) if isinstance(each, bytes) else 0 for each in row
     ]
@@ -29,84 +29,84 @@ def row_bytes(row: Sequence[object], parts: RecordParts) -> int:
     return sum(columns) + _OVERHEAD
 
 
-class _Answer(threading.local):
-    #: Bytes that the answer may still have; None: nothing is limited.
+class _Response(threading.local):
+    #: Bytes that the response may still use; None: no limit.
     left: int | None = None
-    #: Bytes of whole records that may still be read and kept until the answer is written.
+    #: Bytes of whole records that may still be read and kept until the response is written.
     room = 0
     parts = WHOLE_RECORD
 
 
-class AnswerBytes:
-    """Counts the bytes of the records that a thread reads for an answer. Safe to use from several threads.
+class ResponseBytes:
+    """Counts the bytes of the records that a thread reads for a response. Safe to use from several threads.
 
     Args:
-        limit: most bytes of one answer.
+        limit: limit of the bytes of one response.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._answer = _Answer()
+        self._response = _Response()
 
     @property
     def parts(self) -> RecordParts:
-        """The parts that the answer of this thread holds of a record."""
-        return self._answer.parts
+        """Parts of a record that this thread's response contains."""
+        return self._response.parts
 
     @contextmanager
-    def one(self, parts: RecordParts = WHOLE_RECORD) -> Iterator[None]:
-        """Count what this thread reads in the block; outside of one, nothing is limited.
+    def limited(self, parts: RecordParts = WHOLE_RECORD) -> Iterator[None]:
+        """Limit the bytes that this thread reads in the block; outside of the block nothing is limited.
 
         Args:
-            parts: parts of a record that the answer holds; only their bytes count.
+            parts: parts of a record that the response contains; only their bytes count.
         """
-        self._answer.left = self._answer.room = self.limit
-        self._answer.parts = parts
+        self._response.left = self._response.room = self.limit
+        self._response.parts = parts
         try:
             yield
         finally:
-            self._answer.left, self._answer.parts = None, WHOLE_RECORD
+            self._response.left, self._response.parts = None, WHOLE_RECORD
 
     def spend(self, connection: sqlite3.Connection, column: str, keys: Sequence[object]) -> bool:
-        """Count records that are about to be read.
+        """Count the bytes of records before they are read.
 
         Args:
             connection: the database.
             column: `label` or `id`.
-            keys: which records, by that column.
+            keys: the records' values of that column.
 
         Returns:
-            Whether all of them may be read and kept whole; otherwise only with the answer's parts.
+            Whether all of them may be read and kept whole; if not, only the response's parts may be kept.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the answer would have too many bytes.
+            ServiceError: RESOURCE_EXHAUSTED if the response would have too many bytes.
             sqlite3.Error: the database failed.
         """
-        answer = self._answer
-        if answer.left is None:
+        response = self._response
+        if response.left is None:
             return True
-        left, room = answer.left, answer.room
+        left, room = response.left, response.room
         for start in range(0, len(keys), SIZES_AT_ONCE):
             part = keys[start : start + SIZES_AT_ONCE]
             marks = ",".join("?" * len(part))
-            sizes = f"{_size(answer.parts)}, {_size(WHOLE_RECORD)}"
+            sizes = f"{_size(response.parts)}, {_size(WHOLE_RECORD)}"
             statement = f"SELECT {sizes} FROM records WHERE {column} IN ({marks})"  # noqa: S608 - our own names
             held, whole = connection.execute(statement, part).fetchone()
             left, room = left - int(held), room - int(whole)
             self._check(left)
-        answer.left = left
+        response.left = left
         if room < 0:
             return False
-        answer.room = room
+        response.room = room
         return True
 
     def count(self, records: Iterable[StoredRecord]) -> None:
-        """Count whole records that were read without `spend`, and that the answer holds whole.
+        """Count the bytes of whole records that were read without `spend` and that the response contains whole.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the answer would have too many bytes.
+            ServiceError: RESOURCE_EXHAUSTED if the response would have too many bytes.
         """
-        if self._answer.left is None:
+        if self._response.left is None:
             return
         size = sum(
             len(record.text.encode())
@@ -114,21 +114,21 @@ class AnswerBytes:
             + (len(str(record.metadata)) if record.metadata else 0)
             for record in records
         )
-        self._check(self._answer.left - size)
-        self._answer.left -= size
-        self._answer.room -= size
+        self._check(self._response.left - size)
+        self._response.left -= size
+        self._response.room -= size
 
     def _check(self, left: int) -> None:
         if left < 0:
             raise response_too_large(self.limit, "ask for fewer records")
 
 
-def only(parts: RecordParts, record: StoredRecord) -> StoredRecord:
-    """Return a record without the text and the metadata that are not among the parts."""
+def select_parts(parts: RecordParts, record: StoredRecord) -> StoredRecord:
+    """Return a record without the text or the metadata if the parts exclude them."""
     return record._replace(text=record.text if parts.text else "", metadata=record.metadata if parts.metadata else {})
 
 
 def _size(parts: RecordParts) -> str:
-    """Return SQL for the bytes of all records' labels, and of the parts that are asked for."""
+    """Return SQL for the bytes of all records' labels and of the requested parts."""
     columns = ["class_label", *(name for name, held in parts._asdict().items() if held)]
     return f"total({' + '.join(_BYTES[name] for name in columns)})"

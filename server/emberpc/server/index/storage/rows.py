@@ -1,4 +1,4 @@
-"""Rows of a collection's database, and what they are as records."""
+"""Rows of a collection's database: columns, checksums, and conversion to records."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecor
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage.lexical_terms import search_text
 
-#: What Python raises where the value of a damaged column is used.
-DAMAGES = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
-#: `json.loads` looks for encodings and blanks first, which takes as long again.
+#: Exceptions that using the value of a damaged column raises.
+DAMAGE_ERRORS = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
+#: `json.loads` first detects encodings and skips blanks, which takes as long again.
 _DECODE = json.JSONDecoder().raw_decode
-# Moments as microseconds: JSON in SQLite has 15 digits only, and the checksum is of what is served.
+# Times in microseconds: JSON in SQLite has only 15 digits, and the checksum covers the times as they are served.
 _COLUMNS = """label, id, text, metadata, class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
     CAST(round(expires * 1e6) AS INTEGER), text_checksum"""
-_NAME_OF_BYTES = re.compile(r"""b(['"])(?:[ -\[\]-~]|\\(?:[\\'"tnr]|x[0-9a-f]{2}))*\1""")
-#: What `is_sound_vector` takes.
+_PRINTABLE_BYTES = re.compile(r"""b(['"])(?:[ -\[\]-~]|\\(?:[\\'"tnr]|x[0-9a-f]{2}))*\1""")
+#: Columns of the rows that `has_intact_vector` reads.
 VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
-#: What `has_sound_numbers` takes.
+#: Columns of the rows that `has_intact_numbers` reads.
 NUMBER_COLUMNS = "label, revision, created, updated, expires, text_checksum, row_checksum"
-#: The numbers of a record as its checksum covers them.
+#: The numbers of a record in the byte order of its checksum.
 _NUMBERS = struct.Struct("<5q").pack
-#: For the expiry of a record that never goes: no time in microseconds.
+#: Stands for the expiry of a record without time to live: no time in microseconds.
 _NEVER = -(2**63)
-#: Microseconds from here on are whole numbers in a double, and SQLite's `round` leaves them as they are.
+#: From here on doubles are whole numbers of microseconds, which SQLite's `round` does not change.
 _WHOLE = 2**52
-#: What `has_vector` takes.
+#: Columns of the rows that `has_vector` reads.
 UNCHECKED_COLUMNS = "label, vector"
-#: Takes a JSON list of labels, and gives their records without vectors as one JSON value, for `records_of_one_row`.
+#: Selects the records of a JSON list of labels, without vectors, as one JSON value for `records_of_one_row`.
 AS_ONE_ROW = f"""
 SELECT json_group_array(json_array({_COLUMNS}, CASE WHEN typeof(checksum) = 'integer' THEN row_checksum END))
 FROM records WHERE label IN (SELECT value FROM json_each(?))
@@ -48,7 +48,7 @@ FROM records WHERE label IN (SELECT value FROM json_each(?))
 
 
 class Row(NamedTuple):
-    """A record as its row has it, undecoded; a column that is damaged may be of any type."""
+    """A record as stored in its row, undecoded; a damaged column may have any type."""
 
     label: int
     id: str
@@ -67,33 +67,33 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its id, as far as that can be read."""
-        return name_of(self.id)
+        """The id, or a printable form of it if it is damaged."""
+        return printable_id(self.id)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it is as it was written."""
+    def is_intact(self) -> bool:
+        """Whether all checksums match the values."""
         try:
             return (self.text_checksum, self.checksum, self.row_checksum) == self.checksums()
-        except DAMAGES:
+        except DAMAGE_ERRORS:
             return False
 
     @property
-    def was_whole(self) -> bool:
-        """Whether a row that an older version wrote is as it was written, as far as it has checksums.
+    def was_intact(self) -> bool:
+        """Whether a row that an older version wrote matches the checksums that it has.
 
-        One without checksums is taken to be if it can be read.
+        A row without checksums counts as undamaged if it can be read.
         """
         try:
             pairs = zip((self.text_checksum, self.checksum, self.row_checksum), self.checksums(), strict=True)
             return all(checksum in (None, found) for checksum, found in pairs)
-        except DAMAGES:
+        except DAMAGE_ERRORS:
             return False
 
     def checksums(self) -> tuple[int, int, int]:
-        """Return the checksums that go with its values: `text_checksum`, `checksum`, `row_checksum`.
+        """Return the checksums of the present values: `text_checksum`, `checksum`, `row_checksum`.
 
-        Raises one of `DAMAGES` if a value has another type than it was written with.
+        Raises one of `DAMAGE_ERRORS` if the type of a value differs from the type that was written.
         """
         texts = (self.id, self.text, self.metadata, self.class_label)
         if type(self.vector) is not bytes or not all(type(each) is str for each in texts):
@@ -107,13 +107,13 @@ class Row(NamedTuple):
         )
 
 
-#: The columns of a Row.
+#: Columns of a `Row`.
 ROW_COLUMNS = ", ".join(Row._fields)
 _INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row._fields))})"  # noqa: S608 - our own
 
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
-    """Return the CRC-32 of a record's texts, each ended by a byte that no UTF-8 has; metadata as JSON."""
+    """Return the CRC-32 of a record's texts (metadata as JSON), each followed by a byte that UTF-8 never contains."""
     return checksum_of_bytes((record_id.encode(), text.encode(), metadata.encode(), label.encode()))
 
 
@@ -123,31 +123,31 @@ def checksum_of_bytes(texts: Sequence[bytes]) -> int:
 
 
 def checksum_of(text_checksum: int, vector: bytes) -> int:
-    """Return the CRC-32 of a record's texts, whose own is given, and of its vector behind them."""
+    """Return the CRC-32 of a record's texts, given by their own checksum, followed by its vector."""
     return zlib.crc32(vector, text_checksum)
 
 
 def row_checksum_of(
     text_checksum: int, label: int, revision: int, created: int | None, updated: int | None, expires: int | None
 ) -> int:
-    """Return the CRC-32 of a record's texts, whose own is given, and of its numbers behind them.
+    """Return the CRC-32 of a record's texts, given by their own checksum, followed by its numbers.
 
-    The times are in microseconds since 1970, as they are served. Raises one of `DAMAGES` if one is no whole number.
+    The times are in microseconds since 1970, as served. Raises one of `DAMAGE_ERRORS` if a number is not whole.
     """
     numbers = _NUMBERS(label, revision, created, updated, _NEVER if expires is None else expires)
     return zlib.crc32(numbers, text_checksum)
 
 
 def columns_of(with_vectors: bool) -> str:
-    """Return what to select of a record for `record_of`."""
+    """Return the columns to select for `record_of`."""
     return f"{_COLUMNS}, checksum, row_checksum, {'vector' if with_vectors else 'NULL'}"
 
 
 def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
-    """Make a record of a row of `columns_of`, with the same `with_vectors`.
+    """Convert a row of `columns_of`, with the same `with_vectors`, to a record.
 
     Raises:
-        ServiceError: DATA_LOSS if it is damaged.
+        ServiceError: DATA_LOSS if the row is damaged.
     """
     number, record_id, text, metadata, label, revision, created, updated, expires, *more = row
     text_checksum, checksum, row_checksum, vector = more
@@ -169,12 +169,12 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
             _vector(vector, spec) if with_vectors else None,
             None if expires is None else _moment(expires),
         )
-    except DAMAGES as error:
+    except DAMAGE_ERRORS as error:
         raise damaged(record_id) from error
 
 
 def records_of_one_row(document: str) -> dict[int, StoredRecord]:
-    """Make records, by label, of what `AS_ONE_ROW` gives; raises one of `DAMAGES` if one of them is damaged."""
+    """Convert the value of `AS_ONE_ROW` to records by label; raise one of `DAMAGE_ERRORS` if one of them is damaged."""
     records = {}
     for (
         label,
@@ -206,12 +206,12 @@ def records_of_one_row(document: str) -> dict[int, StoredRecord]:
 
 
 def has_vector(row: Sequence[Any], size: int) -> bool:
-    """Return whether a row of `UNCHECKED_COLUMNS`, or with more behind them, has a vector of that many bytes."""
+    """Return whether a row that starts with `UNCHECKED_COLUMNS` has a vector of `size` bytes."""
     return type(row[1]) is bytes and len(row[1]) == size
 
 
-def is_sound_vector(row: Sequence[Any], size: int) -> bool:
-    """Return whether a row of `VECTOR_COLUMNS` has a vector of that many bytes that goes with its checksum."""
+def has_intact_vector(row: Sequence[Any], size: int) -> bool:
+    """Return whether a row of `VECTOR_COLUMNS` has a vector of `size` bytes that matches its checksum."""
     if not has_vector(row, size):
         return False
     _, vector, text_checksum, checksum = row
@@ -221,18 +221,18 @@ def is_sound_vector(row: Sequence[Any], size: int) -> bool:
         return False
 
 
-def has_sound_numbers(row: Sequence[Any]) -> bool:
-    """Return whether the numbers of a row of `NUMBER_COLUMNS` go with its checksum; its texts are not looked at."""
+def has_intact_numbers(row: Sequence[Any]) -> bool:
+    """Return whether the numbers of a row of `NUMBER_COLUMNS` match its checksum; its texts are not checked."""
     label, revision, created, updated, expires, text_checksum, row_checksum = row
     try:
         moments = (_microseconds(created), _microseconds(updated), _microseconds(expires))
         return bool(row_checksum_of(text_checksum, label, revision, *moments) == row_checksum)
-    except DAMAGES:
+    except DAMAGE_ERRORS:
         return False
 
 
 def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksum: Any) -> int:
-    """Return the checksum of a record's texts; raise TypeError or ValueError if they do not go with theirs."""
+    """Return the checksum of a record's texts; raise TypeError or ValueError if they do not match `checksum`."""
     if not (type(record_id) is type(text) is type(metadata) is type(label) is str):
         raise TypeError
     found = text_checksum_of(record_id, text, metadata, label)
@@ -242,7 +242,7 @@ def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksu
 
 
 def _microseconds(seconds: float | None) -> int | None:
-    """Return a time as `AS_ONE_ROW` gives it; raise TypeError or OverflowError if it is none."""
+    """Return a time as `AS_ONE_ROW` does; raise TypeError or OverflowError if it is not a time."""
     if seconds is None:
         return None
     if type(seconds) is not float:
@@ -252,7 +252,7 @@ def _microseconds(seconds: float | None) -> int | None:
 
 
 def _decoded(metadata: str) -> dict[str, Any]:
-    """Return what a JSON object says; raise TypeError or ValueError if it is none."""
+    """Decode a JSON object; raise TypeError or ValueError if the text is not one."""
     if metadata == "{}":
         return {}
     found = _DECODE(metadata)[0]
@@ -262,26 +262,26 @@ def _decoded(metadata: str) -> dict[str, Any]:
 
 
 def _vector(data: Any, spec: CollectionSpec) -> Matrix:
-    """Return a stored vector; raise ValueError or TypeError if none of the collection can be such."""
+    """Decode a stored vector; raise ValueError or TypeError if it is not a valid vector of the collection."""
     vector: Matrix = np.frombuffer(data, dtype="<f4")
     if len(vector) != spec.dimensions or not are_fit(vector[None], spec.distance)[0]:
         raise ValueError
     return vector
 
 
-def name_of(record_id: object) -> str:
-    """Return an id; of one that is damaged and no text, what Python writes for its value, such as `b'\\xff'`."""
+def printable_id(record_id: object) -> str:
+    """Return an id; for a damaged id that is not a string, the `ascii` form of its value, such as `b'\\xff'`."""
     return record_id if isinstance(record_id, str) else ascii(record_id)
 
 
-def bytes_of_name(name: str) -> bytes | None:
-    """Return the bytes that `name_of` gave this name to; None if it gave it to none."""
-    return bytes(ast.literal_eval(name)) if _NAME_OF_BYTES.fullmatch(name) else None
+def bytes_of_printable_id(name: str) -> bytes | None:
+    """Return the bytes for which `printable_id` returns this name; None if there are none."""
+    return bytes(ast.literal_eval(name)) if _PRINTABLE_BYTES.fullmatch(name) else None
 
 
 def damaged(record_id: object) -> ServiceError:
-    """Return the error for a record whose row is none any more, and whose id may be of any type."""
-    name = name_of(record_id)
+    """Return the error for a record whose row is damaged; its id may have any type."""
+    name = printable_id(record_id)
     return ServiceError(
         Code.DATA_LOSS,
         f"record {name!r} is damaged on disk; delete it or upsert it again, and see what VerifyCollection finds",
@@ -301,6 +301,6 @@ def insert_row(
     vector: Matrix,
     times: tuple[int, float, float, float | None],
 ) -> None:
-    """Insert a record: its number; id, text, metadata, label; vector; revision, when made, written, gone."""
+    """Insert a record: label number; id, text, metadata, label; vector; revision and create, update, expire time."""
     values = Row(number, *texts, vector.astype("<f4").tobytes(), *times, None, None, None, search_text(texts[1]))
     connection.execute(_INSERT, (*values[:-4], *values.checksums(), values.search_text))

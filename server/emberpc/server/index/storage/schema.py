@@ -1,6 +1,6 @@
-"""The tables of a collection's database, and the steps from older ones to these.
+"""Tables of a collection's database, and the migration steps from older versions.
 
-`PRAGMA user_version` is the number of steps done. A step is never changed once it was released.
+`PRAGMA user_version` is the number of steps done. A released step is never changed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from emberpc.server.index.storage.filter_sql import INDEX_PREFIX
 from emberpc.server.index.storage.lexical_terms import search_text
 from emberpc.server.index.storage.rows import ROW_COLUMNS, Row, checksum_of_bytes
 
-# The label is the record's number in the graph. AUTOINCREMENT: it is never used again, and an update gets a new one,
-# so the graph's content follows from the set of labels alone.
+# The label is the number of the record's vector in the graph. AUTOINCREMENT: a label is never reused, and an update
+# gets a new label, so the set of labels alone determines the graph's content.
 _FIRST = """
 BEGIN;
 CREATE TABLE records (
@@ -36,8 +36,8 @@ INSERT INTO state VALUES (1, 0);
 COMMIT;
 """
 
-# The words of the texts. Triggers keep them in the very transaction that writes the records; a record is only ever
-# inserted or deleted. Texts themselves are read from `records`.
+# The word index. Triggers update it in the transaction that writes the records; records are only inserted and deleted,
+# never updated. The texts themselves are read from `records`.
 _WORDS = (
     "CREATE VIRTUAL TABLE words USING fts5(text, content='records', content_rowid='label', "
     "tokenize='porter unicode61')",
@@ -48,36 +48,36 @@ _WORDS = (
     "INSERT INTO words (rowid, text) SELECT label, text FROM records WHERE text <> ''",
 )
 
-# When a record is gone, in seconds since 1970; NULL: never. The index has only the few records that go at all.
+# When a record expires, in seconds since 1970; NULL: never. The partial index holds only records with an expiry.
 _EXPIRY = (
     "ALTER TABLE records ADD COLUMN expires REAL",
     "CREATE INDEX records_expiring ON records (expires) WHERE expires IS NOT NULL",
 )
 
-# `rows.checksum_of` the others; NULL in rows of an older version.
+# `rows.checksum_of` the other columns; NULL in rows of an older version.
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
 
 # `rows.text_checksum_of` id, text, metadata and label, so that these are checked without reading the vector. NULL in
-# rows of an older version. The step computes none: given a new checksum, a damaged row would pass for whole.
+# rows of an older version. The step computes none: with a new checksum, a damaged row would count as undamaged.
 _TEXT_CHECKSUM = ("ALTER TABLE records ADD COLUMN text_checksum INTEGER",)
 
-#: Gives the database an identity that no other has.
-IDENTITY_ANEW = "UPDATE state SET identity = lower(hex(randomblob(16)))"
+#: Gives the database a new random identity.
+NEW_IDENTITY = "UPDATE state SET identity = lower(hex(randomblob(16)))"
 
-# What says of a snapshot whose it is.
-_IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", IDENTITY_ANEW)
+# The identity says to which database a snapshot belongs.
+_IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", NEW_IDENTITY)
 
-#: Computes the texts that are indexed from those that are stored; `_add_functions` has the function.
+#: Computes the indexed texts from the stored texts; `_add_functions` adds the function.
 _SEARCH_TEXTS = (
     "UPDATE records SET search_text = search_text_of(CAST(text AS BLOB)) "
     "WHERE search_text IS NOT search_text_of(CAST(text AS BLOB))"
 )
 _INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
 
-#: How the index splits what `words.search_text` gives.
+#: FTS5's tokenizer for the texts of `lexical_terms.search_text`.
 TOKENIZER = "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\""
 
-# An empty index, whatever is there. FTS5 needs its version and its first records to look at a table at all, even to
+# Empties the index, whatever its state. FTS5 needs its version and its first records to open a table at all, even to
 # delete it.
 _NO_WORDS = (
     "DELETE FROM words_config",
@@ -86,8 +86,8 @@ _NO_WORDS = (
     "INSERT INTO words (words) VALUES ('delete-all')",
 )
 
-# The words are those of `words.search_text`, NULL where that is the text itself. The table stores no texts: a trigger
-# gives it that of a deleted record. Marks are part of a word; accents were removed before.
+# The words are those of `lexical_terms.search_text`; `search_text` is NULL where it equals the text. The FTS5 table
+# stores no texts: a trigger passes it the text of a deleted record. Marks are part of a word; accents were removed.
 _NORMALISED_WORDS = (
     "DROP TRIGGER words_of_new",
     "DROP TRIGGER words_of_old",
@@ -103,11 +103,11 @@ _NORMALISED_WORDS = (
     _INDEX_WORDS,
 )
 
-# The same tables, with the words as `words.search_text` gives them since it ignores invisible characters and
-# compatibility forms. Only texts whose words differ are indexed again.
+# The same tables, with words that ignore invisible characters and compatibility forms as `lexical_terms.search_text`
+# now does. Only texts whose words differ are indexed again.
 _FORMLESS_WORDS = (
     "CREATE TEMP TABLE changed (label INTEGER PRIMARY KEY, search_text TEXT)",
-    # With a limit, SQLite computes `found` once for each row.
+    # LIMIT makes SQLite compute `found` once for each row.
     "INSERT INTO changed SELECT label, found FROM (SELECT label, search_text, "
     "search_text_of(CAST(text AS BLOB)) AS found FROM records WHERE search_text IS NOT NULL LIMIT -1) "
     "WHERE found IS NOT search_text",
@@ -120,15 +120,15 @@ _FORMLESS_WORDS = (
     "DROP TABLE changed",
 )
 
-# `rows.row_checksum_of` all columns that are served but the vector, so that no checksum may be NULL any more. Rows that
-# are there up to the label `unconverted` are given theirs by `_convert`.
+# `rows.row_checksum_of` all served columns except the vector. From this step on no checksum may be NULL. `_convert`
+# computes the checksums of existing rows, up to the label `unconverted`.
 _ROW_CHECKSUM = (
     "ALTER TABLE records ADD COLUMN row_checksum INTEGER",
     "ALTER TABLE state ADD COLUMN unconverted INTEGER NOT NULL DEFAULT 0",
     "UPDATE state SET unconverted = coalesce((SELECT max(label) FROM records), 0)",
 )
 
-#: What each step does, statement by statement; a new database goes through all of them too.
+#: Statements of each step; a new database goes through all steps too.
 STEPS: tuple[tuple[str, ...], ...] = (
     _WORDS,
     _EXPIRY,
@@ -139,32 +139,32 @@ STEPS: tuple[tuple[str, ...], ...] = (
     _FORMLESS_WORDS,
     _ROW_CHECKSUM,
 )
-#: Versions from this one on have all checksums in each row.
+#: From this version on each row has all checksums.
 CHECKED_VERSION = len(STEPS)
-#: Rows that are given checksums in one transaction: the write-ahead log stays small, and what was done stays done.
+#: Rows converted in one transaction: the write-ahead log stays small, and an interrupted conversion keeps its progress.
 _CONVERTED_AT_ONCE = 500
 
 
-def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
-    """Make the tables, or bring those of an older version up to this one's; each step as a whole.
+def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> None:
+    """Create the tables, or migrate those of an older version; each step is one transaction.
 
     Args:
         connection: the database.
-        what: whose it is, for messages.
-        create: it is empty.
+        subject: name of the database in messages.
+        create: whether the database is empty.
 
     Raises:
-        ServiceError: INTERNAL if a newer version wrote it, or its tables are not those of its version.
-        sqlite3.Error: it failed.
+        ServiceError: INTERNAL if a newer version wrote the database, or its tables are not those of its version.
+        sqlite3.Error: a statement failed.
     """
     if create:
         connection.executescript(_FIRST)
     done = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if done > len(STEPS):
-        message = f"{what} was written by a newer version of emberpc; serve it with that, or restore a backup"
+        message = f"{subject} was written by a newer version of emberpc; serve it with that, or restore a backup"
         raise ServiceError(Code.INTERNAL, message, reason="NEWER_FORMAT")
     if objects(connection) != _objects_of(max(0, done)):
-        message = f"the tables of the database of {what} are not as they were made: it is damaged; restore a backup"
+        message = f"the tables of the database of {subject} are not as they were made: it is damaged; restore a backup"
         raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
     _add_functions(connection)
     for number, statements in enumerate(STEPS[done:], done + 1):
@@ -172,24 +172,24 @@ def prepare(connection: sqlite3.Connection, what: str, *, create: bool) -> None:
             for statement in statements:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
-    _convert(connection, what)
+    _convert(connection, subject)
 
 
-def _convert(connection: sqlite3.Connection, what: str) -> None:
-    """Give the rows of an older version the checksums that they lack, if those that they have are right.
+def _convert(connection: sqlite3.Connection, subject: str) -> None:
+    """Add the missing checksums to rows of an older version if their present checksums are right.
 
-    A row that is damaged gets none, and so is damaged still. A row without any checksum is taken to be as it was
-    written, unless it came after one with a checksum: then it had one.
+    A damaged row gets none, and so stays damaged. A row without any checksum counts as undamaged, unless it was
+    inserted after a row with a checksum: then it had one.
     """
     statement = "SELECT label FROM records WHERE checksum IS NOT NULL ORDER BY label LIMIT 1"
     (first,) = connection.execute(statement).fetchone() or (None,)
 
     def is_whole(row: Row) -> bool:
-        return row.was_whole and row.revision > 0 and (row.checksum is not None or first is None or row.label < first)
+        return row.was_intact and row.revision > 0 and (row.checksum is not None or first is None or row.label < first)
 
     usual, connection.text_factory = connection.text_factory, lenient_text
     try:
-        while last := _unconverted(connection, what):
+        while last := _unconverted(connection, subject):
             statement = f"SELECT {ROW_COLUMNS} FROM records WHERE label <= ? ORDER BY label DESC LIMIT ?"  # noqa: S608 - ours
             rows = [Row(*values) for values in connection.execute(statement, (last, _CONVERTED_AT_ONCE))]
             with transaction(connection):
@@ -203,17 +203,17 @@ def _convert(connection: sqlite3.Connection, what: str) -> None:
         connection.text_factory = usual
 
 
-def _unconverted(connection: sqlite3.Connection, what: str) -> int:
-    """Return the greatest label of the rows that may lack checksums since an older version wrote them; 0: none do."""
+def _unconverted(connection: sqlite3.Connection, subject: str) -> int:
+    """Return the greatest label of the rows of an older version that may lack checksums; 0 if there are none."""
     row = connection.execute("SELECT unconverted FROM state").fetchone()
     if row is None or type(row[0]) is not int:
-        message = f"the state of the database of {what} is damaged; restore a backup"
+        message = f"the state of the database of {subject} is damaged; restore a backup"
         raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
     return max(0, row[0])
 
 
 def make(connection: sqlite3.Connection, version: int) -> None:
-    """Make the tables of an empty database as they were after so many steps, 0 to all.
+    """Create the tables in an empty database as they are after `version` steps, 0 to all.
 
     Raises:
         sqlite3.Error: it failed.
@@ -225,9 +225,9 @@ def make(connection: sqlite3.Connection, version: int) -> None:
 
 
 def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
-    """Return the tables, indexes, triggers and views of a database as they were declared, without indexes on metadata.
+    """Return the declarations of tables, indexes, triggers and views of a database, without metadata indexes.
 
-    As bytes, since a damaged one may be no UTF-8.
+    As bytes, since a damaged declaration may not be UTF-8.
 
     Raises:
         sqlite3.Error: they cannot be read.
@@ -241,14 +241,14 @@ def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
 
 @cache
 def _objects_of(version: int) -> list[tuple[bytes, ...]]:
-    """Return the objects of a database after that many steps."""
+    """Return the objects of a database after `version` steps."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         make(connection, version)
         return objects(connection)
 
 
 def index_words(connection: sqlite3.Connection) -> None:
-    """Index the words of all texts from the beginning, in a database at the last step, whatever it has of them.
+    """Rebuild the word index from all texts, in a database at the last step, whatever the index contains.
 
     Raises:
         sqlite3.Error: it failed.
@@ -259,20 +259,20 @@ def index_words(connection: sqlite3.Connection) -> None:
 
 
 def _add_functions(connection: sqlite3.Connection) -> None:
-    """Add the functions that the steps use; triggers use none, so that any SQLite can write to the database."""
+    """Add the SQL functions that the steps use; triggers use none, so that any SQLite can write to the database."""
     connection.create_function("search_text_of", 1, _search_text_of, deterministic=True)
 
 
 def add_checksum_function(connection: sqlite3.Connection) -> None:
-    """Add `text_checksum_of`, which takes id, text, metadata and label as bytes."""
+    """Add the SQL function `text_checksum_of`, whose arguments are id, text, metadata and label as bytes."""
     connection.create_function("text_checksum_of", 4, _checksum_of_bytes, deterministic=True)
 
 
 def _checksum_of_bytes(*texts: bytes) -> int | None:
-    """Return the checksum of a record's texts; None if one is missing."""
+    """Return the checksum of a record's texts; None if a text is NULL."""
     return None if None in texts else checksum_of_bytes(texts)
 
 
 def _search_text_of(data: bytes) -> str | None:
-    # A damaged text must not keep its collection from being opened.
+    # A damaged text must not prevent the collection from being opened.
     return search_text(data.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""The truth: a collection's records in SQLite, every write on disk before it is answered."""
+"""Writes of a collection's records to SQLite, the source of truth; each write is on disk before it is acknowledged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from emberpc.server import cancellation
 from emberpc.server.collections.types import (
-    ANSWER_BYTES,
+    MAX_RESPONSE_BYTES,
     Change,
     CollectionSpec,
     Labels,
@@ -32,8 +32,14 @@ from emberpc.server.index.storage.filter_sql import Clause
 from emberpc.server.index.storage.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.storage.record_cache import RecordCache
 from emberpc.server.index.storage.reserve import Reserve
-from emberpc.server.index.storage.response_bytes import AnswerBytes
-from emberpc.server.index.storage.rows import NUMBER_COLUMNS, bytes_of_name, damaged, has_sound_numbers, insert_row
+from emberpc.server.index.storage.response_bytes import ResponseBytes
+from emberpc.server.index.storage.rows import (
+    NUMBER_COLUMNS,
+    bytes_of_printable_id,
+    damaged,
+    has_intact_numbers,
+    insert_row,
+)
 from emberpc.server.index.storage.store_reader import StoreReader
 
 log = logging.getLogger(__name__)
@@ -42,16 +48,16 @@ DATABASE_NAME = "records.db"
 
 
 class Store(StoreReader):
-    """One collection's database. Reads may come from any number of threads; the caller lets one write in at a time.
+    """One collection's database. Any number of threads may read; the caller serializes writes.
 
     Args:
         folder: the collection's folder.
-        spec: what the collection is.
-        cache: keeps records that are found often.
-        reserve: space for deletions on a full disk.
-        answer_bytes: most bytes of the records that are read for one answer.
-        on_shortage: called when no file descriptor is free for reading, before another try.
-        create: make the database anew.
+        spec: the spec of the collection.
+        cache: cache of recently read records.
+        reserve: disk space for deletions on a full disk.
+        max_response_bytes: limit of the bytes of the records that are read for one response.
+        on_shortage: called when no file descriptor is free for reading, before the second attempt.
+        create: create a new database.
     """
 
     def __init__(
@@ -62,17 +68,17 @@ class Store(StoreReader):
         reserve: Reserve,
         on_shortage: Callable[[], None] = lambda: None,
         *,
-        answer_bytes: int = ANSWER_BYTES,
+        max_response_bytes: int = MAX_RESPONSE_BYTES,
         create: bool = False,
     ) -> None:
-        super().__init__(folder / DATABASE_NAME, spec, cache, AnswerBytes(answer_bytes), on_shortage)
+        super().__init__(folder / DATABASE_NAME, spec, cache, ResponseBytes(max_response_bytes), on_shortage)
         self._reserve = reserve
-        found = wal.look(self._path)
+        found = wal.inspect(self._path)
         self._writer = reserve.run(lambda: self._connect(create=create))
         try:
-            with translated(self._what):
-                wal.report(self._writer, found, self._what)
-                schema.prepare(self._writer, self._what, create=create)
+            with translated(self._subject):
+                wal.report_lost_commits(self._writer, found, self._subject)
+                schema.prepare(self._writer, self._subject, create=create)
                 make_indexes(self._writer, spec)
                 schema.add_checksum_function(self._writer)
             last = self._sequence(self._writer)
@@ -89,22 +95,22 @@ class Store(StoreReader):
         vectors: Matrix,
         expected_revisions: Sequence[int] | None,
     ) -> Change:
-        """Write records, all or none.
+        """Insert or replace records, all or none.
 
         Args:
-            records: the records, no id twice.
-            documents: the metadata of each, as JSON.
+            records: the records, with distinct ids.
+            documents: the metadata of each record, as JSON.
             vectors: float32 (records, dimensions).
-            expected_revisions: the present revision of each, 0 for none; None: whatever it is.
+            expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
         Raises:
-            ServiceError: ABORTED if a revision is not the one expected, DATA_LOSS if it is expected and damaged,
-                RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: ABORTED if a revision differs from the expected one, DATA_LOSS if a revision is expected of a
+                damaged record, RESOURCE_EXHAUSTED if the disk is full.
         """
         if expected_revisions is not None and len(expected_revisions) != len(records):
-            what = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
-            raise invalid("expected_revisions", what)
-        self._reserve.check(f"the request wrote nothing to {self._what}")
+            message = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
+            raise invalid("expected_revisions", message)
+        self._reserve.check(f"the request wrote nothing to {self._subject}")
         return self._write(lambda connection: self._upsert(connection, records, documents, vectors, expected_revisions))
 
     def _upsert(
@@ -117,8 +123,8 @@ class Store(StoreReader):
     ) -> Change:
         now = datetime.now(timezone.utc).timestamp()
         ids = [record.id for record in records]
-        present = {row[0]: row[1:] for row in self._by(connection, "id", ids, f"id, {NUMBER_COLUMNS}")}
-        damaged_ids = {record_id for record_id, row in present.items() if not has_sound_numbers(row)}
+        present = {row[0]: row[1:] for row in self._select_by(connection, "id", ids, f"id, {NUMBER_COLUMNS}")}
+        damaged_ids = {record_id for record_id, row in present.items() if not has_intact_numbers(row)}
         for record_id, revision in zip(ids, expected_revisions or (), strict=False):
             if record_id in damaged_ids:
                 raise damaged(record_id)
@@ -141,14 +147,14 @@ class Store(StoreReader):
         return Change(sequence, added, removed, len(records) - updated, updated)
 
     def copy(self, records: Sequence[StoredRecord], documents: Sequence[str], vectors: Matrix) -> Change:
-        """Write records of another database as they are there, with their revisions and times; this is no new write.
+        """Write records of another database unchanged, with their revisions and times; the sequence does not grow.
 
         Args:
-            records: the records, no id twice.
-            documents: the metadata of each, as JSON.
-            vectors: float32 (records, dimensions), instead of the records' own.
+            records: the records, with distinct ids.
+            documents: the metadata of each record, as JSON.
+            vectors: float32 (records, dimensions), which replace the records' own vectors.
         """
-        self._reserve.check(f"the request wrote nothing to {self._what}")
+        self._reserve.check(f"the request wrote nothing to {self._subject}")
         return self._write(lambda connection: self._copy(connection, records, documents, vectors))
 
     def _copy(
@@ -158,7 +164,7 @@ class Store(StoreReader):
         documents: Sequence[str],
         vectors: Matrix,
     ) -> Change:
-        removed = {row[0] for row in self._by(connection, "id", [record.id for record in records], "label")}
+        removed = {row[0] for row in self._select_by(connection, "id", [record.id for record in records], "label")}
         self._remove(connection, removed)
         numbers = [
             (
@@ -180,7 +186,7 @@ class Store(StoreReader):
         vectors: Matrix,
         numbers: Sequence[tuple[int, float, float, float | None]],
     ) -> Labels:
-        """Insert rows; `numbers` has the revision, create, update and expire time of each. Return their labels."""
+        """Insert rows and return their labels; `numbers` has revision, create, update and expire time of each."""
         first = self._next_label(connection)
         labels = np.arange(first, first + len(records), dtype=np.int64)
         for label, record, document, vector, its in zip(
@@ -190,32 +196,32 @@ class Store(StoreReader):
         return labels
 
     def identity(self) -> str:
-        """Return what no other database has; a copy of this one has it too, until one of the two takes another."""
-        return self._read_identity(self._reader())
+        """Return the identity of this database; a copy of it has the same until one of the two takes a new one."""
+        return self._read_identity(self._connection())
 
-    def take_another_identity(self) -> None:
-        """Be another one from now on than the databases that this one was copied from, or to."""
+    def take_new_identity(self) -> None:
+        """Set a new identity, which differs from that of all copies and of the original."""
         with self._writing() as connection:
-            connection.execute(schema.IDENTITY_ANEW)
+            connection.execute(schema.NEW_IDENTITY)
         self._identity = self._read_identity(self._writer)
 
     def set_sequence(self, sequence: int) -> None:
-        """Say what the number of the last write is."""
+        """Set the sequence of the last write."""
         with self._writing() as connection:
             connection.execute("UPDATE state SET sequence = ?", (sequence,))
         self._note_write(sequence)
 
     def delete(self, ids: Sequence[str]) -> Change:
-        """Delete records by id, all at once; ids that are not there are no error, and none there is no write.
+        """Delete records by id in one transaction; missing ids are ignored, and if all are missing nothing is written.
 
-        A record whose id is damaged and no text goes by its `name_of`.
+        A record whose damaged id is not a string is deleted by its `printable_id`.
         """
         distinct = list(dict.fromkeys(ids))
-        damaged_ids = [data for data in map(bytes_of_name, distinct) if data is not None]
+        damaged_ids = [data for data in map(bytes_of_printable_id, distinct) if data is not None]
 
         def find(connection: sqlite3.Connection) -> set[int]:
-            found = {row[0] for row in self._by(connection, "id", [*distinct, *damaged_ids], "label")}
-            # Bytes that are no text in UTF-8 are the id of no other record; elsewhere they are compared as bytes.
+            found = {row[0] for row in self._select_by(connection, "id", [*distinct, *damaged_ids], "label")}
+            # Bytes that are not UTF-8 can be the id of a damaged record only; SQLite compares other ids as bytes.
             for data in damaged_ids:
                 if isinstance(lenient_text(data), bytes):
                     rows = connection.execute("SELECT label FROM records WHERE id = CAST(? AS TEXT)", (data,))
@@ -225,29 +231,29 @@ class Store(StoreReader):
         return self._delete(find)
 
     def delete_matching(self, condition: Clause) -> Change:
-        """Delete the records that meet a condition, all at once; if none does it is no write."""
+        """Delete the records that meet a condition in one transaction; if there are none, nothing is written."""
         return self._delete(lambda connection: set(self._matching(connection, condition).tolist()))
 
     def delete_expired(self, most: int | None = None) -> Change:
-        """Delete records whose time is up, all or at most so many of them at once; none is no write."""
+        """Delete at most `most` expired records (None: all) in one transaction; if there are none, write nothing."""
         now = datetime.now(timezone.utc).timestamp()
         due = Clause("expires <= ?", (now,))
         return self._delete(lambda connection: {row[0] for row in islice(self._expiring(connection, due), most)})
 
     def close(self) -> None:
-        """Close every connection; no call may be under way or follow."""
+        """Close every connection; no call may be in progress or follow."""
         self._readers.close()
         self._writer.close()
 
     def _connect(self, *, create: bool = False) -> sqlite3.Connection:
-        with translated(self._what):
+        with translated(self._subject):
             return connect(self._path, create=create)
 
     def _delete(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
         change = self._reserve.run(lambda: self._delete_at_once(find))
         if not self._reserve.refill():
-            # Most of what the deletion took is in the log, whose pages find room in the database's free ones.
-            with translated(self._what):
+            # Most of the space that the deletion used is in the log, whose pages fit into the database's free pages.
+            with translated(self._subject):
                 empty_log(self._writer)
             self._reserve.refill()
         return change
@@ -264,7 +270,7 @@ class Store(StoreReader):
 
     def _remove(self, connection: sqlite3.Connection, labels: set[int]) -> None:
         """Delete rows, damaged or not."""
-        # The words of a text leave the index by the text: of a damaged one they stay, with no record behind them.
+        # FTS5 removes the words of a text by that text. The words of a damaged text stay, without a record.
         damaged_texts = (
             "SELECT EXISTS (SELECT 1 FROM records WHERE label IN (SELECT value FROM json_each(?)) AND text_checksum "
             "IS NOT text_checksum_of("
@@ -275,12 +281,12 @@ class Store(StoreReader):
         delete_rows(connection, self._spec, labels)
 
     def build_words(self) -> None:
-        """Build the word index again from the texts, as a write; its caller leaving does not stop it.
+        """Rebuild the word index from the texts, as a write; the caller's cancellation does not stop it.
 
         Raises:
             ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
         """
-        with translated(self._what), cancellation.cancelled_when(lambda: False):
+        with translated(self._subject), cancellation.cancelled_when(lambda: False):
             try:
                 word_index.build(self._writer)
             except sqlite3.DatabaseError as error:
@@ -288,54 +294,54 @@ class Store(StoreReader):
                 self.words_suspect = not self.words_beyond_repair
                 raise
         self.words_suspect = False
-        log.warning("%s: the word index was built again from the texts", self._what)
+        log.warning("%s: the word index was rebuilt from the texts", self._subject)
 
     def _write(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
-        """Write everything that `work` does, or nothing, and note that it is acknowledged."""
-        change = self._written(work)
+        """Run `work` in a transaction and note its sequence as acknowledged."""
+        change = self._run_transaction(work)
         self._note_write(change.sequence)
         return change
 
-    def _written(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
-        """Write everything that `work` does, or nothing; if a damaged word index refuses it, build that again, once."""
-        with translated(self._what):
+    def _run_transaction(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
+        """Run `work` in a transaction; if a damaged word index makes it fail, rebuild that index and retry once."""
+        with translated(self._subject):
             try:
                 with transaction(self._writer):
                     return work(self._writer)
             except sqlite3.DatabaseError as error:
                 if self.words_beyond_repair or not word_index.may_be_damage(error):
                     raise
-                log.warning("%s: a write failed; is the word index damaged?", self._what, exc_info=True)
+                log.warning("%s: a write failed; is the word index damaged?", self._subject, exc_info=True)
             self.build_words()
             with transaction(self._writer):
                 return work(self._writer)
 
     def _note_write(self, sequence: int) -> None:
-        acknowledged.note(self._path.parent, self._identity, sequence)
+        acknowledged.write(self._path.parent, self._identity, sequence)
 
     def _report_lost_writes(self, last: int) -> None:
-        """Log how many acknowledged writes the database lacks, whose last write has that number."""
-        noted = acknowledged.noted(self._path.parent, self._identity)
+        """Log how many acknowledged writes the database lacks; `last` is the sequence of its last write."""
+        noted = acknowledged.read(self._path.parent, self._identity)
         if noted > last:
             log.error(
                 "%s: %d acknowledged writes are lost: number %d was acknowledged, and the database ends with number "
                 "%d, as after damage or if it is an older copy; compare the records with their source, or restore a "
                 "backup",
-                self._what,
+                self._subject,
                 noted - last,
                 noted,
                 last,
             )
-            # It is reported once.
+            # Report the loss only once.
             self._note_write(last)
 
     def _read_identity(self, connection: sqlite3.Connection) -> str:
-        with translated(self._what):
+        with translated(self._subject):
             return str(connection.execute("SELECT identity FROM state").fetchone()[0])
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with translated(self._what), transaction(self._writer):
+        with translated(self._subject), transaction(self._writer):
             yield self._writer
 
     def _next_sequence(self, connection: sqlite3.Connection) -> int:

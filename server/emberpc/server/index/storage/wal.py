@@ -1,8 +1,8 @@
-"""Does SQLite apply all of a write-ahead log that a crash left?
+"""Detection of commits in a write-ahead log that SQLite does not apply after a crash.
 
-SQLite applies the log up to the first frame whose checksum is wrong. It says nothing of later frames, since they may be
-stale, or cut off by the crash. Later frames of the same generation that end a transaction are lost writes. Only frame
-headers are read here, and only of a log that is found when a database is opened, so no write is slower.
+SQLite applies the log up to the first frame whose checksum is wrong. It reports nothing about later frames, since they
+may be stale, or cut off by the crash. Later frames of the same generation that end a transaction are lost writes. Only
+frame headers are read here, and only of a log that exists when a database is opened, so no write is slower.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _MAGIC = 0x377F0682
 _MASK = 2**32 - 1
 
 
-class Found(NamedTuple):
-    """What a log holds.
+class LogContents(NamedTuple):
+    """Contents of a write-ahead log.
 
     Attributes:
-        readable: whether its header is as it was written.
-        commits: numbers of the frames, from 1, that end a transaction of this generation of the log.
+        readable: whether the checksum of its header is right.
+        commits: numbers, from 1, of the frames that end a transaction of the log's present generation.
         frames: number of the last frame of this generation.
     """
 
@@ -36,8 +36,8 @@ class Found(NamedTuple):
     frames: int
 
 
-def look(database: Path) -> Found | None:
-    """Return what the log of a database holds; to be called before any connection is opened. None: there is no log."""
+def inspect(database: Path) -> LogContents | None:
+    """Return the contents of a database's log, None if there is no log; to be called before a connection is opened."""
     path = database.with_name(f"{database.name}-wal")
     try:
         file = path.open("rb", buffering=0)
@@ -50,7 +50,7 @@ def look(database: Path) -> Found | None:
         magic, _, page_size, _, *salts = _HEADER.unpack(header)[:6]
         size = path.stat().st_size
         if magic & ~1 != _MAGIC or _checksum(header) != _HEADER.unpack(header)[6:]:
-            return Found(False, [], 0) if size > _HEADER.size else None
+            return LogContents(False, [], 0) if size > _HEADER.size else None
         commits, last = [], 0
         for number in range(1, (size - _HEADER.size) // (_FRAME.size + page_size) + 1):
             file.seek(_HEADER.size + (number - 1) * (_FRAME.size + page_size))
@@ -59,26 +59,26 @@ def look(database: Path) -> Found | None:
                 last = number
                 if pages_after_commit:
                     commits.append(number)
-    return Found(True, commits, last)
+    return LogContents(True, commits, last)
 
 
-def report(connection: sqlite3.Connection, found: Found | None, what: str) -> None:
-    """Log which commits of a log were not applied.
+def report_lost_commits(connection: sqlite3.Connection, found: LogContents | None, subject: str) -> None:
+    """Log which commits of a write-ahead log SQLite did not apply.
 
     Args:
-        connection: the first one that was opened after `look`.
-        found: what `look` returned.
-        what: whose database it is.
+        connection: the first connection that was opened after `inspect`.
+        found: the result of `inspect`.
+        subject: name of the database in messages.
     """
     if found is None:
         return
     remedy = "compare the records with their source, or restore a backup"
     if not found.readable:
-        log.error("%s: the header of its write-ahead log is damaged; the last writes are lost: %s", what, remedy)
+        log.error("%s: the header of its write-ahead log is damaged; the last writes are lost: %s", subject, remedy)
         return
     try:
         _, applied, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    except sqlite3.OperationalError:  # the disk is full, so the log stays for the next start
+    except sqlite3.OperationalError:  # the disk is full; the log stays, and the next start checks it
         return
     lost = [number for number in found.commits if number > applied]
     if not lost:
@@ -87,12 +87,12 @@ def report(connection: sqlite3.Connection, found: Found | None, what: str) -> No
         log.warning(
             "%s: the last write in its write-ahead log is not whole: a crash cut it off before it was acknowledged, or "
             "the log is damaged on disk",
-            what,
+            subject,
         )
         return
     log.error(
         "%s: its write-ahead log is damaged on disk behind frame %d; %d acknowledged writes are lost: %s",
-        what,
+        subject,
         applied,
         len(lost),
         remedy,
@@ -100,7 +100,7 @@ def report(connection: sqlite3.Connection, found: Found | None, what: str) -> No
 
 
 def _checksum(header: bytes) -> tuple[int, int]:
-    """Return the checksum that the header of a log must have."""
+    """Compute the checksum of a log's header."""
     order = ">" if header[3] & 1 else "<"
     words = struct.unpack(f"{order}6I", header[:24])
     first = second = 0

@@ -1,7 +1,7 @@
-"""Is the word index of a collection sound? It is derived from the texts, and so is built again where it is not.
+"""Check and rebuilding of a collection's word index, which is derived from its texts.
 
-SQLite computes no checksum of its pages, so FTS5 may read over damage and miss texts. The check compares the whole
-index with the texts, by FTS5's own means.
+SQLite's pages have no checksums, so FTS5 may read past damage and miss texts. The check compares the whole index with
+the texts, by FTS5's own integrity check.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import schema
 from emberpc.server.index.storage.database import connect, transaction
 
-# A copy of the index as one that knows its texts, which FTS5 compares it with. FTS5 does so only in a statement that
-# writes: a copy among the temporary tables of a connection keeps no other connection from writing.
+# A copy of the index that is declared with its texts as content, so that FTS5 compares both. FTS5 does so only in a
+# statement that writes. A copy among the temporary tables of a connection does not block other connections' writes.
 _COPY = (
     "CREATE TEMP VIEW texts_of_words AS "
     "SELECT label, coalesce(search_text, text) AS text FROM main.records WHERE text <> ''",
@@ -33,10 +33,10 @@ _COPY = (
 )
 
 
-def is_sound(path: Path) -> bool:
-    """Return whether the word index of a database has the words of its texts, no others, and can be read.
+def is_intact(path: Path) -> bool:
+    """Return whether the word index of a database holds exactly the words of its texts and can be read.
 
-    Reads all texts and tokenizes them, and takes temporary space for a copy of the index.
+    Reads and tokenizes all texts, and needs temporary space for a copy of the index.
 
     Raises:
         sqlite3.Error: the check failed.
@@ -57,7 +57,7 @@ def is_sound(path: Path) -> bool:
 
 
 def build(connection: sqlite3.Connection) -> None:
-    """Build the word index from the texts, in one transaction.
+    """Rebuild the word index from the texts in one transaction.
 
     Raises:
         sqlite3.Error: it failed.
@@ -67,17 +67,17 @@ def build(connection: sqlite3.Connection) -> None:
 
 
 def may_be_damage(error: sqlite3.DatabaseError) -> bool:
-    """Return whether a damaged word index can be why a statement failed; the records can be, too."""
+    """Return whether a damaged word index can be the cause of an error; damaged records can be the cause too."""
     if isinstance(error, sqlite3.OperationalError):
         return "fts5" in str(error)
     return type(error) is sqlite3.DatabaseError
 
 
-def damaged(what: str) -> ServiceError:
-    """Return the error for a search by words that met damage in the index of `what`, such as "collection 'c'"."""
+def damaged(subject: str) -> ServiceError:
+    """Return the error of a lexical search for a damaged word index; `subject` is such as "collection 'c'"."""
     return ServiceError(
         Code.DATA_LOSS,
-        f"the word index of {what} is damaged; the server builds it again from the texts, which takes about 15 s for "
-        "100,000 texts of 100 words: search again after that",
+        f"the word index of {subject} is damaged; the server builds it again from the texts, which takes about 15 s "
+        "for 100,000 texts of 100 words: search again after that",
         reason="WORDS_DAMAGED",
     )

@@ -29,7 +29,7 @@ NEITHER = RecordParts(text=False, metadata=False)
 
 @pytest.fixture(params=[0, 2**20], ids=["no cache", "cache"])
 def collection(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Collection]:
-    with closing(Index(tmp_path, record_cache_bytes=request.param, answer_bytes=LIMIT)) as index:
+    with closing(Index(tmp_path, record_cache_bytes=request.param, max_response_bytes=LIMIT)) as index:
         opened = index.create(CollectionSpec("c", DIMENSIONS))
         new = [NewRecord(each, f"{LONG} w{i}", {"number": i}, "label") for i, each in enumerate(IDS)]
         opened.upsert(new, MATRIX)
