@@ -23,7 +23,7 @@ from emberpc.server.collections import CollectionSpec, Distance, NewRecord
 from emberpc.server.collections.metric import nearest, prepare
 from emberpc.server.collections.types import Matrix
 from emberpc.server.index import Collection, Index
-from emberpc.server.index.graph.graph import Graph
+from emberpc.server.index.graph.persistent_graph import PersistentGraph
 
 _BATCH = 16
 _DIMENSIONS = 384
@@ -83,7 +83,7 @@ def uneven(count: int) -> dict[str, tuple[Matrix, Distance]]:
 def build_seconds(vectors: Matrix, distance: Distance) -> float:
     """Return CPU seconds of the graph alone."""
     prepared = prepare(vectors, distance)
-    graph = Graph(CollectionSpec("c", vectors.shape[1], distance=distance))
+    graph = PersistentGraph(CollectionSpec("c", vectors.shape[1], distance=distance))
     labels = np.arange(1, len(vectors) + 1, dtype=np.int64)
     start = process_time()
     for first in range(0, len(vectors), _BATCH):

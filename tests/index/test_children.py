@@ -87,7 +87,7 @@ def test_a_snapshot_whose_process_is_killed_is_written_by_the_next(
         children.append(work)
         return in_child(work if len(children) > 1 else lambda: os.kill(os.getpid(), signal.SIGKILL))
 
-    monkeypatch.setattr("emberpc.server.index.graph.graph.in_child", killed_at_first)
+    monkeypatch.setattr("emberpc.server.index.graph.persistent_graph.in_child", killed_at_first)
     with closing(Index(tmp_path, buffer_limit=10, snapshot_every=50)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))
         collection.upsert(numbered(60), gaussian(60, DIMENSIONS))

@@ -187,23 +187,23 @@ def test_two_hundred_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
 KILLED = """
 import os, pathlib, signal, sys
 from emberpc.server.index import Index
-from emberpc.server.index.graph import graph, neighbours, snapshots
+from emberpc.server.index.graph import neighbours, persistent_graph, snapshots
 from emberpc.server.index.jobs import maintenance_thread
 from index_helpers import records, vectors
 folder, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
-maintenance_thread.Maintainer.wake = lambda *_: None  # not before all is written
+maintenance_thread.MaintenanceThread.wake = lambda *_: None  # not before all is written
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "half of a graph built anew":
-    add, calls = graph.Graph.add, []
+    add, calls = persistent_graph.PersistentGraph.add, []
     def add_or_kill(*arguments):
         calls.append(arguments) if len(calls) < 5 else kill()
         add(*arguments)
-    graph.Graph.add, neighbours._SLICE = add_or_kill, 10
+    persistent_graph.PersistentGraph.add, neighbours._SLICE = add_or_kill, 10
 elif moment == "half of a file":
-    in_child = graph.in_child
+    in_child = persistent_graph.in_child
     def torn(work):
         def write_half():
             work()
@@ -211,7 +211,7 @@ elif moment == "half of a file":
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getppid(), signal.SIGKILL)
         return in_child(write_half)
-    graph.in_child = torn
+    persistent_graph.in_child = torn
 elif moment == "no sidecar":
     snapshots.sync_to_disk = kill
 else:

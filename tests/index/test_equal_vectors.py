@@ -12,7 +12,7 @@ from emberpc.server.collections.metric import prepare
 from emberpc.server.collections.types import Labels, Matrix
 from emberpc.server.index import Index
 from emberpc.server.index.graph import snapshots
-from emberpc.server.index.graph.graph import Graph
+from emberpc.server.index.graph.persistent_graph import PersistentGraph
 from index.support import gaussian, numbered
 
 WIDTH = 32
@@ -27,8 +27,8 @@ def with_copies(others: int, copies: int) -> tuple[Matrix, Labels]:
     return prepare(vectors, Distance.COSINE), np.flatnonzero(order < others)
 
 
-def built(vectors: Matrix) -> Graph:
-    graph = Graph(SPEC)
+def built(vectors: Matrix) -> PersistentGraph:
+    graph = PersistentGraph(SPEC)
     labels = np.arange(1, len(vectors) + 1, dtype=np.int64)
     for start in range(0, len(vectors), 16):
         graph.add(labels[start : start + 16], vectors[start : start + 16])

@@ -11,8 +11,8 @@ from emberpc.server.collections import CollectionSpec
 from emberpc.server.collections.metric import prepare
 from emberpc.server.collections.types import Distance
 from emberpc.server.index.graph import hnsw
-from emberpc.server.index.graph.graph import Graph
 from emberpc.server.index.graph.hnsw import GraphError
+from emberpc.server.index.graph.persistent_graph import PersistentGraph
 from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 
@@ -83,7 +83,7 @@ def test_many_queries_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(hnsw, "_helpers", WorkerThreads(2))
     spec = CollectionSpec("c", 16)
     vectors = prepare(np.random.default_rng(0).standard_normal((600, 16), dtype=np.float32), Distance.COSINE)
-    graph = Graph(spec)
+    graph = PersistentGraph(spec)
     graph.add(np.arange(600, dtype=np.int64), vectors)
     graph.set_ef(60)
     labels, scores = graph.search(vectors[:50], 5)

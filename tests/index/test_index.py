@@ -20,7 +20,7 @@ from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.graph import snapshots
-from emberpc.server.index.graph.graph import Graph
+from emberpc.server.index.graph.persistent_graph import PersistentGraph
 from index.support import refused
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -308,7 +308,7 @@ def test_who_opens_a_collection_keeps_nobody_waiting_for_another(
     index, opening, go_on = Index(tmp_path), threading.Event(), threading.Event()
     load = snapshots.load
 
-    def slow(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Graph | None:
+    def slow(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> PersistentGraph | None:
         if spec.name == "large":
             opening.set()
             assert go_on.wait(30)

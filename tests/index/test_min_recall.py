@@ -86,11 +86,11 @@ def test_what_was_measured_outlasts_a_restart_and_a_file_that_was_not_written_by
 
 def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:
     collection, _ = filled(index)
-    first = collection._graph_maintenance.effort._measured
+    first = collection._graph_maintenance.ef_chooser._measured
     assert first is not None
     collection.upsert(numbered(800, first=COUNT), gaussian(800, WIDTH, seed=3))
     collection.maintain()
-    second = collection._graph_maintenance.effort._measured
+    second = collection._graph_maintenance.ef_chooser._measured
     assert first.size == COUNT
     assert second is not None
     assert second.size == COUNT + 800

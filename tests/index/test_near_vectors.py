@@ -13,10 +13,10 @@ from emberpc.server.collections.metric import nearest, prepare
 from emberpc.server.collections.types import Labels, Matrix
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.graph import snapshots
-from emberpc.server.index.graph.graph import Graph
-from emberpc.server.index.graph.grouped_vectors import GroupedVectors
+from emberpc.server.index.graph.grouped_graph import GroupedGraph
 from emberpc.server.index.graph.hnsw import Hnsw
 from emberpc.server.index.graph.neighbours import Neighbours
+from emberpc.server.index.graph.persistent_graph import PersistentGraph
 from index.support import gaussian, numbered
 
 WIDTH = 32
@@ -34,9 +34,9 @@ def crowd(others: int, near: int, noise: float) -> tuple[Matrix, Labels]:
     return vectors, np.flatnonzero(order < others)
 
 
-def built(vectors: Matrix, spec: CollectionSpec = SPEC) -> Graph:
+def built(vectors: Matrix, spec: CollectionSpec = SPEC) -> PersistentGraph:
     """Return a graph of prepared vectors; the label of row i is i + 1."""
-    graph = Graph(spec)
+    graph = PersistentGraph(spec)
     labels = np.arange(1, len(vectors) + 1, dtype=np.int64)
     for start in range(0, len(vectors), 16):
         graph.add(labels[start : start + 16], vectors[start : start + 16])
@@ -45,7 +45,7 @@ def built(vectors: Matrix, spec: CollectionSpec = SPEC) -> Graph:
 
 
 def recalls(
-    graph: Graph, vectors: Matrix, queries: Matrix, distance: Distance = Distance.COSINE
+    graph: PersistentGraph, vectors: Matrix, queries: Matrix, distance: Distance = Distance.COSINE
 ) -> tuple[float, float]:
     """Return self-recall and recall@10; an equal score counts."""
     _, scores = graph.search(queries, 10)
@@ -112,7 +112,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch, build: Callable[[], object]) -> N
         build()
 
 
-def missed(graph: Graph, vectors: Matrix) -> list[int]:
+def missed(graph: PersistentGraph, vectors: Matrix) -> list[int]:
     labels, _ = graph.search(vectors, 1)
     return [row for row, label in enumerate(labels[:, 0].tolist()) if label != row + 1]
 
@@ -122,7 +122,7 @@ def test_a_node_that_later_ones_cut_off_is_compared_with_every_query() -> None:
     graph = built(vectors, POOR)
     lost = missed(graph, vectors)
     assert lost, "the graph is too good to show anything"
-    graph.check(graph.check_begins())
+    graph.check(graph.begin_check())
     assert missed(graph, vectors) == []
     assert 0 < graph.stray_share < 0.1
     labels = {row + 1 for row in lost}
@@ -137,9 +137,9 @@ def test_a_node_of_a_group_that_is_cut_off_is_compared_with_every_query(monkeypa
     graph = built(vectors)
     assert graph.nodes == 1
     monkeypatch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[nodes == 100])
-    graph.check(graph.check_begins())
+    graph.check(graph.begin_check())
     (group,) = graph._groups.values()
-    assert isinstance(group, GroupedVectors)
+    assert isinstance(group, GroupedGraph)
     assert group.stray_share > 0
     assert graph.search(vectors[99][None], 1)[0].tolist() == [[100]]
 
@@ -150,7 +150,7 @@ def test_a_leader_that_is_cut_off_still_leads_to_its_group(monkeypatch: pytest.M
     graph = built(vectors)
     group = sorted(set(range(1, 401)) - set((others + 1).tolist()))
     monkeypatch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[nodes == group[0]])
-    graph.check(graph.check_begins())
+    graph.check(graph.begin_check())
     rows = np.array(group) - 1
     assert graph.search(vectors[rows], 1)[0][:, 0].tolist() == group
     graph.remove(set(group))
@@ -162,7 +162,7 @@ def test_a_snapshot_keeps_groups_and_strays(tmp_path: Path) -> None:
     vectors, others = crowd(1500, 100, 0.001)
     vectors = prepare(np.vstack([vectors, vectors[:50]]), Distance.COSINE)
     graph = built(vectors, POOR)
-    graph.check(graph.check_begins())
+    graph.check(graph.begin_check())
     group = sorted(set(range(1, 1601)) - set((others + 1).tolist()))
     graph.remove({group[0]})
     kept = graph.labels()
@@ -257,7 +257,7 @@ def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
     alone = index.create(CollectionSpec("d", WIDTH, m=8, ef_construction=60))
     alone.upsert(numbered(1500), vectors[others])
     alone.maintain()
-    ours, theirs = (each._graph_maintenance.effort.ef(10, 0, 0.95) for each in (collection, alone))
+    ours, theirs = (each._graph_maintenance.ef_chooser.ef(10, 0, 0.95) for each in (collection, alone))
     assert ours is not None
     assert theirs is not None
     assert ours >= theirs / 2
@@ -289,13 +289,13 @@ def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytes
     vectors = prepare(gaussian(40, WIDTH), Distance.COSINE)
     graph = built(vectors)
     looked_up: list[int] = []
-    vectors_of = GroupedVectors._vectors
+    vectors_of = GroupedGraph._vectors
 
-    def watched(self: GroupedVectors, names: list[int]) -> Matrix:
+    def watched(self: GroupedGraph, names: list[int]) -> Matrix:
         looked_up.extend(names)
         return vectors_of(self, names)
 
-    monkeypatch.setattr(GroupedVectors, "_vectors", watched)
+    monkeypatch.setattr(GroupedGraph, "_vectors", watched)
     graph.add(np.arange(100, 116, dtype=np.int64), vectors[[7] * 8 + [9] * 8])
     assert looked_up == [8, 10]
     assert graph.nodes == 40
@@ -332,7 +332,7 @@ def test_checks_of_a_graph_at_rest_take_a_small_share_of_the_time(cut_off: Colle
     maintenance._next_check += 1000
     seconds = maintenance.due_at_rest
     assert seconds is not None
-    assert seconds > maintenance._pace.rest_seconds
+    assert seconds > maintenance._limits.rest_seconds
     cut_off.maintain()
     assert not_found(cut_off), "it was checked before the time"
 
@@ -352,7 +352,7 @@ def test_a_graph_that_is_loaded_is_checked_for_what_was_added_before(cut_off: Co
 def test_members_of_a_group_that_is_not_in_a_snapshot_are_found_and_grouped_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emberpc.server.index.graph.graph._MOST_SAVED", 150)
+    monkeypatch.setattr("emberpc.server.index.graph.persistent_graph._MAX_SAVED_GROUP", 150)
     vectors, _ = crowd(300, 200, 0.001)
     vectors = prepare(vectors, Distance.COSINE)
     graph = built(vectors)
@@ -504,13 +504,13 @@ def test_shells_outlast_a_restart(tmp_path: Path) -> None:
 
 
 def test_many_strays_have_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emberpc.server.index.graph.grouped_vectors._MOST_STRAYS_COMPARED", 100)
+    monkeypatch.setattr("emberpc.server.index.graph.grouped_graph._MAX_COMPARED_STRAYS", 100)
     vectors = prepare(one_cone(), Distance.COSINE)
     graph = built(vectors)
-    graph.check(graph.check_begins())
+    graph.check(graph.begin_check())
     assert graph.strays > 100
-    assert isinstance(graph._strays, GroupedVectors)
-    graph.check(graph.check_begins())
+    assert isinstance(graph._strays, GroupedGraph)
+    graph.check(graph.begin_check())
     assert recalls(graph, vectors, vectors[::5])[0] >= 0.99
     some = sorted(graph._strays.labels())[:2]
     graph.compare_always(some)

@@ -207,7 +207,7 @@ def test_the_connections_of_a_collection_are_shared(index: Index) -> None:
     inside = threading.Barrier(12)
 
     def read() -> None:
-        with collection._calls.one(), collection._store.snapshot():
+        with collection._calls.enter(), collection._store.snapshot():
             inside.wait(30)
         for _ in range(3):
             assert found(collection, 0) == ["r00000"]

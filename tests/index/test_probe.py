@@ -77,7 +77,7 @@ def test_it_rests_after_each_and_keeps_no_more_than_it_can_do(collection: Collec
 
 
 def test_without_a_share_nothing_is_probed_and_exact_answers_never_are(collection: Collection, index: Index) -> None:
-    assert not any(Probe(0).wants_one() for _ in range(1000))
+    assert not any(Probe(0).should_sample() for _ in range(1000))
     collection.search(gaussian(1, WIDTH), 10, min_recall=1)
     collection.maintain()
     assert collection.probed.count == 0

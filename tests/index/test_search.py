@@ -231,8 +231,8 @@ def test_maintenance_at_rest_comes_once_and_after_the_last_write(index: Index) -
     resting: Any = Resting()
     asked = 0.0
     for _ in range(5):
-        index._maintainer.wake_at_rest(resting, 0.1)
+        index._maintenance_thread.wake_at_rest(resting, 0.1)
         asked = time.monotonic()
     assert done.wait(30)
-    index._maintainer.close()
+    index._maintenance_thread.close()
     assert [moment >= asked + 0.05 for moment in maintained] == [True]

@@ -14,7 +14,7 @@ from emberpc.server.collections.types import StoredRecord
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.graph.read_write_lock import ReadWriteLock
-from emberpc.server.index.jobs.graph_maintenance import Pace
+from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
 from emberpc.server.index.storage.store import Store
 from index.support import gaussian, numbered
 
@@ -44,7 +44,7 @@ def together(*calls: Callable[[], None]) -> None:
 def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: int) -> None:
     """Between an old version that is gone and a new one that has not come there must be no gap."""
     collection = index.create(CollectionSpec("c", 8))
-    collection._graph_maintenance._pace = Pace(limit)
+    collection._graph_maintenance._limits = MaintenanceLimits(limit)
     query = gaussian(1, 8)
     collection.upsert([*numbered(200), NewRecord("wanted")], gaussian(201, 8, seed=1))
     collection.upsert([NewRecord("wanted", "0")], query)
@@ -98,7 +98,7 @@ def test_a_batch_is_seen_whole_or_not_at_all(index: Index) -> None:
 def test_a_search_finds_what_its_own_thread_has_written(index: Index) -> None:
     """Through drains, rebuilds and snapshots of the graph."""
     collection = index.create(CollectionSpec("c", 16))
-    collection._graph_maintenance._pace = Pace(8, snapshot_every=100)
+    collection._graph_maintenance._limits = MaintenanceLimits(8, snapshot_every=100)
 
     def work(number: int) -> Callable[[], None]:
         def run() -> None:

@@ -200,8 +200,8 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 
     def count(self: Collection, condition: Any = None) -> int:
         if self.spec.name == "endless" and condition is not None:
-            with self._calls.one(), translated("endless"):
-                return int(self._store._reader().execute(ENDLESS).fetchone()[0])
+            with self._calls.enter(), translated("endless"):
+                return int(self._store._connection().execute(ENDLESS).fetchone()[0])
         return real(self, condition)
 
     monkeypatch.setattr(Collection, "count", count)

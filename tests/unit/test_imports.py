@@ -75,3 +75,29 @@ sys.exit(main(["serve", "--listen", "127.0.0.1:0", "--data-dir", sys.argv[1]]))
 """
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
+
+
+def test_a_server_on_milvus_needs_neither_hnswlib_nor_the_embedded_index(tmp_path: Path) -> None:
+    """The start fails over pymilvus where that is not installed, else because nothing listens at the address."""
+    code = """
+import sys
+from pathlib import Path
+sys.modules["hnswlib"] = None  # an import of it fails, as if it were not installed
+import emberpc.server.app
+from emberpc.server.errors import StartupError
+from emberpc.server.settings import Settings
+from emberpc.server.start import serve
+settings = Settings(
+    data_dir=Path(sys.argv[1]), index_backend="milvus", milvus_uri="http://127.0.0.1:1", listen="127.0.0.1:0"
+)
+try:
+    serve(settings)
+except StartupError as error:
+    print(error)
+print([name for name in sys.modules if name.startswith("emberpc.server.index")])
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    message, loaded = run.stdout.splitlines()
+    assert "needs pymilvus, which is not installed" in message or "Milvus cannot be reached" in message
+    assert "hnswlib" not in message
+    assert loaded == "[]"

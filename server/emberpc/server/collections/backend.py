@@ -1,4 +1,4 @@
-"""What the services need of an index: the embedded one and one on another engine are the same to them."""
+"""Protocols of an index backend, which the services call; the embedded backend and Milvus implement them."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from emberpc.server.errors import Code, ServiceError, not_found
 
 
 class CollectionBackend(Protocol):
-    """A collection, as `Collection` documents it: what it takes, gives and raises. Safe to use from several threads."""
+    """A collection; `Collection` documents arguments, results and errors. Safe to use from several threads."""
 
     @property
     def spec(self) -> CollectionSpec:
-        """What it is."""
+        """Spec of the collection."""
 
     def info(self) -> CollectionInfo:
-        """Say how it stands."""
+        """Return record count, sequence, creation time and size."""
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
     ) -> WriteResult:
-        """Insert records or replace those of the same id; vectors are float32 (records, dimensions)."""
+        """Insert records or replace those with the same ids; vectors are float32 (records, dimensions)."""
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id; ids that are not there are no error."""
+        """Delete records by id; missing ids are ignored."""
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the records of those ids that are there, in the order asked for."""
+        """Return the existing records among the ids, in their order."""
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a condition."""
+        """Delete the records that meet a filter."""
 
     def page(
         self,
@@ -63,10 +63,10 @@ class CollectionBackend(Protocol):
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+        """Return a page of records in byte order of ids, and the token of the next page, empty after the last."""
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records, with a condition, of those that meet it."""
+        """Return the number of records, or of those that meet a filter."""
 
     def search(
         self,
@@ -80,26 +80,26 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find the records nearest to each query; queries are float32 (queries, dimensions)."""
+        """Search for the records nearest to each query; queries are float32 (queries, dimensions)."""
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return a sentence for each comparison with a number whose field holds strings only."""
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Check that every record is there, undamaged and found, some hundred records a step.
+        """Check that every record exists, is undamaged and is found; yields progress every few hundred records.
 
         Args:
-            full: search for every record by its own vector; otherwise for a random sample.
+            full: whether to search for every record by its own vector; otherwise for a random sample.
         """
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Give a copy of one state of the collection, piece by piece; ends early when told to stop, or closed."""
+        """Yield a copy of one state of the collection, piece by piece; ends early if stopped or closed."""
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Find pairs of records that are much alike; ends early when told to stop."""
+        """Find pairs of records with a score of at least `min_score`; ends early if stopped."""
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Group the records by likeness; ends early when told to stop."""
+        """Cluster the records by similarity; ends early if stopped."""
 
     def search_words(
         self,
@@ -110,7 +110,7 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find the records with words of each text."""
+        """Search for records with words of each text."""
 
     def search_both(
         self,
@@ -126,24 +126,24 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused."""
+        """Search for records by vectors and by words, with both rankings fused."""
 
 
 class RestorationBackend(Protocol):
-    """Takes in a backup, as `Restoration` documents it; `close` may come at any time."""
+    """Receives a backup, as `Restoration` documents; `close` may be called at any time."""
 
     def write(self, data: bytes) -> None:
-        """Take in the next bytes."""
+        """Write the next bytes of the backup."""
 
     def finish(self, sha256: str) -> CollectionBackend:
-        """Check what came, whose SHA-256 (hex) is given, and make a collection of it."""
+        """Check the bytes against their SHA-256 (hex), and create the collection."""
 
     def close(self) -> None:
-        """Remove all that came, unless it became a collection."""
+        """Remove all files, unless they became a collection."""
 
 
 class ReembeddingBackend(Protocol):
-    """Replaces the vectors of a collection by those of another model, as `Reembedding` documents it."""
+    """Replaces the vectors of a collection by those of another model, as `Reembedding` documents."""
 
     @property
     def started(self) -> datetime:
@@ -185,52 +185,52 @@ class IndexBackend(Protocol):
         """Return a collection."""
 
     def opened(self, name: str) -> CollectionBackend | None:
-        """Return a collection that is at hand, without waiting for anything; None: only `get` can tell."""
+        """Return a collection if it is open, without waiting; None: call `get`."""
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
-        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+        """Return a page of specs, sorted by name, and the token of the next page, empty after the last."""
 
     def update(self, name: str, truncation: str) -> None:
         """Set how a collection truncates over-long texts."""
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
-        """Bind a collection to its model by another fingerprint, if it is bound by `legacy`; return the collection."""
+        """Bind a collection to another fingerprint of its model if it has the fingerprint `legacy`; return it."""
 
     def delete(self, name: str) -> None:
         """Delete a collection."""
 
     def reembed(self, spec: CollectionSpec) -> ReembeddingBackend:
-        """Begin to take a collection's records over to the model of a spec."""
+        """Begin to re-embed a collection's records with the model of a spec."""
 
     def reembeddings(self) -> Sequence[ReembeddingBackend]:
-        """Return those that were under way when the index was last closed."""
+        """Return the re-embeddings that were unfinished when the index was last closed."""
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Let the new collection take the old one's place if it has all records; return whether it did."""
+        """Replace the collection by its re-embedded copy if that has all records; return whether it was replaced."""
 
     def cancel_reembedding(self, name: str) -> None:
-        """Give up what was taken over of a collection; nothing if there is nothing."""
+        """Drop the re-embedding of a collection; does nothing if there is none."""
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
-        """Begin to make a collection of a backup of `total` bytes; 0: not known.
+        """Begin to restore a backup of `total` bytes (0: not known) as a new collection.
 
         `accept` raises ValueError or ServiceError if the collection cannot be served.
         """
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return what probes of searches found, by collection; nothing where there are none."""
+        """Return the figures of search probes by collection; empty if there are none."""
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Let calls under way finish, and give everything up; return whether that was done by the deadline."""
+        """Wait for calls in progress and close all collections; return whether that was done by the deadline."""
 
 
 def no_collection(name: str) -> ServiceError:
-    """Return the NOT_FOUND error for a collection that is not there."""
+    """Return the NOT_FOUND error for a missing collection."""
     return not_found("collection", name, "see ListCollections, or create it")
 
 
 def collection_exists(name: str) -> ServiceError:
-    """Return the ALREADY_EXISTS error for a collection that is to be created and is there."""
+    """Return the ALREADY_EXISTS error for creating a collection whose name exists."""
     return ServiceError(
         Code.ALREADY_EXISTS,
         f"there is a collection {name!r} already; use it, delete it, or choose another name",
@@ -240,12 +240,12 @@ def collection_exists(name: str) -> ServiceError:
 
 
 def unsupported(operation: str, backend: str, remedy: str) -> ServiceError:
-    """Return the UNIMPLEMENTED error for what a backend cannot do.
+    """Return the UNIMPLEMENTED error for an operation that a backend does not support.
 
     Args:
-        operation: what was asked for, as the request calls it, such as `expected_revisions`.
-        backend: the backend's name, as `--index-backend` has it.
-        remedy: what to do instead.
+        operation: name of the operation in the request, such as `expected_revisions`.
+        backend: name of the backend in `--index-backend`.
+        remedy: what the caller can do instead.
     """
     return ServiceError(
         Code.UNIMPLEMENTED,

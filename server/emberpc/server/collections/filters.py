@@ -1,6 +1,6 @@
-"""Conditions on the metadata of records: what they are, and what they mean.
+"""Filters: conditions on the metadata of records, and their meaning.
 
-`matches` is the meaning; `filter_sql` and other engines must agree with it.
+`matches` defines the meaning; `filter_sql` and other backends must agree with it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 from emberpc.server import cancellation
 
-#: A string, a number (a double), a truth value or null.
+#: A string, a number (a double), a boolean or null.
 Value = str | float | bool | None
 
-#: How deep conditions may be nested, and how many there may be in one filter. SQLite takes expressions of depth 1000.
+#: Limits of the nesting of conditions, and of their number in a filter. SQLite takes expressions of depth 1000.
 MAX_DEPTH = 32
 MAX_CONDITIONS = 256
 MAX_LIST = 100
 MAX_VALUES = 10_000
-#: Longest field, in characters.
+#: Limit of the characters of a field.
 MAX_FIELD = 1000
-#: Most nested keys of a field. Metadata of a request cannot be nested deeper: a message may have 100 levels, and each
-#: level of metadata takes three. SQLite joins at most 64 tables, and a key of an unusual name takes one.
+#: Limit of the nested keys in a field. Metadata of a request cannot be nested deeper: a message may have 100 levels,
+#: and each level of metadata takes three. SQLite joins at most 64 tables, and an unusual key takes one.
 MAX_KEYS = 40
 
 _FIELD = re.compile(r"(?:[^\\]|\\[.\\])*", re.DOTALL)
@@ -33,7 +33,7 @@ _PART = re.compile(r"\\([.\\])|(\.)", re.DOTALL)
 
 
 class Operator(str, Enum):
-    """How a field compares with a value."""
+    """Comparison of a field with a value."""
 
     EQUAL = "="
     NOT_EQUAL = "!="
@@ -45,28 +45,28 @@ class Operator(str, Enum):
 
 @dataclass(frozen=True)
 class AllOf:
-    """All of these hold."""
+    """Matches if all conditions match."""
 
     conditions: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class AnyOf:
-    """At least one of these holds."""
+    """Matches if at least one condition matches."""
 
     conditions: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class Not:
-    """This does not hold."""
+    """Matches if the condition does not."""
 
     condition: Filter
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The field compares so with a value; NOT_EQUAL is that EQUAL does not hold."""
+    """Compares the field with a value; NOT_EQUAL is the negation of EQUAL."""
 
     field: str
     operator: Operator
@@ -75,7 +75,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Membership:
-    """The field equals one of several values."""
+    """Matches if the field equals one of several values."""
 
     field: str
     values: tuple[Value, ...]
@@ -83,7 +83,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The field is a string that starts so."""
+    """Matches if the field is a string with this prefix."""
 
     field: str
     prefix: str
@@ -91,7 +91,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Existence:
-    """The field is there, be it null."""
+    """Matches if the field exists, even if it is null."""
 
     field: str
 
@@ -100,13 +100,13 @@ Filter = AllOf | AnyOf | Not | Comparison | Membership | Prefix | Existence
 
 
 def is_field(field: str) -> bool:
-    """Return whether a field is written rightly: a backslash stands before a dot or a backslash of a key only."""
+    """Return whether the syntax of a field is valid: a backslash must precede a dot or a backslash."""
     return bool(_FIELD.fullmatch(field))
 
 
 @lru_cache(maxsize=1024)
 def keys(field: str) -> tuple[str, ...]:
-    """Return the nested keys that a field names: parted by dots; after a backslash, a dot or backslash is the key's."""
+    """Return the nested keys of a field, which dots separate; an escaped dot or backslash belongs to the key."""
     found = [""]
     end = 0
     for part in _PART.finditer(field):
@@ -121,9 +121,8 @@ def keys(field: str) -> tuple[str, ...]:
 def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     """Return whether a record's metadata meets a condition.
 
-    A comparison with a field that is missing or of another type is false. A
-    list meets one if an item of it does; an item that is a list itself, or an
-    object, does not.
+    A comparison with a field that is missing or of another type is false. A list meets a comparison if one of its items
+    does; items that are lists or objects do not.
     """
     if isinstance(condition, AllOf):
         return all(matches(each, metadata) for each in condition.conditions)
@@ -144,12 +143,12 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     return found is not negated
 
 
-#: Records whose metadata is looked at for `mismatches`.
+#: Records whose metadata `mismatches` should examine.
 MISMATCH_RECORDS = 1000
 
 
 def mismatches(condition: Filter, read: Callable[[], Iterable[Mapping[str, Any]]]) -> list[str]:
-    """Return a sentence for each field that a condition compares with a number, and that holds strings only.
+    """Return a sentence for each field that a condition compares with a number and that has only strings.
 
     Args:
         condition: the condition.
@@ -171,7 +170,7 @@ def mismatches(condition: Filter, read: Callable[[], Iterable[Mapping[str, Any]]
 
 
 def _compared_with_numbers(condition: Filter) -> Iterator[str]:
-    """Give the field of each comparison with a number."""
+    """Yield the field of each comparison with a number."""
     if isinstance(condition, (AllOf, AnyOf)):
         for each in condition.conditions:
             yield from _compared_with_numbers(each)
@@ -192,7 +191,7 @@ def _look_up(metadata: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
 
 
 def _meets(value: Any, condition: Comparison | Membership | Prefix) -> bool:
-    """Return whether a value that is no list meets a condition; of NOT_EQUAL, whether it is equal."""
+    """Return whether a value that is not a list meets a condition; for NOT_EQUAL, whether it is equal."""
     if isinstance(condition, Membership):
         return any(_equal(value, each) for each in condition.values)
     if isinstance(condition, Prefix):
@@ -215,7 +214,7 @@ def _equal(value: Any, other: Value) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value is: `string`, `number`, `boolean`, `null`, or `other`."""
+    """Return the kind of a value: `string`, `number`, `boolean`, `null`, or `other`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -226,14 +225,14 @@ def kind_of(value: Any) -> str:
 
 
 def can_be_indexed(field: str) -> bool:
-    """Return whether there can be an index on a field: SQLite's paths cannot name every key."""
+    """Return whether SQLite can index a field: its paths cannot name every key."""
     return is_field(field) and sqlite_path(keys(field)) is not None
 
 
 def sqlite_path(path: tuple[str, ...]) -> str | None:
-    """Return SQLite's path to nested keys as an SQL literal, or None if there is none for a key.
+    """Return SQLite's path to nested keys as an SQL literal, or None if a key has no path.
 
-    A literal and no parameter: SQLite takes an index on an expression only for the very same expression.
+    A literal instead of a parameter: SQLite uses an expression index only for an identical expression.
     """
     if any(not key or any(c in '"\\' or ord(c) < 32 for c in key) for key in path):
         return None

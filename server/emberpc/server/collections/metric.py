@@ -1,4 +1,4 @@
-"""Distances: how vectors are prepared, checked, compared and scored."""
+"""Distances: preparation, validation, comparison and scores of vectors."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import numpy.typing as npt
 from emberpc.server.collections.types import Distance, Labels, Matrix
 from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
 
-#: hnswlib's name of the space. Vectors are normalised here, so cosine is an inner product too.
+#: hnswlib's names of the spaces. Cosine is an inner product too, since vectors are normalized here.
 SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
-#: Longest vector: the square of a distance between two of them, scaled, is still a float32.
+#: Limit of a vector's length: the square of a distance between two such vectors, scaled, is still a float32.
 _MAX_LENGTH = 1e14
-#: A length whose square is within these bounds in float32 is neither zero nor longer than that, whatever was rounded.
+#: Squared lengths in float32 within these limits are valid in spite of rounding: neither zero nor too long.
 _PLAIN = (1e-30, 1e27)
-#: hnswlib works with 1 - product in float32, which swallows small products. Under DOT_PRODUCT both sides are scaled by
-#: this power of two, which changes no digit, so that vectors much shorter than 1 can be told apart.
+#: hnswlib computes 1 - product in float32, which loses small products. Under DOT_PRODUCT both sides are scaled by this
+#: power of two, which changes no digit, so that vectors much shorter than 1 can be distinguished.
 _DOT_SCALE = np.float32(2**14)
-#: Under DOT_PRODUCT, the least length of a prepared vector that hnswlib tells from others of about its length: 1e-5 of
-#: the product with a query of length 1, scaled, is more than the last digit of 1.
+#: Under DOT_PRODUCT, the least length of a prepared vector that hnswlib distinguishes from vectors of similar length:
+#: 1e-5 of the product with a query of length 1, scaled, is more than the last digit of 1.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
-#: Scores computed at a time, so that a long buffer and many queries do not fill the memory (16 MB).
+#: Scores computed at a time, so that a full buffer and many queries do not fill the memory (16 MB).
 _BLOCK = 4 * 2**20
-#: So few queries are compared as columns: of thousands of vectors, four take half as long so as the other way.
+#: Up to this many queries are multiplied as columns: with thousands of vectors, four queries take half the time then.
 _FEW_QUERIES = 8
 
 
 def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
-    """Raise INVALID_ARGUMENT, naming each vector that is not fit to be stored or searched for.
+    """Raise INVALID_ARGUMENT, naming each vector that cannot be stored or searched for.
 
-    hnswlib takes a short vector and corrupts the heap, and takes NaN and gives nonsense.
+    hnswlib corrupts the heap if a vector is too short, and returns nonsense for NaN.
 
     Args:
         matrix: float32, shape (vectors, any).
-        dimensions: what the second axis must be.
-        distance: under COSINE, a vector needs a direction.
-        path: what the request calls vector i.
+        dimensions: required size of the second axis.
+        distance: under COSINE, a vector must not be zero.
+        path: returns the name of vector i in the request.
     """
     if matrix.dtype != np.float32:
         raise invalid(path(0), f"is of type {matrix.dtype}; it must be float32")
@@ -57,15 +57,15 @@ def prepare(matrix: Matrix, distance: Distance) -> Matrix:
 
 
 def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> Matrix:
-    """Check and prepare vectors that are searched for, in half the time of `check_vectors` and `prepare`.
+    """Check and prepare query vectors, in half the time of `check_vectors` and `prepare`.
 
-    What is stored is prepared to the same bits whenever that is done; for queries the last bit does not matter.
+    Stored vectors are always prepared to the same bits; for queries the last bit does not matter.
     """
     if matrix.dtype != np.float32 or matrix.ndim != 2 or matrix.shape[1] != dimensions:
         check_vectors(matrix, dimensions, distance, path)
     exact = matrix.astype(np.float64)
     lengths = np.sqrt(np.add.reduce(exact * exact, axis=1))
-    if not all(0 < length <= _MAX_LENGTH for length in lengths.tolist()):  # nor is NaN
+    if not all(0 < length <= _MAX_LENGTH for length in lengths.tolist()):  # false for NaN too
         _check_lengths(lengths, distance, path)
     if distance is Distance.COSINE:
         exact /= lengths[:, None]
@@ -87,7 +87,7 @@ def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: F
 
 
 def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
-    """Return which vectors, float32 (vectors, dimensions), `check_vectors` would take: bool (vectors,)."""
+    """Return which vectors, float32 (vectors, dimensions), `check_vectors` would accept: bool (vectors,)."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", matrix, matrix)
     fit: npt.NDArray[np.bool_] = (squares > _PLAIN[0]) & (squares < _PLAIN[1])
@@ -107,13 +107,13 @@ def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 
 
 def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
-    """Scale short queries of inner products up by powers of two, which changes no digit; hnswlib rounds less then.
+    """Scale short queries of inner products up by powers of two, which change no digit; hnswlib rounds less then.
 
     Args:
         queries: prepared queries, float32 (queries, dimensions).
 
     Returns:
-        The queries, of length at least 2**14 except those of length zero, and the scale of each, float32 (queries, 1).
+        The queries, of length at least 2**14 except zero vectors, and the scale of each, float32 (queries, 1).
     """
     lengths = np.maximum(_lengths(queries), np.finfo(np.float64).tiny)
     powers = np.clip(np.ceil(np.log2(float(_DOT_SCALE) / lengths)), 0, 120)
@@ -124,14 +124,14 @@ def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
 def nearest(
     queries: Matrix, vectors: Matrix, k: int, distance: Distance, among: npt.NDArray[np.bool_] | None = None
 ) -> tuple[Labels, Matrix]:
-    """Compare prepared queries with every one of some prepared vectors.
+    """Compare prepared queries with prepared vectors exhaustively.
 
     Args:
         queries: float32 (queries, dimensions).
         vectors: float32 (vectors, dimensions).
-        k: most vectors to return for each query.
-        distance: how they compare.
-        among: bool (vectors,), which of the vectors count; None: all.
+        k: limit of the vectors to return for each query.
+        distance: the distance.
+        among: bool (vectors,), which of the vectors to compare; None: all.
 
     Returns:
         Rows of `vectors`, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
@@ -146,7 +146,7 @@ def nearest(
         if among is not None:
             found[:, ~among] = -np.inf
         chosen = np.argpartition(-found, k - 1, axis=1)[:, :k]
-        # np.take_along_axis takes longer than comparing a small group.
+        # For a small group, np.take_along_axis takes longer than the comparison.
         across = np.arange(len(chosen))[:, None]
         chosen_scores = found[across, chosen]
         order = np.argsort(-chosen_scores, axis=1, kind="stable")
@@ -156,14 +156,15 @@ def nearest(
 
 
 def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Matrix]:
-    """Merge what was found of the same queries in several places.
+    """Merge the results of the same queries from several searches.
 
     Args:
-        found: of each place labels, int64 (queries, any), nearest first, and their scores, float32 of the same shape.
-        k: most labels to return for each query.
+        found: from each search labels, int64 (queries, any), nearest first, and scores, float32 of the same shape.
+        k: limit of the labels to return for each query.
 
     Returns:
-        Labels, int64 (queries, at most k), nearest first, and their scores; of equal ones the first place's come first.
+        Labels, int64 (queries, at most k), nearest first, and their scores; of equal scores, those of earlier searches
+        come first.
     """
     if len(found) == 1:
         return found[0]
@@ -175,7 +176,7 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
 
 
 def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
-    """Turn what hnswlib gives into scores; greater is nearer."""
+    """Convert hnswlib's distances to scores; greater is nearer."""
     if distance is Distance.EUCLIDEAN:
         return -np.sqrt(np.maximum(distances, 0))
     return _unscaled(1 - distances, distance)
@@ -186,7 +187,7 @@ def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
     if distance is not Distance.EUCLIDEAN:
         products = (vectors @ queries.T).T if len(queries) <= _FEW_QUERIES else queries @ vectors.T
         return _unscaled(products, distance)
-    # Not by |a|² + |b|² - 2ab: that loses the distances that are small against the lengths.
+    # Not by |a|² + |b|² - 2ab, which loses distances that are small compared with the lengths.
     found = np.empty((len(queries), len(vectors)), dtype=np.float32)
     step = max(1, _BLOCK // max(1, queries.shape[1]))
     for row, query in enumerate(queries):
@@ -201,6 +202,6 @@ def _unscaled(products: Matrix, distance: Distance) -> Matrix:
 
 
 def _lengths(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """Return the vectors' lengths; in float64, where the square of a float32 neither overflows nor vanishes."""
+    """Return the vectors' lengths in float64, where the square of a float32 neither overflows nor vanishes."""
     lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
     return lengths

@@ -1,4 +1,4 @@
-"""What goes into the index and what comes out of it."""
+"""Specs, records, results and plans: the values that an index backend takes and returns."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Matrix = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 MAX_DIMENSIONS = 16_000
-#: Most bytes of the records of one answer, unless the server's settings say otherwise.
+#: Default limit of the bytes of the records in one response.
 MAX_RESPONSE_BYTES = 32 * 2**20
 #: Values of the engine's `Truncation`.
 _TRUNCATIONS = ("refuse", "end", "start")
 
 
 class Distance(str, Enum):
-    """How two vectors compare."""
+    """The measure that compares two vectors."""
 
     COSINE = "cosine"
     DOT_PRODUCT = "dot_product"
@@ -37,7 +37,7 @@ class Distance(str, Enum):
 
 
 class Strategy(str, Enum):
-    """How a result was found."""
+    """The kind of search that found a result."""
 
     EXACT = "exact"
     HNSW = "hnsw"
@@ -45,7 +45,7 @@ class Strategy(str, Enum):
 
 
 class Fusion(str, Enum):
-    """How a ranking by likeness and one by words become one."""
+    """The rule that joins a dense and a lexical ranking."""
 
     SCORES = "scores"
     RANKS = "ranks"
@@ -53,21 +53,21 @@ class Fusion(str, Enum):
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """What a collection is; fixed at its creation."""
+    """The properties of a collection; fixed at its creation except truncation and model binding."""
 
     name: str
     dimensions: int
     model: str = ""
     model_fingerprint: str = ""
     distance: Distance = Distance.COSINE
-    #: The service's own term for what to do with over-long texts.
+    #: How over-long texts are truncated, as the name of an engine's `Truncation`.
     truncation: str = "refuse"
     m: int = 16
     ef_construction: int = 200
     indexed_fields: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise INVALID_ARGUMENT, naming the field, unless everything is within bounds."""
+        """Raise INVALID_ARGUMENT, naming the field, unless all values are valid."""
         check_name(self.name, "collection.name")
         bounds = {
             "dimensions": (self.dimensions, 1, MAX_DIMENSIONS),
@@ -85,12 +85,12 @@ class CollectionSpec:
             raise invalid("collection.truncation", f"is {self.truncation!r}; it must be one of {_TRUNCATIONS}")
 
     def to_json(self) -> str:
-        """Return the spec as the catalogue keeps it."""
+        """Encode the spec as JSON, as the catalogue stores it."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> CollectionSpec:
-        """Read what `to_json` wrote.
+        """Decode the result of `to_json`.
 
         Raises:
             ValueError, TypeError, KeyError, AttributeError: the text is damaged.
@@ -103,7 +103,7 @@ class CollectionSpec:
 
 @dataclass(frozen=True)
 class CollectionInfo:
-    """How a collection stands: number of records, of its last write, and bytes on disk."""
+    """State of a collection: number of records, sequence of its last write, creation time, and bytes on disk."""
 
     record_count: int
     sequence: int
@@ -113,13 +113,13 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class NewRecord:
-    """A record to be written; its vector comes beside it."""
+    """A record to be written; its vector is passed separately."""
 
     id: str
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    #: Seconds until it is gone; None: it stays.
+    #: Seconds until it expires; None: never.
     time_to_live: float | None = None
 
 
@@ -131,14 +131,14 @@ class _RecordFields(NamedTuple):
     revision: int
     create_time: datetime
     update_time: datetime
-    #: float32 (dimensions,) as it was given, or None where it was not asked for.
+    #: float32 (dimensions,) as it was given, or None if it was not requested.
     vector: Matrix | None = None
-    #: When it will be gone; None: it stays.
+    #: When it expires; None: never.
     expire_time: datetime | None = None
 
 
 class RecordParts(NamedTuple):
-    """Which parts of a record an answer holds beside its id, label and times; a vector is asked for separately."""
+    """The parts of a record that a response contains besides id, label and times; vectors are requested separately."""
 
     text: bool = True
     metadata: bool = True
@@ -148,20 +148,20 @@ WHOLE_RECORD = RecordParts()
 
 
 class StoredRecord(_RecordFields):
-    """A record as it stands.
+    """A record as it is stored.
 
-    A tuple, since an answer may have thousands, and a dataclass takes four times as long to make.
+    A tuple, since a response may have thousands, and creating a dataclass takes four times as long.
     """
 
     @cached_property
     def forms(self) -> dict[Hashable, bytes]:
-        """What answers made of it, by what they asked for: one that is found again need not be put into words again."""
+        """Serialized forms of the record by requested parts, so that a repeated hit is not serialized again."""
         return {}
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What a write came to; `synced` is whether this server knows it to be on disk."""
+    """Result of a write; `synced` is whether this server knows it to be on disk."""
 
     sequence: int
     inserted: int = 0
@@ -172,7 +172,10 @@ class WriteResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a query was carried out; `ef` is 0 where the graph was not used, `lexical_count` how many hits words gave."""
+    """How a search was carried out .
+
+    `ef` is 0 if the graph was not used; `lexical_count` is the number of hits of the lexical search.
+    """
 
     strategy: Strategy
     ef: int
@@ -182,14 +185,14 @@ class Plan:
 
 
 class SearchOutcome(NamedTuple):
-    """What was found for one query, nearest first, each with its score; greater is nearer."""
+    """The hits of one query, nearest first, each with its score (greater is nearer), and the plan."""
 
     hits: list[tuple[StoredRecord, float]]
     plan: Plan
 
 
 def check_name(name: str, field: str) -> None:
-    """Raise INVALID_ARGUMENT, naming the field, unless a collection may have this name."""
+    """Raise INVALID_ARGUMENT, naming the field, unless `name` is a valid name of a collection."""
     if not NAME.fullmatch(name):
         raise invalid(
             field, f"is {name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -197,14 +200,14 @@ def check_name(name: str, field: str) -> None:
 
 
 def check_page_size(page_size: int) -> None:
-    """Raise INVALID_ARGUMENT unless a page can have so many items."""
+    """Raise INVALID_ARGUMENT unless the page size is within the limits."""
     if not 1 <= page_size <= MAX_PAGE_SIZE:
         raise invalid("page_size", f"is {page_size}; it must be 1 to {MAX_PAGE_SIZE}")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a write did: its number, the labels that came and went, how many ids were new, and how many replaced."""
+    """Effect of a write: its sequence, added and removed labels, and how many ids were new or replaced."""
 
     sequence: int
     added: Labels
@@ -215,7 +218,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next bytes of a backup, and how many it has in all; with the last ones, the SHA-256 (hex) of the whole."""
+    """The next bytes of a backup, and its total size; the last piece has the SHA-256 (hex) of the whole."""
 
     data: bytes
     total: int
@@ -224,7 +227,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cluster:
-    """How many records a cluster has, and those nearest to its centre, nearest first."""
+    """The number of records of a cluster, and the records nearest to its centre, nearest first."""
 
     record_count: int
     examples: list[StoredRecord]
@@ -232,7 +235,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Ids of two records, the lesser first, and the cosine of their vectors."""
+    """The ids of two records, the lesser first, and the cosine of their vectors."""
 
     first_id: str
     second_id: str
@@ -240,13 +243,13 @@ class DuplicatePair:
 
     @property
     def order(self) -> tuple[float, str, str]:
-        """Most alike first."""
+        """Sort key: greatest score first."""
         return -self.score, self.first_id, self.second_id
 
 
 @dataclass(frozen=True)
 class ProbeFigures:
-    """How many searches were probed, and the mean recall of the latest of them; NaN if there were none."""
+    """The number of probed searches, and the mean recall of the latest of them; NaN if there are none."""
 
     count: int
     recall: float
@@ -254,7 +257,7 @@ class ProbeFigures:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a record; of the collection as a whole if `id` is empty."""
+    """A problem of a record; of the whole collection if `id` is empty."""
 
     id: str
     reason: str
@@ -263,7 +266,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verified:
-    """How far a verification is, and the problems found since the last step."""
+    """Progress of a verification, and the problems found since the last step."""
 
     checked: int
     total: int

@@ -1,4 +1,4 @@
-"""What a record must be to be stored, and a search to be made."""
+"""Validation of records to be stored, and of the options of a search."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
 
     Args:
         records: the records.
-        restored: whether they come from a backup. Older versions had no limit on a label.
+        restored: whether they come from a backup. Older versions had no limit of a label's size.
 
     Returns:
-        The metadata of each, as JSON.
+        The metadata of each record, as JSON.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming every record that is not fit to be stored.
+        ServiceError: INVALID_ARGUMENT, naming every record that cannot be stored.
     """
     if not records:
         raise invalid("records", "is empty; give at least one record")
@@ -53,7 +53,7 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
 
 
 def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float = 0) -> None:
-    """Raise INVALID_ARGUMENT unless the options of a search fit its queries."""
+    """Raise INVALID_ARGUMENT unless the options of a search are valid for its queries."""
     if len(top_k) != queries:
         raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")
     if excluded != queries:
@@ -63,14 +63,14 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
             raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
     if not 0 <= ef <= _MAX_EF:
         raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")
-    if not 0 <= min_recall <= 1:  # nor is NaN
+    if not 0 <= min_recall <= 1:  # true for NaN too
         raise invalid("min_recall", f"is {min_recall:g}; it must be above 0 and at most 1, or 0 for no target")
     if ef and min_recall:
         raise invalid("min_recall", "is given beside ef; give one of the two")
 
 
 def check_revision(record_id: str, expected: int, present: int) -> None:
-    """Raise ABORTED unless a record has the revision that a write expects, 0 for one that is not there."""
+    """Raise ABORTED unless the present revision of a record is the expected one; 0 stands for a missing record."""
     if expected != present:
         raise ServiceError(
             Code.ABORTED,
@@ -82,7 +82,7 @@ def check_revision(record_id: str, expected: int, present: int) -> None:
 
 
 def _wrong_id(record_id: str) -> str:
-    """Say what is wrong with an id; empty: nothing."""
+    """Return what is wrong with an id; empty if it is valid."""
     size = _size(record_id)
     if size is None:
         return "has half a surrogate pair; send Unicode text"
@@ -96,7 +96,7 @@ def _wrong_id(record_id: str) -> str:
 
 
 def _document(record: NewRecord) -> tuple[str, str]:
-    """Return metadata as JSON, and what is wrong with it; empty: nothing."""
+    """Return metadata as JSON, and what is wrong with it; empty if it is valid."""
     if not isinstance(record.metadata, Mapping):
         return "", "is no JSON object; give one"
     try:
@@ -110,7 +110,7 @@ def _document(record: NewRecord) -> tuple[str, str]:
 
 
 def _size(text: str) -> int | None:
-    """Return the number of bytes as UTF-8, or None if the text cannot be written so."""
+    """Return the number of bytes as UTF-8, or None if the text cannot be encoded."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:

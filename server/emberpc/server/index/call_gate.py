@@ -1,4 +1,4 @@
-"""Calls in progress: what they use is opened by the first one, and closed while there is none, or at the end."""
+"""A gate that counts calls in progress: the first call opens a resource, which is closed while there are none."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ def _nothing() -> None:
 
 
 class CallGate:
-    """Lets calls in until the end. Safe to use from several threads.
+    """Counts calls in progress and admits them until the end. Safe to use from several threads.
 
     Args:
-        what: what they are calls of, for messages.
-        open_it: opens what the calls use; the call that needs it raises what this raises.
-        release: called by each call at its end, on its thread, before anything can be closed.
+        subject: name of the resource that the calls use, for messages.
+        open_it: opens the resource; the call that needs it raises what this raises.
+        release: called at the end of each call, on its thread, before the resource can be closed.
     """
 
     def __init__(
-        self, what: str, open_it: Callable[[], None] = _nothing, release: Callable[[], None] = _nothing
+        self, subject: str, open_it: Callable[[], None] = _nothing, release: Callable[[], None] = _nothing
     ) -> None:
-        self._what = what
+        self._subject = subject
         self._open_it = open_it
         self._release = release
         self._mutex = threading.Lock()
         self._idle = threading.Condition(self._mutex)
         self._ending = threading.Event()
         self._count = 0
-        #: Held while it is opened or closed.
+        #: Held while the resource is opened or closed.
         self._opening = threading.Lock()
         self._is_open = False
-        #: Number of calls so far, without those of maintenance.
+        #: Number of calls so far, without maintenance.
         self.begun = 0
-        #: When the last call without those of maintenance ended, by the monotonic clock.
+        #: When the last call, other than maintenance, ended, by the monotonic clock.
         self.last_used = monotonic()
 
     def ending(self) -> bool:
-        """Whether the end has begun."""
+        """Return whether the end has begun."""
         return self._ending.is_set()
 
-    def one(self, stop: Callable[[], bool] | None = None) -> _Call:
-        """Hold off the end, and keep open what the calls use, for as long as a call lasts.
+    def enter(self, stop: Callable[[], bool] | None = None) -> _Call:
+        """Return a context for a call: it keeps the resource open and delays the end.
 
-        A call that lasts long is given what tells it to end, which is when it is to stop or the end has begun; then it
-        fails.
+        Entering the context returns a function that tells a long call whether to stop: because `stop` returns true, or
+        the end has begun. In the latter case the call fails with UNAVAILABLE.
 
         Raises:
-            ServiceError: UNAVAILABLE once the end has begun; what opening raises.
+            ServiceError: on entering, UNAVAILABLE after the end has begun, and errors of `open_it`.
         """
         return _Call(self, stop)
 
@@ -63,21 +63,21 @@ class CallGate:
             raise self.over()
 
     def begin_end(self) -> bool:
-        """Let no more calls in; return False if that was done before."""
+        """Admit no more calls; return False if that was done before."""
         with self._mutex:
             first = not self._ending.is_set()
             self._ending.set()
         return first
 
     def end(self, close: Callable[[], None] = _nothing, deadline: Deadline | None = None) -> bool:
-        """Let no more calls in, wait for those in progress, and close what they used unless it is closed.
+        """Admit no more calls, wait for those in progress, and close the resource if it is open.
 
         Args:
-            close: closes it.
+            close: closes the resource.
             deadline: until when to wait; None: without limit.
 
         Returns:
-            Whether the calls ended by the deadline; otherwise it stays open.
+            Whether the calls ended by the deadline; otherwise the resource stays open.
         """
         deadline = deadline or Deadline()
         self.begin_end()
@@ -92,13 +92,13 @@ class CallGate:
         return True
 
     def suspend(self, begun: int, close: Callable[[], None]) -> bool:
-        """Close what the calls use, unless one is in progress or more have begun; return whether it was closed.
+        """Close the resource, unless a call is in progress or has begun since; return whether it was closed.
 
-        A call that comes meanwhile waits and opens it again.
+        A call that begins meanwhile waits and opens it again.
 
         Args:
-            begun: the number of calls so far that the caller knows of.
-            close: closes it.
+            begun: the value of `begun` that the caller has seen.
+            close: closes the resource.
         """
         if not self._opening.acquire(blocking=False):
             return False
@@ -113,12 +113,12 @@ class CallGate:
         return True
 
     def wait(self, deadline: Deadline) -> bool:
-        """Wait for the calls under way; return whether they ended by the deadline."""
+        """Wait for the calls in progress; return whether they ended by the deadline."""
         with self._mutex:
             return self._idle.wait_for(lambda: not self._count, deadline.seconds_left)
 
     def begin(self) -> None:
-        """Count a call in; for `one`."""
+        """Count the beginning of a call; for `enter`."""
         with self._mutex:
             self.check()
             self._count += 1
@@ -135,19 +135,19 @@ class CallGate:
             raise
 
     def finish(self) -> None:
-        """Count a call out; for `one`."""
+        """Count the end of a call; for `enter`."""
         self._release()
         self.last_used = monotonic()
         self._leave()
 
     def begin_maintenance(self, *, idle: bool = False) -> bool:
-        """Count in a call that is no use of the collection; return False if that is closed and not to be opened.
+        """Begin a call for maintenance, which does not count as use; return False if the resource is closed.
 
         Args:
             idle: return False also while other calls are in progress.
 
         Raises:
-            ServiceError: UNAVAILABLE once the end has begun.
+            ServiceError: UNAVAILABLE after the end has begun.
         """
         with self._mutex:
             self.check()
@@ -157,7 +157,7 @@ class CallGate:
         return True
 
     def finish_maintenance(self) -> None:
-        """Count out what `begin_maintenance` counted in."""
+        """End a call that `begin_maintenance` began."""
         self._release()
         self._leave()
 
@@ -168,12 +168,12 @@ class CallGate:
                 self._idle.notify_all()
 
     def over(self) -> ServiceError:
-        """Return the error of what comes after the end, or was ended by it."""
-        return ServiceError(Code.UNAVAILABLE, f"{self._what} is closed or deleted; try again", reason="CLOSED")
+        """Return the error for a call after the end, or one that the end stopped."""
+        return ServiceError(Code.UNAVAILABLE, f"{self._subject} is closed or deleted; try again", reason="CLOSED")
 
 
 class _Call:
-    """One call; a class, since a generator for each search would take four times as long."""
+    """Context of one call; a class, since a generator for each search would take four times as long."""
 
     __slots__ = ("_calls", "_cut_short", "_stop")
 

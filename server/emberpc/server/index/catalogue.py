@@ -1,4 +1,4 @@
-"""All collections of a data directory."""
+"""The catalogue of all collections in a data directory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from emberpc.server.collections.types import (
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
-from emberpc.server.index.jobs.expiry import Expirer
-from emberpc.server.index.jobs.graph_maintenance import Pace
-from emberpc.server.index.jobs.maintenance_thread import Maintainer
+from emberpc.server.index.jobs.expiry import ExpiryThread
+from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
+from emberpc.server.index.jobs.maintenance_thread import MaintenanceThread
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.restoring import Restoration
@@ -39,35 +39,36 @@ log = logging.getLogger(__name__)
 
 
 class Index:
-    """All collections of a data directory. Safe to use from several threads.
+    """All collections in a data directory. Safe to use from several threads.
 
-    A collection's folder has a name of its own, so that a name can be used again
-    while the files of a deleted collection are still going.
+    The name of a collection's folder differs from the collection's name, so that a name can be used again while the
+    files of a deleted collection are being removed.
 
-    Every method may raise `ServiceError`: UNAVAILABLE once the index is closed,
-    INTERNAL if a database fails, RESOURCE_EXHAUSTED if no file descriptor is free.
+    Every method may raise `ServiceError`: UNAVAILABLE after the index is closed, INTERNAL if a database fails,
+    RESOURCE_EXHAUSTED if no file descriptor is free.
 
     Args:
-        data_dir: the directory; made if it is not there.
-        buffer_limit: vectors of a collection that may wait for its graph.
-        snapshot_every: vectors that a graph takes in between snapshots, at least.
-        record_cache_bytes: most bytes of records kept in memory for those who find them again, about; 0: none.
-        probe_share: share of the searches that are done again, exactly, to measure recall; 0: none.
-        max_response_bytes: most bytes of the records of one answer.
-        max_collections: most collections that `create` and `restore` make.
-        max_open: collections that are kept open while nobody uses them; 0: by the limit of file descriptors.
-        idle_seconds: a collection without a call for this long is closed until its next call; 0: none is.
+        data_dir: the directory; created if it is missing.
+        buffer_limit: vectors of a collection that may be in its buffer before its graph is filled.
+        snapshot_every: least number of vectors that are inserted into a graph between snapshots.
+        record_cache_bytes: approximate limit of the bytes of the record cache; 0: no cache.
+        probe_share: share of the searches that are repeated exactly to measure recall; 0: none.
+        max_response_bytes: limit of the bytes of the records in one response.
+        max_collections: limit of the collections, which `create` and `restore` check.
+        max_open: collections that stay open without calls; 0: derived from the limit of file descriptors.
+        idle_seconds: a collection without a call for this long is closed until its next call; 0: never.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if it cannot be used, is another server's, or of a newer format.
+        ServiceError: FAILED_PRECONDITION if the directory cannot be used, another server uses it, or its format is
+            newer.
     """
 
     def __init__(
         self,
         data_dir: Path,
         *,
-        buffer_limit: int = Pace.buffer_limit,
-        snapshot_every: int = Pace.snapshot_every,
+        buffer_limit: int = MaintenanceLimits.buffer_limit,
+        snapshot_every: int = MaintenanceLimits.snapshot_every,
         record_cache_bytes: int = 0,
         probe_share: float = 0,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
@@ -76,27 +77,27 @@ class Index:
         idle_seconds: float = 0,
     ) -> None:
         self._max_collections = max_collections
-        self._pace = Pace(buffer_limit, snapshot_every)
+        self._maintenance_limits = MaintenanceLimits(buffer_limit, snapshot_every)
         self._probe_share = probe_share
         self._max_response_bytes = max_response_bytes
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
-        #: Those that were opened, also if they are closed between calls, or are being opened, outside the lock.
+        #: Collections that were opened, even if closed between calls, or are being opened outside of the lock.
         self._open: dict[str, Future[Collection]] = {}
-        #: Those of them that were opened and can be had without a lock.
+        #: Those of them that were opened; read without a lock.
         self._at_hand: dict[str, Collection] = {}
         self._reembeddings: dict[str, Reembedding] = {}
         self._open_collections = OpenCollections(max_open or derived_limit(), idle_seconds)
-        self._maintainer = Maintainer()
-        self._expirer = Expirer()
+        self._maintenance_thread = MaintenanceThread()
+        self._expiry_thread = ExpiryThread()
         self._directory = DataDirectory(Path(data_dir))
 
     def create(self, spec: CollectionSpec) -> Collection:
         """Create a collection.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the spec is wrong, ALREADY_EXISTS if there is one of its name,
+            ServiceError: INVALID_ARGUMENT if the spec is invalid, ALREADY_EXISTS if the name exists,
                 RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
         """
         spec.check()
@@ -107,16 +108,16 @@ class Index:
         return collection
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> Restoration:
-        """Begin to make a collection of a backup; see `Restoration`.
+        """Begin to restore a backup as a new collection; see `Restoration`.
 
         Args:
-            name: its name; the one that it had goes for nothing.
+            name: the name of the new collection; the name in the backup is ignored.
             total: bytes of the backup; 0: not known.
             accept: raises ValueError or ServiceError if a collection cannot be served.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the name is wrong, ALREADY_EXISTS if there is one of it,
-                RESOURCE_EXHAUSTED if there is no room or there are too many collections.
+            ServiceError: INVALID_ARGUMENT if the name is invalid, ALREADY_EXISTS if it exists, RESOURCE_EXHAUSTED if
+                there is not enough disk space or there are too many collections.
         """
         check_name(name, "name")
         with self._use():
@@ -124,10 +125,10 @@ class Index:
             return Restoration(self._directory.collections, name, total, accept, self._adopt)
 
     def get(self, name: str) -> Collection:
-        """Return a collection; the first call for it reads its graph, and keeps only those waiting that want it too.
+        """Return a collection. The first call for it loads its graph; only calls for the same collection wait for that.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name, INTERNAL if it is damaged.
+            ServiceError: NOT_FOUND if the name does not exist, INTERNAL if the collection is damaged.
         """
         with self._use():
             opened = self._open.get(name)
@@ -151,15 +152,15 @@ class Index:
         return collection
 
     def opened(self, name: str) -> Collection | None:
-        """Return a collection if it was opened already; never waits."""
+        """Return a collection if it was opened before; never waits."""
         return self._at_hand.get(name)
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return what probes of searches found, of each collection that was opened and probed, by name."""
+        """Return the figures of the probes of each collection that was opened and probed, by name."""
         return {name: each.probed for name, each in list(self._at_hand.items()) if each.probed.count}
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
-        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+        """Return a page of specs, sorted by name, and the token of the next page, empty after the last."""
         check_page_size(page_size)
         after = decode_token(page_token)
         with self._use():
@@ -168,10 +169,10 @@ class Index:
         return specs[:page_size], token
 
     def update(self, name: str, truncation: str) -> None:
-        """Set how a collection truncates over-long texts, also while it is taken over to another model.
+        """Set how a collection truncates over-long texts, and also its re-embedding if there is one.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name, INVALID_ARGUMENT if there is no such truncation,
+            ServiceError: NOT_FOUND if the name does not exist, INVALID_ARGUMENT if the truncation is invalid,
                 RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
@@ -185,15 +186,15 @@ class Index:
                 reembedding.target.spec = replace(reembedding.target.spec, truncation=truncation)
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> Collection:
-        """Bind a collection to its model by another fingerprint of the same model.
+        """Bind a collection to another fingerprint of its model.
 
         Args:
-            name: the collection.
-            legacy: the fingerprint that it is bound by; it stays as it is if it is bound by another one.
-            fingerprint: the new one.
+            name: the name of the collection.
+            legacy: the fingerprint that is replaced; a collection with another fingerprint stays as it is.
+            fingerprint: the new fingerprint.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: NOT_FOUND if the name does not exist, RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
         with self._use(), translated_os_errors("the collection stays bound as it was"):
@@ -207,10 +208,10 @@ class Index:
         return collection
 
     def delete(self, name: str) -> None:
-        """Delete a collection; calls under way finish first.
+        """Delete a collection after the calls in progress have finished.
 
         Raises:
-            ServiceError: NOT_FOUND if there is none of that name.
+            ServiceError: NOT_FOUND if the name does not exist.
         """
         with self._use():
             folder = self._directory.folder(name)
@@ -227,14 +228,14 @@ class Index:
         self._directory.reserve.refill()
 
     def reembed(self, spec: CollectionSpec) -> Reembedding:
-        """Begin to take a collection's records over to another model.
+        """Begin to re-embed a collection's records with another model.
 
         Args:
-            spec: what the collection is to be; only its model and dimensions are other than now.
+            spec: the future spec of the collection; only model and dimensions differ from the present one.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection, FAILED_PRECONDITION if it has records without text,
-                or is on its way to another model already.
+            ServiceError: NOT_FOUND if the collection does not exist, FAILED_PRECONDITION if it has records without
+                text, or is being re-embedded already.
         """
         source = self.get(spec.name)
         spec.check()
@@ -264,7 +265,7 @@ class Index:
         return found
 
     def reembeddings(self) -> list[Reembedding]:
-        """Return those that were under way when the index was last closed; one that cannot go on is given up."""
+        """Return the unfinished re-embeddings since the index was last closed; one that cannot be opened is dropped."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
@@ -278,12 +279,12 @@ class Index:
             return list(self._reembeddings.values())
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Let the new collection take the old one's place, at once and for good, if it has all records.
+        """Replace a collection by its re-embedded copy, atomically and durably, if the copy has all records.
 
-        Calls under way finish on the old one.
+        Calls in progress finish on the old collection.
 
         Returns:
-            Whether it did; otherwise there is more to take over.
+            Whether it was replaced; otherwise there are more records to re-embed.
         """
         name = reembedding.spec.name
         own = self._reembeddings.get(name)
@@ -305,7 +306,7 @@ class Index:
         return True
 
     def cancel_reembedding(self, name: str) -> None:
-        """Give up what was taken over of a collection; nothing if there is nothing."""
+        """Drop the re-embedding of a collection; does nothing if there is none."""
         with self._use():
             reembedding = self._reembeddings.pop(name, None)
             if reembedding is not None:
@@ -314,14 +315,14 @@ class Index:
             reembedding.target.drop()
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Let calls under way finish, save snapshots, close every collection, and give up the directory.
+        """Wait for calls in progress, save snapshots, close every collection, and unlock the directory.
 
         Args:
-            deadline: until when to wait for calls; None: without limit. Collections whose calls run on stay open, and
-                then the directory is not given up. Nothing that was acknowledged is lost by that.
+            deadline: until when to wait for calls; None: without limit. Collections whose calls continue stay open, and
+                then the directory stays locked. Acknowledged writes are not lost by that.
 
         Returns:
-            Whether all is closed.
+            Whether everything is closed.
         """
         deadline = deadline or Deadline()
         locked = self._lock.acquire(timeout=deadline.seconds_left)
@@ -341,11 +342,11 @@ class Index:
             except FutureTimeoutError:  # it is still being opened
                 closed.append(False)
         for collection in collections:
-            collection.end_calls()  # so that calls that run long stop, in all collections at once
+            collection.end_calls()  # so that long calls stop, in all collections at once
         with ExitStack() as stack:
             stack.callback(self._give_up_directory, closed)
-            stack.callback(lambda: closed.append(self._maintainer.close(deadline)))
-            stack.callback(lambda: closed.append(self._expirer.close(deadline)))
+            stack.callback(lambda: closed.append(self._maintenance_thread.close(deadline)))
+            stack.callback(lambda: closed.append(self._expiry_thread.close(deadline)))
             stack.callback(lambda: closed.append(self._open_collections.close(deadline)))
             for collection in collections:
                 stack.callback(self._close_one, collection, deadline, closed)
@@ -356,12 +357,12 @@ class Index:
         closed.append(collection.close(deadline))
 
     def _give_up_directory(self, closed: list[bool]) -> None:
-        if all(closed):  # else the next server would use it while this one still writes
+        if all(closed):  # otherwise the next server would use it while this one still writes
             self._directory.close()
 
     @contextmanager
     def _use(self) -> Iterator[None]:
-        """Hold the lock for a call; UNAVAILABLE if the index is closed."""
+        """Hold the lock for a call; raises UNAVAILABLE if the index is closed."""
         with self._lock:
             if self._closed:
                 raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
@@ -374,27 +375,27 @@ class Index:
         return entry
 
     def _check_free(self, name: str) -> None:
-        """Raise ServiceError unless a collection of this name may be made."""
+        """Raise ServiceError unless a collection with this name may be created."""
         if self._directory.folder(name) is not None:
             raise collection_exists(name)
         self._directory.check_count(self._max_collections)
 
     def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
-        """Make a new, empty collection in a folder of its own; the directory does not name it yet."""
+        """Create an empty collection in a new folder; the catalogue does not name it yet."""
         entry = Entry(spec, new_folder(self._directory.collections), datetime.now(timezone.utc))
         return entry, self._collection(entry, create=True)
 
     def _adopt(self, entry: Entry) -> Collection:
-        """Open a restored collection, which may take long, and have the directory name it."""
+        """Open a restored collection, which may take long, and add it to the catalogue."""
         collection = self._collection(entry)
         self._enter(entry, collection)
         return collection
 
     def _enter(self, entry: Entry, collection: Collection) -> None:
-        """Have the directory name a new collection; if it cannot, the collection is dropped.
+        """Add a new collection to the catalogue; if that fails, drop the collection.
 
         Raises:
-            OSError: its folder cannot be made to last.
+            OSError: its folder cannot be synchronised to disk.
         """
         with ExitStack() as undo:
             undo.callback(collection.drop)
@@ -415,13 +416,13 @@ class Index:
             entry.spec,
             entry.folder,
             entry.since,
-            self._maintainer.wake,
-            self._maintainer.wake_at_rest,
-            self._expirer.note,
+            self._maintenance_thread.wake,
+            self._maintenance_thread.wake_at_rest,
+            self._expiry_thread.note,
             self._cache,
             self._directory.reserve,
             self._open_collections,
-            pace=self._pace,
+            maintenance_limits=self._maintenance_limits,
             probe_share=self._probe_share,
             max_response_bytes=self._max_response_bytes,
             create=create,

@@ -1,4 +1,4 @@
-"""A collection: records in the store, their vectors in memory too, to be searched."""
+"""A collection of the embedded index: records in the store, and their vectors in memory for searches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from emberpc.server.index.call_gate import CallGate
 from emberpc.server.index.jobs.backup import copy_of, pieces
 from emberpc.server.index.jobs.clusters import cluster_records
 from emberpc.server.index.jobs.duplicates import find_duplicates
-from emberpc.server.index.jobs.graph_maintenance import Pace
+from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
 from emberpc.server.index.jobs.verify import Verifier
 from emberpc.server.index.lifecycle import Lifecycle
 from emberpc.server.index.open_collections import OpenCollections
@@ -51,33 +51,33 @@ from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
-#: Records that are deleted in one write when their time is up; others' writes come in between.
+#: Expired records that are deleted in one write; other writes can run between two.
 _EXPIRED_AT_ONCE = 1000
 
 
 class Collection(Lifecycle, SearchMethods):
-    """A set of records whose vectors may be compared with each other. Safe to use from several threads.
+    """A set of records with comparable vectors. Safe to use from several threads.
 
-    While nobody uses it, its files and memory can be given up by `close_idle`; the next call opens it again.
+    While there are no calls, `close_idle` can free its files and memory; the next call opens it again.
 
     Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails or the
-    collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, UNAVAILABLE once the collection
-    is closed for good or deleted.
+    collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, UNAVAILABLE after the
+    collection is closed for good or deleted.
 
     Args:
-        spec: what it is.
-        folder: where it is.
-        created: since when.
-        wake: called when there is work for `maintain`.
-        wake_at_rest: called when there will be, after so many seconds without another such call.
-        expire_at: called when there will be work for `expire`, with when, in seconds since 1970.
-        cache: keeps records that are found often.
-        reserve: space for deletions on a full disk.
-        open_collections: those that are open; it may close this one by `close_idle`.
-        pace: when the graph takes in vectors, and is saved.
-        probe_share: share of the searches that are done again, exactly, to measure recall.
-        max_response_bytes: most bytes of the records of one answer.
-        create: make its files; the folder must be there and empty.
+        spec: the spec of the collection.
+        folder: the folder with its data.
+        created: when it was created.
+        wake: called when maintenance is due.
+        wake_at_rest: called when maintenance will be due after this many seconds without another such call.
+        expire_at: called with the time of the next expiry, in seconds since 1970.
+        cache: cache of recently returned records.
+        reserve: disk space for deletions on a full disk.
+        open_collections: all open collections; it may close this one by `close_idle`.
+        maintenance_limits: limits that decide when graph maintenance is due.
+        probe_share: share of the searches that are repeated exactly to measure recall.
+        max_response_bytes: limit of the bytes of the records in one response.
+        create: create its files; the folder must exist and be empty.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Collection(Lifecycle, SearchMethods):
         reserve: Reserve,
         open_collections: OpenCollections,
         *,
-        pace: Pace,
+        maintenance_limits: MaintenanceLimits,
         probe_share: float = 0,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
         create: bool = False,
@@ -107,39 +107,38 @@ class Collection(Lifecycle, SearchMethods):
         self._open_collections = open_collections
         self._reserve = reserve
         self._max_response_bytes = max_response_bytes
-        self._pace = pace
+        self._maintenance_limits = maintenance_limits
         self._create = create
         self._calls = CallGate(f"collection {spec.name!r}", self._open, self._release)
-        #: Held for a write and for what follows from it, so that memory sees the writes in the store's order.
+        #: Held during a write and its application to memory, so that memory sees the writes in the store's order.
         self._write_lock = threading.Lock()
         self._probe = Probe(probe_share)
-        #: How it stands; while it is closed.
+        #: The last `info` while the collection is closed.
         self._closed_info: CollectionInfo | None = None
-        with self._calls.one():
+        with self._calls.enter():
             pass
 
     def info(self) -> CollectionInfo:
-        """Say how it stands; does not open the collection if that is closed."""
+        """Return record count, sequence, creation time and size; does not open a closed collection."""
         self._calls.check()
         info = self._closed_info
         if info is None:
-            with self._calls.one():
+            with self._calls.enter():
                 info = self._info()
         return replace(info, create_time=self.created)
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
     ) -> WriteResult:
-        """Insert records or replace those of the same id; all or none, and on disk when this returns.
+        """Insert records or replace those with the same ids; all or none, and on disk when this returns.
 
         Args:
-            records: the records, at least one, no id twice.
+            records: the records, at least one, with distinct ids.
             vectors: float32 (records, dimensions).
-            expected_revisions: the present revision of each record, 0 for one that must not be there; None: whatever
-                it is.
+            expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
         Raises:
-            ServiceError: besides the usual, ABORTED if a revision is another, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: besides the usual, ABORTED if a revision differs, RESOURCE_EXHAUSTED if the disk is full.
         """
         documents = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -157,11 +156,11 @@ class Collection(Lifecycle, SearchMethods):
         return WriteResult(change.sequence, change.inserted, change.updated)
 
     def copy(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
-        """Write records of another collection as they are there, with their revisions and times.
+        """Write records of another collection unchanged, with their revisions and times.
 
         Args:
-            records: the records, no id twice.
-            vectors: float32 (records, dimensions), instead of the records' own.
+            records: the records, with distinct ids.
+            vectors: float32 (records, dimensions), which replace the records' own vectors.
         """
         documents = [json.dumps(record.metadata, ensure_ascii=False) for record in records]
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -176,56 +175,56 @@ class Collection(Lifecycle, SearchMethods):
             self._expire_at(min(expiries))
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
-        """Return the records whose labels follow one, with theirs, at most `count`, in the order of their writing."""
-        with self._calls.one():
+        """Return at most `count` pairs of label and record with labels above `label`, in the order of writing."""
+        with self._calls.enter():
             return self._store.written_after(label, count)
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the revisions of those ids that are there."""
-        with self._calls.one():
+        """Return the revisions of the existing records among the ids."""
+        with self._calls.enter():
             return self._store.revisions(ids)
 
     def count_without_text(self) -> int:
-        """Return the number of records that have a vector only."""
-        with self._calls.one():
+        """Return the number of records without text."""
+        with self._calls.enter():
             return self._store.count(Clause("text = ''"))
 
     @contextmanager
     def frozen(self) -> Iterator[int]:
-        """Let nothing be written in the block; gives the number of the last write."""
+        """Block writes during the block; yields the sequence of the last write."""
         with self._writing():
             yield self._store.sequence()
 
     def replace(self, sequence: int) -> None:
-        """Take another one's place, whose last write has this number."""
+        """Continue the sequence of a collection that this one replaces, given by its last write."""
         with self._writing():
             self._store.set_sequence(sequence)
             self._selector.note(sequence, ())
 
     def end_calls(self) -> None:
-        """Let no more calls in, and have long ones stop. Those under way can still read."""
+        """Admit no more calls, and make long calls stop. Calls in progress can still read."""
         self._calls.begin_end()
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id, all at once and on disk when this returns; ids that are not there are no error."""
+        """Delete records by id in one write, on disk when this returns; missing ids are ignored."""
         return self._delete(lambda: self._store.delete(ids))
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a condition, all at once and on disk when this returns."""
+        """Delete the records that meet a filter in one write, on disk when this returns."""
         clause = compile_filter(condition)
         return self._delete(lambda: self._store.delete_matching(clause))
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the records of those ids that are there, in the order asked for; vectors as they were given.
+        """Return the existing records among the ids, in their order; vectors as they were given.
 
         Args:
-            ids: which records.
-            with_vectors: whether they have their vectors.
-            parts: what they must have; they may have more.
+            ids: the ids.
+            with_vectors: whether the records contain their vectors.
+            parts: parts of a record that they must contain; they may contain more.
         """
-        with self._calls.one(), self._store.response_bytes.limited(parts):
+        with self._calls.enter(), self._store.response_bytes.limited(parts):
             found = self._store.get(ids, with_vectors=with_vectors)
         return [found[record_id] for record_id in ids if record_id in found]
 
@@ -238,15 +237,15 @@ class Collection(Lifecycle, SearchMethods):
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of records by id in byte order, and the token of the next page, empty after the last.
+        """Return a page of records in byte order of ids, and the token of the next page, empty after the last.
 
-        A page has fewer records if these have the bytes of one answer.
-        With a condition, only records that meet it.
+        With a filter, only records that meet it. A page has fewer records if these reach the limit of the response's
+        bytes.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
         clause = clause_of(condition) or EVERYTHING
-        with self._calls.one(), self._store.response_bytes.limited(parts):
+        with self._calls.enter(), self._store.response_bytes.limited(parts):
             found, cut = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         records = found[:page_size]
         more = cut or len(found) > page_size
@@ -254,31 +253,31 @@ class Collection(Lifecycle, SearchMethods):
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
-        with self._calls.one(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
+        with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
             return mismatches(condition, lambda: documents)
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records, with a condition, of those that meet it."""
-        with self._calls.one():
+        """Return the number of records, or of those that meet a filter."""
+        with self._calls.enter():
             return self._store.count(clause_of(condition) or EVERYTHING)
 
     @property
     def probed(self) -> ProbeFigures:
-        """What probes of its searches found."""
+        """Figures of the probes of its searches."""
         return self._probe.figures
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Check that every record is there, undamaged and found, some hundred records a step; calls go on meanwhile.
+        """Check every record while calls continue: it exists, is undamaged and is found; some hundred records a step.
 
         Args:
-            full: search for every record by its own vector; otherwise for a random sample.
+            full: whether to search for every record by its own vector; otherwise for a random sample.
         """
-        with self._calls.one():
+        with self._calls.enter():
             verifier = Verifier(self._store, self._neighbours, self._write_lock, self.spec, full)
         steps = verifier.steps()
         while True:
-            with self._calls.one():
-                # It may have been closed and opened again since the last step.
+            with self._calls.enter():
+                # The collection may have been closed and opened again since the last step.
                 verifier.store, verifier.neighbours = self._store, self._neighbours
                 step = next(steps, None)
             if step is None:
@@ -286,26 +285,26 @@ class Collection(Lifecycle, SearchMethods):
             yield step
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Give a copy of one state of the collection, piece by piece; it is made, or refused, at the first."""
-        with self._calls.one(stop) as ends:
+        """Yield a copy of one state of the collection, piece by piece; errors come before the first piece."""
+        with self._calls.enter(stop) as ends:
             copy = copy_of(self._folder, self.spec, self.created, ends)
         yield from pieces(copy)
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Find pairs of records that are much alike; see `find_duplicates`."""
-        with self._calls.one(stop) as ends:
+        """Find pairs of duplicate records; see `find_duplicates`."""
+        with self._calls.enter(stop) as ends:
             return find_duplicates(self.spec, self._store, self._neighbours, min_score, ends)
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Group the records by likeness; see `cluster_records`."""
-        with self._calls.one(stop) as ends, self._store.response_bytes.limited():
+        """Cluster the records by similarity; see `cluster_records`."""
+        with self._calls.enter(stop) as ends, self._store.response_bytes.limited():
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:
         """Move vectors from the buffer to the graph, and rebuild the graph or the word index if needed.
 
-        Takes long, and lets searches and writes in between; ends early when the collection is to be closed. A closed
-        one stays closed: when it is opened it asks for what there is to do.
+        Takes long; searches and writes continue meanwhile. Ends early when the collection is about to be closed. A
+        closed collection stays closed: it requests the maintenance that is due when it is opened.
         """
         if not self._calls.begin_maintenance():
             return
@@ -321,10 +320,10 @@ class Collection(Lifecycle, SearchMethods):
             self._calls.finish_maintenance()
 
     def expire(self) -> float | None:
-        """Delete the records whose time is up; return when the next one's is, in seconds since 1970, None for none."""
+        """Delete expired records; return when the next one expires, in seconds since 1970, or None."""
         while self._delete(lambda: self._store.delete_expired(_EXPIRED_AT_ONCE)).deleted == _EXPIRED_AT_ONCE:
             pass
-        with self._calls.one():
+        with self._calls.enter():
             return self._store.next_expiry()
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
@@ -337,7 +336,7 @@ class Collection(Lifecycle, SearchMethods):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with self._calls.one(), self._write_lock:
-            # Who waited here while another took this one's place must not write to what is to be thrown away.
+        with self._calls.enter(), self._write_lock:
+            # The collection may have been replaced while this thread waited; writes to the old one would be lost.
             self._calls.check()
             yield

@@ -1,4 +1,4 @@
-"""When a collection has its database open and its vectors in memory: from a call on, until it is idle."""
+"""Opening and closing of a collection: its database and vectors are loaded by a call, and freed when it is idle."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.call_gate import CallGate
 from emberpc.server.index.graph import snapshots
-from emberpc.server.index.graph.graph import Graph
 from emberpc.server.index.graph.neighbours import Neighbours
-from emberpc.server.index.jobs.graph_maintenance import GraphMaintenance, Pace
+from emberpc.server.index.graph.persistent_graph import PersistentGraph
+from emberpc.server.index.jobs.graph_maintenance import GraphMaintenance, MaintenanceLimits
 from emberpc.server.index.open_collections import OpenCollections
 from emberpc.server.index.search.dense import DenseSearcher
 from emberpc.server.index.search.filtered import Selector
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """The part of `Collection` that opens and closes it. What `_open` makes is there while a call is in progress."""
+    """Mixin of `Collection` that opens and closes it. Attributes that `_open` sets exist during calls only."""
 
     spec: CollectionSpec
     created: datetime
@@ -40,14 +40,14 @@ class Lifecycle:
     _open_collections: OpenCollections
     _reserve: Reserve
     _max_response_bytes: int
-    _pace: Pace
+    _maintenance_limits: MaintenanceLimits
     _calls: CallGate
     _write_lock: threading.Lock
-    #: Whether the files are to be made.
+    #: Whether to create the files.
     _create: bool
-    #: How it stands; while it is closed.
+    #: The last `info` while the collection is closed.
     _closed_info: CollectionInfo | None
-    #: Asks for maintenance, for maintenance after some seconds without a write, and for `expire` at a time.
+    #: Request maintenance, maintenance after some seconds without a write, and `expire` at a time.
     _wake: Callable[[], None]
     _wake_at_rest: Callable[[float], None]
     _expire_at: Callable[[float], None]
@@ -59,7 +59,7 @@ class Lifecycle:
     _graph_maintenance: GraphMaintenance
 
     def _open(self) -> None:
-        """Open the database, and read the graph.
+        """Open the database, and load the graph.
 
         Raises:
             ServiceError: INTERNAL if it is damaged, RESOURCE_EXHAUSTED if no file descriptor is free.
@@ -92,7 +92,7 @@ class Lifecycle:
         )
         try:
             self._delete_expired_before_use()
-            self._neighbours = Neighbours(self.spec, self._snapshot() or Graph(self.spec))
+            self._neighbours = Neighbours(self.spec, self._snapshot() or PersistentGraph(self.spec))
             self._neighbours.catch_up(self._store.labels(), self._read_vectors)
             self._selector = Selector(self._store, self.spec)
             self._store.on_damage = self._forget_damaged
@@ -106,7 +106,13 @@ class Lifecycle:
         )
         self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
         self._graph_maintenance = GraphMaintenance(
-            self.spec, self._folder, self._store, self._neighbours, self._read_vectors, self._pace, self._calls.ending
+            self.spec,
+            self._folder,
+            self._store,
+            self._neighbours,
+            self._read_vectors,
+            self._maintenance_limits,
+            self._calls.ending,
         )
         if next_expiry is not None:
             self._expire_at(next_expiry)
@@ -124,9 +130,9 @@ class Lifecycle:
         return maintenance is None or maintenance.is_saved
 
     def close_idle(self) -> bool:
-        """Save a snapshot if the graph changed, and close the database, if no call is in progress; `_open` opens it.
+        """Save a snapshot if the graph changed, and close the database, if no call is in progress; `_open` reopens it.
 
-        Calls that come while the snapshot is written go on, and the collection stays open.
+        If calls begin while the snapshot is written, they run, and the collection stays open.
 
         Returns:
             Whether it was closed.
@@ -152,11 +158,11 @@ class Lifecycle:
         return self._calls.suspend(begun, close)
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for the calls under way, save a snapshot if the graph changed, and close the database for good.
+        """Wait for the calls in progress, save a snapshot if the graph changed, and close the database for good.
 
         Args:
             deadline: until when to wait for the calls; None: without limit. If they do not end in time, the database
-                stays open. If it has passed, no snapshot is begun: the next start then takes longer.
+                stays open. If it has passed, no snapshot is saved: the next start then takes longer.
 
         Returns:
             Whether the database is closed.
@@ -174,16 +180,16 @@ class Lifecycle:
         return closed
 
     def drop(self) -> None:
-        """Wait for the calls under way, close the database, and remove all that the collection has on disk."""
+        """Wait for the calls in progress, close the database, and delete all files of the collection."""
         self._calls.end(self._close_files)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _release(self) -> None:
-        """Let other threads have what a call used to read."""
+        """Return the connection that a call used for reading."""
         self._store.release()
 
     def _close_files(self) -> None:
-        """Close the database, and forget all that is in memory; no call may be under way."""
+        """Close the database, and free all memory; no call may be in progress."""
         self._store.close()
         del self._store, self._neighbours, self._selector, self._searcher, self._hybrid, self._graph_maintenance
         self._open_collections.discard(self)
@@ -193,8 +199,8 @@ class Lifecycle:
             count, sequence = self._store.count(), self._store.sequence()
         return CollectionInfo(count, sequence, self.created, self._size())
 
-    def _snapshot(self) -> Graph | None:
-        """Return the graph of the newest snapshot, if there is one that is this collection's."""
+    def _snapshot(self) -> PersistentGraph | None:
+        """Return the graph of the newest snapshot that belongs to this collection, or None."""
         try:
             return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
         except snapshots.AheadError:
@@ -203,14 +209,14 @@ class Lifecycle:
             return None
 
     def _delete_expired_before_use(self) -> None:
-        """Let no search find what was gone while the collection was closed."""
+        """Delete records that expired while the collection was closed, before any search."""
         try:
             self._store.delete_expired()
         except ServiceError as error:
-            # It can still be read; the deletion is tried again.
+            # The records can still be read; the deletion is retried.
             if error.code is not Code.RESOURCE_EXHAUSTED:
                 raise
-            log.warning("records whose time is up are not deleted yet: %s", error.message)
+            log.warning("expired records are not deleted yet: %s", error.message)
 
     def _size(self) -> int:
         size = 0
@@ -223,7 +229,7 @@ class Lifecycle:
         for path in paths:
             try:
                 size += path.stat().st_size
-            except FileNotFoundError:  # an old snapshot, dropped meanwhile
+            except FileNotFoundError:  # an old snapshot, deleted meanwhile
                 continue
         return size
 
@@ -239,6 +245,6 @@ class Lifecycle:
             self._wake_at_rest(seconds)
 
     def _forget_damaged(self, labels: set[int]) -> None:
-        """Let searches come upon damaged records no more."""
+        """Exclude damaged records from searches."""
         self._neighbours.remove(labels)
         self._selector.forget()

@@ -1,4 +1,4 @@
-"""How many collections are open at a time: the least recently used are closed, and opened again by their next call."""
+"""Limit of the open collections: the least recently used are closed, and their next call opens them again."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
 
-#: Descriptors that are left to connections, models, the log and calls in progress, unless that is over half of all.
+#: Descriptors that are left for connections, models, the log and calls in progress, but at most half of all.
 _RESERVED = 256
-#: Bounds of the derived limit. An open collection of one record takes about 0.5 MB.
+#: Limits of the derived limit. An open collection of one record takes about 0.5 MB.
 _FEWEST, _MOST = 4, 500
-#: Most seconds until another try to close a collection that could not be closed.
+#: Limit of the seconds until another attempt to close a collection that could not be closed.
 _RETRY = 60.0
-#: Freed memory goes back to the system this many seconds after the last collection was closed, or after the first one;
-#: and no sooner than this after the last time, since models must then get theirs again.
+#: Freed memory is returned to the system this many seconds after the last collection was closed, or after the first;
+#: and not before this many seconds since the last return, because models must then allocate theirs again.
 _AFTER_LAST, _AFTER_FIRST, _BETWEEN = 1.0, 10.0, 30.0
 
 
 class Closable(Protocol):
-    """A collection, as this module needs it."""
+    """A collection that can be closed and opened again."""
 
     @property
     def last_used(self) -> float:
@@ -37,24 +37,24 @@ class Closable(Protocol):
         """Whether closing it has no snapshot to write."""
 
     def close_idle(self) -> bool:
-        """Close it unless a call is in progress, and `discard` it; return whether it was closed by this."""
+        """Close it unless a call is in progress, and `discard` it; return whether this call closed it."""
 
 
 def derived_limit() -> int:
-    """Return how many collections may be open, by the limit of file descriptors."""
+    """Return how many collections may be open, derived from the limit of file descriptors."""
     limit = descriptors.limit()
     return max(_FEWEST, min(_MOST, (limit - min(_RESERVED, limit // 2)) // MOST_DESCRIPTORS))
 
 
 class OpenCollections:
-    """The collections that are open. Safe to use from several threads.
+    """The set of open collections. Safe to use from several threads.
 
-    A thread closes those that nobody used for a while. It starts with the first collection.
+    A thread closes idle collections. It starts with the first collection.
 
     Args:
-        most: collections that may be open. More are open only while all of them have calls in progress, or
-            snapshots that cannot be written.
-        idle_seconds: a collection without a call for this long is closed; 0: none is.
+        most: limit of the open collections. More are open only while all of them have calls in progress, or snapshots
+            that cannot be written.
+        idle_seconds: a collection without a call for this long is closed; 0: never.
     """
 
     def __init__(self, most: int, idle_seconds: float) -> None:
@@ -62,9 +62,9 @@ class OpenCollections:
         self._idle_seconds = idle_seconds or float("inf")
         self._changed = threading.Condition()
         self._open: set[Closable] = set()
-        #: Those to be closed by the thread, since that takes long.
+        #: Collections for the thread to close, since closing them takes long.
         self._soon: set[Closable] = set()
-        #: When to try again to close a collection, by the monotonic clock.
+        #: When to retry closing a collection, by the monotonic clock.
         self._retry: dict[Closable, float] = {}
         self._first_freed = self._last_freed = self._last_trim = float("-inf")
         self._thread: threading.Thread | None = None
@@ -74,7 +74,7 @@ class OpenCollections:
         return len(self._open)
 
     def admit(self, collection: Closable) -> None:
-        """Count in a collection that is about to be opened; close others to make room for it."""
+        """Add a collection that is about to be opened; close others to make room for it."""
         with self._changed:
             self._open.add(collection)
             if self._thread is None and not self._closed:
@@ -89,7 +89,7 @@ class OpenCollections:
         self._close_until(3 * len(self._open) // 4)
 
     def discard(self, collection: Closable) -> None:
-        """Count out a collection that is closed."""
+        """Remove a collection that was closed."""
         with self._changed:
             if collection not in self._open:
                 return
@@ -102,7 +102,7 @@ class OpenCollections:
                 self._changed.notify()
 
     def close(self, deadline: Deadline) -> bool:
-        """Stop the thread after the collection that it is at; return whether it ended by the deadline."""
+        """Stop the thread after the present collection; return whether it ended by the deadline."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -127,7 +127,7 @@ class OpenCollections:
                 _close(each)
             return
         if unsaved:
-            # They were used before those that are closed now. Their snapshots are written while nobody waits.
+            # They were used before the collections that are closed now. The thread writes their snapshots meanwhile.
             with self._changed:
                 self._soon.update(self._open.intersection(unsaved))
                 self._changed.notify()
@@ -172,11 +172,11 @@ class OpenCollections:
 
 
 def _close(collection: Closable) -> bool:
-    """Close a collection unless it is in use; return whether it was closed. One bad collection stays open."""
+    """Close a collection unless it is in use; return whether it was closed. If it fails, the collection stays open."""
     try:
-        # The call that this thread runs may be cancelled; the collection is another one.
+        # The call that this thread serves may be cancelled, but it belongs to another collection.
         with cancellation.cancelled_when(lambda: False):
             return collection.close_idle()
-    except Exception:  # it must not fail the call that opens another one
+    except Exception:  # the call that opens another collection must not fail
         log.exception("a collection that is not in use stays open")
         return False

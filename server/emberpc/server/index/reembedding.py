@@ -1,4 +1,4 @@
-"""A collection on its way to another model."""
+"""Re-embedding of a collection with another model."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ _PAGE = 1000
 
 
 class Reembedding:
-    """A second collection takes the records of one over, with vectors of another model, and then its place.
+    """Copies the records of a collection to a second one with vectors of another model, which then replaces the first.
 
-    Meanwhile the first one answers and is written to; what is written goes over
-    too. Whoever embeds calls `next` and `take` until there is no more, and then
-    asks the index to switch. One thread at a time.
+    Meanwhile the first collection serves searches and writes; later writes are copied too. The caller embeds: it calls
+    `next` and `take` until there are no more records, and then calls `switch` of the index. Use from one thread at a
+    time.
 
     Args:
         source: the collection.
-        target: the one that is to take its place.
-        started: since when.
+        target: the collection that will replace it.
+        started: when the re-embedding began.
     """
 
     def __init__(self, source: Collection, target: Collection, started: datetime) -> None:
         self.source = source
         self.target = target
         self.started = started
-        #: Of the source: all up to this label was given out, or is there.
+        #: All records of the source up to this label were returned by `next`, or are in the target.
         self._label = 0
 
     @property
     def spec(self) -> CollectionSpec:
-        """What the collection will be."""
+        """Spec that the collection will have."""
         return self.target.spec
 
     def counts(self) -> tuple[int, int]:
-        """Return how many records were taken over, and how many there are."""
+        """Return the number of records that were copied, and of all records."""
         return self.target.count(), self.source.count()
 
     def next(self, count: int) -> list[StoredRecord]:
-        """Return records to embed, at most so many; none: all that there are now were given out."""
+        """Return at most `count` records to embed; an empty list if all present records were returned."""
         while found := self.source.written_after(self._label, count):
             self._label = found[-1][0]
-            # After a restart most are there already.
+            # After a restart most records are in the target already.
             present = self.target.revisions([record.id for _, record in found])
             if new := [record for _, record in found if present.get(record.id) != record.revision]:
                 return new
@@ -55,15 +55,15 @@ class Reembedding:
         return self.source.revisions(ids)
 
     def rewind(self) -> None:
-        """Look through all records again for those that are not there."""
+        """Start again at the first record; `next` then returns records that the target lacks."""
         self._label = 0
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
-        """Take records over with their new vectors, float32 (records, dimensions)."""
+        """Write records with their new vectors, float32 (records, dimensions), to the target."""
         self.target.copy(records, vectors)
 
     def prune(self) -> None:
-        """Delete what was deleted from the source since it was taken over."""
+        """Delete the target's records that were deleted from the source."""
         token, more = "", True
         while more:
             page, token = self.target.page(_PAGE, token)
@@ -73,6 +73,6 @@ class Reembedding:
             more = bool(token)
 
     def is_complete(self) -> bool:
-        """Whether the target has just the records that the source has; to be asked while the source is frozen."""
+        """Return whether the target has exactly the source's records; to be called while the source is frozen."""
         taken, total = self.counts()
         return taken == total and not self.source.written_after(self._label, 1)

@@ -1,7 +1,8 @@
-"""A collection made of a backup, which comes piece by piece.
+"""Restoring of a collection from a backup that arrives piece by piece.
 
-Until all is checked there is a folder that the catalogue does not name: if the caller goes away it is removed, and if
-the server is killed the next start removes it. The catalogue's entry makes a collection of it, at once.
+Until the check is complete, the data is in a folder that the catalogue does not name. If the caller leaves, the folder
+is removed; if the server is killed, the next start removes it. The catalogue's entry turns it into a collection, in one
+step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.index.collection import Collection
 from emberpc.server.index.jobs import backup
-from emberpc.server.index.jobs.backup_checks import check_backup, damaged, given_up
+from emberpc.server.index.jobs.backup_checks import check_backup, damaged, restore_cancelled
 from emberpc.server.index.storage import schema
 from emberpc.server.index.storage.data_directory import Entry
 from emberpc.server.index.storage.database import connect, transaction, translated
@@ -29,16 +30,16 @@ _NOTHING_RESTORED = "nothing was restored"
 
 
 class Restoration:
-    """Takes in a backup. Its calls come one after the other, but `close`, which may come at any time.
+    """Receives a backup and creates a collection from it. Calls must be sequential, except `close`.
 
-    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE once it is closed.
+    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after it is closed.
 
     Args:
-        collections: the folder of the collections' folders.
+        collections: the parent of the collections' folders.
         name: the new collection's name.
         total: bytes of the backup; 0: not known.
         accept: raises ValueError or ServiceError if a collection cannot be served.
-        adopt: makes a collection of its folder.
+        adopt: opens the folder as a collection and adds it to the catalogue.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class Restoration:
         adopt: Callable[[Entry], Collection],
     ) -> None:
         self._name = name
-        self._what = f"collection {name!r}"
+        self._subject = f"collection {name!r}"
         self._accept = accept
         self._adopt = adopt
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        #: Of all but the bytes that may turn out to be the last line, which are held back.
+        #: Digest of all bytes except the last ones, which may be the last line and are held back.
         self._digest = hashlib.sha256()
         self._held_back = b""
         with ExitStack() as stack, translated_os_errors(_NOTHING_RESTORED):
@@ -67,29 +68,28 @@ class Restoration:
             self._resources = stack.pop_all()
 
     def write(self, data: bytes) -> None:
-        """Take in the next bytes."""
+        """Write the next bytes of the backup."""
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
             backup.check_room(self._folder, len(data), "what is still to come of the backup")
-            self._take(data)
+            self._write(data)
 
     def finish(self, sha256: str) -> Collection:
-        """Check what came, and make a collection of it.
+        """Check the backup and create the collection.
 
         Args:
-            sha256: of all the bytes, hex.
+            sha256: SHA-256 of all bytes, in hexadecimal.
 
         Raises:
-            ServiceError: besides the usual, INVALID_ARGUMENT if it is no whole backup of a collection or its SHA-256
-                is another, FAILED_PRECONDITION if a newer version wrote it, ALREADY_EXISTS if there is a collection of
-                the name by now.
+            ServiceError: besides the usual, INVALID_ARGUMENT if the bytes are not an intact backup or their SHA-256
+                differs, FAILED_PRECONDITION if a newer version wrote it, ALREADY_EXISTS if the name exists by now.
         """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
             self._check_digests(sha256)
             self._file.close()
             spec, created = check_backup(self._path, self._accept, self._closed.is_set)
-            with translated(self._what):
+            with translated(self._subject):
                 self._make_ours()
             self._check_open()
             collection = self._adopt(Entry(replace(spec, name=self._name), self._folder, created))
@@ -98,12 +98,12 @@ class Restoration:
         return collection
 
     def close(self) -> None:
-        """Remove all that came, unless it became a collection; waits for the call under way, and ends it early."""
+        """Remove all files, unless they became a collection; stops the call in progress and waits for it."""
         self._closed.set()
         with self._lock:
             self._resources.close()
 
-    def _take(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         data = self._held_back + data
         self._held_back = data[-backup.LAST_LINE_SIZE :]
         body = data[: -backup.LAST_LINE_SIZE]
@@ -111,7 +111,7 @@ class Restoration:
         self._file.write(body)
 
     def _check_digests(self, sha256: str) -> None:
-        """Check the SHA-256 that came with the bytes, and the one in the last line."""
+        """Check the SHA-256 that the caller gave, and that in the last line."""
         if not sha256:
             raise invalid("sha256", "is missing; the last message must have the SHA-256 of the whole")
         whole = self._digest.copy()
@@ -126,19 +126,19 @@ class Restoration:
             raise damaged("it was cut off or changed, or is none, since its last line is not the SHA-256 of the rest")
 
     def _make_ours(self) -> None:
-        """Make a collection's database of the file: at the last version, with words that go with the texts.
+        """Turn the file into a collection's database: migrate it, rebuild its word index and set a new identity.
 
-        It is another one than what the backup was taken of, whose graphs are not its own.
+        With the new identity, snapshots of the collection that was backed up do not belong to it.
         """
         with closing(connect(self._path)) as connection:
             with transaction(connection):
                 connection.execute("DROP TABLE backup")
                 connection.execute("PRAGMA application_id = 0")
-            schema.prepare(connection, self._what, create=False)
+            schema.prepare(connection, self._subject, create=False)
             with transaction(connection):
                 schema.index_words(connection)
                 connection.execute(schema.NEW_IDENTITY)
 
     def _check_open(self) -> None:
         if self._closed.is_set():
-            raise given_up()
+            raise restore_cancelled()

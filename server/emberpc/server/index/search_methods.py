@@ -1,4 +1,4 @@
-"""Searches of a collection: their arguments checked, and made into what the searchers take."""
+"""The search methods of a collection: validate the arguments and pass requests to the searchers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from emberpc.server.collections.validation import check_search
 from emberpc.server.errors import invalid, items_of
 from emberpc.server.index.call_gate import CallGate
 from emberpc.server.index.jobs.graph_maintenance import GraphMaintenance
-from emberpc.server.index.search.dense import DenseSearcher, Request
-from emberpc.server.index.search.hybrid import HybridSearcher, WordsRequest, fused_from
+from emberpc.server.index.search.dense import DenseRequest, DenseSearcher
+from emberpc.server.index.search.hybrid import HybridSearcher, LexicalRequest, fusion_depths
 from emberpc.server.index.search.probe import Probe
 from emberpc.server.index.storage.filter_sql import Clause, compile_filter
 from emberpc.server.index.storage.store import Store
 
-#: What a request calls the vector of query i.
+#: Name of the vector of query i in error messages.
 _VECTOR = items_of("queries", "vector")
 
 
 class SearchMethods:
-    """The part of `Collection` that searches."""
+    """Mixin of `Collection` with its search methods."""
 
     spec: CollectionSpec
     _calls: CallGate
@@ -31,7 +31,7 @@ class SearchMethods:
     _hybrid: HybridSearcher
     _graph_maintenance: GraphMaintenance
     _probe: Probe
-    #: Asks for maintenance.
+    #: Requests maintenance.
     _wake: Callable[[], None]
 
     def search(
@@ -46,18 +46,19 @@ class SearchMethods:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find the records nearest to each query.
+        """Search for the records nearest to each query.
 
         Args:
             queries: float32 (queries, dimensions).
-            top_k: most hits, 1 to 10,000; of all queries, or of each.
+            top_k: limit of the hits, 1 to 10,000; one for all queries, or one for each.
             ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k` and `min_recall`.
-            min_recall: share of the true nearest to be found, in (0, 1], as measured of this collection; where that is
-                not measured yet, or too much for the graph, every vector is compared. 0: no target. Not beside `ef`.
-            exclude_ids: an id to leave out of each query's hits, or None; empty: nothing to leave out.
-            with_vectors: whether the hits have their vectors.
-            conditions: what the hits of each query must meet, or None; empty: nothing.
-            parts: what the records of the hits must have; they may have more.
+            min_recall: share of the true nearest to be found, in (0, 1], as measured on this collection; 0: no target.
+                If it is not measured yet, or the graph cannot reach it, every vector is compared. Must not be combined
+                with `ef`.
+            exclude_ids: for each query an id to leave out of its hits, or None; empty: no ids.
+            with_vectors: whether the hits contain their vectors.
+            conditions: for each query the filter that its hits must meet, or None; empty: no filters.
+            parts: parts of a record that the hits must contain; they may contain more.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -65,10 +66,10 @@ class SearchMethods:
         check_search(len(queries), sizes, len(excluded), ef, min_recall)
         if not len(queries):
             return []
-        with self._calls.one(), self._store.response_bytes.limited(parts):
+        with self._calls.enter(), self._store.response_bytes.limited(parts):
             request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
-            # Filtered ones have ways of their own to be exact.
-            probed = not any(request.conditions) and self._probe.wants_one()
+            # Only unfiltered searches are probed: filtered ones are exact in other cases.
+            probed = not any(request.conditions) and self._probe.should_sample()
             sequence = self._store.sequence() if probed else 0
             outcomes = self._searcher.search(request)
         if probed and self._probe.offer(request, outcomes, sequence):
@@ -84,11 +85,11 @@ class SearchMethods:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find the records with words of each text, best first by BM25; the other arguments are those of `search`."""
+        """Search for records with words of each text, best first by BM25; for other arguments see `search`."""
         check_search(len(texts), top_k, len(texts), 0)
         clauses = [clause_of(condition) for condition in conditions] or [None] * len(texts)
-        with self._calls.one(), self._store.response_bytes.limited(parts):
-            return self._hybrid.by_words(WordsRequest(texts, top_k, clauses, with_vectors))
+        with self._calls.enter(), self._store.response_bytes.limited(parts):
+            return self._hybrid.by_words(LexicalRequest(texts, top_k, clauses, with_vectors))
 
     def search_both(
         self,
@@ -104,16 +105,16 @@ class SearchMethods:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, fused.
+        """Search for records by vectors and by words, with both rankings fused.
 
         Args:
             queries: float32 (queries, dimensions).
             texts: the text of each query.
-            top_k: most hits of each.
-            dense_weight: weight of the ranking by vectors, 0 to 1; that by words has the rest.
-            fusion: how the two become one.
+            top_k: limit of the hits of each query.
+            dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has the rest.
+            fusion: the fusion rule.
             ef: as in `search`.
-            min_recall: as in `search`, of the candidates by vectors.
+            min_recall: as in `search`, for the dense ranking.
             with_vectors: as in `search`.
             conditions: as in `search`.
             parts: as in `search`.
@@ -122,10 +123,10 @@ class SearchMethods:
         if len(texts) != len(queries):
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
-        with self._calls.one(), self._store.response_bytes.limited(parts):
+        with self._calls.enter(), self._store.response_bytes.limited(parts):
             return self._hybrid.by_both(
                 self._request(
-                    prepared, fused_from(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
+                    prepared, fusion_depths(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
                 ),
                 texts,
                 top_k,
@@ -142,12 +143,12 @@ class SearchMethods:
         with_vectors: bool,
         conditions: Sequence[Filter | None],
         min_recall: float,
-    ) -> Request:
+    ) -> DenseRequest:
         if conditions and len(conditions) != len(queries):
             raise invalid("conditions", f"has {len(conditions)} items for {len(queries)} queries; give one for each")
         most = max(top_k)
-        keep = self._graph_maintenance.effort.ef(most, ef, min_recall)
-        return Request(
+        keep = self._graph_maintenance.ef_chooser.ef(most, ef, min_recall)
+        return DenseRequest(
             queries,
             top_k,
             excluded,
@@ -159,5 +160,5 @@ class SearchMethods:
 
 
 def clause_of(condition: Filter | None) -> Clause | None:
-    """Return a condition as SQL; None for none."""
+    """Compile a filter to SQL; None if there is no filter."""
     return None if condition is None else compile_filter(condition)

@@ -1,4 +1,4 @@
-"""The newest vectors, compared one by one until the graph takes them in."""
+"""The buffer of the newest vectors, which searches compare until the graph holds them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import numpy as np
 from emberpc.server.collections.metric import best_of, nearest
 from emberpc.server.collections.types import Distance, Labels, Matrix
 
-#: Values in a full chunk (2 MB), and the fewest vectors of a chunk.
+#: Values in a full chunk (2 MB), and the smallest number of vectors in a chunk.
 _CHUNK, _FEWEST = 2**19, 16
 
 
 class Buffer:
     """Prepared vectors by label, in ascending order of labels.
 
-    They lie in chunks of one size; only the last chunk may be smaller, and then
-    grows to that size by doubling. Adding and removing cost in proportion to what
-    is added and removed, however much waits: what is removed is only marked,
-    until its chunk is empty and goes as a whole.
+    They are stored in chunks of one size. Only the last chunk may be smaller; it grows to that size by doubling. The
+    cost of adding and removing is proportional to the vectors that are added or removed, whatever the size of the
+    buffer: a removed vector is only marked, and a chunk is freed when it is empty.
 
     Not safe to use from several threads; `Neighbours` holds the lock.
     """
@@ -33,7 +32,7 @@ class Buffer:
         return self._count
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
-        """Take in vectors, float32 (n, dimensions), under labels, int64 (n,), ascending and above all before."""
+        """Append vectors, float32 (n, dimensions), under labels, int64 (n,), ascending and above all present labels."""
         start = 0
         while start < len(labels):
             if not self._chunks or (not self._chunks[-1].room and self._chunks[-1].rows >= self._rows):
@@ -47,7 +46,7 @@ class Buffer:
         self._count += len(labels)
 
     def remove(self, labels: set[int]) -> None:
-        """Drop those of the labels that are there."""
+        """Remove those of the labels that exist."""
         if not self._count:
             return
         wanted = np.sort(np.fromiter(labels, dtype=np.int64, count=len(labels)))
@@ -56,7 +55,7 @@ class Buffer:
         self._chunks = [chunk for chunk in self._chunks if chunk.count]
 
     def oldest(self, count: int) -> tuple[Labels, Matrix]:
-        """Return the labels and vectors that have waited longest, at most `count`."""
+        """Return labels and vectors of the oldest entries, at most `count`."""
         parts: list[tuple[Labels, Matrix]] = []
         for chunk in self._chunks:
             if count <= 0:
@@ -68,14 +67,14 @@ class Buffer:
         return np.concatenate([labels for labels, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors, float32 (dimensions,), of those labels that are there."""
+        """Return the vectors, float32 (dimensions,), of those labels that exist."""
         found: dict[int, Matrix] = {}
         for chunk in self._chunks:
             found.update(chunk.held(labels))
         return found
 
     def labels(self) -> set[int]:
-        """Return the labels that are there."""
+        """Return all labels."""
         return {label for chunk in self._chunks for label in chunk.present_labels().tolist()}
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
@@ -91,7 +90,7 @@ class Buffer:
 
 
 class _Chunk:
-    """Vectors that lie together: the rows from `first` to before `end` are in use, `count` of them present."""
+    """Vectors in one array: rows from `first` to before `end` are in use, and `count` of them are present."""
 
     def __init__(self, rows: int, dimensions: int) -> None:
         self._labels: Labels = np.empty(rows, dtype=np.int64)
@@ -105,7 +104,7 @@ class _Chunk:
         return len(self._labels)
 
     def grow(self, rows: int) -> None:
-        """Make room for that many rows, no fewer than now."""
+        """Increase the capacity to `rows`, which must not be less than now."""
         more = rows - self.rows
         self._labels = np.pad(self._labels, (0, more))
         self._vectors = np.pad(self._vectors, ((0, more), (0, 0)))
@@ -113,20 +112,20 @@ class _Chunk:
 
     @property
     def room(self) -> int:
-        """Rows that are free."""
+        """Number of free rows."""
         return len(self._labels) - self._end
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
-        """Take in vectors for which there is room."""
+        """Append vectors; there must be room for them."""
         new = slice(self._end, self._end + len(labels))
         self._labels[new], self._vectors[new], self._present[new] = labels, vectors, True
         self._end += len(labels)
         self.count += len(labels)
 
     def remove(self, wanted: Labels) -> int:
-        """Drop those of the labels, ascending, that are there; return how many were."""
+        """Remove those of the labels, ascending, that are present; return their number."""
         here = self._labels[self._first : self._end]
-        # Of many labels that go, and many chunks, only those that may be of this one are looked for.
+        # Of many removed labels, search each chunk only for those in its range.
         low, high = np.searchsorted(wanted, here[[0, -1]])
         mine = wanted[low : high + 1]
         rows = np.searchsorted(here, mine)
@@ -145,18 +144,18 @@ class _Chunk:
         return self._labels[rows], self._vectors[rows]
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors of those labels that are there."""
+        """Return the vectors of those labels that are present."""
         here = slice(self._first, self._end)
         rows = self._first + np.flatnonzero(np.isin(self._labels[here], labels) & self._present[here])
         return dict(zip(self._labels[rows].tolist(), self._vectors[rows], strict=True))
 
     def present_labels(self) -> Labels:
-        """Return the labels that are there."""
+        """Return the labels that are present."""
         here = slice(self._first, self._end)
         return self._labels[here][self._present[here]]
 
     def search(self, queries: Matrix, k: int, distance: Distance) -> tuple[Labels, Matrix]:
-        """Compare queries with every vector; as `Buffer.search`."""
+        """Compare queries with every vector, as `Buffer.search`."""
         here = slice(self._first, self._end)
         present = self._present[here] if self.count < self._end - self._first else None
         rows, scores = nearest(queries, self._vectors[here], k, distance, present)

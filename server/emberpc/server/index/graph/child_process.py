@@ -1,4 +1,4 @@
-"""Work that would hold the interpreter for long, in a child process that has this one's memory as it stands."""
+"""Work that would hold the GIL for long, in a forked child process with a copy of this process's memory."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import signal
 import sys
 from collections.abc import Callable
 
-import numpy as np  # noqa: F401 - its BLAS must be there to be limited
+import numpy as np  # noqa: F401 - threadpool_limits finds only libraries that are loaded
 from threadpoolctl import threadpool_limits
 
-# Before a fork OpenBLAS ends its threads, also those that a call of another thread waits for: that one then hangs for
-# ever, and so does the fork. With one thread it has none; callers are what there are several of.
+# Before a fork OpenBLAS ends its threads, also those that another thread's call waits for: that call then hangs for
+# ever, and so does the fork. Limited to one thread OpenBLAS has none; the server's callers run in parallel instead.
 threadpool_limits(1, user_api="blas")
 
 _PR_SET_PDEATHSIG = 1
-#: Elsewhere a process of several threads had better not be copied.
+#: On other systems a process with several threads should not be forked.
 _FORKS = sys.platform == "linux"
-# Not in the child: it shall do as little as it can.
+# Loaded here and not in the child, which should do as little as possible.
 _LIBRARY = ctypes.CDLL(None) if _FORKS else None
 _MAX_FILES = 1 << 20
 
 
 class ChildKilledError(OSError):
-    """A signal ended the child; another one may fare better."""
+    """A signal ended the child; another attempt may succeed."""
 
 
 def in_child(work: Callable[[], object]) -> Callable[[], None]:
-    """Begin work that is one call into a library and writes files; where there is no child for it, do it here.
+    """Start work that is one call into a library and writes files, in a child process; without fork, run it here.
 
-    Only this thread is copied. So the work may take no lock that another one
-    might hold: no logging, and nothing that the index's own lock does not keep
-    still. The C library takes care of its own, and BLAS has no threads here.
+    The child has only this thread. So the work may take no lock that another thread might hold: it must not log, and
+    must use only data that the index's own lock protects. The C library handles its own locks at a fork, and BLAS has
+    no threads here.
 
     Returns:
-        A function to be called once, by the same thread: it waits for the child, and raises OSError if that failed,
-        ChildKilledError if a signal ended it.
+        A function to be called once, by the same thread. It waits for the child, and raises OSError if the child
+        failed, ChildKilledError if a signal ended it.
 
     Raises:
-        OSError: there can be no child.
+        OSError: the child cannot be started.
     """
     if _LIBRARY is None:
         work()
@@ -61,7 +61,7 @@ def in_child(work: Callable[[], object]) -> Callable[[], None]:
 def _work_and_exit(work: Callable[[], object]) -> None:
     code = 1
     try:
-        # It must not outlive this server, nor keep its port or its data directory from the next one.
+        # The child must not outlive this server, nor keep its port or its data directory from the next server.
         if _LIBRARY is not None:
             _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.closerange(3, _MAX_FILES)

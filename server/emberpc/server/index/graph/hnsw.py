@@ -1,4 +1,4 @@
-"""hnswlib, guarded: nothing reaches it that could crash it."""
+"""A wrapper of hnswlib that passes it no arguments that could crash it."""
 
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Labels, M
 from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 FIRST_CAPACITY = 1024
-#: Queries that are worth a helper: some milliseconds of work.
+#: Queries for which a worker thread pays off: some milliseconds of work.
 _PART = 8
-#: Hits and candidates of the searches that check whether a node is found, each for the nodes that the search before
-#: missed. The first finds 99 % of clustered vectors and costs a twentieth of an insert. The second finds most of the
-#: others. The third keeps as few candidates as any search does by default.
+#: Hits and candidates of the searches that check whether a node is found; each search checks the nodes that the search
+#: before missed. The first finds 99 % of clustered vectors and costs a twentieth of an insert. The second finds most of
+#: the others. The third keeps as few candidates as any search does by default.
 _CHECKS = ((1, 3), (1, 16), (10, 100))
-#: Relative error of a distance in float32 that is computed twice.
+#: Relative difference of a distance in float32 that is computed in two ways.
 ROUNDING = 1e-5
 _helpers: WorkerThreads[Matrix, tuple[npt.NDArray[np.uint64], Matrix]] = WorkerThreads()
 
 
 class GraphError(Exception):
-    """The graph cannot answer, or a file holds no graph; vectors can still be compared one by one."""
+    """The graph cannot answer, or a file holds no graph; all vectors can still be compared."""
 
 
 class Hnsw:
     """An HNSW graph of vectors, each under a label of its own.
 
-    A label is added once and never changed: an in-place update costs 27 times an
-    insert. Vectors must be prepared and checked (`metric`).
+    A label is added once and never changed: an in-place update costs 27 times an insert. Vectors must be prepared and
+    checked (`metric`).
 
-    hnswlib must not be searched while something is added, and crashes if it is
-    resized meanwhile: `search`, `vectors` and `every` may run beside each other,
-    and all else must run alone.
+    hnswlib must not be searched while vectors are added, and crashes if it is resized meanwhile: `search`, `vectors`
+    and `every` may run concurrently, and all other methods must run alone.
 
-    hnswlib's index is made with the first vector: it takes 2.6 MB for its locks
-    alone, and a small collection is searched without a graph.
+    hnswlib's index is created with the first vector: its locks alone take 2.6 MB, and a small collection is searched
+    without a graph.
 
     Args:
         spec: dimensions, distance and parameters.
-        capacity: nodes to make room for; it grows by itself.
+        capacity: nodes to allocate; the capacity grows by itself.
     """
 
     def __init__(self, spec: CollectionSpec, capacity: int) -> None:
         self._spec = spec
-        #: Nodes that are not deleted, and those that are: hnswlib's own get_current_count counts both.
+        #: Nodes that are not deleted, and those that are; hnswlib's get_current_count returns the sum.
         self.count = self.dead = 0
         #: Candidates that a search keeps.
         self.ef = 0
@@ -57,11 +56,11 @@ class Hnsw:
 
     @property
     def _index(self) -> hnswlib.Index:
-        """The index of hnswlib; made when it is first needed."""
+        """The index of hnswlib; created on first use."""
         if self._made is None:
             index = hnswlib.Index(space=SPACES[self._spec.distance], dim=self._spec.dimensions)
             index.init_index(self._capacity, ef_construction=self._spec.ef_construction, M=self._spec.m)
-            # Searches come from several threads already.
+            # Searches already run on several threads.
             index.set_num_threads(1)
             self._made = index
         return self._made
@@ -72,7 +71,7 @@ class Hnsw:
         return int(self._index.index_file_size())
 
     def set_ef(self, ef: int) -> None:
-        """Set how many candidates a search keeps; at least the `k` of the searches that follow."""
+        """Set how many candidates a search keeps; at least the `k` of the following searches."""
         self._index.set_ef(ef)
         self.ef = ef
 
@@ -91,7 +90,7 @@ class Hnsw:
         self.count += len(labels)
 
     def delete(self, node: int) -> None:
-        """Delete a node: searches pass through it and do not return it."""
+        """Mark a node as deleted: searches pass through it and do not return it."""
         self._index.mark_deleted(node)
         self.count -= 1
         self.dead += 1
@@ -104,12 +103,12 @@ class Hnsw:
         return vectors
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search for queries, float32 (queries, dimensions), many of them on all cores.
+        """Search for queries, float32 (queries, dimensions); many queries are divided among all cores.
 
         Args:
             queries: the queries.
-            k: nodes to find for each, at most half of the nodes. Asking for more than links lead to makes hnswlib
-                raise and leak its result.
+            k: nodes to find for each query, at most half of the nodes. If links lead to fewer than k, hnswlib raises
+                and leaks its result.
 
         Returns:
             Nodes, int64 (queries, k), nearest first, and their scores, float32 of the same shape.
@@ -136,7 +135,7 @@ class Hnsw:
             ef: candidates of the search.
 
         Returns:
-            Which vectors have such a node, bool (vectors,), and the nearest node that was found, int64 (vectors,).
+            Whether each vector has such a node, bool (vectors,), and the nearest node that was found, int64 (vectors,).
         """
         none = np.zeros(len(vectors), dtype=bool), np.zeros(len(vectors), dtype=np.int64)
         if not self.count:
@@ -154,7 +153,7 @@ class Hnsw:
         squares = np.einsum("ij,ij->i", vectors, vectors)
         if self._spec.distance is Distance.EUCLIDEAN:
             return distance <= share**2 * squares, nodes
-        # hnswlib gives 1 - product. The length of the node is not known, and reading its vector takes long.
+        # hnswlib returns 1 - product. The length of the node is not known, and reading its vector is slow.
         near = 1 - distance >= (1 - share) * squares
         rows = np.flatnonzero(near)
         differences = vectors[rows] - self.vectors(nodes[rows].tolist())
@@ -162,10 +161,10 @@ class Hnsw:
         return near, nodes
 
     def missed(self, nodes: Labels, vectors: Matrix) -> Labels:
-        """Return those of the nodes, int64 (n,), that searches for their own vectors do not find.
+        """Return the nodes that searches for their own vectors do not find, int64 (m,).
 
         Args:
-            nodes: the nodes, int64 (n,).
+            nodes: the nodes to check, int64 (n,).
             vectors: their vectors, float32 (n, dimensions).
         """
         # A search compares every node of a smaller graph.
@@ -183,7 +182,7 @@ class Hnsw:
         return nodes[suspects]
 
     def _not_found(self, nodes: Labels, vectors: Matrix, k: int) -> npt.NDArray[np.bool_]:
-        """Return which nodes are not among the hits, though hits are less near: bool (nodes,)."""
+        """Return which nodes are not hits although some hit is farther away: bool (nodes,)."""
         found, distances = self._index.knn_query(vectors, k=k, num_threads=1)
         missed: npt.NDArray[np.bool_] = (found.view(np.int64) != nodes[:, None]).all(axis=1)
         if not missed.any():
@@ -213,13 +212,13 @@ class Hnsw:
 
     @classmethod
     def read(cls, spec: CollectionSpec, path: Path, dead: int) -> Hnsw:
-        """Read what `write` wrote, with that many deleted nodes; the file must be unchanged and of this spec.
+        """Read a file of `write` with `dead` deleted nodes; the file must be unchanged and of this spec.
 
         Raises:
-            GraphError: hnswlib does not take it.
+            GraphError: hnswlib cannot read it.
         """
         graph = cls(spec, 1)
-        # A new index, since one that is initialised does not load; its ef is 10, so `ef` stays unset.
+        # A new index, since hnswlib cannot load into an initialised one; its ef is 10, so `ef` stays unset.
         graph._made = hnswlib.Index(space=SPACES[spec.distance], dim=spec.dimensions)
         try:
             graph._index.load_index(str(path), allow_replace_deleted=False)

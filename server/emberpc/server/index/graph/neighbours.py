@@ -1,4 +1,4 @@
-"""All vectors of a collection in memory, as the graph and the buffer before it; derived from the store."""
+"""All vectors of a collection in memory: the graph, and the buffer of newer vectors; derived from the store."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from emberpc.server.collections.metric import best_of
 from emberpc.server.collections.types import CollectionSpec, Labels, Matrix, Plan, Strategy
 from emberpc.server.cores import usable_cores
 from emberpc.server.index.graph.buffer import Buffer
-from emberpc.server.index.graph.graph import Graph, Saving
 from emberpc.server.index.graph.hnsw import GraphError
+from emberpc.server.index.graph.persistent_graph import PendingSave, PersistentGraph
 from emberpc.server.index.graph.read_write_lock import ReadWriteLock
 from emberpc.server.index.graph.shells import Shells, fitted
 
-#: Rows that the graph takes in while searches are kept out; some 5 to 15 ms.
+#: Vectors that are inserted into the graph while searches wait; some 5 to 15 ms.
 _SLICE = 16
-#: Asked for once: the answer is read from files of the system.
+#: Computed once, since it is read from files of the operating system.
 _CORES = usable_cores()
-#: Queries answered before a writer gets its turn, some 32 on each core.
+#: Queries that run before a writer gets its turn, some 32 on each core.
 _QUERIES_PER_TURN = 32 * _CORES
-#: Candidates up to which a query counts as one; one of more counts as more, since it takes as much longer.
+#: A query with up to this many candidates counts as one; with more it counts in proportion, since it takes longer.
 _EF_PER_QUERY = 1000
 _READ_BATCH = 2000
-#: Nodes that are searched for while other searches wait; some 1 ms.
+#: Nodes that are checked while searches wait; some 1 ms.
 _CHECKED_AT_ONCE = 32
-#: Nodes that are searched for to find out whether a graph cuts off many; some 15 ms.
+#: Nodes that are checked as a sample, to estimate how many the graph cuts off; some 15 ms.
 _PROBED = 256
-#: All nodes are checked again when there are 1.5 times as many as at the last check: later nodes may take their links.
-#: While no search has missed a node, a sample is searched for at that growth, and all nodes at the second growth.
+#: A complete check is due when there are 1.5 times as many nodes as at the last one: later nodes may take the links of
+#: earlier ones. While no search has missed a node, a sample is checked at that growth, and all nodes at the second.
 _CHECK_GROWTH, _SOUND_CHECK_GROWTH = 1.5, 4.0
 
-#: Gives the prepared vectors of those labels that are still there: int64 (n,) and float32 (n, dimensions).
+#: Returns the prepared vectors of those labels that still exist: int64 (n,) and float32 (n, dimensions).
 ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
 
 
 class Candidates(NamedTuple):
-    """Labels near a query with their scores, nearest first; `complete` if there are no other labels at all."""
+    """Labels near a query with their scores, nearest first; `complete` if they are all labels of the collection."""
 
     labels: list[int]
     scores: list[float]
@@ -48,37 +48,36 @@ class Candidates(NamedTuple):
 
 
 class Neighbours:
-    """Finds the labels nearest to a query. Safe to use from several threads.
+    """Searches for the labels nearest to a query. Safe to use from several threads.
 
-    Every write is seen by a search as a whole or not at all: graph and buffer
-    change under one lock.
+    A search sees every write completely or not at all: graph and buffer change under one lock.
 
     Args:
-        spec: the collection's.
-        graph: what a snapshot held, or an empty one.
+        spec: the spec of the collection.
+        graph: the graph of a snapshot, or an empty one.
     """
 
-    def __init__(self, spec: CollectionSpec, graph: Graph) -> None:
+    def __init__(self, spec: CollectionSpec, graph: PersistentGraph) -> None:
         self._spec = spec
         self._graph = graph
         self._buffer = Buffer(spec.dimensions, spec.distance)
         self._lock = ReadWriteLock()
-        #: Nodes that a check of all has still to check.
+        #: Vectors that the present complete check has still to check.
         self._unchecked: list[int] = []
 
     @property
     def waiting(self) -> int:
-        """Number of vectors that the graph has not taken in."""
+        """Number of vectors in the buffer."""
         return len(self._buffer)
 
     @property
     def count(self) -> int:
-        """Number of vectors that can be found."""
+        """Number of labels that searches can find."""
         return self._graph.live + len(self._buffer)
 
     @property
     def graph_size(self) -> int:
-        """Number of vectors that are found by way of the graph."""
+        """Number of labels that the graph finds."""
         return self._graph.live
 
     @property
@@ -88,23 +87,23 @@ class Neighbours:
 
     @property
     def stray_share(self) -> float:
-        """Share of the vectors of the graph that no link leads to, so that they are compared with every query."""
+        """Share of strays: vectors that searches of the graph miss, so that they are compared with every query."""
         return self._graph.stray_share
 
     @property
     def needs_check(self) -> bool:
-        """Whether vectors were added since the last check of all, so that nodes may be cut off."""
+        """Whether vectors were added since the last complete check, so that nodes may be cut off."""
         return bool(self._graph.added or self._unchecked)
 
     def representatives(self) -> list[int]:
-        """Return labels in the graph, one of those whose vectors are equal or nearly equal."""
+        """Return labels of the graph: one of each set of equal or nearly equal vectors."""
         with self._lock.read():
             return self._graph.representatives()
 
     def catch_up(self, stored: Labels, read: ReadVectors) -> None:
-        """Hold exactly the labels that are stored, ascending: what a snapshot misses waits in the buffer."""
+        """Make the labels equal to the stored ones, ascending; stored labels that a snapshot lacks go to the buffer."""
         with self._lock.write():
-            # First, since the last vector of a group takes its leader with it.
+            # Before the removal, since removing the last vector of a group may delete its leader.
             awaited = sorted(self._graph.awaited & set(stored.tolist()))
             for start in range(0, len(awaited), _READ_BATCH):
                 self._graph.restore(*read(awaited[start : start + _READ_BATCH]))
@@ -116,19 +115,19 @@ class Neighbours:
                 self._buffer.add(*read(missing[start : start + _READ_BATCH]))
 
     def change(self, added: Labels, vectors: Matrix, removed: set[int]) -> None:
-        """Take over what one write of the store did; writes must come in the store's order.
+        """Apply one write of the store; writes must come in the store's order.
 
         Args:
             added: new labels, int64 (n,), ascending.
             vectors: their prepared vectors, float32 (n, dimensions).
-            removed: labels that are gone.
+            removed: labels that were removed.
         """
         with self._lock.write():
             self._buffer.add(added, vectors)
             self._forget(removed)
 
     def remove(self, labels: set[int]) -> None:
-        """Take over that labels are gone from the store."""
+        """Remove labels that the store no longer has."""
         with self._lock.write():
             self._forget(labels)
 
@@ -137,11 +136,11 @@ class Neighbours:
 
         Args:
             queries: the queries.
-            k: how many labels to find for each.
+            k: labels to find for each query.
             ef: candidates that the graph search keeps, at least k.
 
         Returns:
-            What was found for each; None where the graph cannot tell and vectors must be compared one by one.
+            Candidates for each query; None if the graph failed, so that all vectors must be compared.
         """
         found: list[Candidates | None] = []
         turn = max(_CORES, _QUERIES_PER_TURN * _EF_PER_QUERY // max(ef, _EF_PER_QUERY))
@@ -155,17 +154,17 @@ class Neighbours:
         return found
 
     def labels(self) -> set[int]:
-        """Return the labels that a search may find."""
+        """Return the labels that searches can find."""
         with self._lock.read():
             return self._graph.labels() | self._buffer.labels()
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the prepared vectors, float32 (dimensions,), of those labels that a search may find."""
+        """Return the prepared vectors, float32 (dimensions,), of those labels that searches can find."""
         with self._lock.read():
             return self._graph.held(labels) | self._buffer.held(labels)
 
     def drain(self, most: int, stop: Callable[[], bool]) -> int:
-        """Move what waits now to the graph, at most so many, slice by slice; return how many were moved."""
+        """Move up to `most` of the vectors now in the buffer to the graph, slice by slice; return their number."""
         moved, goal = 0, min(most, len(self._buffer))
         while moved < goal and not stop():
             with self._lock.write():
@@ -178,12 +177,11 @@ class Neighbours:
         return moved
 
     def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
-        """Search for every node by its own vector, if there are many more than at the last check.
+        """Run a complete check if the graph grew enough: search for every vector of the graph by itself.
 
-        With `at_rest`, one more is enough.
-
-        One that is not found is compared with every query from then on. Searches and writes go on meanwhile. A check
-        that is stopped goes on at the next call. Must not run beside `drain`.
+        With `at_rest`, any growth is enough. Vectors that are not found become strays, which are compared with every
+        query. Searches and writes continue meanwhile. A check that was stopped continues at the next call. Must not run
+        concurrently with `drain`.
         """
         if not self._unchecked:
             with self._lock.read():
@@ -191,7 +189,7 @@ class Neighbours:
                 has_grown = self._graph.to_check >= max(1, growth * self._graph.checked)
                 if not has_grown and not (at_rest and self._graph.added):
                     return
-                self._unchecked = self._graph.check_begins()
+                self._unchecked = self._graph.begin_check()
         while self._unchecked:
             if stop():
                 return
@@ -199,12 +197,12 @@ class Neighbours:
                 self._graph.check(self._unchecked[-_CHECKED_AT_ONCE:])
             del self._unchecked[-_CHECKED_AT_ONCE:]
         with self._lock.write():
-            self._graph.check_ends()
+            self._graph.end_check()
 
     def probe(self) -> float:
-        """Search for a sample of the nodes by their own vectors; return the share that was not found.
+        """Check a sample of the nodes by searching for their own vectors; return the share that was not found.
 
-        As with `check`, those are compared with every query from then on.
+        As with `check`, missed nodes become strays.
         """
         with self._lock.read():
             labels = sorted(self._graph.labels())
@@ -218,31 +216,32 @@ class Neighbours:
         return missed / max(1, len(chosen))
 
     def compare_always(self, labels: list[int]) -> None:
-        """Compare the vectors of labels with every query, since searches of the graph miss them."""
+        """Make strays of the vectors of labels, since searches of the graph miss them."""
         with self._lock.write():
             self._graph.compare_always(labels)
 
     def rebuild(
         self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
     ) -> bool:
-        """Build a graph of what is live, beside the one that answers, and put it in its place.
+        """Build a new graph of all live vectors beside the present one, and replace the latter.
 
-        Must not run beside `drain`.
+        Must not run concurrently with `drain`.
 
         Args:
             read: reads the vectors.
-            stop: whether to leave it.
-            most_waiting: if more wait than that, the old graph takes them in meanwhile, so that searches stay quick.
-            shuffled: whether to insert them in random order, instead of that of their labels, and to make a graph for
-                each shell, since many nodes were cut off.
+            stop: whether to give up.
+            most_waiting: if the buffer grows beyond this, the old graph is filled from it meanwhile, so that searches
+                stay fast.
+            shuffled: whether to insert in random order instead of the order of labels, and to build a graph for each
+                shell; used if many nodes were cut off.
 
         Returns:
             Whether it was finished.
         """
         shells = self._fitted_shells(read) if shuffled else self._graph.shells
-        graph = Graph(self._spec, self._graph.live, shells=shells)
+        graph = PersistentGraph(self._spec, self._graph.live, shells=shells)
         taken: set[int] = set()
-        # What the old graph took in meanwhile must be in the new one too; that is less each time.
+        # Vectors that the old graph received meanwhile must be in the new one too; each round has fewer.
         while labels := sorted(self._graph_labels() - taken):
             first_round = not taken
             taken.update(labels)
@@ -256,7 +255,7 @@ class Neighbours:
                     graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
                     if self.waiting > most_waiting:
                         self.drain(_READ_BATCH, stop)
-            # Later nodes took the links of some, and the next check of all may be long in coming.
+            # Later nodes took the links of some earlier nodes, and the next complete check may be far off.
             if first_round and not self._check_new(graph, stop, most_waiting):
                 return False
         with self._lock.write():
@@ -271,20 +270,20 @@ class Neighbours:
         _, vectors = read(sorted(chosen))
         return fitted(vectors) if len(vectors) else None
 
-    def _check_new(self, graph: Graph, stop: Callable[[], bool], most_waiting: int) -> bool:
-        """Check all nodes of a graph that no one else has; return whether that was finished."""
-        names = graph.check_begins()
+    def _check_new(self, graph: PersistentGraph, stop: Callable[[], bool], most_waiting: int) -> bool:
+        """Run a complete check of a graph that no other thread uses; return whether it was finished."""
+        names = graph.begin_check()
         for start in range(0, len(names), _CHECKED_AT_ONCE):
             if stop():
                 return False
             graph.check(names[start : start + _CHECKED_AT_ONCE])
             if self.waiting > most_waiting:
                 self.drain(_READ_BATCH, stop)
-        graph.check_ends()
+        graph.end_check()
         return True
 
-    def save(self, path: Path) -> Saving:
-        """Begin to write the graph as it stands; searches and writes go on meanwhile."""
+    def save(self, path: Path) -> PendingSave:
+        """Begin to write the present graph to a file; searches and writes continue meanwhile."""
         with self._lock.read():
             return self._graph.save(path)
 
@@ -299,16 +298,16 @@ class Neighbours:
 
     def _search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         with self._lock.read():
-            # An empty graph needs no ef; without this its first search would set one for nothing.
+            # An empty graph needs no ef; without this check its first search would take the write lock to set it.
             if not self._graph.live or self._graph.ef == ef:
                 return self._search_both(queries, k, ef)
-        # ef belongs to the whole graph: with the lock held alone, nobody else finds less, or waits longer, than asked.
+        # ef belongs to the whole graph. Under the write lock, no concurrent search runs with another search's ef.
         with self._lock.write():
             self._graph.set_ef(ef)
             return self._search_both(queries, k, ef)
 
     def _search_both(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
-        """Search graph and buffer, and merge what they found; the caller holds the lock."""
+        """Search graph and buffer, and merge the candidates; the caller holds the lock."""
         found = [self._graph.search(queries, k)] if self._graph.live else []
         if len(self._buffer) or not found:
             found.append(self._buffer.search(queries, k))

@@ -1,4 +1,4 @@
-"""A small set of vectors, compared one by one."""
+"""A small set of vectors that searches compare exhaustively."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIRST_ROWS = 4
 
 
 class Pool:
-    """Prepared vectors by label, in no order.
+    """Prepared vectors by label, unordered.
 
     Not safe to use from several threads; `Neighbours` holds the lock.
     """
@@ -37,7 +37,7 @@ class Pool:
         self._row_of.update(zip(labels.tolist(), range(first, count), strict=True))
 
     def remove(self, labels: set[int]) -> None:
-        """Remove those of the labels that are there."""
+        """Remove those of the labels that exist."""
         for label in labels & self._row_of.keys():
             row, last = self._row_of.pop(label), len(self._row_of)
             if row < last:
@@ -49,10 +49,10 @@ class Pool:
         return self._labels[: len(self)], self._vectors[: len(self)]
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors, float32 (dimensions,), of those labels that are there."""
+        """Return the vectors, float32 (dimensions,), of those labels that exist."""
         return {label: self._vectors[self._row_of[label]].copy() for label in labels if label in self._row_of}
 
-    def found(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
+    def search_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
         """Compare prepared queries, float32 (queries, dimensions), with every vector.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Many readers or one writer."""
+"""A lock for many readers or one writer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from types import TracebackType
 
 
 class ReadWriteLock:
-    """Lets any number of readers in, or one writer alone; nobody can starve another.
+    """Admits any number of readers, or one writer alone; no thread can starve another.
 
-    A waiting writer goes before new readers, and before writers that come later.
-    When a writer leaves, the readers that waited meanwhile go before the next
-    writer. A thread that asks again at once, as one that fills a graph slice by
-    slice does, so keeps nobody waiting for longer than one of its turns.
+    A waiting writer goes before new readers, and before later writers. When a writer leaves, the readers that waited
+    meanwhile go before the next writer. So a thread that locks again at once, such as one that fills a graph slice by
+    slice, delays others by at most one of its turns.
     """
 
     def __init__(self) -> None:
@@ -24,9 +23,9 @@ class ReadWriteLock:
         self._readers = 0
         self._writing = False
         self._waiting_readers = 0
-        #: In the order in which they came.
+        #: In the order of their arrival.
         self._waiting_writers: deque[object] = deque()
-        #: Readers that may enter though a writer waits.
+        #: Readers that may enter although a writer waits.
         self._admitted = 0
         self._reading_side = _Side(self._begin_to_read, self._end_reading)
         self._writing_side = _Side(self._begin_to_write, self._end_writing)
@@ -61,7 +60,7 @@ class ReadWriteLock:
     def _end_reading(self) -> None:
         with self._mutex:
             self._readers -= 1
-            # Nobody else waits for readers to leave.
+            # Only writers wait for readers to leave.
             if not self._readers and self._waiting_writers:
                 self._changed.notify_all()
 
@@ -90,7 +89,7 @@ class ReadWriteLock:
 
 
 class _Side:
-    """One way to hold the lock; made once, since a generator for each search would take as long as its lock's work."""
+    """One way to hold the lock; created once, since a generator for each search would take as long as the locking."""
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
         self._begin, self._end = begin, end

@@ -1,4 +1,4 @@
-"""Shells of vectors: ranges of the distance from their centre, so that no graph holds a dense core and what is far."""
+"""Shells: ranges of the distance from a centre. Each has its own graph, so that dense and distant vectors are apart."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from emberpc.server.collections.types import Labels, Matrix
 
-#: Outer distance of a shell against its inner one. A vector in the centre of vectors that lie no nearer to each other
-#: than to it takes the links of all of them, and with a greater ratio some vectors of a shell do that.
+#: Outer radius of a shell divided by its inner radius. A vector in the centre of vectors that are no nearer to each
+#: other than to it takes the links of all of them; with a greater ratio some vectors of a shell do that.
 _RATIO = 1.5
-#: Shells inside the main one, and as many outside: distances from 1/130 of the main one's to 130 times.
+#: Shells inside the main one, and as many outside: distances from 1/130 of the main shell's to 130 times.
 _MOST = 12
-#: What `of` gives for the innermost shell; those outside follow downwards. -1 and -2 stand for other places.
+#: Number of the innermost shell; the outer ones follow downwards. -1 and -2 are `STRAY` and `SHORT`.
 _INNERMOST = -3
-#: What `of` gives for the main shell.
+#: Number of the main shell.
 MAIN = 0
 
 
@@ -40,8 +40,8 @@ class Shells:
 
 
 def fitted(vectors: Matrix) -> Shells | None:
-    """Return shells whose main one holds the most of some vectors, float32 (n, dimensions); None if all are equal."""
-    # Unlike the mean, it does not follow a few long vectors.
+    """Fit shells to vectors, float32 (n, dimensions); the main one holds the most. None if all vectors are equal."""
+    # Unlike the mean, the median does not follow a few long vectors.
     centre = np.median(vectors, axis=0).astype(np.float32)
     distances = _distances(vectors, centre)
     distances = distances[distances > 0]
@@ -59,7 +59,7 @@ def _distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float64]:
 
 
 def _levels(ratios: npt.NDArray[np.float64]) -> Labels:
-    """Return how many shells outside the main one distances are, given as shares of its middle; at most 12 away."""
+    """Return by how many shells distances, as shares of the main shell's middle, are outside it; -12 to 12."""
     exponents = np.log(np.maximum(ratios, np.finfo(np.float64).tiny)) / np.log(_RATIO)
     levels: Labels = np.clip(np.floor(exponents + 0.5), -_MOST, _MOST).astype(np.int64)
     return levels

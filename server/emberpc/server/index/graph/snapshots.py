@@ -1,8 +1,8 @@
-"""Snapshots of a graph: whole and checked, or as good as not there.
+"""Snapshots of a graph, which are used only if they are complete and their checksums are right.
 
-A graph can always be rebuilt from the store; a snapshot saves the time. Each is
-a file of hnswlib's and a sidecar with its hash and what it holds. The sidecar is
-written last, so a graph without one was never finished.
+A graph can always be rebuilt from the store; a snapshot saves the time. Each snapshot is a file of hnswlib and a
+sidecar with the file's hash and the rest of the contents. The sidecar is written last, so a file without one was never
+finished.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from typing import Any
 import numpy as np
 
 from emberpc.server.collections.types import CollectionSpec
-from emberpc.server.index.graph.graph import Contents, Graph, Saving
 from emberpc.server.index.graph.hnsw import GraphError
+from emberpc.server.index.graph.persistent_graph import GraphContents, PendingSave, PersistentGraph
 from emberpc.server.index.graph.shells import Shells
 from emberpc.server.index.storage.files import sha256_of, sync_to_disk
 
 log = logging.getLogger(__name__)
 
-#: 3: equal vectors are one node. 4: nearly equal vectors are one node, and nodes that no search finds are none.
+#: 3: equal vectors are one node. 4: nearly equal vectors are grouped under one node, and strays are no nodes.
 _FORMAT = 4
 _KEPT = 2
 
 
 class AheadError(Exception):
-    """A snapshot has labels that the database never gave: the database is an older copy of the one it was made of."""
+    """A snapshot has labels that the database never assigned: the database is an older copy of the snapshot's."""
 
 
-def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, folder: Path) -> None:
-    """Write a snapshot, and drop the oldest ones.
+def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: str, folder: Path) -> None:
+    """Write a snapshot, and delete the oldest ones.
 
     Args:
         begin: begins to write the graph to a path.
-        spec: the collection's.
-        identity: its database's.
-        folder: where its snapshots are.
+        spec: the spec of the collection.
+        identity: the identity of its database.
+        folder: the folder of its snapshots.
 
     Raises:
-        OSError: it cannot be written; those that were there still are.
+        OSError: it cannot be written; existing snapshots stay.
     """
     number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
     path = folder / f"graph-{number:08}.bin"
@@ -72,18 +72,18 @@ def save(begin: Callable[[Path], Saving], spec: CollectionSpec, identity: str, f
         _clean(folder)
 
 
-def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Graph | None:
-    """Return the newest snapshot that is whole and the collection's own, or None.
+def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> PersistentGraph | None:
+    """Return the graph of the newest snapshot that is intact and belongs to the collection, or None.
 
     Args:
-        spec: the collection's.
-        identity: its database's.
-        newest: the greatest label that the database ever gave.
-        folder: where its snapshots are.
+        spec: the spec of the collection.
+        identity: the identity of its database.
+        newest: the greatest label that the database ever assigned.
+        folder: the folder of its snapshots.
 
     Raises:
-        AheadError: the newest that is the collection's own has greater labels. Those would come to stand for other
-            vectors as the database goes on, so it must take another identity.
+        AheadError: the newest snapshot of the collection has greater labels. The database will assign those labels to
+            other vectors, so it must take a new identity.
     """
     for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
         try:
@@ -93,8 +93,8 @@ def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Grap
     return None
 
 
-def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Graph:
-    """Read one snapshot; any of several errors if anything about it is wrong."""
+def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> PersistentGraph:
+    """Read one snapshot; raises one of several errors if any part of it is wrong."""
     path = sidecar.with_suffix(".bin")
     document = json.loads(sidecar.read_text(encoding="utf-8"))
     facts = document["facts"]
@@ -107,7 +107,7 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Gr
         raise AheadError
     if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
         raise ValueError("its graph is not what was written")
-    graph = Graph.load(spec, path, _contents_from_json(facts))
+    graph = PersistentGraph.load(spec, path, _contents_from_json(facts))
     count = graph.live + len(graph.awaited)
     if count != facts["count"]:
         raise ValueError(f"it holds {count} vectors, not {facts['count']}")
@@ -115,7 +115,7 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Gr
 
 
 def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
-    """What must be the same for a graph to be this collection's."""
+    """Return the values that must be equal for a snapshot to belong to a collection."""
     return {
         "format": _FORMAT,
         "identity": identity,
@@ -126,7 +126,7 @@ def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
     }
 
 
-def _contents_to_json(contents: Contents) -> dict[str, object]:
+def _contents_to_json(contents: GraphContents) -> dict[str, object]:
     return {
         "dead": contents.dead.tolist(),
         "members": [[node, labels] for node, labels in contents.members.items()],
@@ -137,9 +137,9 @@ def _contents_to_json(contents: Contents) -> dict[str, object]:
     }
 
 
-def _contents_from_json(facts: dict[str, Any]) -> Contents:
-    """Return what `_contents_to_json` was given; KeyError, TypeError or ValueError if it cannot have been."""
-    return Contents(
+def _contents_from_json(facts: dict[str, Any]) -> GraphContents:
+    """Decode a value of `_contents_to_json`; raise KeyError, TypeError or ValueError if it is invalid."""
+    return GraphContents(
         np.array(facts["dead"], dtype=np.int64),
         {int(node): [int(label) for label in labels] for node, labels in facts["members"]},
         {int(leader): [int(label) for label in labels] for leader, labels in facts["outside"]},
@@ -161,7 +161,7 @@ def _digest(facts: dict[str, object]) -> str:
 
 
 def _clean(folder: Path) -> None:
-    """Drop all but the newest snapshots, and what never became one."""
+    """Delete all but the newest snapshots, and unfinished ones."""
     kept = {path.stem for path in sorted(folder.glob("graph-*.json"))[-_KEPT:]}
     for path in folder.glob("graph-*"):
         if path.stem not in kept:

@@ -1,7 +1,8 @@
-"""Threads that take on parts of a search, so that one of many queries has all cores.
+"""Threads that run parts of a search, so that a search with many queries uses all cores.
 
-Not hnswlib's own threads: where the system gives none any more, they end the process. And no `ThreadPoolExecutor`: one
-that cannot start a thread has taken the work already, and does it later, when the graph may be about to change.
+hnswlib's own threads are not used: they end the process if the system cannot start another thread. Nor is
+`ThreadPoolExecutor`: if it cannot start a thread, it has already accepted the work and runs it later, when the graph
+may be about to change.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ Outcome = TypeVar("Outcome")
 
 
 class WorkerThreads(Generic[Part, Outcome]):
-    """Does the parts of some work side by side. Safe to use from several threads.
+    """Runs the parts of some work in parallel. Safe to use from several threads.
 
     Args:
-        most: helping threads, beside those that bring the work; they are started when there is work for them.
+        most: limit of worker threads, besides the calling threads; they start when there is work for them.
     """
 
     def __init__(self, most: int = usable_cores() - 1) -> None:
@@ -32,9 +33,9 @@ class WorkerThreads(Generic[Part, Outcome]):
         self._tasks: SimpleQueue[tuple[Future[Outcome], Callable[[Part], Outcome], Part]] = SimpleQueue()
 
     def each(self, work: Callable[[Part], Outcome], parts: Sequence[Part]) -> list[Outcome]:
-        """Return what becomes of each part, at least one; when this returns or raises, nobody is at one any more.
+        """Return the result of each part, at least one; no thread works on a part when this returns or raises.
 
-        Those that no helper has begun when the caller is done with its own are for the caller.
+        The caller runs the first part, and then the parts that no worker thread has begun.
         """
         helped = [self._submit(work, part) for part in parts[1:]] if self._start(len(parts) - 1) else []
         try:
@@ -53,14 +54,14 @@ class WorkerThreads(Generic[Part, Outcome]):
         return outcome
 
     def _start(self, wanted: int) -> bool:
-        """Have so many threads, as far as may be and the system gives any; return whether there is one at all."""
+        """Start threads up to `wanted`, the limit and what the system allows; return whether there is any thread."""
         with self._lock:
             try:
                 while self._count < min(wanted, self.most):
                     threading.Thread(target=self._work, name="helper", daemon=True).start()
                     self._count += 1
             except RuntimeError:
-                pass  # the others help, or nobody does
+                pass  # the existing threads work, or the caller does all
             return wanted > 0 and self._count > 0
 
     def _work(self) -> None:
@@ -70,6 +71,6 @@ class WorkerThreads(Generic[Part, Outcome]):
                 continue
             try:
                 outcome.set_result(work(part))
-            except BaseException as error:  # for the one who waits
+            except BaseException as error:  # raised in the calling thread
                 outcome.set_exception(error)
-            del outcome, work, part  # or they would be kept until the next
+            del outcome, work, part  # otherwise they would be kept until the next part

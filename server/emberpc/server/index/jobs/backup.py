@@ -1,11 +1,11 @@
-"""A collection as one file, copied while it is read and written.
+"""Backup of a collection as one file, copied while it is read and written.
 
-The file is an SQLite database: the records, and what the collection is (the table `backup`). Behind it comes one line
-with the SHA-256 of all before it, which SQLite passes over, so that a file that was cut off or changed anywhere is
-found out wherever it was kept.
+The file is an SQLite database: the records, and the spec of the collection (table `backup`). After it comes one line
+with the SHA-256 of all bytes before it, which SQLite ignores. So a file that was cut off or changed is detected,
+wherever it was kept.
 
-The copy is made by VACUUM INTO. It reads in one transaction, so it has one state, and under a write-ahead log it keeps
-no writer waiting. SQLite's online backup would begin anew with every write, and take along the pages of deleted rows.
+VACUUM INTO makes the copy. It reads in one transaction, so the copy has one state, and with a write-ahead log it blocks
+no writes. SQLite's online backup would start again at every write, and copy the pages of deleted rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from emberpc.server.index.storage.store import DATABASE_NAME
 FORMAT = 1
 #: SQLite's `application_id` of a backup: "Embr".
 APPLICATION_ID = 0x456D6272
-#: What the collection is; one row.
+#: Table with one row: format, spec and creation time of the collection.
 TABLE = "CREATE TABLE backup (format INTEGER NOT NULL, spec TEXT NOT NULL, created REAL NOT NULL)"
 _LAST_LINE = b"emberpc-backup-sha256:%s\n"
 LAST_LINE_SIZE = len(_LAST_LINE % (b"0" * 64))
@@ -43,21 +43,21 @@ _PIECE_BYTES = 2**20
 
 
 def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callable[[], bool]) -> IO[bytes] | None:
-    """Copy a collection's database, and what the collection is.
+    """Copy a collection's database, and add the spec.
 
     Args:
         folder: the collection's folder.
-        spec: what the collection is.
-        created: since when.
+        spec: the spec of the collection.
+        created: when the collection was created.
         stop: whether to give up.
 
     Returns:
-        The copy, open for reading. It has no name any more, so it is gone when it is closed or the server dies. None:
-        it was given up.
+        The copy, open for reading; None if stopped. The file has no name any more, so it disappears when it is closed
+        or the server ends.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if there is no room for it, INTERNAL if the database fails or a record is
-            damaged.
+        ServiceError: RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the database fails or a record
+            is damaged.
     """
     what = f"the backup of collection {spec.name!r}"
     with translated_os_errors("no backup was made"), translated(what), ExitStack() as stack:
@@ -75,20 +75,20 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
                     return None
                 raise
         with closing(sqlite3.connect(path, isolation_level=None)) as copy:
-            if not _looked_through(copy, stop):
+            if not _verify_checksums(copy, stop):
                 return None
             _complete(copy, spec, created)
         return path.open("rb")
 
 
-def _looked_through(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
-    """Check that every record is as it was written, lest damage comes out only when the backup is needed.
+def _verify_checksums(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
+    """Verify the checksums of every record, so that damage is found before the backup is needed.
 
     Returns:
-        False if it was given up.
+        False if stopped.
 
     Raises:
-        ServiceError: INTERNAL if one is not.
+        ServiceError: a record is damaged.
     """
     copy.text_factory = lenient_text
     for row in map(Row._make, copy.execute(f"SELECT {ROW_COLUMNS} FROM records")):  # noqa: S608 - our own columns
@@ -100,9 +100,9 @@ def _looked_through(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
 
 
 def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime) -> None:
-    """Make a backup of the copy of a database."""
+    """Turn the copy of a database into a backup."""
     copy.execute("PRAGMA journal_mode = OFF")
-    # They are made anew where it is opened; and there they would be expressions from a stranger.
+    # Metadata indexes are created again on restoring; in a file from elsewhere they would be untrusted expressions.
     indexes = copy.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND name GLOB ?", (_INDEXES,))
     for (name,) in indexes.fetchall():
         copy.execute(f"DROP INDEX {name}")
@@ -112,7 +112,7 @@ def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime)
 
 
 def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
-    """Give a copy piece by piece, of at most 1 MiB, and behind it the line with its SHA-256; of None, nothing."""
+    """Yield pieces of a copy, of at most 1 MiB, and then the line with its SHA-256; nothing if there is no copy."""
     if copy is None:
         return
     digest = hashlib.sha256()
@@ -127,17 +127,17 @@ def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
 
 
 def last_line(sha256: str) -> bytes:
-    """Return the line that comes behind the database, with the SHA-256 (hex) of all before it."""
+    """Return the line that follows the database; `sha256` (hex) is that of all bytes before it."""
     return _LAST_LINE % sha256.encode()
 
 
 def check_room(folder: Path, size: int, what: str) -> None:
-    """Raise RESOURCE_EXHAUSTED unless there is room for so many bytes.
+    """Raise RESOURCE_EXHAUSTED unless the disk has room for `size` bytes and the headroom.
 
     Args:
-        folder: where they are to go.
-        size: how many.
-        what: what they are, for the message.
+        folder: the folder to write to.
+        size: the bytes to write.
+        what: name of the bytes in the message, such as "the backup".
     """
     free = shutil.disk_usage(folder).free
     if free < size + HEADROOM:

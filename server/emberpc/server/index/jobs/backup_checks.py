@@ -1,7 +1,7 @@
-"""Is a file the backup of a collection, and undamaged? Nothing of it is believed before it was looked at.
+"""Validation of a file that should be the backup of a collection; none of its contents is trusted before.
 
-A collection's database is opened for writing and used by SQLite as it is, so one that comes from elsewhere must hold
-no table, trigger or view but ours, and no value that could not have been written here.
+A collection's database is opened for writing and used by SQLite as it is. So a database from elsewhere must have no
+tables, triggers or views but those of a collection, and no value that a server could not have written.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from emberpc.server.index.storage.rows import Row
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-#: What a number may be: more would leave none for those that come after.
+#: Limit of a number; greater ones would leave none for later writes.
 _MOST = 2**62
 #: Seconds from 1970 to the year 10,000.
 _END_OF_TIME = 253_402_300_800
-#: What the value of a column must be, by its declared type.
+#: Condition on the values of a column, by its declared type.
 _CONDITIONS = {
     "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {_MOST}",
     "REAL": f"typeof({{0}}) = 'real' AND {{0}} >= 0 AND {{0}} < {_END_OF_TIME}",
@@ -43,14 +43,14 @@ _CONDITIONS = {
 
 
 def damaged(what: str) -> ServiceError:
-    """Return the error for a file that is no whole backup of a collection; `what` is wrong with it."""
+    """Return the error for a file that is not an intact backup; `what` says what is wrong."""
     return ServiceError(
         Code.INVALID_ARGUMENT, f"the backup cannot be restored: {what}; restore another copy", reason="BACKUP_DAMAGED"
     )
 
 
 def foreign(what: str) -> ServiceError:
-    """Return the error for a file that is something else; `what` it is."""
+    """Return the error for a file that is not a backup of a collection; `what` says why."""
     message = f"the file is no backup of a collection: {what}; restore one that `BackupCollection` gave"
     return ServiceError(Code.INVALID_ARGUMENT, message, reason="NOT_A_BACKUP")
 
@@ -58,25 +58,25 @@ def foreign(what: str) -> ServiceError:
 def check_backup(
     path: Path, accept: Callable[[CollectionSpec], None], stop: Callable[[], bool]
 ) -> tuple[CollectionSpec, datetime]:
-    """Check all of a backup, its last line taken off.
+    """Check all of a backup, after its last line was removed.
 
     Args:
         path: the file; it is only read.
-        accept: raises ValueError or ServiceError if a collection cannot be served.
+        accept: raises ValueError or ServiceError if the collection cannot be served.
         stop: whether to give up.
 
     Returns:
-        What the collection is, and since when.
+        The spec of the collection, and when it was created.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if it is none, or damaged; FAILED_PRECONDITION if a newer version wrote it;
-            UNAVAILABLE if it was given up.
+        ServiceError: INVALID_ARGUMENT if the file is not a backup or is damaged; FAILED_PRECONDITION if a newer version
+            wrote it; UNAVAILABLE if stopped.
     """
     with _reading(path, stop) as theirs, closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
         version = _version(theirs)
         schema.make(ours, version)
         ours.execute(backup.TABLE)
-        # Before anything of them is read.
+        # The declarations are compared before any table is read.
         if _objects(ours) != _objects(theirs):
             raise foreign("its tables are not those of a collection")
         spec, created = _spec(theirs, accept)
@@ -91,37 +91,37 @@ def check_backup(
 
 @contextmanager
 def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connection]:
-    """Open a database that may be meant to do harm, to read it; what SQLite says of it becomes an error of ours."""
+    """Open a database that may be malicious, for reading; translate SQLite's errors to `ServiceError`."""
     try:
-        # Immutable: no log or journal beside it is looked for, and none is written.
+        # Immutable: SQLite neither looks for a log or journal beside it nor writes one.
         address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as connection:
-            # SQLite's own advice for databases from strangers.
+            # SQLite recommends these settings for databases from untrusted sources.
             for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "query_only = ON"):
                 connection.execute(f"PRAGMA {pragma}")
             connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
             yield connection
-    # Python decodes names and messages of SQLite, which hold bytes of the file.
+    # UnicodeDecodeError: Python decodes SQLite's names and messages, which hold bytes of the file.
     except (sqlite3.Error, UnicodeDecodeError) as error:
         if stop():
-            raise given_up() from error
+            raise restore_cancelled() from error
         log.warning("a backup cannot be read: %s", error)
         raise damaged("its database is damaged") from error
 
 
-def given_up() -> ServiceError:
-    """Return the error for a restore that nobody waits for any more."""
+def restore_cancelled() -> ServiceError:
+    """Return the error for a restore whose caller has left."""
     return ServiceError(Code.UNAVAILABLE, "the restore was given up; begin again", reason="GIVEN_UP")
 
 
 def _version(theirs: sqlite3.Connection) -> int:
-    """Return how many steps of the schema were done."""
+    """Return the number of schema steps that the database has."""
     if theirs.execute("PRAGMA application_id").fetchone()[0] != backup.APPLICATION_ID:
         raise foreign("it is a database of something else")
     version = int(theirs.execute("PRAGMA user_version").fetchone()[0])
     if version > len(schema.STEPS):
         raise _newer()
-    # Another encoding would put ids in another order.
+    # Another encoding would sort ids in another order.
     if version < 0 or theirs.execute("PRAGMA encoding").fetchone()[0] != "UTF-8":
         raise foreign("its version or its encoding is none of ours")
     return version
@@ -133,13 +133,13 @@ def _newer() -> ServiceError:
 
 
 def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
-    """Return the tables, indexes, triggers and views, as they were declared."""
+    """Return the declarations of tables, indexes, triggers and views."""
     statement = "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master ORDER BY type, name"
     return connection.execute(statement).fetchall()
 
 
 def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) -> tuple[CollectionSpec, datetime]:
-    """Return what the collection is, and since when."""
+    """Return the spec of the collection, and when it was created."""
     rows = theirs.execute("SELECT format, spec, created FROM backup LIMIT 2").fetchall()
     if rows and isinstance(rows[0][0], int) and rows[0][0] > backup.FORMAT:
         raise _newer()
@@ -154,7 +154,7 @@ def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) 
 
 
 def _typed_spec(text: str) -> CollectionSpec:
-    """Return what the catalogue would read of a text, if it is of the right types."""
+    """Decode a spec as the catalogue does, and check the types of its values."""
     spec = CollectionSpec.from_json(text)
     likeness = json.loads(CollectionSpec("any", 1).to_json())
     if any(not isinstance(value, type(likeness[name])) for name, value in json.loads(text).items()):
@@ -165,7 +165,7 @@ def _typed_spec(text: str) -> CollectionSpec:
 
 
 def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
-    """Check that every value has its column's type; SQLite lets any column hold anything."""
+    """Check that every value has its column's type; SQLite stores values of any type in any column."""
     tables = ours.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'words%'"
     ).fetchall()
@@ -196,7 +196,7 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
 
 
 def _columns(ours: sqlite3.Connection) -> str:
-    """Return the columns of a Row, with NULL for those that the version of a database does not have."""
+    """Return the columns of a `Row`, with NULL for those that the backup's version does not have."""
     present = {name for (name,) in ours.execute("SELECT name FROM pragma_table_info('records')")}
     return ", ".join(name if name in present else "NULL" for name in Row._fields)
 
@@ -204,19 +204,19 @@ def _columns(ours: sqlite3.Connection) -> str:
 def _check_records(
     theirs: sqlite3.Connection, columns: str, spec: CollectionSpec, stop: Callable[[], bool], *, older: bool
 ) -> None:
-    """Check that every record is one that could be written, and as it was written.
+    """Check that every record is valid and matches its checksums.
 
     Args:
         theirs: the backup.
-        columns: what makes a Row.
-        spec: what the collection is.
+        columns: SQL for the columns of a `Row`.
+        spec: the spec of the collection.
         stop: whether to give up.
-        older: an older version wrote it, whose rows may lack checksums.
+        older: whether an older version wrote the backup, whose rows may lack checksums.
     """
     rows = theirs.execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - our own columns
     while batch := rows.fetchmany(_BATCH):
         if stop():
-            raise given_up()
+            raise restore_cancelled()
         vectors = []
         for row in map(Row._make, batch):
             _, record_id, text, metadata, label, vector = row[:6]

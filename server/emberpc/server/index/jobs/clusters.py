@@ -1,4 +1,4 @@
-"""Groups of like records: k-means over the vectors of a collection."""
+"""Clusters of similar records: k-means over the vectors of a collection."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from emberpc.server.collections.metric import prepare
 from emberpc.server.collections.types import Cluster, CollectionSpec, Distance, Labels, Matrix
 from emberpc.server.index.storage.store import Store
 
-#: Vectors that the centres are fitted to, drawn at random where there are more; and at least so many for each cluster.
+#: The centres are fitted to a random sample of this many vectors, and of at least this many for each cluster.
 _SAMPLE, _SAMPLE_PER_CLUSTER = 20_000, 50
 _ROUNDS = 25
 _SEED = 0
 _READ_BATCH = 4000
-#: Vectors that are held against all centres at a time: 16 MB of products with 1,000 centres.
+#: Vectors that are compared with all centres at a time: 16 MB of products with 1,000 centres.
 _ASSIGNED_AT_ONCE = 4000
 
 Rows = npt.NDArray[np.int64]
@@ -25,27 +25,27 @@ Rows = npt.NDArray[np.int64]
 def cluster_records(
     spec: CollectionSpec, store: Store, count: int, examples: int, stop: Callable[[], bool]
 ) -> list[Cluster]:
-    """Group the records of a collection, as of one moment.
+    """Cluster the records of a collection, as of one moment.
 
-    The centres are fitted to a sample, by the same seed each time; then every
-    record goes to the one nearest to it, a few thousand in memory at a time.
+    The centres are fitted to a sample, with the same seed each time. Then every record joins the cluster with the
+    nearest centre; a few thousand records are in memory at a time.
 
     Args:
-        spec: of the collection; under EUCLIDEAN clusters go by distance, else by direction.
+        spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
         store: its records.
-        count: clusters; fewer come out if some stay empty, as among equal vectors.
-        examples: records to give of each cluster.
-        stop: whether the outcome is wanted no more.
+        count: number of clusters; there are fewer if some stay empty, as among equal vectors.
+        examples: records to return of each cluster.
+        stop: whether to give up.
 
     Returns:
-        The clusters, largest first; none if it was to stop.
+        The clusters, largest first; none if stopped.
     """
     directions = spec.distance is not Distance.EUCLIDEAN
 
     def ready(matrix: Matrix) -> Matrix:
         if not directions:
             return prepare(matrix, Distance.EUCLIDEAN)
-        # A vector without direction is as near to one centre as to the other.
+        # A zero vector has no direction and is equally near to all centres.
         lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return np.asarray(matrix / lengths, dtype=np.float32)
 
@@ -76,16 +76,16 @@ def cluster_records(
 
 
 def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[], bool] = lambda: False) -> Matrix:
-    """Return the centres of clusters: k-means++ (Arthur and Vassilvitskii, 2007) and Lloyd's rounds.
+    """Return the centres of clusters, by k-means++ (Arthur and Vassilvitskii, 2007) and Lloyd's algorithm.
 
     Args:
-        vectors: float32 (n, dimensions), n at least 1; of length 1 where directions count.
-        count: clusters wanted.
-        directions: whether clusters go by cosine, with centres of length 1, instead of distance.
-        stop: whether to end at the next step: with the centre, the round or the some thousand vectors under way.
+        vectors: float32 (n, dimensions), n at least 1; of length 1 if `directions`.
+        count: number of clusters.
+        directions: whether to cluster by cosine, with centres of length 1, instead of by distance.
+        stop: whether to end at the next step: after the present centre, round, or some thousand vectors.
 
     Returns:
-        float32 (at most count, dimensions): no more than there are different vectors.
+        float32 (at most count, dimensions): no more centres than distinct vectors.
     """
     generator = np.random.default_rng(_SEED)
     centres = _spread(vectors, count, generator, stop)
@@ -103,7 +103,7 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
         sums = np.zeros_like(centres)
         np.add.at(sums, rows, vectors)
         sizes = np.bincount(rows, minlength=len(centres))
-        filled = sizes > 0  # an empty one stays where it was
+        filled = sizes > 0  # the centre of an empty cluster stays
         centres[filled] = sums[filled] / sizes[filled, None]
         if directions:
             lengths = np.linalg.norm(centres, axis=1, keepdims=True)
@@ -112,10 +112,10 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
 
 
 def _spread(vectors: Matrix, count: int, generator: np.random.Generator, stop: Callable[[], bool]) -> Matrix:
-    """Draw the first centres among the vectors, the farther one is from those drawn before, the likelier.
+    """Draw the first centres among the vectors, with a probability that grows with the distance from those drawn.
 
-    Of a few drawn at a time the one is taken that leaves the least distance: by a single one, two centres too often
-    fall into one group. Fewer are drawn if it is to stop.
+    Each centre is the best of a few candidates: that which leaves the least total distance. With a single candidate,
+    two centres too often fall into one cluster. Fewer are drawn if stopped.
     """
     tries = 2 + int(np.log(count))
     centres = [vectors[int(generator.integers(len(vectors)))]]
@@ -136,10 +136,10 @@ def _squared_distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float6
 
 
 def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Rows, Matrix]:
-    """Return the nearest centre of each vector, and how near it is; greater is nearer."""
+    """Return the nearest centre of each vector, and its score; greater is nearer."""
     scores = vectors @ centres.T
     if not directions:
-        # |v|² is the same for all centres; what is left of the squared distance, halved.
+        # |v|² is the same for all centres; the rest of the squared distance, halved and negated.
         scores -= 0.5 * np.einsum("ij,ij->i", centres, centres)
     rows = np.argmax(scores, axis=1)
     nearest = scores[np.arange(len(rows)), rows]
@@ -151,7 +151,7 @@ def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Ro
 def _keep_nearest(
     best: Sequence[list[tuple[float, int]]], labels: Labels, rows: Rows, scores: Matrix, most: int
 ) -> None:
-    """Keep of each cluster the records nearest to its centre."""
+    """Keep for each cluster the `most` records nearest to its centre."""
     for cluster in np.unique(rows).tolist():
         own = np.flatnonzero(rows == cluster)
         near = own[np.argsort(-scores[own], kind="stable")[:most]]

@@ -1,4 +1,4 @@
-"""Pairs of records that are much alike, by the cosine of their vectors."""
+"""Pairs of duplicate records, by the cosine of their vectors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Duplicate
 from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.storage.store import Store
 
-#: Up to so many records each is compared with every other: 3 seconds at 384 dimensions. Beyond, where the graph has
-#: cosines, each is looked for in it.
+#: Up to this many records, each is compared with every other: 3 seconds at 384 dimensions. Beyond that, each is
+#: searched for in the graph, if the graph's scores are cosines.
 EXACT_LIMIT = 20_000
-#: Others of a record that the graph is asked for, and the candidates kept: a group of more is found in part.
+#: Hits other than the record itself, and ef, of such a search: of a larger group of duplicates only a part is found.
 _NEIGHBOURS, _EF = 20, 200
-#: Most pairs that are kept, the most alike.
+#: Limit of the pairs that are returned, those with the greatest scores.
 MOST_PAIRS = 100_000
 _READ_BATCH = 4000
-#: Searched for between two looks at whether to stop.
-_LOOKED_FOR = 256
+#: Records that are searched for between two checks of `stop`.
+_SEARCHED_AT_ONCE = 256
 #: Products of one block: 8 MB.
 _BLOCK = 2**21
 
@@ -30,16 +30,16 @@ _Pairs = tuple[Labels, Labels, Matrix]
 def find_duplicates(
     spec: CollectionSpec, store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]
 ) -> list[DuplicatePair]:
-    """Return the pairs at least so much alike, most alike first, at most 100,000.
+    """Return the pairs with at least `min_score`, the greatest score first, at most 100,000.
 
-    Takes no lock for longer than a search does. Ends early, with what was found, when it is to stop.
+    Holds no lock for longer than a search does. If stopped, returns the pairs found so far.
     """
-    found = _Best()
-    # Where the graph's scores are no cosines, there is but one way.
+    found = _BestPairs()
+    # Without cosines in the graph, the exact comparison is the only way.
     if store.count() <= EXACT_LIMIT or spec.distance is not Distance.COSINE:
-        parts = _compared(*_directions(store), min_score, stop)
+        parts = _compare_all(*_directions(store), min_score, stop)
     else:
-        parts = _looked_for(store, neighbours, min_score, stop)
+        parts = _search_graph(store, neighbours, min_score, stop)
     for part in parts:
         found.add(part)
     first, second, scores = found.result()
@@ -47,13 +47,13 @@ def find_duplicates(
     pairs = [
         DuplicatePair(min(ids[a], ids[b]), max(ids[a], ids[b]), min(score, 1.0))
         for a, b, score in zip(first.tolist(), second.tolist(), scores.tolist(), strict=True)
-        if isinstance(ids.get(a), str) and isinstance(ids.get(b), str)  # else deleted meanwhile, or damaged
+        if isinstance(ids.get(a), str) and isinstance(ids.get(b), str)  # otherwise deleted meanwhile, or damaged
     ]
     return sorted(pairs, key=lambda pair: pair.order)
 
 
-class _Best:
-    """The most alike of the pairs that were added."""
+class _BestPairs:
+    """Keeps the pairs with the greatest scores."""
 
     def __init__(self) -> None:
         self._parts: list[_Pairs] = []
@@ -71,7 +71,7 @@ class _Best:
             none = np.empty(0, dtype=np.int64)
             return none, none, np.empty(0, dtype=np.float32)
         first, second, scores = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        # Looked for from both sides, a pair may be found twice.
+        # A search from each of both records may find the same pair.
         once = np.unique(np.stack([first, second]), axis=1, return_index=True)[1]
         first, second, scores = first[once], second[once], scores[once]
         if len(scores) > MOST_PAIRS:
@@ -81,7 +81,7 @@ class _Best:
 
 
 def _directions(store: Store) -> tuple[Labels, Matrix]:
-    """Return all vectors of a direction, of length 1, with their labels."""
+    """Return all vectors that are not zero, scaled to length 1, with their labels."""
     labels, vectors = [np.empty(0, dtype=np.int64)], []
     with store.snapshot():
         for batch, matrix in store.scan(_READ_BATCH):
@@ -91,7 +91,7 @@ def _directions(store: Store) -> tuple[Labels, Matrix]:
     return np.concatenate(labels), np.vstack(vectors) if vectors else np.empty((0, 1), dtype=np.float32)
 
 
-def _compared(labels: Labels, vectors: Matrix, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
+def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
     """Compare every vector with every later one."""
     step = max(1, _BLOCK // max(1, len(labels)))
     for start in range(0, len(labels), step):
@@ -104,18 +104,18 @@ def _compared(labels: Labels, vectors: Matrix, min_score: float, stop: Callable[
         yield labels[start + rows], labels[start + columns], scores[rows, columns]
 
 
-def _looked_for(store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
-    """Search for each vector."""
+def _search_graph(store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
+    """Search the graph for each vector."""
     labels = store.labels()
-    for start in range(0, len(labels), _LOOKED_FOR):
+    for start in range(0, len(labels), _SEARCHED_AT_ONCE):
         if stop():
             return
-        own, vectors = store.vectors(labels[start : start + _LOOKED_FOR].tolist())
+        own, vectors = store.vectors(labels[start : start + _SEARCHED_AT_ONCE].tolist())
         found = neighbours.search(prepare(vectors, Distance.COSINE), _NEIGHBOURS + 1, _EF)
         pairs = [
             (min(label, other), max(label, other), score)
             for label, candidates in zip(own.tolist(), found, strict=True)
-            if candidates is not None  # the graph is small or shattered; those around it find what there is
+            if candidates is not None  # the graph is too small or disconnected; searches from other records remain
             for other, score in zip(candidates.labels, candidates.scores, strict=True)
             if other != label and score >= min_score
         ]

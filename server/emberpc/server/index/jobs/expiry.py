@@ -1,4 +1,4 @@
-"""The thread that deletes records when their time is up."""
+"""The thread that deletes expired records."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Seconds until a deletion that failed is tried again; and the longest sleep, since the clock may be set anew.
+#: Seconds until a failed deletion is retried; also the longest sleep, since the clock may be adjusted.
 _RETRY = 60.0
 
 
 class Expiring(Protocol):
-    """What has records that go."""
+    """A collection with records that expire."""
 
     def expire(self) -> float | None:
-        """Delete what is to be gone by now; return when the next one is, in seconds since 1970, or None."""
+        """Delete expired records; return when the next record expires, in seconds since 1970, or None."""
 
 
-class Expirer:
-    """Calls `expire` of the collections that have records to go, when the first one is.
+class ExpiryThread:
+    """Calls `expire` of collections when their next record expires.
 
-    The thread starts when it is first needed, and sleeps until it is needed again.
+    The thread starts when it is first needed, and then sleeps until the next expiry.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Expirer:
         self._closed = False
 
     def note(self, collection: Expiring, when: float) -> None:
-        """Have a collection's records go at a time, in seconds since 1970, or before."""
+        """Call `expire` of a collection at `when`, in seconds since 1970, or earlier."""
         with self._changed:
             if self._closed or self._due.get(collection, when + 1) <= when:
                 return
@@ -47,7 +47,7 @@ class Expirer:
                 self._thread.start()
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the thread after the deletion that it is at.
+        """Stop the thread after the present deletion.
 
         Args:
             deadline: until when to wait for the thread; None: without limit.
@@ -67,16 +67,16 @@ class Expirer:
             except ServiceError as error:
                 if error.code is Code.UNAVAILABLE:  # closed or deleted in the meantime
                     continue
-                log.warning("records whose time is up are not deleted yet: %s", error.message)
+                log.warning("expired records are not deleted yet: %s", error.message)
                 again = time.time() + _RETRY
-            except Exception:  # one bad collection must not keep the others' records
-                log.exception("records whose time is up are not deleted yet")
+            except Exception:  # a failure in one collection must not stop the deletion in others
+                log.exception("expired records are not deleted yet")
                 again = time.time() + _RETRY
             if again is not None:
                 self.note(collection, again)
 
     def _next(self) -> Expiring | None:
-        """Wait until a collection is due and return it; None at the end."""
+        """Wait until a collection has an expired record and return it; None after `close`."""
         with self._changed:
             while not self._closed:
                 now = time.time()

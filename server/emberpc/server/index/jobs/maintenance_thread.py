@@ -1,4 +1,4 @@
-"""The thread that does for the collections what need not be done before an answer."""
+"""The thread that runs the maintenance of collections in the background."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Maintained(Protocol):
     spec: CollectionSpec
 
     def maintain(self) -> None:
-        """Do the maintenance that is due."""
+        """Run the maintenance that is due."""
 
 
-class Maintainer:
-    """Calls `maintain` of the collections that ask for it, one after the other, on one thread.
+class MaintenanceThread:
+    """Calls `maintain` of the collections that request it, one after the other, on one thread.
 
-    The thread starts when it is first needed, and sleeps until it is needed again.
+    The thread starts when it is first needed, and then sleeps until it is needed again.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        #: Those to be maintained soon, in order: many writes of a collection are one piece of work.
+        #: Collections to be maintained soon, in order; many writes of a collection are one entry.
         self._soon: dict[Maintained, None] = {}
-        #: When each of the others is, by the monotonic clock, unless it is written to before.
+        #: When each of the other collections is due, by the monotonic clock, unless it is written to before.
         self._at_rest: dict[Maintained, float] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -43,19 +43,19 @@ class Maintainer:
         with self._changed:
             if not self._closed and collection not in self._soon:
                 self._soon[collection] = None
-                self._stir()
+                self._notify_thread()
 
     def wake_at_rest(self, collection: Maintained, seconds: float) -> None:
-        """Have a collection maintained when this was not said again of it for so many seconds."""
+        """Have a collection maintained after this many seconds without another call for it."""
         with self._changed:
             known = collection in self._at_rest
             self._at_rest[collection] = time.monotonic() + seconds
-            # The thread that waits for the moment before sees then that it has moved.
+            # If the time of a known collection moved, the thread notices when it wakes up at the old time.
             if not self._closed and not known:
-                self._stir()
+                self._notify_thread()
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the thread after the collection that it is at; close the collections first, so that it is short.
+        """Stop the thread after the present collection; close the collections first, so that this is short.
 
         Args:
             deadline: until when to wait for the thread; None: without limit.
@@ -68,14 +68,14 @@ class Maintainer:
             self._changed.notify()
         return self._thread is None or (deadline or Deadline()).join(self._thread)
 
-    def _stir(self) -> None:
+    def _notify_thread(self) -> None:
         self._changed.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="index-maintenance", daemon=True)
             self._thread.start()
 
     def _next(self) -> Maintained | None:
-        """Wait until a collection is to be maintained and return it; None at the end."""
+        """Wait until a collection is due and return it; None after `close`."""
         with self._changed:
             while not self._closed:
                 soonest = next(iter(self._soon), None)
@@ -94,8 +94,8 @@ class Maintainer:
             try:
                 collection.maintain()
             except ServiceError as error:
-                # Closed or deleted in the meantime: there is nothing left to do.
+                # Closed or deleted meanwhile: no maintenance is needed.
                 if error.code not in (Code.UNAVAILABLE, Code.NOT_FOUND):
                     log.warning("collection %s: not maintained: %s", collection.spec.name, error.message)
-            except Exception:  # one bad collection must not keep the others from being maintained
+            except Exception:  # a failure in one collection must not stop the maintenance of others
                 log.exception("collection %s: not maintained", collection.spec.name)

@@ -1,4 +1,4 @@
-"""Is every record of a collection there, undamaged, and found? Store, memory and graph are held against each other."""
+"""Verification of a collection: all records exist, are undamaged and are found; store, memory and graph agree."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from emberpc.server.index.storage.rows import Row
 from emberpc.server.index.storage.store import Store
 
 _BATCH = 500
-#: Candidates of the search for a record by its own vector, and how many at a time, since others wait meanwhile. A miss
-#: of the first is looked into with the second, the most that a search keeps by default.
+#: ef of the search for a record by its own vector, and how many run at a time while other searches wait. A miss of the
+#: first is searched for with the second, the greatest default ef.
 _TRIES = ((200, 8), (800, 1))
 #: Records that are searched for by default.
 _SAMPLE = 2000
 _HITS = 10
-_OTHER_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
+_WRONG_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
 
 
 @dataclass
 class Verifier:
     """Checks a collection while it is read and written.
 
-    `store` and `neighbours` may be replaced between two steps.
+    `store` and `neighbours` may be replaced between two steps. A word index that does not match the texts is rebuilt,
+    since nothing else repairs it.
 
     Attributes:
-        store: the truth.
-        neighbours: what searches go by.
-        write_lock: held by every write, from before the store has it until memory has it too.
-        spec: what the collection is.
-        full: whether every record is searched for; otherwise a random sample.
-
-    A word index that does not match the texts is built again, since nothing else repairs it.
+        store: the records, the source of truth.
+        neighbours: the vectors in memory, which searches use.
+        write_lock: held by every write, from before it changes the store until it has changed memory.
+        spec: the spec of the collection.
+        full: whether to search for every record; otherwise for a random sample.
     """
 
     store: Store
@@ -50,10 +49,10 @@ class Verifier:
     spec: CollectionSpec
     full: bool = False
     _found_damaged: bool = False
-    _found_other_words: bool = False
+    _found_wrong_words: bool = False
 
     def steps(self) -> Iterator[Verified]:
-        """Check all of it, some hundred records a step; the last step is `done`."""
+        """Yield the progress after each step of some hundred records; the last step is `done`."""
         total, checked, last = self.store.count(), 0, 0
         share = 1.0 if self.full else _SAMPLE / max(1, total)
         yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.integrity_errors()])
@@ -61,10 +60,10 @@ class Verifier:
             last, checked = rows[-1].label, checked + len(rows)
             yield Verified(checked, max(total, checked), self._batch(rows, share))
         yield Verified(checked, checked, self._words())
-        yield Verified(checked, checked, self._strangers(), done=True)
+        yield Verified(checked, checked, self._unknown_vectors(), done=True)
 
     def _batch(self, rows: Sequence[Row], share: float) -> list[Problem]:
-        """Check some records, and search for that share of them."""
+        """Check some records, and search for a random share of them."""
         problems = []
         whole: list[tuple[Row, Matrix]] = []
         for row in rows:
@@ -75,19 +74,19 @@ class Verifier:
                 problems.append(Problem(row.name, "RECORD_DAMAGED", f"record {row.name!r}: {error.message}"))
                 continue
             if row.search_text != search_text(row.text):
-                self._found_other_words = True
-                problems.append(Problem(row.id, "WORDS_DAMAGED", f"record {row.id!r}: {_OTHER_WORDS}"))
+                self._found_wrong_words = True
+                problems.append(Problem(row.id, "WORDS_DAMAGED", f"record {row.id!r}: {_WRONG_WORDS}"))
         if whole:
             labels = np.array([row.label for row, _ in whole], dtype=np.int64)
             vectors = prepare(np.vstack([vector for _, vector in whole]), self.spec.distance)
-            problems += self._in_memory([row for row, _ in whole], labels, vectors, share)
+            problems += self._check_memory([row for row, _ in whole], labels, vectors, share)
         return problems
 
     def _decoded(self, row: Row) -> Matrix:
         """Return the stored vector, float32 (1, dimensions).
 
         Raises:
-            ServiceError: it, or the metadata, is not what can have been written.
+            ServiceError: the vector or the metadata is damaged.
         """
         try:
             metadata = json.loads(row.metadata)
@@ -105,8 +104,8 @@ class Verifier:
         check_vectors(vector, self.spec.dimensions, self.spec.distance, items_of("vector"))
         return vector
 
-    def _in_memory(self, rows: Sequence[Row], labels: Labels, vectors: Matrix, share: float) -> list[Problem]:
-        """Check that memory has the vectors as they are stored, and that searches find that share of them."""
+    def _check_memory(self, rows: Sequence[Row], labels: Labels, vectors: Matrix, share: float) -> list[Problem]:
+        """Check that memory has the stored vectors, and that searches find a random share of them."""
         held = self.neighbours.held(labels.tolist())
         problems, there = [], []
         for i, row in enumerate(rows):
@@ -125,10 +124,10 @@ class Verifier:
         return problems
 
     def _unreachable(self, rows: Sequence[Row], labels: Labels, vectors: Matrix) -> list[Problem]:
-        """Search the graph for each record by its own vector."""
+        """Search the graph for each record by its own vector; return a problem for each that it misses."""
         suspects = list(range(len(rows)))
         for ef, turn in _TRIES:
-            # Of a graph no more than half is asked for: past that, searches compare every vector.
+            # At most half of the graph: for more hits, searches compare every vector.
             k = min(_HITS, max(1, self.neighbours.graph_size // 2))
             found: list[Candidates | None] = []
             for start in range(0, len(suspects), turn):
@@ -153,21 +152,21 @@ class Verifier:
         ]
 
     def _missed(self, found: Candidates, label: int, vector: Matrix) -> bool:
-        """Whether a search for a record's vector found others that are less near to it, and not the record."""
+        """Return whether a search for a record's vector found farther records, and not the record itself."""
         if label in found.labels or not found.scores:
             return False
         (own,) = nearest(vector[None], vector[None], 1, self.spec.distance)[1][0]
         return bool(min(found.scores) < own - 1e-5 * max(abs(own), *map(abs, found.scores)))
 
     def _missing(self, label: int) -> bool:
-        """Whether a record is in the store and not in memory, with no write under way."""
+        """Return whether a record is in the store and not in memory, while no write runs."""
         with self.write_lock:
             return bool(len(self.store.vectors([label])[0])) and not self.neighbours.held([label])
 
     def _words(self) -> list[Problem]:
-        """Compare the word index with the texts, and build it again if it does not match them."""
+        """Compare the word index with the texts, and rebuild it if they differ."""
         suspect = self.store.words_suspect
-        if not suspect and not self._found_other_words and self.store.words_are_intact():
+        if not suspect and not self._found_wrong_words and self.store.words_are_intact():
             return []
         try:
             with self.write_lock:
@@ -175,13 +174,14 @@ class Verifier:
         except ServiceError as error:
             message = f"the word index does not match the texts, and it cannot be built again: {error.message}"
             return [Problem("", "WORDS_DAMAGED", message)]
-        # Known before, or said of a record. Of a damaged text the index has the words that it had.
-        if suspect or self._found_other_words or self._found_damaged:
+        # Not reported if the damage was known before, or was reported for a record: the index keeps the words of a text
+        # as they were before damage.
+        if suspect or self._found_wrong_words or self._found_damaged:
             return []
-        return [Problem("", "WORDS_DAMAGED", f"the word index: {_OTHER_WORDS}")]
+        return [Problem("", "WORDS_DAMAGED", f"the word index: {_WRONG_WORDS}")]
 
-    def _strangers(self) -> list[Problem]:
-        """Find what searches may come upon and the store does not have."""
+    def _unknown_vectors(self) -> list[Problem]:
+        """Find vectors in memory that belong to no record of the store."""
         suspects = self.neighbours.labels() - set(self.store.labels().tolist())
         if suspects:
             with self.write_lock:

@@ -1,7 +1,7 @@
-"""Search in a collection: from prepared queries to records that are there, and that meet a condition if there is one.
+"""Dense search in a collection: from prepared queries to existing records that meet a filter, if there is one.
 
-Few records that meet it are compared one by one; where there are many, the graph
-is searched for more candidates, until enough of them meet it.
+If few records meet the filter, all their vectors are compared. If many do, the graph is searched for more and more
+candidates until enough of them meet it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from emberpc.server.index.storage.store import Store
 log = logging.getLogger(__name__)
 
 _SCAN_BATCH = 4000
-#: So many matching vectors are compared one by one for each candidate that the graph search would have to keep. Either
-#: takes some 3 µs where the vectors must be read from the store.
+#: For each candidate that a graph search would have to keep, this many matching vectors are rather compared one by one.
+#: Both take some 3 µs where the vectors must be read from the store.
 _VECTORS_PER_CANDIDATE = 2
-#: So few are always compared one by one, and kept in memory to be compared again.
+#: Up to this many matching vectors are always compared, and are cached for the next search.
 _FEW = 1000
-#: A search of the graph that found too few that match keeps so many times the candidates the next time.
+#: A graph search that found too few matching records is repeated with this many times the candidates.
 _WIDER = 4
-#: Checking a vector after it was compared takes as long as checking this many vectors while they are read.
+#: Verifying a vector after it was compared takes as long as verifying this many vectors while they are read.
 _CHECKS_PER_HIT = 6
-#: Times that a search which a write came across is done before it holds writes off.
+#: Attempts of a search that concurrent writes disturb, before it blocks writes.
 _TRIES = 8
 
 
-class Request(NamedTuple):
-    """Prepared queries, float32 (queries, dimensions), and for each how many hits and which id to leave out."""
+class DenseRequest(NamedTuple):
+    """Prepared queries, float32 (queries, dimensions), and for each its top_k and the id to leave out."""
 
     queries: Matrix
     top_k: Sequence[int]
@@ -50,16 +50,16 @@ class Request(NamedTuple):
     ef: int
     with_vectors: bool
     conditions: Sequence[Clause | None]
-    #: Whether every vector is to be compared, whatever the graph could tell.
+    #: Whether to compare every vector instead of searching the graph.
     exact: bool = False
 
     @property
     def candidates(self) -> int:
-        """How many to look for: one more than hits if one may be left out."""
+        """Candidates to find for each query: one more than top_k if a record may be left out."""
         return max(self.top_k) + any(each is not None for each in self.exclude)
 
-    def only(self, rows: Sequence[int]) -> Request:
-        """Return the request for some of the queries."""
+    def subset(self, rows: Sequence[int]) -> DenseRequest:
+        """Return the request with only the queries of these rows."""
         if len(rows) == len(self.queries):
             return self
         return self._replace(
@@ -70,19 +70,19 @@ class Request(NamedTuple):
         )
 
 
-#: Answers each query of a request, or None where it cannot.
-Answer = Callable[[Request], Sequence[SearchOutcome | None]]
+#: Answers each query of a request; None for a query that it cannot answer.
+Answer = Callable[[DenseRequest], Sequence[SearchOutcome | None]]
 
 
 class DenseSearcher:
-    """Answers requests from memory, or from the store where memory cannot tell.
+    """Answers requests from memory, or from the store if memory cannot.
 
     Args:
-        store: the truth.
+        store: the records, the source of truth.
         neighbours: the vectors in memory.
-        selector: which records meet a condition.
-        write_lock: held by every write, from before the store has it until memory has it too.
-        distance: how vectors compare.
+        selector: selects the records that meet a filter.
+        write_lock: held by every write, from before it changes the store until it has changed memory.
+        distance: the distance of the collection.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class DenseSearcher:
         self._write_lock = write_lock
         self._distance = distance
 
-    def search(self, request: Request, *, settled: bool = False) -> list[SearchOutcome]:
-        """Answer every query of a request; those with the same condition together.
+    def search(self, request: DenseRequest, *, settled: bool = False) -> list[SearchOutcome]:
+        """Answer every query of a request; queries with the same filter are answered together.
 
         Args:
             request: the queries.
-            settled: the caller holds the lock of writes.
+            settled: whether the caller holds `write_lock`.
         """
         if not any(request.conditions):
             return self._search(request, None, settled=settled)
@@ -114,16 +114,16 @@ class DenseSearcher:
         outcomes: dict[int, SearchOutcome] = {}
         for condition, rows in rows_of.items():
             cancellation.check()
-            outcomes.update(zip(rows, self._search(request.only(rows), condition, settled=settled), strict=True))
+            outcomes.update(zip(rows, self._search(request.subset(rows), condition, settled=settled), strict=True))
         return [outcomes[i] for i in range(len(request.queries))]
 
     def catch_up(self) -> int:
-        """Wait until memory has what the store has now, which takes a moment; return the number of the last write."""
+        """Wait until memory has the store's present state, which takes a moment; return the last write's sequence."""
         sequence = self._store.sequence()
         self._selector.wait_for(sequence)
         return sequence
 
-    def _search(self, request: Request, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
+    def _search(self, request: DenseRequest, condition: Clause | None, *, settled: bool) -> list[SearchOutcome]:
         outcomes: list[SearchOutcome | None] = [None] * len(request.queries)
         if request.exact:
             return self._from_store(outcomes, request, condition)
@@ -131,10 +131,10 @@ class DenseSearcher:
             _fill(outcomes, request, partial(self._answer, condition, settled=False))
             if None not in outcomes:
                 break
-            # A write came between memory and store.
+            # A write changed the store after memory was searched.
             self.catch_up()
         else:
-            # They come one upon the other. Held off, they leave memory and store agreed; a large one is waited for.
+            # Writes follow each other too quickly. With writes blocked, memory and store stay consistent.
             with nullcontext() if settled else self._write_lock:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
@@ -142,55 +142,63 @@ class DenseSearcher:
         return self._from_store(outcomes, request, condition)
 
     def _from_store(
-        self, outcomes: list[SearchOutcome | None], request: Request, condition: Clause | None
+        self, outcomes: list[SearchOutcome | None], request: DenseRequest, condition: Clause | None
     ) -> list[SearchOutcome]:
-        """Return all outcomes, those that are missing from the store."""
-        while None in outcomes:  # again, if a record turned out to be damaged: then the store leaves that out
+        """Return all outcomes; missing ones are computed from the store."""
+        while None in outcomes:  # repeated if a record turned out to be damaged, which the store then leaves out
             _fill(outcomes, request, partial(self._scan, condition))
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _answer(self, condition: Clause | None, request: Request, *, settled: bool) -> Sequence[SearchOutcome | None]:
-        """Answer from memory; None where a write came in between, which it cannot if that is `settled`."""
-        return self._look_up(request) if condition is None else self._look_up_among(condition, request, settled=settled)
+    def _answer(
+        self, condition: Clause | None, request: DenseRequest, *, settled: bool
+    ) -> Sequence[SearchOutcome | None]:
+        """Answer from memory; None where a concurrent write interfered, which cannot happen if `settled`."""
+        return (
+            self._search_memory(request)
+            if condition is None
+            else self._search_memory_filtered(condition, request, settled=settled)
+        )
 
-    def _look_up(self, request: Request) -> Sequence[SearchOutcome | None]:
-        """Answer from memory; None where the store has no more what memory found."""
+    def _search_memory(self, request: DenseRequest) -> Sequence[SearchOutcome | None]:
+        """Answer from memory; None for a query if the store no longer has a candidate's record."""
         found = self._neighbours.search(request.queries, request.candidates, request.ef)
         outcomes = self._outcomes(request, found)
-        untold = [i for i, each in enumerate(found) if each is None]
-        if untold:
-            for i, outcome in zip(untold, self._scan(None, request.only(untold)), strict=True):
+        failed = [i for i, each in enumerate(found) if each is None]
+        if failed:
+            for i, outcome in zip(failed, self._scan(None, request.subset(failed)), strict=True):
                 outcomes[i] = outcome
         return outcomes
 
-    def _look_up_among(self, condition: Clause, request: Request, *, settled: bool) -> Sequence[SearchOutcome | None]:
-        """Answer with records that meet a condition; None where a write changed which do."""
+    def _search_memory_filtered(
+        self, condition: Clause, request: DenseRequest, *, settled: bool
+    ) -> Sequence[SearchOutcome | None]:
+        """Answer with records that meet a filter; None if a write changed which records do."""
         k, held = request.candidates, max(1, self._neighbours.count)
         few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
         selection = self._selector.select(condition, few)
         found: list[Candidates | None] = [None] * len(request.queries)
         count = len(selection.labels)
-        # As many candidates as hold k that meet the condition, were those spread evenly; and as many again.
+        # The number of candidates that contain k matching records if those are spread evenly, doubled.
         ef = max(request.ef, 2 * -(-k * held // max(1, count)))
         if selection.vectors is None and count > _exact_up_to(ef):
-            # Memory must have had the selection's records, those and no others, while it was searched.
+            # While the graph is searched, memory must have exactly the records of the selection.
             self._selector.wait_for(selection.sequence)
-            self._look_up_in_graph(found, request.queries, ef, k, selection)
+            self._search_graph_filtered(found, request.queries, ef, k, selection)
             if not settled and not self._still_holds(condition, selection):
                 return [None] * len(request.queries)
         rows = [i for i, each in enumerate(found) if each is None]
         if rows:
             compared = self._compare(request.queries[rows], k, selection)
             if compared is None or (not settled and compared[0].plan.compared_count < count):
-                return [None] * len(request.queries)  # of some of them, the vectors were damaged or gone
+                return [None] * len(request.queries)  # some of the vectors were damaged or deleted
             for i, each in zip(rows, compared, strict=True):
                 found[i] = each
         return self._outcomes(request, found, matching=count)
 
-    def _look_up_in_graph(
+    def _search_graph_filtered(
         self, found: list[Candidates | None], queries: Matrix, ef: int, k: int, selection: Selection
     ) -> None:
-        """Search the graph, for more and more candidates until k are of a selection or comparing it is cheaper."""
+        """Search the graph with more and more candidates until k are selected or comparing the selection is cheaper."""
         while None in found and len(selection.labels) > _exact_up_to(ef):
             rows = [i for i, each in enumerate(found) if each is None]
             for i, each in zip(rows, self._neighbours.search(queries[rows], ef, ef), strict=True):
@@ -198,20 +206,20 @@ class DenseSearcher:
             ef *= _WIDER
 
     def _still_holds(self, condition: Clause, selection: Selection) -> bool:
-        """Whether no write since then changed which records meet a condition: most writes are about others."""
+        """Return whether no write since the selection changed which records meet the filter; few writes do."""
         if self._store.sequence() == selection.sequence:
             return True
         return np.array_equal(self._selector.select(condition, 0).labels, selection.labels)
 
     def _outcomes(
-        self, request: Request, found: Sequence[Candidates | None], matching: int | None = None
+        self, request: DenseRequest, found: Sequence[Candidates | None], matching: int | None = None
     ) -> list[SearchOutcome | None]:
-        """Turn what was found into hits; None where a record is gone.
+        """Convert candidates to hits; None for a query if the store no longer has a candidate's record.
 
         Args:
             request: the queries.
-            found: of each.
-            matching: how many records meet the condition; None: there is none.
+            found: candidates for each query.
+            matching: number of records that meet the filter; None: there is no filter.
         """
         labels = {label for each in found if each is not None for label in each.labels}
         records = self._store.by_label(list(labels), with_vectors=request.with_vectors)
@@ -221,27 +229,27 @@ class DenseSearcher:
         ]
 
     def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates] | None:
-        """Compare the queries with every vector of a selection; None if one that was found is damaged, or gone."""
+        """Compare the queries with all vectors of a selection; None if a hit's vector is damaged or was deleted."""
         kept = selection.vectors
-        checked = kept is None and _are_rather_checked_first(len(queries) * k, len(selection.labels))
+        checked = kept is None and _is_check_while_reading_faster(len(queries) * k, len(selection.labels))
         batches = self._read(selection.labels, checked=checked) if kept is None else [(selection.labels, kept)]
         labels, scores, total = self._nearest(batches, queries, k)
         if not checked:
             known = selection.checked if kept is not None else set()
             hits = set(labels.ravel().tolist()) - known
-            if not self._are_sound(hits, selection):
+            if not self._are_undamaged(hits, selection):
                 return None
             known.update(hits)
         plan = Plan(Strategy.EXACT, 0, total)
         return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
 
-    def _are_sound(self, labels: set[int], selection: Selection) -> bool:
-        """Compare vectors of a selection with their checksums; if one is damaged, all of the selection, once."""
+    def _are_undamaged(self, labels: set[int], selection: Selection) -> bool:
+        """Verify the checksums of hits; if one is wrong, verify the whole selection, so that all damage is noted."""
         found, _ = self._store.vectors(sorted(labels))
         if len(found) == len(labels):
             return True
         for _ in self._read(selection.labels, checked=True):
-            pass  # the damaged ones are noted
+            pass  # the store notes damaged records
         self._selector.forget()
         return False
 
@@ -252,7 +260,7 @@ class DenseSearcher:
                 yield found, prepare(vectors, self._distance)
 
     def _nearest(self, batches: Iterable[tuple[Labels, Matrix]], queries: Matrix, k: int) -> tuple[Labels, Matrix, int]:
-        """Return the labels nearest to each query and their scores, (queries, at most k), and how many there were."""
+        """Return the labels nearest to each query, their scores, (queries, at most k), and the number of vectors."""
         labels = np.empty((len(queries), 0), dtype=np.int64)
         scores = np.empty((len(queries), 0), dtype=np.float32)
         total = 0
@@ -269,14 +277,14 @@ class DenseSearcher:
         for labels, vectors in self._store.scan(_SCAN_BATCH, condition or EVERYTHING, checked=checked):
             yield labels, prepare(vectors, self._distance)
 
-    def _scan(self, condition: Clause | None, request: Request) -> list[SearchOutcome | None]:
-        """Compare the queries with every vector in the store: slow and right, whatever the state of memory."""
+    def _scan(self, condition: Clause | None, request: DenseRequest) -> list[SearchOutcome | None]:
+        """Compare the queries with every vector in the store: slow, and independent of memory."""
         k = request.candidates
-        checked = _are_rather_checked_first(len(request.queries) * k, self._neighbours.count)
+        checked = _is_check_while_reading_faster(len(request.queries) * k, self._neighbours.count)
         with self._store.snapshot():
             labels, scores, total = self._nearest(self._scanned(condition, checked), request.queries, k)
             hits = np.unique(labels).tolist()
-            # A damaged vector that is not among the hits costs the answer nothing: it would not be in it anyway.
+            # Damaged vectors that are no hits do not matter: they would not be returned anyway.
             if not checked and len(self._store.vectors(hits)[0]) < len(hits):
                 labels, scores, total = self._nearest(self._scanned(condition, True), request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
@@ -289,17 +297,17 @@ class DenseSearcher:
 
 
 def _exact_up_to(ef: int) -> int:
-    """Return how many vectors are rather compared one by one than so many candidates kept by a search of the graph."""
+    """Return the number of vectors up to which comparing all is cheaper than a graph search with `ef` candidates."""
     return _VECTORS_PER_CANDIDATE * ef
 
 
-def _are_rather_checked_first(hits: int, count: int) -> bool:
-    """Return whether checking `count` vectors while reading them is quicker than reading `hits` again to check them."""
+def _is_check_while_reading_faster(hits: int, count: int) -> bool:
+    """Return whether verifying `count` vectors while reading is faster than reading `hits` again to verify them."""
     return _CHECKS_PER_HIT * hits > count
 
 
 def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
-    """Return the first k of the candidates that are allowed; None if they are fewer."""
+    """Return the first k allowed candidates; None if there are fewer."""
     labels = np.array(found.labels, dtype=np.int64)
     places = np.minimum(np.searchsorted(allowed, labels), len(allowed) - 1)
     chosen = np.flatnonzero(allowed[places] == labels)[:k]
@@ -311,25 +319,26 @@ def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
 
 
 def _holds(count: int, *, filtered: bool) -> str:
-    """Say how many records there are to be found."""
+    """Return the part of a shortfall reason that says how many records there are."""
     records = f"{count} record{'' if count == 1 else 's'}"
     return f"{records} match{'es' if count == 1 else ''} the filter" if filtered else f"the collection holds {records}"
 
 
-def _fill(outcomes: list[SearchOutcome | None], request: Request, answer: Answer) -> None:
-    """Answer the queries that are not answered yet."""
+def _fill(outcomes: list[SearchOutcome | None], request: DenseRequest, answer: Answer) -> None:
+    """Answer the queries that have no outcome yet."""
     rows = [i for i, outcome in enumerate(outcomes) if outcome is None]
     if rows:
-        for i, outcome in zip(rows, answer(request.only(rows)), strict=True):
+        for i, outcome in zip(rows, answer(request.subset(rows)), strict=True):
             outcomes[i] = outcome
 
 
 def _outcome(
     found: Candidates, records: dict[int, StoredRecord], k: int, exclude: str | None, matching: int | None
 ) -> SearchOutcome | None:
-    """Turn candidates into hits; None if one is gone, or they are too few and there are more.
+    """Convert candidates to hits.
 
-    `matching` records meet the condition; None: there is none.
+    None if a record is missing, or there are fewer hits than k although there are more candidates. `matching` is the
+    number of records that meet the filter; None: there is no filter.
     """
     try:
         here = [records[label] for label in found.labels]

@@ -1,4 +1,4 @@
-"""How many candidates a search of the graph keeps: as told, by a recall that is wanted, or by default."""
+"""Choice of `ef`, the number of candidates that a graph search keeps: by the caller, by min_recall, or by default."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.search import recall
 from emberpc.server.index.storage.store import Store
 
-#: By default: what finds so much of the true nearest, as measured of the collection, within these bounds. More than
-#: the 0.98 that is promised, and never the fewest candidates: queries need not be like the records.
+#: The default ef is the one that finds this share of the true nearest, as measured on the collection, within the limits
+#: below. The share is above the promised 0.98, and ef is never very small, because queries may be unlike the records.
 _RECALL = 0.99
 _LEAST, _MOST = 100, 800
-#: Before it is measured.
+#: Default ef before the graph is measured.
 _UNMEASURED = 200
-#: If no number of candidates within the bounds finds this share, more are kept, and where none finds it every vector is
-#: compared.
+#: If no ef within the limits finds this share, a greater one is used; if none finds it, every vector is compared.
 _LEAST_RECALL = 0.95
-#: Before it is measured, every vector is compared if a greater share of the graph's is not found by their own vectors:
-#: others are missed for the same cause, and a better graph is being built.
+#: Before the graph is measured, every vector is compared if the graph has more than this share of strays: the cause of
+#: strays makes searches miss other vectors too, and a better graph is being built.
 _MAX_STRAY_SHARE = 0.02
-#: Whatever was measured, so many times the hits that are wanted.
+#: The default ef is at least this many times top_k.
 _PER_HIT = 2
 
 
 class EfChooser:
-    """Chooses `ef` for the searches of a collection, by what was measured of its graph.
+    """Chooses `ef` for the searches of a collection by measurements of its graph.
 
     Args:
-        folder: the collection's, where that is kept.
+        folder: the folder of the collection, which holds the measurements.
         neighbours: its vectors in memory.
     """
 
@@ -38,15 +37,15 @@ class EfChooser:
         self._folder = folder
         self._neighbours = neighbours
         self._measured = recall.load(folder)
-        #: Of what was measured, by `top_k`; replaced whenever that is.
+        #: Default ef by `top_k`; reset at each measurement.
         self._by_default: dict[int, int | None] = {}
 
     def ef(self, top_k: int, ef: int, min_recall: float) -> int | None:
-        """Return how many candidates to keep; None if every vector is to be compared.
+        """Return the ef of a search; None if every vector must be compared.
 
         Args:
-            top_k: hits wanted.
-            ef: what the caller says; 0: nothing.
+            top_k: hits per query.
+            ef: the caller's ef; 0: none.
             min_recall: share of the true nearest to be found; 0: no target.
         """
         if ef:
@@ -61,21 +60,21 @@ class EfChooser:
         if min_recall == 1:
             return None
         if not self._neighbours.graph_size:
-            return _MOST  # the buffer is exact; this is for the graph that may begin in this moment
+            return _MOST  # the buffer is exact; this is for a graph that may be started at this moment
         return self._measured.ef(top_k, min_recall) if self._measured else None
 
     @property
     def due(self) -> bool:
-        """Whether the graph is new, or so much larger than when it was measured that it is another one."""
+        """Whether the graph was never measured, or has grown so much that it must be measured again."""
         size = self._neighbours.graph_size
         return size >= recall.MIN_SIZE and (self._measured is None or self._measured.outgrown(size))
 
     def forget(self) -> None:
-        """Forget what was measured: the graph is another one."""
+        """Forget the measurements, since the graph was rebuilt."""
         self._set(None)
 
     def measure(self, store: Store, distance: Distance, stop: Callable[[], bool]) -> None:
-        """Measure the graph, and keep what was found, unless told to stop."""
+        """Measure the graph and save the result, unless stopped."""
         measured = recall.measure(store, self._neighbours, distance, stop)
         if measured:
             self._set(measured)
@@ -83,7 +82,7 @@ class EfChooser:
 
     def _set(self, measured: recall.RecallMap | None) -> None:
         self._measured = measured
-        # After what it follows from: who still computes by the old one keeps it where nobody looks any more.
+        # Reset after `_measured` is set: a thread that still computes from old values stores them in the old dict.
         self._by_default = {}
 
     def _default(self, top_k: int) -> int | None:
@@ -101,5 +100,5 @@ class EfChooser:
         return max(least, chosen)
 
     def _is_poor(self) -> bool:
-        """Whether many vectors of a graph that is to be measured are not found by their own vectors."""
+        """Return whether a graph that must be measured has many strays."""
         return self._neighbours.graph_size >= recall.MIN_SIZE and self._neighbours.stray_share > _MAX_STRAY_SHARE

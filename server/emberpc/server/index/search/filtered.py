@@ -1,4 +1,4 @@
-"""Which records meet a condition: asked of the store once, and kept up to date through the writes that follow."""
+"""Selections: the labels that meet a filter, read from the store once and updated after later writes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from emberpc.server.collections.types import CollectionSpec, Labels, Matrix
 from emberpc.server.index.storage.filter_sql import Clause
 from emberpc.server.index.storage.store import Store
 
-#: Bytes of labels and vectors that are kept. A look through 100,000 records takes 0.1 s, one at what is kept 20 µs.
+#: Bytes of cached labels and vectors. Evaluating a filter on 100,000 records takes 0.1 s, a cached selection 20 µs.
 _MAX_BYTES = 64 * 2**20
-#: Writes that what is kept can be brought past.
+#: A cached selection can be updated over at most this many writes.
 _MAX_WRITES = 1000
-#: Bytes of an object that holds a parameter, beside its characters.
+#: Bytes of the object that holds a parameter, besides its characters.
 _VALUE_BYTES = 64
-#: Seconds from a write's commit to its note, at most: memory takes it over in between.
+#: Limit of the seconds between a write's commit and its `note`, while memory applies it.
 _MOMENT = 1.0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The labels that meet a condition as of a write, int64 (n,), ascending; their prepared vectors if asked for.
+    """The labels that meet a filter as of a write, int64 (n,), ascending, and their prepared vectors if requested.
 
-    With vectors, there are no labels but those that have one. These are not compared with their checksums, which would
-    take longer than comparing them with a query: `checked` are the labels of those that were, and grows.
+    With vectors, labels without a vector are left out. The vectors' checksums are not verified at first, which would
+    take longer than comparing the vectors with a query: `checked` is the growing set of labels that were verified.
 
-    `newest` is the greatest label that any record had by then.
+    `newest` is the greatest label that had been assigned by that write.
     """
 
     sequence: int
@@ -42,19 +42,19 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """Bytes it takes."""
+        """Bytes of labels and vectors."""
         return self.labels.nbytes + (0 if self.vectors is None else self.vectors.nbytes)
 
 
 class Selector:
-    """Finds what meets a condition. Safe to use from several threads.
+    """Selects the records that meet a filter. Safe to use from several threads.
 
-    Labels are never used again and only grow, so what a write added has greater
-    labels than all before, and what it removed is all else that changed.
+    Labels are never reused and only grow. So labels that a write added are greater than all before, and only removed
+    labels change otherwise.
 
     Args:
-        store: the truth.
-        spec: the collection's.
+        store: the records, the source of truth.
+        spec: the spec of the collection.
     """
 
     def __init__(self, store: Store, spec: CollectionSpec) -> None:
@@ -63,15 +63,15 @@ class Selector:
         self._lock = threading.Condition()
         self._kept: OrderedDict[Clause, Selection] = OrderedDict()
         self._bytes = 0
-        #: What each of the last writes removed, by its number.
+        #: Labels that each of the last writes removed, by sequence.
         self._removed: OrderedDict[int, Labels] = OrderedDict()
         self._applied = store.sequence()
 
     def note(self, sequence: int, removed: Iterable[int]) -> None:
-        """Take over what a write removed, once memory has it too; writes must come in the store's order."""
+        """Note the labels that a write removed, after memory has applied it; writes must come in the store's order."""
         labels = np.fromiter(removed, dtype=np.int64)
         with self._lock:
-            if sequence == self._applied:  # of a delete that found nothing: it is no write
+            if sequence == self._applied:  # a delete that found nothing writes nothing
                 return
             self._removed[sequence] = labels
             if len(self._removed) > _MAX_WRITES:
@@ -80,12 +80,12 @@ class Selector:
             self._lock.notify_all()
 
     def wait_for(self, sequence: int) -> None:
-        """Wait until a write that the store has was noted, which takes a moment; no longer than that should."""
+        """Wait until the write of this sequence was noted, which takes a moment, at most `_MOMENT` seconds."""
         with self._lock:
             self._lock.wait_for(lambda: self._applied >= sequence, _MOMENT)
 
     def select(self, condition: Clause, vectors_up_to: int) -> Selection:
-        """Return what meets a condition, and its vectors if those are no more than that, nor too many to be kept."""
+        """Return the selection of a filter, with vectors if it has at most `vectors_up_to` and they can be cached."""
         vectors_up_to = min(vectors_up_to, _MAX_BYTES // 4 // (4 * self._spec.dimensions))
         with self._lock:
             kept = self._kept.get(condition)
@@ -93,7 +93,7 @@ class Selector:
                 self._kept.move_to_end(condition)
         with self._store.snapshot():
             sequence = self._store.sequence()
-            selection = self._brought_up(kept, condition, sequence) if kept else None
+            selection = self._updated(kept, condition, sequence) if kept else None
             if selection is None:
                 selection = Selection(sequence, self._store.newest_label(), self._store.matching(condition))
             if selection.vectors is None and len(selection.labels) <= vectors_up_to:
@@ -103,8 +103,8 @@ class Selector:
             self._keep(condition, selection)
         return selection
 
-    def _brought_up(self, kept: Selection, condition: Clause, sequence: int) -> Selection | None:
-        """Return what was kept as of a later write; None if that cannot be known without asking for all anew."""
+    def _updated(self, kept: Selection, condition: Clause, sequence: int) -> Selection | None:
+        """Update a cached selection to a later write; None if the filter must be evaluated again."""
         if kept.sequence == sequence:
             return kept
         with self._lock:
@@ -122,12 +122,12 @@ class Selector:
         return Selection(sequence, self._store.newest_label(), labels, vectors, kept.checked)
 
     def _read(self, labels: Labels) -> tuple[Labels, Matrix]:
-        """Return those of the labels that have vectors, and these, prepared; checksums are not looked at."""
+        """Return those labels that have vectors, and the prepared vectors; checksums are not verified."""
         found, vectors = self._store.vectors(labels.tolist(), checked=False)
         return found, prepare(vectors, self._spec.distance)
 
     def forget(self) -> None:
-        """Forget what is kept: some of it turned out to be damaged."""
+        """Clear the cache, since part of it turned out to be damaged."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0
@@ -142,6 +142,6 @@ class Selector:
 
 
 def _kept_bytes(condition: Clause, selection: Selection) -> int:
-    """Return the bytes that a condition and its selection take, about."""
+    """Return the approximate bytes of a filter and its selection."""
     parameters = sum(_VALUE_BYTES + (len(each) if isinstance(each, str) else 0) for each in condition.parameters)
     return selection.size + len(condition.sql) + parameters

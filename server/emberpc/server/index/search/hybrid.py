@@ -1,4 +1,4 @@
-"""Search by words in common, alone or beside the likeness of vectors."""
+"""Lexical search, and hybrid search: lexical and dense search joined by fusion."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass, replace
 
 from emberpc.server import cancellation
 from emberpc.server.collections.types import Fusion, Plan, SearchOutcome, StoredRecord, Strategy
-from emberpc.server.index.search.dense import DenseSearcher, Request
+from emberpc.server.index.search.dense import DenseRequest, DenseSearcher
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
 from emberpc.server.index.storage.store import Store
 
-#: Hits of each kind that are fused: so many, or so many times top_k.
+#: Hits of each kind that are fused: at least `_MIN_DEPTH`, and at least `_DEPTH_PER_HIT` times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
-#: A word of more than this share of the texts counts next to nothing in BM25, and takes most of the time.
+#: A word in more than this share of the texts hardly counts in BM25, but takes most of the time.
 _COMMON = 0.5
-#: Records from which on that time is worth saving.
+#: Collections with fewer records keep such words, since there is little time to save.
 _LARGE = 1000
-#: Times that a search which a write came across is done before it holds writes off.
+#: Attempts of a search that concurrent writes disturb, before it blocks writes.
 _TRIES = 2
 
-#: Of reciprocal ranks: as in the paper that they come from (Cormack, Clarke and Büttcher, 2009), and everywhere since.
+#: Offset of reciprocal rank fusion, as in the original paper (Cormack, Clarke and Büttcher, 2009) and common since.
 _RANK_OFFSET = 60
 
 Hits = Sequence[tuple[StoredRecord, float]]
 
 
 @dataclass(frozen=True)
-class WordsRequest:
-    """Texts to look for, and for each how many hits and what they must meet."""
+class LexicalRequest:
+    """Texts to search for, and for each its top_k and filter."""
 
     texts: Sequence[str]
     top_k: Sequence[int]
@@ -39,11 +39,11 @@ class WordsRequest:
 
 
 class HybridSearcher:
-    """Answers requests by words, or by words and vectors.
+    """Answers lexical and hybrid requests.
 
     Args:
-        store: has the words.
-        searcher: searches by vectors.
+        store: the records and their word index.
+        searcher: the dense searcher.
         write_lock: held by every write.
     """
 
@@ -52,8 +52,8 @@ class HybridSearcher:
         self._searcher = searcher
         self._write_lock = write_lock
 
-    def by_words(self, request: WordsRequest) -> list[SearchOutcome]:
-        """Find the records that have the words of each text, by BM25; all as of one moment."""
+    def by_words(self, request: LexicalRequest) -> list[SearchOutcome]:
+        """Search the records for the words of each text, ranked by BM25; all texts see one state of the store."""
         with self._store.snapshot():
             return [
                 self._by_words(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
@@ -61,18 +61,18 @@ class HybridSearcher:
             ]
 
     def by_both(
-        self, request: Request, texts: Sequence[str], top_k: Sequence[int], dense_weight: float, fusion: Fusion
+        self, request: DenseRequest, texts: Sequence[str], top_k: Sequence[int], dense_weight: float, fusion: Fusion
     ) -> list[SearchOutcome]:
-        """Find records by vectors and by words, and fuse the two rankings.
+        """Search by vectors and by words, and fuse the two rankings.
 
         Args:
-            request: the queries' vectors; it asks for `fused_from(top_k)` hits, and leaves nothing out.
+            request: the queries' vectors; its top_k is `fusion_depths(top_k)`, and it leaves no id out.
             texts: the text of each query.
-            top_k: most hits of each.
-            dense_weight: weight of the ranking by vectors, 0 to 1.
-            fusion: how.
+            top_k: limit of the hits of each query.
+            dense_weight: weight of the dense ranking, 0 to 1.
+            fusion: the fusion rule.
         """
-        # Both rankings must be of the same records.
+        # Both rankings must see the same state of the store.
         for _ in range(_TRIES):
             sequence = self._searcher.catch_up()
             outcomes = self._by_both(request, texts, top_k, dense_weight, fusion)
@@ -83,7 +83,7 @@ class HybridSearcher:
 
     def _by_both(
         self,
-        request: Request,
+        request: DenseRequest,
         texts: Sequence[str],
         top_k: Sequence[int],
         dense_weight: float,
@@ -92,14 +92,14 @@ class HybridSearcher:
         settled: bool = False,
     ) -> list[SearchOutcome]:
         dense = self._searcher.search(request, settled=settled)
-        words = self.by_words(WordsRequest(texts, request.top_k, request.conditions, request.with_vectors))
+        words = self.by_words(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
         return [
             SearchOutcome(
                 fused(by_vector.hits, by_words.hits, dense_weight, fusion, all_lexical=len(by_words.hits) < depth)[:k],
                 replace(
                     by_vector.plan,
                     lexical_count=len(by_words.hits),
-                    # There are as many hits as by vectors alone, at least.
+                    # There are at least as many hits as in the dense ranking.
                     shortfall_reason=by_vector.plan.shortfall_reason if len(by_vector.hits) < k else "",
                 ),
             )
@@ -108,8 +108,8 @@ class HybridSearcher:
 
     def _by_words(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
         cancellation.check()
-        words = self._telling(words_of(text))
-        hits = self._with_words(expression(words), k, condition, with_vectors=with_vectors) if words else []
+        words = self._distinctive_words(words_of(text))
+        hits = self._lexical_hits(expression(words), k, condition, with_vectors=with_vectors) if words else []
         count = len(hits)
         reason = ""
         if count < k:
@@ -117,10 +117,10 @@ class HybridSearcher:
             reason = what if condition is EVERYTHING else f"{what} and match{'es' if count == 1 else ''} the filter"
         return SearchOutcome(hits, Plan(Strategy.LEXICAL, 0, 0, reason, count))
 
-    def _with_words(
+    def _lexical_hits(
         self, query: str, k: int, condition: Clause, *, with_vectors: bool
     ) -> list[tuple[StoredRecord, float]]:
-        """Return the best of the records that match an FTS5 query, as many as k if there are."""
+        """Return the best hits of an FTS5 query: k, or all if there are fewer."""
         most = k
         while True:
             found = self._store.lexical_matches(query, most, condition)
@@ -128,10 +128,10 @@ class HybridSearcher:
             hits = [(records[label], score) for label, score in found if label in records][:k]
             if len(hits) == k or len(found) < most:
                 return hits
-            most += k - len(hits)  # as many more as turned out to be damaged
+            most += k - len(hits)  # one more for each hit whose record turned out to be damaged
 
-    def _telling(self, words: list[str]) -> list[str]:
-        """Leave out what most texts of a large collection have, unless no other word is found."""
+    def _distinctive_words(self, words: list[str]) -> list[str]:
+        """Drop words that most texts of a large collection contain, unless no other word is found."""
         total = self._store.count()
         if total < _LARGE:
             return words
@@ -142,32 +142,33 @@ class HybridSearcher:
         return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or words
 
 
-def fused_from(top_k: Sequence[int]) -> list[int]:
-    """Return of how many hits of each kind so many are fused."""
+def fusion_depths(top_k: Sequence[int]) -> list[int]:
+    """Return how many dense and lexical hits to fetch for each query so that top_k remain after fusion."""
     return [max(_MIN_DEPTH, _DEPTH_PER_HIT * k) for k in top_k]
 
 
 def expression(words: Sequence[str]) -> str:
-    """Return the FTS5 query for texts that have any of some words."""
-    # In quotes nothing is an operator.
+    """Return the FTS5 query for texts that contain any of the words."""
+    # Quotes keep FTS5 from reading a word as an operator.
     return " OR ".join(f'"{word}"' for word in words)
 
 
 def fused(
     dense: Hits, lexical: Hits, dense_weight: float, fusion: Fusion, *, all_lexical: bool
 ) -> list[tuple[StoredRecord, float]]:
-    """Fuse two lists of hits, best first.
+    """Fuse two rankings.
 
     Args:
-        dense: hits by vectors.
-        lexical: hits by words.
+        dense: hits of the dense search, best first.
+        lexical: hits of the lexical search, best first.
         dense_weight: weight of `dense`, 0 to 1.
-        fusion: by their scores, scaled to 0 for the least and 1 for the best, or by their ranks, reciprocal. Measured
-            on SciFact's training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks at best.
-        all_lexical: no other record has a word of the query, so that the least score is that of no words, 0.
+        fusion: by scores, scaled to 0 for the least and 1 for the best, or by reciprocal ranks. Measured on SciFact's
+            training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks at best.
+        all_lexical: whether `lexical` has all records with a word of the query. Then the least score is that of a
+            record without these words, 0.
 
     Returns:
-        The hits of both, best first, with the weighted sums of what counts.
+        The hits of both, best first, with the weighted sums of scaled scores or reciprocal ranks.
     """
     if fusion is Fusion.RANKS:
         worths = [_by_rank(dense), _by_rank(lexical)]
@@ -187,7 +188,7 @@ def _by_rank(hits: Hits) -> list[float]:
 
 
 def _scaled(hits: Hits, least: float | None = None) -> list[float]:
-    """Return the scores of hits, scaled to 1 for the best, and 0 for the last or for `least`."""
+    """Return the scores of hits scaled to 1 for the best, and to 0 for the last or for `least`."""
     if not hits:
         return []
     best, low = hits[0][1], hits[-1][1] if least is None else least

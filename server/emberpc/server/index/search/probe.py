@@ -1,4 +1,4 @@
-"""What live searches find, held against the truth: a few of them are done again, exactly, when nobody waits for it."""
+"""Recall of live searches: a sample is repeated exactly by the maintenance thread, and the hits are compared."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 
 from emberpc.server.collections.types import ProbeFigures, SearchOutcome, StoredRecord, Strategy
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index.search.dense import Request
+from emberpc.server.index.search.dense import DenseRequest
 
-#: Searches that wait to be done again; what comes beyond is not probed.
+#: Searches that may wait for their repetition; further ones are not probed.
 _MOST_WAITING = 8
-#: Hits of a search that is probed, at most.
+#: Limit of the top_k of a probed search.
 _MOST_HITS = 100
 #: Share of the time that probes may take.
 _TIME_SHARE = 0.01
-#: Probes that the recall is the mean of.
+#: Latest probes whose mean is the recall.
 _LATEST = 256
 
 
 class _Sample(NamedTuple):
-    """A search of one query, what it found, and the number of the last write before it."""
+    """A search of one query, its outcome, and the sequence of the last write before it."""
 
-    request: Request
+    request: DenseRequest
     outcome: SearchOutcome
     sequence: int
 
@@ -37,7 +37,7 @@ class Probe:
     """Measures the recall of the searches of one collection. Safe to use from several threads.
 
     Args:
-        share: of the searches, in [0, 1]; 0: none are probed.
+        share: share of the searches to probe, in [0, 1]; 0: none.
     """
 
     def __init__(self, share: float) -> None:
@@ -50,43 +50,43 @@ class Probe:
 
     @property
     def figures(self) -> ProbeFigures:
-        """What was measured so far."""
+        """Figures of the probes so far."""
         with self._lock:
             return ProbeFigures(self._count, float(np.mean(self._latest)) if self._latest else float("nan"))
 
-    def wants_one(self) -> bool:
-        """Whether the search that begins now is to be probed."""
+    def should_sample(self) -> bool:
+        """Return whether the search that begins now should be probed."""
         return (
             random.random() < self._share  # noqa: S311 - a sample, no secret
             and monotonic() >= self._rest_until
             and len(self._waiting) < _MOST_WAITING
         )
 
-    def offer(self, request: Request, outcomes: Sequence[SearchOutcome], sequence: int) -> bool:
-        """Take a search to be done again; return whether there is one query of it that can be.
+    def offer(self, request: DenseRequest, outcomes: Sequence[SearchOutcome], sequence: int) -> bool:
+        """Queue a search for repetition; return whether it has a query that can be probed.
 
         Args:
             request: the search.
-            outcomes: what it found.
-            sequence: number of the last write before it.
+            outcomes: its outcomes.
+            sequence: sequence of the last write before it.
         """
         for i, outcome in enumerate(outcomes):
             if outcome.plan.strategy is Strategy.HNSW and outcome.hits and request.top_k[i] <= _MOST_HITS:
                 with self._lock:
-                    self._waiting.append(_Sample(request.only([i]), outcome, sequence))
+                    self._waiting.append(_Sample(request.subset([i]), outcome, sequence))
                 return True
         return False
 
     def run(
         self,
-        search: Callable[[Request], Sequence[SearchOutcome]],
+        search: Callable[[DenseRequest], Sequence[SearchOutcome]],
         get: Callable[[Sequence[str]], dict[str, StoredRecord]],
     ) -> None:
-        """Do again what waits, and rest for a hundred times as long as that took.
+        """Repeat the queued searches exactly, then pause for a hundred times as long as that took.
 
         Args:
             search: answers a request.
-            get: returns the records of those ids that are there.
+            get: returns the existing records among ids.
         """
         with self._lock:
             samples = [*self._waiting]
@@ -94,7 +94,7 @@ class Probe:
             return
         start = monotonic()
         for sample in samples:
-            # More than it asked for: what was written since must not take the place of what was there.
+            # More hits than the search had, so that later records do not displace the earlier ones.
             again = sample.request._replace(top_k=[2 * sample.request.top_k[0] + 10], exact=True, with_vectors=False)
             (truth,) = search(again)
             try:
@@ -102,7 +102,7 @@ class Probe:
             except ServiceError as error:
                 if error.code is not Code.DATA_LOSS:
                     raise
-                found = None  # one of the hits was damaged meanwhile
+                found = None  # a hit was damaged meanwhile
             with self._lock:
                 self._waiting.popleft()
                 if found is not None:
@@ -112,7 +112,7 @@ class Probe:
 
 
 def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredRecord]) -> float | None:
-    """Return the share of what a search found that is right, by the records that are as they were; None if too few."""
+    """Return the share of unchanged hits that are among the exact ones; None if too few records are unchanged."""
     still = [
         score
         for record, score in sample.outcome.hits
@@ -124,5 +124,5 @@ def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredReco
     if not still or len(best) < len(still):
         return None
     bound = best[len(still) - 1]
-    # The same distance, computed twice, may differ in the last digits.
+    # The same distance computed in two ways may differ in the last digits.
     return sum(score >= bound - 1e-5 * max(1e-3, abs(bound)) for score in still) / len(still)

@@ -1,9 +1,8 @@
-"""How many candidates a search of a collection's graph must keep for a wanted recall: measured, not guessed.
+"""Measurement of the recall of graph searches at several values of ef.
 
-A sample of the distinct vectors, each moved by more or less noise, is searched
-for exactly and in the graph. What that took at which recall, with the noise for
-which it is least, is kept beside the collection, and measured again when the
-graph has grown by a half or is new.
+A sample of the distinct vectors, each moved by several lengths of noise, is searched for exactly and in the graph. For
+each ef the least recall over all lengths of noise is saved beside the collection. It is measured again when the graph
+has grown by half, or is new.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: With fewer vectors in the graph comparing all of them is as quick.
+#: With fewer vectors in the graph, comparing all of them is as fast.
 MIN_SIZE = 1000
-#: Measured again when the graph has so many times the vectors that it had.
+#: The graph is measured again when it has this many times the vectors of the last measurement.
 _GROWTH = 1.5
-#: Lengths of the noise against the vector's own, and queries that are moved by each. With the first, queries are as
-#: unlike the records as questions are unlike texts that answer them, with a cosine of 0.7. With the others they are
-#: like texts that are nearly the same, which are easier to find for, but not among vectors in a narrow cone.
+#: Lengths of the noise as a multiple of the vector's length, and the number of queries for each. With the first,
+#: queries are as unlike the records as questions are unlike texts that answer them, with a cosine of 0.7. With the
+#: others they are like nearly equal texts, which are easier to find, except among vectors in a narrow cone.
 _NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
-#: No more candidates are tried for queries that find this share. Callers who want more get an exact search.
+#: Greater values of ef are not tried for queries that find this share. Callers who want more get an exact search.
 _ENOUGH = 0.9995
 #: Queries at one value of ef, while other searches wait: some milliseconds.
 _TURN = 4
-#: A sample errs: so much of what may be missing is kept as a reserve.
+#: A sample has errors: this part of the tolerated loss of recall is kept as a reserve.
 _RESERVE = 0.25
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
@@ -47,7 +46,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured once: the share of the true `k` nearest that was found with `ef` candidates."""
+    """One measurement: the share of the true `k` nearest that was found with `ef` candidates."""
 
     k: int
     ef: int
@@ -56,21 +55,21 @@ class Point:
 
 @dataclass(frozen=True)
 class RecallMap:
-    """What was measured of a graph that held `size` vectors."""
+    """Measurements of a graph that held `size` vectors."""
 
     size: int
     points: tuple[Point, ...]
 
     def outgrown(self, size: int) -> bool:
-        """Whether a graph of so many vectors is another one by now."""
+        """Return whether a graph of `size` vectors must be measured again."""
         return size >= _GROWTH * self.size
 
     def ef(self, k: int, recall: float) -> int | None:
-        """Return the fewest candidates with which so much of the true `k` nearest is found; None if none will do."""
+        """Return the least ef that finds the share `recall` of the true `k` nearest; None if no measured ef does."""
         measured = sorted({point.k for point in self.points})
         if not measured:
             return None
-        # Fewer hits are not harder to find; for more than were measured, candidates grow in proportion.
+        # Fewer hits are not harder to find; beyond the greatest measured k, ef grows in proportion.
         nearest_size = next((size for size in measured if size >= k), measured[-1])
         wanted = recall + _RESERVE * (1 - recall)
         fitting = [point.ef for point in self.points if point.k == nearest_size and point.recall >= wanted]
@@ -78,7 +77,7 @@ class RecallMap:
 
 
 def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Callable[[], bool]) -> RecallMap | None:
-    """Measure a collection's graph; searches and writes go on meanwhile. None if told to stop.
+    """Measure a collection's graph while searches and writes continue; None if stopped.
 
     Some two seconds at 100,000 vectors, most of it for reading them.
     """
@@ -100,7 +99,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
             if len(recalls) < len(found):
                 return None
             points.append(Point(k, ef, min(recalls)))
-            # More candidates find no fewer.
+            # A greater ef finds no fewer.
             kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < _ENOUGH]
             if not kinds:
                 break
@@ -108,7 +107,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
 
 
 def save(measured: RecallMap, folder: Path) -> None:
-    """Keep what was measured; a file that cannot be written costs only measuring it again."""
+    """Save measurements; if the file cannot be written, they are only measured again later."""
     temporary = folder / f"{_NAME}.tmp"
     try:
         temporary.write_text(json.dumps({"format": _FORMAT, **asdict(measured)}), encoding="utf-8")
@@ -120,7 +119,7 @@ def save(measured: RecallMap, folder: Path) -> None:
 
 
 def load(folder: Path) -> RecallMap | None:
-    """Return what was kept, or None if there is nothing that can be read."""
+    """Return the saved measurements, or None if there is no readable file."""
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         if document["format"] != _FORMAT:
@@ -135,10 +134,10 @@ def load(folder: Path) -> RecallMap | None:
 
 
 def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
-    """Return prepared queries near the records, for each length of noise: stored vectors of a sample, moved by it.
+    """Return prepared queries near the records for each length of noise: a sample of stored vectors moved by noise.
 
-    Of equal and nearly equal vectors the sample has one at most: a graph may find many copies of one text with few
-    candidates, and other records with many only.
+    The sample has at most one of equal and nearly equal vectors: a graph may find many copies of one text with a small
+    ef, and other records with a large ef only.
     """
     labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
     rng = np.random.default_rng(0)
@@ -151,7 +150,7 @@ def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[M
 
 
 def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callable[[], bool]) -> Matrix | None:
-    """Return the scores of the truly nearest, greatest first, float32 (queries, at most 100)."""
+    """Return the scores of the truly nearest vectors, greatest first, float32 (queries, at most 100)."""
     best = np.empty((len(queries), 0), dtype=np.float32)
     with store.snapshot():
         for _, vectors in store.scan(_SCAN_BATCH):
@@ -165,9 +164,9 @@ def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callab
 def _recall(
     neighbours: Neighbours, queries: Matrix, truth: Matrix, k: int, ef: int, stop: Callable[[], bool]
 ) -> float | None:
-    """Return the share of hits that are as near as the k-th nearest; None if told to stop, or the graph cannot tell."""
+    """Return the share of hits that are as near as the k-th nearest; None if stopped or the graph fails."""
     k = min(k, truth.shape[1])
-    # What is as near as the k-th but for the last digits is as good.
+    # A hit counts if it is as near as the k-th except for the last digits.
     bounds = (truth[:, k - 1] - 1e-5 * float(np.abs(truth).max())).tolist()
     right = 0
     for rows in _turns(len(queries)):
