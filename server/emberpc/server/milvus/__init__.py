@@ -1,4 +1,4 @@
-"""Collections in Milvus: the index past one machine. Needs the extra `milvus`; knows nothing of emberpc's own RPCs."""
+"""The index backend on Milvus, for collections beyond one machine. Needs the extra `milvus`; imports no services."""
 
 from emberpc.server.milvus.backend import MilvusIndex
 

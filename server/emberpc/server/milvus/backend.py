@@ -1,4 +1,4 @@
-"""Collections by name, in Milvus."""
+"""All collections in a Milvus database."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from emberpc.server.paging import decode_token, encode_token
 class MilvusIndex:
     """All collections of a database of Milvus, as `emberpc.server.index.Index` documents them.
 
-    Milvus keeps what they are, too, so that several servers may use one database; each asks it what a collection is
-    whenever one is wanted, since another may have made it anew.
+    Milvus also stores the specs, so several servers may use one database. Each server reads the spec whenever a
+    collection is requested, since another server may have deleted and created it again.
 
     Args:
-        uri: where Milvus is, such as `http://milvus:19530`.
+        uri: address of Milvus, such as `http://milvus:19530`.
         token: `user:password` or an API key; empty: none.
 
     Raises:
-        ServiceError: UNAVAILABLE if it cannot be reached, FAILED_PRECONDITION if it does not let the server in.
+        ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access.
     """
 
     def __init__(self, uri: str, token: str = "") -> None:
         self._connection = Connection(uri, token)
         self._lock = threading.Lock()
-        #: Those used before: of one collection there must be one object, since it lets one write in at a time.
+        #: Collections used before: each must have one object only, which serializes its writes.
         self._known: dict[str, MilvusCollection] = {}
 
     def create(self, spec: CollectionSpec) -> MilvusCollection:
@@ -50,7 +50,7 @@ class MilvusIndex:
         try:
             self._call(spec.name, "create_collection", **arguments)
         except ServiceError as error:
-            # Another server was quicker: Milvus has one number for this and for all that it does not expect.
+            # Another server created it first: Milvus has one code for this and for all unexpected errors.
             if error.code is Code.INTERNAL and self._exists(spec.name):
                 raise collection_exists(spec.name) from error
             raise
@@ -67,10 +67,10 @@ class MilvusIndex:
         return self._at_hand(spec, created) or self._keep(spec, created)
 
     def opened(self, name: str) -> MilvusCollection | None:
-        """Return None: only Milvus can tell what a collection is now."""
+        """Return None: only Milvus knows the present spec of a collection."""
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
-        """Return what the collections of a page are, by name, and the token of the next page, empty after the last."""
+        """Return a page of specs, sorted by name, and the token of the next page, empty after the last."""
         check_page_size(page_size)
         after = decode_token(page_token)
         listed = self._connection.call("listing the collections", "list_collections")
@@ -85,7 +85,7 @@ class MilvusIndex:
         self._alter(replace(spec, truncation=truncation), created)
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> MilvusCollection:
-        """Bind a collection to its model by another fingerprint, if it is bound by `legacy`; return the collection."""
+        """Bind a collection to another fingerprint of its model if it has the fingerprint `legacy`; return it."""
         spec, created = self._existing(name)
         if spec.model_fingerprint == legacy:
             self._alter(replace(spec, model_fingerprint=fingerprint), created)
@@ -99,48 +99,48 @@ class MilvusIndex:
         self._call(name, "drop_collection")
 
     def reembed(self, spec: CollectionSpec) -> ReembeddingBackend:
-        """Refuse it."""
+        """Raise UNIMPLEMENTED."""
         remedy = "make a collection under the new model, and import this one's export there with --text-only"
         raise unsupported("ReembedCollection", BACKEND, remedy)
 
     def reembeddings(self) -> list[ReembeddingBackend]:
-        """Return none: none is ever begun."""
+        """Return an empty list: there are no re-embeddings."""
         return []
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Refuse it."""
+        """Raise UNIMPLEMENTED."""
         raise unsupported("ReembedCollection", BACKEND, "use the embedded index")
 
     def cancel_reembedding(self, name: str) -> None:
-        """Do nothing: there is none."""
+        """Do nothing: there are no re-embeddings."""
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
         """Raise UNIMPLEMENTED: a backup is a database of the embedded index."""
         raise unsupported("RestoreCollection", BACKEND, "restore it to an embedded index, and move it by export")
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return nothing: to repeat a search exactly, all vectors would have to be here."""
+        """Return an empty dict: to repeat a search exactly, the server would need all vectors."""
         return {}
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Give up the connection."""
+        """Close the connection."""
         self._connection.close()
         return True
 
     def _keep(self, spec: CollectionSpec, created: datetime) -> MilvusCollection:
-        """Have a collection loaded and keep it at hand."""
+        """Make Milvus load a collection, and keep its object."""
         collection = MilvusCollection(self._connection, spec, created)
         collection.load()
         with self._lock:
             return self._known_as(spec, created) or self._known.setdefault(spec.name, collection)
 
     def _at_hand(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
-        """Return a collection that was used before, brought up to date; None: there is another one of the name now."""
+        """Return the updated object of a known collection; None if another collection has the name now."""
         with self._lock:
             return self._known_as(spec, created)
 
     def _known_as(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
-        """Do what `_at_hand` says, with the lock held."""
+        """Do the work of `_at_hand`; the caller holds the lock."""
         known = self._known.get(spec.name)
         if known is not None and not (known.created == created and known.adopt(spec)):
             del self._known[spec.name]
@@ -148,7 +148,7 @@ class MilvusIndex:
         return known
 
     def _alter(self, spec: CollectionSpec, created: datetime) -> None:
-        """Change what a collection is; only what `MilvusCollection.adopt` allows."""
+        """Change the spec of a collection; only the fields that `MilvusCollection.adopt` allows."""
         spec.check()
         self._call(spec.name, "alter_collection_properties", properties=schema.properties(spec, created))
         self._at_hand(spec, created)
@@ -157,14 +157,14 @@ class MilvusIndex:
         return bool(self._call(name, "has_collection"))
 
     def _existing(self, name: str) -> tuple[CollectionSpec, datetime]:
-        """Return what a collection is and since when; NOT_FOUND if there is none of that name."""
+        """Return spec and creation time of a collection; raise NOT_FOUND if it does not exist."""
         found = self._describe(name)
         if found is None:
             raise no_collection(name)
         return found
 
     def _describe(self, name: str) -> tuple[CollectionSpec, datetime] | None:
-        """Return what a collection is and since when; None if there is none of that name, or it is not ours."""
+        """Return spec and creation time of a collection; None if it does not exist or is not emberpc's."""
         if not schema.is_possible(name):
             return None
         try:

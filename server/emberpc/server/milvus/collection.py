@@ -46,14 +46,14 @@ _DENSE = "search by DENSE, or use the embedded index"
 class MilvusCollection:
     """A collection in Milvus, as `emberpc.server.index.Collection` documents it. Safe to use from several threads.
 
-    What is different: a write is as durable as Milvus's own log; revisions cannot be expected, since Milvus has no
-    conditional write; numbers of writes are microseconds since 1970, so that they grow over restarts without being
-    kept; how many ids were new, and when a record was created, is read just before a write.
+    Differences: a write is as durable as Milvus's own log. `expected_revisions` is not supported, since Milvus has no
+    conditional write. Sequences are microseconds since 1970, so that they grow over restarts without being stored. The
+    number of new ids, and the creation times of records, are read just before a write.
 
     Args:
-        connection: to Milvus.
-        spec: what it is.
-        created: since when.
+        connection: the connection to Milvus.
+        spec: the spec of the collection.
+        created: when it was created.
     """
 
     def __init__(self, connection: Connection, spec: CollectionSpec, created: datetime) -> None:
@@ -64,10 +64,10 @@ class MilvusCollection:
         self._sequence = 0
 
     def adopt(self, spec: CollectionSpec) -> bool:
-        """Take over what the collection is now, if only its binding or its truncation has changed.
+        """Replace the spec by the present one, if only its model binding or truncation has changed.
 
         Returns:
-            Whether it did; otherwise another collection has the name now.
+            Whether it was replaced; otherwise another collection has the name now.
         """
         changed = replace(self.spec, model_fingerprint=spec.model_fingerprint, truncation=spec.truncation)
         if changed == spec:
@@ -75,17 +75,17 @@ class MilvusCollection:
         return changed == spec
 
     def info(self) -> CollectionInfo:
-        """Say how it stands; the sequence is that of this server's last write, and bytes on disk are not known."""
+        """Return the state; the sequence is that of this server's last write, and the size on disk is not known (0)."""
         return CollectionInfo(self.count(), self._sequence, self.created, 0)
 
     def load(self) -> None:
-        """Have Milvus load it; nothing else can be asked of it before."""
+        """Make Milvus load the collection, which must precede other reads."""
         self._reader.call("load_collection")
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
     ) -> WriteResult:
-        """Insert records or replace those of the same id: one message to Milvus."""
+        """Insert records or replace those with the same ids, by one message to Milvus."""
         documents = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
         if len(vectors) != len(records):
@@ -111,19 +111,19 @@ class MilvusCollection:
         return WriteResult(sequence, len(records) - len(created), len(created), synced=False)
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id: one message to Milvus; ids that are not there are no error."""
+        """Delete records by id, by one message to Milvus; missing ids are ignored."""
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.by_id(ids, [schema.ID])])
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a condition, by their ids: one message to Milvus."""
+        """Delete the records that meet a filter, by their ids, by one message to Milvus."""
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the records of those ids that are there, in the order asked for."""
+        """Return the existing records among the ids, in their order."""
         rows = self._reader.by_id(ids, schema.fields(with_vectors=with_vectors))
         found = {record.id: record for record in map(schema.stored, rows)}
         return [found[record_id] for record_id in ids if record_id in found]
@@ -146,7 +146,7 @@ class MilvusCollection:
         return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records, with a condition, of those that meet it."""
+        """Return the number of records, or of those that meet a filter."""
         return self._reader.count(condition)
 
     def search(
@@ -161,10 +161,10 @@ class MilvusCollection:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Find the records nearest to each query.
+        """Search for the records nearest to each query.
 
-        The plan says HNSW where Milvus searched: what it did with its segments, some of which have no graph yet, it
-        does not tell. Where few records meet a filter, or the graph led to too few of them, they are compared here.
+        The plan says HNSW if Milvus searched; Milvus does not report which of its segments have no graph yet. If few
+        records meet a filter, or the graph finds too few of them, the server compares their vectors.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -191,19 +191,19 @@ class MilvusCollection:
         return mismatches(condition, read)
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Raise UNIMPLEMENTED: there are no two copies here that could differ."""
+        """Raise UNIMPLEMENTED: the server has no second copy to compare with."""
         raise unsupported("VerifyCollection", BACKEND, "use what Milvus offers for that")
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Raise UNIMPLEMENTED: it has no file of its own."""
+        """Raise UNIMPLEMENTED: the collection has no file of its own."""
         raise unsupported("BackupCollection", BACKEND, "use `emberpc collection export`")
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Raise UNIMPLEMENTED: all vectors would have to be here."""
+        """Raise UNIMPLEMENTED: the server would need all vectors."""
         raise unsupported("FindDuplicates", BACKEND, _COPY)
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Raise UNIMPLEMENTED: all vectors would have to be here."""
+        """Raise UNIMPLEMENTED: the server would need all vectors."""
         raise unsupported("ClusterRecords", BACKEND, _COPY)
 
     def search_words(
@@ -236,7 +236,7 @@ class MilvusCollection:
         raise unsupported("mode HYBRID", BACKEND, _DENSE)
 
     def _delete(self, present: Sequence[str]) -> WriteResult:
-        """Delete records that are there, with the lock held."""
+        """Delete existing records; the caller holds the lock."""
         if present:
             self._reader.call("delete", filter=schema.one_of(present))
             self._sequence = self._next_sequence()

@@ -1,4 +1,4 @@
-"""The connection to Milvus: every call bounded in time, every failure in the server's terms."""
+"""The connection to Milvus: every call has a time limit, and failures become `ServiceError`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a connection may take to come up, at the start and when it was lost.
+#: Limit of the seconds to connect, at the start and after a lost connection.
 _CONNECT_SECONDS = 5.0
-#: Seconds that one call may take. As the channel's own limit: given to pymilvus, it would be the time for which a call
-#: that cannot reach Milvus is tried again.
+#: Limit of the seconds of one call, set on the channel: pymilvus would take it as the time for which it retries a call
+#: that cannot reach Milvus.
 _CALL_SECONDS = 120
 _OPTIONS = {
     "grpc.service_config": json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{_CALL_SECONDS}s"}]}),
-    # A new connection is tried at once, not when the time is up that a failed one to the same address has to wait.
+    # A new connection is tried at once, without the delay after a failed one to the same address.
     "grpc.use_local_subchannel_pool": 1,
-    # Milvus may drop a connection that is pinged too often while nothing is under way.
+    # Milvus may drop a connection that is pinged too often without calls.
     "grpc.keepalive_permit_without_calls": 0,
 }
-#: One more try, on a new connection: without a number pymilvus tries 75 times.
+#: One retry, on a new connection: by default pymilvus retries 75 times.
 _RETRIES = 1
 _BACK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a caller is told about a code of Milvus; `said` follows the name of what was being done."""
+    """The error for a code of Milvus; `said` is the message after the name of the operation."""
 
     code: Code
     reason: str
@@ -68,7 +68,7 @@ NOT_LOADED = "MILVUS_NOT_LOADED"
 _UNLOADED = _Failure(Code.UNAVAILABLE, NOT_LOADED, "Milvus has not loaded the collection yet; try again", _BACK_SECONDS)
 _UNKNOWN = _Failure(Code.INTERNAL, "MILVUS_FAILED", "Milvus failed")
 
-#: By Milvus's own codes (numbers) and gRPC's; whatever is not here is `_UNKNOWN`.
+#: By Milvus's own codes (numbers) and gRPC's; all others are `_UNKNOWN`.
 _FAILURES: dict[object, _Failure] = {
     grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
     grpc.StatusCode.CANCELLED: _UNREACHABLE,
@@ -92,14 +92,14 @@ _FAILURES: dict[object, _Failure] = {
 
 
 class Connection:
-    """A connection to Milvus that comes back by itself. Safe to use from several threads.
+    """A connection to Milvus that reconnects by itself. Safe to use from several threads.
 
     Args:
-        uri: where Milvus is, such as `http://milvus:19530`, or `https://…` for TLS; a database is its path.
+        uri: address of Milvus, such as `http://milvus:19530`, or `https://…` for TLS; a database is its path.
         token: `user:password` or an API key; empty: none.
 
     Raises:
-        ServiceError: UNAVAILABLE if it cannot be reached, FAILED_PRECONDITION if it does not let the server in.
+        ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access.
     """
 
     def __init__(self, uri: str, token: str = "") -> None:
@@ -115,12 +115,12 @@ class Connection:
         """Call a method of `MilvusClient`.
 
         Args:
-            doing: what for, for the message of an error.
-            method: its name.
+            doing: name of the operation in error messages.
+            method: name of the method.
             arguments: its arguments.
 
         Raises:
-            ServiceError: it failed; by the table above.
+            ServiceError: it failed; `_FAILURES` maps the errors.
         """
         if self._closed:
             raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
@@ -128,7 +128,7 @@ class Connection:
             return getattr(self._client, method)(**arguments, retry_times=_RETRIES)
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Close the connection."""
         if not self._closed:
             self._closed = True
             self._client.close()
@@ -136,13 +136,13 @@ class Connection:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Turn the failures of pymilvus and gRPC into the server's.
+    """Translate errors of pymilvus and gRPC to `ServiceError`.
 
     Args:
-        doing: what is being done, for the message.
+        doing: name of the operation in error messages.
 
     Raises:
-        ServiceError: in place of them; the log says more.
+        ServiceError: instead of those; the log has the details.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def translated(doing: str) -> Iterator[None]:
 
 
 def _failure(error: MilvusException | grpc.RpcError) -> _Failure:
-    """Look an error up by its code, or by that of what it came from; some of pymilvus's say nothing themselves."""
+    """Return the failure for an error by its code, or by that of its cause; some errors of pymilvus have no code."""
     cause: BaseException | None = error
     seen = set[int]()  # the causes of an error that pymilvus raises again can lead back to it
     while cause is not None and id(cause) not in seen:

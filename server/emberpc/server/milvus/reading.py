@@ -1,4 +1,4 @@
-"""What a collection in Milvus is asked."""
+"""Reads of a collection in Milvus."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from emberpc.server.errors import ServiceError
 from emberpc.server.milvus import schema, terms
 from emberpc.server.milvus.connection import NOT_LOADED, Connection
 
-#: Ids asked for in one expression.
+#: Ids in one expression.
 _IDS_AT_ONCE = 1000
-#: Rows asked for in one call of a walk.
+#: Rows in one call of a walk.
 _ROWS_AT_ONCE = 1000
 
 Result = TypeVar("Result")
 
 
 class Reader:
-    """Reads a collection, always with all that was written. Safe to use from several threads.
+    """Reads a collection, including all acknowledged writes. Safe to use from several threads.
 
     Args:
-        connection: to Milvus.
-        spec: what the collection is.
+        connection: the connection to Milvus.
+        spec: the spec of the collection.
     """
 
     def __init__(self, connection: Connection, spec: CollectionSpec) -> None:
@@ -38,7 +38,7 @@ class Reader:
         return self._connection.call(f"collection {self.spec.name!r}", method, collection_name=self._name, **arguments)
 
     def by_id(self, ids: Sequence[str], output: list[str]) -> Iterator[dict[str, Any]]:
-        """Read some fields of the records of those ids that are there."""
+        """Yield some fields of the existing records among the ids."""
         distinct = list(dict.fromkeys(ids))
         for start in range(0, len(distinct), _IDS_AT_ONCE):
             yield from self._query(filter=schema.one_of(distinct[start : start + _IDS_AT_ONCE]), output_fields=output)
@@ -52,14 +52,14 @@ class Reader:
         batch: int = _ROWS_AT_ONCE,
         among: str = "",
     ) -> Iterator[dict[str, Any]]:
-        """Read some fields of the records that meet a condition, by id in byte order.
+        """Yield some fields of the records that meet a filter, in byte order of ids.
 
         Args:
             output: the fields.
-            condition: the condition; None: all do.
-            after: the id behind which it begins.
+            condition: the filter; None: all records.
+            after: the id after which to begin.
             batch: rows of one call.
-            among: an expression of Milvus that they meet, too.
+            among: an expression of Milvus that the records must meet too.
         """
         clause = clause_of(condition)
         while True:
@@ -67,7 +67,7 @@ class Reader:
                 filter=terms.both(schema.behind(after), clause.expression, among),
                 output_fields=[*output, "metadata"] if clause.doubtful else output,
                 limit=batch,
-                # As pymilvus's own iterator asks: the first so many by primary key, of all segments.
+                # As pymilvus's own iterator does: the first rows by primary key, of all segments.
                 iterator="True",
                 reduce_stop_for_best=True,
             )
@@ -92,7 +92,7 @@ class Reader:
         return int(self._query(filter=expression, output_fields=["count(*)"])[0]["count(*)"])
 
     def nearest(self, queries: Matrix, limit: int, ef: int, expression: str, output: list[str]) -> list[Any]:
-        """Return what Milvus finds for each query, nearest first."""
+        """Search in Milvus; return its hits for each query, nearest first."""
         return self._loaded(
             lambda: list(
                 self.call(
@@ -112,7 +112,7 @@ class Reader:
         return self._loaded(lambda: list(self.call("query", consistency_level="Strong", **arguments)))
 
     def _loaded(self, read: Callable[[], Result]) -> Result:
-        """Read; if Milvus has the collection no longer loaded, as after its restart, have it loaded first.
+        """Run a read; if Milvus no longer has the collection loaded, as after a restart, load it and retry.
 
         Raises:
             ServiceError: besides those of Milvus, DEADLINE_EXCEEDED if the call of this thread is cancelled.
@@ -128,7 +128,7 @@ class Reader:
 
 
 def clause_of(condition: Filter | None) -> terms.Clause:
-    """Return a condition as Milvus's expressions."""
+    """Compile a filter to Milvus's expressions."""
     return terms.EVERYTHING if condition is None else terms.compile_filter(condition)
 
 

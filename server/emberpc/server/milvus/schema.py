@@ -1,4 +1,4 @@
-"""How collections and records look in Milvus."""
+"""Names, schemas and rows of collections in Milvus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.server.milvus import terms
 from emberpc.server.milvus.literals import quoted
 from emberpc.server.names import NAME
 
-#: Our collections among others' in the same database of Milvus.
+#: Prefix that marks emberpc's collections in a Milvus database.
 _PREFIX = "emberpc_"
 #: Milvus's names have letters, digits and `_` only.
 _ESCAPES = {"_": "_u", ".": "_d", "-": "_h"}
@@ -30,7 +30,7 @@ _MAX_ID_BYTES = 512
 _MAX_METADATA_BYTES = 65_536
 #: Milvus has no vectors of one dimension.
 _MIN_DIMENSIONS = 2
-#: Under COSINE Milvus squares lengths in float32, where those of shorter vectors vanish.
+#: Under COSINE Milvus squares lengths in float32, where the squares of shorter vectors become zero.
 _MIN_LENGTH = 1e-15
 
 VECTOR = "vector"
@@ -55,12 +55,12 @@ def milvus_name(name: str) -> str:
 
 
 def is_possible(name: str) -> bool:
-    """Say whether a collection may have such a name."""
+    """Return whether a name is valid and not too long for Milvus."""
     return bool(NAME.fullmatch(name)) and len(_escaped(name)) <= _MAX_NAME
 
 
 def own_name(escaped: str) -> str | None:
-    """Return what `milvus_name` made a name from; None if it is not one of ours."""
+    """Return the name that `milvus_name` escaped; None if it has not made this name."""
     if not escaped.startswith(_PREFIX):
         return None
     name, rest = "", escaped[len(_PREFIX) :]
@@ -76,11 +76,11 @@ def own_name(escaped: str) -> str | None:
 def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     """Return the arguments of `create_collection`.
 
-    What the collection is stands both in its description, which every Milvus keeps, and in a property, since
-    milvus-lite keeps no descriptions.
+    The spec is stored both in the description, which every Milvus keeps, and in a property, since milvus-lite keeps no
+    descriptions.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if Milvus has no such collections.
+        ServiceError: INVALID_ARGUMENT if Milvus does not support the spec.
     """
     if spec.dimensions < _MIN_DIMENSIONS:
         raise invalid("collection.dimensions", f"is {spec.dimensions}; Milvus needs {_MIN_DIMENSIONS} or more")
@@ -103,14 +103,14 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     return {
         "schema": schema,
         "properties": properties(spec, created),
-        # One shard: a batch is one message of Milvus's log.
+        # One shard, so that a batch is one message in Milvus's log.
         "num_shards": 1,
         "consistency_level": "Strong",
     }
 
 
 def properties(spec: CollectionSpec, created: datetime) -> dict[str, str]:
-    """Return the properties of a collection, which go before its description when it is read."""
+    """Return the properties of a collection; reading prefers them to the description."""
     return {_PROPERTY: _about(spec, created)}
 
 
@@ -119,7 +119,7 @@ def _about(spec: CollectionSpec, created: datetime) -> str:
 
 
 def graph(spec: CollectionSpec) -> Any:
-    """Return the index to be made for a collection's vectors."""
+    """Return the parameters of the HNSW index of a collection's vectors."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index(
         field_name=VECTOR,
@@ -131,7 +131,7 @@ def graph(spec: CollectionSpec) -> Any:
 
 
 def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetime] | None:
-    """Return what a collection is and since when; None if it is not one of ours."""
+    """Return spec and creation time of a collection; None if it is not emberpc's."""
     text = (described.get("properties") or {}).get(_PROPERTY) or described.get("description") or ""
     try:
         about = json.loads(text)
@@ -143,7 +143,7 @@ def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetim
 def check_fit(
     records: Sequence[NewRecord], found_terms: Sequence[Sequence[str]], vectors: Matrix, distance: Distance
 ) -> None:
-    """Raise INVALID_ARGUMENT, naming each record that the index takes and Milvus cannot hold."""
+    """Raise INVALID_ARGUMENT, naming each record that is valid but too large for Milvus."""
     violations = []
     for i, record in enumerate(records):
         for field, text in (("text", record.text), ("label", record.label)):
@@ -177,7 +177,7 @@ def row(
     created: int,
     updated: int,
 ) -> dict[str, Any]:
-    """Return a record as Milvus holds it; times in microseconds since 1970."""
+    """Return a record as a row of Milvus; times in microseconds since 1970."""
     return {
         ID: record.id,
         "text": record.text,
@@ -192,12 +192,12 @@ def row(
 
 
 def fields(*, with_vectors: bool) -> list[str]:
-    """Return the fields to be read for `stored`."""
+    """Return the fields that `stored` needs."""
     return [*_FIELDS, VECTOR] if with_vectors else _FIELDS
 
 
 def stored(found: dict[str, Any]) -> StoredRecord:
-    """Return a record that Milvus gave."""
+    """Convert a row of Milvus to a record."""
     return StoredRecord(
         id=found[ID],
         text=found["text"],
@@ -211,13 +211,13 @@ def stored(found: dict[str, Any]) -> StoredRecord:
 
 
 def metadata(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a record that Milvus gave."""
+    """Return the metadata of a row of Milvus."""
     value = found["metadata"]
     return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
 
 
 def behind(record_id: str) -> str:
-    """Return the expression for the records that follow an id in byte order; all follow the empty one."""
+    """Return the expression for the records whose ids follow an id in byte order; all follow the empty id."""
     return f"{ID} > {quoted(record_id)}"
 
 
@@ -227,7 +227,7 @@ def one_of(ids: Sequence[str]) -> str:
 
 
 def score(distance: Distance, value: float) -> float:
-    """Turn what Milvus gives into a score; greater is nearer."""
+    """Convert a distance of Milvus to a score; greater is nearer."""
     return -(max(value, 0.0) ** 0.5) if distance is Distance.EUCLIDEAN else value
 
 

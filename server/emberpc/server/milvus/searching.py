@@ -1,4 +1,4 @@
-"""Search in a collection in Milvus: by its graph, or here, one vector after the other."""
+"""Search in a collection in Milvus: by its graph, or by comparing vectors in the server."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutco
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.reading import Reader, clause_of
 
-#: Hits asked for in one call of Milvus, which answers with at most 100 MB.
+#: Limit of the hits of one call of Milvus, whose response has at most 100 MB.
 _HITS_AT_ONCE = 10_000
-#: As the embedded index has them.
+#: As in the embedded backend.
 _MIN_EF, _EF_PER_HIT = 200, 2
-#: Milvus takes no more.
+#: Limits of Milvus.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
-#: So many hits are asked for in place of one where a filter leaves some in doubt.
+#: Hits to request for each wanted hit if a filter has doubtful records.
 _DOUBT = 4
-#: So few records that meet a filter are compared here: exact, and Milvus's graph leads to few of them.
+#: Up to this many records that meet a filter are compared in the server: exact, and Milvus's graph finds few of them.
 _FEW = 2000
-#: So many are, at most, where the graph led to too few.
+#: Up to this many records are compared in the server if the graph found too few.
 _MANY = 100_000
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Request:
-    """Queries, float32 (queries, dimensions), and for each how many hits and which id to leave out."""
+    """Queries, float32 (queries, dimensions), and for each its top_k and the id to leave out."""
 
     queries: Matrix
     top_k: Sequence[int]
@@ -41,7 +41,7 @@ class Request:
     with_vectors: bool
 
     def only(self, rows: Sequence[int]) -> Request:
-        """Return the request for some of the queries."""
+        """Return the request with only the queries of these rows."""
         rows = list(rows)
         return replace(
             self,
@@ -52,11 +52,11 @@ class Request:
 
 
 class Searcher:
-    """Answers queries of one condition.
+    """Answers queries with the same filter.
 
     Args:
         reader: the collection.
-        condition: what hits must meet; None: nothing.
+        condition: the filter; None: no filter.
     """
 
     def __init__(self, reader: Reader, condition: Filter | None) -> None:
@@ -83,7 +83,7 @@ class Searcher:
         return [outcomes[row] for row in range(len(request.queries))]
 
     def _ask(self, request: Request, widening: float) -> list[SearchOutcome | None]:
-        """Have Milvus answer; None where its graph led to too few."""
+        """Search in Milvus; None for a query for which its graph found too few hits."""
         wanted = max(request.top_k) + 1
         keep = max(int((request.ef or max(_MIN_EF, _EF_PER_HIT * wanted)) * widening), wanted)
         limit = min(wanted * _DOUBT if self._clause.doubtful else wanted, _MAX_LIMIT)
@@ -98,7 +98,7 @@ class Searcher:
         ]
 
     def _hits(self, found: Sequence[Any], k: int, exclude: str | None, plan: Plan) -> SearchOutcome | None:
-        """Turn what Milvus found into hits; None if they are too few and the others can be compared here."""
+        """Convert hits of Milvus; None if there are too few and the server can compare the records itself."""
         candidates = [(schema.stored(hit["entity"]), schema.score(self._distance, hit["distance"])) for hit in found]
         if self._condition is not None and self._clause.doubtful:
             candidates = [each for each in candidates if matches(self._condition, each[0].metadata)]
@@ -111,7 +111,7 @@ class Searcher:
         return self._outcome(hits, k, plan, left_out=len(hits) < len(candidates))
 
     def _compare(self, request: Request) -> list[SearchOutcome]:
-        """Compare the queries with every vector that meets the condition: slow and right."""
+        """Compare the queries with all vectors that meet the filter: slow and exact."""
         k = max(request.top_k) + 1
         prepared = prepare(request.queries, self._distance)
         best: list[list[tuple[float, str]]] = [[] for _ in prepared]
@@ -148,7 +148,7 @@ class Searcher:
 
     @cached_property
     def _total(self) -> int:
-        """How many records meet the condition."""
+        """Number of records that meet the filter."""
         return self._reader.count(self._condition)
 
     def _outcome(self, hits: list[tuple[StoredRecord, float]], k: int, plan: Plan, *, left_out: bool) -> SearchOutcome:
@@ -167,11 +167,11 @@ def _score(found: tuple[float, str]) -> float:
 
 
 def _blocks(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Put the rows of queries together that can go in one call: of like sizes, and not too many hits."""
+    """Yield rows of queries that share a call: their top_k are similar, and the hits within the limit."""
     order = np.argsort(np.array(sizes), kind="stable").tolist()
     block: list[int] = []
     for row in order:
-        # One that asks for many would make all the others of its call as costly.
+        # All queries of a call cost as much as the one with the greatest top_k.
         if block and ((len(block) + 1) * sizes[row] > _HITS_AT_ONCE or sizes[row] > 2 * sizes[block[0]]):
             yield block
             block = []

@@ -1,10 +1,10 @@
-"""Filters in Milvus: by terms that are written beside the metadata.
+"""Compilation of filters to expressions of Milvus over terms, which are stored beside the metadata.
 
-What a condition on JSON means differs from ours and between engines: of null, of missing fields, of lists, of `true`
-against 1. An array of strings leaves nothing to differ about. So each record has terms: that a field is there, that it
-is or holds a value of a kind, and that it is or holds this very value. Equality, membership and existence ask for terms
-alone. Order and prefixes ask JSON of those records only whose terms say that a string or a number is there; where a
-list holds it, the record is doubtful, and `matches` has the last word.
+Conditions on JSON differ from emberpc's filters and between engines: for null, missing fields, lists, and `true`
+against 1. An array of strings means the same everywhere. So each record has terms that state: a field exists; it is or
+contains a value of a kind; it is or contains this exact value. Equality, membership and existence need terms only.
+Order and prefixes compare JSON, only in records whose terms state that a string or a number exists. If a list contains
+it, the record is doubtful, and `matches` decides.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from emberpc.server.collections.filters import (
 from emberpc.server.milvus.literals import quoted
 
 FIELD = "terms"
-#: Most that an array of Milvus holds.
+#: Limit of the items in an array of Milvus.
 MAX_TERMS = 4096
 TERM_BYTES = 16
 
-#: Keys and prefixes that both Milvus and milvus-lite read as they are written.
+#: Keys and prefixes that Milvus and milvus-lite both read literally.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]+")
 _PLAIN_PREFIX = re.compile(r'[^%_\\"\'\x00-\x1f]+')
 
 
 @dataclass(frozen=True)
 class Clause:
-    """A filter as expressions: all records that meet it meet `expression`, and of these only `doubtful` ones may not.
+    """A filter as expressions: all matching records meet `expression`; records that meet it match unless `doubtful`.
 
-    An empty `expression` is met by all, an empty `doubtful` by none.
+    Records that meet `doubtful` must be checked by `matches`. An empty `expression` is met by all records, an empty
+    `doubtful` by none.
     """
 
     expression: str
@@ -62,11 +63,11 @@ def terms(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
-    """Return a filter as Milvus's expressions.
+    """Compile a filter to Milvus's expressions.
 
     Args:
         condition: the filter.
-        met: whether it is to be met, or not to be.
+        met: whether the filter must be met; if not, its negation.
     """
     if isinstance(condition, Not):
         return compile_filter(condition.condition, met=not met)
@@ -85,7 +86,7 @@ def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
 
 
 def both(*expressions: str) -> str:
-    """Return the expression that all of some hold; empty ones do."""
+    """Return the conjunction of expressions; empty ones are left out."""
     return " and ".join(f"({each})" for each in expressions if each)
 
 
@@ -101,7 +102,7 @@ def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool
 
 
 def _compared(condition: Comparison | Prefix, path: tuple[str, ...]) -> str:
-    """Return the comparison of a string or a number as JSON; empty if not all engines would read it alike."""
+    """Return the comparison of a string or a number as JSON; empty if engines may read it differently."""
     if not all(_PLAIN_KEY.fullmatch(key) for key in path):
         return ""
     field = "metadata" + "".join(f'["{key}"]' for key in path)
@@ -160,5 +161,5 @@ def _value_term(path: tuple[str, ...], value: Value) -> str:
 
 
 def _term(path: tuple[str, ...], *about: str) -> str:
-    """Return a term: a hash, since Milvus bounds the length of strings in arrays."""
+    """Return a term: a hash, since Milvus limits the length of strings in arrays."""
     return blake2b(json.dumps([path, *about]).encode(), digest_size=TERM_BYTES // 2).hexdigest()
