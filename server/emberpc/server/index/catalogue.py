@@ -28,7 +28,7 @@ from emberpc.server.index.jobs.expiry import ExpiryThread
 from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
 from emberpc.server.index.jobs.maintenance_thread import MaintenanceThread
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
-from emberpc.server.index.reembedding import Reembedding
+from emberpc.server.index.reembedding import Reembedding, already_reembedding, records_without_text
 from emberpc.server.index.restoring import Restoration
 from emberpc.server.index.storage.data_directory import DataDirectory, Entry
 from emberpc.server.index.storage.files import new_folder, translated_os_errors
@@ -240,22 +240,10 @@ class Index:
         source = self.get(spec.name)
         spec.check()
         if without := source.count_without_text():
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                f"{without} record{' of' if without == 1 else 's of'} collection {spec.name!r} "
-                f"{'has' if without == 1 else 'have'} no text to embed; give {'it' if without == 1 else 'them'} one, "
-                "or delete what has none",
-                reason="RECORDS_WITHOUT_TEXT",
-                metadata={"collection": spec.name, "records": str(without)},
-            )
+            raise records_without_text(spec.name, without)
         with self._use(), translated_os_errors("the collection stays under its model"):
             if spec.name in self._reembeddings:
-                raise ServiceError(
-                    Code.FAILED_PRECONDITION,
-                    f"collection {spec.name!r} is on its way to another model already; wait, or cancel that",
-                    reason="REEMBEDDING",
-                    metadata={"collection": spec.name},
-                )
+                raise already_reembedding(spec.name)
             entry, target = self._new(spec)
             with ExitStack() as undo:
                 undo.callback(target.drop)

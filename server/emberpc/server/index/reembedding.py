@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
 
 _PAGE = 1000
@@ -76,3 +77,25 @@ class Reembedding:
         """Return whether the target has exactly the source's records; to be called while the source is frozen."""
         taken, total = self.counts()
         return taken == total and not self.source.written_after(self._label, 1)
+
+
+def records_without_text(name: str, count: int) -> ServiceError:
+    """Return the error for re-embedding a collection with `count` records that have no text."""
+    return ServiceError(
+        Code.FAILED_PRECONDITION,
+        f"{count} record{' of' if count == 1 else 's of'} collection {name!r} "
+        f"{'has' if count == 1 else 'have'} no text to embed; give {'it' if count == 1 else 'them'} one, "
+        "or delete what has none",
+        reason="RECORDS_WITHOUT_TEXT",
+        metadata={"collection": name, "records": str(count)},
+    )
+
+
+def already_reembedding(name: str) -> ServiceError:
+    """Return the error for re-embedding a collection that is being re-embedded."""
+    return ServiceError(
+        Code.FAILED_PRECONDITION,
+        f"collection {name!r} is on its way to another model already; wait, or cancel that",
+        reason="REEMBEDDING",
+        metadata={"collection": name},
+    )

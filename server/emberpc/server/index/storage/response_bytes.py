@@ -6,12 +6,16 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from emberpc.server.collections.types import WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
 #: Records whose sizes one statement computes; SQLite reads their texts for that.
 SIZES_AT_ONCE = 32
+#: For at most this many records, bytes are counted after the read, which saves a statement. Records too large to be
+#: kept whole are read this many at a time.
+FEW_RECORDS = 8
 _BYTES = {name: f"length(CAST({name} AS BLOB))" for name in ("text", "metadata", "class_label")}
 #: Bytes of a record in a response besides its texts, metadata and vector.
 _OVERHEAD = 150
@@ -132,3 +136,9 @@ def _size(parts: RecordParts) -> str:
     """Return SQL for the bytes of all records' labels and of the requested parts."""
     columns = ["class_label", *(name for name, held in parts._asdict().items() if held)]
     return f"total({' + '.join(_BYTES[name] for name in columns)})"
+
+
+def slices(keys: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Yield slices of keys, for records that are too large to be kept whole."""
+    for start in range(0, len(keys), FEW_RECORDS):
+        yield keys[start : start + FEW_RECORDS]

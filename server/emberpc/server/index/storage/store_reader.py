@@ -14,14 +14,20 @@ import numpy as np
 
 from emberpc.server import cancellation
 from emberpc.server.collections.types import WHOLE_RECORD, CollectionSpec, Labels, Matrix, StoredRecord
-from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import word_index
 from emberpc.server.index.storage.damage import DamageFilter
 from emberpc.server.index.storage.database import translated
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.readers import Readers
 from emberpc.server.index.storage.record_cache import RecordCache
-from emberpc.server.index.storage.response_bytes import SIZES_AT_ONCE, ResponseBytes, row_bytes, select_parts
+from emberpc.server.index.storage.response_bytes import (
+    FEW_RECORDS,
+    SIZES_AT_ONCE,
+    ResponseBytes,
+    row_bytes,
+    select_parts,
+    slices,
+)
 from emberpc.server.index.storage.rows import (
     AS_ONE_ROW,
     DAMAGE_ERRORS,
@@ -32,6 +38,7 @@ from emberpc.server.index.storage.rows import (
     Row,
     columns_of,
     has_intact_numbers,
+    integer_of,
     record_of,
     records_of_one_row,
 )
@@ -41,9 +48,6 @@ log = logging.getLogger(__name__)
 _MAX_VARIABLES = 900
 #: Bytes of metadata that are read to explain why a filter matches nothing: 0.2 s.
 _MOST_METADATA = 4 * 2**20
-#: For at most this many records, bytes are counted after the read, which saves a statement. Records too large to be
-#: kept whole are read this many at a time.
-_FEW_RECORDS = 8
 
 
 class StoreReader:
@@ -104,7 +108,7 @@ class StoreReader:
         with self.snapshot():
             distinct = list(dict.fromkeys(ids))
             whole, found = self._spend("id", distinct), {}
-            for part in [distinct] if whole else _slices(distinct):
+            for part in [distinct] if whole else slices(distinct):
                 for row in self._select_by(self._connection(), "id", part, columns_of(with_vectors)):
                     record = record_of(row, self._spec, with_vectors=with_vectors)
                     found[record.id] = record if whole else select_parts(self.response_bytes.parts, record)
@@ -122,9 +126,9 @@ class StoreReader:
         """
         found = {} if with_vectors else self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
-        counted = with_vectors or len(missing) > _FEW_RECORDS or self.response_bytes.parts != WHOLE_RECORD
+        counted = with_vectors or len(missing) > FEW_RECORDS or self.response_bytes.parts != WHOLE_RECORD
         if missing and counted and not self._spend("label", missing):
-            for part in _slices(missing):
+            for part in slices(missing):
                 read = self._read(part, with_vectors=with_vectors)
                 found |= {label: select_parts(self.response_bytes.parts, record) for label, record in read.items()}
         elif with_vectors:
@@ -399,26 +403,13 @@ class StoreReader:
 
     def _newest_label(self, connection: sqlite3.Connection) -> int:
         row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-        return self._integer(row) if row else 0
+        return integer_of(row, self._subject) if row else 0
 
     def _sequence(self, connection: sqlite3.Connection) -> int:
         with translated(self._subject):
-            return self._integer(connection.execute("SELECT sequence FROM state").fetchone())
+            return integer_of(connection.execute("SELECT sequence FROM state").fetchone(), self._subject)
 
     def _next_label(self, connection: sqlite3.Connection) -> int:
         """Return a label that was never assigned."""
         (greatest,) = connection.execute("SELECT coalesce(max(label), 0) FROM records").fetchone()
         return max(self._newest_label(connection), int(greatest)) + 1
-
-    def _integer(self, row: tuple[Any, ...] | None) -> int:
-        """Return the integer in a row of one column; raise INTERNAL if it is damaged."""
-        if row is None or type(row[0]) is not int:
-            message = f"a counter in the database of {self._subject} is damaged; restore a backup"
-            raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
-        return int(row[0])
-
-
-def _slices(keys: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield slices of keys, for records that are too large to be kept whole."""
-    for start in range(0, len(keys), _FEW_RECORDS):
-        yield keys[start : start + _FEW_RECORDS]
