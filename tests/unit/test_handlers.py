@@ -16,7 +16,7 @@ import pytest
 from emberpc.server import handlers
 from emberpc.server.errors import invalid
 from emberpc.server.handlers import Handlers
-from emberpc.server.in_flight import BytesInFlight, HeldBytes
+from emberpc.server.in_flight import BytesInFlight, Held, Streams
 from emberpc.v1 import server_pb2, server_pb2_grpc
 
 METHOD = "/emberpc.v1.ServerService/GetServerInfo"
@@ -96,24 +96,53 @@ async def test_other_calls_go_on_while_a_request_is_counted(monkeypatch: pytest.
         await counted
 
 
-async def test_a_cancelled_read_of_a_stream_loses_no_message() -> None:
-    release = False
+@pytest.mark.parametrize("rounds", range(10))
+async def test_a_cancelled_read_of_a_stream_loses_no_message(rounds: int) -> None:
+    """Whatever the read was waiting for: the message, its turn, a step of decoding, or other calls."""
 
     def decode(data: bytes) -> Iterator[Any]:
-        while not release:
-            yield None
+        yield None
+        yield None
         yield data
 
     async def messages() -> AsyncIterator[bytes]:
         for data in (b"first", b"second"):
             yield data
 
-    stream = handlers._Decoded(messages(), decode, HeldBytes(BytesInFlight(100)))
+    stream = handlers._Decoded(messages(), decode, Held(BytesInFlight(100), Streams(1)))
     reading = asyncio.ensure_future(anext(stream))
-    for _ in range(3):
+    for _ in range(rounds):
         await asyncio.sleep(0)
     reading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    release = True
-    assert [message async for message in stream] == [b"first", b"second"]
+    try:
+        read = [await reading]
+    except asyncio.CancelledError:
+        read = []
+    assert read + [message async for message in stream] == [b"first", b"second"]
+
+
+async def test_other_calls_are_served_between_the_messages_of_streams() -> None:
+    """Streams with messages at hand do not decode all of them in one round of the event loop."""
+    streams = Streams(20)
+
+    async def messages() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x"
+
+    def decode(data: bytes) -> Iterator[Any]:
+        yield data
+
+    decoded = 0
+
+    async def read() -> None:
+        nonlocal decoded
+        async for _ in handlers._Decoded(messages(), decode, Held(BytesInFlight(100), streams)):
+            decoded += 1
+
+    readers = [asyncio.ensure_future(read()) for _ in range(20)]
+    before, most = 0, 0
+    while not all(reader.done() for reader in readers):
+        await asyncio.sleep(0)
+        most, before = max(most, decoded - before), decoded
+    assert decoded == 100
+    assert most <= 2

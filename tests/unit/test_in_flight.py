@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.in_flight import LARGE, BytesInFlight, HeldBytes
+from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
 
 LIMIT = 10 * LARGE
 
@@ -15,7 +15,7 @@ LIMIT = 10 * LARGE
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2 * LIMIT)), max_size=40))
 def test_no_more_bytes_are_held_than_the_limit_but_for_one_message(messages: list[tuple[int, int]]) -> None:
     in_flight = BytesInFlight(LIMIT)
-    calls = [HeldBytes(in_flight) for _ in range(4)]
+    calls = [Held(in_flight, Streams(4)) for _ in range(4)]
     sizes = [0] * 4
     for i, size in messages:
         try:
@@ -40,3 +40,20 @@ def test_one_message_may_have_more_bytes_than_the_limit() -> None:
         in_flight.add(LARGE)
     in_flight.remove(LIMIT + 1)
     in_flight.add(LARGE)
+
+
+def test_no_more_streams_are_open_than_the_limit() -> None:
+    streams = Streams(2)
+    calls = [Held(BytesInFlight(LIMIT), streams) for _ in range(3)]
+    calls[0].open_stream()
+    calls[1].open_stream()
+    with pytest.raises(ServiceError, match="max_streams") as refused:
+        calls[2].open_stream()
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED
+    assert refused.value.retry_after
+    calls[2].release()
+    assert streams.open == 2
+    calls[0].release()
+    calls[0].release()
+    assert streams.open == 1
+    calls[2].open_stream()

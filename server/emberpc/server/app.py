@@ -46,6 +46,14 @@ _REVIVAL_SECONDS = 1.0
 #: Until the size of micro-batches is measured again, if the host was busy; twice as long each time.
 _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
+#: Most calls of one connection in flight. Then most calls that gRPC holds before the server takes them: beyond its
+#: default of 1,000, gRPC cancels calls at random, and one connection that opened and reset 4,000 calls a second had
+#: health checks of other callers cancelled.
+_CALLS = (
+    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.server.max_pending_requests", 2**17),
+    ("grpc.server.max_pending_requests_hard_limit", 2**18),
+)
 #: Pings of HTTP/2. By default gRPC's server takes one ping in 300 seconds of a silent call and then closes the
 #: connection (`too_many_pings`); emberpc's client sends one every 30 seconds. The server's own pings find clients that
 #: are gone without a word.
@@ -128,7 +136,7 @@ async def run(
             settings.max_collections,
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
-        handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes)
+        handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes, settings.max_streams)
         # Beside the heavy calls of the index, two threads may open collections, and one measures the models.
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
         # Before the index is closed, which blocks the loop until no call is under way.
@@ -193,6 +201,7 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
             ("grpc.max_send_message_length", -1),
             # A connection that says nothing is closed, so that silent ones do not take all file descriptors.
             ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
+            *_CALLS,
             *_KEEPALIVE,
         ],
     )

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from emberpc.server import descriptors
 from emberpc.server.element_counts import count_elements
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.in_flight import LARGE, BytesInFlight, HeldBytes
+from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
 from emberpc.server.statuses import status_of
 from emberpc.wire import status
 
@@ -38,7 +38,7 @@ _PROCESS, _numbers = secrets.token_hex(8), count()
 Context = grpc.aio.ServicerContext[Any, Any]
 Observe = Callable[[str, str, float], None]
 #: Decodes the request of a call: a message, or an iterator over messages.
-_Read = Callable[[Any, HeldBytes], Awaitable[Any]]
+_Read = Callable[[Any, Held], Awaitable[Any]]
 Service = TypeVar("Service")
 
 
@@ -62,6 +62,7 @@ class Handlers:
         counts: most elements of a repeated field of a request, by the field's name. They are counted before the
             request is decoded.
         max_in_flight_bytes: most bytes of large requests at work and of large responses that were not read.
+        max_streams: most streams of requests that are open at a time.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Handlers:
         observe: Observe | None = None,
         counts: Mapping[str, int] = MappingProxyType({}),
         max_in_flight_bytes: int = 128 * 2**20,
+        max_streams: int = 64,
     ) -> None:
         self._server = server
         self._observe = observe or (lambda _method, _code, _seconds: None)
         self._counts = counts
         self._in_flight = BytesInFlight(max_in_flight_bytes)
+        self._streams = Streams(max_streams)
 
     def add(self, add_to_server: Callable[[Service, Any], None], service: Service) -> None:
         """Register a service.
@@ -98,7 +101,9 @@ class Handlers:
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         wrap = _stream if handler.response_streaming else _unary
         read = _reader(handler, method, self._counts)
-        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, read, self._observe, self._in_flight)
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(
+            handler, method, read, self._observe, self._in_flight, self._streams
+        )
         return wrapped
 
 
@@ -117,7 +122,7 @@ def _code_name(error: BaseException, context: Context) -> str:
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
 
 
-def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
+def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams) -> Any:
     """Wrap the handler of a method that answers once."""
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     if not inspect.iscoroutinefunction(inner):
@@ -128,18 +133,18 @@ def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: 
     async def answer(request: Any, context: Context) -> bytes:
         return _counted(serialize(await inner(request, context)), in_flight, context)
 
-    call = _awaited(answer, method, read, observe, in_flight)
+    call = _awaited(answer, method, read, observe, in_flight, streams)
     make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
     return make(call, None, None)
 
 
-def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
+def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams) -> Any:
     """Wrap a coroutine function that returns the answer of a call, or writes its answers by the context."""
 
     async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, code, held = perf_counter(), "OK", HeldBytes(in_flight)
+        start, code, held = perf_counter(), "OK", Held(in_flight, streams)
         try:
             decoded = await read(request, held)
             del request  # the bytes are not kept beside the message
@@ -150,7 +155,7 @@ def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: 
                 raise
             await _abort(error, method, request_id, context)
         finally:
-            held.replace(0)
+            held.release()
             observe(method, code, perf_counter() - start)
 
     return call
@@ -187,11 +192,12 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
         except (DecodeError, ValueError, RecursionError):
             raise _malformed(name) from None
 
-    async def read(data: bytes, held: HeldBytes) -> Any:
+    async def read(data: bytes, held: Held) -> Any:
         held.replace(len(data))
         return await _finished(decode(data))
 
-    async def read_stream(messages: AsyncIterator[bytes], held: HeldBytes) -> Any:
+    async def read_stream(messages: AsyncIterator[bytes], held: Held) -> Any:
+        held.open_stream()
         return _Decoded(messages, decode, held)
 
     return read_stream if handler.request_streaming else read
@@ -221,14 +227,13 @@ class _Decoded:
     No generator, since a cancelled `anext` would end a generator, and handlers cancel and repeat it.
     """
 
-    def __init__(
-        self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]], held: HeldBytes
-    ) -> None:
+    def __init__(self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]], held: Held) -> None:
         self._messages = aiter(messages)
         self._decode = decode
         self._held = held
-        #: Steps of the message that a cancelled call was decoding.
+        #: Steps of the message that a cancelled call was decoding, and the message once it is decoded.
         self._begun: Iterator[Any] | None = None
+        self._message: Any = None
 
     def __aiter__(self) -> _Decoded:
         return self
@@ -238,8 +243,12 @@ class _Decoded:
             data = await anext(self._messages)
             self._held.replace(len(data))
             self._begun = self._decode(data)
-        message = await _finished(self._begun)
-        self._begun = None
+        # One stream at a time, and other calls between two messages: streams never keep a short call waiting.
+        async with self._held.streams.turn:
+            if self._message is None:
+                self._message = await _finished(self._begun)
+            await asyncio.sleep(0)
+        message, self._begun, self._message = self._message, None, None
         return message
 
 
@@ -252,21 +261,27 @@ def _as_coroutine(method: Any) -> Any:
     return call
 
 
-def _stream(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
+def _stream(
+    handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams
+) -> Any:
     """Wrap the handler of a method that answers with a stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-    call = (_awaited if inspect.iscoroutinefunction(inner) else _iterated)(inner, method, read, observe, in_flight)
+    call = (_awaited if inspect.iscoroutinefunction(inner) else _iterated)(
+        inner, method, read, observe, in_flight, streams
+    )
     make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
     return make(call, None, handler.response_serializer)
 
 
-def _iterated(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight) -> Any:
+def _iterated(
+    inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams
+) -> Any:
     """Wrap a function that returns the answers of a call as an asynchronous generator."""
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, code, held = perf_counter(), "OK", HeldBytes(in_flight)
+        start, code, held = perf_counter(), "OK", Held(in_flight, streams)
         try:
             # Closed at once when the caller leaves: a stream may have work in flight that nobody wants any more.
             decoded = await read(request, held)
@@ -280,7 +295,7 @@ def _iterated(inner: Any, method: str, read: _Read, observe: Observe, in_flight:
                 raise
             await _abort(error, method, request_id, context)
         finally:
-            held.replace(0)
+            held.release()
             observe(method, code, perf_counter() - start)
 
     return call

@@ -119,6 +119,7 @@ class Settings:
     max_in_flight_bytes: int = _setting(
         128 * 2**20, "Most bytes of large requests at work and of large responses that callers have not read."
     )
+    max_streams: int = _setting(64, "Most streams of requests (bulk embedding, upserts, restores) that are open.")
     handshake_seconds: float = _setting(20.0, "A new connection that says nothing for this long is closed.")
     drain_seconds: float = _setting(30.0, "How long a stopping server waits for calls in flight.")
     log_level: str = _setting("info", f"How much to log: {', '.join(LOG_LEVELS)}.")
@@ -136,6 +137,7 @@ class Settings:
             "max_message_bytes",
             "max_response_bytes",
             "max_in_flight_bytes",
+            "max_streams",
             "max_collections",
         ):
             if getattr(self, name) < 1:
