@@ -16,10 +16,10 @@ venv:  ## Make .venv, or bring it up to date
 	@$(PYTHON) tools/make_venv.py
 
 demo: venv  ## The main job on real input: export, serve, index, search, fine-tune, classify
-	@$(BIN)/python examples/stdlib_demo.py
+	@$(BIN)/python -m examples.stdlib_demo
 
 demo-keep: venv  ## The same, and the server stays up at localhost:50051 until Ctrl-C
-	@$(BIN)/python examples/stdlib_demo.py --keep
+	@$(BIN)/python -m examples.stdlib_demo --keep
 
 test: venv  ## The fast tests
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
@@ -31,7 +31,7 @@ coverage: venv  ## The fast tests, with the coverage of server and client
 	$(BIN)/python tools/coverage.py
 
 bench: venv  ## The short form of the server's benchmarks; rewrites docs/benchmarks.md
-	@$(BIN)/python benchmarks/bench.py
+	@$(BIN)/python -m benchmarks.server.bench
 
 lint: venv  ## Style, types and import arrows
 	$(BIN)/python tools/lint.py

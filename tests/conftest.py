@@ -19,7 +19,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from emberpc.client import AsyncClient, Client
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 pytest_plugins = ["fixtures_bundles"]
 

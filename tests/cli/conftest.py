@@ -14,8 +14,8 @@ import pytest
 
 from emberpc.cli.main import main
 from emberpc.client import Client
+from examples.server_process import ServerProcess
 from fake_server import FakeServer
-from server_process import ServerProcess
 
 
 @dataclass

@@ -22,7 +22,7 @@ from emberpc.cli.maps.layout import lay_out
 from emberpc.cli.maps.page import _json
 from emberpc.cli.maps.words import distinguishing
 from emberpc.client import Client
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 Emberpc = Any
 

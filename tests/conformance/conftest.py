@@ -15,8 +15,8 @@ import pytest
 
 from emberpc.client import Client
 from emberpc.v1 import index_pb2_grpc
+from examples.server_process import ServerProcess
 from milvus_lite_process import MilvusLiteProcess, need_milvus
-from server_process import ServerProcess
 
 BACKENDS = ("embedded", "milvus")
 

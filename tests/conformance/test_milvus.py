@@ -18,10 +18,10 @@ from emberpc.server.cancellation import cancelled_when
 from emberpc.server.collections import CollectionSpec, Distance, NewRecord, Strategy
 from emberpc.server.collections.filters import Comparison, Existence, Not, Operator
 from emberpc.server.errors import Code
+from examples.server_process import ServerProcess
 from index.support import refused
 from index_helpers import true_scores, vectors
 from milvus_lite_process import MilvusLiteProcess, need_milvus
-from server_process import ServerProcess
 
 if TYPE_CHECKING:
     from emberpc.server.milvus import MilvusIndex

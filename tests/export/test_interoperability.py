@@ -23,8 +23,8 @@ from emberpc.export.verify import verify_bundle
 from emberpc.server.engine import Model, ModelLoadError
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import items_of
+from examples.server_process import ServerProcess
 from fixtures_bundles import MakeSource, modules_json, pooling_json, tiny_tokenizer
-from server_process import ServerProcess
 
 TEXTS = ["a kitten", "interest rates rose again", "x", "the rain in spain stays mainly"]
 

@@ -13,7 +13,7 @@ from emberpc.export.classifier import Data, export_classifier
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.verify import verify_bundle
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 

@@ -31,8 +31,8 @@ from emberpc.export.variants.outliers import COLUMNS, find_outliers
 from emberpc.export.variants.surgery import split_outliers
 from emberpc.export.verify import VerifyReport, verify_bundle
 from emberpc.server.engine import Model, ModelLoadError
+from examples.server_process import ServerProcess
 from fixtures_bundles import minilm_source
-from server_process import ServerProcess
 
 #: Of MiniLM; fusing it takes a while, and a tiny model shows the same.
 NAMES = ("int8", "int8-fast", "fp16")

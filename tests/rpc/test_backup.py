@@ -25,7 +25,7 @@ from emberpc.server.services.backups import Backups
 from emberpc.server.services.index_pool import IndexPool
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 COUNT, DIMENSIONS = 3000, 500
 

@@ -14,7 +14,7 @@ from emberpc.server.collections.backend import no_collection
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.services.index import IndexService
 from emberpc.v1 import index_pb2, index_pb2_grpc
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 TEXTS = {
     "whale": "A captain hunts a white whale across the oceans.",

@@ -21,8 +21,8 @@ from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.server.engine.models.model import Model
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
 from emberpc.wire import vectors
+from examples.server_process import ServerProcess
 from fixtures_bundles import minilm_source
-from server_process import ServerProcess
 
 TEXTS = 200
 

@@ -24,7 +24,7 @@ from emberpc.v1 import (
     types_pb2,
 )
 from emberpc.wire import status, vectors
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 
 @pytest.fixture(scope="module")

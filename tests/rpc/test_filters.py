@@ -11,7 +11,7 @@ import pytest
 from emberpc.client import Client, InvalidArgument, Record
 from emberpc.v1 import filter_pb2 as pb
 from emberpc.v1 import index_pb2, index_pb2_grpc
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 ROWS: dict[str, dict[str, Any]] = {
     "a": {"lang": "en", "year": 2019},

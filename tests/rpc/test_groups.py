@@ -12,7 +12,7 @@ from emberpc.client import AsyncClient, Client, InvalidArgument
 from emberpc.server.paging import encode_token
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 ASKED = {
     "card": ["My card has not arrived", "My card hasn't arrived yet", "Where is my new card?"],

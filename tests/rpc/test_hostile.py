@@ -1,4 +1,4 @@
-"""The most expensive requests stop no server, legal or not; the short form of benchmarks/hostile.py."""
+"""The most expensive requests stop no server, legal or not; the short form of benchmarks/server/hostile.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-import hostile_requests
+from benchmarks.server import hostile_requests
+from benchmarks.server.hostile_requests import SHORT, Hostile
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
-from hostile_requests import SHORT, Hostile
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 #: Codes of a request that is refused or given up as the API says. Neither INTERNAL nor UNKNOWN is one.
 REFUSALS = {

@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from emberpc.client import Client
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
+from examples.server_process import ServerProcess
 from ping_proxy import PingProxy
-from server_process import ServerProcess
 
 #: Bytes of the text of the one record.
 TEXT = 500_000

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from emberpc.client import Client, FailedPrecondition, Internal, Unavailable
 from emberpc.server.app import SERVICE_NAMES
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 
 def start_failing(*flags: str) -> tuple[int, str]:

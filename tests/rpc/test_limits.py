@@ -15,7 +15,7 @@ from emberpc.client import AsyncClient, Client
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc, server_pb2, server_pb2_grpc, types_pb2
 from emberpc.wire import vectors
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 RESPONSE = 200_000
 #: A tenth of a response.

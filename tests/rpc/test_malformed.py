@@ -14,7 +14,7 @@ from emberpc.client._connection import Connection
 from emberpc.server.app import _KEEPALIVE
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, errors_pb2, filter_pb2, index_pb2
 from emberpc.wire import status
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 
 def nested(levels: int) -> bytes:

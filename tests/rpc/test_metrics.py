@@ -17,7 +17,7 @@ import pytest
 
 from emberpc.client import Client, InvalidArgument, Record, SearchQuery
 from emberpc.server.scraping import MOST_CONNECTIONS, PageServer
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from emberpc.client import (
 from emberpc.server.engine import Model
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
 from emberpc.wire import vectors
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 TEXT = "a cab is here"
 

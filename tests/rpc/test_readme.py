@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from emberpc.client import Client
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 

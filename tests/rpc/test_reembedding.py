@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client, FailedPrecondition, NotFound, Record
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 WORDS = "a cab is here the dog runs over green hills and sings of rain at night".split()  # noqa: SIM905 - plainer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from emberpc.client import Client
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 DRAIN = ("--drain-seconds", "0.1")
 

@@ -13,7 +13,7 @@ import pytest
 
 from emberpc.client import AsyncClient, Client, FailedPrecondition, InvalidArgument, StreamedEmbedding, Unavailable
 from emberpc.client.types import DType
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 from stream_helpers import LETTERS, texts_of
 
 Serve = Callable[..., ServerProcess]

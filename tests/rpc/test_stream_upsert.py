@@ -28,7 +28,7 @@ from emberpc.client import (
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from emberpc.wire import vectors
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 from stream_helpers import LETTERS, texts_of
 
 Serve = Callable[..., ServerProcess]

@@ -17,7 +17,7 @@ from emberpc.server.errors import Code
 from emberpc.v1 import embedding_pb2 as pb
 from emberpc.v1 import embedding_pb2_grpc, errors_pb2, types_pb2
 from emberpc.wire import status
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 from stream_helpers import LETTERS, Answers, messages, texts_of
 
 #: More tokens than the tiny model takes.

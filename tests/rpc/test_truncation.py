@@ -16,7 +16,7 @@ from emberpc.client import AsyncClient, Client, FilterWarning, InvalidArgument, 
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc, types_pb2
 from emberpc.wire import vectors
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 LONG = "first " + "word " * 2000 + "last"
 

@@ -30,8 +30,8 @@ def limit_heaps(count: int) -> bool:
     """Let all threads share `count` heaps; to be called before they are started. Return whether there is a glibc.
 
     glibc makes up to eight heaps for each core, and each keeps its own freed memory. With them, hostile requests took
-    the server to 927 MB above its idle memory, and with two to 532 (`benchmarks/hostile.py`, two cores). glibc's own
-    variable MALLOC_ARENA_MAX goes before this.
+    the server to 927 MB above its idle memory, and with two to 532 (`benchmarks/server/hostile.py`, two cores). glibc's
+    own variable MALLOC_ARENA_MAX goes before this.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return False

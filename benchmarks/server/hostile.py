@@ -1,12 +1,12 @@
 """Measure whether the most expensive requests delay other calls.
 
-The script sends the requests of `examples/hostile_requests.py` in full size, first one at a time
+The script sends the requests of `benchmarks/server/hostile_requests.py` in full size, first one at a time
 and then all of them, eight at a time over two connections. Meanwhile another process calls the
 health service and embeds a short text, one call after the other. Finally the script sends SIGTERM
 while requests are in flight. It prints the slowest of the other calls for each request, the server's
 memory, and the seconds until its exit. Targets: 500 ms, idle memory + 600 MB, and the drain time + 2 s.
 
-    python benchmarks/hostile.py BUNDLE [-o RESULT.json]
+    python -m benchmarks.server.hostile BUNDLE [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +26,12 @@ from typing import Any
 
 import grpc
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import hostile_requests  # noqa: E402 - it is in the folder that was added to the path above
-from emberpc.bundle import read_bundle  # noqa: E402
-from emberpc.v1 import embedding_pb2  # noqa: E402
-from hostile_requests import Hostile, Size  # noqa: E402
-from load import host  # noqa: E402
-from server_process import ServerProcess  # noqa: E402
+from benchmarks.server import hostile_requests
+from benchmarks.server.hostile_requests import Hostile, Size
+from benchmarks.shared.load import host
+from emberpc.bundle import read_bundle
+from emberpc.v1 import embedding_pb2
+from examples.server_process import ServerProcess
 
 DRAIN = 2.0
 TIMEOUT = 600

@@ -10,7 +10,7 @@ calls the server with 64 of the texts, again and again: a Python client takes a
 share of the cores that a client in another language, or on another host, would
 not take. The script prints medians over the rounds, of figures and of ratios.
 
-    python benchmarks/roofline.py BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
+    python -m benchmarks.server.roofline BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -27,12 +27,23 @@ from subprocess import run
 from tempfile import NamedTemporaryFile
 from time import perf_counter, process_time
 
+from benchmarks.shared.load import (
+    EMBED,
+    call,
+    capacity,
+    check_answers,
+    cpu_seconds,
+    embed_requests,
+    host,
+    middle,
+    mixed_texts,
+    serving,
+)
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Model, Truncation
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
 from emberpc.server.memory import keep_freed_memory
-from load import EMBED, call, capacity, check_answers, cpu_seconds, embed_requests, host, middle, mixed_texts, serving
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
@@ -80,7 +91,7 @@ def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
         file.flush()
-        command = [sys.executable, __file__, str(bundle), "--bare", file.name]
+        command = [sys.executable, "-m", "benchmarks.server.roofline", str(bundle), "--bare", file.name]
         found: dict[str, float] = json.loads(run(command, check=True, capture_output=True, text=True).stdout)
         return found
 

@@ -8,7 +8,7 @@ They apply if FOLDER is named banking77
 clinc150 (https://github.com/clinc/oos-eval). The exit code is 1 if a claim is
 missed, or was measured with fewer seeds.
 
-    python benchmarks/classifiers.py FOLDER -o REPORT [any other option of `emberpc compare`]
+    python -m benchmarks.models.classifiers FOLDER -o REPORT [any other option of `emberpc compare`]
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ nearest neighbours on docstrings, texts per CPU-second on one thread
 test.csv of a linear head fitted to fp32's vectors of train.csv (columns text
 and label), such as banking77.
 
-    python benchmarks/variants.py [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER]
+    python -m benchmarks.models.variants [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER]
         [--bundle FOLDER] [--only fp32 int8]
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from beir import write_pairs
+from benchmarks.shared.beir import write_pairs
 from emberpc.bundle import BundleError, Head, Manifest, Variant, read_bundle
 from emberpc.export.classify.linear import fit_head
 from emberpc.export.convert.onnx_runner import Runner

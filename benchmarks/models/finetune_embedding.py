@@ -7,7 +7,7 @@ It measures the test queries among all passages once before and once after.
 Training queries that are equal to test queries (scifact has two) are left out.
 The exit code is 1 if nDCG@10 of the test queries did not grow, and 2 if no model was written.
 
-    python benchmarks/finetune_embedding.py FOLDER [-o BUNDLE] [any other option of the command]
+    python -m benchmarks.models.finetune_embedding FOLDER [-o BUNDLE] [any other option of the command]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from beir import write_pairs
+from benchmarks.shared.beir import write_pairs
 
 FIGURES = ("ndcg_at_10", "recall_at_10", "recall_at_100")
 

@@ -5,7 +5,7 @@ library (`hide_avx512.c`, with cc) and preloads it into the command and all its 
 CPUID instruction. It needs Linux on x86-64 and a processor that can make CPUID fault (`cpuid_fault` among the flags in
 /proc/cpuinfo). The result shows AVX2's kernels, not the speed of an older processor.
 
-    python benchmarks/avx2.py python benchmarks/variants.py …
+    python -m benchmarks.shared.avx2 python -m benchmarks.models.variants …
 """
 
 from __future__ import annotations

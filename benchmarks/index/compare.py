@@ -2,17 +2,17 @@
 
 All get the same vectors, one after the other: raw hnswlib in this process;
 emberpc through gRPC, from upsert to restart; and each peer for which a Python
-with its packages is given (`benchmarks/index_peers.py`). Recall is measured
+with its packages is given (`benchmarks/index/peer_process.py`). Recall is measured
 against a comparison with every vector. Targets: building takes at most 1.15
 times raw hnswlib's add_items with the same parameters and threads; searches by
 one vector reach 0.6 of the calls per second of a server with an empty handler;
 searches by 64 vectors reach 0.8 of raw hnswlib's queries per second with the
-same ef (`benchmarks/index_rpc.py`, in alternating rounds); recall@10 is 0.98 by
+same ef (`benchmarks/index/rpc.py`, in alternating rounds); recall@10 is 0.98 by
 default.
 
-    python benchmarks/index.py VECTORS.npy [--peer chromadb=/path/bin/python] ... [--records N] [-o RESULT.json]
+    python -m benchmarks.index.compare VECTORS.npy [--peer chromadb=/path/bin/python] ... [--records N] [-o RESULT.json]
 
-VECTORS.npy comes from `benchmarks/corpus.py`.
+VECTORS.npy comes from `benchmarks/index/corpus.py`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Any
 import hnswlib
 import numpy as np
 
-import index_rpc
+from benchmarks.index import rpc
+from benchmarks.shared.load import cpu_seconds, host, resident_megabytes
 from emberpc.client import Client, Record
 from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.index import Index
 from emberpc.server.index.search.recall import MIN_SIZE, load
-from load import cpu_seconds, host, resident_megabytes
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 QUERIES = 1000
-K, BATCH, COLLECTION = index_rpc.K, index_rpc.BATCH, index_rpc.COLLECTION
+K, BATCH, COLLECTION = rpc.K, rpc.BATCH, rpc.COLLECTION
 M, EF_CONSTRUCTION = 16, 200
 EFS = (10, 20, 50, 100, 200, 400)
 #: Number of rounds in which the server and the systems it is compared with are measured alternately.
@@ -99,7 +99,7 @@ def raw_hnswlib(
 def emberpc(
     vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path, graph: hnswlib.Index
 ) -> tuple[Figures, Figures]:
-    """Measure the server from the first record to restarts; return its figures, and those of `index_rpc.measure`."""
+    """Measure the server from the first record to restarts; return its figures, and those of `rpc.measure`."""
     figures: Figures = {}
     with ServerProcess({}, folder) as server, Client(server.address) as client:
         pid = server.process.pid
@@ -114,7 +114,7 @@ def emberpc(
         figures["build_cpu_seconds"] = cpu_seconds(pid) - cpu
         _await_measured(folder, len(vectors))
         figures["curve"] = [_searched(client, queries, true, ef) for ef in (*EFS, 0)]
-        beside = index_rpc.measure(server.address, graph, queries, ROUNDS)
+        beside = rpc.measure(server.address, graph, queries, ROUNDS)
         figures["megabytes"] = resident_megabytes(pid)
         server.stop()
         figures["disk_megabytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
@@ -212,7 +212,7 @@ def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray)
         RuntimeError: the peer failed; the message is the last line of its stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, str(Path(__file__).with_name("index_peers.py")), name, str(vectors), str(queries), folder]
+        command = [python, str(Path(__file__).with_name("peer_process.py")), name, str(vectors), str(queries), folder]
         figures: Figures = {}
         for step in ([], ["reopen"]):
             run = subprocess.run([*command, *step], check=False, capture_output=True, text=True, timeout=3600)

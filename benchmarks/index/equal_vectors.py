@@ -1,6 +1,6 @@
 """Measure searches among equal, nearly equal or uneven vectors: self-recall, recall@10, CPU time of build and search.
 
-    python benchmarks/equal_vectors.py
+    python -m benchmarks.index.equal_vectors
 
 Each corpus goes into a collection of an index in a temporary folder, in random
 order, and is searched at the default `ef` of the server, as measured of that

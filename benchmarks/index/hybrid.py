@@ -6,7 +6,7 @@ ranks. The script measures nDCG@10 and the time of a query over gRPC. Target:
 hybrid search with default settings beats dense and lexical search; otherwise
 the exit code is 1.
 
-    python benchmarks/hybrid.py FOLDER --model BUNDLE [--split test] [--data-dir FOLDER] [-o RESULT.json]
+    python -m benchmarks.index.hybrid FOLDER --model BUNDLE [--split test] [--data-dir FOLDER] [-o RESULT.json]
 
 With --data-dir, the next run uses the same collection again.
 """
@@ -22,10 +22,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
 
-import beir
+from benchmarks.shared import beir
 from emberpc.client import Client, NotFound, Record
 from emberpc.client.types import Fusion, SearchMode
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 K = 10
 #: Mode, fusion, and weight of the dense ranking of each run; None: the default.

@@ -1,6 +1,6 @@
 """Measure one peer of the index in its own environment: fill it, search it, stop it, open it again.
 
-    python benchmarks/index_peers.py PEER VECTORS.npy QUERIES.npy FOLDER
+    python -m benchmarks.index.peer_process PEER VECTORS.npy QUERIES.npy FOLDER
 
 PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs that package and
 numpy only. A peer with an HNSW index gets M 16, efConstruction 200 and ef 200, like

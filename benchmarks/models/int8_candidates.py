@@ -7,7 +7,7 @@ multiple of fp32's: inference only, one thread, alternating with fp32, median of
 the ratios. Ranges are calibrated, and outliers found, on other texts than those
 that are measured.
 
-    python benchmarks/int8_candidates.py BUNDLE [--texts FILE] [--count 256] [--only NAME …]
+    python -m benchmarks.models.int8_candidates BUNDLE [--texts FILE] [--count 256] [--only NAME …]
 
 FILE has a column `text`; without it, the texts are docstrings.
 """

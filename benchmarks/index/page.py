@@ -1,9 +1,9 @@
-"""Write docs/index-benchmarks.md and its plot from the result of `benchmarks/index.py`.
+"""Write docs/index-benchmarks.md and its plot from the result of `benchmarks/index/compare.py`.
 
-python benchmarks/index_page.py RESULT.json --vectors "description" [--filters FILTERS.json] [--churn RECALL.json]
+    python -m benchmarks.index.page RESULT.json --vectors "description" [--filters FILTERS.json] [--churn RECALL.json]
 
-FILTERS.json is written by `benchmarks/filters.py`, RECALL.json by `benchmarks/recall.py`. Text on the page after its
-marker is kept: it has figures of other runs.
+FILTERS.json is written by `benchmarks/index/filters.py`, RECALL.json by `benchmarks/index/recall.py`. Text on the page
+after its marker is kept: it has figures of other runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib import pyplot
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 COLUMNS = {
     "build, s": "build_seconds",
@@ -41,7 +41,7 @@ HEAD = """# Benchmarks of the index
 
 {records} vectors: {vectors}. The truth is every vector compared, for 1,000 queries that are not among them.
 {date}; {processor}, {cores} cores; Python {python}, grpcio {grpcio}, numpy {numpy}.
-Made by `benchmarks/corpus.py`, `benchmarks/index.py` and `benchmarks/index_page.py`; one after the other in one run.
+Made by `corpus.py`, `compare.py` and `page.py` of `benchmarks/index/`; one after the other in one run.
 """
 
 TAIL = """
@@ -158,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--vectors", required=True, help="description of the vectors, for the page")
-    parser.add_argument("--filters", type=Path, help="result file of benchmarks/filters.py")
-    parser.add_argument("--churn", type=Path, help="result file of benchmarks/recall.py")
+    parser.add_argument("--filters", type=Path, help="result file of benchmarks/index/filters.py")
+    parser.add_argument("--churn", type=Path, help="result file of benchmarks/index/recall.py")
     arguments = parser.parse_args()
     found = json.loads(arguments.result.read_text(encoding="utf-8"))
     results, records, host = found["index"], found["records"], found["host"]

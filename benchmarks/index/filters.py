@@ -8,10 +8,10 @@ used before (such as a tenant or a language) and of queries with a new filter.
 Targets: recall 0.98 at every share, and a p99 at 1 % of at most three times that
 of searches without a filter.
 
-    python benchmarks/filters.py [VECTORS.npy] [--records 100000] [--folder FOLDER] [-o RESULT.json]
+    python -m benchmarks.index.filters [VECTORS.npy] [--records 100000] [--folder FOLDER] [-o RESULT.json]
 
-VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/corpus.py`. With --folder, the next run uses the same
-index again.
+VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/index/corpus.py`. With --folder, the next run uses
+the same index again.
 """
 
 from __future__ import annotations

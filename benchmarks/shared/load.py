@@ -2,7 +2,7 @@
 
 Run as a program, this script is the callers, so that their CPU time is not part of the benchmark's or the server's:
 
-    python benchmarks/load.py ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
+    python -m benchmarks.shared.load ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
 """
 
 from __future__ import annotations
@@ -36,11 +36,9 @@ from emberpc.server.engine import Model, Truncation
 from emberpc.server.errors import items_of
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
 from emberpc.wire import vectors
+from examples.server_process import ServerProcess
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from server_process import ServerProcess  # noqa: E402 - it is in the folder that was added to the path above
+ROOT = Path(__file__).resolve().parents[2]
 
 EMBED = "/emberpc.v1.EmbeddingService/Embed"
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -123,7 +121,8 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
         file.flush()
-        command = [sys.executable, __file__, address, file.name, "--in-flight", str(in_flight), "--batch", str(batch)]
+        command = [sys.executable, "-m", "benchmarks.shared.load", address, file.name]
+        command += ["--in-flight", str(in_flight), "--batch", str(batch)]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
     outcome = Outcome(**json.loads(run.stdout))
     if outcome.errors:

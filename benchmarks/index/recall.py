@@ -9,9 +9,9 @@ and easy. Recall is measured against a comparison with every vector. Targets:
 recall@10 is 0.98 by default, and 0.95 after half of the records were replaced
 ten times.
 
-    python benchmarks/recall.py [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
+    python -m benchmarks.index.recall [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
 
-VECTORS.npy, float32 (n, dimensions), comes from `benchmarks/corpus.py`.
+VECTORS.npy, float32 (n, dimensions), comes from `benchmarks/index/corpus.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The script starts `emberpc serve` with one bundle several times. It measures the
 the first SERVING of the health service, and the resident memory after the size of micro-batches was
 measured. It prints medians, and the slowest imports.
 
-    python benchmarks/cold_start.py BUNDLE [--rounds 7] [-o RESULT.json]
+    python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from load import host, middle, resident_megabytes
+from benchmarks.shared.load import host, middle, resident_megabytes
 
 #: Seconds to wait after the size of micro-batches was measured, which takes memory, too.
 SETTLED = 1.0

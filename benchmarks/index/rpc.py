@@ -7,7 +7,7 @@ reports, on as many threads as there are cores. Each server has its own process.
 
 Run as a program, this script is one of the first two servers:
 
-    python benchmarks/index_rpc.py ADDRESS_FILE [ANSWER]
+    python -m benchmarks.index.rpc ADDRESS_FILE [ANSWER]
 
 It writes its address to ADDRESS_FILE. It returns the SearchResponse in the file ANSWER, or an empty one.
 """
@@ -30,11 +30,11 @@ import grpc.aio
 import hnswlib
 import numpy as np
 
+from benchmarks.shared.load import capacity, middle
 from emberpc.server.cores import usable_cores
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from emberpc.wire import vectors as wire
-from load import capacity, middle
 
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, K, BATCH = "c", 10, 64
@@ -144,7 +144,8 @@ def _comparison_server(answer: bytes) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         address_file, ready = Path(folder) / "address", Path(folder) / "answer"
         ready.write_bytes(answer)
-        child = subprocess.Popen([sys.executable, __file__, str(address_file), str(ready)])
+        command = [sys.executable, "-m", "benchmarks.index.rpc", str(address_file), str(ready)]
+        child = subprocess.Popen(command)
         try:
             while not address_file.exists():
                 if child.poll() is not None:

@@ -6,7 +6,7 @@ one second: calls of one text, calls of 32 texts, and streams of 32 texts.
 Goodput is the number of texts answered in time per second. Target: goodput
 does not fall, and a refused call is refused at once.
 
-    python benchmarks/overload.py BUNDLE [--seconds 8] [-o RESULT.json]
+    python -m benchmarks.server.overload BUNDLE [--seconds 8] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 import grpc.aio
 
+from benchmarks.shared.load import call, host, middle, mixed_texts, serving
 from emberpc.v1 import embedding_pb2 as pb
 from emberpc.v1 import embedding_pb2_grpc, types_pb2
-from load import call, host, middle, mixed_texts, serving
 
 DEADLINE = 1.0
 FACTORS = (1.0, 2.0, 5.0)
@@ -106,8 +106,8 @@ def main() -> None:
         print(f"capacity: {capacity:.0f} texts a second")
         for way in WAYS:
             for factor in FACTORS:
-                command = [sys.executable, __file__, server.address, "--seconds", str(arguments.seconds)]
-                command += ["--arrivals", way, str(capacity * factor)]
+                command = [sys.executable, "-m", "benchmarks.server.overload", server.address]
+                command += ["--seconds", str(arguments.seconds), "--arrivals", way, str(capacity * factor)]
                 outcome = json.loads(run(command, check=True, capture_output=True, text=True).stdout)
                 found.setdefault(way, {})[f"{factor:g}"] = outcome
                 calls = outcome["answered"] + outcome["refused"] + outcome["late"]

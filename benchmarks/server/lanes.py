@@ -5,7 +5,7 @@ first on an idle server, then beside one request of 10,000 texts (repeated until
 enough calls were measured), then beside a stream of 10,000 texts. Target: the
 99th percentile beside them is at most 3 times that of the idle server + 20 ms.
 
-    python benchmarks/lanes.py BUNDLE [--calls 400] [-o RESULT.json]
+    python -m benchmarks.server.lanes BUNDLE [--calls 400] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from subprocess import DEVNULL, Popen
 from time import perf_counter, sleep
 from types import TracebackType
 
+from benchmarks.shared.load import call, cpu_seconds, host, mixed_texts, serving
 from emberpc.client import Client
 from emberpc.server.cores import usable_cores
-from load import call, cpu_seconds, host, mixed_texts, serving
 
 HUGE = 10_000
-HERE = Path(__file__).resolve()
 
 
 class BackgroundLoad:
     """Embeds many texts repeatedly in a child process while the context lasts."""
 
     def __init__(self, address: str, way: str) -> None:
-        self._command = [sys.executable, str(HERE), address, "--beside", way]
+        self._command = [sys.executable, "-m", "benchmarks.server.lanes", address, "--beside", way]
 
     def __enter__(self) -> None:
         self._process = Popen(self._command, stdout=DEVNULL, stderr=DEVNULL)

@@ -5,7 +5,7 @@ data sets, those of banking77, clinc150 and scifact. They are split into
 sentences; if these are too few, pairs of consecutive sentences are added. All
 are distinct and in random order.
 
-    python benchmarks/corpus.py BUNDLE -o VECTORS.npy [--data FOLDER] [--count 100000]
+    python -m benchmarks.index.corpus BUNDLE -o VECTORS.npy [--data FOLDER] [--count 100000]
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.load import serving
 from emberpc.client import Client
 from emberpc.export.data.stdlib_texts import read_stdlib
-from load import serving
 
 _END = re.compile(r"(?<=[.!?])\s+")
 _SHORTEST, _LONGEST = 20, 400

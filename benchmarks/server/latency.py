@@ -6,7 +6,7 @@ the session that the server uses (one thread). The script prints medians over
 the texts, and the ratio. Long texts may be faster through the server, since it
 gives a single long text all cores. So may short texts that follow long ones.
 
-    python benchmarks/latency.py BUNDLE [--rounds 200] [-o RESULT.json]
+    python -m benchmarks.server.latency BUNDLE [--rounds 200] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from time import perf_counter
 
 import grpc
 
+from benchmarks.shared.load import host, middle, serving
 from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.server.engine import Model, Truncation
 from emberpc.server.errors import items_of
 from emberpc.server.memory import keep_freed_memory
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
-from load import host, middle, serving
 
 SHORT, LONG = (8, 16, 32), (128, 256, 512)
 #: Number of tokens of each kind of text that is measured.

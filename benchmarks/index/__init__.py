@@ -1,0 +1,1 @@
+"""Benchmarks of collections and the index."""
