@@ -21,16 +21,16 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 COLUMNS = {
     "build, s": "build_seconds",
     "recall@10": "recall",
-    "queries/s, 1 a call": "queries_per_second_1",
-    "queries/s, 64 a call": "queries_per_second_64",
+    "queries/s, 1 per call": "queries_per_second_1",
+    "queries/s, 64 per call": "queries_per_second_64",
     "MB in memory": "megabytes",
     "MB on disk": "disk_megabytes",
     "restart, s": "restart_seconds",
 }
 BESIDE = {
-    "calls/s, 1 vector a call": "queries_per_second_1",
-    "ms a call, one at a time": "latency_ms",
-    "queries/s, 64 a call": "queries_per_second_64",
+    "calls/s, 1 vector per call": "queries_per_second_1",
+    "ms per call, one at a time": "latency_ms",
+    "queries/s, 64 per call": "queries_per_second_64",
 }
 #: Comparison servers that store nothing.
 RPC_ONLY = ("empty handler", "ten ready hits")
@@ -39,42 +39,43 @@ KEPT = "<!-- figures of other runs -->\n"
 
 HEAD = """# Benchmarks of the index
 
-{records} vectors: {vectors}. The truth is every vector compared, for 1,000 queries that are not among them.
+{records} vectors: {vectors}.
+The true neighbours come from an exact search, for 1,000 queries that are not among the vectors.
 {date}; {processor}, {cores} cores; Python {python}, grpcio {grpcio}, numpy {numpy}.
-Made by `corpus.py`, `compare.py` and `page.py` of `benchmarks/index/`; one after the other in one run.
+Made by `corpus.py`, `compare.py` and `page.py` of `benchmarks/index/`; all in one run, one after the other.
 """
 
 TAIL = """
-![Queries a second against recall](images/index.png)
+![Queries per second by recall](images/index.png)
 
-hnswlib is the library in process: built with one thread, its recall at ef 200, its queries as in the path of a search.
-emberpc is measured through gRPC, its records with an id and metadata, every batch on disk before it is answered.
-Its build is from the first upsert until the graph has all.
-Peers run in process and keep ids only.
+hnswlib is the library in process: built with one thread, recall at `ef` 200, queries as in the path of a search.
+emberpc is measured through gRPC. Its records have an id and metadata, and every batch is on disk before its response.
+Its build time is from the first upsert until the graph has all vectors.
+Peers run in process and store ids only.
 
-- Building, the graph's part alone: {build} times `add_items` with one thread (target: at most 1.15).
-- Memory: {each} bytes a vector beside the {empty} MB of the server.
-- Restart, to the first answer: {restart_seconds} s as it was stopped, {restart_killed_seconds} s after `kill -9` with
-  3,000 records in no snapshot, {restart_without_graph_seconds} s without any snapshot; the graph is then built while it
-  serves.
-- By extrapolation in proportion, not measured: a million records take {memory} GB in memory, {disk} GB on disk, and a
+- Time to build the graph alone: {build} times `add_items` with one thread (target: at most 1.15).
+- Memory: {each} bytes per vector, in addition to the {empty} MB of the server.
+- Restart, until the first response: {restart_seconds} s after a normal stop, {restart_killed_seconds} s after
+  `kill -9` with 3,000 records that no snapshot has, {restart_without_graph_seconds} s without any snapshot; then the
+  graph is built while the server serves.
+- Extrapolated in proportion, not measured: a million records take {memory} GB in memory, {disk} GB on disk, and a
   restart {restart} s.
 """
 
 PATH = """
 ## The path of a search
 
-{rounds} alternating rounds, of which these are the medians; all of them at ef {ef}, which is what the server chose.
-One vector a call is sent by 8 callers (h2load), and one at a time by a client in Python; 64 a call by as many
-callers as there are cores. hnswlib is in process, on as many threads. The empty handler is a gRPC server in Python
-whose handler does nothing; with ten ready hits it gives an answer of the same bytes.
+Medians of {rounds} alternating rounds, all at `ef` {ef}, which the server chose.
+8 callers (h2load) send one vector per call; a client in Python sends one call at a time; as many callers as there are
+cores send 64 vectors per call. hnswlib runs in process on as many threads. The empty handler is a gRPC server in Python
+whose handler does nothing; with ten ready hits, its response has the same bytes as emberpc's.
 """
 
 SHARES = """
-- One vector a call: {calls} of the calls of an empty handler
-  (target: 0.6; [why not](decisions/0017-the-path-of-a-search.md)), {hits} of one that gives ten ready hits.
-  One at a time: {latency} and {latency_hits}.
-- 64 a call: {together} of hnswlib's `knn_query` with as many candidates (target: 0.8).
+- One vector per call: {calls} of the calls of an empty handler
+  (target: 0.6; [why it is missed](decisions/0017-the-path-of-a-search.md)), {hits} of one with ten ready hits.
+  One call at a time: {latency} and {latency_hits}.
+- 64 vectors per call: {together} of hnswlib's `knn_query` with as many candidates (target: 0.8).
 """
 
 
@@ -133,9 +134,9 @@ def churned(found: dict[str, Any]) -> list[str]:
     after, meanwhile = found["after"], found["meanwhile"]
     return [
         f"\n## After many writes\n\n{found['records']:,} vectors ({found['vectors']}), half of them replaced "
-        f"{after['rounds']} times over: recall@10 by default was {found['default']['recall']:.3f} (ef "
-        f"{found['default']['ef']}) before and {after['recall']:.3f} (ef {after['ef']}) after. Meanwhile, at "
-        f"{meanwhile['writes_per_second']:,.0f} records a second, a search took {meanwhile['p50_ms']:.2f} ms (p50), "
+        f"{after['rounds']} times: recall@10 by default was {found['default']['recall']:.3f} (ef "
+        f"{found['default']['ef']}) before and {after['recall']:.3f} (ef {after['ef']}) after. During the writes, at "
+        f"{meanwhile['writes_per_second']:,.0f} records per second, a search took {meanwhile['p50_ms']:.2f} ms (p50), "
         f"{meanwhile['p99_ms']:.1f} ms (p99), and {meanwhile['most_ms']:.0f} ms at most."
     ]
 
@@ -148,7 +149,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot([p["recall"] for p in points], [p["queries_per_second"] for p in points], marker="o", label=name)
         elif "recall" in figures:
             axes.plot([figures["recall"]], [figures["queries_per_second_64"]], marker="s", linestyle="", label=name)
-    axes.set(xlabel="recall@10", ylabel="queries a second, 64 a call, one caller", yscale="log")
+    axes.set(xlabel="recall@10", ylabel="queries per second, 64 per call, one caller", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

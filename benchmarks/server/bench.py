@@ -57,16 +57,21 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     """
     described = ", ".join(f"{name} {value}" for name, value in host().items())
     day = datetime.now(timezone.utc).date().isoformat()
-    lines = [f"{day}: {described}. all-MiniLM-L6-v2 in fp32, unless it says int8. Short texts are {queries}.", ""]
-    lines += ["**Roofline** (`benchmarks/server/roofline.py`): the server against its model without it.", ""]
+    lines = [
+        f"{day}: {described}. Model: all-MiniLM-L6-v2 in fp32, unless a line says int8. Short texts are {queries}.",
+        "",
+    ]
+    lines += ["**Roofline** (`benchmarks/server/roofline.py`): the server compared with its model alone.", ""]
     roofline = found["roofline"]
     for way, rounds in roofline["rounds"].items():
         texts = sorted(one["texts_per_second"] for one in rounds)[len(rounds) // 2]
         if way.startswith("bare"):
-            lines += [f"- without a server{way.removeprefix('bare')}: {texts:.0f} texts a second"]
+            lines += [f"- model alone{way.removeprefix('bare')}: {texts:.0f} texts per second"]
             continue
         speed, cpu = (roofline["ratios"][f"{way} {name}"] for name in ("texts_per_second", "cpu_seconds_per_text"))
-        lines += [f"- {way}: {texts:.0f} texts a second, {speed:.2f} of it, at {cpu:.2f} times its CPU-seconds"]
+        lines += [
+            f"- {way}: {texts:.0f} texts per second, {speed:.2f} of the model alone, at {cpu:.2f} times its CPU-seconds"
+        ]
     lines += ["", "**Peers** (`benchmarks/server/peers.py`): the same weights, texts and cores.", ""]
     rows = [
         [
@@ -81,31 +86,31 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     ]
     titles = [
         "",
-        "texts a second",
-        "CPU-ms a text",
+        "texts per second",
+        "CPU-ms per text",
         "MB",
         "p50 ms",
         "p99 ms",
-        "emberpc, same calls: times as fast",
+        "emberpc with the same calls: times as fast",
     ]
     lines += table(titles, rows)
     lines += [", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items()) + ".", ""]
     lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]
-    lines += ["", "**A lone text** (`benchmarks/server/latency.py`):", ""]
+    lines += ["", "**A single text** (`benchmarks/server/latency.py`):", ""]
     rows = [
         [tokens, f"{one['inference_ms']:.1f}", f"{one['served_ms']:.1f}", f"{one['ratio']:.2f}"]
         for tokens, one in found["latency"]["lone"].items()
     ]
     lines += table(["tokens", "inference, ms", "through gRPC, ms", "times"], rows)
     lines += [
-        "**Lanes** (`benchmarks/server/lanes.py`): a text of 8 tokens beside one request, or a stream, of 10,000.",
+        "**Lanes** (`benchmarks/server/lanes.py`): a text of 8 tokens during a request, or a stream, of 10,000 texts.",
         "",
     ]
     rows = [[way, f"{one['p50_ms']:.1f}", f"{one['p99_ms']:.1f}"] for way, one in found["lanes"]["lanes"].items()]
-    lines += table(["beside", "p50 ms", "p99 ms"], rows)
+    lines += table(["during", "p50 ms", "p99 ms"], rows)
     lines += [
         f"**Overload** (`benchmarks/server/overload.py`): open loop, a deadline of one second, capacity "
-        f"{found['overload']['capacity']:.0f} texts a second.",
+        f"{found['overload']['capacity']:.0f} texts per second.",
         "",
     ]
     rows = [
@@ -119,23 +124,29 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         for way, factors in found["overload"]["overload"].items()
         for factor, one in factors.items()
     ]
-    titles = ["", "answered in time, texts a second", "p50 ms", "calls answered / refused / late", "refused after, ms"]
+    titles = [
+        "",
+        "answered in time, texts per second",
+        "p50 ms",
+        "calls answered / refused / late",
+        "refused after, ms",
+    ]
     lines += table(titles, rows)
     lines += ["**Start and memory** (`benchmarks/server/cold_start.py`, `benchmarks/server/soak.py`):", ""]
     for name in ("fp32", "int8"):
         start = found[f"cold start {name}"]
         lines.append(f"- {name}: SERVING after {start['seconds']:.2f} s, {start['resident_megabytes']:.0f} MB idle")
     imports = ", ".join(f"{name} {taken:.0f}" for name, taken in found["cold start fp32"]["imports_ms"].items())
-    lines.append(f"- slowest to import, in ms, with all that they import (`python -X importtime`): {imports}")
+    lines.append(f"- slowest imports in ms, each with the modules that it imports (`python -X importtime`): {imports}")
     for soak in (found["soak"], *found["long soak"]):
         minutes = soak["megabytes"][-1][0] / 60
         lines.append(
-            f"- {minutes:.0f} minutes of texts of 1 to {soak['max_tokens']} tokens, {soak['texts']} in all: memory "
-            f"{soak['growth']:+.1%} after the first two, {soak['megabytes'][-1][1]:.0f} MB at the end"
+            f"- {minutes:.0f} minutes of {soak['texts']} texts of 1 to {soak['max_tokens']} tokens: memory "
+            f"{soak['growth']:+.1%} after the first two minutes, {soak['megabytes'][-1][1]:.0f} MB at the end"
         )
     lines.append("")
     return "\n".join(
-        [*lines, "![Texts a second of emberpc and its peers; memory over the soak](images/benchmarks.png)\n"]
+        [*lines, "![Texts per second of emberpc and its peers; memory over the soak](images/benchmarks.png)\n"]
     )
 
 
@@ -149,7 +160,7 @@ def plot(found: Mapping[str, Any]) -> None:
         list(peers.values())[::-1],
         color=["#0072b2" if "emberpc" in way else "#bbbbbb" for way in peers][::-1],
     )
-    left.set(xlabel="texts a second")
+    left.set(xlabel="texts per second")
     samples = (found["long soak"] or [found["soak"]])[-1]["megabytes"]
     right.plot([at / 60 for at, _ in samples], [memory for _, memory in samples], color="#0072b2")
     right.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
@@ -160,19 +171,19 @@ def plot(found: Mapping[str, Any]) -> None:
         [at - 0.2 for at in places],
         [ratios[f"{way} texts_per_second"] for way in ways],
         0.4,
-        label="texts a second",
+        label="texts per second",
         color="#0072b2",
     )
     middle.bar(
         [at + 0.2 for at in places],
         [ratios[f"{way} cpu_seconds_per_text"] for way in ways],
         0.4,
-        label="CPU-seconds a text",
+        label="CPU-seconds per text",
         color="#e69f00",
     )
     middle.axhline(1, color="black", linewidth=0.8)
     middle.set(
-        ylabel="times what the model alone takes",
+        ylabel="multiple of the model alone",
         xticks=list(places),
         xticklabels=[way.replace(", ", ",\n") for way in ways],
     )
