@@ -30,7 +30,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from emberpc.client import Client, EmberpcError, NotFound, Record
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.data.stdlib_texts import StdlibDoc, read_stdlib
 from emberpc.export.embedding import export_embedding
 from examples.server_process import ServerProcess
@@ -122,7 +122,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
     train, test = split(docs)
     write_csv(folder / "train.csv", train)
     with report.timed(f"fine-tune a classifier of {MODULES} modules on {len(train)} docstrings"):
-        export_classifier(Data(folder / "train.csv"), SOURCE, bundles["modules"], overwrite=True)
+        export_classifier(ClassifierData(folder / "train.csv"), SOURCE, bundles["modules"], overwrite=True)
 
     with report.timed("start the server"):
         server = ServerProcess(bundles, folder / "data", listen=listen)

@@ -79,7 +79,7 @@ def shared_export(name: str, build: Callable[[Path], object], factory: pytest.Te
             unfinished.mkdir()
             with pytest.MonkeyPatch.context() as patch:
                 # Rounds of timing give a steadier median of the speed, which no test of a shared export compares.
-                patch.setattr("emberpc.export.variants.measuring.ROUNDS", 1)
+                patch.setattr("emberpc.export.variants.measurement.ROUNDS", 1)
                 build(unfinished / name)
             unfinished.rename(kept)
         return Path(shutil.copytree(kept / name, factory.mktemp("shared") / name))

@@ -69,9 +69,9 @@ def classifier_bundle(training_file: Path, tmp_path_factory: pytest.TempPathFact
     source = minilm_source()
 
     def build(folder: Path) -> None:
-        from emberpc.export.classifier import Data, export_classifier
+        from emberpc.export.classifier import ClassifierData, export_classifier
 
-        export_classifier(Data(training_file), str(source), folder)
+        export_classifier(ClassifierData(training_file), str(source), folder)
 
     return shared_export("modules", build, tmp_path_factory, training_file.read_bytes())
 

@@ -40,7 +40,7 @@ from emberpc.export.convert.onnx_runner import Feeds, Matrix, Runner
 from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.examples import evenly
 from emberpc.export.data.stdlib_texts import sample_texts
-from emberpc.export.variants.measuring import ROUNDS, neighbour_agreement
+from emberpc.export.variants.measurement import ROUNDS, neighbour_agreement
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers
 

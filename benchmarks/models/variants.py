@@ -31,9 +31,9 @@ from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import targets_of
 from emberpc.export.embedding import export_embedding
-from emberpc.export.retrieval.data import Judged, read_judged
-from emberpc.export.retrieval.measures import DECIDING
-from emberpc.export.retrieval.measures import measure as measure_search
+from emberpc.export.retrieval.metrics import DECIDING
+from emberpc.export.retrieval.metrics import measure as measure_search
+from emberpc.export.retrieval.queries import Judged, read_judged
 from emberpc.export.variants import CANDIDATES
 
 #: Inverse strength of the linear head's regularization. It is fixed, since variants are compared and not heads.

@@ -1,9 +1,9 @@
 """Measure whether a short call waits behind a huge one.
 
 A text of about 8 tokens is embedded again and again, each time another text:
-first on an idle server, then beside one request of 10,000 texts (repeated until
-enough calls were measured), then beside a stream of 10,000 texts. Target: the
-99th percentile beside them is at most 3 times that of the idle server + 20 ms.
+first on an idle server, then during a request of 10,000 texts (repeated until
+enough calls were measured), then during a stream of 10,000 texts. Target: the
+99th percentile during them is at most 3 times that of the idle server + 20 ms.
 
     python -m benchmarks.server.lanes BUNDLE [--calls 400] [-o RESULT.json]
 """

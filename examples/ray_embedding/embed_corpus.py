@@ -34,7 +34,7 @@ from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
-#: Limit of the engine's queue, in tokens. A part is one call to the engine, so the queue must accept all of it.
+#: Limit of the engine's queue, in tokens. One call to the engine has a whole part, so the queue must accept that.
 _QUEUE_TOKENS = 2**31
 
 
@@ -108,7 +108,7 @@ class Embedder:
 
 
 def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
-    """Read the rows from `start` to below `stop` of a Parquet file; only row groups with such rows are read."""
+    """Return the rows from `start` to below `stop` of a Parquet file; only their row groups are read."""
     with pq.ParquetFile(path) as file:
         groups: list[int] = []
         first = before = 0
@@ -225,8 +225,8 @@ def embed(left: list[Part], columns: list[str], options: argparse.Namespace) -> 
         print(f"{row['part']}: {row['rows']} texts in {row['seconds']:.1f} s; {done} of {len(left)}", flush=True)
     seconds = time.perf_counter() - start
     print(
-        f"{rows:.0f} texts in {seconds:.1f} s, {rows / seconds:.0f} a second with {options.actors} actors, "
-        f"which were busy for {busy / seconds / options.actors:.0%} of it"
+        f"{rows:.0f} texts in {seconds:.1f} s, {rows / seconds:.0f} per second with {options.actors} actors, "
+        f"which were busy for {busy / seconds / options.actors:.0%} of the time"
     )
 
 

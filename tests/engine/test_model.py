@@ -18,7 +18,7 @@ import onnx
 import pytest
 
 from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
@@ -116,7 +116,7 @@ def classifier(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         f"{word * (i % 3 + 1)},{label}\n" for i in range(8) for word, label in (("a b ", "x"), ("p q ", "y"))
     )
     (folder / "train.csv").write_text(f"text,label\n{rows}")
-    export_classifier(Data(folder / "train.csv"), str(tiny_source), folder / "bundle")
+    export_classifier(ClassifierData(folder / "train.csv"), str(tiny_source), folder / "bundle")
     return folder / "bundle"
 
 

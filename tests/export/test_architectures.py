@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModel
 
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.source.encoder import read_encoder
 from emberpc.export.tuning.backbone import Backbone
@@ -100,7 +100,7 @@ def test_last_tokens_and_dense_layers_are_in_the_graph(tiny_source: Path, tmp_pa
     np.testing.assert_allclose(served.encode(texts), model.encode(texts), atol=1e-5)
     train = write(tmp_path / "train.csv")
     tuned = export_classifier(
-        Data(train), str(tmp_path / "source"), tmp_path / "tuned", strategy="top-layers", epochs=1
+        ClassifierData(train), str(tmp_path / "source"), tmp_path / "tuned", strategy="top-layers", epochs=1
     )
     assert tuned.dimensions == 16
 
@@ -124,5 +124,7 @@ def test_lower_layers_can_be_run_once(source: Path) -> None:
 def test_the_encoder_can_be_trained(source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv")
     for strategy in ("top-layers", "full"):
-        manifest = export_classifier(Data(train), str(source), tmp_path / strategy, strategy=strategy, epochs=1)
+        manifest = export_classifier(
+            ClassifierData(train), str(source), tmp_path / strategy, strategy=strategy, epochs=1
+        )
         assert manifest.variant().parity.label_agreement == 1

@@ -15,7 +15,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from emberpc.bundle import Manifest, Reference, Task, read_bundle
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export import classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.calibration import probabilities
 from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
 from emberpc.export.errors import ExportError
@@ -120,7 +121,7 @@ def test_training_texts_are_not_in_the_bundle(classifier_bundle: Path, training_
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_classifier(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
     def exported(name: str, seed: int) -> Manifest:
-        return export_classifier(Data(training_file), str(tiny_source), tmp_path / name, seed=seed)
+        return export_classifier(ClassifierData(training_file), str(tiny_source), tmp_path / name, seed=seed)
 
     first, again, other = exported("first", 0), exported("again", 0), exported("other", 1)
     assert first.temperature == again.temperature
@@ -133,8 +134,8 @@ def test_a_validation_file_is_measured_on_and_not_trained_on(
 ) -> None:
     docs = [(doc.text, doc.module) for doc in read_stdlib() if doc.module in MODULES]
     validation = write_csv(tmp_path / "validation.csv", docs[-50:])
-    alone = export_classifier(Data(training_file), str(tiny_source), tmp_path / "alone")
-    measured = export_classifier(Data(training_file, validation), str(tiny_source), tmp_path / "measured")
+    alone = export_classifier(ClassifierData(training_file), str(tiny_source), tmp_path / "alone")
+    measured = export_classifier(ClassifierData(training_file, validation), str(tiny_source), tmp_path / "measured")
     assert measured.quality["held_out_texts"] == 50
     assert measured.quality["train_texts"] == alone.quality["train_texts"]
     assert head_of(tmp_path / "measured") == head_of(tmp_path / "alone")
@@ -155,7 +156,7 @@ def test_labels_with_few_examples_are_no_trouble(
 ) -> None:
     rows = [(f"{label * 3} text number {i}", label) for label, count in counts.items() for i in range(count)]
     manifest = export_classifier(
-        Data(write_csv(tmp_path / "train.csv", rows), min_examples=1),
+        ClassifierData(write_csv(tmp_path / "train.csv", rows), min_examples=1),
         str(tiny_source),
         tmp_path / "bundle",
         label_texts=False,
@@ -178,14 +179,14 @@ def test_texts_with_several_labels_are_counted_and_warned_of(
 ) -> None:
     train = write_csv(tmp_path / "train.csv", [("same", "a"), ("same", "b"), ("one", "a"), ("two", "b")])
     with caplog.at_level(logging.WARNING):
-        manifest = export_classifier(Data(train), str(tiny_source), tmp_path / "bundle")
+        manifest = export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle")
     assert manifest.quality["conflicting_texts"] == 1
     assert "1 texts occur with different labels, such as 'same' (line 2: a, line 3: b)" in caplog.text
 
 
 def test_config_json_of_a_plain_encoder_gets_the_labels(tiny_source: Path, tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", [("one", "ä|b"), ("two", "a, b")])
-    export_classifier(Data(train, min_examples=1), str(tiny_source), tmp_path / "bundle")
+    export_classifier(ClassifierData(train, min_examples=1), str(tiny_source), tmp_path / "bundle")
     config = json.loads((tmp_path / "bundle" / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "a, b", "1": "ä|b"}
     assert config["label2id"] == {"a, b": 0, "ä|b": 1}
@@ -208,7 +209,7 @@ def test_data_that_cannot_be_learnt_from_is_refused_and_leaves_nothing(
 ) -> None:
     train = write_csv(tmp_path / "train.csv", rows)
     with pytest.raises(ExportError, match=words):
-        export_classifier(Data(train), str(tiny_source), tmp_path / "deep" / "bundle")
+        export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "deep" / "bundle")
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
 
 
@@ -216,7 +217,7 @@ def test_a_validation_label_that_was_never_trained_is_named(tiny_source: Path, t
     train = write_csv(tmp_path / "train.csv", [("one", "a"), ("two", "b")])
     validation = write_csv(tmp_path / "validation.csv", [("one", "a"), ("three", "c")])
     with pytest.raises(ExportError, match=r"validation\.csv, line 3: no training text has the label 'c'"):
-        export_classifier(Data(train, validation, min_examples=1), str(tiny_source), tmp_path / "bundle")
+        export_classifier(ClassifierData(train, validation, min_examples=1), str(tiny_source), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -226,7 +227,9 @@ def test_ctrl_c_leaves_nothing(training_file: Path, tiny_source: Path, tmp_path:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_classifier(Data(training_file), str(tiny_source), tmp_path / "deep" / "bundle", progress=interrupt)
+        export_classifier(
+            ClassifierData(training_file), str(tiny_source), tmp_path / "deep" / "bundle", progress=interrupt
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,16 +237,22 @@ def test_training_texts_get_the_passage_prompt(
     make_source: MakeSource, training_file: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
     prompted = make_source({"config_sentence_transformers.json": {"prompts": {"passage": "zzzz "}}})
-    manifest = export_classifier(Data(training_file), str(prompted), tmp_path / "prompted")
+    manifest = export_classifier(ClassifierData(training_file), str(prompted), tmp_path / "prompted")
     assert manifest.prompts.passage == "zzzz "  # the server puts it before what it classifies
-    plain = export_classifier(Data(training_file), str(tiny_source), tmp_path / "plain")
+    plain = export_classifier(ClassifierData(training_file), str(tiny_source), tmp_path / "plain")
     assert manifest.files["onnx/model.onnx"] != plain.files["onnx/model.onnx"]
 
 
-def test_labels_that_nothing_tells_apart_make_a_classifier_all_the_same(tiny_source: Path, tmp_path: Path) -> None:
+def test_labels_with_equal_texts_still_give_a_classifier(tiny_source: Path, tmp_path: Path) -> None:
     """Its head is all but zero, and so are the logits, of which the direction means nothing."""
     path = tmp_path / "train.csv"
     path.write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
-    manifest = export_classifier(Data(path), str(tiny_source), tmp_path / "bundle")
+    manifest = export_classifier(ClassifierData(path), str(tiny_source), tmp_path / "bundle")
     assert manifest.variant().parity.cosine_min > 0.9999
     assert verify_bundle(tmp_path / "bundle").ok
+
+
+def test_data_is_a_deprecated_name_of_classifier_data() -> None:
+    with pytest.warns(DeprecationWarning, match="ClassifierData"):
+        former = classifier.Data
+    assert former is ClassifierData

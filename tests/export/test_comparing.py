@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.export.compare.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
-from emberpc.export.compare.findings import confusions, suspects
-from emberpc.export.compare.planning import Planner, budgets_of
-from emberpc.export.compare.running import Compared
-from emberpc.export.compare.serving import ServingCost
+from emberpc.export.compare.data_problems import confusions, suspects
+from emberpc.export.compare.planner import Planner, budgets_of
+from emberpc.export.compare.running import ComparisonResult
+from emberpc.export.compare.serving_cost import ServingCost
 from emberpc.export.compare.summary import Summary, caveats, crossover, recommendation, skipped_lines
 from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
@@ -65,7 +65,7 @@ def summary(outcomes: Iterable[Outcome], worth: float = 0.005) -> Summary:
     found = tuple(outcomes)
     budgets = {o.cell.budget: float(o.cell.budget) for o in found if o.cell.budget > 0}
     serving = (ServingCost("base", "linear", 10, 1.0, 3.0, 90_000_000, 1.0),)
-    return Summary(Compared("data", data, alternating, found, serving, (), budgets, {"base": "source"}), worth)
+    return Summary(ComparisonResult("data", data, alternating, found, serving, (), budgets, {"base": "source"}), worth)
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(0, 5))
@@ -115,7 +115,7 @@ def planner(cells: Iterable[Cell]) -> Planner:
     return Planner({cell: round(2 * budgets[cell.budget]) for cell in cells}, budgets, {"base": 0.01})
 
 
-def test_the_cheap_come_first_and_seeds_wait_their_turn() -> None:
+def test_cheap_cells_come_first_and_second_seeds_later() -> None:
     cells = [
         Cell("base", strategy, budget, seed)
         for strategy in ("full", "top-layers", "linear")
@@ -149,7 +149,7 @@ def test_a_cell_without_time_is_skipped_with_its_estimate() -> None:
     assert "99 s were left" in skipped.reason
 
 
-def test_a_strategy_that_falls_behind_more_and_more_comes_last() -> None:
+def test_a_strategy_with_a_growing_gap_comes_last() -> None:
     full = [Cell("base", "full", budget, 0) for budget in (1, 4, 16)]
     top = Cell("base", "top-layers", ALL, 0)
     plan = planner([*full, top, Cell("base", "linear", 16, 0)])
@@ -182,7 +182,7 @@ def test_a_gain_that_may_be_chance_or_is_too_small_is_not_recommended() -> None:
     )
 
 
-def test_a_difference_of_training_times_that_nobody_notices_is_no_price() -> None:
+def test_a_negligible_difference_of_training_times_is_not_reported() -> None:
     named = outcome("zero-shot", NO_TEXTS, 0.89, cpu_seconds=0.01)
     found = summary([named, outcome("linear", 16, 0.895, cpu_seconds=0.1)])
     assert recommendation(found) == (
@@ -197,7 +197,7 @@ def test_nearest_examples_win_only_where_nothing_else_can_be_exported() -> None:
     assert summary([nearest]).winner.way.strategy == "nearest"
 
 
-def test_the_crossover_is_where_fine_tuning_is_ahead_for_good() -> None:
+def test_the_crossover_is_the_budget_from_which_fine_tuning_stays_ahead() -> None:
     linear = [outcome("linear", budget, 0.8) for budget in (1, 4, 16)]
     tuned = [outcome("full", budget, a) for budget, a in ((1, 0.7), (4, 0.9), (16, 0.95))]
     found = summary([*linear, *tuned])
@@ -214,7 +214,7 @@ def test_warnings_about_the_figures_are_returned() -> None:
         f"{TEXTS} test texts are training texts, too, for example “text 0”: "
         "the accuracy is too high by up to their share."
     )
-    apart = replace(found.compared, train=replace(found.compared.train, texts=()))
+    apart = replace(found.result, train=replace(found.result.train, texts=()))
     assert caveats(Summary(apart)) == []
     bare = outcome("full", 1, 0.8)
     bare.figures["held_out_texts"] = 0.0
@@ -224,7 +224,7 @@ def test_warnings_about_the_figures_are_returned() -> None:
     assert raw.endswith("probabilities are not calibrated: full at 1 a label.")
 
 
-def test_bands_are_over_seeds() -> None:
+def test_confidence_bands_are_over_seeds() -> None:
     outcomes = [outcome("linear", 4, a, seed=seed) for seed, a in enumerate((0.80, 0.82, 0.84))]
     (point,) = summary(outcomes).points
     assert point.accuracy == pytest.approx(0.82)
@@ -244,7 +244,7 @@ def test_confusions_name_the_texts_that_cause_them() -> None:
     assert set(first.texts) | set(second.texts) == {f"text {row}" for row in range(4)}
 
 
-def test_labels_are_doubted_where_strategies_agree_against_them() -> None:
+def test_a_label_is_suspect_if_strategies_agree_on_another() -> None:
     three = [outcome(strategy, 4, a) for strategy, a in (("linear", 0.99), ("centroids", 0.99), ("full", 1.0))]
     found = suspects(summary(three))
     assert [suspect.row for suspect in found] == [0, 1, 2, 3]
@@ -257,5 +257,5 @@ def test_skipped_cells_give_a_line_for_each_strategy_and_budget() -> None:
     cells = [Cell("base", "full", 4, seed) for seed in range(3)]
     plan = planner([*cells, Cell("base", "linear", 4, 0)])
     skipped = tuple(plan.skipped(cells, {}, 1.0))
-    (line,) = skipped_lines(Summary(replace(done.compared, skipped=skipped)))
+    (line,) = skipped_lines(Summary(replace(done.result, skipped=skipped)))
     assert line.startswith("full, 4 a label, 3 seeds: it would take about")

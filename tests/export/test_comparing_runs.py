@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from emberpc.export.classifier import Data
-from emberpc.export.classify import workbench
+from emberpc.export import timing
+from emberpc.export.classifier import ClassifierData
 from emberpc.export.classify.strategies import contrastive
 from emberpc.export.compare import comparison as room
-from emberpc.export.compare import identity, running
+from emberpc.export.compare import comparison_key, running
 from emberpc.export.compare.cells import ALL
-from emberpc.export.compare.planning import Planner
-from emberpc.export.compare.running import FOR_REPORT, Wanted, run
+from emberpc.export.compare.planner import Planner
+from emberpc.export.compare.running import FOR_REPORT, ComparisonSettings, run
 from emberpc.export.embedding import convert_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.tuning.backbone import Backbone
@@ -28,19 +28,19 @@ class StopError(Exception):
 
 
 @pytest.fixture
-def wanted(tiny_source: Path, tmp_path: Path) -> Wanted:
+def settings(tiny_source: Path, tmp_path: Path) -> ComparisonSettings:
     """Texts whose first letter is their label, and a quick comparison of them."""
     for name, numbers in (("train.csv", range(10)), ("test.csv", range(10, 16))):
         with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
             rows = [(f"{letter} {'cdefghijklmnopqrs'[i]}", letter) for letter in "ab" for i in numbers]
             csv.writer(file).writerows([("text", "label"), *rows])
-    return Wanted(
-        Data(tmp_path / "train.csv"), tmp_path / "test.csv", (str(tiny_source),), budgets=(ALL,), seeds=1,
+    return ComparisonSettings(
+        ClassifierData(tmp_path / "train.csv"), tmp_path / "test.csv", (str(tiny_source),), budgets=(ALL,), seeds=1,
         strategies=("top-layers",),
     )  # fmt: skip
 
 
-def test_a_finished_training_is_kept_until_its_outcome_is_stored(wanted: Wanted, tmp_path: Path) -> None:
+def test_a_finished_training_is_kept_until_its_outcome_is_stored(settings: ComparisonSettings, tmp_path: Path) -> None:
     details: list[str] = []
     told: list[str] = []
 
@@ -51,13 +51,13 @@ def test_a_finished_training_is_kept_until_its_outcome_is_stored(wanted: Wanted,
             raise StopError
 
     with pytest.raises(StopError):
-        run(wanted, tmp_path / "report", stop)
+        run(settings, tmp_path / "report", stop)
     assert any(detail.startswith("training on all texts") for detail in details)
 
     def tell(stage: str, done: int, total: int, detail: str = "") -> None:
         told.append(detail)
 
-    compared = run(wanted, tmp_path / "report", tell)
+    compared = run(settings, tmp_path / "report", tell)
     assert not [detail for detail in told if detail.startswith("training")]
     (outcome,) = compared.outcomes
     assert outcome.figures["held_out_texts"] > 0
@@ -65,13 +65,13 @@ def test_a_finished_training_is_kept_until_its_outcome_is_stored(wanted: Wanted,
 
 
 def test_a_failing_strategy_is_skipped_with_its_reason(
-    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contrastive, "supervised_contrastive", lambda vectors, _together: vectors.sum() * torch.nan)
-    wanted = replace(wanted, strategies=("linear", "contrastive", "top-layers"))
-    summary = room.compare(wanted, tmp_path / "report")
+    settings = replace(settings, strategies=("linear", "contrastive", "top-layers"))
+    summary = room.compare(settings, tmp_path / "report")
     assert {point.way.strategy for point in summary.points} == {"linear", "top-layers"}
-    (skipped,) = summary.compared.skipped
+    (skipped,) = summary.result.skipped
     assert skipped.cell.strategy == "contrastive"
     assert skipped.reason == "it failed: the loss is nan in epoch 1; try another seed or strategy"
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_a_failing_strategy_is_skipped_with_its_reason(
 
 
 def test_an_encoder_that_cannot_be_trained_is_tried_once(
-    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Backbone] = []
 
@@ -89,7 +89,7 @@ def test_an_encoder_that_cannot_be_trained_is_tried_once(
         raise ExportError("it has no list of layers; use the strategy linear")
 
     monkeypatch.setattr(Backbone, "_find_layers", refuse)
-    compared = run(replace(wanted, strategies=("linear", "top-layers", "full"), seeds=2), tmp_path / "report")
+    compared = run(replace(settings, strategies=("linear", "top-layers", "full"), seeds=2), tmp_path / "report")
     assert {outcome.cell.strategy for outcome in compared.outcomes} == {"linear"}
     assert len(compared.skipped) == 2 * 2
     assert {skipped.reason for skipped in compared.skipped} == {
@@ -97,33 +97,33 @@ def test_an_encoder_that_cannot_be_trained_is_tried_once(
     }
     assert len(loaded) == 1
     with pytest.raises(ExportError, match="nothing could be measured; full: it failed: it has no list of layers"):
-        room.compare(replace(wanted, strategies=("full",)), tmp_path / "other")
+        room.compare(replace(settings, strategies=("full",)), tmp_path / "other")
 
 
-def test_a_full_disk_ends_a_comparison(wanted: Wanted, tmp_path: Path) -> None:
+def test_a_full_disk_ends_a_comparison(settings: ComparisonSettings, tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "checkpoints").write_text("no folder")
     with pytest.raises(ExportError, match="the checkpoint .* cannot be written"):
-        run(wanted, tmp_path / "report")
+        run(settings, tmp_path / "report")
 
 
-def test_zero_shot_without_label_texts_is_listed_as_skipped(wanted: Wanted, tmp_path: Path) -> None:
-    wanted = replace(wanted, strategies=("zero-shot", "linear"), label_texts=False)
-    (skipped,) = run(wanted, tmp_path / "report").skipped
+def test_zero_shot_without_label_texts_is_listed_as_skipped(settings: ComparisonSettings, tmp_path: Path) -> None:
+    settings = replace(settings, strategies=("zero-shot", "linear"), label_texts=False)
+    (skipped,) = run(settings, tmp_path / "report").skipped
     assert skipped.cell.strategy == "zero-shot"
     assert "these are switched off" in skipped.reason
 
 
-#: What a conversion takes by the clock below; it cannot be interrupted.
+#: Seconds of a conversion by the clock below; it cannot be interrupted.
 CONVERSION = 8.0
 
 
 class Clock:
-    """Stands for the time: each step that is told takes a second, and a conversion more."""
+    """Replaces `perf_counter`: each progress report takes one second, and a conversion takes `CONVERSION` seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (running, workbench):
+        for module in (running, timing):
             monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
         def converted(*arguments: Any) -> Any:
@@ -138,12 +138,12 @@ class Clock:
 
 @pytest.mark.parametrize("limit", [10, 40, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (90, 200, 600))])
 def test_the_time_limit_is_kept_except_for_steps_that_cannot_be_interrupted(
-    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
+    settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
     clock = Clock(monkeypatch)
     strategies = ("linear", "top-layers", "full")
-    wanted = replace(wanted, strategies=strategies, budgets=(2, 4, ALL), seeds=2, time_limit=limit)
-    compared = run(wanted, tmp_path / "report", clock.progress)
+    settings = replace(settings, strategies=strategies, budgets=(2, 4, ALL), seeds=2, time_limit=limit)
+    compared = run(settings, tmp_path / "report", clock.progress)
     assert clock.now <= limit - FOR_REPORT + CONVERSION + 1 or not compared.outcomes
     assert clock.now <= limit + CONVERSION
     assert len(compared.outcomes) + len(compared.skipped) == 3 * 3 * 2
@@ -151,7 +151,7 @@ def test_the_time_limit_is_kept_except_for_steps_that_cannot_be_interrupted(
 
 
 def test_shared_work_is_part_of_the_first_estimate(
-    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
     extra: list[float] = []
@@ -162,18 +162,18 @@ def test_shared_work_is_part_of_the_first_estimate(
         return choose(self, cells, done, left)
 
     monkeypatch.setattr(Planner, "choose", watched)
-    run(replace(wanted, seeds=2), tmp_path / "report", clock.progress)
+    run(replace(settings, seeds=2), tmp_path / "report", clock.progress)
     # Loading the encoder to be trained, and converting the tuned one: each about what the base took.
     assert extra[0] > 2 * CONVERSION
     assert extra[1] == 0
 
 
 def test_a_folder_of_outcomes_by_other_code_is_refused(
-    wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = replace(wanted, strategies=("linear",))
-    run(wanted, tmp_path / "report")
-    run(wanted, tmp_path / "report")
-    monkeypatch.setattr(identity, "code_version", lambda: "other")
+    settings = replace(settings, strategies=("linear",))
+    run(settings, tmp_path / "report")
+    run(settings, tmp_path / "report")
+    monkeypatch.setattr(comparison_key, "code_version", lambda: "other")
     with pytest.raises(ExportError, match="holds a comparison of other data"):
-        run(wanted, tmp_path / "report")
+        run(settings, tmp_path / "report")

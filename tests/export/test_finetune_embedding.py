@@ -22,11 +22,11 @@ from emberpc.export.classify.linear import Matrix
 from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.export.errors import ExportError
 from emberpc.export.finetune import finetune_embedding
-from emberpc.export.retrieval.data import Data, Files, Judged, Queries, read_data
 from emberpc.export.retrieval.embedder import Embedder
-from emberpc.export.retrieval.measures import measure
+from emberpc.export.retrieval.metrics import measure
 from emberpc.export.retrieval.mining import Neighbours, mine
-from emberpc.export.retrieval.ranking import Options, Outcome, multiple_negatives_ranking, tune
+from emberpc.export.retrieval.queries import Files, Judged, Queries, RetrievalData, read_data
+from emberpc.export.retrieval.ranking import TrainingOptions, TrainingOutcome, multiple_negatives_ranking, tune
 from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoints
@@ -258,7 +258,7 @@ def test_other_answers_of_a_query_count_as_no_negatives() -> None:
 # --- training
 
 
-def tiny_data(tmp_path: Path) -> Data:
+def tiny_data(tmp_path: Path) -> RetrievalData:
     """Texts whose first letter is their label."""
     generator = np.random.default_rng(0)
     letters = list("uvwxyz")
@@ -270,10 +270,10 @@ def tiny_data(tmp_path: Path) -> Data:
     return read_data(Files(write(tmp_path / "tiny.csv", rows)), 0)
 
 
-QUICK = Options(epochs=4, encoder_rate=5e-3, layers=1, hard_negatives=1, batch=8)
+QUICK = TrainingOptions(epochs=4, encoder_rate=5e-3, layers=1, hard_negatives=1, batch=8)
 
 
-def same(one: Outcome, other: Outcome) -> bool:
+def same(one: TrainingOutcome, other: TrainingOutcome) -> bool:
     return all(torch.equal(tensor, other.weights[name]) for name, tensor in one.weights.items())
 
 
@@ -297,7 +297,7 @@ def test_an_interrupted_training_resumes(tiny: Encoder, tmp_path: Path) -> None:
 
     steps: list[int] = []
 
-    def run(stop_at: int | None, checkpoints: Checkpoints) -> Outcome:
+    def run(stop_at: int | None, checkpoints: Checkpoints) -> TrainingOutcome:
         steps.clear()
 
         def progress(stage: str, done: int, total: int, detail: str = "") -> None:
@@ -317,7 +317,7 @@ def test_an_interrupted_training_resumes(tiny: Encoder, tmp_path: Path) -> None:
     assert steps[0] > 1
     assert resumed.figures == plain.figures
     assert same(resumed, plain)
-    # A training that is done is not lost before what comes of it is stored.
+    # A finished training is kept until its result is stored.
     again = run(None, Checkpoints(kept))
     assert steps == []
     assert again.figures == plain.figures

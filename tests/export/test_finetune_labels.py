@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.export.retrieval.data import Files, read_data
 from emberpc.export.retrieval.mining import mine
+from emberpc.export.retrieval.queries import Files, read_data
 
 
 @pytest.mark.parametrize("files", ["split", "given"])

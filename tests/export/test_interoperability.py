@@ -183,7 +183,7 @@ def test_graphs_with_other_inputs_and_outputs_are_served(
     np.testing.assert_allclose(served(edited(change)), expected, atol=1e-5)
 
 
-def test_inputs_are_known_by_their_names_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+def test_inputs_are_found_by_name_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
     known = {"input_ids": "tokens", "attention_mask": "padding_mask", "token_type_ids": "segments"}
     folder = edited(lambda model: rename(model, known))
     np.testing.assert_allclose(served(folder), expected, atol=1e-5)
@@ -225,7 +225,7 @@ def test_positions_are_computed(edited: Callable[[Edit], Path], expected: Vector
     assert "takes positions, and config.json states no model_type" in refused(folder)
 
 
-def test_outputs_are_known_by_their_form_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+def test_outputs_are_found_by_shape_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
     folder = edited(lambda model: rename(model, {"last_hidden_state": "out"}))
     np.testing.assert_allclose(served(folder), expected, atol=1e-5)
     shutil.rmtree(folder)

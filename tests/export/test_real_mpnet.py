@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.verify import verify_bundle
@@ -48,7 +48,7 @@ def test_it_gives_what_sentence_transformers_gives(source: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("strategy", ["linear", "top-layers"])
 def test_a_classifier_over_it_is_exported(source: Path, training_file: Path, tmp_path: Path, strategy: str) -> None:
-    manifest = export_classifier(Data(training_file), source, tmp_path / "bundle", strategy=strategy)
+    manifest = export_classifier(ClassifierData(training_file), source, tmp_path / "bundle", strategy=strategy)
     assert manifest.variant().parity.label_agreement == 1
     assert manifest.quality["accuracy"] > 0.8
     assert verify_bundle(tmp_path / "bundle").ok

@@ -17,17 +17,18 @@ import torch
 
 from bundle_cache import shared_export
 from emberpc.bundle import Manifest, Prompts, read_bundle
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.calibration import probabilities
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Options, layers
 from emberpc.export.classify.strategies.contrastive import paired, supervised_contrastive
-from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.classify.workbench import Workbench
 from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, label_names, training_examples
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.timing import Cost
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints, TrainingState
 from emberpc.export.tuning.loop import Recipe
@@ -123,8 +124,8 @@ def test_a_fitted_classifier_is_not_changed_by_another_fit(workbench: Workbench,
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)
-def test_its_bundle_gives_what_pytorch_gives(tiny_source: Path, train: Path, tmp_path: Path, name: str) -> None:
-    manifest = export_classifier(Data(train), str(tiny_source), tmp_path / "bundle", strategy=name, epochs=2)
+def test_a_bundle_of_each_strategy_equals_pytorch(tiny_source: Path, train: Path, tmp_path: Path, name: str) -> None:
+    manifest = export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle", strategy=name, epochs=2)
     assert manifest.strategy == name
     assert verify_bundle(tmp_path / "bundle").ok
     untouched = read_encoder(tiny_source).weights_sha256
@@ -133,7 +134,7 @@ def test_its_bundle_gives_what_pytorch_gives(tiny_source: Path, train: Path, tmp
 
 
 def test_the_graph_gives_calibrated_probabilities(tiny_source: Path, train: Path, tmp_path: Path) -> None:
-    manifest = export_classifier(Data(train), str(tiny_source), tmp_path / "bundle")
+    manifest = export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle")
     session = ort.InferenceSession(tmp_path / "bundle" / "onnx" / "model.onnx")
     ids = np.array([[2, 7, 8, 9, 3]])
     feeds = {node.name: ids if node.name == "input_ids" else np.ones_like(ids) for node in session.get_inputs()}
@@ -147,7 +148,7 @@ def test_texts_may_have_several_labels(tiny_source: Path, tmp_path: Path) -> Non
     train = write(tmp_path / "train.csv", rows)
     for name in ("linear", "top-layers"):
         manifest = export_classifier(
-            Data(train, separator="|"), str(tiny_source), tmp_path / name, strategy=name, label_texts=False
+            ClassifierData(train, separator="|"), str(tiny_source), tmp_path / name, strategy=name, label_texts=False
         )
         assert manifest.multi_label
         assert manifest.labels == ("a", "b")
@@ -191,7 +192,7 @@ def test_an_interrupted_training_resumes(tiny_source: Path, train: Path, tmp_pat
                     raise StopError
 
         return export_classifier(
-            Data(train),
+            ClassifierData(train),
             str(tiny_source),
             tmp_path / folder,
             strategy=name,
@@ -228,15 +229,15 @@ def test_a_damaged_checkpoint_restarts_the_training(tiny_source: Path, train: Pa
     assert checkpoint.read() is None
 
 
-def test_names_that_say_nothing_are_not_learnt_from(tiny_source: Path, tmp_path: Path) -> None:
+def test_uninformative_label_names_are_not_training_texts(tiny_source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", [("aaa", "7"), ("bbb", "9"), ("aab", "7"), ("bba", "9")] * 3)
-    assert export_classifier(Data(train), str(tiny_source), tmp_path / "bundle").quality["label_texts"] == 0
+    assert export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle").quality["label_texts"] == 0
 
 
-def test_descriptions_are_learnt_from(tiny_source: Path, tmp_path: Path) -> None:
+def test_label_descriptions_are_training_texts(tiny_source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", [("aaa", "x"), ("bbb", "y")] * 2)
     (tmp_path / "labels.csv").write_text("label,description\nx,all of a\ny,all of b\n")
-    data = Data(train, descriptions=tmp_path / "labels.csv")
+    data = ClassifierData(train, descriptions=tmp_path / "labels.csv")
     manifest = export_classifier(data, str(tiny_source), tmp_path / "bundle", strategy="zero-shot")
     assert manifest.quality["label_texts"] == 2
 
@@ -249,11 +250,13 @@ def test_descriptions_are_learnt_from(tiny_source: Path, tmp_path: Path) -> None
         ("x,all of a\ny,b\nx,c\n", "line 4: the label 'x' is described twice"),
     ],
 )
-def test_descriptions_that_do_not_fit_are_named(tiny_source: Path, tmp_path: Path, text: str, words: str) -> None:
+def test_descriptions_of_other_labels_are_refused(tiny_source: Path, tmp_path: Path, text: str, words: str) -> None:
     train = write(tmp_path / "train.csv", [("aaa", "x"), ("bbb", "y")] * 2)
     (tmp_path / "labels.csv").write_text("label,description\n" + text)
     with pytest.raises(ExportError, match=words):
-        export_classifier(Data(train, descriptions=tmp_path / "labels.csv"), str(tiny_source), tmp_path / "bundle")
+        export_classifier(
+            ClassifierData(train, descriptions=tmp_path / "labels.csv"), str(tiny_source), tmp_path / "bundle"
+        )
 
 
 @pytest.mark.parametrize(
@@ -264,11 +267,11 @@ def test_descriptions_that_do_not_fit_are_named(tiny_source: Path, tmp_path: Pat
         ({"strategy": "zero-shot", "label_texts": False}, "needs label texts"),
     ],
 )
-def test_options_that_make_no_sense_are_named(
+def test_invalid_options_are_refused(
     tiny_source: Path, train: Path, tmp_path: Path, options: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ExportError, match=words):
-        export_classifier(Data(train), str(tiny_source), tmp_path / "bundle", **options)  # type: ignore[arg-type]
+        export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "bundle").exists()
 
 
@@ -277,7 +280,7 @@ def test_out_of_scope_texts_set_the_threshold(
 ) -> None:
     outside = "text\nwhat is for dinner tonight\nbook a table for two\nrain is coming\n" * 5
     (tmp_path / "outside.csv").write_text(outside)
-    data, source = Data(training_file, outside=tmp_path / "outside.csv"), minilm_source()
+    data, source = ClassifierData(training_file, outside=tmp_path / "outside.csv"), minilm_source()
     bundle = shared_export(
         "with-outside",
         lambda folder: export_classifier(data, source, folder),
@@ -291,7 +294,7 @@ def test_out_of_scope_texts_set_the_threshold(
     assert read_bundle(bundle).manifest.rejection_logit is not None
 
 
-def test_labels_as_words() -> None:
+def test_label_names_become_words() -> None:
     assert label_names(["card_arrival", "cardArrival", "A/B-test", "7", "__"]) == (
         "card arrival",
         "card arrival",

@@ -18,15 +18,15 @@ from onnx import TensorProto, numpy_helper
 from bundle_cache import shared_export
 from emberpc.bundle import Bound, Manifest, Measured, Variant, finish_bundle, read_bundle
 from emberpc.client import Client
-from emberpc.export.classifier import Data, export_classifier
+from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.strategies import base as strategies
 from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
-from emberpc.export.variants import CANDIDATES, Candidate, choosing, surgery
+from emberpc.export.variants import CANDIDATES, Candidate, selection, surgery
 from emberpc.export.variants.candidates import Material
-from emberpc.export.variants.measuring import neighbour_agreement
+from emberpc.export.variants.measurement import neighbour_agreement
 from emberpc.export.variants.outliers import COLUMNS, find_outliers
 from emberpc.export.variants.surgery import split_outliers
 from emberpc.export.verify import VerifyReport, verify_bundle
@@ -104,7 +104,7 @@ def test_a_variant_gives_the_vectors_of_fp32_on_other_texts(bundle: Path, name: 
     assert cosines.min() >= least
 
 
-def test_outliers_are_taken_out_exactly_and_bring_int8_nearer(bundle: Path) -> None:
+def test_outliers_are_split_exactly_and_int8_is_nearer_to_fp32(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
     model = onnx.load(str(bundle / "onnx" / "model.onnx"))
     runner = Runner(bundle / "onnx" / "model.onnx", bundle / "tokenizer.json", 64, manifest.pad_token_id)
@@ -124,7 +124,7 @@ def test_outliers_are_taken_out_exactly_and_bring_int8_nearer(bundle: Path) -> N
     assert near.cosine_mean > fast.cosine_mean
 
 
-def test_weights_are_kept_as_the_variant_says(bundle: Path) -> None:
+def test_weights_have_the_type_of_the_variant(bundle: Path) -> None:
     graphs = {v.name: onnx.load(str(bundle / v.path)).graph for v in read_bundle(bundle).manifest.variants}
     bytes_of: dict[str, dict[int, int]] = {}
     for name, graph in graphs.items():
@@ -242,7 +242,7 @@ def test_a_variant_that_misses_its_bound_is_not_written(
 ) -> None:
     strict = Bound(cosine_min=1.0, difference_max=0.0, cosine_mean=1.0)
     candidates = tuple(dataclasses.replace(candidate, bound=strict) for candidate in CANDIDATES)
-    monkeypatch.setattr(choosing, "CANDIDATES", candidates)
+    monkeypatch.setattr(selection, "CANDIDATES", candidates)
     with pytest.raises(ExportError, match=r"the variant int8: a cosine of [01]\.\d+, its bound is 1\.0.*nothing was"):
         export_embedding(str(tiny_source), tmp_path / "asked", variants=["int8"])
     assert not (tmp_path / "asked").exists()
@@ -309,7 +309,7 @@ def test_an_embedding_model_is_measured_by_retrieval(
         return material.model
 
     loose = Bound(cosine_min=0, difference_max=1, ndcg_share=0.99)
-    monkeypatch.setattr(choosing, "CANDIDATES", (Candidate("fp16", "onnx/model_fp16.onnx", loose, broken),))
+    monkeypatch.setattr(selection, "CANDIDATES", (Candidate("fp16", "onnx/model_fp16.onnx", loose, broken),))
     with pytest.raises(ExportError, match="nDCG@10 as a share of fp32's"):
         export("c")
     assert not (tmp_path / "c").exists()
@@ -336,9 +336,9 @@ def test_a_classifiers_vectors_are_held_to_the_bound_too(
         return material.model
 
     bound = Bound(cosine_min=0.99, difference_max=0.01)
-    monkeypatch.setattr(choosing, "CANDIDATES", (Candidate("fp16", "onnx/model_fp16.onnx", bound, broken),))
+    monkeypatch.setattr(selection, "CANDIDATES", (Candidate("fp16", "onnx/model_fp16.onnx", bound, broken),))
     with pytest.raises(ExportError, match="sentence_embedding of the reference texts one by one: a difference"):
-        export_classifier(Data(training_file), tiny_source, tmp_path / "b", variants=["fp16"])
+        export_classifier(ClassifierData(training_file), tiny_source, tmp_path / "b", variants=["fp16"])
     assert not (tmp_path / "b").exists()
 
 
@@ -356,7 +356,7 @@ def test_the_manifest_says_whether_variants_were_measured_on_training_texts(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(strategies, "_REFIT_BELOW", refit_below)
     manifest = export_classifier(
-        Data(training_file), tiny_source, tmp_path / "b", strategy=strategy, epochs=1, variants=["fp16"]
+        ClassifierData(training_file), tiny_source, tmp_path / "b", strategy=strategy, epochs=1, variants=["fp16"]
     )
     assert manifest.measured_on.startswith(words)
     found = manifest.variant("fp16").measured
@@ -370,7 +370,7 @@ def test_the_manifest_says_whether_variants_were_measured_on_training_texts(
 def test_a_classifier_is_measured_by_its_labels(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
     source = str(minilm_source())
     folder = tmp_path / "bundle"
-    manifest = export_classifier(Data(training_file), source, folder, variants=["int8", "fp16"])
+    manifest = export_classifier(ClassifierData(training_file), source, folder, variants=["int8", "fp16"])
     assert [variant.name for variant in manifest.variants] == ["fp32", "int8", "fp16"]
     for variant in manifest.variants:
         assert variant.measured is not None

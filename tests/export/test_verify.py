@@ -55,7 +55,7 @@ def test_it_needs_no_pytorch(tiny_bundle: Path) -> None:
     assert run.stderr == ""
 
 
-def test_no_bundle_is_a_failed_check_and_no_exception(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_a_failed_check_and_not_an_exception(tmp_path: Path) -> None:
     assert failed(verify_bundle(tmp_path / "nothing")) == ["files"]
     assert failed(verify_bundle(tmp_path)) == ["files"]
 

@@ -99,13 +99,13 @@ def compare(
     """Fine-tuning or embedding? Compare all strategies on your own data, and say which one to take."""
     left = f"what was measured is kept in {output}, and the same command goes on from there"
     with exporting("emberpc compare", left) as progress:
-        from emberpc.export.classifier import Data
+        from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
         from emberpc.export.compare import comparison as room
-        from emberpc.export.compare.running import Wanted
+        from emberpc.export.compare.running import ComparisonSettings
 
-        wanted = Wanted(
-            data=Data(
+        settings = ComparisonSettings(
+            data=ClassifierData(
                 train=train,
                 outside=out_of_scope,
                 descriptions=descriptions,
@@ -125,10 +125,10 @@ def compare(
             max_tokens=max_tokens,
         )
         if export_winner is not None:
-            room.check_winner(wanted, export_winner, overwrite=overwrite)
-        summary = room.compare(wanted, output, worth=worth / 100, progress=progress)
+            room.check_winner(settings, export_winner, overwrite=overwrite)
+        summary = room.compare(settings, output, worth=worth / 100, progress=progress)
         if export_winner is not None:
-            room.export_winner(summary, wanted, export_winner, overwrite=overwrite, progress=progress)
+            room.export_winner(summary, settings, export_winner, overwrite=overwrite, progress=progress)
     _show(summary, output, as_json, train, exported=export_winner is not None)
 
 
@@ -164,7 +164,7 @@ def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exporte
         print_json([content(summary)])
         return
     budgets = sorted({point.budget for point in summary.points} - {NO_TEXTS}, key=summary.per_label)
-    several = len(summary.compared.sources) > 1
+    several = len(summary.result.sources) > 1
     columns = [
         Column("strategy"),
         *([Column("base")] if several else []),

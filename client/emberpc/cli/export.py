@@ -156,9 +156,9 @@ def classifier(
 ) -> None:
     """Fine-tune a classifier, calibrate it, export it, and check it against PyTorch."""
     with exporting() as progress:
-        from emberpc.export.classifier import Data, export_classifier
+        from emberpc.export.classifier import ClassifierData, export_classifier
 
-        data = Data(
+        data = ClassifierData(
             train=train,
             validation=validation,
             outside=out_of_scope,

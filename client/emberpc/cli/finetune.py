@@ -63,7 +63,7 @@ def finetune_embedding(
     """Fine-tune an embedding model for search, and export it if it became better on held-out queries."""
     with exporting() as progress:
         from emberpc.export.finetune import finetune_embedding as finetune
-        from emberpc.export.retrieval.data import Files
+        from emberpc.export.retrieval.queries import Files
 
         manifest = finetune(
             Files(train, validation, test, corpus),

@@ -42,5 +42,5 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
 
 
 def too_short(path: Path) -> BundleError:
-    """Return the error for a file that ends before a part of it does."""
+    """Return the error for a file that is shorter than its ONNX message says."""
     return BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")

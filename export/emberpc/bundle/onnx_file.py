@@ -42,7 +42,7 @@ class _IrregularError(Exception):
 
 
 def external_files(folder: Path, model: str, contents: Contents | None = None) -> tuple[str, ...]:
-    """Return the files beside an ONNX file that hold weights of it, sorted.
+    """Return the external weight files of an ONNX file, sorted.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -61,10 +61,10 @@ def external_files(folder: Path, model: str, contents: Contents | None = None) -
 
 
 def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
-    """Return where an ONNX file says that weights of it lie, as it writes these paths, sorted.
+    """Return the locations of external weights as they stand in an ONNX file, sorted.
 
     Raises:
-        BundleError: the ONNX file cannot be read, or has such weights at a place where ONNX Runtime does not take them
+        BundleError: the ONNX file cannot be read, or has external weights where ONNX Runtime cannot read them
             from memory: in a graph inside an operator, a function or a sparse tensor.
     """
     with _opened(path, contents) as data:

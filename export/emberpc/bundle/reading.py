@@ -76,7 +76,7 @@ class Bundle:
         return "logits" if logits else "sentence_embedding"
 
     def external_files(self, variant: str = "", contents: Contents | None = None) -> tuple[str, ...]:
-        """Return the files beside a variant's ONNX file that hold weights of it, as paths in the folder.
+        """Return the external weight files of a variant's ONNX file, as paths in the folder.
 
         Args:
             variant: name of the variant; empty: the first one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from emberpc.bundle import Head, Manifest, Reference, Task, Variant, finish_bund
 from emberpc.export.card import model_card
 from emberpc.export.classify.calibration import FEW_TEXTS, weakness
 from emberpc.export.classify.evaluation import Calibration, HeldOut, calibrate, measure, measure_scope
+from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.linear import Matrix
-from emberpc.export.classify.model_description import described_examples
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
-from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.classify.workbench import Workbench
 from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.convert.parity import compare, require, torch_embeddings
 from emberpc.export.data.datasets import read_labelled, read_texts
@@ -36,6 +37,7 @@ from emberpc.export.embedding import (
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, add_variants, check_names
 
@@ -43,7 +45,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Data:
+class ClassifierData:
     """Paths and format of a classifier's texts, as CSV, TSV, JSONL or Parquet.
 
     `validation` has texts for early stopping and calibration. `outside` has texts without any of the labels.
@@ -63,7 +65,7 @@ class Data:
 
 
 def export_classifier(
-    data: Data,
+    data: ClassifierData,
     base: str | Path,
     target: Path | str,
     *,
@@ -179,7 +181,7 @@ def _warn_of_few(held_out: int, source: Path | str) -> None:
         )
 
 
-def read_data(data: Data) -> tuple[Examples, Examples | None, list[str]]:
+def read_data(data: ClassifierData) -> tuple[Examples, Examples | None, list[str]]:
     """Read the training texts, the validation texts (or None), and the texts outside all labels (or none).
 
     Raises:
@@ -327,3 +329,11 @@ def _write_config(folder: Path, config: dict[str, object], examples: Examples) -
             "problem_type": f"{'multi' if examples.multi_label else 'single'}_label_classification",
         },
     )
+
+
+def __getattr__(name: str) -> object:
+    """Return `ClassifierData` under its former name `Data`, with a DeprecationWarning; removed in the next release."""
+    if name == "Data":
+        warnings.warn("Data is now ClassifierData; import that name", DeprecationWarning, stacklevel=2)
+        return ClassifierData
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

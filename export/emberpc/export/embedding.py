@@ -25,7 +25,7 @@ from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.retrieval.data import Judged, has_queries, read_judged
+from emberpc.export.retrieval.queries import Judged, has_queries, read_judged
 from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.source.matryoshka import check_matryoshka
 from emberpc.export.variants import FP32, add_variants, check_names

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from emberpc.bundle import Manifest, finish_bundle, staged_folder
-from emberpc.export.classify.workbench import Cost
 from emberpc.export.embedding import write_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.retrieval.data import Files, Judged, read_data
-from emberpc.export.retrieval.measures import DECIDING
-from emberpc.export.retrieval.ranking import Options, tune
+from emberpc.export.retrieval.metrics import DECIDING
+from emberpc.export.retrieval.queries import Files, Judged, read_data
+from emberpc.export.retrieval.ranking import TrainingOptions, tune
 from emberpc.export.source.encoder import read_encoder
+from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, check_names
 
@@ -69,7 +69,7 @@ def finetune_embedding(
     data = read_data(files, seed)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     kept = Checkpoints(checkpoints)
-    options = Options(seed, epochs, layers, hard_negatives, checkpoints=kept, progress=progress)
+    options = TrainingOptions(seed, epochs, layers, hard_negatives, checkpoints=kept, progress=progress)
     with staged_folder(target, overwrite=overwrite) as folder:
         with Cost() as cost:
             outcome = tune(data, encoder, options)

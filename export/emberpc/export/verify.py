@@ -84,7 +84,7 @@ def verify_bundle(
         return report
     runners = {variant.name: _check_variant(bundle, variant, reference, report) for variant in bundle.manifest.variants}
     if against is not None:
-        from emberpc.export.convert.source_comparison import compare_with_source
+        from emberpc.export.verify_source import compare_with_source
 
         for name, runner in runners.items():
             if runner is not None:

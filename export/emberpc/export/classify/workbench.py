@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from time import perf_counter, process_time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,25 +14,10 @@ from emberpc.export.classify.linear import Matrix
 from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import Encoder
+from emberpc.export.timing import Cost
 
 if TYPE_CHECKING:
     from emberpc.export.tuning.backbone import Backbone, States, TokenIds
-
-
-@dataclass
-class Cost:
-    """Time of a `with` block: wall seconds, and CPU seconds of all cores. Several blocks add up."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    def __enter__(self) -> Cost:
-        self._wall, self._cpu = perf_counter(), process_time()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.seconds += perf_counter() - self._wall
-        self.cpu_seconds += process_time() - self._cpu
 
 
 @dataclass

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from emberpc.export.classifier import tuned_encoder
 from emberpc.export.classify.strategies import Fitted
-from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.classify.workbench import Workbench
 from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.embedding import MODEL_PATH, Converted, convert_encoder
 from emberpc.export.progress import Progress
 from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.timing import Cost
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Store:
 
     Args:
         folder: folder of the comparison; it is created if it does not exist.
-        key: key of the comparison; see `identity.key_of`.
+        key: key of the comparison; see `comparison_key.key_of`.
 
     Raises:
         ExportError: the folder holds outcomes of other data or options.

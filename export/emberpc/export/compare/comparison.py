@@ -10,20 +10,22 @@ from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
 from emberpc.export.classify.strategies import EXPORTABLE
 from emberpc.export.compare.report import write_report
-from emberpc.export.compare.running import Wanted, run
+from emberpc.export.compare.running import ComparisonSettings, run
 from emberpc.export.compare.summary import Summary
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
 
-def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progress: Progress = no_progress) -> Summary:
+def compare(
+    settings: ComparisonSettings, folder: Path | str, *, worth: float = 0.005, progress: Progress = no_progress
+) -> Summary:
     """Compare strategies, and write a report.
 
     Outcomes are stored in the folder. The same call continues an interrupted comparison, also with more budgets,
     strategies, seeds or time.
 
     Args:
-        wanted: settings of the comparison.
+        settings: settings of the comparison.
         folder: folder of the report and the outcomes; it is created if it does not exist.
         worth: accuracy, in [0, 1], that a strategy with a more expensive training must gain to be recommended.
         progress: called with the current step.
@@ -37,24 +39,24 @@ def compare(wanted: Wanted, folder: Path | str, *, worth: float = 0.005, progres
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    compared = run(wanted, folder, progress)
-    if not compared.outcomes:
-        if failed := [skipped for skipped in compared.skipped if not skipped.for_time]:
+    result = run(settings, folder, progress)
+    if not result.outcomes:
+        if failed := [skipped for skipped in result.skipped if not skipped.for_time]:
             raise ExportError(f"nothing could be measured; {failed[0].cell.strategy}: {failed[0].reason}")
-        raise ExportError(f"the time limit of {wanted.time_limit:.0f} s left no time for anything; allow more")
-    if not compared.skipped:
+        raise ExportError(f"the time limit of {settings.time_limit:.0f} s left no time for anything; allow more")
+    if not result.skipped:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    summary = Summary(compared, worth)
+    summary = Summary(result, worth)
     progress("writing the report", 0, 1)
     write_report(summary, folder)
     return summary
 
 
-def check_winner(wanted: Wanted, target: Path | str, *, overwrite: bool = False) -> None:
+def check_winner(settings: ComparisonSettings, target: Path | str, *, overwrite: bool = False) -> None:
     """Check that the winner of a comparison can be exported; call this before the comparison, which may take hours.
 
     Args:
-        wanted: settings of the comparison.
+        settings: settings of the comparison.
         target: the bundle's folder.
         overwrite: whether to replace an existing bundle.
 
@@ -63,15 +65,20 @@ def check_winner(wanted: Wanted, target: Path | str, *, overwrite: bool = False)
         BundleError: `target` exists and may not be replaced.
     """
     check_target(target, overwrite=overwrite)
-    if not set(wanted.strategies) & set(EXPORTABLE):
+    if not set(settings.strategies) & set(EXPORTABLE):
         raise ExportError(
-            f"none of {', '.join(wanted.strategies)} can be exported; add one of {', '.join(EXPORTABLE)}, "
+            f"none of {', '.join(settings.strategies)} can be exported; add one of {', '.join(EXPORTABLE)}, "
             "or leave out the winner's bundle"
         )
 
 
 def export_winner(
-    summary: Summary, wanted: Wanted, target: Path | str, *, overwrite: bool = False, progress: Progress = no_progress
+    summary: Summary,
+    settings: ComparisonSettings,
+    target: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Fit the recommended strategy to all training texts, and export it as a bundle.
 
@@ -79,7 +86,7 @@ def export_winner(
 
     Args:
         summary: the comparison.
-        wanted: settings of the comparison.
+        settings: settings of the comparison.
         target: the bundle's folder; it is written atomically.
         overwrite: whether to replace an existing bundle.
         progress: called with the current step.
@@ -92,17 +99,17 @@ def export_winner(
         BundleError: `target` exists and may not be replaced.
     """
     winner = summary.winner
-    way, share = winner.way, len(summary.compared.train.texts) / max(1, winner.texts)
+    way, share = winner.way, len(summary.result.train.texts) / max(1, winner.texts)
     seconds = winner.means["wall_seconds"] * (share if winner.texts else 1)
     progress(f"exporting the winner, {way.strategy}: about {seconds:.0f} s to fit it to all texts", 0, 1)
     return export_classifier(
-        replace(wanted.data, outside=None),  # the comparison measured on these texts only, so they set no rejection
-        summary.compared.sources[way.base],
+        replace(settings.data, outside=None),  # the comparison measured on these texts only, so they set no rejection
+        summary.result.sources[way.base],
         target,
         strategy=way.strategy,
-        label_texts=wanted.label_texts,
-        balanced=wanted.balanced,
+        label_texts=settings.label_texts,
+        balanced=settings.balanced,
         overwrite=overwrite,
-        max_tokens=wanted.max_tokens,
+        max_tokens=settings.max_tokens,
         progress=progress,
     )

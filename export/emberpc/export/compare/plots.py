@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.compare.cells import ALL, NO_TEXTS
-from emberpc.export.compare.findings import Confusion
+from emberpc.export.compare.data_problems import Confusion
 from emberpc.export.compare.summary import Point, Summary, Way
 from emberpc.export.files import staged
 
@@ -30,7 +30,7 @@ def draw_plots(summary: Summary, confused: Sequence[Confusion], folder: Path) ->
 
     Args:
         summary: the comparison.
-        confused: confusions of the recommended classifier; see `findings.confusions`.
+        confused: confusions of the recommended classifier; see `data_problems.confusions`.
         folder: folder to write the PNG files to; it must exist.
 
     Returns:
@@ -64,12 +64,12 @@ def _draw(plot: Callable[[Axes], None], path: Path) -> Path:
 
 
 def _style(summary: Summary, way: Way) -> dict[str, str]:
-    base = list(summary.compared.sources).index(way.base)
+    base = list(summary.result.sources).index(way.base)
     return {
         "color": _COLOURS[list(STRATEGIES).index(way.strategy) % len(_COLOURS)],
         "linestyle": _LINES[base % len(_LINES)],
         "marker": _MARKERS[base % len(_MARKERS)],
-        "label": way.strategy if len(summary.compared.sources) == 1 else f"{way.strategy} ({way.base})",
+        "label": way.strategy if len(summary.result.sources) == 1 else f"{way.strategy} ({way.base})",
     }
 
 
@@ -87,7 +87,7 @@ def _learning_curves(axes: Axes, summary: Summary) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     # The confidence band of two seeds can be wider than the plot, so the limits follow the lines, not the bands.
     axes.set_ylim(min(p.accuracy for p in summary.points) - 0.05, min(1.0, summary.best.accuracy + 0.05))
-    budgets = sorted(summary.compared.per_label, key=summary.per_label)
+    budgets = sorted(summary.result.per_label, key=summary.per_label)
     axes.set_xscale("log", base=2)
     axes.set_xticks([summary.per_label(budget) for budget in budgets])
     axes.set_xticklabels(["all" if budget == ALL else str(budget) for budget in budgets])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emberpc.export.compare.cells import budget_name
-from emberpc.export.compare.findings import confusions, suspects
+from emberpc.export.compare.data_problems import confusions, suspects
 from emberpc.export.compare.plots import draw_plots
 from emberpc.export.compare.summary import Point, Summary, caveats, crossover, recommendation, skipped_lines
 from emberpc.export.files import write_text
@@ -47,7 +47,7 @@ def write_report(summary: Summary, folder: Path) -> Path:
             largest=f"At the largest budget: {budget_name(summary.largest)}",
             table=[table_row(summary, point) for point in summary.at(summary.largest)],
             all_rows=[table_row(summary, point) for point in summary.points],
-            more_time=any(skipped.for_time for skipped in summary.compared.skipped),
+            more_time=any(skipped.for_time for skipped in summary.result.skipped),
             scope="out_of_scope_auroc" in summary.winner.means,
             images={name: _inline(path) for name, path in plots.items()},
         )
@@ -79,18 +79,18 @@ def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
 
 def content(summary: Summary) -> dict[str, Any]:
     """Return the content of `report.json` as plain data; the HTML report is rendered from it, too."""
-    compared, winner = summary.compared, summary.winner
+    result, winner = summary.result, summary.winner
     return {
         "recommendation": recommendation(summary),
         "crossover": crossover(summary),
         "caveats": caveats(summary),
         "winner": {"base": winner.way.base, "strategy": winner.way.strategy, "budget": budget_name(winner.budget)},
         "data": {
-            "title": compared.title,
-            "train_texts": len(compared.train.texts),
-            "test_texts": len(compared.test.texts),
-            "labels": len(compared.train.labels),
-            "multi_label": compared.train.multi_label,
+            "title": result.title,
+            "train_texts": len(result.train.texts),
+            "test_texts": len(result.test.texts),
+            "labels": len(result.train.labels),
+            "multi_label": result.train.multi_label,
         },
         "points": [
             {
@@ -105,8 +105,8 @@ def content(summary: Summary) -> dict[str, Any]:
             }
             for point in summary.points
         ],
-        "cells": [{**asdict(outcome.cell), "figures": outcome.figures} for outcome in compared.outcomes],
-        "serving": [{**asdict(cost), "milliseconds": cost.milliseconds} for cost in compared.serving],
+        "cells": [{**asdict(outcome.cell), "figures": outcome.figures} for outcome in result.outcomes],
+        "serving": [{**asdict(cost), "milliseconds": cost.milliseconds} for cost in result.serving],
         "confusions": [asdict(confusion) for confusion in confusions(summary, winner)],
         "suspects": [asdict(suspect) for suspect in suspects(summary)],
         "skipped": skipped_lines(summary),

@@ -10,22 +10,23 @@ from time import perf_counter
 
 import numpy as np
 
-from emberpc.export.classifier import Data, read_data
+from emberpc.export.classifier import ClassifierData, read_data
 from emberpc.export.classify.calibration import reliability
 from emberpc.export.classify.evaluation import Calibration, calibrate, measure, measure_scope
+from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.linear import Matrix
-from emberpc.export.classify.model_description import described_examples
 from emberpc.export.classify.strategies import STRATEGIES, Fitted, Options
-from emberpc.export.classify.workbench import Cost, Workbench
+from emberpc.export.classify.workbench import Workbench
 from emberpc.export.compare.bases import Base, open_base
 from emberpc.export.compare.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
-from emberpc.export.compare.identity import key_of
-from emberpc.export.compare.planning import Planner, Skipped, budgets_of
-from emberpc.export.compare.serving import ServingCost, ServingCosts
+from emberpc.export.compare.comparison_key import key_of
+from emberpc.export.compare.planner import Planner, Skipped, budgets_of
+from emberpc.export.compare.serving_cost import ServingCost, ServingCosts
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, held_out_examples, label_names
 from emberpc.export.errors import ExportError, NoRoomError
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 
 #: Seconds of the time limit that are reserved for the report. The conversion of one encoder cannot be interrupted and
@@ -35,14 +36,14 @@ _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ComparisonSettings:
     """Settings of a comparison.
 
     `data` names the training texts, and `test` is a file of the same format. Texts of `data` that are outside all
     labels are used for measuring and not for training.
     """
 
-    data: Data
+    data: ClassifierData
     test: Path
     bases: tuple[str, ...]
     budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, ALL)
@@ -56,7 +57,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonResult:
     """Result of a comparison: its data, the outcomes of all cells, serving costs, and cells that were skipped."""
 
     #: Title of the data: the name of the folder with the training texts.
@@ -76,11 +77,11 @@ class _OutOfTimeError(Exception):
     """The time limit passed in the middle of a cell."""
 
 
-def run(wanted: Wanted, folder: Path, progress: Progress = no_progress) -> Compared:
+def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_progress) -> ComparisonResult:
     """Fit and measure all cells that the time limit allows.
 
     Args:
-        wanted: settings of the comparison.
+        settings: settings of the comparison.
         folder: folder for outcomes and checkpoints. Outcomes that it has already are read and not computed again.
         progress: called with the current step.
 
@@ -89,54 +90,54 @@ def run(wanted: Wanted, folder: Path, progress: Progress = no_progress) -> Compa
         NoRoomError: a checkpoint cannot be written.
     """
     start = perf_counter()
-    _check(wanted)
-    train, _, outside = read_data(wanted.data)
+    _check(settings)
+    train, _, outside = read_data(settings.data)
     test = held_out_examples(
         read_labelled(
-            wanted.test,
-            text_column=wanted.data.text_column,
-            label_column=wanted.data.label_column,
-            separator=wanted.data.separator,
+            settings.test,
+            text_column=settings.data.text_column,
+            label_column=settings.data.label_column,
+            separator=settings.data.separator,
         ),
         train,
     )
     with tempfile.TemporaryDirectory() as name:
         bases = {}
-        for number, source in enumerate(wanted.bases):
-            base = open_base(source, Path(name) / str(number), wanted.max_tokens, progress)
+        for number, source in enumerate(settings.bases):
+            base = open_base(source, Path(name) / str(number), settings.max_tokens, progress)
             bases[base.encoder.name] = base
         key = key_of(
             train,
             test,
             outside,
             bases.values(),
-            label_texts=wanted.label_texts,
-            balanced=wanted.balanced,
-            descriptions=wanted.data.descriptions,
+            label_texts=settings.label_texts,
+            balanced=settings.balanced,
+            descriptions=settings.data.descriptions,
         )
         store = Store(folder, key)
-        comparison = _Comparison(wanted, train, test, outside, bases, store, folder, start, progress)
+        comparison = _Comparison(settings, train, test, outside, bases, store, folder, start, progress)
         done, skipped = comparison.run()
-    return Compared(
-        Path(wanted.data.train).resolve().parent.name,
+    return ComparisonResult(
+        Path(settings.data.train).resolve().parent.name,
         train,
         test,
         tuple(done[cell] for cell in sorted(done)),
         tuple(comparison.serving.known.values()),
         tuple(skipped),
         comparison.per_label,
-        dict(zip(bases, wanted.bases, strict=True)),
+        dict(zip(bases, settings.bases, strict=True)),
     )
 
 
-def _check(wanted: Wanted) -> None:
-    if unknown := [name for name in wanted.strategies if name not in STRATEGIES]:
+def _check(settings: ComparisonSettings) -> None:
+    if unknown := [name for name in settings.strategies if name not in STRATEGIES]:
         raise ExportError(f"there is no strategy {unknown[0]!r}; there are: {', '.join(STRATEGIES)}")
-    if not wanted.bases or not wanted.strategies or not wanted.budgets:
+    if not settings.bases or not settings.strategies or not settings.budgets:
         raise ExportError("a comparison needs at least one base, one strategy and one budget")
-    if wanted.seeds < 1:
-        raise ExportError(f"seeds is {wanted.seeds}; it must be at least 1")
-    if bad := [budget for budget in wanted.budgets if budget < 1 and budget != ALL]:
+    if settings.seeds < 1:
+        raise ExportError(f"seeds is {settings.seeds}; it must be at least 1")
+    if bad := [budget for budget in settings.budgets if budget < 1 and budget != ALL]:
         raise ExportError(f"a budget is {bad[0]}; it must be at least 1, or all")
 
 
@@ -145,7 +146,7 @@ class _Comparison:
 
     def __init__(
         self,
-        wanted: Wanted,
+        settings: ComparisonSettings,
         train: Examples,
         test: Examples,
         outside: Sequence[str],
@@ -155,23 +156,23 @@ class _Comparison:
         start: float,
         progress: Progress,
     ) -> None:
-        self._wanted, self._train, self._test, self._outside = wanted, train, test, outside
+        self._settings, self._train, self._test, self._outside = settings, train, test, outside
         self._bases, self._store, self._progress = bases, store, progress
-        self._end = None if wanted.time_limit is None else start + wanted.time_limit - FOR_REPORT
+        self._end = None if settings.time_limit is None else start + settings.time_limit - FOR_REPORT
         self._checkpoints = folder / "checkpoints"
         self.serving = ServingCosts(folder / "serving.json")
-        budgets = budgets_of(wanted.budgets, int(train.targets.sum(axis=0).max()))
+        budgets = budgets_of(settings.budgets, int(train.targets.sum(axis=0).max()))
         self._samples = {
-            (budget, seed): take_budget(train, budget, seed) for budget in budgets for seed in range(wanted.seeds)
+            (budget, seed): take_budget(train, budget, seed) for budget in budgets for seed in range(settings.seeds)
         }
         self.per_label = {budget: self._samples[budget, 0].per_label for budget in budgets}
         cells = [
             Cell(base, strategy, budget, seed)
             for base in bases
-            for strategy in wanted.strategies
+            for strategy in settings.strategies
             for budget, seed in ([(NO_TEXTS, 0)] if strategy == "zero-shot" else self._samples)
         ]
-        self._left_out = [cell for cell in cells if cell.strategy == "zero-shot" and not wanted.label_texts]
+        self._left_out = [cell for cell in cells if cell.strategy == "zero-shot" and not settings.label_texts]
         self._cells = [cell for cell in cells if cell not in self._left_out]
 
     def run(self) -> tuple[dict[Cell, Outcome], list[Skipped]]:
@@ -266,7 +267,7 @@ class _Comparison:
             _ = workbench.backbone  # load it here: this takes seconds once and is not part of the cell's own time
         with Cost() as wall:
             sample = self._described(sample, workbench)
-            options = Options(cell.seed, self._wanted.balanced, checkpoints=checkpoints, progress=report)
+            options = Options(cell.seed, self._settings.balanced, checkpoints=checkpoints, progress=report)
             with workbench.account() as account, Cost() as cost:
                 fitted = STRATEGIES[cell.strategy].fit(sample, workbench, options)
             price = workbench.price(account)
@@ -282,11 +283,11 @@ class _Comparison:
 
     def _described(self, sample: Examples, workbench: Workbench) -> Examples:
         """Add label descriptions to the sample if label texts are switched on; zero-shot falls back to label names."""
-        if not self._wanted.label_texts:
+        if not self._settings.label_texts:
             return sample
-        if not sample.texts and self._wanted.data.descriptions is None:
+        if not sample.texts and self._settings.data.descriptions is None:
             return replace(sample, descriptions=label_names(sample.labels))
-        return described_examples(sample, self._wanted.data.descriptions, workbench)
+        return described_examples(sample, self._settings.data.descriptions, workbench)
 
     def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
         """Measure a fitted classifier on the test texts, calibrated on the texts that its strategy held out."""

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES
 from emberpc.export.compare.cells import ALL, NO_TEXTS, Outcome, budget_name
-from emberpc.export.compare.planning import Skipped
-from emberpc.export.compare.running import Compared
-from emberpc.export.compare.serving import ServingCost
+from emberpc.export.compare.planner import Skipped
+from emberpc.export.compare.running import ComparisonResult
+from emberpc.export.compare.serving_cost import ServingCost
 
 #: A difference counts as significant from this many standard errors on (about 95 % confidence).
 _SIGNIFICANT_ERRORS = 2.0
@@ -67,20 +67,20 @@ class Summary:
     """Means, winners and crossover of a comparison's outcomes.
 
     Args:
-        compared: the result of the comparison.
+        result: the result of the comparison.
         worth: accuracy that a more expensive strategy must gain to be recommended, as a share in [0, 1].
     """
 
-    def __init__(self, compared: Compared, worth: float = 0.005) -> None:
-        self.compared = compared
+    def __init__(self, result: ComparisonResult, worth: float = 0.005) -> None:
+        self.result = result
         self.worth = worth
-        self._texts = {NO_TEXTS: 0.0, **compared.per_label}
+        self._texts = {NO_TEXTS: 0.0, **result.per_label}
 
     @cached_property
     def points(self) -> list[Point]:
         """All points, ordered by base, by strategy as listed in `STRATEGIES`, and by budget."""
         groups: dict[tuple[Way, int], list[Outcome]] = {}
-        for outcome in self.compared.outcomes:
+        for outcome in self.result.outcomes:
             way = Way(outcome.cell.base, outcome.cell.strategy)
             groups.setdefault((way, outcome.cell.budget), []).append(outcome)
         order = list(STRATEGIES)
@@ -156,12 +156,12 @@ class Summary:
 
     def serving(self, way: Way) -> ServingCost | None:
         """Return the serving cost of a strategy on a base, or None if it was not measured."""
-        return next((c for c in self.compared.serving if (c.base, c.strategy) == (way.base, way.strategy)), None)
+        return next((c for c in self.result.serving if (c.base, c.strategy) == (way.base, way.strategy)), None)
 
     def where(self, budget: int) -> str:
         """Return a budget as a phrase for a sentence."""
         if budget == ALL:
-            return f"with all {len(self.compared.train.texts):,} texts"
+            return f"with all {len(self.result.train.texts):,} texts"
         return "without any text" if budget == NO_TEXTS else f"at {budget} of each label"
 
     def _best(self, budget: int, suits: Callable[[Way], bool]) -> Point | None:
@@ -171,7 +171,7 @@ class Summary:
         names = sorted(set.intersection(*(set(outcome.figures) for outcome in outcomes)))
         means = {name: float(np.mean([outcome.figures[name] for outcome in outcomes])) for name in names}
         accuracies = np.array([outcome.figures["accuracy"] for outcome in outcomes])
-        targets = [np.flatnonzero(row).tolist() for row in self.compared.test.targets]
+        targets = [np.flatnonzero(row).tolist() for row in self.result.test.targets]
         right = np.array([[a == b for a, b in zip(o.test.labels, targets, strict=True)] for o in outcomes])
         texts = round(float(np.mean([outcome.texts for outcome in outcomes])))
         return Point(way, budget, texts, len(outcomes), means, confidence_band(accuracies), right, tuple(outcomes))
@@ -201,7 +201,7 @@ def recommendation(summary: Summary) -> str:
     """Return one sentence that names the strategy to use, its accuracy, and what the alternative gains and costs."""
     winner, frozen, tuned = summary.winner, summary.frozen, summary.tuned
     where = summary.where(winner.budget if winner.budget == NO_TEXTS else summary.largest)
-    base = f" ({winner.way.base})" if len(summary.compared.sources) > 1 else ""
+    base = f" ({winner.way.base})" if len(summary.result.sources) > 1 else ""
     taken = f"Take {winner.name}{base}: {winner.accuracy:.3f} {where}"
     others = [p for p in summary.at(summary.largest) if p is not winner]
     other = (frozen if winner.way.tunes else tuned) or max(others, key=lambda p: p.accuracy, default=None)
@@ -244,8 +244,8 @@ def crossover(summary: Summary) -> str:
 
 def caveats(summary: Summary) -> list[str]:
     """Return warnings about the figures, one sentence each: texts in both files, single seeds, no calibration."""
-    training_texts = set(summary.compared.train.texts)
-    shared = [text for text in summary.compared.test.texts if text in training_texts]
+    training_texts = set(summary.result.train.texts)
+    shared = [text for text in summary.result.test.texts if text in training_texts]
     once = [point for point in summary.points if point.seeds == 1 and point.budget != NO_TEXTS]
     raw = [point for point in summary.points if point.means.get("held_out_texts") == 0]
     found = []
@@ -272,7 +272,7 @@ def _listed(points: Sequence[Point], summary: Summary) -> str:
     budgets: dict[Way, list[str]] = {}
     for point in points:
         budgets.setdefault(point.way, []).append(budget_name(point.budget))
-    several = len(summary.compared.sources) > 1
+    several = len(summary.result.sources) > 1
     return "; ".join(
         f"{way.strategy}{f' ({way.base})' if several else ''} at {', '.join(names)}" for way, names in budgets.items()
     )
@@ -281,10 +281,10 @@ def _listed(points: Sequence[Point], summary: Summary) -> str:
 def skipped_lines(summary: Summary) -> list[str]:
     """Return the cells that were not measured and the reason, one line for each strategy and budget."""
     groups: dict[tuple[Way, int], list[Skipped]] = {}
-    for skipped in summary.compared.skipped:
+    for skipped in summary.result.skipped:
         cell = skipped.cell
         groups.setdefault((Way(cell.base, cell.strategy), cell.budget), []).append(skipped)
-    several = len(summary.compared.sources) > 1
+    several = len(summary.result.sources) > 1
     return [
         f"{way.strategy}{f' ({way.base})' if several else ''}, {budget_name(budget)}, "
         f"{len(group)} seed{'s' if len(group) > 1 else ''}: {group[0].reason}"

@@ -19,7 +19,7 @@ _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 #: Least divisors for an empty mask and for a zero vector, as in sentence-transformers and torch.
 _MIN_TOKENS = 1e-9
 _MIN_NORM = 1e-12
-#: An ONNX file is one protobuf message of at most 2 GiB. 16 MiB are left for everything besides weights.
+#: An ONNX file is one protobuf message of at most 2 GiB. 16 MiB are reserved for everything except weights.
 _MOST_BYTES = 2**31 - 2**24
 
 

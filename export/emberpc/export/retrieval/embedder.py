@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from emberpc.export.classify.linear import Matrix
+from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.backbone import Backbone, States, TokenIds
 

@@ -8,9 +8,9 @@ import hnswlib
 import numpy as np
 
 from emberpc.bundle import unit
-from emberpc.export.classify.linear import Matrix
+from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.errors import ExportError
-from emberpc.export.retrieval.data import Queries
+from emberpc.export.retrieval.queries import Queries
 
 #: hnswlib's usual parameters. The graph serves one pass over the queries only.
 _M, _EF_CONSTRUCTION = 16, 200

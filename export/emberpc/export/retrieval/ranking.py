@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from emberpc.export.classify.linear import Matrix
+from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.retrieval.data import Data, Queries
 from emberpc.export.retrieval.embedder import Embedder
-from emberpc.export.retrieval.measures import DECIDING, measure
+from emberpc.export.retrieval.metrics import DECIDING, measure
 from emberpc.export.retrieval.mining import Neighbours, mine
+from emberpc.export.retrieval.queries import Queries, RetrievalData
 from emberpc.export.source.encoder import Encoder
 from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
@@ -36,8 +36,8 @@ Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of the training."""
+class TrainingOptions:
+    """TrainingOptions of the training."""
 
     seed: int = 0
     epochs: int = 3
@@ -53,7 +53,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """Result of `tune`.
 
     `weights` are the trained weights by parameter name, of the upper `top` layers of `backbone`.
@@ -69,7 +69,7 @@ class Outcome:
         self.backbone.save(self.weights, self.top, folder)
 
 
-def tune(data: Data, encoder: Encoder, options: Options) -> Outcome:
+def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> TrainingOutcome:
     """Train an encoder; choose the epoch and the share of the trained weights by nDCG@10 of the held-out queries.
 
     Args:
@@ -93,7 +93,7 @@ def tune(data: Data, encoder: Encoder, options: Options) -> Outcome:
 class _Tuning:
     """One training. Its query and passage texts include the encoder's prompts."""
 
-    def __init__(self, data: Data, encoder: Encoder, options: Options) -> None:
+    def __init__(self, data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> None:
         self._data = data
         self._encoder = encoder
         self._options = options
@@ -104,7 +104,7 @@ class _Tuning:
         self._passages = [encoder.prompts.passage + text for text in data.passages]
         self._queries = self._prompted(data.train)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         data, backbone = self._data, self._backbone
         measured = {"held_out": data.held_out, **({"test": data.test} if data.test else {})}
         measured_queries = [text for queries in measured.values() for text in self._prompted(queries)]
@@ -145,7 +145,7 @@ class _Tuning:
         if share:
             passage_vectors = self._embedder.embed(self._passages, "embedding passages after")
         figures |= self._measure(measured, passage_vectors, "after")
-        return Outcome(backbone.weights(), self._top, backbone, figures)
+        return TrainingOutcome(backbone.weights(), self._top, backbone, figures)
 
     def _prompted(self, queries: Queries) -> list[str]:
         return [self._encoder.prompts.query + text for text in queries.texts]

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from emberpc.export.classify.workbench import Cost
 from emberpc.export.errors import NoRoomError
 from emberpc.export.files import staged
+from emberpc.export.timing import Cost
 
 
 @dataclass

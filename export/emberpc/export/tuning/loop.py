@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from emberpc.export.classify.workbench import Cost
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoint, TrainingState
 
 #: Number of batches whose texts are sorted by length together: batches of similar length need little padding.

@@ -19,7 +19,7 @@ from emberpc.export.libraries import calling_libraries
 _WORTH_IT = 4096
 _INT8_MAX = 127
 _FP16_MAX = float(np.finfo(np.float16).max)
-#: Architectures whose attention ONNX Runtime's optimizer fuses when it is told that the model is BERT.
+#: Architectures whose attention ONNX Runtime's optimizer fuses with the model type `bert`.
 _LIKE_BERT = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
 
 #: Prefix of the names of nodes that compute outliers separately.

@@ -15,9 +15,9 @@ from emberpc.export.data.examples import Examples, evenly
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.retrieval.data import Judged
+from emberpc.export.retrieval.queries import Judged
 from emberpc.export.variants.candidates import CANDIDATES, Candidate, Material
-from emberpc.export.variants.measuring import (
+from emberpc.export.variants.measurement import (
     MOST_PASSAGES,
     MOST_QUERIES,
     MOST_TEXTS,

@@ -66,7 +66,7 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Data:
+class RetrievalData:
     """All distinct passages, and the queries to train on, to choose by and to test on."""
 
     passages: tuple[str, ...]
@@ -144,7 +144,7 @@ def has_queries(path: Path | str) -> bool:
     return read_rows(Path(path))[0][1].keys() >= _PAIR
 
 
-def read_data(files: Files, seed: int) -> Data:
+def read_data(files: Files, seed: int) -> RetrievalData:
     """Read the files. Without a validation file, a fifth of the queries is held out, at most 500.
 
     A query may be in one file only. A labelled text that is held out is not an answer of any training query either,
@@ -172,9 +172,9 @@ def read_data(files: Files, seed: int) -> Data:
     corpus = _add_corpus(files.corpus, passages)
     tested = test.queries() if test is not None else None
     if validation is not None:
-        return Data(tuple(passages), known, validation.queries(), tested, _minable(known, corpus))
+        return RetrievalData(tuple(passages), known, validation.queries(), tested, _minable(known, corpus))
     learnt, held_out = _split(known, Path(files.train), seed)
-    return Data(tuple(passages), learnt, held_out, tested, _minable(learnt, corpus))
+    return RetrievalData(tuple(passages), learnt, held_out, tested, _minable(learnt, corpus))
 
 
 def _add_corpus(path: Path | str | None, passages: dict[str, int]) -> set[int]:
@@ -295,7 +295,7 @@ def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
     """Hold out some queries at random; return the training queries and the held-out ones."""
     if len(queries) < _FEWEST_QUERIES:
         raise ExportError(
-            f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or a validation file beside it"
+            f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or add a validation file"
         )
     order = np.random.default_rng(seed).permutation(len(queries))
     held_out = np.sort(order[: min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from emberpc.bundle import unit
-from emberpc.export.classify.linear import Matrix
-from emberpc.export.retrieval.data import Queries
+from emberpc.export.convert.onnx_runner import Matrix
+from emberpc.export.retrieval.queries import Queries
 
 #: The figure that decides between models.
 DECIDING = "ndcg_at_10"

@@ -14,7 +14,7 @@ from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 from emberpc.export.source.locate import find_source
-from emberpc.export.variants.measuring import neighbour_agreement
+from emberpc.export.variants.measurement import neighbour_agreement
 
 #: Number of texts to compare: enough for each text to have 10 nearest neighbours among them.
 _TEXTS = 64

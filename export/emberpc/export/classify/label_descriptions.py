@@ -29,10 +29,10 @@ def described_examples(examples: Examples, path: Path | str | None, workbench: W
     if path is not None:
         return replace(examples, descriptions=read_descriptions(path, examples.labels))
     named = replace(examples, descriptions=label_names(examples.labels))
-    return named if telling(named, workbench) else examples
+    return named if names_help(named, workbench) else examples
 
 
-def telling(named: Examples, workbench: Workbench) -> bool:
+def names_help(named: Examples, workbench: Workbench) -> bool:
     """Return whether zero-shot classification by the descriptions is at least 0.1 better than the most frequent label.
 
     Args:

@@ -59,7 +59,7 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
     Returns:
         At most 12 pairs, each with at most 4 texts.
     """
-    test = summary.compared.test
+    test = summary.result.test
     names = [_name(test, np.flatnonzero(row).tolist()) for row in test.targets]
     sizes = Counter(names)
     counts: Counter[tuple[str, str]] = Counter()
@@ -91,7 +91,7 @@ def suspects(summary: Summary) -> list[Suspect]:
     "Confident Learning", 2021, but by several models.
     """
     points = [point for point in summary.at(summary.largest) if point.budget == summary.largest]
-    parts = (("test", summary.compared.test), ("train", summary.compared.train))
+    parts = (("test", summary.result.test), ("train", summary.result.train))
     found = [suspect for part, examples in parts for suspect in _suspects(part, examples, points)]
     return sorted(found, key=lambda suspect: (-suspect.votes / suspect.voters, -suspect.confidence))[:_MOST_SUSPECTS]
 

@@ -17,9 +17,9 @@ from emberpc.export.classify.evaluation import Calibration, measure
 from emberpc.export.convert.onnx_runner import Feeds, Matrix, Runner
 from emberpc.export.data.examples import Targets
 from emberpc.export.errors import ExportError
-from emberpc.export.retrieval.data import Queries
-from emberpc.export.retrieval.measures import DECIDING
-from emberpc.export.retrieval.measures import measure as measure_search
+from emberpc.export.retrieval.metrics import DECIDING
+from emberpc.export.retrieval.metrics import measure as measure_search
+from emberpc.export.retrieval.queries import Queries
 
 #: Timing rounds, in which both models run alternately. The median of the ratios ignores rounds that were disturbed.
 ROUNDS = 5
