@@ -48,8 +48,8 @@ _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
 #: Most calls of one connection in flight; further calls wait in the client. The other two are the most calls that gRPC
 #: holds before the server takes them: beyond its default of 1,000, gRPC cancels calls at random. With the defaults, one
-#: connection that opened and reset 4,000 calls a second had health checks of other callers cancelled; so it did with 256
-#: calls of one connection, and with 100 it did not.
+#: connection that opened and reset 4,000 calls a second had health checks of other callers cancelled. The same happened
+#: with 256 calls of one connection, and did not with 100.
 _CALLS = (
     ("grpc.max_concurrent_streams", 100),
     ("grpc.server.max_pending_requests", 2**17),
