@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 CHECKS = (
+    ("python", "tools/generate_async_client.py", "--check"),
     ("ruff", "check"),
     ("ruff", "format", "--check"),
     ("mypy",),

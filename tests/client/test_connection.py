@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from emberpc.client import TLS, AsyncClient, Client, Health, InputError, InputTypeError, Unavailable
-from emberpc.client._connection import Connection, is_local
+from emberpc.client._core.connection import Connection, is_local
 from fake_server import FakeServer
 
 
@@ -242,7 +242,7 @@ def test_a_client_is_closed_though_grpc_waits_for_a_call_that_ctrl_c_ended_half_
         waiting.set()
         let_go.wait(60)
 
-    monkeypatch.setattr(client._runner._channel, "close", close)
+    monkeypatch.setattr(client._runner._transport._channel, "close", close)
     client.close()
     assert waiting.is_set()
     assert not let_go.is_set()

@@ -12,24 +12,24 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from grpc_health.v1 import health_pb2
 
 import emberpc.client
-from emberpc.client import (
-    AsyncClient,
-    Client,
-    _backup,
-    _collections,
-    _embed_stream,
-    _embedding,
-    _index,
-    _models,
-    _upsert_stream,
-    exceptions,
+from emberpc.client import AsyncClient, Client, exceptions
+from emberpc.client._core import (
+    backups,
+    clusters,
+    collections,
+    embed_stream,
+    embedding,
+    models,
+    records,
+    search,
+    upsert_stream,
 )
-from emberpc.client._calls import Method
+from emberpc.client._core.calls import Method
 from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2
 
 METHODS = [
     value
-    for module in (_backup, _collections, _embed_stream, _embedding, _index, _models, _upsert_stream)
+    for module in (backups, clusters, collections, embed_stream, embedding, models, records, search, upsert_stream)
     for value in vars(module).values()
     if isinstance(value, Method)
 ]
@@ -37,7 +37,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.path))
 def test_methods_are_those_of_the_protos(method: Method) -> None:  # type: ignore[type-arg]  # of any response
-    if method is _models.HEALTH_CHECK:
+    if method is models.HEALTH_CHECK:
         service = health_pb2.DESCRIPTOR.services_by_name["Health"]
         assert method.path == f"/{service.full_name}/{service.methods_by_name['Check'].name}"
         return
@@ -70,6 +70,15 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
         return re.sub(r" \| AsyncIterable\[.*\](?=')", "", str(parameter))
 
     assert parameters(Client) == parameters(AsyncClient)
+
+
+def test_both_clients_have_the_same_docstrings_but_for_threads_and_tasks() -> None:
+    names = [name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")]
+    for name in names:
+        ours, other = (inspect.getdoc(getattr(client, name)) or "" for client in (Client, AsyncClient))
+        assert ours
+        differing = [a for a, b in zip(ours.splitlines(), other.splitlines(), strict=True) if a != b]
+        assert all(re.search("thread|close", line) for line in differing), differing
 
 
 def test_every_exception_is_in_the_tree_that_is_drawn() -> None:

@@ -33,8 +33,8 @@ from emberpc.client import (
     Unauthenticated,
     Unavailable,
     Unimplemented,
-    _retrying,
 )
+from emberpc.client._core import retries
 from fake_server import FakeServer, Fault
 from ping_proxy import PingProxy
 
@@ -352,7 +352,7 @@ def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
         shell = shell_type(proxy.target, timeout=300)
         try:
             shell("create_collection", "c")
-            monkeypatch.setattr(_retrying, "_SOON", -1.0)  # every call has run for long
+            monkeypatch.setattr(retries, "_SOON", -1.0)  # every call has run for long
             fake.hooks[rpc] = lambda _: proxy.cut()
             with pytest.raises(
                 Unavailable, match=rf"the connection to .* broke while .*/{rpc} was running; it was not"
@@ -368,7 +368,7 @@ def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
 def test_a_call_whose_connection_breaks_soon_is_repeated(
     fake: FakeServer, shell_type: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_retrying, "_SOON", 1000.0)  # however slow the host is
+    monkeypatch.setattr(retries, "_SOON", 1000.0)  # however slow the host is
     with PingProxy(fake.target, 1) as proxy:
         shell = shell_type(proxy.target, timeout=300)
         broken = iter([proxy.cut])
@@ -384,7 +384,7 @@ def test_a_call_whose_connection_breaks_soon_is_repeated(
 def test_a_call_of_several_answers_is_repeated_until_the_first(
     fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    monkeypatch.setattr(_retrying, "_SOON", 1000.0)
+    monkeypatch.setattr(retries, "_SOON", 1000.0)
     shell("create_collection", "c")
     fake.faults["VerifyCollection"].extend([UNAVAILABLE] * failures)
     if failures < 5:
@@ -403,14 +403,14 @@ def test_grpc_repeats_nothing_by_itself() -> None:
 
 
 def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
-    retries = _retrying.Retries(60, allowed=True)
-    first = retries.begin()
-    assert retries.pause(Unavailable("no", retry_after=1.5)) == 1.5
-    assert retries.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
-    assert retries.pause(Internal("no")) is None
-    retries.begin()
-    retries.end(first)
-    assert retries.ended is None
-    once = _retrying.Retries(60, allowed=False)
+    attempts = retries.Retries(60, allowed=True)
+    first = attempts.begin()
+    assert attempts.pause(Unavailable("no", retry_after=1.5)) == 1.5
+    assert attempts.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
+    assert attempts.pause(Internal("no")) is None
+    attempts.begin()
+    attempts.end(first)
+    assert attempts.ended is None
+    once = retries.Retries(60, allowed=False)
     once.begin()
     assert once.pause(Unavailable("no")) is None

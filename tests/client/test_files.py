@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from emberpc.client import InputError, Internal
-from emberpc.client._backup import BackupWriter
+from emberpc.client._core.backups import BackupWriter
 from emberpc.v1 import index_pb2 as pb
 from fake_server import FakeServer
 
@@ -82,6 +82,6 @@ def test_a_pipe_that_took_a_damaged_backup_is_named(tmp_path: Path) -> None:
     mkfifo(pipe)
     reader = Reader(pipe)
     with pytest.raises(Internal, match="throw away what went into .*pipe"), BackupWriter(pipe, None) as writer:
-        writer.take(pb.BackupCollectionResponse(chunk=b"x", sha256="0" * 64))
+        writer.write(pb.BackupCollectionResponse(chunk=b"x", sha256="0" * 64))
         writer.finish()
     assert reader.all() == b"x"

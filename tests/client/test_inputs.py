@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberpc.client import Client, InputError, InputTypeError, Record, SearchQuery
-from emberpc.client._calls import chunks
-from emberpc.client._plain import mapping, moment, struct
+from emberpc.client._core.calls import chunks
+from emberpc.client._core.json_values import mapping, moment, struct
 from fake_server import FakeServer
 
 Shell = Any

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from emberpc.client import Unavailable, _connection
+from emberpc.client import Unavailable
+from emberpc.client._core import connection
 from emberpc.server.app import _KEEPALIVE
 from fake_server import FakeServer
 from ping_proxy import PingProxy
@@ -29,8 +30,8 @@ def hastened(options: Any) -> list[tuple[str, Any]]:
 @pytest.fixture(autouse=True)
 def frequent_pings(monkeypatch: pytest.MonkeyPatch) -> None:
     # After two pings without data in between, the client would send only one a minute.
-    options = [*hastened(_connection._KEEPALIVE), ("grpc.http2.max_pings_without_data", 0)]
-    monkeypatch.setattr(_connection, "_KEEPALIVE", options)
+    options = [*hastened(connection._KEEPALIVE), ("grpc.http2.max_pings_without_data", 0)]
+    monkeypatch.setattr(connection, "_KEEPALIVE", options)
 
 
 @pytest.mark.parametrize(

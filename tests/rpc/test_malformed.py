@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from emberpc.client._connection import Connection
+from emberpc.client._core.connection import Connection
 from emberpc.server.app import _KEEPALIVE
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, errors_pb2, filter_pb2, index_pb2
 from emberpc.wire import status

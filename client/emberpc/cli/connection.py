@@ -15,7 +15,7 @@ from emberpc.cli.errors import CliError
 from emberpc.cli.options import add_options
 from emberpc.cli.output import note
 from emberpc.client import TLS, Client, FilterWarning
-from emberpc.client._connection import is_local, is_url
+from emberpc.client._core.connection import is_local, is_url
 
 _PANEL = "Connection"
 

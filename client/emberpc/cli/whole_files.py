@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from emberpc.cli.errors import CliError
 from emberpc.client import InputError
-from emberpc.client._files import Target, target_of
+from emberpc.client._core.files import Target, target_of
 
 #: Here Linux has a link to each file that the process has open.
 _OPEN_FILES = Path("/proc/self/fd")

@@ -11,9 +11,9 @@
 `emberpc.client.exceptions`.
 """
 
-from emberpc.client._aio_client import AsyncClient
-from emberpc.client._client import Client
-from emberpc.client._connection import TLS
+from emberpc.client._aio.client import AsyncClient
+from emberpc.client._core.connection import TLS
+from emberpc.client._sync.client import Client
 from emberpc.client.exceptions import (
     Aborted,
     AlreadyExists,

@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from emberpc.client import _checks
+from emberpc.client._core import checks
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.v1 import filter_pb2 as pb
 
@@ -74,7 +74,7 @@ def parse_filter(text: str, name: str = "where") -> pb.Filter:
         InputError: it cannot be read; the message tells the column, what was expected there, and what was found.
         InputTypeError: it is not a str.
     """
-    return _Parser(_checks.text(text, name), name).parse()
+    return _Parser(checks.text(text, name), name).parse()
 
 
 def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:

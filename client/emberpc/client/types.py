@@ -36,6 +36,8 @@ Priority: TypeAlias = Literal["interactive", "bulk"]
 
 #: Told how many items are done so far.
 Progress: TypeAlias = Callable[[int], None]
+#: Told how many bytes are done, of how many.
+ByteProgress: TypeAlias = Callable[[int, int], None]
 #: Told what a server that changes its models is doing.
 Stages: TypeAlias = Callable[[str], None]
 

@@ -1,0 +1,197 @@
+# Generated from ../_sync/texts.py by tools/generate_async_client.py. Edit that file and run the script.
+"""Methods about texts: embed, count tokens, compare, classify."""
+
+from __future__ import annotations
+
+# The docstring of the client documents the parameters that all methods have in common.
+# ruff: noqa: D417
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+
+from emberpc.client._aio.runner import AsyncRunner
+from emberpc.client._core import embedding
+from emberpc.client._core.embed_stream import EmbedJob
+from emberpc.client._core.embedding import EmbedOptions
+from emberpc.client.types import (
+    Classification,
+    DType,
+    InputKind,
+    Matrix,
+    Priority,
+    Progress,
+    StreamedEmbedding,
+    StreamItem,
+    Truncation,
+)
+
+
+class AsyncTextMethods:
+    """Methods of `AsyncClient` that embed, count, compare and classify texts."""
+
+    _runner: AsyncRunner
+
+    async def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        dimensions: int = 0,
+        truncation: Truncation = "refuse",
+        dtype: DType = "float32",
+        normalize: bool | None = None,
+        priority: Priority = "interactive",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Embed texts.
+
+        Args:
+            texts: a list or another iterable of texts; at least one, none empty. A single str is refused: write
+                `[text]`.
+            model: the embedding model; empty: the only one that the server serves.
+            input_kind: purpose of the texts; decides which prompt the server puts before them.
+            dimensions: number of first dimensions to return (Matryoshka); 0: all.
+            truncation: how texts with too many tokens are truncated.
+            dtype: element type on the wire: `float16` halves the bytes, `int8` quarters them, `binary` sends the signs.
+                The result is float32 in any case.
+            normalize: whether to scale the vectors to length 1; None: the setting of the model's export.
+            priority: `bulk` lets other calls go first.
+
+        Returns:
+            float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
+
+        Raises:
+            InputError: an argument is wrong; nothing was sent.
+            InputTypeError: an argument has the wrong type; nothing was sent.
+            EmberpcError: the call failed; see `emberpc.client.exceptions`.
+        """
+        options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
+        job = embedding.embed(texts, options, batch_size=batch_size, progress=progress)
+        return await self._runner.run(job, timeout)
+
+    def embed_stream(
+        self,
+        items: Iterable[StreamItem] | AsyncIterable[StreamItem],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        dimensions: int = 0,
+        truncation: Truncation = "refuse",
+        dtype: DType = "float32",
+        normalize: bool | None = None,
+        priority: Priority = "bulk",
+        batch_size: int = 64,
+        window: int = 1024,
+        timeout: float | None = None,
+    ) -> AsyncIterator[StreamedEmbedding]:
+        """Embed any number of texts; the other arguments are those of `embed`.
+
+        Results arrive as soon as they are ready, in any order, each text exactly once. An invalid text fails alone: its
+        result has an error instead of a vector. If the connection breaks or the server is restarted, the texts that
+        were not answered are sent again.
+
+        Args:
+            items: texts, or tuples (id, text).
+                The iterable is read as needed, in the task that takes the results. It may be asynchronous.
+            batch_size: texts per request. A request is sent when this many texts are read, so choose a smaller number
+                if the texts arrive slowly.
+            window: the most texts that are read and not yet answered; fewer if they have more than 2**24 characters.
+            timeout: seconds without the result of any text, attempts to connect again included.
+
+        Returns:
+            An iterator over the results.
+            To stop early, await `aclose()` of the iterator.
+
+        Raises:
+            InputError: an argument is wrong; nothing was sent.
+            InputTypeError: an argument or an item has the wrong type.
+            EmberpcError: the whole stream failed, as `embed` would; FailedPrecondition if the server replaced the model
+                since the stream began. Raised when the next result is taken.
+        """
+        options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
+        return self._runner.stream(EmbedJob(items, options, batch_size=batch_size, window=window), items, timeout)
+
+    async def count_tokens(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str = "",
+        input_kind: InputKind = "passage",
+        batch_size: int = 256,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Count the tokens of texts, prompt and special tokens included.
+
+        Arguments and errors are those of `embed`, except that a text may be empty.
+
+        Returns:
+            Item i is the number of tokens of `texts[i]`, before any truncation.
+        """
+        job = embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size)
+        return await self._runner.run(job, timeout)
+
+    async def similarity(
+        self,
+        sources: Iterable[str],
+        targets: Iterable[str],
+        *,
+        model: str = "",
+        source_kind: InputKind = "passage",
+        target_kind: InputKind = "passage",
+        truncation: Truncation = "refuse",
+        timeout: float | None = None,
+    ) -> Matrix:
+        """Compare each source with each target, in one request; other arguments and errors are those of `embed`.
+
+        Args:
+            sources: texts, none empty.
+            targets: texts to compare the sources with, none empty.
+            source_kind: purpose of the sources.
+            target_kind: purpose of the targets.
+
+        Returns:
+            float32, shape (sources, targets): cosine similarities in [-1, 1].
+        """
+        call = embedding.similarity(
+            sources,
+            targets,
+            model=model,
+            source_kind=source_kind,
+            target_kind=target_kind,
+            truncation=truncation,
+        )
+        return await self._runner.run_one(call, timeout)
+
+    async def classify(
+        self,
+        texts: Iterable[str],
+        classifier: str = "",
+        *,
+        top_k: int = 0,
+        truncation: Truncation = "refuse",
+        priority: Priority = "interactive",
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> list[Classification]:
+        """Classify texts; other arguments and errors are those of `embed`.
+
+        Args:
+            texts: texts; at least one, none empty.
+            classifier: name of the classifier; empty: the only one that the server serves.
+            top_k: the most labels to return for each text, best first; 0: all.
+
+        Returns:
+            Item i is the result for `texts[i]`.
+        """
+        job = embedding.classify(
+            texts,
+            classifier,
+            top_k=top_k,
+            truncation=truncation,
+            priority=priority,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return await self._runner.run(job, timeout)

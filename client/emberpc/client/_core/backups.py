@@ -1,0 +1,176 @@
+"""IndexService: a collection as one file, to disk and from there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Method
+from emberpc.client._core.collections import read_collection
+from emberpc.client._core.files import target_of
+from emberpc.client.exceptions import Internal
+from emberpc.client.types import ByteProgress, Collection
+from emberpc.v1 import index_pb2 as pb
+
+_SERVICE = "/emberpc.v1.IndexService/"
+BACKUP_COLLECTION = Method(_SERVICE + "BackupCollection", pb.BackupCollectionResponse)
+RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollectionResponse)
+
+#: Seconds that a call may take unless its caller says otherwise: they are many gigabytes, perhaps.
+TIMEOUT = 3600.0
+_CHUNK_BYTES = 2**20
+
+
+def backup_collection(name: str) -> Call[pb.BackupCollectionResponse, pb.BackupCollectionResponse]:
+    """Return the call of `Client.backup_collection`."""
+    request = pb.BackupCollectionRequest(name=checks.text(name, "name"))
+    return Call(BACKUP_COLLECTION, request, lambda message: message)
+
+
+def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collection]:
+    """Return the call of `Client.restore_collection`; its request is the first of several."""
+    request = pb.RestoreCollectionRequest(name=checks.text(name, "name"))
+    return Call(RESTORE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+class BackupWriter:
+    """Writes a backup to a file that gets its name when it is whole and on disk; a context manager.
+
+    A link is followed. A device or a pipe, such as `/dev/stdout`, is never replaced: the bytes go into it as they come.
+
+    Args:
+        path: the file.
+        progress: told of the bytes.
+
+    Raises:
+        InputError: the path is a folder, a disk or a socket.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | str, progress: ByteProgress | None) -> None:
+        self._target = target_of(path, "path")
+        self._progress = progress
+        self._temporary: Path | None = None
+        self._file: BinaryIO | None = None
+        if not self._target.is_stream:
+            final = self._target.path
+            descriptor, name = tempfile.mkstemp(".part", f".{final.name}.", final.absolute().parent)
+            self._temporary = Path(name)
+            self._file = os.fdopen(descriptor, "wb")
+        self._digest = hashlib.sha256()
+        self._stated = ""
+        self._done = self._total = 0
+
+    def __enter__(self) -> BackupWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            # What a pipe could not take is an error only if nothing else has failed.
+            with suppress(OSError) if kind is not None else nullcontext():
+                self._file.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+
+    def write(self, message: pb.BackupCollectionResponse) -> None:
+        """Write the next bytes."""
+        self._opened().write(message.chunk)
+        self._digest.update(message.chunk)
+        self._done += len(message.chunk)
+        self._total = self._total or message.total_bytes
+        self._stated = message.sha256
+
+    def report(self) -> None:
+        """Tell how far it is."""
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def finish(self) -> int:
+        """Give the file its name; return its size.
+
+        Raises:
+            Internal: it is not what the server says it sent.
+        """
+        whole = self._stated == self._digest.hexdigest()
+        path = self._target.path
+        if not whole and self._temporary is not None:
+            raise Internal(f"the backup that came is not the one that was sent; {path} was not written, try again")
+        if not whole:
+            raise Internal(
+                f"the backup that came is not the one that was sent; throw away what went into {path}, and try again"
+            )
+        file = self._opened()
+        file.flush()
+        if self._temporary is None:
+            return self._done
+        os.fsync(file.fileno())
+        self._temporary.replace(path)
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return self._done
+
+    def _opened(self) -> BinaryIO:
+        """Return the open file.
+
+        A pipe is opened with the first bytes: that waits for its reader, and `AsyncClient` writes in another thread.
+        """
+        if self._file is None:
+            self._file = self._target.path.open("wb")
+        return self._file
+
+
+class BackupReader:
+    """Reads a backup from a file; a context manager.
+
+    Args:
+        path: the file.
+        name: of the collection to make.
+        progress: told of the bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path | str, name: str, progress: ByteProgress | None) -> None:
+        self._file = Path(path).open("rb")  # noqa: SIM115 - this is the context manager
+        self._name = name
+        self._total = os.fstat(self._file.fileno()).st_size
+        self._progress = progress
+        self._done = 0
+        #: What kept the messages from being sent: gRPC, which asks for them, would only say that something did.
+        self.error: Exception | None = None
+
+    def __enter__(self) -> BackupReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def requests(self) -> Iterator[pb.RestoreCollectionRequest]:
+        """Give the messages to send."""
+        digest = hashlib.sha256()
+        yield pb.RestoreCollectionRequest(name=self._name, total_bytes=self._total)
+        while chunk := self._file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            yield pb.RestoreCollectionRequest(chunk=chunk)
+        yield pb.RestoreCollectionRequest(sha256=digest.hexdigest())
+
+    def report(self, message: pb.RestoreCollectionRequest) -> None:
+        """Tell how far it is, with this message."""
+        self._done += len(message.chunk)
+        if self._progress is not None:
+            self._progress(self._done, self._total)

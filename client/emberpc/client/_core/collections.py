@@ -1,0 +1,189 @@
+"""Collections: requests from arguments, results from answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Method, Page, Step
+from emberpc.client._core.enums import DISTANCES, TRUNCATIONS, value_of, word_of
+from emberpc.client._core.json_values import moment
+from emberpc.client.exceptions import AlreadyExists
+from emberpc.client.types import (
+    Collection,
+    Distance,
+    RecordProblem,
+    Reembedding,
+    Truncation,
+    Verification,
+)
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1.errors_pb2 import ErrorInfo
+from emberpc.wire import status
+
+_SERVICE = "/emberpc.v1.IndexService/"
+CREATE_COLLECTION = Method(_SERVICE + "CreateCollection", pb.CreateCollectionResponse)
+GET_COLLECTION = Method(_SERVICE + "GetCollection", pb.GetCollectionResponse)
+LIST_COLLECTIONS = Method(_SERVICE + "ListCollections", pb.ListCollectionsResponse)
+UPDATE_COLLECTION = Method(_SERVICE + "UpdateCollection", pb.UpdateCollectionResponse)
+DELETE_COLLECTION = Method(_SERVICE + "DeleteCollection", pb.DeleteCollectionResponse)
+VERIFY_COLLECTION = Method(_SERVICE + "VerifyCollection", pb.VerifyCollectionResponse)
+REEMBED_COLLECTION = Method(_SERVICE + "ReembedCollection", pb.ReembedCollectionResponse)
+CANCEL_REEMBEDDING = Method(_SERVICE + "CancelReembedding", pb.CancelReembeddingResponse)
+
+
+def create_collection(
+    name: str,
+    *,
+    model: str,
+    dimensions: int,
+    distance: Distance,
+    truncation: Truncation,
+    m: int,
+    ef_construction: int,
+    indexed_fields: Iterable[str],
+) -> Call[pb.CreateCollectionResponse, Collection]:
+    """Return the call of `Client.create_collection`."""
+    fields = checks.texts(indexed_fields, "indexed_fields", least=0)
+    collection = pb.Collection(
+        name=checks.text(name, "name"),
+        model=checks.text(model, "model"),
+        dimensions=checks.count(dimensions, "dimensions"),
+        distance=value_of("distance", distance, DISTANCES),
+        truncation=value_of("truncation", truncation, TRUNCATIONS),
+        hnsw=pb.HnswParameters(
+            m=checks.count(m, "m"), ef_construction=checks.count(ef_construction, "ef_construction")
+        ),
+        indexed_fields=fields,
+    )
+    request = pb.CreateCollectionRequest(collection=collection)
+    return Call(CREATE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Collection:
+    """Return the collection that is there instead of the one that was to be created, if the two are alike.
+
+    They are if model and distance are the same, and each of `dimensions`, `m` and `ef_construction` that was given.
+
+    Raises:
+        AlreadyExists: they differ; the message says in what. `error` is the server's own, its cause.
+    """
+    wanted = cast(pb.CreateCollectionRequest, request).collection
+    asked = {
+        "model": wanted.model,
+        "distance": word_of(wanted.distance, DISTANCES),
+        "dimensions": wanted.dimensions or found.dimensions,
+        "m": wanted.hnsw.m or found.m,
+        "ef_construction": wanted.hnsw.ef_construction or found.ef_construction,
+    }
+    for name, value in asked.items():
+        if (present := getattr(found, name)) != value:
+            raise AlreadyExists(
+                f"there is a collection {found.name!r} already, and its {name} is {present!r}, not {value!r}; choose "
+                "another name, or delete it first",
+                reason=error.reason,
+                metadata=error.metadata,
+                request_id=error.request_id,
+            ) from error
+    return found
+
+
+def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
+    """Return the call of `Client.get_collection`."""
+    request = pb.GetCollectionRequest(name=checks.text(name, "name"))
+    return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def list_collections(page_token: str) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
+    """Return the call for one page of `Client.collections`."""
+    return Call(
+        LIST_COLLECTIONS,
+        pb.ListCollectionsRequest(page_token=page_token),
+        lambda response: Page([read_collection(message) for message in response.collections], response.next_page_token),
+    )
+
+
+def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollectionResponse, Collection]:
+    """Return the call of `Client.update_collection`."""
+    request = pb.UpdateCollectionRequest(
+        collection=pb.Collection(
+            name=checks.text(name, "name"), truncation=value_of("truncation", truncation, TRUNCATIONS)
+        ),
+        update_mask=FieldMask(paths=["truncation"]),
+    )
+    return Call(UPDATE_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
+    """Return the call of `Client.delete_collection`."""
+    request = pb.DeleteCollectionRequest(name=checks.text(name, "name"))
+    return Call(DELETE_COLLECTION, request, lambda _: None)
+
+
+def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollectionResponse, Collection]:
+    """Return the call of `Client.reembed_collection`."""
+    request = pb.ReembedCollectionRequest(
+        name=checks.text(name, "name"),
+        model=checks.text(model, "model"),
+        dimensions=checks.count(dimensions, "dimensions"),
+    )
+    return Call(REEMBED_COLLECTION, request, lambda response: read_collection(response.collection))
+
+
+def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
+    """Return the call of `Client.cancel_reembedding`."""
+    request = pb.CancelReembeddingRequest(name=checks.text(name, "name"))
+    return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
+
+
+def verify_collection(
+    name: str, progress: Callable[[int, int], None] | None, full: bool
+) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
+    """Return the call of `Client.verify_collection`."""
+    problems: list[RecordProblem] = []
+
+    def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:
+        for failure in message.failures:
+            info = status.detail(failure.error, ErrorInfo)
+            problems.append(RecordProblem(failure.id, info.reason if info else "", failure.error.message))
+        if progress is not None:
+            progress(message.checked_count, message.total_count)
+        return Step("done" if message.done else "checking", Verification(message.checked_count, tuple(problems)))
+
+    request = pb.VerifyCollectionRequest(name=checks.text(name, "name"), full=checks.flag(full, "full"))
+    return Call(VERIFY_COLLECTION, request, read)
+
+
+def read_collection(message: pb.Collection) -> Collection:
+    """Return what an answer says of a collection."""
+    return Collection(
+        name=message.name,
+        model=message.model,
+        model_fingerprint=message.model_fingerprint,
+        dimensions=message.dimensions,
+        distance=word_of(message.distance, DISTANCES),
+        truncation=word_of(message.truncation, TRUNCATIONS),
+        m=message.hnsw.m,
+        ef_construction=message.hnsw.ef_construction,
+        record_count=message.record_count,
+        sequence=message.sequence,
+        size_bytes=message.size_bytes,
+        create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        problem=message.problem,
+        reembedding=_reembedding(message.reembedding) if message.HasField("reembedding") else None,
+        indexed_fields=tuple(message.indexed_fields),
+    )
+
+
+def _reembedding(message: pb.Reembedding) -> Reembedding:
+    return Reembedding(
+        model=message.model,
+        done=message.done,
+        total=message.total,
+        start_time=moment(message.start_time) if message.HasField("start_time") else None,
+        problem=message.problem,
+    )

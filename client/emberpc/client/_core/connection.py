@@ -1,0 +1,250 @@
+"""How a client reaches its server: target, deadline, TLS, token, and the settings of the channel."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call
+from emberpc.client.exceptions import (
+    Circumstances,
+    EmberpcError,
+    InputError,
+    InputTypeError,
+    RpcFailure,
+    from_rpc,
+    no_answer,
+)
+
+#: The port of `emberpc serve` unless its settings name another.
+DEFAULT_PORT = 50051
+
+#: Messages of Cancelled.
+CLIENT_CLOSED = "the client is closed; make another one"
+CHANNEL_CLOSED = "the channel is closed; give the client an open one"
+CALL_CANCELLED = "the call was cancelled before its answer came"
+
+ChannelOptions = list[tuple[str, "str | int"]]
+
+#: Seconds; a hundred years. Some way past it gRPC's clock overflows, and a call would fail at once.
+_MAX_TIMEOUT = 100 * 365 * 24 * 3600
+#: All that a bearer token may hold (RFC 6750).
+_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+
+#: Pings find a connection that died in silence while a call waits on it. There are none between calls. A server must
+#: take one each 30 seconds, or it closes the connection of a silent call; see `_KEEPALIVE` of `emberpc.server.app`.
+_KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
+
+#: Spread calls over all addresses of the target. No policy of repeating calls is here: see `_retrying`. What never
+#: reached a server gRPC repeats without one.
+_SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How a connection is encrypted, and who proves what to whom; everything PEM.
+
+    Attributes:
+        root_certificates: those that must have signed the server's; None: those that come with gRPC.
+        private_key: the client's own, if the server asks for one (mTLS).
+        certificate_chain: the certificate of `private_key`.
+        server_name: the name that the server's certificate is for; empty: the target's.
+    """
+
+    root_certificates: bytes | None = None
+    private_key: bytes | None = field(default=None, repr=False)
+    certificate_chain: bytes | None = None
+    server_name: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("root_certificates", "private_key", "certificate_chain"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bytes):
+                raise InputTypeError(
+                    f"{name} is of type {type(value).__name__}; it must be PEM as bytes, or use TLS.from_files"
+                )
+        if (self.private_key is None) != (self.certificate_chain is None):
+            raise InputError("private_key and certificate_chain go together; give both or neither")
+
+    @classmethod
+    def from_files(
+        cls,
+        root_certificates: Path | str | None = None,
+        *,
+        private_key: Path | str | None = None,
+        certificate_chain: Path | str | None = None,
+        server_name: str = "",
+    ) -> TLS:
+        """Read the PEM files.
+
+        Raises:
+            OSError: a file cannot be read.
+            InputError: only one of `private_key` and `certificate_chain` is given.
+        """
+        files = (root_certificates, private_key, certificate_chain)
+        roots, key, chain = (None if file is None else Path(file).read_bytes() for file in files)
+        return cls(roots, key, chain, server_name)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return what gRPC calls it."""
+        return grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The checked arguments of a client's constructor.
+
+    Attributes:
+        target: gRPC's name for the server, such as `localhost:50051` or `dns:///embeddings:50051`. A host without a
+            port gets 50051.
+        timeout: seconds that a call may take unless it says otherwise.
+        tls: None: the connection is in plain text.
+        token: sent with every call.
+        in_flight: calls that one method call of the client keeps in flight.
+        own_channel: whether the caller brought a channel of its own, and answers for its security.
+    """
+
+    target: str
+    timeout: float
+    tls: TLS | None
+    token: str | None = field(repr=False)
+    in_flight: int
+    own_channel: bool
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            InputTypeError: an argument has the wrong type.
+            InputError: one is out of range, or the token would travel in plain text.
+        """
+        if not isinstance(self.target, str):
+            raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
+        if not self.target:
+            raise InputError("target is empty; give HOST:PORT")
+        if is_url(self.target):
+            raise InputError(f"target is {self.target!r}; give HOST:PORT alone, and tls=TLS(...) for an encrypted one")
+        object.__setattr__(self, "target", _with_port(self.target))
+        if self.timeout is None:
+            raise InputTypeError("timeout is None; it must be a number of seconds, since every call has a deadline")
+        self.deadline(self.timeout)
+        if not 1 <= checks.count(self.in_flight, "in_flight") <= 1000:
+            raise InputError(f"in_flight is {self.in_flight}; it must be 1 to 1000")
+        if self.tls is not None and not isinstance(self.tls, TLS):
+            raise InputTypeError(f"tls is of type {type(self.tls).__name__}; it must be TLS(...) or None")
+        if self.token is None:
+            return
+        if not isinstance(self.token, str):
+            raise InputTypeError(f"token is of type {type(self.token).__name__}; it must be a str")
+        if not _TOKEN.fullmatch(self.token):
+            raise InputError("token is empty or has characters that a bearer token may not have; check how it was read")
+        if self.tls is None and not self.own_channel and not is_local(self.target):
+            raise InputError(
+                f"the token would travel to {self.target} in plain text; give tls=TLS(...), or connect to this host"
+            )
+
+    def deadline(self, timeout: float | None) -> float:
+        """Return the seconds that a call may take; None: those of the constructor.
+
+        Raises:
+            InputTypeError: it is no number.
+            InputError: it is not above 0 and at most a hundred years: every call has a deadline.
+        """
+        seconds = checks.number(self.timeout if timeout is None else timeout, "timeout")
+        if not 0 < seconds <= _MAX_TIMEOUT:  # nor is NaN
+            raise InputError(
+                f"timeout is {seconds:g} seconds; it must be above 0 and at most {_MAX_TIMEOUT}, a hundred years"
+            )
+        return seconds
+
+    def error(
+        self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None, *, late: bool = False
+    ) -> EmberpcError:
+        """Return the exception for a failed call; `late`: it had run for long."""
+        return from_rpc(failure, self._circumstances(call, timeout, late=late))
+
+    def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
+        """Return the exception for a stream on which nothing came in time."""
+        return no_answer(self._circumstances(call, timeout))
+
+    def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
+        seconds = self.deadline(timeout)
+        return Circumstances(self.target, call.method.path, seconds, items=call.items, first=call.first, late=late)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    @property
+    def options(self) -> ChannelOptions:
+        """The channel's settings."""
+        options: ChannelOptions = [
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            *_KEEPALIVE,
+            # A server that was restarted is found again soon; gRPC's own pauses grow to two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # Nor does a new client wait for what an older one of the same process found.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if is_local(self.target):
+            # Nothing for this host goes through a proxy, where a token could be read.
+            options.append(("grpc.enable_http_proxy", 0))
+        if self.tls is not None and self.tls.server_name:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return options
+
+
+def _with_port(target: str) -> str:
+    """Return a target with the default port if it is a host alone: a name, an IPv4 or an IPv6 address."""
+    host = target.removeprefix("[").removesuffix("]")
+    if ":" in host:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            return target  # it has a port, or is of another scheme, such as unix:
+        return f"[{host}]:{DEFAULT_PORT}"
+    return target if "/" in target else f"{target}:{DEFAULT_PORT}"
+
+
+def is_url(target: str) -> bool:
+    """Tell whether a target is a URL of the web, which gRPC does not take."""
+    return target.lower().startswith(("http:", "https:"))
+
+
+def is_local(target: str) -> bool:
+    """Tell whether all addresses of a target are on this host: loopback or a Unix socket."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in ("unix", "unix-abstract"):
+        return True
+    if colon and scheme == "dns":
+        # dns://AUTHORITY/HOST:PORT; the authority is a DNS server, which can answer anything.
+        rest = rest.removeprefix("///")
+        return not rest.startswith("/") and _is_loopback(unquote(rest))
+    if colon and scheme in ("ipv4", "ipv6"):
+        return all(_is_loopback(address) for address in unquote(rest).split(","))
+    return _is_loopback(target)
+
+
+def _is_loopback(address: str) -> bool:
+    """Tell whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is on this host."""
+    host = address[1:].partition("]")[0] if address.startswith("[") else address
+    if host == address and host.count(":") == 1:
+        host = host.partition(":")[0]
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

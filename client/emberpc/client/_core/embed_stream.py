@@ -1,0 +1,139 @@
+"""What `embed_stream` has read, sent and got back; nothing here does I/O."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Method, check_count, chunks
+from emberpc.client._core.embedding import EmbedOptions
+from emberpc.client._core.streams import StreamJob
+from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status
+from emberpc.client.types import StreamedEmbedding, StreamItem
+from emberpc.v1 import embedding_pb2 as pb
+from emberpc.wire import vectors
+
+EMBED_STREAM = Method("/emberpc.v1.EmbeddingService/EmbedStream", pb.EmbedStreamResponse)
+
+#: From so many characters on that are read and not yet answered, no more texts are read.
+_WINDOW_CHARACTERS = 2**24
+
+
+class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamResponse, StreamedEmbedding]):
+    """The texts of one stream that are read and not yet answered, and what is to be sent of them.
+
+    On the wire a text's id is its number, so that the caller's may be anything, and be there twice.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[StreamItem] | AsyncIterable[StreamItem],
+        options: EmbedOptions,
+        *,
+        batch_size: int,
+        window: int,
+    ) -> None:
+        if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, (Iterable, AsyncIterable)):
+            raise InputTypeError(f"items is of type {type(items).__name__}; it must be an iterable of texts")
+        config = pb.EmbedStreamConfig(**options.fields())
+        super().__init__(batch_size, window)
+        self._config = pb.EmbedStreamRequest(config=config)
+        self.call = Call(EMBED_STREAM, self._config, self._results)
+        self._count = 0
+        self._characters = 0
+        #: By id on the wire, in the order of reading: the caller's id, and the text.
+        self._unanswered: dict[str, tuple[str, str]] = {}
+        self._unsent: list[str] = []
+        self._refused: list[StreamedEmbedding] = []
+        self._fingerprint = ""
+
+    @property
+    def waiting(self) -> int:
+        """Texts that are read and not answered."""
+        return len(self._unanswered)
+
+    @property
+    def full(self) -> bool:
+        """Whether what is read and not answered is as many characters as may be."""
+        return self._characters >= _WINDOW_CHARACTERS
+
+    @property
+    def unsent(self) -> int:
+        """Texts that are read and not sent, and those that cannot be."""
+        return len(self._unsent) + len(self._refused)
+
+    def add(self, item: StreamItem) -> None:
+        """Take in one item of the caller's; a text that cannot be sent is a result already.
+
+        Raises:
+            InputTypeError: it is neither a text nor (id, text).
+        """
+        number = str(self._count)
+        if isinstance(item, tuple) and len(item) == 2:
+            given, text = item
+            if not isinstance(given, str):
+                raise InputTypeError(f"items[{number}] has an id of type {type(given).__name__}; it must be a str")
+        else:
+            given, text = number, item
+        self._count += 1
+        try:
+            text = checks.text(text, f"items[{number}]")
+        except InputError as error:
+            self._refused.append(StreamedEmbedding(given, error=error))
+            return
+        self._unanswered[number] = (given, text)
+        self._unsent.append(number)
+        self._characters += len(text)
+
+    def refused(self) -> list[StreamedEmbedding]:
+        """Return the results of texts that cannot be sent, once."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def first_message(self) -> pb.EmbedStreamRequest:
+        """Return the config; what other connections left unanswered is to be sent again."""
+        self._unsent = list(self._unanswered)
+        return self._config
+
+    def further_messages(self) -> Iterator[pb.EmbedStreamRequest]:
+        """Return the messages that send what was not sent yet."""
+        keys, self._unsent = self._unsent, []
+        items = (pb.EmbedStreamItem(id=key, text=self._unanswered[key][1]) for key in keys)
+        # A character has at most four bytes; counting them all is not worth the time.
+        for _, part in chunks(items, self.batch_size, lambda item: 4 * len(item.text)):
+            yield pb.EmbedStreamRequest(items=part)
+
+    def _results(self, response: pb.EmbedStreamResponse) -> list[StreamedEmbedding]:
+        if response.HasField("model"):
+            self._check_model(response.model.name, response.model.fingerprint)
+        matrix = vectors.decode(response.embeddings)
+        check_count(len(matrix), len(response.ids), "vectors")
+        check_count(len(response.usages), len(response.ids), "usages")
+        # Each vector is copied: one that is kept must not keep all those that came with it.
+        results = [
+            StreamedEmbedding(self._answered(key), row.copy(), tokens=usage.tokens, truncated=usage.truncated)
+            for key, row, usage in zip(response.ids, matrix, response.usages, strict=True)
+        ]
+        results += [
+            StreamedEmbedding(self._answered(failure.id), error=from_status(failure.error))
+            for failure in response.failures
+        ]
+        return results
+
+    def _answered(self, key: str) -> str:
+        if key not in self._unanswered:
+            raise Internal(f"the server answered text {key!r}, which it was not asked or has answered; it is broken")
+        given, text = self._unanswered.pop(key)
+        self._characters -= len(text)
+        return given
+
+    def _check_model(self, name: str, fingerprint: str) -> None:
+        if self._fingerprint and fingerprint != self._fingerprint:
+            raise FailedPrecondition(
+                f"another model {name!r} is served than when the stream began, and its vectors do not go with those "
+                "that came before; begin again",
+                reason="MODEL_CHANGED",
+                metadata={"model": name},
+            )
+        self._fingerprint = fingerprint
+        self.greeted = self.taken = True

@@ -1,0 +1,189 @@
+"""EmbeddingService and ClassificationService: requests from arguments, results from answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
+from emberpc.client._core.enums import DTYPES, INPUT_KINDS, PRIORITIES, TRUNCATIONS, value_of
+from emberpc.client.exceptions import Internal
+from emberpc.client.types import Classification, DType, InputKind, LabelScore, Matrix, Priority, Progress, Truncation
+from emberpc.v1 import classification_pb2, embedding_pb2
+from emberpc.wire import vectors
+
+EMBED = Method("/emberpc.v1.EmbeddingService/Embed", embedding_pb2.EmbedResponse)
+COUNT_TOKENS = Method("/emberpc.v1.EmbeddingService/CountTokens", embedding_pb2.CountTokensResponse)
+COMPUTE_SIMILARITY = Method("/emberpc.v1.EmbeddingService/ComputeSimilarity", embedding_pb2.ComputeSimilarityResponse)
+CLASSIFY = Method("/emberpc.v1.ClassificationService/Classify", classification_pb2.ClassifyResponse)
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """The options that `embed` and `embed_stream` share; `Client.embed` documents them."""
+
+    model: str
+    input_kind: InputKind
+    dimensions: int
+    truncation: Truncation
+    dtype: DType
+    normalize: bool | None
+    priority: Priority
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields that EmbedRequest and EmbedStreamConfig share.
+
+        Raises:
+            InputTypeError: an option has the wrong type.
+            InputError: an option is out of range, or not a known word.
+        """
+        return {
+            "model": checks.text(self.model, "model"),
+            "input_kind": value_of("input_kind", self.input_kind, INPUT_KINDS),
+            "dimensions": checks.count(self.dimensions, "dimensions"),
+            "truncation": value_of("truncation", self.truncation, TRUNCATIONS),
+            "dtype": value_of("dtype", self.dtype, DTYPES),
+            "normalize": None if self.normalize is None else checks.flag(self.normalize, "normalize"),
+            "priority": value_of("priority", self.priority, PRIORITIES),
+        }
+
+
+class _Rows:
+    """Collects vectors in one array, made when the first answer tells the dimensions."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._filled = 0
+        self._matrix = np.empty((rows, 0), dtype=np.float32)
+
+    def add(self, part: Matrix) -> None:
+        """Take the next vectors, float32 (some, dimensions)."""
+        if not self._filled:
+            self._matrix = np.empty((self._rows, part.shape[1]), dtype=np.float32)
+        if part.shape[1] != self._matrix.shape[1]:
+            raise Internal(
+                f"the server answered with vectors of {self._matrix.shape[1]} dimensions, then of {part.shape[1]}; "
+                "its model was changed meanwhile, or the servers behind the target serve different ones"
+            )
+        self._matrix[self._filled : self._filled + len(part)] = part
+        self._filled += len(part)
+
+    def result(self) -> Matrix:
+        """Return all vectors, float32 (rows, dimensions)."""
+        return self._matrix
+
+
+def embed(
+    texts: Iterable[str], options: EmbedOptions, *, batch_size: int, progress: Progress | None
+) -> Job[Matrix, Matrix]:
+    """Return the calls of `Client.embed`."""
+    checked = checks.texts(texts, "texts")
+    template = embedding_pb2.EmbedRequest(**options.fields())
+
+    def call(first: int, part: list[str]) -> Call[embedding_pb2.EmbedResponse, Matrix]:
+        def decode(response: embedding_pb2.EmbedResponse) -> Matrix:
+            check_count(response.embeddings.rows, len(part), "vectors")
+            return vectors.decode(response.embeddings)
+
+        request = embedding_pb2.EmbedRequest(texts=part)
+        request.MergeFrom(template)
+        return Call(EMBED, request, decode, "texts", first, len(part), divisible(call, first, part))
+
+    return Job((call(*part) for part in _text_chunks(checked, batch_size)), _Rows(len(checked)), progress=progress)
+
+
+def count_tokens(
+    texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int
+) -> Job[list[int], list[int]]:
+    """Return the calls of `Client.count_tokens`."""
+    checked = checks.texts(texts, "texts")
+    model = checks.text(model, "model")
+    kind = value_of("input_kind", input_kind, INPUT_KINDS)
+
+    def call(first: int, part: list[str]) -> Call[embedding_pb2.CountTokensResponse, list[int]]:
+        def decode(response: embedding_pb2.CountTokensResponse) -> list[int]:
+            check_count(len(response.token_counts), len(part), "counts")
+            return list(response.token_counts)
+
+        request = embedding_pb2.CountTokensRequest(model=model, texts=part, input_kind=kind)
+        return Call(COUNT_TOKENS, request, decode, "texts", first, len(part))
+
+    return Job((call(*part) for part in _text_chunks(checked, batch_size)), ListCollector[int]())
+
+
+def similarity(
+    sources: Iterable[str],
+    targets: Iterable[str],
+    *,
+    model: str,
+    source_kind: InputKind,
+    target_kind: InputKind,
+    truncation: Truncation,
+) -> Call[embedding_pb2.ComputeSimilarityResponse, Matrix]:
+    """Return the call of `Client.similarity`."""
+    request = embedding_pb2.ComputeSimilarityRequest(
+        model=checks.text(model, "model"),
+        sources=checks.texts(sources, "sources"),
+        targets=checks.texts(targets, "targets"),
+        source_kind=value_of("source_kind", source_kind, INPUT_KINDS),
+        target_kind=value_of("target_kind", target_kind, INPUT_KINDS),
+        truncation=value_of("truncation", truncation, TRUNCATIONS),
+    )
+    shape = (len(request.sources), len(request.targets))
+
+    def decode(response: embedding_pb2.ComputeSimilarityResponse) -> Matrix:
+        check_count(len(response.scores), shape[0] * shape[1], "scores")
+        return np.array(response.scores, dtype=np.float32).reshape(shape)
+
+    return Call(COMPUTE_SIMILARITY, request, decode)
+
+
+def classify(
+    texts: Iterable[str],
+    classifier: str,
+    *,
+    top_k: int,
+    truncation: Truncation,
+    priority: Priority,
+    batch_size: int,
+    progress: Progress | None,
+) -> Job[list[Classification], list[Classification]]:
+    """Return the calls of `Client.classify`."""
+    checked = checks.texts(texts, "texts")
+    template = classification_pb2.ClassifyRequest(
+        classifier=checks.text(classifier, "classifier"),
+        top_k=checks.count(top_k, "top_k"),
+        truncation=value_of("truncation", truncation, TRUNCATIONS),
+        priority=value_of("priority", priority, PRIORITIES),
+    )
+
+    def call(first: int, part: list[str]) -> Call[classification_pb2.ClassifyResponse, list[Classification]]:
+        def decode(response: classification_pb2.ClassifyResponse) -> list[Classification]:
+            check_count(len(response.classifications), len(part), "classifications")
+            return [_classification(message) for message in response.classifications]
+
+        request = classification_pb2.ClassifyRequest(texts=part)
+        request.MergeFrom(template)
+        return Call(CLASSIFY, request, decode, "texts", first, len(part), divisible(call, first, part))
+
+    calls = (call(*part) for part in _text_chunks(checked, batch_size))
+    return Job(calls, ListCollector[Classification](), progress=progress)
+
+
+def _text_chunks(texts: list[str], batch_size: int) -> list[tuple[int, list[str]]]:
+    # A character has at most four bytes; counting them all is not worth the time.
+    return list(chunks(texts, checks.count(batch_size, "batch_size", 1), lambda text: 4 * len(text)))
+
+
+def _classification(message: classification_pb2.Classification) -> Classification:
+    return Classification(
+        labels=tuple(message.labels),
+        scores=tuple(LabelScore(score.label, score.score) for score in message.scores),
+        rejected=message.rejected,
+        tokens=message.usage.tokens,
+        truncated=message.usage.truncated,
+    )

@@ -1,0 +1,28 @@
+"""Warnings about filters that are probably mistakes."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+
+from emberpc.client.exceptions import FilterWarning
+
+#: Prefix of the names of this package's modules.
+_CLIENT = "emberpc.client."
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Issue a FilterWarning for each warning of a response, at the line that called the client."""
+    for sentence in sentences:
+        warnings.warn(sentence, FilterWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Return the `stacklevel` that makes a warning of this function's caller name the line that called the client."""
+    level = 2
+    frame = sys._getframe(2)
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_CLIENT):
+        level += 1
+        frame = frame.f_back
+    return level

@@ -1,0 +1,93 @@
+"""Plain Python values for protobuf's own types, both ways."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from google.protobuf.struct_pb2 import NULL_VALUE, ListValue, Struct, Value
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from emberpc.client._core import checks
+from emberpc.client.exceptions import InputError, InputTypeError
+
+#: JSON numbers are doubles on the wire: past this, whole numbers are no longer all there.
+_MAX_WHOLE = 2**53
+#: Three protobuf messages a level, of the hundred that a parser takes.
+_MAX_DEPTH = 30
+
+
+def moment(timestamp: Timestamp) -> datetime:
+    """Return a point in time, in UTC, to the microsecond."""
+    return timestamp.ToDatetime(tzinfo=timezone.utc)
+
+
+def mapping(struct: Struct) -> dict[str, Any]:
+    """Return metadata as a dict; a whole number becomes an int."""
+    return {key: _plain(value) for key, value in struct.fields.items()}
+
+
+def struct(values: Mapping[str, Any], name: str) -> Struct:
+    """Return metadata as a message.
+
+    Raises:
+        InputTypeError: a value is none that JSON has, or a key is not a str.
+        InputError: a number is not finite or too large to stay exact, or the nesting too deep.
+    """
+    if not isinstance(values, Mapping):
+        raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a dict")
+    return _struct(values, name, 1)
+
+
+def _struct(values: Mapping[Any, Any], name: str, depth: int) -> Struct:
+    if depth > _MAX_DEPTH:
+        raise InputError(f"{name} is nested more than {_MAX_DEPTH} levels deep; make it flatter")
+    fields = {checks.text(key, f"a key of {name}"): value for key, value in values.items()}
+    return Struct(fields={key: _value(value, f"{name}.{key}", depth) for key, value in fields.items()})
+
+
+def _value(value: Any, name: str, depth: int) -> Value:
+    if value is None:
+        return Value(null_value=NULL_VALUE)
+    if isinstance(value, (bool, np.bool_)):
+        return Value(bool_value=bool(value))
+    if isinstance(value, numbers.Real):
+        return Value(number_value=_number(value, name))
+    if isinstance(value, str):
+        return Value(string_value=checks.text(value, name))
+    if isinstance(value, Mapping):
+        return Value(struct_value=_struct(value, name, depth + 1))
+    if isinstance(value, (list, tuple)):
+        if depth >= _MAX_DEPTH:
+            raise InputError(f"{name} is nested more than {_MAX_DEPTH} levels deep; make it flatter")
+        items = [_value(item, f"{name}[{i}]", depth + 1) for i, item in enumerate(value)]
+        return Value(list_value=ListValue(values=items))
+    raise InputTypeError(
+        f"{name} is of type {type(value).__name__}; metadata holds what JSON does: str, numbers, bool, None, dict, list"
+    )
+
+
+def _number(value: numbers.Real, name: str) -> float:
+    if isinstance(value, numbers.Integral) and abs(int(value)) > _MAX_WHOLE:
+        raise InputError(f"{name} is {value}, and numbers past 2**53 do not stay exact; give it as a str")
+    number = float(value)
+    if not math.isfinite(number):
+        raise InputError(f"{name} is {number}, which JSON cannot hold; leave it out or give None")
+    return number
+
+
+def _plain(value: Value) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        number = value.number_value
+        # Past the bound a double stays one, so that what was read can be written again.
+        return int(number) if number.is_integer() and abs(number) <= _MAX_WHOLE else number
+    if kind == "struct_value":
+        return mapping(value.struct_value)
+    if kind == "list_value":
+        return [_plain(item) for item in value.list_value.values]
+    return getattr(value, kind) if kind in ("string_value", "bool_value") else None

@@ -1,0 +1,106 @@
+"""ModelService and the standard health service: requests from arguments, results from answers."""
+
+from __future__ import annotations
+
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Method, Page, Step
+from emberpc.client._core.enums import STATES, TASKS, word_of
+from emberpc.client._core.json_values import moment
+from emberpc.client.types import Health, Model, ServerInfo
+from emberpc.v1 import model_pb2, server_pb2
+
+LIST_MODELS = Method("/emberpc.v1.ModelService/ListModels", model_pb2.ListModelsResponse)
+GET_MODEL = Method("/emberpc.v1.ModelService/GetModel", model_pb2.GetModelResponse)
+LOAD_MODEL = Method("/emberpc.v1.ModelService/LoadModel", model_pb2.LoadModelResponse)
+RELOAD_MODEL = Method("/emberpc.v1.ModelService/ReloadModel", model_pb2.ReloadModelResponse)
+GET_SERVER_INFO = Method("/emberpc.v1.ServerService/GetServerInfo", server_pb2.GetServerInfoResponse)
+UNLOAD_MODEL = Method("/emberpc.v1.ModelService/UnloadModel", model_pb2.UnloadModelResponse)
+
+# grpc.health.v1 comes with grpcio-health-checking, which the client does not need: a HealthCheckRequest is a message
+# with one string in field 1, a HealthCheckResponse one with an enum in field 1. The well-known wrappers have the same
+# wire form.
+HEALTH_CHECK = Method("/grpc.health.v1.Health/Check", Int32Value)
+
+
+def list_models(page_token: str) -> Call[model_pb2.ListModelsResponse, Page[Model]]:
+    """Return the call for one page of `Client.models`."""
+    return Call(
+        LIST_MODELS,
+        model_pb2.ListModelsRequest(page_token=page_token),
+        lambda response: Page([_model(message) for message in response.models], response.next_page_token),
+    )
+
+
+def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
+    """Return the call of `Client.get_model`."""
+    request = model_pb2.GetModelRequest(name=checks.text(name, "name"))
+    return Call(GET_MODEL, request, lambda response: _model(response.model))
+
+
+def load_model(name: str, path: str, variant: str) -> Call[model_pb2.LoadModelResponse, Step[Model]]:
+    """Return the call of `Client.load_model`."""
+    request = model_pb2.LoadModelRequest(
+        name=checks.text(name, "name"), path=checks.text(path, "path"), variant=checks.text(variant, "variant")
+    )
+    return Call(LOAD_MODEL, request, _step)
+
+
+def reload_model(name: str, path: str, variant: str) -> Call[model_pb2.ReloadModelResponse, Step[Model]]:
+    """Return the call of `Client.reload_model`."""
+    request = model_pb2.ReloadModelRequest(
+        name=checks.text(name, "name"), path=checks.text(path, "path"), variant=checks.text(variant, "variant")
+    )
+    return Call(RELOAD_MODEL, request, _step)
+
+
+def unload_model(name: str) -> Call[model_pb2.UnloadModelResponse, None]:
+    """Return the call of `Client.unload_model`."""
+    request = model_pb2.UnloadModelRequest(name=checks.text(name, "name"))
+    return Call(UNLOAD_MODEL, request, lambda response: None)
+
+
+def health(service: str) -> Call[Int32Value, Health]:
+    """Return the call of `Client.health`."""
+    request = StringValue(value=checks.text(service, "service"))
+    known = {status.value: status for status in Health}
+    return Call(HEALTH_CHECK, request, lambda response: known.get(response.value, Health.UNKNOWN))
+
+
+def server_info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
+    """Return the call of `Client.server_info`."""
+
+    def read(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
+        limits = {field.name: getattr(response.limits, field.name) for field in response.limits.DESCRIPTOR.fields}
+        return ServerInfo(response.version, limits, tuple(response.features))
+
+    return Call(GET_SERVER_INFO, server_pb2.GetServerInfoRequest(), read)
+
+
+def _step(message: model_pb2.LoadModelResponse | model_pb2.ReloadModelResponse) -> Step[Model]:
+    return Step(message.stage, _model(message.model))
+
+
+def _model(message: model_pb2.Model) -> Model:
+    return Model(
+        name=message.name,
+        task=word_of(message.task, TASKS),
+        state=word_of(message.state, STATES),
+        base_model=message.base_model,
+        revision=message.revision,
+        fingerprint=message.fingerprint,
+        dimensions=message.dimensions,
+        matryoshka_dimensions=tuple(message.matryoshka_dimensions),
+        pooling=message.pooling,
+        normalized=message.normalized,
+        max_tokens=message.max_tokens,
+        query_prompt=message.query_prompt,
+        passage_prompt=message.passage_prompt,
+        labels=tuple(message.labels),
+        multi_label=message.multi_label,
+        variant=message.variant,
+        size_bytes=message.size_bytes,
+        load_time=moment(message.load_time) if message.HasField("load_time") else None,
+        quality=dict(message.quality),
+    )

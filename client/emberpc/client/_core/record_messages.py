@@ -1,0 +1,166 @@
+"""Records between Python and the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import check_count
+from emberpc.client._core.json_values import mapping, moment, struct
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.client.types import Matrix, Record, Vector
+from emberpc.v1 import index_pb2, types_pb2
+from emberpc.wire import vectors
+
+#: Seconds; a hundred years, the API's limit.
+_MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
+_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
+
+
+@dataclass(frozen=True)
+class NewRecord:
+    """A record ready to be sent; `vector` is float32 (dimensions,), None if the server is to embed the text."""
+
+    message: index_pb2.Record
+    vector: Vector | None
+
+    @property
+    def size(self) -> int:
+        """Its bytes on the wire."""
+        return self.message.ByteSize() + (0 if self.vector is None else self.vector.nbytes)
+
+
+def new_records(
+    records: Iterable[Record | Mapping[str, Any]], matrix: npt.ArrayLike | None = None
+) -> Iterable[NewRecord]:
+    """Check records as they are taken.
+
+    Args:
+        records: the records, or dicts with their fields.
+        matrix: shape (records, dimensions): their vectors, instead of those in the records.
+
+    Raises:
+        InputTypeError: a record, or a part of one, has a wrong type.
+        InputError: a part of a record cannot be sent; there is another number of vectors than of records; or a record
+            and `matrix` both give a vector.
+    """
+    if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
+        raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
+    if matrix is None:
+        return (new_record(record, f"records[{i}]") for i, record in enumerate(records))
+    listed = list(records)
+    rows = checks.matrix(matrix, "vectors", len(listed)) if listed else np.empty((0, 0), dtype=np.float32)
+    return (new_record(record, f"records[{i}]", rows[i]) for i, record in enumerate(listed))
+
+
+def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
+    """Return the vectors of records as one block; None if they have none.
+
+    Raises:
+        InputError: some have a vector and some have none, or one of other dimensions; `first` is the caller's index of
+            the first record.
+    """
+    lead = records[0].vector
+    for i, record in enumerate(records, first):
+        if (record.vector is None) != (lead is None):
+            raise InputError(
+                f"records[{i}] has {'no' if record.vector is None else 'a'} vector and records[{first}] has "
+                f"{'none' if lead is None else 'one'}; give all records vectors, or none"
+            )
+        if record.vector is not None and lead is not None and len(record.vector) != len(lead):
+            raise InputError(
+                f"records[{i}].vector has {len(record.vector)} dimensions and records[{first}].vector has "
+                f"{len(lead)}; they must be alike"
+            )
+    if lead is None:
+        return None
+    return vectors.encode(np.stack([record.vector for record in records if record.vector is not None]))
+
+
+def read_records(messages: Sequence[index_pb2.Record], vectors_of: types_pb2.Vectors) -> list[Record]:
+    """Read records from an answer, and their vectors if it has any."""
+    if not vectors_of.rows:
+        return [read_record(message, None) for message in messages]
+    check_count(vectors_of.rows, len(messages), "vectors")
+    # Copied: the rows of `decode` would keep the whole answer alive, and cannot be written to.
+    matrix: Matrix = vectors.decode(vectors_of).copy()
+    return [read_record(message, row) for message, row in zip(messages, matrix, strict=True)]
+
+
+def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
+    """Read one record from an answer."""
+    return Record(
+        id=message.id,
+        text=message.text,
+        metadata=mapping(message.metadata),
+        label=message.label,
+        vector=vector,
+        time_to_live=message.time_to_live.ToMilliseconds() / 1000 if message.HasField("time_to_live") else None,
+        revision=message.revision,
+        create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        update_time=moment(message.update_time) if message.HasField("update_time") else None,
+    )
+
+
+def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
+    """Check one record, which messages call `name`, and its vector if it comes beside it; raises as `new_records`."""
+    if isinstance(record, Mapping):
+        for key in record:
+            if key not in _KEYS:
+                raise InputError(f"{name} has a field {key!r}; a record has {', '.join(_KEYS)}")
+        if "id" not in record:
+            raise InputError(f"{name} has no id; give each record one")
+        record = Record(**record)
+    if not isinstance(record, Record):
+        raise InputTypeError(f"{name} is of type {type(record).__name__}; it must be a Record or a dict")
+    _refuse_hand_made_output(record, name)
+    if record.vector is not None and vector is not None:
+        raise InputError(f"{name} has a vector, and so has `vectors`; give it once")
+    if record.vector is not None:
+        vector = checks.vector(record.vector, f"{name}.vector")
+    message = index_pb2.Record(
+        id=checks.text(record.id, f"{name}.id"),
+        text=checks.text(record.text, f"{name}.text"),
+        label=checks.text(record.label, f"{name}.label"),
+    )
+    if record.metadata is not None:
+        message.metadata.CopyFrom(struct(record.metadata, f"{name}.metadata"))
+    if record.time_to_live is not None:
+        seconds = checks.number(record.time_to_live, f"{name}.time_to_live")
+        if not 0 < seconds <= _MAX_TIME_TO_LIVE:
+            raise InputError(
+                f"{name}.time_to_live is {seconds:g} s; it must be above 0 and at most {_MAX_TIME_TO_LIVE} s"
+            )
+        message.time_to_live.FromMilliseconds(max(round(seconds * 1000), 1))
+    return NewRecord(message, vector)
+
+
+def _refuse_hand_made_output(record: Record, name: str) -> None:
+    """Raise InputError if the caller set a field that only the server sets.
+
+    A record from an answer has all of them, and may be written again as it is; a write ignores them.
+    """
+    if record.update_time is not None and record.create_time is not None:
+        return
+    for field in ("revision", "create_time", "update_time"):
+        value = getattr(record, field)
+        if value:
+            raise InputError(
+                f"{name}.{field} is {value}, which only the server sets; leave it out, and use expected_revisions of "
+                "`upsert` to write only what is unchanged"
+            )
+
+
+def parts_of(with_vectors: bool) -> list[index_pb2.RecordPart.ValueType]:
+    """Return the parts of records that a request asks for: text, metadata, and the vector if the caller wants it.
+
+    Raises:
+        InputTypeError: `with_vectors` is not a bool.
+    """
+    parts = [index_pb2.RECORD_PART_TEXT, index_pb2.RECORD_PART_METADATA]
+    return [*parts, index_pb2.RECORD_PART_VECTOR] if checks.flag(with_vectors, "with_vectors") else parts

@@ -1,0 +1,199 @@
+"""IndexService: requests from arguments, results from answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy.typing as npt
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Job, ListCollector, Method, Page, chunks, divisible
+from emberpc.client._core.enums import TRUNCATIONS, value_of
+from emberpc.client._core.filter_warnings import warn
+from emberpc.client._core.record_messages import NewRecord, block, new_records, parts_of, read_records
+from emberpc.client.exceptions import InputError, InputTypeError
+from emberpc.client.filters import Where, filter_of
+from emberpc.client.types import (
+    Progress,
+    Record,
+    Truncation,
+    UpsertResult,
+)
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import types_pb2
+
+_SERVICE = "/emberpc.v1.IndexService/"
+UPSERT_RECORDS = Method(_SERVICE + "UpsertRecords", pb.UpsertRecordsResponse)
+BATCH_GET_RECORDS = Method(_SERVICE + "BatchGetRecords", pb.BatchGetRecordsResponse)
+DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
+LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
+COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
+
+#: Ids of one request; the API takes 10,000.
+_IDS = 1000
+
+
+class _Writes:
+    """Adds up what the writes of one upsert came to."""
+
+    def __init__(self) -> None:
+        self._total = UpsertResult(0, 0, 0)
+
+    def add(self, part: UpsertResult) -> None:
+        """Take the next write."""
+        total = self._total
+        self._total = UpsertResult(total.inserted + part.inserted, total.updated + part.updated, part.sequence)
+
+    def result(self) -> UpsertResult:
+        """Return the sums, and the last write's number."""
+        return self._total
+
+
+def upsert(
+    collection: str,
+    records: Iterable[Record | Mapping[str, Any]],
+    *,
+    matrix: npt.ArrayLike | None,
+    truncation: Truncation | None,
+    expected_revisions: Iterable[int] | None,
+    batch_size: int,
+    progress: Progress | None,
+) -> Job[UpsertResult, UpsertResult]:
+    """Return the calls of `Client.upsert`."""
+    collection = checks.text(collection, "collection")
+    items = new_records(records, matrix)
+    expected: list[int] = []
+    if expected_revisions is not None:
+        items = list(items)
+        expected = _revisions(expected_revisions, len(items))
+    parts = chunks(items, checks.count(batch_size, "batch_size", 1), lambda record: record.size)
+
+    def call(first: int, part: list[NewRecord]) -> Call[pb.UpsertRecordsResponse, UpsertResult]:
+        request = pb.UpsertRecordsRequest(
+            collection=collection,
+            records=[record.message for record in part],
+            vectors=block(part, first),
+            truncation=truncation_of(truncation),
+            expected_revisions=expected[first : first + len(part)],
+        )
+        return Call(UPSERT_RECORDS, request, _write, "records", first, len(part))
+
+    partly_done = "the first {} records of this call are written already"
+    if expected:
+        partly_done += ", with new revisions: repeat it without them"
+    calls = (call(*part) for part in parts)
+    return Job(calls, _Writes(), progress=progress, ordered=True, partly_done=partly_done)
+
+
+def _revisions(values: Iterable[int], records: int) -> list[int]:
+    """Check the revisions that a write of `records` records expects."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
+    checked = [checks.count(value, f"expected_revisions[{i}]", bits=63) for i, value in enumerate(values)]
+    if len(checked) != records:
+        raise InputError(f"expected_revisions has {len(checked)} items for {records} records; give one for each")
+    return checked
+
+
+def get(collection: str, ids: Iterable[str], *, with_vectors: bool) -> Job[list[Record], list[Record]]:
+    """Return the calls of `Client.get`."""
+    collection = checks.text(collection, "collection")
+
+    def call(first: int, part: list[str]) -> Call[pb.BatchGetRecordsResponse, list[Record]]:
+        request = pb.BatchGetRecordsRequest(collection=collection, ids=part, parts=parts_of(with_vectors))
+        return Call(
+            BATCH_GET_RECORDS,
+            request,
+            lambda response: read_records(response.records, response.vectors),
+            "ids",
+            first,
+            len(part),
+            divisible(call, first, part),
+        )
+
+    return Job((call(*part) for part in _id_chunks(ids)), ListCollector[Record]())
+
+
+class _Sum:
+    """Adds up numbers."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, part: int) -> None:
+        """Take the next number."""
+        self._sum += part
+
+    def result(self) -> int:
+        """Return the sum."""
+        return self._sum
+
+
+def delete(collection: str, ids: Iterable[str] | None, where: Where | None) -> Job[int, int]:
+    """Return the calls of `Client.delete`."""
+    collection = checks.text(collection, "collection")
+    if (ids is None) == (where is None):
+        raise InputError("give ids or where, one of the two")
+    if ids is None:
+        everywhere = pb.DeleteRecordsRequest(collection=collection, filter=filter_of(where))
+        return Job(iter([Call(DELETE_RECORDS, everywhere, _read_deleted)]), _Sum())
+
+    def call(first: int, part: list[str]) -> Call[pb.DeleteRecordsResponse, int]:
+        request = pb.DeleteRecordsRequest(collection=collection, ids=part)
+        return Call(DELETE_RECORDS, request, lambda response: response.deleted_count, "ids", first, len(part))
+
+    partly_done = "the first {} ids of this call are deleted already"
+    return Job((call(*part) for part in _id_chunks(ids)), _Sum(), ordered=True, partly_done=partly_done)
+
+
+def list_records(
+    collection: str, page_token: str, *, where: Where | None, with_vectors: bool, page_size: int
+) -> Call[pb.ListRecordsResponse, Page[Record]]:
+    """Return the call for one page of `Client.records`."""
+    request = pb.ListRecordsRequest(
+        collection=checks.text(collection, "collection"),
+        page_size=checks.count(page_size, "page_size"),
+        page_token=page_token,
+        filter=filter_of(where),
+        parts=parts_of(with_vectors),
+    )
+    return Call(
+        LIST_RECORDS,
+        request,
+        _read_page,
+    )
+
+
+def count(collection: str, where: Where | None) -> Call[pb.CountRecordsResponse, int]:
+    """Return the call of `Client.count`."""
+    request = pb.CountRecordsRequest(collection=checks.text(collection, "collection"), filter=filter_of(where))
+    return Call(COUNT_RECORDS, request, _read_count)
+
+
+def truncation_of(truncation: Truncation | None) -> types_pb2.Truncation.ValueType:
+    """Return the API's value; None is what the collection says."""
+    return types_pb2.TRUNCATION_UNSPECIFIED if truncation is None else value_of("truncation", truncation, TRUNCATIONS)
+
+
+def _read_page(response: pb.ListRecordsResponse) -> Page[Record]:
+    warn(response.warnings)
+    return Page(read_records(response.records, response.vectors), response.next_page_token)
+
+
+def _read_count(response: pb.CountRecordsResponse) -> int:
+    warn(response.warnings)
+    return response.count
+
+
+def _read_deleted(response: pb.DeleteRecordsResponse) -> int:
+    warn(response.warnings)
+    return response.deleted_count
+
+
+def _id_chunks(ids: Iterable[str]) -> Iterable[tuple[int, list[str]]]:
+    return chunks(checks.texts(ids, "ids"), _IDS, lambda record_id: 4 * len(record_id))
+
+
+def _write(response: pb.UpsertRecordsResponse) -> UpsertResult:
+    return UpsertResult(response.inserted_count, response.updated_count, response.receipt.sequence)

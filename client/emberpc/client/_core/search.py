@@ -1,0 +1,135 @@
+"""Search: build requests, decode results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
+from emberpc.client._core.enums import FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
+from emberpc.client._core.filter_warnings import warn
+from emberpc.client._core.record_messages import parts_of, read_records
+from emberpc.client.exceptions import InputTypeError
+from emberpc.client.filters import Where, filter_of
+from emberpc.client.types import (
+    Fusion,
+    Hit,
+    Query,
+    RecordId,
+    SearchMode,
+    SearchPlan,
+    SearchQuery,
+    SearchResult,
+    Truncation,
+)
+from emberpc.v1 import index_pb2 as pb
+from emberpc.wire import vectors
+
+SEARCH = Method("/emberpc.v1.IndexService/Search", pb.SearchResponse)
+
+#: Queries of one request. The API accepts 1000.
+_QUERIES = 100
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The options that `search` and `search_batch` share; `Client.search` documents them."""
+
+    top_k: int
+    ef: int
+    min_recall: float
+    where: Where | None
+    mode: SearchMode
+    dense_weight: float | None
+    fusion: Fusion | None
+    truncation: Truncation
+    with_vectors: bool
+
+    def request(self, collection: str) -> pb.SearchRequest:
+        """Return a request without queries.
+
+        Raises:
+            InputTypeError: an option has the wrong type.
+            InputError: an option is out of range, not a known word, or not a valid filter.
+        """
+        return pb.SearchRequest(
+            collection=checks.text(collection, "collection"),
+            top_k=checks.count(self.top_k, "top_k", 1),
+            ef=checks.count(self.ef, "ef"),
+            min_recall=checks.number(self.min_recall, "min_recall"),
+            filter=filter_of(self.where),
+            mode=value_of("mode", self.mode, SEARCH_MODES),
+            dense_weight=None if self.dense_weight is None else checks.number(self.dense_weight, "dense_weight"),
+            fusion=pb.SEARCH_FUSION_UNSPECIFIED if self.fusion is None else value_of("fusion", self.fusion, FUSIONS),
+            truncation=value_of("truncation", self.truncation, TRUNCATIONS),
+            parts=parts_of(self.with_vectors),
+        )
+
+
+def search(
+    collection: str, queries: Iterable[Query | SearchQuery], options: SearchOptions, *, name: str = "queries[{}]"
+) -> Job[list[SearchResult], list[SearchResult]]:
+    """Return the calls of `Client.search_batch`.
+
+    Args:
+        collection: name of the collection.
+        queries: the queries.
+        options: the options of all queries.
+        name: name of query `{}` in error messages.
+
+    Raises:
+        InputTypeError: an argument or a query has the wrong type.
+        InputError: an argument or a query is wrong.
+    """
+    if isinstance(queries, (str, RecordId, SearchQuery, Mapping)) or not isinstance(queries, Iterable):
+        raise InputTypeError(f"queries is one {type(queries).__name__}, it must be a list; use `search` for one query")
+    messages = [_query(query, name.format(i)) for i, query in enumerate(queries)]
+    template = options.request(collection)
+
+    def call(first: int, part: list[pb.SearchQuery]) -> Call[pb.SearchResponse, list[SearchResult]]:
+        def decode(response: pb.SearchResponse) -> list[SearchResult]:
+            check_count(len(response.results), len(part), "results")
+            warn(response.warnings)
+            return [_result(message) for message in response.results]
+
+        request = pb.SearchRequest(queries=part)
+        request.MergeFrom(template)
+        return Call(SEARCH, request, decode, "queries", first, len(part), divisible(call, first, part))
+
+    parts = chunks(messages, _QUERIES, lambda message: message.ByteSize())
+    return Job((call(*part) for part in parts), ListCollector[SearchResult]())
+
+
+def _query(query: Query | SearchQuery, name: str) -> pb.SearchQuery:
+    if isinstance(query, SearchQuery):
+        message = _query(query.query, f"{name}.query")
+        options = pb.SearchQuery(
+            filter=filter_of(query.where, f"{name}.where"),
+            top_k=checks.count(query.top_k, f"{name}.top_k"),
+            ef=checks.count(query.ef, f"{name}.ef"),
+        )
+        message.MergeFrom(options)
+        return message
+    if isinstance(query, str):
+        return pb.SearchQuery(text=checks.text(query, name))
+    if isinstance(query, RecordId):
+        return pb.SearchQuery(record_id=checks.text(query.id, f"{name}.id"))
+    if isinstance(query, Sequence) and any(isinstance(item, str) for item in query):
+        raise InputTypeError(f"{name} is a list of texts; it must be one text, or use `search_batch` for several")
+    return pb.SearchQuery(vector=vectors.encode(checks.vector(query, name)[None]))
+
+
+def _result(message: pb.SearchResult) -> SearchResult:
+    records = read_records([hit.record for hit in message.hits], message.vectors)
+    return SearchResult(
+        hits=tuple(Hit(record, hit.score) for record, hit in zip(records, message.hits, strict=True)),
+        plan=SearchPlan(
+            strategy=word_of(message.plan.strategy, STRATEGIES),
+            ef=message.plan.ef,
+            compared_count=message.plan.compared_count,
+            shortfall_reason=message.plan.shortfall_reason,
+            lexical_count=message.plan.lexical_count,
+        ),
+        truncated=message.usage.truncated,
+    )

@@ -1,0 +1,168 @@
+"""What `upsert_stream` has read, sent and had acknowledged; nothing here does I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from emberpc.client._core import checks
+from emberpc.client._core.calls import Call, Method, chunks
+from emberpc.client._core.record_messages import NewRecord, block, new_record
+from emberpc.client._core.records import truncation_of
+from emberpc.client._core.streams import StreamJob
+from emberpc.client.exceptions import InputError, InputTypeError, Internal, from_status
+from emberpc.client.types import FailedRecord, Record, Truncation, UpsertCheckpoint
+from emberpc.v1 import index_pb2 as pb
+
+UPSERT_RECORDS_STREAM = Method("/emberpc.v1.IndexService/UpsertRecordsStream", pb.UpsertRecordsStreamResponse)
+
+RecordItem: TypeAlias = "Record | Mapping[str, Any]"
+
+#: From so many bytes on that are read and not yet acknowledged, no more records are read.
+_WINDOW_BYTES = 2**25
+
+
+@dataclass
+class _Batch:
+    """Records of one message, by their places in the whole; `number` is that of the message."""
+
+    records: list[tuple[int, NewRecord]]
+    number: int = 0
+
+
+class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRecordsStreamResponse, UpsertCheckpoint]):
+    """The records of one stream that are read and not yet acknowledged, and what is to be sent of them."""
+
+    def __init__(
+        self,
+        records: Iterable[RecordItem] | AsyncIterable[RecordItem],
+        *,
+        collection: str,
+        truncation: Truncation | None,
+        batch_size: int,
+        window: int,
+    ) -> None:
+        if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, (Iterable, AsyncIterable)):
+            raise InputTypeError(f"records is of type {type(records).__name__}; it must be an iterable of records")
+        super().__init__(batch_size, window)
+        self._collection = checks.text(collection, "collection")
+        self._truncation = truncation_of(truncation)
+        self.call = Call(
+            UPSERT_RECORDS_STREAM, pb.UpsertRecordsStreamRequest(collection=self._collection), self._checkpoints
+        )
+        self._count = 0
+        self._bytes = 0
+        self._number = 0
+        self._unsent: list[tuple[int, NewRecord]] = []
+        #: Cut, sent on this connection or to be sent again, in order; the first `_sent` of them were sent.
+        self._batches: deque[_Batch] = deque()
+        self._sent = 0
+        self._refused: list[FailedRecord] = []
+
+    @property
+    def waiting(self) -> int:
+        """Records that are read and not acknowledged."""
+        return len(self._unsent) + sum(len(batch.records) for batch in self._batches)
+
+    @property
+    def full(self) -> bool:
+        """Whether what is read and not acknowledged is as many bytes as may be."""
+        return self._bytes >= _WINDOW_BYTES
+
+    @property
+    def unsent(self) -> int:
+        """Records that are read and not sent, and those that cannot be."""
+        return len(self._unsent) + len(self._refused)
+
+    def add(self, item: RecordItem) -> None:
+        """Take in one record of the caller's; one that cannot be sent has failed already."""
+        place = self._count
+        self._count += 1
+        try:
+            record = new_record(item, f"records[{place}]")
+        except (InputError, InputTypeError) as error:
+            self._refused.append(FailedRecord(place, _id_of(item), error))
+        else:
+            self._unsent.append((place, record))
+            self._bytes += record.size
+
+    def refused(self) -> list[UpsertCheckpoint]:
+        """Return the failures of records that cannot be sent, once."""
+        refused, self._refused = self._refused, []
+        return [UpsertCheckpoint(self._done, tuple(refused))] if refused else []
+
+    def first_message(self) -> pb.UpsertRecordsStreamRequest:
+        """Return a message without records; what other connections left unacknowledged is to be sent again."""
+        self._sent = 0
+        self._number += 1
+        return pb.UpsertRecordsStreamRequest(collection=self._collection, batch_number=self._number)
+
+    def further_messages(self) -> Iterator[pb.UpsertRecordsStreamRequest]:
+        """Return the messages that send what was not sent yet."""
+        self._cut()
+        for batch in list(self._batches)[self._sent :]:
+            self._sent += 1
+            self._number += 1
+            batch.number = self._number
+            records = [record for _, record in batch.records]
+            yield pb.UpsertRecordsStreamRequest(
+                batch_number=batch.number,
+                records=[record.message for record in records],
+                vectors=block(records, batch.records[0][0]),
+                truncation=self._truncation,
+            )
+
+    def _cut(self) -> None:
+        """Make batches of the records that are in none; those of one have vectors of the same length, or none."""
+        alike: list[list[tuple[int, NewRecord]]] = []
+        for item in self._unsent:
+            if not alike or _shape(alike[-1][0][1]) != _shape(item[1]):
+                alike.append([])
+            alike[-1].append(item)
+        self._unsent = []
+        for run in alike:
+            self._batches.extend(_Batch(part) for _, part in chunks(run, self.batch_size, lambda item: item[1].size))
+
+    def _checkpoints(self, response: pb.UpsertRecordsStreamResponse) -> Sequence[UpsertCheckpoint]:
+        if not self.greeted:
+            # The answer to the first message, which had no records.
+            self.greeted = self.taken = True
+            return []
+        #: The last place of each id: of two records of one id in a message, the latter fails.
+        places: dict[str, int] = {}
+        while self._batches and self._sent and self._batches[0].number <= response.batch_number:
+            batch = self._batches.popleft()
+            self._sent -= 1
+            for place, record in batch.records:
+                places[record.message.id] = place
+                self._bytes -= record.size
+        for failure in response.failures:
+            if failure.id not in places:
+                raise Internal(f"the server refused a record {failure.id!r} that it was not sent; it is broken")
+        failures = tuple(
+            FailedRecord(places[failure.id], failure.id, from_status(failure.error)) for failure in response.failures
+        )
+        return [
+            UpsertCheckpoint(
+                self._done, failures, response.inserted_count, response.updated_count, response.receipt.sequence
+            )
+        ]
+
+    @property
+    def _done(self) -> int:
+        """How many of the caller's records, from the first on, are on disk or have failed."""
+        if self._batches:
+            return self._batches[0].records[0][0]
+        return self._unsent[0][0] if self._unsent else self._count
+
+
+def _shape(record: NewRecord) -> int:
+    return -1 if record.vector is None else len(record.vector)
+
+
+def _id_of(item: object) -> str:
+    """Return the id of something that may be no record, for messages."""
+    found = item.get("id") if isinstance(item, Mapping) else getattr(item, "id", "")
+    return found if isinstance(found, str) else ""

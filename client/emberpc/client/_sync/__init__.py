@@ -1,0 +1,1 @@
+"""The client for threads. `_aio` is generated from it, except `transport.py`."""

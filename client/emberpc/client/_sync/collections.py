@@ -1,0 +1,135 @@
+"""Methods about whole collections."""
+
+from __future__ import annotations
+
+# The docstring of the client documents the parameters that all methods have in common.
+# ruff: noqa: D417
+from collections.abc import Callable, Iterable, Iterator
+
+from emberpc.client._core import checks, collections
+from emberpc.client._sync.runner import Runner
+from emberpc.client.exceptions import AlreadyExists
+from emberpc.client.types import Collection, Distance, Truncation, Verification
+
+
+class CollectionMethods:
+    """Methods of `Client` that create, change, list, check and delete collections."""
+
+    _runner: Runner
+
+    def create_collection(
+        self,
+        name: str,
+        *,
+        model: str = "",
+        dimensions: int = 0,
+        distance: Distance = "cosine",
+        truncation: Truncation = "refuse",
+        m: int = 0,
+        ef_construction: int = 0,
+        indexed_fields: Iterable[str] = (),
+        exist_ok: bool = False,
+        timeout: float | None = None,
+    ) -> Collection:
+        """Create a collection.
+
+        Args:
+            name: 1 to 128 letters, digits, `.`, `_` and `-`.
+            model: the embedding model of its texts; empty: records must have vectors.
+            dimensions: dimensions of its vectors; 0: those of the model.
+            distance: the measure that compares vectors.
+            truncation: how the texts of records are truncated, unless an upsert states otherwise.
+            m: links of a node of the graph per layer, 4 to 64; 0: the server's default.
+            ef_construction: candidates that an insertion keeps, 16 to 2000; 0: the server's default.
+            indexed_fields: metadata fields that filters use often, at most 16. Each makes every write a little slower.
+            exist_ok: if a collection of this name exists, return it unchanged instead of raising AlreadyExists.
+                Its model and distance must be the same, and so must `dimensions`, `m` and `ef_construction` if given.
+
+        Raises:
+            AlreadyExists: a collection of this name exists, perhaps created by a try of this call whose response was
+                lost; or, with `exist_ok`, it differs.
+            EmberpcError: the call failed otherwise.
+        """
+        call = collections.create_collection(
+            name,
+            model=model,
+            dimensions=dimensions,
+            distance=distance,
+            truncation=truncation,
+            m=m,
+            ef_construction=ef_construction,
+            indexed_fields=indexed_fields,
+        )
+        try:
+            return self._runner.run_one(call, timeout)
+        except AlreadyExists as error:
+            if not checks.flag(exist_ok, "exist_ok"):
+                raise
+            existing = self._runner.run_one(collections.get_collection(name), timeout)
+            return collections.check_alike(existing, call.request, error)
+
+    def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
+        """Return a collection; raises NotFound if there is no collection of this name."""
+        return self._runner.run_one(collections.get_collection(name), timeout)
+
+    def collections(self, *, timeout: float | None = None) -> Iterator[Collection]:
+        """Iterate over the collections, by name."""
+        return self._runner.pages(collections.list_collections, timeout)
+
+    def update_collection(self, name: str, truncation: Truncation, *, timeout: float | None = None) -> Collection:
+        """Change how a collection truncates the texts of records. Records that it has stay unchanged.
+
+        Raises:
+            NotFound: there is no collection of this name.
+        """
+        return self._runner.run_one(collections.update_collection(name, truncation), timeout)
+
+    def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
+        """Delete a collection with all its records; raises NotFound if there is no collection of this name."""
+        return self._runner.run_one(collections.delete_collection(name), timeout)
+
+    def reembed_collection(
+        self, name: str, model: str, *, dimensions: int = 0, timeout: float | None = None
+    ) -> Collection:
+        """Start to replace the vectors of a collection by those of another model, in the background.
+
+        Searches use the old vectors until all new vectors exist, and from then on the new ones. `get_collection`
+        returns the progress. If the server is restarted, it continues.
+
+        Args:
+            name: name of the collection.
+            model: name of the new model.
+            dimensions: dimensions of the new vectors; 0: those of the model.
+
+        Raises:
+            NotFound: there is no such collection or model.
+            FailedPrecondition: the collection has vectors of this model already, is being reembedded with another
+                model, or has records without text.
+        """
+        return self._runner.run_one(collections.reembed(name, model, dimensions), timeout)
+
+    def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
+        """Cancel a reembedding: the old vectors stay. Does nothing if none runs."""
+        return self._runner.run_one(collections.cancel_reembedding(name), timeout)
+
+    def verify_collection(
+        self,
+        name: str,
+        *,
+        full: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float | None = None,
+    ) -> Verification:
+        """Check that every record of a collection is undamaged, and that a search finds a random sample of them.
+
+        Give a large collection a long timeout.
+
+        Args:
+            name: name of the collection, which may be read and written meanwhile.
+            full: whether to search for every record by its own vector, instead of for a random sample.
+            progress: called repeatedly with the number of checked records and the number of all records.
+
+        Returns:
+            The number of records that were checked, and the problems that were found.
+        """
+        return self._runner.run_steps(collections.verify_collection(name, progress, full), None, timeout)

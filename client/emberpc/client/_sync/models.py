@@ -1,0 +1,108 @@
+"""Methods about the server: its models, its health, its limits."""
+
+from __future__ import annotations
+
+# The docstring of the client documents the parameters that all methods have in common.
+# ruff: noqa: D417
+from emberpc.client._core import models
+from emberpc.client._sync.runner import Runner
+from emberpc.client.types import Health, Model, ServerInfo, Stages
+
+
+class ModelMethods:
+    """Methods of `Client` about models and the server itself."""
+
+    _runner: Runner
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """Return the models that the server serves, by name."""
+        return self._runner.all_items(models.list_models, timeout)
+
+    def get_model(self, name: str, *, timeout: float | None = None) -> Model:
+        """Return a model; raises NotFound if the server serves no model of this name."""
+        return self._runner.run_one(models.get_model(name), timeout)
+
+    def load_model(
+        self,
+        name: str,
+        path: str,
+        *,
+        variant: str = "",
+        progress: Stages | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Load a bundle on the server and serve it under a new name.
+
+        The server continues after the timeout. Call `get_model` then to see whether it serves the model.
+
+        Args:
+            name: 1 to 128 letters, digits, `.`, `_` and `-`.
+            path: folder of the bundle, relative to the server's models directory.
+            variant: variant to serve; empty: the one in the server's settings, else the first variant, fp32.
+            progress: called with each step, such as "warming up".
+
+        Returns:
+            The model as the server serves it.
+
+        Raises:
+            AlreadyExists: the name is taken, perhaps by a try of this call whose response was lost.
+            InvalidArgument: the name is invalid, or the path does not exist or is outside the models directory.
+            FailedPrecondition: the bundle is invalid, or the server has no models directory.
+            PermissionDenied: the server does not allow changes of its models.
+            EmberpcError: the call failed otherwise.
+        """
+        return self._runner.run_steps(models.load_model(name, path, variant), progress, timeout)
+
+    def reload_model(
+        self,
+        name: str,
+        path: str = "",
+        *,
+        variant: str = "",
+        progress: Stages | None = None,
+        timeout: float | None = None,
+    ) -> Model:
+        """Replace a model by the bundle that is now in its folder, or by another bundle.
+
+        Calls in flight finish on the old model. If the new bundle is invalid, the old model stays. The other arguments
+        and errors are those of `load_model`.
+
+        Args:
+            name: name of the model.
+            path: another folder; empty: the folder that it was loaded from.
+            variant: variant to serve; empty: the variant that is served now.
+
+        Raises:
+            NotFound: the server serves no model of this name.
+        """
+        return self._runner.run_steps(models.reload_model(name, path, variant), progress, timeout)
+
+    def unload_model(self, name: str, *, timeout: float | None = None) -> None:
+        """Stop serving a model. Returns when the model's calls in flight have finished.
+
+        Raises:
+            NotFound: the server serves no model of this name.
+            PermissionDenied: the server does not allow changes of its models.
+            EmberpcError: the call failed otherwise.
+        """
+        return self._runner.run_one(models.unload_model(name), timeout)
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Return the server's version, limits and features.
+
+        Raises:
+            Unimplemented: the server is older than this call.
+        """
+        return self._runner.run_one(models.server_info(), timeout)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> Health:
+        """Return whether the server accepts calls, by the standard protocol grpc.health.v1.
+
+        Args:
+            service: full name of one of its services; empty: the server as a whole.
+
+        Raises:
+            NotFound: the server has no service of this name.
+            Unavailable: no server answers.
+        """
+        return self._runner.run_one(models.health(service), timeout)

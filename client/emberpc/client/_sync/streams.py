@@ -1,0 +1,79 @@
+"""Run a stream of items, and open it again if its connection breaks.
+
+The caller's items are read between two results. Requests and responses that wait are bounded by the job's window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from google.protobuf.message import Message
+
+from emberpc.client._core.connection import Connection
+from emberpc.client._core.streams import Item, Patience, Result, StreamJob, ended_early
+from emberpc.client._sync.transport import ItemIterator, StreamConnection, Transport, read_items
+from emberpc.client.exceptions import Cancelled
+
+
+def run_stream(
+    job: StreamJob[Item, Any, Any, Result],
+    items: ItemIterator[Item],
+    transport: Transport,
+    connection: Connection,
+    timeout: float | None,
+) -> Iterator[Result]:
+    """Yield the results of a stream as they arrive.
+
+    Args:
+        job: the items in flight, and what is to be sent.
+        items: the caller's items.
+        transport: the channel.
+        connection: target and settings, for errors.
+        timeout: seconds that may pass without a result; None: the client's.
+    """
+    patience = Patience(connection.deadline(timeout))
+    stream = StreamConnection(transport, job.call)
+    try:
+        stream.enqueue(job.opening())
+        while True:
+            stream.enqueue(job.requests())
+            if job.may_read and stream.silent:
+                read_items(job, items)
+                yield from job.refused()
+                patience.restart()
+                continue
+            if job.sent:
+                stream.finish()
+            if job.done:
+                _await_end(stream, patience)
+                return
+            try:
+                event = stream.next_event(patience.left)
+            except TimeoutError:
+                raise patience.reason or connection.silence(job.call, timeout) from None
+            if event is None:
+                raise ended_early()
+            if isinstance(event, Message):
+                if results := job.take(event):
+                    yield from results
+                    patience.restart()
+                continue
+            error = connection.error(event, job.call, timeout)
+            pause = patience.pause(error)
+            if pause is None or not job.may_go_on(error):
+                raise error from event
+            stream.close()
+            transport.sleep(pause)
+            stream = StreamConnection(transport, job.call)
+            stream.enqueue(job.opening())
+    finally:
+        stream.close()
+
+
+def _await_end(stream: StreamConnection, patience: Patience) -> None:
+    """Wait for the end of a stream whose items are all answered. An error changes nothing any more."""
+    with suppress(TimeoutError, Cancelled):
+        while isinstance(stream.next_event(patience.left), Message):
+            pass
