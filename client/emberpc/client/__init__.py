@@ -14,6 +14,7 @@
 from emberpc.client._aio.client import AsyncClient
 from emberpc.client._core.connection import TLS
 from emberpc.client._sync.client import Client
+from emberpc.client.details import ModelVersion, ResponseDetails, Timings, TokenUsage
 from emberpc.client.exceptions import (
     Aborted,
     AlreadyExists,
@@ -84,6 +85,7 @@ __all__ = [
     "InvalidArgument",
     "LabelScore",
     "Model",
+    "ModelVersion",
     "NotFound",
     "PermissionDenied",
     "Record",
@@ -91,11 +93,14 @@ __all__ = [
     "RecordProblem",
     "Reembedding",
     "ResourceExhausted",
+    "ResponseDetails",
     "SearchPlan",
     "SearchQuery",
     "SearchResult",
     "ServerInfo",
     "StreamedEmbedding",
+    "Timings",
+    "TokenUsage",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from emberpc.client.details import ModelVersion
 from emberpc.client.exceptions import EmberpcError, InputError, InputTypeError
 from emberpc.v1 import filter_pb2 as pb
 
@@ -59,6 +60,8 @@ class StreamedEmbedding:
     tokens: int = 0
     #: Whether the text was cut to fit.
     truncated: bool = False
+    #: The model that answered; None if the text could not be sent.
+    model: ModelVersion | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,8 @@ class UpsertCheckpoint:
     updated: int = 0
     #: Number of the last write; 0 if nothing was written.
     sequence: int = 0
+    #: `synced` if that write was on disk before the response, else `unknown`.
+    durability: str = field(default="unknown", compare=False)
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,8 @@ class SearchResult:
     plan: SearchPlan
     #: Whether the text of the query was cut to the tokens that the model takes.
     truncated: bool = False
+    #: Tokens of the text of the query; 0 if no model read it.
+    tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

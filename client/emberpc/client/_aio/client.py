@@ -43,8 +43,9 @@ class AsyncClient(
     result. After `close()` every call raises Cancelled.
 
     A list longer than `batch_size` is sent in several requests. Results keep the order of the list, and an error names
-    an item by its index in the whole list. `progress` is called with the number of items that are done. Arguments
-    are checked before anything is sent.
+    an item by its index in the whole list. `progress` is called with the number of items that are done, and
+    `details` with what the response to each request states beside the result. Arguments are checked before anything is
+    sent.
 
     Args:
         target: HOST:PORT, HOST for port 50051, or any target that gRPC knows. Calls are spread over all its addresses.

@@ -73,9 +73,13 @@ class AsyncCollectionMethods:
         """Return a collection; raises NotFound if there is no collection of this name."""
         return await self._runner.run_one(collections.get_collection(name), timeout)
 
-    def collections(self, *, timeout: float | None = None) -> AsyncIterator[Collection]:
-        """Iterate over the collections, by name."""
-        return self._runner.pages(collections.list_collections, timeout)
+    def collections(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Collection]:
+        """Iterate over the collections, by name.
+
+        Args:
+            page_size: collections per request, at most 1000; 0: the server's default.
+        """
+        return self._runner.pages(lambda token: collections.list_collections(token, page_size), timeout)
 
     async def update_collection(self, name: str, truncation: Truncation, *, timeout: float | None = None) -> Collection:
         """Change how a collection truncates the texts of records. Records that it has stay unchanged.

@@ -14,12 +14,13 @@ CLUSTER_RECORDS = Method(_SERVICE + "ClusterRecords", pb.ClusterRecordsResponse)
 
 
 def find_duplicates(
-    collection: str, page_token: str, *, min_score: float
+    collection: str, page_token: str, *, min_score: float, page_size: int
 ) -> Call[pb.FindDuplicatesResponse, Page[DuplicatePair]]:
     """Return the call for one page of `Client.duplicates`."""
     request = pb.FindDuplicatesRequest(
         collection=checks.text(collection, "collection"),
         min_score=checks.number(min_score, "min_score"),
+        page_size=checks.count(page_size, "page_size"),
         page_token=page_token,
     )
     return Call(

@@ -13,14 +13,7 @@ from emberpc.client._core.calls import Call, Method, Page, Step
 from emberpc.client._core.enums import DISTANCES, TRUNCATIONS, value_of, word_of
 from emberpc.client._core.json_values import moment
 from emberpc.client.exceptions import AlreadyExists
-from emberpc.client.types import (
-    Collection,
-    Distance,
-    RecordProblem,
-    Reembedding,
-    Truncation,
-    Verification,
-)
+from emberpc.client.types import Collection, Distance, RecordProblem, Reembedding, Truncation, Verification
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1.errors_pb2 import ErrorInfo
 from emberpc.wire import status
@@ -98,11 +91,11 @@ def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
     return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
-def list_collections(page_token: str) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
+def list_collections(page_token: str, page_size: int) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
     """Return the call for one page of `Client.collections`."""
     return Call(
         LIST_COLLECTIONS,
-        pb.ListCollectionsRequest(page_token=page_token),
+        pb.ListCollectionsRequest(page_token=page_token, page_size=checks.count(page_size, "page_size")),
         lambda response: Page([read_collection(message) for message in response.collections], response.next_page_token),
     )
 

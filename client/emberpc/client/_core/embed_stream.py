@@ -6,8 +6,10 @@ from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, check_count, chunks
+from emberpc.client._core.details import model_version
 from emberpc.client._core.embedding import EmbedOptions
 from emberpc.client._core.streams import StreamJob
+from emberpc.client.details import ModelVersion
 from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status
 from emberpc.client.types import StreamedEmbedding, StreamItem
 from emberpc.v1 import embedding_pb2 as pb
@@ -45,7 +47,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self._unanswered: dict[str, tuple[str, str]] = {}
         self._unsent: list[str] = []
         self._refused: list[StreamedEmbedding] = []
-        self._fingerprint = ""
+        self._model: ModelVersion | None = None
 
     @property
     def waiting(self) -> int:
@@ -105,17 +107,19 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
 
     def _results(self, response: pb.EmbedStreamResponse) -> list[StreamedEmbedding]:
         if response.HasField("model"):
-            self._check_model(response.model.name, response.model.fingerprint)
+            self._check_model(model_version(response.model))
         matrix = vectors.decode(response.embeddings)
         check_count(len(matrix), len(response.ids), "vectors")
         check_count(len(response.usages), len(response.ids), "usages")
         # Each vector is copied: one that is kept must not keep all those that came with it.
         results = [
-            StreamedEmbedding(self._answered(key), row.copy(), tokens=usage.tokens, truncated=usage.truncated)
+            StreamedEmbedding(
+                self._answered(key), row.copy(), tokens=usage.tokens, truncated=usage.truncated, model=self._model
+            )
             for key, row, usage in zip(response.ids, matrix, response.usages, strict=True)
         ]
         results += [
-            StreamedEmbedding(self._answered(failure.id), error=from_status(failure.error))
+            StreamedEmbedding(self._answered(failure.id), error=from_status(failure.error), model=self._model)
             for failure in response.failures
         ]
         return results
@@ -127,13 +131,14 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self._characters -= len(text)
         return given
 
-    def _check_model(self, name: str, fingerprint: str) -> None:
-        if self._fingerprint and fingerprint != self._fingerprint:
+    def _check_model(self, model: ModelVersion) -> None:
+        known = self._model.fingerprint if self._model else ""
+        if known and model.fingerprint != known:
             raise FailedPrecondition(
-                f"another model {name!r} is served than when the stream began, and its vectors do not go with those "
-                "that came before; begin again",
+                f"another model {model.name!r} is served than when the stream began, and its vectors do not go with "
+                "those that came before; begin again",
                 reason="MODEL_CHANGED",
-                metadata={"model": name},
+                metadata={"model": model.name},
             )
-        self._fingerprint = fingerprint
+        self._model = model
         self.greeted = self.taken = True

@@ -10,7 +10,9 @@ import numpy as np
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
+from emberpc.client._core.details import report
 from emberpc.client._core.enums import DTYPES, INPUT_KINDS, PRIORITIES, TRUNCATIONS, value_of
+from emberpc.client.details import Details
 from emberpc.client.exceptions import Internal
 from emberpc.client.types import Classification, DType, InputKind, LabelScore, Matrix, Priority, Progress, Truncation
 from emberpc.v1 import classification_pb2, embedding_pb2
@@ -78,7 +80,7 @@ class _Rows:
 
 
 def embed(
-    texts: Iterable[str], options: EmbedOptions, *, batch_size: int, progress: Progress | None
+    texts: Iterable[str], options: EmbedOptions, *, batch_size: int, progress: Progress | None, details: Details | None
 ) -> Job[Matrix, Matrix]:
     """Return the calls of `Client.embed`."""
     checked = checks.texts(texts, "texts")
@@ -87,7 +89,9 @@ def embed(
     def call(first: int, part: list[str]) -> Call[embedding_pb2.EmbedResponse, Matrix]:
         def decode(response: embedding_pb2.EmbedResponse) -> Matrix:
             check_count(response.embeddings.rows, len(part), "vectors")
-            return vectors.decode(response.embeddings)
+            matrix = vectors.decode(response.embeddings)
+            report(details, response, first, len(part))
+            return matrix
 
         request = embedding_pb2.EmbedRequest(texts=part)
         request.MergeFrom(template)
@@ -97,7 +101,7 @@ def embed(
 
 
 def count_tokens(
-    texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int
+    texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int, details: Details | None
 ) -> Job[list[int], list[int]]:
     """Return the calls of `Client.count_tokens`."""
     checked = checks.texts(texts, "texts")
@@ -107,6 +111,7 @@ def count_tokens(
     def call(first: int, part: list[str]) -> Call[embedding_pb2.CountTokensResponse, list[int]]:
         def decode(response: embedding_pb2.CountTokensResponse) -> list[int]:
             check_count(len(response.token_counts), len(part), "counts")
+            report(details, response, first, len(part))
             return list(response.token_counts)
 
         request = embedding_pb2.CountTokensRequest(model=model, texts=part, input_kind=kind)
@@ -123,6 +128,7 @@ def similarity(
     source_kind: InputKind,
     target_kind: InputKind,
     truncation: Truncation,
+    details: Details | None,
 ) -> Call[embedding_pb2.ComputeSimilarityResponse, Matrix]:
     """Return the call of `Client.similarity`."""
     request = embedding_pb2.ComputeSimilarityRequest(
@@ -137,6 +143,7 @@ def similarity(
 
     def decode(response: embedding_pb2.ComputeSimilarityResponse) -> Matrix:
         check_count(len(response.scores), shape[0] * shape[1], "scores")
+        report(details, response)
         return np.array(response.scores, dtype=np.float32).reshape(shape)
 
     return Call(COMPUTE_SIMILARITY, request, decode)
@@ -151,6 +158,7 @@ def classify(
     priority: Priority,
     batch_size: int,
     progress: Progress | None,
+    details: Details | None,
 ) -> Job[list[Classification], list[Classification]]:
     """Return the calls of `Client.classify`."""
     checked = checks.texts(texts, "texts")
@@ -164,6 +172,7 @@ def classify(
     def call(first: int, part: list[str]) -> Call[classification_pb2.ClassifyResponse, list[Classification]]:
         def decode(response: classification_pb2.ClassifyResponse) -> list[Classification]:
             check_count(len(response.classifications), len(part), "classifications")
+            report(details, response, first, len(part))
             return [_classification(message) for message in response.classifications]
 
         request = classification_pb2.ClassifyRequest(texts=part)

@@ -26,6 +26,7 @@ DISTANCES = {
     "dot_product": index_pb2.DISTANCE_DOT_PRODUCT,
     "euclidean": index_pb2.DISTANCE_EUCLIDEAN,
 }
+DURABILITIES = {"synced": index_pb2.DURABILITY_SYNCED}
 STRATEGIES = {
     "exact": index_pb2.SEARCH_STRATEGY_EXACT,
     "hnsw": index_pb2.SEARCH_STRATEGY_HNSW,

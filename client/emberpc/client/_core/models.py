@@ -24,11 +24,11 @@ UNLOAD_MODEL = Method("/emberpc.v1.ModelService/UnloadModel", model_pb2.UnloadMo
 HEALTH_CHECK = Method("/grpc.health.v1.Health/Check", Int32Value)
 
 
-def list_models(page_token: str) -> Call[model_pb2.ListModelsResponse, Page[Model]]:
+def list_models(page_token: str, page_size: int) -> Call[model_pb2.ListModelsResponse, Page[Model]]:
     """Return the call for one page of `Client.models`."""
     return Call(
         LIST_MODELS,
-        model_pb2.ListModelsRequest(page_token=page_token),
+        model_pb2.ListModelsRequest(page_token=page_token, page_size=checks.count(page_size, "page_size")),
         lambda response: Page([_model(message) for message in response.models], response.next_page_token),
     )
 

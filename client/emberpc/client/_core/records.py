@@ -9,17 +9,14 @@ import numpy.typing as npt
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Job, ListCollector, Method, Page, chunks, divisible
+from emberpc.client._core.details import report
 from emberpc.client._core.enums import TRUNCATIONS, value_of
 from emberpc.client._core.filter_warnings import warn
 from emberpc.client._core.record_messages import NewRecord, block, new_records, parts_of, read_records
+from emberpc.client.details import Details
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of
-from emberpc.client.types import (
-    Progress,
-    Record,
-    Truncation,
-    UpsertResult,
-)
+from emberpc.client.types import Progress, Record, Truncation, UpsertResult
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
@@ -59,6 +56,7 @@ def upsert(
     expected_revisions: Iterable[int] | None,
     batch_size: int,
     progress: Progress | None,
+    details: Details | None,
 ) -> Job[UpsertResult, UpsertResult]:
     """Return the calls of `Client.upsert`."""
     collection = checks.text(collection, "collection")
@@ -70,6 +68,10 @@ def upsert(
     parts = chunks(items, checks.count(batch_size, "batch_size", 1), lambda record: record.size)
 
     def call(first: int, part: list[NewRecord]) -> Call[pb.UpsertRecordsResponse, UpsertResult]:
+        def decode(response: pb.UpsertRecordsResponse) -> UpsertResult:
+            report(details, response, first, len(part))
+            return UpsertResult(response.inserted_count, response.updated_count, response.receipt.sequence)
+
         request = pb.UpsertRecordsRequest(
             collection=collection,
             records=[record.message for record in part],
@@ -77,7 +79,7 @@ def upsert(
             truncation=truncation_of(truncation),
             expected_revisions=expected[first : first + len(part)],
         )
-        return Call(UPSERT_RECORDS, request, _write, "records", first, len(part))
+        return Call(UPSERT_RECORDS, request, decode, "records", first, len(part))
 
     partly_done = "the first {} records of this call are written already"
     if expected:
@@ -96,16 +98,23 @@ def _revisions(values: Iterable[int], records: int) -> list[int]:
     return checked
 
 
-def get(collection: str, ids: Iterable[str], *, with_vectors: bool) -> Job[list[Record], list[Record]]:
+def get(
+    collection: str, ids: Iterable[str], *, with_vectors: bool, details: Details | None
+) -> Job[list[Record], list[Record]]:
     """Return the calls of `Client.get`."""
     collection = checks.text(collection, "collection")
 
     def call(first: int, part: list[str]) -> Call[pb.BatchGetRecordsResponse, list[Record]]:
+        def decode(response: pb.BatchGetRecordsResponse) -> list[Record]:
+            found = read_records(response.records, response.vectors)
+            report(details, response, first, len(part))
+            return found
+
         request = pb.BatchGetRecordsRequest(collection=collection, ids=part, parts=parts_of(with_vectors))
         return Call(
             BATCH_GET_RECORDS,
             request,
-            lambda response: read_records(response.records, response.vectors),
+            decode,
             "ids",
             first,
             len(part),
@@ -130,18 +139,27 @@ class _Sum:
         return self._sum
 
 
-def delete(collection: str, ids: Iterable[str] | None, where: Where | None) -> Job[int, int]:
+def delete(collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None) -> Job[int, int]:
     """Return the calls of `Client.delete`."""
+
+    def decode(response: pb.DeleteRecordsResponse, first: int = 0, count: int = 1) -> int:
+        warn(response.warnings)
+        report(details, response, first, count)
+        return response.deleted_count
+
     collection = checks.text(collection, "collection")
     if (ids is None) == (where is None):
         raise InputError("give ids or where, one of the two")
     if ids is None:
         everywhere = pb.DeleteRecordsRequest(collection=collection, filter=filter_of(where))
-        return Job(iter([Call(DELETE_RECORDS, everywhere, _read_deleted)]), _Sum())
+        return Job(iter([Call(DELETE_RECORDS, everywhere, decode)]), _Sum())
 
     def call(first: int, part: list[str]) -> Call[pb.DeleteRecordsResponse, int]:
+        def decode_part(response: pb.DeleteRecordsResponse) -> int:
+            return decode(response, first, len(part))
+
         request = pb.DeleteRecordsRequest(collection=collection, ids=part)
-        return Call(DELETE_RECORDS, request, lambda response: response.deleted_count, "ids", first, len(part))
+        return Call(DELETE_RECORDS, request, decode_part, "ids", first, len(part))
 
     partly_done = "the first {} ids of this call are deleted already"
     return Job((call(*part) for part in _id_chunks(ids)), _Sum(), ordered=True, partly_done=partly_done)
@@ -186,14 +204,5 @@ def _read_count(response: pb.CountRecordsResponse) -> int:
     return response.count
 
 
-def _read_deleted(response: pb.DeleteRecordsResponse) -> int:
-    warn(response.warnings)
-    return response.deleted_count
-
-
 def _id_chunks(ids: Iterable[str]) -> Iterable[tuple[int, list[str]]]:
     return chunks(checks.texts(ids, "ids"), _IDS, lambda record_id: 4 * len(record_id))
-
-
-def _write(response: pb.UpsertRecordsResponse) -> UpsertResult:
-    return UpsertResult(response.inserted_count, response.updated_count, response.receipt.sequence)

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
-from emberpc.client._core.enums import FUSIONS, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
+from emberpc.client._core.details import report
+from emberpc.client._core.enums import FUSIONS, PRIORITIES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
 from emberpc.client._core.filter_warnings import warn
 from emberpc.client._core.record_messages import parts_of, read_records
+from emberpc.client.details import Details
 from emberpc.client.exceptions import InputTypeError
 from emberpc.client.filters import Where, filter_of
 from emberpc.client.types import (
     Fusion,
     Hit,
+    Priority,
     Query,
     RecordId,
     SearchMode,
@@ -45,6 +48,7 @@ class SearchOptions:
     fusion: Fusion | None
     truncation: Truncation
     with_vectors: bool
+    priority: Priority
 
     def request(self, collection: str) -> pb.SearchRequest:
         """Return a request without queries.
@@ -64,11 +68,17 @@ class SearchOptions:
             fusion=pb.SEARCH_FUSION_UNSPECIFIED if self.fusion is None else value_of("fusion", self.fusion, FUSIONS),
             truncation=value_of("truncation", self.truncation, TRUNCATIONS),
             parts=parts_of(self.with_vectors),
+            priority=value_of("priority", self.priority, PRIORITIES),
         )
 
 
 def search(
-    collection: str, queries: Iterable[Query | SearchQuery], options: SearchOptions, *, name: str = "queries[{}]"
+    collection: str,
+    queries: Iterable[Query | SearchQuery],
+    options: SearchOptions,
+    *,
+    details: Details | None,
+    name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
     """Return the calls of `Client.search_batch`.
 
@@ -76,6 +86,7 @@ def search(
         collection: name of the collection.
         queries: the queries.
         options: the options of all queries.
+        details: called with the details of each response.
         name: name of query `{}` in error messages.
 
     Raises:
@@ -91,6 +102,7 @@ def search(
         def decode(response: pb.SearchResponse) -> list[SearchResult]:
             check_count(len(response.results), len(part), "results")
             warn(response.warnings)
+            report(details, response, first, len(part))
             return [_result(message) for message in response.results]
 
         request = pb.SearchRequest(queries=part)
@@ -132,4 +144,5 @@ def _result(message: pb.SearchResult) -> SearchResult:
             lexical_count=message.plan.lexical_count,
         ),
         truncated=message.usage.truncated,
+        tokens=message.usage.tokens,
     )

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, chunks
+from emberpc.client._core.enums import DURABILITIES, word_of
 from emberpc.client._core.record_messages import NewRecord, block, new_record
 from emberpc.client._core.records import truncation_of
 from emberpc.client._core.streams import StreamJob
@@ -146,7 +147,12 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         )
         return [
             UpsertCheckpoint(
-                self._done, failures, response.inserted_count, response.updated_count, response.receipt.sequence
+                self._done,
+                failures,
+                response.inserted_count,
+                response.updated_count,
+                response.receipt.sequence,
+                word_of(response.receipt.durability, DURABILITIES),
             )
         ]
 

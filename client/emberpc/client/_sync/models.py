@@ -14,9 +14,13 @@ class ModelMethods:
 
     _runner: Runner
 
-    def models(self, *, timeout: float | None = None) -> list[Model]:
-        """Return the models that the server serves, by name."""
-        return self._runner.all_items(models.list_models, timeout)
+    def models(self, *, page_size: int = 0, timeout: float | None = None) -> list[Model]:
+        """Return the models that the server serves, by name.
+
+        Args:
+            page_size: models per request, at most 1000; 0: the server's default.
+        """
+        return self._runner.all_items(lambda token: models.list_models(token, page_size), timeout)
 
     def get_model(self, name: str, *, timeout: float | None = None) -> Model:
         """Return a model; raises NotFound if the server serves no model of this name."""

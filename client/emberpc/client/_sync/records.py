@@ -13,6 +13,7 @@ from emberpc.client._core import records as record_calls
 from emberpc.client._core.calls import Call, Page
 from emberpc.client._core.upsert_stream import UpsertJob
 from emberpc.client._sync.runner import Runner
+from emberpc.client.details import Details
 from emberpc.client.filters import Where
 from emberpc.client.types import Progress, Record, Truncation, UpsertCheckpoint, UpsertResult
 
@@ -32,6 +33,7 @@ class RecordMethods:
         expected_revisions: Iterable[int] | None = None,
         batch_size: int = 256,
         progress: Progress | None = None,
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> UpsertResult:
         """Insert records, or replace those with the same ids.
@@ -48,6 +50,8 @@ class RecordMethods:
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
             expected_revisions: item i is the `revision` that record i must have in the collection, or 0 if no record
                 with its id may exist. All records are then checked before anything is sent.
+            details: called with `ResponseDetails` of each response: sequence number and durability of the write, times,
+                tokens of the texts.
 
         Raises:
             Aborted: a record has another revision, perhaps from a try of this call whose response was lost. Nothing of
@@ -64,6 +68,7 @@ class RecordMethods:
             expected_revisions=expected_revisions,
             batch_size=batch_size,
             progress=progress,
+            details=details,
         )
         return self._runner.run(job, timeout)
 
@@ -105,15 +110,27 @@ class RecordMethods:
         return self._runner.stream(job, records, timeout)
 
     def get(
-        self, collection: str, ids: Iterable[str], *, with_vectors: bool = False, timeout: float | None = None
+        self,
+        collection: str,
+        ids: Iterable[str],
+        *,
+        with_vectors: bool = False,
+        details: Details | None = None,
+        timeout: float | None = None,
     ) -> list[Record]:
         """Return records by id.
+
+        Args:
+            collection: name of the collection.
+            ids: ids of the records.
+            with_vectors: whether to return the vectors too.
+            details: called with `ResponseDetails` of each response: its `missing_ids` are ids without a record.
 
         Returns:
             The records that were found, in the order of `ids`. Ids without a record are left out. If the response to a
             request would be too large, the ids are sent in smaller requests.
         """
-        return self._runner.run(record_calls.get(collection, ids, with_vectors=with_vectors), timeout)
+        return self._runner.run(record_calls.get(collection, ids, with_vectors=with_vectors, details=details), timeout)
 
     def delete(
         self,
@@ -121,6 +138,7 @@ class RecordMethods:
         ids: Iterable[str] | None = None,
         *,
         where: Where | None = None,
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> int:
         """Delete records and return the number of deleted records. An id that is not found is not an error.
@@ -130,8 +148,9 @@ class RecordMethods:
             ids: ids of the records. Up to 1000 go into one request, which is atomic.
             where: instead of `ids`: a filter. All records that match are deleted in one request; see
                 `emberpc.client.filters`.
+            details: called with `ResponseDetails` of each response: sequence number and durability of the write.
         """
-        return self._runner.run(record_calls.delete(collection, ids, where), timeout)
+        return self._runner.run(record_calls.delete(collection, ids, where, details), timeout)
 
     def records(
         self,

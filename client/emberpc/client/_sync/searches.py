@@ -5,16 +5,20 @@ from __future__ import annotations
 # The docstring of the client documents the parameters that all methods have in common.
 # ruff: noqa: D417
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from emberpc.client._core import clusters, search
+from emberpc.client._core.calls import Call, Page
 from emberpc.client._core.search import SearchOptions
 from emberpc.client._sync.runner import Runner
+from emberpc.client.details import Details
 from emberpc.client.filters import Where
 from emberpc.client.types import (
     Cluster,
     DuplicatePair,
     Fusion,
     Hit,
+    Priority,
     Query,
     SearchMode,
     SearchQuery,
@@ -42,6 +46,8 @@ class SearchMethods:
         fusion: Fusion | None = None,
         truncation: Truncation = "end",
         with_vectors: bool = False,
+        priority: Priority = "interactive",
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> list[Hit]:
         """Search for the records nearest to a query.
@@ -62,12 +68,16 @@ class SearchMethods:
             truncation: how a query text with too many tokens is truncated; `SearchResult.truncated` tells whether it
                 was.
             with_vectors: whether to return the vectors of the hits too.
+            priority: `bulk` lets other calls go first.
+            details: called with `ResponseDetails` of each response: the model that embedded the queries, and times.
 
         Returns:
             Hits, nearest first. `search_batch` also returns the plan of the search.
         """
-        options = SearchOptions(top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors)
-        results = self._runner.run(search.search(collection, [query], options, name="query"), timeout)
+        options = SearchOptions(
+            top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
+        )
+        results = self._runner.run(search.search(collection, [query], options, details=details, name="query"), timeout)
         return list(results[0].hits)
 
     def search_batch(
@@ -84,6 +94,8 @@ class SearchMethods:
         fusion: Fusion | None = None,
         truncation: Truncation = "end",
         with_vectors: bool = False,
+        priority: Priority = "interactive",
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> list[SearchResult]:
         """Search for the records nearest to each query; the other arguments are those of `search`.
@@ -94,11 +106,13 @@ class SearchMethods:
             Item i is the result for query i: hits and the plan of the search. If the response to a request would be too
             large, the queries are sent in smaller requests.
         """
-        options = SearchOptions(top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors)
-        return self._runner.run(search.search(collection, queries, options), timeout)
+        options = SearchOptions(
+            top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
+        )
+        return self._runner.run(search.search(collection, queries, options, details=details), timeout)
 
     def duplicates(
-        self, collection: str, *, min_score: float = 0.95, timeout: float | None = None
+        self, collection: str, *, min_score: float = 0.95, page_size: int = 0, timeout: float | None = None
     ) -> Iterator[DuplicatePair]:
         """Iterate over pairs of records that are near to each other, highest score first, at most 100,000.
 
@@ -109,10 +123,13 @@ class SearchMethods:
         Args:
             collection: name of the collection.
             min_score: least cosine similarity of the two vectors, above 0 and at most 1.
+            page_size: pairs per request, at most 1000; 0: the server's default.
         """
-        return self._runner.pages(
-            lambda token: clusters.find_duplicates(collection, token, min_score=min_score), timeout
-        )
+
+        def page(token: str) -> Call[Any, Page[DuplicatePair]]:
+            return clusters.find_duplicates(collection, token, min_score=min_score, page_size=page_size)
+
+        return self._runner.pages(page, timeout)
 
     def clusters(
         self, collection: str, count: int, *, examples: int = 5, timeout: float | None = None

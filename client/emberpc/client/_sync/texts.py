@@ -10,6 +10,7 @@ from emberpc.client._core import embedding
 from emberpc.client._core.embed_stream import EmbedJob
 from emberpc.client._core.embedding import EmbedOptions
 from emberpc.client._sync.runner import Runner
+from emberpc.client.details import Details
 from emberpc.client.types import (
     Classification,
     DType,
@@ -41,6 +42,7 @@ class TextMethods:
         priority: Priority = "interactive",
         batch_size: int = 256,
         progress: Progress | None = None,
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> Matrix:
         """Embed texts.
@@ -56,6 +58,7 @@ class TextMethods:
                 The result is float32 in any case.
             normalize: whether to scale the vectors to length 1; None: the setting of the model's export.
             priority: `bulk` lets other calls go first.
+            details: called with `ResponseDetails` of each response: the model that answered, times, tokens of texts.
 
         Returns:
             float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
@@ -66,7 +69,7 @@ class TextMethods:
             EmberpcError: the call failed; see `emberpc.client.exceptions`.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
-        job = embedding.embed(texts, options, batch_size=batch_size, progress=progress)
+        job = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
         return self._runner.run(job, timeout)
 
     def embed_stream(
@@ -118,16 +121,17 @@ class TextMethods:
         model: str = "",
         input_kind: InputKind = "passage",
         batch_size: int = 256,
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> list[int]:
         """Count the tokens of texts, prompt and special tokens included.
 
-        Arguments and errors are those of `embed`, except that a text may be empty.
+        Arguments and errors are those of `embed`, except that a text may be empty. `details` also tells `max_tokens`.
 
         Returns:
             Item i is the number of tokens of `texts[i]`, before any truncation.
         """
-        job = embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size)
+        job = embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size, details=details)
         return self._runner.run(job, timeout)
 
     def similarity(
@@ -139,6 +143,7 @@ class TextMethods:
         source_kind: InputKind = "passage",
         target_kind: InputKind = "passage",
         truncation: Truncation = "refuse",
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> Matrix:
         """Compare each source with each target, in one request; other arguments and errors are those of `embed`.
@@ -159,6 +164,7 @@ class TextMethods:
             source_kind=source_kind,
             target_kind=target_kind,
             truncation=truncation,
+            details=details,
         )
         return self._runner.run_one(call, timeout)
 
@@ -172,6 +178,7 @@ class TextMethods:
         priority: Priority = "interactive",
         batch_size: int = 256,
         progress: Progress | None = None,
+        details: Details | None = None,
         timeout: float | None = None,
     ) -> list[Classification]:
         """Classify texts; other arguments and errors are those of `embed`.
@@ -192,5 +199,6 @@ class TextMethods:
             priority=priority,
             batch_size=batch_size,
             progress=progress,
+            details=details,
         )
         return self._runner.run(job, timeout)

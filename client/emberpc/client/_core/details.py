@@ -1,0 +1,49 @@
+"""What a response states beside its result: model, times, tokens, receipt of the write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.message import Message
+
+from emberpc.client._core.enums import DURABILITIES, word_of
+from emberpc.client.details import Details, ModelVersion, ResponseDetails, Timings, TokenUsage
+from emberpc.v1 import types_pb2
+
+
+def report(details: Details | None, response: Message, first: int = 0, count: int = 1) -> None:
+    """Call `details` with what a response states beside its result.
+
+    Args:
+        details: the caller's function; None: do nothing.
+        response: the response. Fields that its type does not have keep their defaults.
+        first: the caller's index of the first item of the request.
+        count: number of items of the request.
+    """
+    if details is None:
+        return
+    fields: dict[str, Any] = {name: getattr(response, name) for name in response.DESCRIPTOR.fields_by_name}
+    present = {field.name for field, _ in response.ListFields()}
+    receipt = fields.get("receipt")
+    details(
+        ResponseDetails(
+            first=first,
+            count=count,
+            model=model_version(fields["model"]) if "model" in present else None,
+            timings=_timings(fields["timings"]) if "timings" in present else None,
+            usages=tuple(TokenUsage(usage.tokens, usage.truncated) for usage in fields.get("usages", ())),
+            max_tokens=fields.get("max_tokens", 0),
+            missing_ids=tuple(fields.get("missing_ids", ())),
+            sequence=receipt.sequence if receipt else 0,
+            durability=word_of(receipt.durability, DURABILITIES) if receipt else "unknown",
+        )
+    )
+
+
+def model_version(message: types_pb2.ModelVersion) -> ModelVersion:
+    """Return the model that answered."""
+    return ModelVersion(message.name, message.revision, message.fingerprint)
+
+
+def _timings(message: types_pb2.Timings) -> Timings:
+    return Timings(message.tokenize_seconds, message.queue_seconds, message.infer_seconds, message.lookup_seconds)
