@@ -7,8 +7,8 @@
         for hit in client.search("docs", "what was that again?"):
             print(hit.score, hit.record.text)
 
-`AsyncClient` has the same methods as coroutines. What can go wrong is drawn in
-`emberpc.client.exceptions`.
+`AsyncClient` has the same methods as coroutines. `emberpc.client.exceptions` lists
+the exceptions.
 """
 
 from emberpc.client._aio.client import AsyncClient

@@ -1,20 +1,20 @@
-"""What can go wrong, as a tree.
+"""Exceptions of the client, as a tree.
 
     EmberpcError                    a call failed
     ├── InvalidArgument             the request is wrong; `violations` names the fields
     ├── NotFound                    there is no such model, collection, record …
-    ├── AlreadyExists               there is one of that name already
-    ├── FailedPrecondition          not in the state that things are in, such as the wrong kind of model
-    ├── Aborted                     a record changed meanwhile; read it again
-    ├── ResourceExhausted           the server is full, or the message too large; `retry_after` may say when to return
-    ├── DeadlineExceeded            no answer in time; a write may have happened all the same
+    ├── AlreadyExists               the name is taken
+    ├── FailedPrecondition          the state of the server does not allow it, such as the wrong kind of model
+    ├── Aborted                     a record has another revision; read it again
+    ├── ResourceExhausted           the server is full, or a message too large; `retry_after` may state when to retry
+    ├── DeadlineExceeded            no response in time; a write may have happened
     ├── Unavailable                 no server answers, or it is starting or stopping
     ├── Unauthenticated             the token is missing or wrong
     ├── PermissionDenied            the server does not allow this, or not with this token
     ├── Unimplemented               the server does not know the call, or a field of it
     ├── Cancelled                   the call was cancelled, such as by `close()`
     ├── DataLoss                    a record is damaged on the server's disk; delete it or write it again
-    └── Internal                    the server made an error; `request_id` finds it in the server's log
+    └── Internal                    an error in the server; its log has the `request_id`
     InputError(ValueError)          an argument is wrong; nothing was sent
     InputTypeError(TypeError)       an argument has the wrong type; nothing was sent
 
@@ -38,7 +38,7 @@ from emberpc.wire import status as wire_status
 
 @dataclass(frozen=True)
 class Violation:
-    """A wrong field of a request: its path, such as `texts[3]` by the caller's own index, and what is wrong with it."""
+    """A wrong field of a request: its path, such as `texts[3]` with the caller's index, and what is wrong."""
 
     field: str
     description: str
@@ -50,13 +50,13 @@ class EmberpcError(Exception):
     Attributes:
         message: what went wrong, for a developer.
         code: the gRPC status code.
-        reason: the cause for programs, such as `MODEL_NOT_FOUND`; empty if the server named none.
+        reason: the cause for programs, such as `MODEL_NOT_FOUND`; empty if the server stated none.
         violations: the wrong fields of the request.
         metadata: values behind the message, such as the name of the missing model.
-        request_id: finds the call in the server's log; empty if no server answered.
-        retry_after: seconds to wait before trying again; None if the server named none.
-        done: of a write of several requests: how many items of the caller's list, from the first on, are written or
-            deleted by the requests before the one that failed.
+        request_id: id of the call in the server's log; empty if no server answered.
+        retry_after: seconds to wait before the next try; None if the server stated none.
+        done: for a write of several requests: number of the first items of the caller's list that earlier requests
+            wrote or deleted.
     """
 
     code = grpc.StatusCode.UNKNOWN
@@ -90,37 +90,37 @@ class InvalidArgument(EmberpcError):
 
 
 class NotFound(EmberpcError):
-    """There is no such model, collection, record or the like."""
+    """There is no such model, collection or record."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class AlreadyExists(EmberpcError):
-    """There is one of that name already."""
+    """The name is taken."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class FailedPrecondition(EmberpcError):
-    """Things are not in the state that the call needs, such as a model of another kind."""
+    """The state of the server does not allow the call, such as a model of another kind."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class Aborted(EmberpcError):
-    """A record changed meanwhile; read it again and repeat."""
+    """A record has another revision than expected; read it again and repeat the call."""
 
     code = grpc.StatusCode.ABORTED
 
 
 class ResourceExhausted(EmberpcError):
-    """The server is full, or a message too large; `retry_after` may say when to return."""
+    """The server is full, or a message is too large; `retry_after` may state when to retry."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class DeadlineExceeded(EmberpcError):
-    """No answer came in time; a write may have happened all the same."""
+    """No response arrived in time; a write may have happened."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -162,15 +162,15 @@ class DataLoss(EmberpcError):
 
 
 class Internal(EmberpcError):
-    """The server made an error; `request_id` finds it in the server's log."""
+    """An error in the server; its log has the `request_id`."""
 
     code = grpc.StatusCode.INTERNAL
 
 
 class FilterWarning(UserWarning):
-    """A filter matches nothing and probably does not mean what was intended.
+    """A filter matches nothing and is probably a mistake.
 
-    Such a filter compares a number with a field that has strings only.
+    For example, it compares a number with a field that has strings only.
     """
 
 
@@ -183,7 +183,7 @@ class InputTypeError(TypeError):
 
 
 def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words: str) -> None:
-    """Add to an error how many items of the caller's list are done; `words` go into its message."""
+    """Set `done` of an error, the number of items that are written, and add `words` to its message."""
     message = f"{error}; {words}"
     error.args = (message,)
     if isinstance(error, EmberpcError):
@@ -196,7 +196,7 @@ _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.S
 
 
 class RpcFailure(Protocol):
-    """What a failed call of `grpc` and one of `grpc.aio` have in common."""
+    """A failed call of `grpc` or `grpc.aio`."""
 
     def code(self) -> grpc.StatusCode | None:
         """Return the status code."""
@@ -208,7 +208,7 @@ class RpcFailure(Protocol):
         """Return the trailing metadata: pairs of a key and a str or bytes, or None."""
 
 
-#: Enum values in the server's messages. Quoted text is matched first and left alone: it may be the caller's.
+#: Enum values in the server's messages. Quoted text is matched first and not changed: it may be the caller's.
 _WIRE_WORD = re.compile(
     r"""(?<!\w)'[^']*'|"[^"]*"|\b(REFUSE|END|START|DENSE|LEXICAL|HYBRID|SCORES|RANKS|QUERY|PASSAGE|INTERACTIVE|BULK|"""
     r"""COSINE|DOT_PRODUCT|EUCLIDEAN|FLOAT32|FLOAT16|INT8|BINARY)\b"""
@@ -217,11 +217,15 @@ _WIRE_WORD = re.compile(
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a message says of a failed call.
+    """Facts about a failed call, for error messages.
 
-    `items` names the repeated field of the request that holds one part of the
-    caller's list; `first` is the caller's index of its first item. `late`: the
-    call had run for long when it failed.
+    Attributes:
+        target: the server.
+        method: path of the RPC.
+        timeout: seconds that the call might take.
+        items: the repeated field of the request that holds one part of the caller's list; empty: there is no list.
+        first: the caller's index of the first item of this part.
+        late: whether the call failed after more than 5 seconds.
     """
 
     target: str
@@ -233,18 +237,18 @@ class Circumstances:
 
 
 def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
-    """Turn a gRPC error into one of ours.
+    """Convert a gRPC error to an EmberpcError.
 
-    Items that the server names by their place in one request of several, such
-    as `texts[3]`, are renamed to their place in the caller's list.
+    The server names an item by its index in one request, such as `texts[3]`. The error names it by its index in the
+    caller's list.
     """
     code = failure.code() or grpc.StatusCode.UNKNOWN
-    # A tuple first: older grpc's metadata of asyncio calls iterates over pairs, and looks like a mapping to dict().
+    # First a tuple: metadata of asyncio calls in older grpc iterates over pairs, but dict() treats it as a mapping.
     trailing: dict[str, str | bytes] = dict(tuple(failure.trailing_metadata() or ()))
     packed = trailing.get(wire_status.DETAILS_KEY, b"")
     status = wire_status.unpack(packed if isinstance(packed, bytes) else packed.encode())
     message = failure.details() or ""
-    # Without details of ours it was gRPC itself, or a proxy, that ended the call.
+    # Without emberpc's details, gRPC itself or a proxy ended the call.
     if not status.details:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
@@ -258,14 +262,14 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
 
 
 def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
-    """Turn the error of one item of a stream into one of ours."""
+    """Convert the error of one item of a stream to an EmberpcError."""
     request = wire_status.detail(status, errors_pb2.RequestInfo)
     code = _BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     return _error(code, status.message, status, request.request_id if request else "", lambda text: text)
 
 
 def no_answer(call: Circumstances) -> DeadlineExceeded:
-    """Return the error for a server that was silent for too long."""
+    """Return the error for a stream that received nothing within its timeout."""
     return DeadlineExceeded(_own_words(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
 
 
@@ -276,7 +280,7 @@ def _error(
     request_id: str,
     rename: Callable[[str], str],
 ) -> EmberpcError:
-    """Put an error together; `rename` says what the caller calls the items that a text names."""
+    """Build an error; `rename` replaces item indices in a text by the caller's."""
     info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
     bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
     retry = wire_status.detail(status, errors_pb2.RetryInfo)
@@ -295,7 +299,7 @@ def _error(
 
 
 def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
-    """Say what gRPC's own status means to the caller."""
+    """Return a message for a status that does not come from emberpc."""
     if code is grpc.StatusCode.UNAVAILABLE and call.late:
         return (
             f"the connection to {call.target} broke while {call.method} was running; it was not repeated, since its "
@@ -314,7 +318,7 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
 
 
 def _python_words(text: str) -> str:
-    """Write the enum values that a server's message names as this client takes them, such as 'end' for END."""
+    """Replace enum values in a server's message by the client's words, such as END by 'end'."""
     return _WIRE_WORD.sub(lambda found: repr(found[1].lower()) if found[1] else found[0], text)
 
 

@@ -6,14 +6,14 @@
     field exists
     not …    … and …    … or …    ( … )    `not` binds closest, then `and`
 
-A value is a text in double or single quotes, a number, true, false or null. In
-quotes, a backslash goes before a quote or a backslash; \\n, \\r and \\t are what
-they are in Python. A field is a key, nested ones joined by dots; a key that is
-not just letters, digits, `_` and `-`, or is one of the words above, goes in
-quotes: `author."full name" = "X"`. Words are the same in capitals.
+A value is a text in double or single quotes, a number, true, false or null. Inside
+quotes, write a backslash before a quote or a backslash; \\n, \\r and \\t mean the
+same as in Python. A field is a key, or nested keys joined by dots. A key goes in
+quotes if it has other characters than letters, digits, `_` and `-`, or is one of
+the words above: `author."full name" = "X"`. Words may be written in capitals.
 
-What a condition means is in filter.proto: a field that is missing or of another
-type meets none but `!=` and `not`, and a list meets one if an item does.
+filter.proto defines the conditions: a field that is missing or of another type
+matches only `!=` and `not`, and a list matches if one of its items does.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from emberpc.v1 import filter_pb2 as pb
 #: A filter as text or as the API's message.
 Where: TypeAlias = "str | pb.Filter"
 
-#: The server's bound.
+#: The server's limit of nesting.
 _MAX_DEPTH = 32
-#: From here on, not every whole number is a double.
+#: From this number on, a double does not represent every integer.
 _MAX_WHOLE = 2**53
 _TOKEN = re.compile(
     r"""
@@ -64,24 +64,24 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "'": "'", "\\": "\\"}
 
 
 def parse_filter(text: str, name: str = "where") -> pb.Filter:
-    """Read a filter.
+    """Parse a filter.
 
     Args:
         text: the filter, as described above.
-        name: what messages call it.
+        name: name of the argument in errors.
 
     Raises:
-        InputError: it cannot be read; the message tells the column, what was expected there, and what was found.
+        InputError: it is not a valid filter; the message states the column, what was expected and what was found.
         InputTypeError: it is not a str.
     """
     return _Parser(checks.text(text, name), name).parse()
 
 
 def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
-    """Return the message of a filter that may be text; None if there is none.
+    """Return a filter, given as text or message, as a message; None stays None.
 
     Raises:
-        InputError: it is text that cannot be read.
+        InputError: the text is not a valid filter.
         InputTypeError: it is of another type.
     """
     if where is None or isinstance(where, pb.Filter):
@@ -93,7 +93,7 @@ def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
 
 @dataclass(frozen=True)
 class _Token:
-    """A piece of the text: `text`, `number`, `word`, `keyword`, `sign` or `end`, and at which character it starts."""
+    """A token: its kind (`text`, `number`, `word`, `keyword`, `sign` or `end`), its source and its first character."""
 
     kind: str
     source: str
@@ -103,12 +103,12 @@ class _Token:
         return "the end" if self.kind == "end" else self.source
 
     def has(self, *sources: str) -> bool:
-        """Return whether it is one of those keywords or signs."""
+        """Return whether the token is one of these keywords or signs."""
         return self.kind in ("keyword", "sign") and self.source.lower() in sources
 
 
 class _Parser:
-    """Reads one filter, token by token."""
+    """Parses one filter, token by token."""
 
     def __init__(self, text: str, name: str) -> None:
         self._name = name
@@ -116,7 +116,7 @@ class _Parser:
         self._next = 0
 
     def parse(self) -> pb.Filter:
-        """Read the whole."""
+        """Parse the whole text."""
         found = self._any(1)
         if self._peek().kind != "end":
             raise self._expected("'and', 'or' or the end")
@@ -264,7 +264,7 @@ class _Parser:
 
 
 def _not(condition: pb.Filter) -> pb.Filter:
-    # `not` is a word of Python.
+    # `not` is a keyword of Python, so `pb.Filter(not=…)` is a syntax error.
     negated = pb.Filter()
     getattr(negated, "not").CopyFrom(condition)
     return negated

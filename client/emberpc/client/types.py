@@ -1,4 +1,4 @@
-"""What the client takes and gives: frozen dataclasses of plain Python values."""
+"""Arguments and results of the clients: frozen dataclasses of plain Python values."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ Matrix: TypeAlias = npt.NDArray[np.float32]
 #: float32, shape (dimensions,).
 Vector: TypeAlias = npt.NDArray[np.float32]
 
-#: What a text is for; the server puts the model's prompt for it before the text.
+#: Purpose of a text. It decides which prompt of the model the server puts before the text.
 InputKind: TypeAlias = Literal["passage", "query"]
-#: What to do with a text of more tokens than the model takes: fail, or drop what is past the limit at one side.
+#: How a text with more tokens than the model reads is truncated: `refuse` fails, `end` removes tokens from its end,
+#: `start` from its start.
 Truncation: TypeAlias = Literal["refuse", "end", "start"]
-#: Element type of vectors on the wire; smaller ones are less exact. The client always gives float32.
+#: Element type of vectors on the wire. Smaller types are less exact. The client always returns float32.
 DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
-#: How two vectors compare.
+#: The measure that compares two vectors.
 Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
-#: What a search goes by: likeness of vectors, words in common, or both.
+#: Mode of a search: by vectors, by words, or both.
 SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
-#: How a hybrid search makes one ranking of two: by their scores, scaled, or by their reciprocal ranks.
+#: How a hybrid search joins its two rankings: by scaled scores, or by reciprocal ranks.
 Fusion: TypeAlias = Literal["scores", "ranks"]
-#: Whether somebody is waiting, or throughput matters and latency does not.
+#: `interactive`: a caller waits. `bulk`: throughput matters, latency does not.
 Priority: TypeAlias = Literal["interactive", "bulk"]
 
-#: Told how many items are done so far.
+#: Called with the number of items that are done.
 Progress: TypeAlias = Callable[[int], None]
-#: Told how many bytes are done, of how many.
+#: Called with the number of bytes that are done, and the number of all bytes.
 ByteProgress: TypeAlias = Callable[[int, int], None]
-#: Told what a server that changes its models is doing.
+#: Called with each step of a server that changes its models.
 Stages: TypeAlias = Callable[[str], None]
 
 #: One text of a stream, alone or with an id, as (id, text).
@@ -48,17 +49,17 @@ StreamItem: TypeAlias = "str | tuple[str, str]"
 
 @dataclass(frozen=True)
 class StreamedEmbedding:
-    """What became of one text of a stream: it has a vector or an error, never both."""
+    """The result for one text of a stream: a vector or an error."""
 
-    #: As it was given; of a text without one its number in the stream, from "0".
+    #: The caller's id; of a text without an id its number in the stream, from "0".
     id: str
     #: float32 (dimensions,).
     vector: Vector | None = field(default=None, compare=False)
-    #: Why there is no vector: an InputError if the text could not be sent, else what the server said of it.
+    #: Why there is no vector: an InputError if the text could not be sent, else the server's error.
     error: EmberpcError | InputError | None = None
-    #: Tokens that went through the model.
+    #: Tokens that the model read.
     tokens: int = 0
-    #: Whether the text was cut to fit.
+    #: Whether the text was truncated.
     truncated: bool = False
     #: The model that answered; None if the text could not be sent.
     model: ModelVersion | None = field(default=None, compare=False)
@@ -66,25 +67,25 @@ class StreamedEmbedding:
 
 @dataclass(frozen=True)
 class Reembedding:
-    """A collection's way to another model, while the one that it has answers."""
+    """Progress of replacing the vectors of a collection by those of another model."""
 
     #: The new model.
     model: str
-    #: Records taken over, and how many there are.
+    #: Records with new vectors, and all records.
     done: int
     total: int
-    #: In UTC; None if the server did not say.
+    #: In UTC; None if the server did not state it.
     start_time: datetime | None
-    #: Why it does not go on now; it does when that has changed. Empty: it goes on.
+    #: Why the reembedding waits. It continues when the cause is removed. Empty: it does not wait.
     problem: str
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A set of records whose vectors may be compared with each other."""
+    """A named set of records with vectors of the same dimensions."""
 
     name: str
-    #: The embedding model of its texts; empty if it takes vectors only.
+    #: The embedding model of its texts; empty: records must have vectors.
     model: str
     model_fingerprint: str
     dimensions: int
@@ -92,20 +93,20 @@ class Collection:
     distance: str
     #: `refuse`, `end` or `start`.
     truncation: str
-    #: Links of a node of its HNSW graph, per layer.
+    #: Links of a node of its graph, per layer.
     m: int
-    #: Candidates kept while inserting into the graph.
+    #: Candidates that an insertion into the graph keeps.
     ef_construction: int
     record_count: int
     #: Sequence number of its last write.
     sequence: int
     #: Bytes on disk.
     size_bytes: int
-    #: In UTC; None if the server did not say.
+    #: In UTC; None if the server did not state it.
     create_time: datetime | None
-    #: Why it cannot be used, such as that it is damaged; empty if it can.
+    #: Why it cannot be used, for example because it is damaged; empty: it can be used.
     problem: str = ""
-    #: Its way to another model, if it is on one.
+    #: Its reembedding, if one runs.
     reembedding: Reembedding | None = None
     #: Metadata fields that filters use often.
     indexed_fields: tuple[str, ...] = ()
@@ -113,23 +114,24 @@ class Collection:
 
 @dataclass(frozen=True)
 class Record:
-    """One thing that can be found.
+    """An item of a collection.
 
-    To write one, give the first four fields, `vector` if the server is not to
-    embed the text, and `time_to_live` if it is to go. The rest the server fills in. Numbers of `metadata` are
-    doubles on the wire; a whole one comes back as an int.
+    To write a record, give the first four fields, `vector` if the server shall not embed the text, and `time_to_live`
+    if the record shall be deleted after a time. The server sets the other fields. Numbers of `metadata` are doubles on
+    the wire; a number without a fraction is returned as an int.
     """
 
     id: str
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    #: float32 (dimensions,); in an answer None unless asked for.
+    #: float32, shape (dimensions,). In a result None, unless the call has `with_vectors`.
     vector: Vector | None = field(default=None, compare=False)
-    #: Seconds that it stays, from the write on; in an answer, from then on. None: it stays for good.
+    #: Seconds after which the record is deleted: when writing counted from the write, in a result from then. None: it
+    #: is not deleted.
     time_to_live: float | None = field(default=None, compare=False)
-    #: Sequence number of the write that made it what it is. The server sets it and the two times; a write ignores them
-    #: in a record from an answer, and refuses them in another. See `expected_revisions` of `Client.upsert`.
+    #: Sequence number of the last write of the record. The server sets it and the two times. A write ignores them in a
+    #: record of a result, and refuses them in any other record. See `expected_revisions` of `Client.upsert`.
     revision: int = field(default=0, compare=False)
     create_time: datetime | None = field(default=None, compare=False)
     update_time: datetime | None = field(default=None, compare=False)
@@ -137,7 +139,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordId:
-    """A query for the neighbours of a record, which is not among the hits itself."""
+    """A query for the neighbours of a record. The record itself is not among the hits."""
 
     id: str
 
@@ -148,7 +150,7 @@ Query: TypeAlias = "str | RecordId | npt.NDArray[Any] | Sequence[float]"
 
 @dataclass(frozen=True, eq=False)
 class SearchQuery:
-    """A query of `search_batch` with options of its own, instead of the call's; what is not set is as the call says."""
+    """A query of `search_batch` with its own options. Options that are not set are those of the call."""
 
     query: Query
     where: str | pb.Filter | None = None
@@ -158,7 +160,7 @@ class SearchQuery:
 
 @dataclass(frozen=True)
 class UpsertResult:
-    """What a write came to; `sequence` is the number of the last write, 0 if there was nothing to write."""
+    """The result of an upsert. `sequence` is the sequence number of the last write; 0: there was nothing to write."""
 
     inserted: int
     updated: int
@@ -167,25 +169,25 @@ class UpsertResult:
 
 @dataclass(frozen=True)
 class FailedRecord:
-    """A record of a stream that was not written, and why."""
+    """A record of a stream that was not written, and the error."""
 
-    #: Its place among the records given, from 0.
+    #: Its index among the records, from 0.
     index: int
     id: str
-    #: An InputError or InputTypeError if it could not be sent, else what the server said of it.
+    #: An InputError or InputTypeError if the record could not be sent, else the server's error.
     error: EmberpcError | InputError | InputTypeError
 
 
 @dataclass(frozen=True)
 class UpsertCheckpoint:
-    """How far a stream of records is: what it says of `done` is lasting, and the rest tells of what is new since."""
+    """Progress of a stream of records. `failures`, `inserted` and `updated` are those since the checkpoint before."""
 
-    #: So many of the records given, from the first on, are on disk, but for those that failed.
+    #: Number of the first records that are all on disk, except for those that failed.
     done: int
     failures: tuple[FailedRecord, ...] = ()
     inserted: int = 0
     updated: int = 0
-    #: Number of the last write; 0 if nothing was written.
+    #: Sequence number of the last write; 0: nothing was written.
     sequence: int = 0
     #: `synced` if that write was on disk before the response, else `unknown`.
     durability: str = field(default="unknown", compare=False)
@@ -193,7 +195,7 @@ class UpsertCheckpoint:
 
 @dataclass(frozen=True)
 class Hit:
-    """A record found; a greater score is nearer."""
+    """A record that a search returns. A greater score is nearer."""
 
     record: Record
     score: float
@@ -201,27 +203,27 @@ class Hit:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How a query was carried out."""
+    """How a search of one query was carried out."""
 
-    #: `exact`: every vector was compared; `hnsw`: the graph was searched; `lexical`: words were looked up.
+    #: `exact`: every vector was compared; `hnsw`: the graph was searched; `lexical`: the words were looked up.
     strategy: str
-    #: Candidates that the graph search kept; 0 if the graph was not used.
+    #: Candidates that the search of the graph kept; 0: the graph was not used.
     ef: int
     #: Vectors compared one by one.
     compared_count: int
-    #: Why there are fewer than `top_k` hits; empty if there are not fewer.
+    #: Why there are fewer than `top_k` hits; empty: there are `top_k` hits.
     shortfall_reason: str
-    #: Hits by words in common that were found, or fused with those by likeness.
+    #: Number of lexical hits. A hybrid search joins them with the dense hits.
     lexical_count: int = 0
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was found for one query: hits, nearest first, and how."""
+    """The result of one query: hits, nearest first, and the plan of the search."""
 
     hits: tuple[Hit, ...]
     plan: SearchPlan
-    #: Whether the text of the query was cut to the tokens that the model takes.
+    #: Whether the text of the query was truncated.
     truncated: bool = False
     #: Tokens of the text of the query; 0 if no model read it.
     tokens: int = field(default=0, compare=False)
@@ -229,7 +231,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Ids of two records that are much alike, the lesser first, and the cosine of their vectors."""
+    """Ids of two records that are near to each other, the lesser first, and the cosine similarity of their vectors."""
 
     first_id: str
     second_id: str
@@ -238,7 +240,7 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A group of like records: how many there are, and those nearest to its centre, nearest first."""
+    """A cluster: its number of records, and the records nearest to its centre, nearest first."""
 
     record_count: int
     examples: tuple[Record, ...]
@@ -246,24 +248,24 @@ class Cluster:
 
 @dataclass(frozen=True)
 class RecordProblem:
-    """What `verify_collection` found wrong with a record; with the collection as a whole if `id` is empty."""
+    """A problem that `verify_collection` found in a record; an empty `id`: in the whole collection."""
 
     id: str
-    #: For programs, such as `UNREACHABLE`.
+    #: Cause for programs, such as `UNREACHABLE`.
     reason: str
     message: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_collection` came to."""
+    """The result of `verify_collection`: number of checked records, and problems."""
 
     checked: int
     problems: tuple[RecordProblem, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
@@ -277,28 +279,28 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class Classification:
-    """What one text is."""
+    """The result of classifying one text."""
 
-    #: The label predicted, or those of a multi-label classifier; empty if `rejected`.
+    #: The predicted label; of a multi-label classifier all predicted labels; empty if `rejected`.
     labels: tuple[str, ...]
     #: Best first, at most `top_k`.
     scores: tuple[LabelScore, ...]
-    #: Whether the text seems to be outside all labels.
+    #: Whether the text seems to have none of the labels.
     rejected: bool
-    #: Tokens that went through the model.
+    #: Tokens that the model read.
     tokens: int
-    #: Whether the text was cut to fit.
+    #: Whether the text was truncated.
     truncated: bool
 
     @property
     def label(self) -> str | None:
-        """The label predicted, the best one of several; None if there is none."""
+        """The predicted label; of several the best one; None if there is none."""
         return self.labels[0] if self.labels else None
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as it is served."""
+    """A model that a server serves."""
 
     name: str
     #: `embedding` or `classification`.
@@ -316,14 +318,14 @@ class Model:
     max_tokens: int
     query_prompt: str
     passage_prompt: str
-    #: Of a classifier, in the order of its scores.
+    #: Classifier: its labels, in the order of its scores.
     labels: tuple[str, ...]
     multi_label: bool
-    #: Which of the bundle's ONNX files is served, such as `fp32`.
+    #: The variant that is served, such as `fp32`.
     variant: str
     size_bytes: int
     load_time: datetime | None
-    #: Figures measured at export, such as `accuracy`.
+    #: Quality measured at export, such as `accuracy`.
     quality: Mapping[str, float]
 
 
@@ -331,16 +333,16 @@ class Model:
 class ServerInfo:
     """A server's version, limits and features."""
 
-    #: Of emberpc.
+    #: Version of emberpc.
     version: str
-    #: Largest sizes that the server accepts, by the names of `ServerLimits` in server.proto, such as `max_texts`.
+    #: The largest values that the server accepts, by field name of `ServerLimits` in server.proto, such as `max_texts`.
     limits: Mapping[str, int]
-    #: Optional capabilities, such as `model_admin`.
+    #: Optional features, such as `model_admin`.
     features: tuple[str, ...]
 
 
 class Health(Enum):
-    """Whether a server takes calls; the values are those of grpc.health.v1."""
+    """Whether a server accepts calls. The values are those of grpc.health.v1."""
 
     UNKNOWN = 0
     SERVING = 1

@@ -1,4 +1,4 @@
-"""IndexService: a collection as one file, to disk and from there."""
+"""Backups of collections: build requests, write and read the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERVICE = "/emberpc.v1.IndexService/"
 BACKUP_COLLECTION = Method(_SERVICE + "BackupCollection", pb.BackupCollectionResponse)
 RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollectionResponse)
 
-#: Seconds that a call may take unless its caller says otherwise: they are many gigabytes, perhaps.
+#: Seconds that a call may take by default. A backup may have many gigabytes.
 TIMEOUT = 3600.0
 _CHUNK_BYTES = 2**20
 
@@ -41,17 +41,18 @@ def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collecti
 
 
 class BackupWriter:
-    """Writes a backup to a file that gets its name when it is whole and on disk; a context manager.
+    """Writes a backup to a temporary file, and renames it when it is complete and on disk; a context manager.
 
-    A link is followed. A device or a pipe, such as `/dev/stdout`, is never replaced: the bytes go into it as they come.
+    A link is followed. A device or a pipe, such as `/dev/stdout`, is not replaced: the bytes are written into it as
+    they arrive.
 
     Args:
         path: the file.
-        progress: told of the bytes.
+        progress: called with the bytes received and the bytes of the whole backup.
 
     Raises:
         InputError: the path is a folder, a disk or a socket.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path | str, progress: ByteProgress | None) -> None:
@@ -75,14 +76,14 @@ class BackupWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file is not None:
-            # What a pipe could not take is an error only if nothing else has failed.
+            # An error of closing a pipe is raised only if nothing else has failed.
             with suppress(OSError) if kind is not None else nullcontext():
                 self._file.close()
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
 
     def write(self, message: pb.BackupCollectionResponse) -> None:
-        """Write the next bytes."""
+        """Write the bytes of the next response."""
         self._opened().write(message.chunk)
         self._digest.update(message.chunk)
         self._done += len(message.chunk)
@@ -90,15 +91,15 @@ class BackupWriter:
         self._stated = message.sha256
 
     def report(self) -> None:
-        """Tell how far it is."""
+        """Report the progress to the caller."""
         if self._progress is not None:
             self._progress(self._done, self._total)
 
     def finish(self) -> int:
-        """Give the file its name; return its size.
+        """Check the SHA-256, rename the file, and return its size in bytes.
 
         Raises:
-            Internal: it is not what the server says it sent.
+            Internal: the bytes that arrived differ from those that the server sent.
         """
         whole = self._stated == self._digest.hexdigest()
         path = self._target.path
@@ -124,7 +125,8 @@ class BackupWriter:
     def _opened(self) -> BinaryIO:
         """Return the open file.
 
-        A pipe is opened with the first bytes: that waits for its reader, and `AsyncClient` writes in another thread.
+        A pipe is opened when the first bytes are written: opening waits for a reader, and `AsyncClient` writes in
+        another thread.
         """
         if self._file is None:
             self._file = self._target.path.open("wb")
@@ -136,11 +138,11 @@ class BackupReader:
 
     Args:
         path: the file.
-        name: of the collection to make.
-        progress: told of the bytes.
+        name: name of the collection to create.
+        progress: called with the bytes sent and the bytes of the whole backup.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path | str, name: str, progress: ByteProgress | None) -> None:
@@ -149,7 +151,7 @@ class BackupReader:
         self._total = os.fstat(self._file.fileno()).st_size
         self._progress = progress
         self._done = 0
-        #: What kept the messages from being sent: gRPC, which asks for them, would only say that something did.
+        #: The error that ended `requests`. gRPC, which iterates over them, would hide it.
         self.error: Exception | None = None
 
     def __enter__(self) -> BackupReader:
@@ -161,7 +163,7 @@ class BackupReader:
         self._file.close()
 
     def requests(self) -> Iterator[pb.RestoreCollectionRequest]:
-        """Give the messages to send."""
+        """Yield the requests that send the file."""
         digest = hashlib.sha256()
         yield pb.RestoreCollectionRequest(name=self._name, total_bytes=self._total)
         while chunk := self._file.read(_CHUNK_BYTES):
@@ -170,7 +172,7 @@ class BackupReader:
         yield pb.RestoreCollectionRequest(sha256=digest.hexdigest())
 
     def report(self, message: pb.RestoreCollectionRequest) -> None:
-        """Tell how far it is, with this message."""
+        """Report the progress to the caller, after `message` was sent."""
         self._done += len(message.chunk)
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -1,4 +1,4 @@
-"""What the two clients run: calls, and jobs of several calls. Nothing here does I/O."""
+"""Calls, and jobs of several calls, which both clients run. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 @dataclass(frozen=True)
 class Method(Generic[Response]):
-    """A method of the API: its path, such as `/emberpc.v1.EmbeddingService/Embed`, and what it answers with."""
+    """An RPC: its path, such as `/emberpc.v1.EmbeddingService/Embed`, and the type of its responses."""
 
     path: str
     response: type[Response]
@@ -31,12 +31,17 @@ class Method(Generic[Response]):
 
 @dataclass(frozen=True)
 class Call(Generic[Response, Result]):
-    """One call, and how to read its answer.
+    """One call, and how to decode its response.
 
-    A call that carries one part of the caller's list says which: `count` items
-    from `first` on, in the repeated field `items` of the request. `halves` makes
-    two calls for the same items, which together have the same result; None: the
-    call cannot be divided.
+    Attributes:
+        method: the RPC.
+        request: the request; the first one of several.
+        decode: returns the result for a response.
+        items: the repeated field of the request that holds one part of the caller's list; empty: there is no list.
+        first: the caller's index of the first item of this part.
+        count: number of items of this part.
+        halves: returns two calls for the same items, whose joined results are the result of this call; None: the call
+            cannot be divided.
     """
 
     method: Method[Response]
@@ -48,20 +53,20 @@ class Call(Generic[Response, Result]):
     halves: Callable[[], Sequence[Call[Response, Result]]] | None = None
 
     def smaller(self, error: EmberpcError) -> Sequence[Call[Response, Result]]:
-        """Return the calls to make instead of this one, which failed.
+        """Return the smaller calls that replace this call, which failed with `error`.
 
         Raises:
-            EmberpcError: the error itself, unless the response would be too large and the call can be divided.
+            EmberpcError: `error` itself, unless the response would be too large and the call can be divided.
         """
         if error.reason != "RESPONSE_TOO_LARGE" or self.count < 2 or self.halves is None:
             raise error
         return self.halves()
 
     def read(self, response: Response) -> Result:
-        """Return what the answer means.
+        """Return the result for a response.
 
         Raises:
-            Internal: it contradicts itself, or has another number of items than the request.
+            Internal: the response contradicts itself, or has another number of items than the request.
         """
         try:
             return self.decode(response)
@@ -71,7 +76,7 @@ class Call(Generic[Response, Result]):
 
 @dataclass(frozen=True)
 class Page(Generic[Item]):
-    """One page of a list; an empty token says that it is the last."""
+    """One page of a list. The token of the last page is empty."""
 
     items: Sequence[Item]
     next_token: str
@@ -79,36 +84,36 @@ class Page(Generic[Item]):
 
 @dataclass(frozen=True)
 class Step(Generic[Item]):
-    """One message of a call that tells how far it is: what is being done, and what there is so far."""
+    """One response of a call that reports its progress: the present stage, and the result so far."""
 
     stage: str
     so_far: Item
 
 
 class Steps(Generic[Item]):
-    """Takes the steps of a call, of which the last one holds its result.
+    """Collects the steps of a call. The last step contains the result.
 
     Args:
         call: the call.
-        told: told what is being done.
+        progress: called with each stage.
     """
 
-    def __init__(self, call: Call[Response, Step[Item]], told: Callable[[str], None] | None) -> None:
+    def __init__(self, call: Call[Response, Step[Item]], progress: Callable[[str], None] | None) -> None:
         self._call = call
-        self._told = told
+        self._progress = progress
         self._last: Step[Item] | None = None
 
     def take(self, step: Step[Item]) -> None:
         """Take the next step."""
         self._last = step
-        if self._told is not None:
-            self._told(step.stage)
+        if self._progress is not None:
+            self._progress(step.stage)
 
     def result(self) -> Item:
-        """Return what the last step held.
+        """Return the result in the last step.
 
         Raises:
-            Internal: there was none.
+            Internal: there was no step.
         """
         if self._last is None:
             raise Internal(
@@ -118,25 +123,25 @@ class Steps(Generic[Item]):
 
 
 class Collector(Protocol[Part_contra, Result_co]):
-    """Makes one result of the results of several calls."""
+    """Joins the results of several calls."""
 
     def add(self, part: Part_contra) -> None:
-        """Take the next call's result, in order."""
+        """Add the result of the next call, in order."""
 
     def result(self) -> Result_co:
-        """Return the whole."""
+        """Return the joined result."""
 
 
 class Job(Generic[Part, Result]):
-    """Calls that together make one result.
+    """Calls whose joined results are one result.
 
     Args:
-        calls: the calls; produced as they are needed.
-        collector: takes their results in the order of the calls.
-        progress: told after each call how many items are done.
-        ordered: whether a call may start only when the one before is answered,
-            as writes must; otherwise a few are in flight at a time.
-        partly_done: says in an error which items the calls before it have written; `{}` stands for their number.
+        calls: the calls; built as they are needed.
+        collector: joins the results, in the order of the calls.
+        progress: called after each call with the number of items that are done.
+        ordered: whether a call may start only after the response to the one before, as for writes. Otherwise a few
+            calls are in flight at a time.
+        partly_done: added to the message of an error: the items that earlier calls wrote. `{}` stands for their number.
     """
 
     def __init__(
@@ -156,7 +161,7 @@ class Job(Generic[Part, Result]):
         self._done = 0
 
     def take(self, call: Call[Response, Part], part: Part) -> None:
-        """Take the result of the next call."""
+        """Add the result of the next call."""
         self._collector.add(part)
         self._done += call.count
         if self._progress is not None:
@@ -164,7 +169,7 @@ class Job(Generic[Part, Result]):
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Add to an error that ends the job which items were written before it."""
+        """Add to an error that ends the job the number of items that earlier calls wrote."""
         try:
             yield
         except (EmberpcError, InputError, InputTypeError) as error:
@@ -173,7 +178,7 @@ class Job(Generic[Part, Result]):
             raise
 
     def result(self) -> Result:
-        """Return the whole."""
+        """Return the joined result."""
         return self._collector.result()
 
 
@@ -184,7 +189,7 @@ class ListCollector(Generic[Item]):
         self._items: list[Item] = []
 
     def add(self, part: Sequence[Item]) -> None:
-        """Take the next items."""
+        """Add the next items."""
         self._items.extend(part)
 
     def result(self) -> list[Item]:
@@ -198,8 +203,8 @@ def divisible(
     """Return `Call.halves` of the call for one part of a list.
 
     Args:
-        make: makes the call for a part, from the place of the part's first item in the whole list, and the part.
-        first: place of this part's first item.
+        make: builds the call for a part, from the caller's index of its first item, and the part.
+        first: the caller's index of the first item of this part.
         part: this part.
     """
     middle = len(part) // 2
@@ -207,25 +212,25 @@ def divisible(
 
 
 def check_count(got: int, wanted: int, what: str) -> None:
-    """Raise Internal unless the answer has as many items as the request."""
+    """Raise Internal unless a response has as many items as the request."""
     if got != wanted:
         raise Internal(f"the server answered with {got} {what} for {wanted}; it is another version, or broken")
 
 
-#: Most bytes (UTF-8) of texts in one request, well below what a server takes.
+#: Most bytes (UTF-8) of texts in one request, well below the limit of a server.
 _MAX_CHUNK_BYTES = 8 * 2**20
 
 
 def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> Iterator[tuple[int, list[Item]]]:
-    """Cut items into lists of at most `size`, and of at most 8 MiB unless one item alone is larger.
+    """Divide items into lists of at most `size` items and 8 MiB. A larger item gets its own list.
 
     Args:
-        items: what to cut; taken as needed.
+        items: the items; read as needed.
         size: most items of a list.
-        weigh: gives the bytes of an item.
+        weigh: returns the bytes of an item.
 
     Yields:
-        The place of the list's first item in the whole, and the list.
+        The index of the list's first item among all items, and the list.
     """
     first, chunk, weight = 0, list[Item](), 0
     for item in items:
@@ -235,7 +240,7 @@ def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> It
             first, chunk, weight = first + len(chunk), [], 0
         chunk.append(item)
         weight += bytes_of_item
-        # Given out at once, so that a wrong item behind it does not hold it back.
+        # Yielded at once, so that a wrong item after it does not delay it.
         if len(chunk) == size:
             yield first, chunk
             first, chunk, weight = first + len(chunk), [], 0

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives, made before anything is sent; every message names the item."""
+"""Validate arguments before anything is sent. Every error names the item."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from emberpc.client.types import Matrix, Vector
 
 
 def text(value: object, name: str) -> str:
-    """Return a text that can be sent.
+    """Validate a text and return it as a plain str.
 
     Raises:
         InputTypeError: it is not a str.
-        InputError: it holds a lone surrogate, which UTF-8 cannot.
+        InputError: it contains a lone surrogate, which UTF-8 cannot encode.
     """
     if not isinstance(value, str):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a str")
-    # The same str for a subclass such as numpy.str_, which protobuf may not take.
+    # protobuf may refuse a subclass such as numpy.str_.
     value = str(value)
     if not value.isascii():
         try:
@@ -36,11 +36,11 @@ def text(value: object, name: str) -> str:
 
 
 def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
-    """Return a list of texts that can be sent; at least `least`, which is 0 or 1.
+    """Validate texts and return them as a list of at least `least` items, which is 0 or 1.
 
     Raises:
         InputTypeError: `values` is one str, a mapping or not iterable, or an item is not a str.
-        InputError: there are none, or an item cannot be sent.
+        InputError: the list is empty, or an item cannot be sent.
     """
     if isinstance(values, (str, bytes)):
         raise InputTypeError(f"{name} is one {type(values).__name__}, it must be a list of texts; write [text]")
@@ -57,7 +57,7 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
 
 
 def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
-    """Return a whole number from `least` to below 2**`bits`, by default the bound of an int32.
+    """Validate an integer from `least` to below 2**`bits`; the default is the range of an int32.
 
     Raises:
         InputTypeError: it is not an int.
@@ -66,17 +66,17 @@ def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be an int")
     if not least <= value < 2**bits:
-        # Python refuses to print an int of thousands of digits.
+        # Python refuses to format an int of thousands of digits.
         shown = str(value) if -(2**64) < value < 2**64 else "beyond 2**64"
         raise InputError(f"{name} is {shown}; it must be at least {least} and below 2**{bits}")
     return int(value)
 
 
 def flag(value: bool, name: str) -> bool:
-    """Return a bool.
+    """Validate a bool.
 
     Raises:
-        InputTypeError: it is none.
+        InputTypeError: it is not a bool.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a bool")
@@ -84,11 +84,11 @@ def flag(value: bool, name: str) -> bool:
 
 
 def number(value: float, name: str) -> float:
-    """Return a number that can be sent; whether it is within bounds is for the server to check.
+    """Validate a number. The server checks its range.
 
     Raises:
-        InputTypeError: it is no real number.
-        InputError: a float cannot hold it.
+        InputTypeError: it is not a real number.
+        InputError: it is beyond the range of a float.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a number")
@@ -99,11 +99,11 @@ def number(value: float, name: str) -> float:
 
 
 def vector(value: npt.ArrayLike, name: str) -> Vector:
-    """Return a vector that can be sent: float32 (dimensions,).
+    """Validate a vector and return it as float32, shape (dimensions,).
 
     Raises:
         InputTypeError: its elements are not numbers.
-        InputError: it has another shape, or holds NaN or infinity.
+        InputError: it has another shape, or contains NaN or infinity.
     """
     array = _numbers(value, name)
     if array.ndim != 1 or not array.size:
@@ -113,11 +113,11 @@ def vector(value: npt.ArrayLike, name: str) -> Vector:
 
 
 def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
-    """Return vectors that can be sent: float32 (rows, dimensions).
+    """Validate vectors and return them as float32, shape (rows, dimensions).
 
     Raises:
         InputTypeError: the elements are not numbers.
-        InputError: the shape is another, or an item holds NaN or infinity.
+        InputError: the shape differs, or a vector contains NaN or infinity.
     """
     if isinstance(values, Sequence):
         _same_length(values, name)
@@ -140,7 +140,7 @@ def _numbers(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 
 
 def _same_length(values: Sequence[Any], name: str) -> None:
-    """Raise InputError for the first vector that is not as long as the one before it."""
+    """Raise InputError for the first vector whose length differs from that of vector 0."""
     lengths = [len(item) if isinstance(item, (Sequence, np.ndarray)) else None for item in values]
     for i, length in enumerate(lengths):
         if length is None:
@@ -150,8 +150,8 @@ def _same_length(values: Sequence[Any], name: str) -> None:
 
 
 def _finite(array: npt.NDArray[Any], name_of: Callable[[int], str]) -> Matrix:
-    """Return the rows as float32, all of them finite."""
-    # A double past float32's range becomes infinity, which is found below.
+    """Return the rows as float32; raise InputError for the first row that is not finite."""
+    # A double beyond the range of float32 becomes infinity, which the next check finds.
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(array, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))

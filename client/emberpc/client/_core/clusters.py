@@ -1,4 +1,4 @@
-"""IndexService: the requests and answers that are about a collection as a whole."""
+"""Duplicates and clusters of a collection: build requests, decode responses."""
 
 from __future__ import annotations
 

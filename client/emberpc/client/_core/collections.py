@@ -1,4 +1,4 @@
-"""Collections: requests from arguments, results from answers."""
+"""Create, list, change, verify and delete collections: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -58,12 +58,17 @@ def create_collection(
 
 
 def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Collection:
-    """Return the collection that is there instead of the one that was to be created, if the two are alike.
+    """Return the existing collection if it is the one that `create_collection(exist_ok=True)` would create.
 
-    They are if model and distance are the same, and each of `dimensions`, `m` and `ef_construction` that was given.
+    Model and distance must be the same, and so must `dimensions`, `m` and `ef_construction` if they were given.
+
+    Args:
+        found: the existing collection.
+        request: the request that failed.
+        error: the server's error, which becomes the cause.
 
     Raises:
-        AlreadyExists: they differ; the message says in what. `error` is the server's own, its cause.
+        AlreadyExists: the collections differ; the message names the setting.
     """
     wanted = cast(pb.CreateCollectionRequest, request).collection
     asked = {
@@ -152,7 +157,7 @@ def verify_collection(
 
 
 def read_collection(message: pb.Collection) -> Collection:
-    """Return what an answer says of a collection."""
+    """Return a collection of a response."""
     return Collection(
         name=message.name,
         model=message.model,

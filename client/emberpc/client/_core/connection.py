@@ -1,4 +1,4 @@
-"""How a client reaches its server: target, deadline, TLS, token, and the settings of the channel."""
+"""Settings of a connection: target, timeout, TLS, token, options of the channel."""
 
 from __future__ import annotations
 
@@ -34,29 +34,30 @@ CALL_CANCELLED = "the call was cancelled before its answer came"
 
 ChannelOptions = list[tuple[str, "str | int"]]
 
-#: Seconds; a hundred years. Some way past it gRPC's clock overflows, and a call would fail at once.
+#: Seconds; a hundred years. A much longer timeout overflows gRPC's clock, and the call fails at once.
 _MAX_TIMEOUT = 100 * 365 * 24 * 3600
-#: All that a bearer token may hold (RFC 6750).
+#: The characters of a bearer token (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
-#: Pings find a connection that died in silence while a call waits on it. There are none between calls. A server must
-#: take one each 30 seconds, or it closes the connection of a silent call; see `_KEEPALIVE` of `emberpc.server.app`.
+#: Pings detect a connection that broke without notice while a call waits. There are no pings between calls. A server
+#: must accept a ping every 30 seconds, or it closes the connection of a silent call; see `_KEEPALIVE` of
+#: `emberpc.server.app`.
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
-#: Spread calls over all addresses of the target. No policy of repeating calls is here: see `_retrying`. What never
-#: reached a server gRPC repeats without one.
+#: Spread calls over all addresses of the target. There is no retry policy: see `retries`. gRPC repeats calls that never
+#: reached a server without a policy.
 _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
 @dataclass(frozen=True)
 class TLS:
-    """How a connection is encrypted, and who proves what to whom; everything PEM.
+    """Encryption and certificates of a connection, as PEM.
 
     Attributes:
-        root_certificates: those that must have signed the server's; None: those that come with gRPC.
-        private_key: the client's own, if the server asks for one (mTLS).
+        root_certificates: certificates that may sign the server's certificate; None: those of gRPC.
+        private_key: the client's key, if the server requires client certificates (mTLS).
         certificate_chain: the certificate of `private_key`.
-        server_name: the name that the server's certificate is for; empty: the target's.
+        server_name: name in the server's certificate; empty: the host of the target.
     """
 
     root_certificates: bytes | None = None
@@ -94,7 +95,7 @@ class TLS:
         return cls(roots, key, chain, server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return what gRPC calls it."""
+        """Return gRPC's object for these certificates."""
         return grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
 
 
@@ -103,13 +104,13 @@ class Connection:
     """The checked arguments of a client's constructor.
 
     Attributes:
-        target: gRPC's name for the server, such as `localhost:50051` or `dns:///embeddings:50051`. A host without a
-            port gets 50051.
-        timeout: seconds that a call may take unless it says otherwise.
-        tls: None: the connection is in plain text.
+        target: gRPC's name of the server, such as `localhost:50051` or `dns:///embeddings:50051`. A host without a port
+            gets port 50051.
+        timeout: seconds that a call may take unless the call states another timeout.
+        tls: None: plain text.
         token: sent with every call.
-        in_flight: calls that one method call of the client keeps in flight.
-        own_channel: whether the caller brought a channel of its own, and answers for its security.
+        in_flight: requests that one method call of the client keeps in flight.
+        own_channel: whether the caller passed a channel, and is responsible for its security.
     """
 
     target: str
@@ -120,11 +121,11 @@ class Connection:
     own_channel: bool
 
     def __post_init__(self) -> None:
-        """Check them.
+        """Validate the arguments.
 
         Raises:
             InputTypeError: an argument has the wrong type.
-            InputError: one is out of range, or the token would travel in plain text.
+            InputError: an argument is out of range, or the token would travel in plain text.
         """
         if not isinstance(self.target, str):
             raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
@@ -152,14 +153,14 @@ class Connection:
             )
 
     def deadline(self, timeout: float | None) -> float:
-        """Return the seconds that a call may take; None: those of the constructor.
+        """Return the seconds that a call may take; None stands for the timeout of the constructor.
 
         Raises:
-            InputTypeError: it is no number.
-            InputError: it is not above 0 and at most a hundred years: every call has a deadline.
+            InputTypeError: the timeout is not a number.
+            InputError: it is not above 0 and at most a hundred years, since every call has a deadline.
         """
         seconds = checks.number(self.timeout if timeout is None else timeout, "timeout")
-        if not 0 < seconds <= _MAX_TIMEOUT:  # nor is NaN
+        if not 0 < seconds <= _MAX_TIMEOUT:  # NaN is refused too
             raise InputError(
                 f"timeout is {seconds:g} seconds; it must be above 0 and at most {_MAX_TIMEOUT}, a hundred years"
             )
@@ -168,11 +169,11 @@ class Connection:
     def error(
         self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None, *, late: bool = False
     ) -> EmberpcError:
-        """Return the exception for a failed call; `late`: it had run for long."""
+        """Return the exception for a failed call; `late`: it failed after more than 5 seconds."""
         return from_rpc(failure, self._circumstances(call, timeout, late=late))
 
     def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
-        """Return the exception for a stream on which nothing came in time."""
+        """Return the exception for a stream that received nothing within its timeout."""
         return no_answer(self._circumstances(call, timeout))
 
     def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
@@ -181,25 +182,25 @@ class Connection:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with every call."""
+        """The metadata of every call."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     @property
     def options(self) -> ChannelOptions:
-        """The channel's settings."""
+        """The options of the channel."""
         options: ChannelOptions = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             *_KEEPALIVE,
-            # A server that was restarted is found again soon; gRPC's own pauses grow to two minutes.
+            # Connect to a restarted server soon: gRPC's default pauses grow to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),
-            # Nor does a new client wait for what an older one of the same process found.
+            # Do not share the pauses of another client in this process.
             ("grpc.use_local_subchannel_pool", 1),
         ]
         if is_local(self.target):
-            # Nothing for this host goes through a proxy, where a token could be read.
+            # Calls to this host do not use a proxy, which could read the token.
             options.append(("grpc.enable_http_proxy", 0))
         if self.tls is not None and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
@@ -213,23 +214,23 @@ def _with_port(target: str) -> str:
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
-            return target  # it has a port, or is of another scheme, such as unix:
+            return target  # it has a port or another scheme, such as unix:
         return f"[{host}]:{DEFAULT_PORT}"
     return target if "/" in target else f"{target}:{DEFAULT_PORT}"
 
 
 def is_url(target: str) -> bool:
-    """Tell whether a target is a URL of the web, which gRPC does not take."""
+    """Return whether a target is an HTTP URL, which gRPC does not accept."""
     return target.lower().startswith(("http:", "https:"))
 
 
 def is_local(target: str) -> bool:
-    """Tell whether all addresses of a target are on this host: loopback or a Unix socket."""
+    """Return whether all addresses of a target are on this host: loopback or a Unix socket."""
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract"):
         return True
     if colon and scheme == "dns":
-        # dns://AUTHORITY/HOST:PORT; the authority is a DNS server, which can answer anything.
+        # dns://AUTHORITY/HOST:PORT; the authority is a DNS server, which can return any address.
         rest = rest.removeprefix("///")
         return not rest.startswith("/") and _is_loopback(unquote(rest))
     if colon and scheme in ("ipv4", "ipv6"):
@@ -238,7 +239,7 @@ def is_local(target: str) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    """Tell whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is on this host."""
+    """Return whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is on this host."""
     host = address[1:].partition("]")[0] if address.startswith("[") else address
     if host == address and host.count(":") == 1:
         host = host.partition(":")[0]

@@ -1,4 +1,4 @@
-"""What `embed_stream` has read, sent and got back; nothing here does I/O."""
+"""State of an `embed_stream`. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from emberpc.wire import vectors
 
 EMBED_STREAM = Method("/emberpc.v1.EmbeddingService/EmbedStream", pb.EmbedStreamResponse)
 
-#: From so many characters on that are read and not yet answered, no more texts are read.
+#: Stop reading texts while this many characters are read and not yet answered.
 _WINDOW_CHARACTERS = 2**24
 
 
 class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamResponse, StreamedEmbedding]):
-    """The texts of one stream that are read and not yet answered, and what is to be sent of them.
+    """The texts of one stream that are read and not yet answered, and the requests that send them.
 
-    On the wire a text's id is its number, so that the caller's may be anything, and be there twice.
+    On the wire the id of a text is its number, so that the caller's ids may have any form and occur twice.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self.call = Call(EMBED_STREAM, self._config, self._results)
         self._count = 0
         self._characters = 0
-        #: By id on the wire, in the order of reading: the caller's id, and the text.
+        #: The caller's id and the text, by id on the wire, in the order of reading.
         self._unanswered: dict[str, tuple[str, str]] = {}
         self._unsent: list[str] = []
         self._refused: list[StreamedEmbedding] = []
@@ -51,24 +51,24 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
 
     @property
     def waiting(self) -> int:
-        """Texts that are read and not answered."""
+        """Number of texts that are read and not answered."""
         return len(self._unanswered)
 
     @property
     def full(self) -> bool:
-        """Whether what is read and not answered is as many characters as may be."""
+        """Whether the texts that are read and not answered have reached their limit of characters."""
         return self._characters >= _WINDOW_CHARACTERS
 
     @property
     def unsent(self) -> int:
-        """Texts that are read and not sent, and those that cannot be."""
+        """Number of texts that are read and not sent, those that cannot be sent included."""
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: StreamItem) -> None:
-        """Take in one item of the caller's; a text that cannot be sent is a result already.
+        """Add an item of the caller. A text that cannot be sent becomes a result with an error.
 
         Raises:
-            InputTypeError: it is neither a text nor (id, text).
+            InputTypeError: the item is neither a text nor (id, text).
         """
         number = str(self._count)
         if isinstance(item, tuple) and len(item) == 2:
@@ -88,20 +88,20 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self._characters += len(text)
 
     def refused(self) -> list[StreamedEmbedding]:
-        """Return the results of texts that cannot be sent, once."""
+        """Return the results of texts that cannot be sent, each once."""
         refused, self._refused = self._refused, []
         return refused
 
     def first_message(self) -> pb.EmbedStreamRequest:
-        """Return the config; what other connections left unanswered is to be sent again."""
+        """Return the request with the config, and mark all unanswered texts as not sent."""
         self._unsent = list(self._unanswered)
         return self._config
 
     def further_messages(self) -> Iterator[pb.EmbedStreamRequest]:
-        """Return the messages that send what was not sent yet."""
+        """Return the requests that send the texts that are not sent."""
         keys, self._unsent = self._unsent, []
         items = (pb.EmbedStreamItem(id=key, text=self._unanswered[key][1]) for key in keys)
-        # A character has at most four bytes; counting them all is not worth the time.
+        # A character has at most four bytes. Counting the exact bytes is not worth the time.
         for _, part in chunks(items, self.batch_size, lambda item: 4 * len(item.text)):
             yield pb.EmbedStreamRequest(items=part)
 
@@ -111,7 +111,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         matrix = vectors.decode(response.embeddings)
         check_count(len(matrix), len(response.ids), "vectors")
         check_count(len(response.usages), len(response.ids), "usages")
-        # Each vector is copied: one that is kept must not keep all those that came with it.
+        # Each vector is copied, so that a vector that the caller keeps does not keep the whole response in memory.
         results = [
             StreamedEmbedding(
                 self._answered(key), row.copy(), tokens=usage.tokens, truncated=usage.truncated, model=self._model
@@ -141,4 +141,4 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
                 metadata={"model": model.name},
             )
         self._model = model
-        self.greeted = self.taken = True
+        self.greeted = self.accepted = True

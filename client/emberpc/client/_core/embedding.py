@@ -1,4 +1,4 @@
-"""EmbeddingService and ClassificationService: requests from arguments, results from answers."""
+"""Embed, count tokens, compare, classify: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class EmbedOptions:
 
 
 class _Rows:
-    """Collects vectors in one array, made when the first answer tells the dimensions."""
+    """Collects vectors in one array, which is allocated when the first response states the dimensions."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -63,7 +63,7 @@ class _Rows:
         self._matrix = np.empty((rows, 0), dtype=np.float32)
 
     def add(self, part: Matrix) -> None:
-        """Take the next vectors, float32 (some, dimensions)."""
+        """Add the next vectors: float32, shape (rows of this part, dimensions)."""
         if not self._filled:
             self._matrix = np.empty((self._rows, part.shape[1]), dtype=np.float32)
         if part.shape[1] != self._matrix.shape[1]:
@@ -75,7 +75,7 @@ class _Rows:
         self._filled += len(part)
 
     def result(self) -> Matrix:
-        """Return all vectors, float32 (rows, dimensions)."""
+        """Return all vectors: float32, shape (rows, dimensions)."""
         return self._matrix
 
 
@@ -184,7 +184,7 @@ def classify(
 
 
 def _text_chunks(texts: list[str], batch_size: int) -> list[tuple[int, list[str]]]:
-    # A character has at most four bytes; counting them all is not worth the time.
+    # A character has at most four bytes. Counting the exact bytes is not worth the time.
     return list(chunks(texts, checks.count(batch_size, "batch_size", 1), lambda text: 4 * len(text)))
 
 

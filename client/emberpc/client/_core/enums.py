@@ -1,4 +1,4 @@
-"""The words that stand for the API's enums, both ways."""
+"""Convert between the client's words and the enums of the API."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
     """Return the enum value of a caller's word.
 
     Raises:
-        InputError: it is not in the table; the message says what is.
+        InputError: the word is not in the table; the message lists the words.
         InputTypeError: it is not a str.
     """
     if not isinstance(word, str):
@@ -64,7 +64,7 @@ def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
 
 
 def word_of(value: Value, table: Mapping[str, Value]) -> str:
-    """Return the word for an enum value; `unknown` for one that a newer server may send."""
+    """Return the word for an enum value; `unknown` for a value that is not in the table, as a newer server may send."""
     for word, known in table.items():
         if known == value:
             return word

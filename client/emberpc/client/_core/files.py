@@ -1,4 +1,4 @@
-"""Which file is written where a caller names one: a link is followed, and a device or a pipe is never replaced."""
+"""Resolve the path of a file to write: links are followed, devices and pipes are not replaced."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from emberpc.client.exceptions import InputError
 
-#: Names in these folders stand for files that this process has open, such as the ends of pipes.
+#: Paths in these folders are files that this process has open, such as the ends of pipes.
 _OPEN_FILES = (Path("/proc"), Path("/dev/fd"))
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the bytes of a new file go.
+    """The destination of a new file.
 
     Attributes:
-        path: the file, after all links were followed.
-        is_stream: whether it is a device, a pipe or an open file, such as `/dev/stdout`. Such a target is written into.
-            Any other target is replaced when the new file is whole.
+        path: the file, with all links resolved.
+        is_stream: whether it is a device, a pipe or an open file, such as `/dev/stdout`, into which the bytes are
+            written. Any other file is replaced when the new one is complete.
     """
 
     path: Path
@@ -28,21 +28,21 @@ class Target:
 
 
 def target_of(path: Path | str, name: str) -> Target:
-    """Decide how the file that a caller names is written.
+    """Return the destination for a path that a caller gave.
 
     Args:
-        path: what the caller gave. There may be no file of that name yet.
-        name: what messages call it.
+        path: the path. The file need not exist.
+        name: name of the argument in errors.
 
     Raises:
-        InputError: it is a folder, a disk or a socket.
-        OSError: it cannot be looked at, such as links that lead in a circle.
+        InputError: the path is a folder, a disk or a socket.
+        OSError: the path cannot be resolved, for example because of a loop of links.
     """
     given = Path(path)
     try:
         mode = given.stat().st_mode
     except FileNotFoundError:
-        # A link that leads to no file names the file that is to be made.
+        # A link to a missing file names the file to create.
         return Target(Path(os.path.realpath(given)), is_stream=False)
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is {str(path)!r}, a folder; give the name of a file")
@@ -55,7 +55,7 @@ def target_of(path: Path | str, name: str) -> Target:
 
 
 def _is_open_file(path: Path) -> bool:
-    """Tell whether a name stands for a file that this process has open, as `/dev/stdout` does."""
+    """Return whether a path is a file that this process has open, such as `/dev/stdout`."""
     while True:
         folder = Path(os.path.realpath(path.parent))
         if any(folder.is_relative_to(known) for known in _OPEN_FILES):

@@ -1,4 +1,4 @@
-"""Plain Python values for protobuf's own types, both ways."""
+"""Convert between Python values and protobuf's Struct, Value and Timestamp."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from emberpc.client._core import checks
 from emberpc.client.exceptions import InputError, InputTypeError
 
-#: JSON numbers are doubles on the wire: past this, whole numbers are no longer all there.
+#: Numbers are doubles on the wire, which represent integers exactly up to this.
 _MAX_WHOLE = 2**53
-#: Three protobuf messages a level, of the hundred that a parser takes.
+#: A level is three nested protobuf messages, and a parser accepts a hundred.
 _MAX_DEPTH = 30
 
 
 def moment(timestamp: Timestamp) -> datetime:
-    """Return a point in time, in UTC, to the microsecond."""
+    """Return a timestamp as a datetime in UTC, to the microsecond."""
     return timestamp.ToDatetime(tzinfo=timezone.utc)
 
 
 def mapping(struct: Struct) -> dict[str, Any]:
-    """Return metadata as a dict; a whole number becomes an int."""
+    """Return metadata as a dict. A number without a fraction becomes an int."""
     return {key: _plain(value) for key, value in struct.fields.items()}
 
 
@@ -35,8 +35,8 @@ def struct(values: Mapping[str, Any], name: str) -> Struct:
     """Return metadata as a message.
 
     Raises:
-        InputTypeError: a value is none that JSON has, or a key is not a str.
-        InputError: a number is not finite or too large to stay exact, or the nesting too deep.
+        InputTypeError: JSON has no type for a value, or a key is not a str.
+        InputError: a number is not finite or not exact as a double, or the nesting is too deep.
     """
     if not isinstance(values, Mapping):
         raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a dict")
@@ -84,7 +84,7 @@ def _plain(value: Value) -> Any:
     kind = value.WhichOneof("kind")
     if kind == "number_value":
         number = value.number_value
-        # Past the bound a double stays one, so that what was read can be written again.
+        # A larger number stays a float, so that metadata that was read can be written again.
         return int(number) if number.is_integer() and abs(number) <= _MAX_WHOLE else number
     if kind == "struct_value":
         return mapping(value.struct_value)

@@ -1,4 +1,4 @@
-"""ModelService and the standard health service: requests from arguments, results from answers."""
+"""Models, health and limits of a server: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ RELOAD_MODEL = Method("/emberpc.v1.ModelService/ReloadModel", model_pb2.ReloadMo
 GET_SERVER_INFO = Method("/emberpc.v1.ServerService/GetServerInfo", server_pb2.GetServerInfoResponse)
 UNLOAD_MODEL = Method("/emberpc.v1.ModelService/UnloadModel", model_pb2.UnloadModelResponse)
 
-# grpc.health.v1 comes with grpcio-health-checking, which the client does not need: a HealthCheckRequest is a message
-# with one string in field 1, a HealthCheckResponse one with an enum in field 1. The well-known wrappers have the same
-# wire form.
+# The messages of grpc.health.v1 are in grpcio-health-checking, which the client does not require. HealthCheckRequest
+# has a string in field 1, and HealthCheckResponse an enum in field 1. The well-known wrappers have the same encoding.
 HEALTH_CHECK = Method("/grpc.health.v1.Health/Check", Int32Value)
 
 

@@ -1,4 +1,4 @@
-"""Records between Python and the wire."""
+"""Convert records to and from messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 @dataclass(frozen=True)
 class NewRecord:
-    """A record ready to be sent; `vector` is float32 (dimensions,), None if the server is to embed the text."""
+    """A validated record. `vector` is float32, shape (dimensions,); None: the server embeds the text."""
 
     message: index_pb2.Record
     vector: Vector | None
@@ -38,16 +38,16 @@ class NewRecord:
 def new_records(
     records: Iterable[Record | Mapping[str, Any]], matrix: npt.ArrayLike | None = None
 ) -> Iterable[NewRecord]:
-    """Check records as they are taken.
+    """Validate records as they are read.
 
     Args:
         records: the records, or dicts with their fields.
-        matrix: shape (records, dimensions): their vectors, instead of those in the records.
+        matrix: shape (records, dimensions): their vectors, instead of vectors in the records.
 
     Raises:
-        InputTypeError: a record, or a part of one, has a wrong type.
-        InputError: a part of a record cannot be sent; there is another number of vectors than of records; or a record
-            and `matrix` both give a vector.
+        InputTypeError: a record or one of its fields has the wrong type.
+        InputError: a field cannot be sent, the numbers of vectors and records differ, or a record and `matrix` both
+            have a vector.
     """
     if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
         raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
@@ -59,11 +59,14 @@ def new_records(
 
 
 def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
-    """Return the vectors of records as one block; None if they have none.
+    """Return the vectors of records as one block; None if no record has a vector.
+
+    Args:
+        records: the records of one request.
+        first: the caller's index of the first record.
 
     Raises:
-        InputError: some have a vector and some have none, or one of other dimensions; `first` is the caller's index of
-            the first record.
+        InputError: only some records have a vector, or the dimensions differ.
     """
     lead = records[0].vector
     for i, record in enumerate(records, first):
@@ -83,17 +86,17 @@ def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
 
 
 def read_records(messages: Sequence[index_pb2.Record], vectors_of: types_pb2.Vectors) -> list[Record]:
-    """Read records from an answer, and their vectors if it has any."""
+    """Return the records of a response, with their vectors if it has any."""
     if not vectors_of.rows:
         return [read_record(message, None) for message in messages]
     check_count(vectors_of.rows, len(messages), "vectors")
-    # Copied: the rows of `decode` would keep the whole answer alive, and cannot be written to.
+    # Copied: the rows that `decode` returns are read-only and keep the whole response in memory.
     matrix: Matrix = vectors.decode(vectors_of).copy()
     return [read_record(message, row) for message, row in zip(messages, matrix, strict=True)]
 
 
 def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
-    """Read one record from an answer."""
+    """Return one record of a response."""
     return Record(
         id=message.id,
         text=message.text,
@@ -108,7 +111,7 @@ def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
 
 
 def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
-    """Check one record, which messages call `name`, and its vector if it comes beside it; raises as `new_records`."""
+    """Validate one record, and its vector if it is given separately. Errors call it `name`; raises as `new_records`."""
     if isinstance(record, Mapping):
         for key in record:
             if key not in _KEYS:
@@ -143,7 +146,7 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
 def _refuse_hand_made_output(record: Record, name: str) -> None:
     """Raise InputError if the caller set a field that only the server sets.
 
-    A record from an answer has all of them, and may be written again as it is; a write ignores them.
+    A record of a response has all of them and may be written again as it is. A write ignores them.
     """
     if record.update_time is not None and record.create_time is not None:
         return

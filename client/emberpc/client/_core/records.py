@@ -1,4 +1,4 @@
-"""IndexService: requests from arguments, results from answers."""
+"""Upsert, get, list, count and delete records: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
 
-#: Ids of one request; the API takes 10,000.
+#: Ids of one request. The API accepts 10,000.
 _IDS = 1000
 
 
 class _Writes:
-    """Adds up what the writes of one upsert came to."""
+    """Adds up the results of the writes of one upsert."""
 
     def __init__(self) -> None:
         self._total = UpsertResult(0, 0, 0)
 
     def add(self, part: UpsertResult) -> None:
-        """Take the next write."""
+        """Add the result of the next write."""
         total = self._total
         self._total = UpsertResult(total.inserted + part.inserted, total.updated + part.updated, part.sequence)
 
     def result(self) -> UpsertResult:
-        """Return the sums, and the last write's number."""
+        """Return the sums, and the sequence number of the last write."""
         return self._total
 
 
@@ -89,7 +89,7 @@ def upsert(
 
 
 def _revisions(values: Iterable[int], records: int) -> list[int]:
-    """Check the revisions that a write of `records` records expects."""
+    """Validate the expected revisions of a write of `records` records."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
     checked = [checks.count(value, f"expected_revisions[{i}]", bits=63) for i, value in enumerate(values)]
@@ -131,7 +131,7 @@ class _Sum:
         self._sum = 0
 
     def add(self, part: int) -> None:
-        """Take the next number."""
+        """Add the next number."""
         self._sum += part
 
     def result(self) -> int:
@@ -190,7 +190,7 @@ def count(collection: str, where: Where | None) -> Call[pb.CountRecordsResponse,
 
 
 def truncation_of(truncation: Truncation | None) -> types_pb2.Truncation.ValueType:
-    """Return the API's value; None is what the collection says."""
+    """Return the enum value; None stands for the setting of the collection."""
     return types_pb2.TRUNCATION_UNSPECIFIED if truncation is None else value_of("truncation", truncation, TRUNCATIONS)
 
 

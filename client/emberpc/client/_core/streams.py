@@ -1,4 +1,4 @@
-"""What a stream of any kind has read, sent and got back, and how long it waits; nothing here does I/O."""
+"""State of a stream of items: which are read, sent and answered, and how long to wait. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emberpc.client.exceptions import EmberpcError, Internal, ResourceExhausted,
 
 #: Pauses before a broken stream is opened again, in seconds: the first, and the longest that they grow to.
 _PAUSES = (0.1, 2.0)
-#: So often a stream is opened that no server has taken yet, as often as any other call is tried.
+#: How often a stream is opened until a server accepts it: as often as any other call is tried.
 _OPENINGS = 5
 
 Item = TypeVar("Item")
@@ -25,17 +25,17 @@ Response = TypeVar("Response", bound=Message)
 
 
 class StreamJob(ABC, Generic[Item, Request, Response, Result]):
-    """The items of one stream that are read and not yet answered, and what is to be sent of them.
+    """The items of one stream that are read and not yet answered, and the requests that send them.
 
     Args:
-        batch_size: items of one request.
+        batch_size: items per request.
         window: most items that are read and not yet answered.
 
     Attributes:
-        call: for errors, and to read answers with.
+        call: the RPC, and how to decode its responses.
         exhausted: whether the caller has no more items.
-        greeted: whether the server has answered the first message of this connection.
-        taken: whether a server has answered the first message of any.
+        greeted: whether the server has answered the first request of this connection.
+        accepted: whether a server has answered the first request of any connection.
     """
 
     call: Call[Response, Sequence[Result]]
@@ -45,39 +45,39 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
         self.batch_size = min(checks.count(batch_size, "batch_size", 1), self._window)
         self.exhausted = False
         self.greeted = False
-        self.taken = False
+        self.accepted = False
         self._openings = 0
 
     @property
     @abstractmethod
     def waiting(self) -> int:
-        """Items that are read and not answered."""
+        """Number of items that are read and not answered."""
 
     @property
     @abstractmethod
     def full(self) -> bool:
-        """Whether what is read and not answered is as large as it may be."""
+        """Whether the items that are read and not answered have reached their limit of bytes or characters."""
 
     @property
     @abstractmethod
     def unsent(self) -> int:
-        """Items that are read and not sent, and those that cannot be."""
+        """Number of items that are read and not sent, those that cannot be sent included."""
 
     @abstractmethod
     def add(self, item: Item) -> None:
-        """Take in one item of the caller's; one that cannot be sent is a result already."""
+        """Add an item of the caller. An item that cannot be sent becomes a result with an error."""
 
     @abstractmethod
     def refused(self) -> list[Result]:
-        """Return the results of items that cannot be sent, once."""
+        """Return the results of items that cannot be sent, each once."""
 
     @abstractmethod
     def first_message(self) -> Request:
-        """Return the first message of a connection; what other ones left unanswered is to be sent again."""
+        """Return the first request of a connection, and mark all unanswered items as not sent."""
 
     @abstractmethod
     def further_messages(self) -> Iterator[Request]:
-        """Return the messages that send what was not sent yet."""
+        """Return the requests that send the items that are not sent."""
 
     @property
     def may_read(self) -> bool:
@@ -92,41 +92,41 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     @property
     def sent(self) -> bool:
-        """Whether `requests` has given all that there is to send."""
+        """Whether `requests` has returned all requests."""
         return self.exhausted and self.greeted
 
     @property
     def done(self) -> bool:
-        """Whether every item was answered, and there are no more."""
+        """Whether every item is answered, and the caller has no more."""
         return self.exhausted and not self.waiting
 
     def opening(self) -> list[Request]:
-        """Return the first message of a connection.
+        """Return the first request of a connection.
 
-        Items follow when the server has answered this one. Until then it may refuse the stream, and grpc.aio may
-        report a request that fails to be sent in place of the reason (grpc/grpc#36066).
+        Items follow when the server has answered it. Until then the server may refuse the stream, and grpc.aio may
+        report a request that could not be sent instead of the reason (grpc/grpc#36066).
         """
         self.greeted = False
         self._openings += 1
         return [self.first_message()]
 
     def requests(self) -> Iterator[Request]:
-        """Return the messages that send what was not sent yet, once the server has answered the first one."""
+        """Return the requests that send the items that are not sent; none before the first request is answered."""
         return self.further_messages() if self.greeted else iter(())
 
     def may_go_on(self, error: EmberpcError) -> bool:
-        """Whether another connection may do better: the server went away, has not come yet, or has no room now."""
+        """Return whether another connection may succeed: the server is away, starting, or out of room at present."""
         passing = isinstance(error, (Unavailable, ResourceExhausted))
-        if not self.taken:
+        if not self.accepted:
             return passing and self._openings < _OPENINGS
         return passing or (isinstance(error, Internal) and not error.reason)
 
     def take(self, response: Any) -> Sequence[Result]:
-        """Return the results in a message of the server.
+        """Return the results in a response.
 
         Raises:
-            Internal: it contradicts itself, or answers what was not asked.
-            FailedPrecondition: what the server serves has changed, and the stream cannot go on.
+            Internal: the response contradicts itself, or answers an item that was not sent.
+            FailedPrecondition: the server replaced the model, and the stream cannot continue.
         """
         return self.call.read(response)
 
@@ -135,7 +135,7 @@ class Patience:
     """How long a stream may go without a result, and how long to wait before it is opened again.
 
     Attributes:
-        reason: why the last connection broke; None if none has since the last result.
+        reason: why the last connection broke; None if no connection broke since the last result.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -143,19 +143,19 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew: there was a result."""
+        """Restart the timeout after a result."""
         self.reason: EmberpcError | None = None
         self._until = monotonic() + self._seconds
         self._pause = _PAUSES[0]
 
     @property
     def left(self) -> float:
-        """Seconds that may still pass."""
+        """Seconds until the timeout."""
         return max(self._until - monotonic(), 0.0)
 
     def pause(self, error: EmberpcError) -> float | None:
-        """Return the seconds to wait before the next try after an error; None if there is no time for one."""
-        # grpc.aio may report a request that failed to be sent, as INTERNAL, in place of why (grpc/grpc#36066).
+        """Return the seconds to wait before the next connection; None if there is no time for another one."""
+        # grpc.aio may report a request that could not be sent, as INTERNAL, instead of the reason (grpc/grpc#36066).
         if self.reason is None or not isinstance(error, Internal):
             self.reason = error
         pause = max(self._pause, error.retry_after or 0.0)
@@ -164,5 +164,5 @@ class Patience:
 
 
 def ended_early() -> Internal:
-    """Return the error for a server that ended a stream without having answered all of it."""
+    """Return the error for a server that ended a stream before it answered all items."""
     return Internal("the server ended the stream before it had answered all of it; it is another version, or broken")

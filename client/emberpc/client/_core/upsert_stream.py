@@ -1,4 +1,4 @@
-"""What `upsert_stream` has read, sent and had acknowledged; nothing here does I/O."""
+"""State of an `upsert_stream`. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ UPSERT_RECORDS_STREAM = Method("/emberpc.v1.IndexService/UpsertRecordsStream", p
 
 RecordItem: TypeAlias = "Record | Mapping[str, Any]"
 
-#: From so many bytes on that are read and not yet acknowledged, no more records are read.
+#: Stop reading records while this many bytes are read and not yet acknowledged.
 _WINDOW_BYTES = 2**25
 
 
 @dataclass
 class _Batch:
-    """Records of one message, by their places in the whole; `number` is that of the message."""
+    """Records of one request, each with its index among all records. `number` is the number of the request."""
 
     records: list[tuple[int, NewRecord]]
     number: int = 0
 
 
 class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRecordsStreamResponse, UpsertCheckpoint]):
-    """The records of one stream that are read and not yet acknowledged, and what is to be sent of them."""
+    """The records of one stream that are read and not yet acknowledged, and the requests that send them."""
 
     def __init__(
         self,
@@ -57,28 +57,28 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         self._bytes = 0
         self._number = 0
         self._unsent: list[tuple[int, NewRecord]] = []
-        #: Cut, sent on this connection or to be sent again, in order; the first `_sent` of them were sent.
+        #: In order; the first `_sent` batches were sent on this connection.
         self._batches: deque[_Batch] = deque()
         self._sent = 0
         self._refused: list[FailedRecord] = []
 
     @property
     def waiting(self) -> int:
-        """Records that are read and not acknowledged."""
+        """Number of records that are read and not acknowledged."""
         return len(self._unsent) + sum(len(batch.records) for batch in self._batches)
 
     @property
     def full(self) -> bool:
-        """Whether what is read and not acknowledged is as many bytes as may be."""
+        """Whether the records that are read and not acknowledged have reached their limit of bytes."""
         return self._bytes >= _WINDOW_BYTES
 
     @property
     def unsent(self) -> int:
-        """Records that are read and not sent, and those that cannot be."""
+        """Number of records that are read and in no batch, those that cannot be sent included."""
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: RecordItem) -> None:
-        """Take in one record of the caller's; one that cannot be sent has failed already."""
+        """Add a record of the caller. A record that cannot be sent becomes a failure."""
         place = self._count
         self._count += 1
         try:
@@ -90,18 +90,18 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             self._bytes += record.size
 
     def refused(self) -> list[UpsertCheckpoint]:
-        """Return the failures of records that cannot be sent, once."""
+        """Return the failures of records that cannot be sent, each once."""
         refused, self._refused = self._refused, []
         return [UpsertCheckpoint(self._done, tuple(refused))] if refused else []
 
     def first_message(self) -> pb.UpsertRecordsStreamRequest:
-        """Return a message without records; what other connections left unacknowledged is to be sent again."""
+        """Return a request without records, and mark all unacknowledged records as not sent."""
         self._sent = 0
         self._number += 1
         return pb.UpsertRecordsStreamRequest(collection=self._collection, batch_number=self._number)
 
     def further_messages(self) -> Iterator[pb.UpsertRecordsStreamRequest]:
-        """Return the messages that send what was not sent yet."""
+        """Return the requests that send the records that are not sent."""
         self._cut()
         for batch in list(self._batches)[self._sent :]:
             self._sent += 1
@@ -116,7 +116,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             )
 
     def _cut(self) -> None:
-        """Make batches of the records that are in none; those of one have vectors of the same length, or none."""
+        """Divide the unsent records into batches, each with vectors of the same length or without vectors."""
         alike: list[list[tuple[int, NewRecord]]] = []
         for item in self._unsent:
             if not alike or _shape(alike[-1][0][1]) != _shape(item[1]):
@@ -128,10 +128,10 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     def _checkpoints(self, response: pb.UpsertRecordsStreamResponse) -> Sequence[UpsertCheckpoint]:
         if not self.greeted:
-            # The answer to the first message, which had no records.
-            self.greeted = self.taken = True
+            # The response to the first request, which had no records.
+            self.greeted = self.accepted = True
             return []
-        #: The last place of each id: of two records of one id in a message, the latter fails.
+        # The last index of each id: of two records with the same id in a request, the latter fails.
         places: dict[str, int] = {}
         while self._batches and self._sent and self._batches[0].number <= response.batch_number:
             batch = self._batches.popleft()
@@ -158,7 +158,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     @property
     def _done(self) -> int:
-        """How many of the caller's records, from the first on, are on disk or have failed."""
+        """Number of the caller's first records that are all on disk or have failed."""
         if self._batches:
             return self._batches[0].records[0][0]
         return self._unsent[0][0] if self._unsent else self._count
@@ -169,6 +169,6 @@ def _shape(record: NewRecord) -> int:
 
 
 def _id_of(item: object) -> str:
-    """Return the id of something that may be no record, for messages."""
+    """Return the id of an item that may not be a record, for error messages."""
     found = item.get("id") if isinstance(item, Mapping) else getattr(item, "id", "")
     return found if isinstance(found, str) else ""
