@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from emberpc.client import Client, InputError, InputTypeError, Record, SearchQuery
 from emberpc.client._core.calls import chunks
-from emberpc.client._core.json_values import mapping, moment, struct
+from emberpc.client._core.json_values import mapping, struct, to_datetime
 from fake_server import FakeServer
 
 Shell = Any
@@ -234,7 +234,7 @@ def test_moments_are_in_utc_to_the_microsecond() -> None:
 
     timestamp = Timestamp()
     timestamp.FromNanoseconds(1_600_000_000_123_456_789)
-    assert moment(timestamp) == datetime(2020, 9, 13, 12, 26, 40, 123456, tzinfo=timezone.utc)
+    assert to_datetime(timestamp) == datetime(2020, 9, 13, 12, 26, 40, 123456, tzinfo=timezone.utc)
 
 
 @given(st.lists(st.integers(0, 9 * 2**20)), st.integers(1, 10))

@@ -145,16 +145,16 @@ class _Parser:
         return found[0] if len(found) == 1 else pb.Filter(any=pb.FilterList(filters=found))
 
     def _all(self, depth: int) -> pb.Filter:
-        found = [self._one(depth)]
+        found = [self._negation(depth)]
         while self._take("and"):
-            found.append(self._one(depth))
+            found.append(self._negation(depth))
         return found[0] if len(found) == 1 else pb.Filter(all=pb.FilterList(filters=found))
 
-    def _one(self, depth: int) -> pb.Filter:
+    def _negation(self, depth: int) -> pb.Filter:
         if depth > _MAX_DEPTH:
             raise self._error(self._peek().start, f"it is nested more than {_MAX_DEPTH} levels deep; make it flatter")
         if self._take("not"):
-            return _not(self._one(depth + 1))
+            return _not(self._negation(depth + 1))
         if self._take("("):
             found = self._any(depth + 1)
             self._need(")", "'and', 'or' or ')'")

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, Page, Step
 from emberpc.client._core.enums import DISTANCES, TRUNCATIONS, value_of, word_of
-from emberpc.client._core.json_values import moment
+from emberpc.client._core.json_values import to_datetime
 from emberpc.client.exceptions import AlreadyExists
 from emberpc.client.types import Collection, Distance, RecordProblem, Reembedding, Truncation, Verification
 from emberpc.v1 import index_pb2 as pb
@@ -170,7 +170,7 @@ def read_collection(message: pb.Collection) -> Collection:
         record_count=message.record_count,
         sequence=message.sequence,
         size_bytes=message.size_bytes,
-        create_time=moment(message.create_time) if message.HasField("create_time") else None,
+        create_time=to_datetime(message.create_time) if message.HasField("create_time") else None,
         problem=message.problem,
         reembedding=_reembedding(message.reembedding) if message.HasField("reembedding") else None,
         indexed_fields=tuple(message.indexed_fields),
@@ -182,6 +182,6 @@ def _reembedding(message: pb.Reembedding) -> Reembedding:
         model=message.model,
         done=message.done,
         total=message.total,
-        start_time=moment(message.start_time) if message.HasField("start_time") else None,
+        start_time=to_datetime(message.start_time) if message.HasField("start_time") else None,
         problem=message.problem,
     )

@@ -21,7 +21,7 @@ _MAX_WHOLE = 2**53
 _MAX_DEPTH = 30
 
 
-def moment(timestamp: Timestamp) -> datetime:
+def to_datetime(timestamp: Timestamp) -> datetime:
     """Return a timestamp as a datetime in UTC, to the microsecond."""
     return timestamp.ToDatetime(tzinfo=timezone.utc)
 

@@ -7,7 +7,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, Page, Step
 from emberpc.client._core.enums import STATES, TASKS, word_of
-from emberpc.client._core.json_values import moment
+from emberpc.client._core.json_values import to_datetime
 from emberpc.client.types import Health, Model, ServerInfo
 from emberpc.v1 import model_pb2, server_pb2
 
@@ -100,6 +100,6 @@ def _model(message: model_pb2.Model) -> Model:
         multi_label=message.multi_label,
         variant=message.variant,
         size_bytes=message.size_bytes,
-        load_time=moment(message.load_time) if message.HasField("load_time") else None,
+        load_time=to_datetime(message.load_time) if message.HasField("load_time") else None,
         quality=dict(message.quality),
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import check_count
-from emberpc.client._core.json_values import mapping, moment, struct
+from emberpc.client._core.json_values import mapping, struct, to_datetime
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.types import Matrix, Record, Vector
 from emberpc.v1 import index_pb2, types_pb2
@@ -105,8 +105,8 @@ def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
         vector=vector,
         time_to_live=message.time_to_live.ToMilliseconds() / 1000 if message.HasField("time_to_live") else None,
         revision=message.revision,
-        create_time=moment(message.create_time) if message.HasField("create_time") else None,
-        update_time=moment(message.update_time) if message.HasField("update_time") else None,
+        create_time=to_datetime(message.create_time) if message.HasField("create_time") else None,
+        update_time=to_datetime(message.update_time) if message.HasField("update_time") else None,
     )
 
 
