@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.shared.beir import write_pairs
-from emberpc.bundle import BundleError, Head, Manifest, Variant, read_bundle
+from emberpc.bundle import BundleError, Head, Manifest, Variant, best_labels, read_bundle
 from emberpc.export.classify.linear import fit_head
 from emberpc.export.convert.onnx_runner import Runner
 from emberpc.export.data.datasets import read_labelled
@@ -74,7 +74,7 @@ class Labelled:
 
     def accuracy(self, runner: Runner) -> float:
         vectors = runner.run([self._prompt + text for text in self._test.texts], "sentence_embedding")
-        best = self._head.logits(vectors).argmax(axis=1)
+        best = best_labels(self._head.logits(vectors))
         return float(self._targets[np.arange(len(best)), best].mean())
 
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from emberpc.bundle import probabilities
 from emberpc.export.classify.calibration import (
     expected_calibration_error,
     fit_rejection,
     fit_temperature,
     fit_thresholds,
     out_of_scope_auroc,
-    probabilities,
 )
 
 

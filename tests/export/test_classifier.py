@@ -14,10 +14,9 @@ import onnxruntime as ort
 import pytest
 from tokenizers import Tokenizer
 
-from emberpc.bundle import Manifest, Reference, Task, read_bundle
+from emberpc.bundle import Manifest, Reference, Task, probabilities, read_bundle
 from emberpc.export import classifier
 from emberpc.export.classifier import ClassifierData, export_classifier
-from emberpc.export.classify.calibration import probabilities
 from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.verify import verify_bundle

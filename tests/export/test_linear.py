@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from emberpc.bundle import unit
-from emberpc.export.classify.calibration import probabilities
+from emberpc.bundle import probabilities, unit
 from emberpc.export.classify.linear import GRID, balanced_weights, cross_validate, fit_head, stratify
 
 

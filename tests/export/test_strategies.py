@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from bundle_cache import shared_export
-from emberpc.bundle import Manifest, Prompts, read_bundle
+from emberpc.bundle import Manifest, Prompts, probabilities, read_bundle
 from emberpc.export.classifier import ClassifierData, export_classifier
-from emberpc.export.classify.calibration import probabilities
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Options, layers
 from emberpc.export.classify.strategies.contrastive import paired, supervised_contrastive
 from emberpc.export.classify.workbench import Workbench

@@ -5,6 +5,7 @@ The bundle is the only interface between `emberpc.export`, which writes it, and
 """
 
 from emberpc.bundle.bounds import Bound, cosines
+from emberpc.bundle.decision import DecisionRule, LabelDecisions, best_labels, probabilities, scope_scores
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.foreign import PROBES, Stated, open_bundle
 from emberpc.bundle.head import Head, unit
@@ -19,10 +20,12 @@ __all__ = [
     "Bound",
     "Bundle",
     "BundleError",
+    "DecisionRule",
     "FileEntry",
     "Graph",
     "Head",
     "Interface",
+    "LabelDecisions",
     "Manifest",
     "Measured",
     "Parity",
@@ -33,12 +36,15 @@ __all__ = [
     "Tensor",
     "UnstatedError",
     "Variant",
+    "best_labels",
     "check_target",
     "cosines",
     "find_inputs",
     "finish_bundle",
     "open_bundle",
+    "probabilities",
     "read_bundle",
+    "scope_scores",
     "staged_folder",
     "unit",
 ]

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from emberpc.bundle.bounds import Bound
+from emberpc.bundle.decision import DecisionRule
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.limits import (
     MAX_DIMENSIONS,
@@ -226,6 +227,11 @@ class Manifest:
                 return variant
         have = ", ".join(variant.name for variant in self.variants)
         raise BundleError(f"there is no variant {name!r}; the bundle has: {have}")
+
+    @property
+    def decision_rule(self) -> DecisionRule:
+        """Rule by which the classifier decides."""
+        return DecisionRule(self.temperature, self.thresholds, self.rejection_logit, self.multi_label)
 
     def legacy_fingerprint(self, variant: str = "") -> str:
         """Return the fingerprint (hex) of the old scheme, which collections were bound to before `Bundle.fingerprint`.

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-from emberpc.bundle import Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
+from emberpc.bundle import DecisionRule, Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.export.card import model_card
 from emberpc.export.classify.calibration import FEW_TEXTS, weakness
-from emberpc.export.classify.evaluation import Calibration, HeldOut, calibrate, measure, measure_scope
+from emberpc.export.classify.evaluation import HeldOut, calibrate, measure, measure_scope
 from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
@@ -135,7 +135,7 @@ def export_classifier(
             fitted = STRATEGIES[strategy].fit(examples, workbench, options)
         _warn_of_few(len(fitted.held_out), data.train)
         beyond = fitted.classify(outside) if outside else None
-        calibration = calibrate(
+        rule = calibrate(
             fitted.held_out, multi_label=examples.multi_label, outside=beyond, rejection_rate=rejection_rate
         )
         quality = {
@@ -147,9 +147,9 @@ def export_classifier(
             "fit_seconds": kept.spent.seconds + cost.seconds,
             "fit_cpu_seconds": kept.spent.cpu_seconds + cost.cpu_seconds,
             **fitted.figures,
-            **_measured(fitted, calibration, beyond),
+            **_measured(fitted, rule, beyond),
         }
-        manifest = _write(folder, encoder, converted, fitted, examples, calibration, quality, strategy, progress)
+        manifest = _write(folder, encoder, converted, fitted, examples, rule, quality, strategy, progress)
         manifest = add_variants(
             folder,
             manifest,
@@ -226,14 +226,14 @@ def _conflicts(examples: Examples) -> int:
     return sum(len(different) > 1 for different in given.values())
 
 
-def _measured(fitted: Fitted, calibration: Calibration, beyond: Matrix | None) -> dict[str, float]:
+def _measured(fitted: Fitted, rule: DecisionRule, beyond: Matrix | None) -> dict[str, float]:
     """Return figures on the held-out texts; an empty dict if there are none."""
     held_out = fitted.held_out
     if not len(held_out):
         return {}
-    found = {"held_out_texts": float(len(held_out)), **measure(held_out.logits, held_out.targets, calibration)}
+    found = {"held_out_texts": float(len(held_out)), **measure(held_out.logits, held_out.targets, rule)}
     if beyond is not None:
-        found |= measure_scope(held_out.logits, beyond, calibration)
+        found |= measure_scope(held_out.logits, beyond, rule)
     return found
 
 
@@ -243,7 +243,7 @@ def _write(
     converted: Converted,
     fitted: Fitted,
     examples: Examples,
-    calibration: Calibration,
+    rule: DecisionRule,
     quality: dict[str, float],
     strategy: str,
     progress: Progress,
@@ -259,7 +259,7 @@ def _write(
         if tuned is not None:
             converted = convert_encoder(tuned, folder, progress)
         converted.graph.classify(
-            fitted.head.weights, fitted.head.bias, calibration.temperature, multi_label=examples.multi_label
+            fitted.head.weights, fitted.head.bias, rule.temperature, multi_label=examples.multi_label
         )
         converted.graph.save(folder / MODEL_PATH)
         _write_config(folder, encoder.config, examples)
@@ -270,9 +270,9 @@ def _write(
         variants=(variant,),
         labels=examples.labels,
         multi_label=examples.multi_label,
-        thresholds=calibration.thresholds,
-        temperature=calibration.temperature,
-        rejection_logit=calibration.rejection_logit,
+        thresholds=rule.thresholds,
+        temperature=rule.temperature,
+        rejection_logit=rule.rejection_logit,
         strategy=strategy,
         quality=quality,
         **{**common_fields(encoder, converted), "weights_sha256": source.weights_sha256},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from emberpc.bundle import best_labels
+from emberpc.bundle.decision import DEFAULT_THRESHOLD
 from emberpc.export.data.examples import Targets
 
 _BINS = 15
@@ -15,15 +17,6 @@ _OWN_THRESHOLD_TEXTS = 20
 #: JAMA 1983).
 FEW_TEXTS = 100
 Scores = npt.NDArray[np.floating]
-
-
-def probabilities(logits: Scores, temperature: float = 1.0, *, multi_label: bool = False) -> Scores:
-    """Turn logits (texts, labels) into probabilities of the same shape: by softmax, or by sigmoid if multi-label."""
-    scaled = logits / temperature
-    if multi_label:
-        return np.asarray(0.5 * (1 + np.tanh(scaled / 2)))  # which does not overflow
-    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = False) -> float:
@@ -93,7 +86,7 @@ def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -
     if multi_label:
         confidence, right = found.ravel(), targets.ravel()
     else:
-        confidence, right = found.max(axis=1), targets[np.arange(len(found)), found.argmax(axis=1)]
+        confidence, right = found.max(axis=1), targets[np.arange(len(found)), best_labels(found)]
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     return [
         (float(confidence[bins == i].mean()), float(right[bins == i].mean()), int((bins == i).sum()))
@@ -118,7 +111,7 @@ def fit_thresholds(found: Scores, targets: Targets) -> tuple[float, ...]:
         targets: bool (texts, labels).
     """
     if not targets.any():
-        return (0.5,) * len(targets.T)
+        return (DEFAULT_THRESHOLD,) * len(targets.T)
     shared = _best_f1(found.ravel(), targets.ravel())
     own = targets.sum(axis=0) >= _OWN_THRESHOLD_TEXTS
     every = range(targets.shape[1])
@@ -136,16 +129,6 @@ def _best_f1(scores: Scores, wanted: npt.NDArray[np.bool_]) -> float:
     cut = int(f1.argmax())
     below = ranked[cut + 1] if cut + 1 < len(ranked) else 0.0
     return float((ranked[cut] + below) / 2)
-
-
-def scope_scores(logits: Scores) -> Scores:
-    """Return how much each text seems to belong to any label at all: its best logit, (texts,).
-
-    The best logit tells texts of other subjects apart better than the best
-    probability, which softmax raises wherever one label leads (Hendrycks et
-    al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022).
-    """
-    return np.asarray(logits.max(axis=1))
 
 
 def out_of_scope_auroc(inside: Scores, outside: Scores) -> float:

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from emberpc.bundle import DecisionRule, probabilities, scope_scores
 from emberpc.export.classify.calibration import (
-    Scores,
     expected_calibration_error,
     fit_rejection,
     fit_temperature,
     fit_thresholds,
     out_of_scope_auroc,
-    probabilities,
-    scope_scores,
 )
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.data.examples import Rows, Targets
@@ -38,31 +36,10 @@ class HeldOut:
         return len(self.logits)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What turns logits into decisions, fitted to held-out texts; see `emberpc.bundle.Manifest`."""
-
-    temperature: float = 1.0
-    thresholds: tuple[float, ...] = ()
-    rejection_logit: float | None = None
-    multi_label: bool = False
-
-    def probabilities(self, logits: Scores) -> Scores:
-        """Return calibrated probabilities (texts, labels)."""
-        return probabilities(logits, self.temperature, multi_label=self.multi_label)
-
-    def decide(self, logits: Scores) -> Targets:
-        """Return the labels given, bool (texts, labels): the best one, or all from their threshold if multi-label."""
-        if not self.multi_label:
-            return np.asarray(np.eye(logits.shape[1], dtype=bool)[logits.argmax(axis=1)])
-        thresholds = np.array(self.thresholds) if self.thresholds else 0.5
-        return np.asarray(self.probabilities(logits) >= thresholds)
-
-
 def calibrate(
     held_out: HeldOut, *, multi_label: bool = False, outside: Matrix | None = None, rejection_rate: float = 0.01
-) -> Calibration:
-    """Fit temperature, thresholds and the rejection logit.
+) -> DecisionRule:
+    """Fit a decision rule: temperature, thresholds and the rejection logit.
 
     Args:
         held_out: logits of texts that the classifier was not trained on.
@@ -79,16 +56,16 @@ def calibrate(
     if len(held_out) and (outside is not None or rejection_rate):
         beyond = None if outside is None else scope_scores(outside)
         rejection = fit_rejection(scope_scores(held_out.logits), beyond, rejection_rate)
-    return Calibration(temperature, thresholds, rejection, multi_label)
+    return DecisionRule(temperature, thresholds, rejection, multi_label)
 
 
-def measure(logits: Matrix, targets: Targets, calibration: Calibration) -> dict[str, float]:
+def measure(logits: Matrix, targets: Targets, rule: DecisionRule) -> dict[str, float]:
     """Return figures of a classifier on labelled texts.
 
     Args:
         logits: float32 (texts, labels).
         targets: the right labels, bool (texts, labels).
-        calibration: temperature and thresholds.
+        rule: temperature and thresholds; its rejection logit has no effect on these figures.
 
     Returns:
         `accuracy` (if multi-label: the share of texts with exactly the right labels), `macro_f1`, `micro_f1`,
@@ -96,8 +73,8 @@ def measure(logits: Matrix, targets: Targets, calibration: Calibration) -> dict[
     """
     from sklearn.metrics import f1_score
 
-    multi_label = calibration.multi_label
-    decided = calibration.decide(logits)
+    multi_label = rule.multi_label
+    decided = rule.labels(logits)
     # Leave out labels that no text has and none is given: F1 would count them as 0.
     seen = targets.any(axis=0) | decided.any(axis=0)
     raw = probabilities(logits, multi_label=multi_label)
@@ -106,17 +83,17 @@ def measure(logits: Matrix, targets: Targets, calibration: Calibration) -> dict[
         "macro_f1": float(f1_score(targets[:, seen], decided[:, seen], average="macro", zero_division=0)),
         "micro_f1": float(f1_score(targets, decided, average="micro", zero_division=0)),
         "ece_uncalibrated": expected_calibration_error(raw, targets, multi_label=multi_label),
-        "ece": expected_calibration_error(calibration.probabilities(logits), targets, multi_label=multi_label),
+        "ece": expected_calibration_error(rule.probabilities(logits), targets, multi_label=multi_label),
     }
 
 
-def measure_scope(inside: Matrix, outside: Matrix, calibration: Calibration) -> dict[str, float]:
+def measure_scope(inside: Matrix, outside: Matrix, rule: DecisionRule) -> dict[str, float]:
     """Return figures of how well texts outside all labels are separated from texts with labels.
 
     Args:
         inside: logits of texts with labels, float32 (texts, labels).
         outside: logits of texts outside all labels, float32 (texts, labels).
-        calibration: with or without a rejection logit.
+        rule: with or without a rejection logit.
 
     Returns:
         `out_of_scope_auroc` and, if there is a rejection logit, the shares `rejected_in_scope` and
@@ -124,7 +101,7 @@ def measure_scope(inside: Matrix, outside: Matrix, calibration: Calibration) -> 
     """
     within, beyond = scope_scores(inside), scope_scores(outside)
     found = {"out_of_scope_auroc": out_of_scope_auroc(within, beyond)}
-    if calibration.rejection_logit is not None:
-        found["rejected_in_scope"] = float((within < calibration.rejection_logit).mean())
-        found["rejected_out_of_scope"] = float((beyond < calibration.rejection_logit).mean())
+    if rule.rejection_logit is not None:
+        found["rejected_in_scope"] = float(rule.rejected(inside).mean())
+        found["rejected_out_of_scope"] = float(rule.rejected(outside).mean())
     return found

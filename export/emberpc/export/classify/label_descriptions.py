@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emberpc.bundle import best_labels
 from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.classify.workbench import Workbench
 from emberpc.export.data.examples import Examples, label_names, read_descriptions
@@ -39,6 +40,6 @@ def names_help(named: Examples, workbench: Workbench) -> bool:
         named: labelled texts with descriptions.
         workbench: the encoder.
     """
-    best = STRATEGIES["zero-shot"].fit(named, workbench, Options()).classify(named.texts).argmax(axis=1)
+    best = best_labels(STRATEGIES["zero-shot"].fit(named, workbench, Options()).classify(named.texts))
     right = named.targets[np.arange(len(best)), best].mean()
     return bool(right > named.targets.mean(axis=0).max() + _LEAST_GAIN)

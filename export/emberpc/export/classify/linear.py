@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.bundle import Head, unit
+from emberpc.bundle import DecisionRule, Head, unit
 from emberpc.export.data.examples import Rows, Targets
 from emberpc.export.progress import Progress, no_progress
 
@@ -190,6 +190,7 @@ def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
 
 def right(logits: Matrix, targets: Targets, multi_label: bool) -> npt.NDArray[np.float64]:
     """Return 1 or 0 for each text whether its best label is right; if multi-label, its share of right labels."""
+    chosen = DecisionRule(multi_label=multi_label).labels(logits)
     if multi_label:
-        return np.asarray(((logits > 0) == targets).mean(axis=1))
-    return np.asarray(targets[np.arange(len(logits)), logits.argmax(axis=1)], dtype=np.float64)
+        return np.asarray((chosen == targets).mean(axis=1))
+    return np.asarray((chosen & targets).any(axis=1), dtype=np.float64)

@@ -10,9 +10,10 @@ from time import perf_counter
 
 import numpy as np
 
+from emberpc.bundle import DecisionRule
 from emberpc.export.classifier import ClassifierData, read_data
 from emberpc.export.classify.calibration import reliability
-from emberpc.export.classify.evaluation import Calibration, calibrate, measure, measure_scope
+from emberpc.export.classify.evaluation import calibrate, measure, measure_scope
 from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import STRATEGIES, Fitted, Options
@@ -291,30 +292,27 @@ class _Comparison:
 
     def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
         """Measure a fitted classifier on the test texts, calibrated on the texts that its strategy held out."""
-        calibration = calibrate(fitted.held_out, multi_label=sample.multi_label)
+        rule = calibrate(fitted.held_out, multi_label=sample.multi_label)
         logits = fitted.classify(self._test.texts)
         held_out = fitted.held_out
         figures = {**fitted.figures, "held_out_texts": float(len(held_out))}
-        figures |= measure(logits, self._test.targets, calibration)
+        figures |= measure(logits, self._test.targets, rule)
         if self._outside:
-            figures |= measure_scope(logits, fitted.classify(self._outside), calibration)
+            figures |= measure_scope(logits, fitted.classify(self._outside), rule)
         return Outcome(
             cell,
             len(sample.texts),
             figures,
-            _decisions(logits, np.arange(len(logits)), calibration),
-            _decisions(held_out.logits, held_out.rows, calibration) if cell.budget == ALL else Decisions([], [], []),
-            reliability(calibration.probabilities(logits), self._test.targets, multi_label=sample.multi_label),
+            _decisions(logits, np.arange(len(logits)), rule),
+            _decisions(held_out.logits, held_out.rows, rule) if cell.budget == ALL else Decisions([], [], []),
+            reliability(rule.probabilities(logits), self._test.targets, multi_label=sample.multi_label),
         )
 
 
-def _decisions(logits: Matrix, rows: np.ndarray, calibration: Calibration) -> Decisions:
-    decided = calibration.decide(logits)
-    probable = calibration.probabilities(logits)
-    if calibration.multi_label:
-        confidence = np.where(decided, probable, 1 - probable).min(axis=1)
-    else:
-        confidence = probable.max(axis=1)
+def _decisions(logits: Matrix, rows: np.ndarray, rule: DecisionRule) -> Decisions:
+    decided = rule.labels(logits)
+    probable = rule.probabilities(logits)
+    confidence = np.where(decided, probable, 1 - probable).min(axis=1) if rule.multi_label else probable.max(axis=1)
     return Decisions(
         [int(row) for row in rows],
         [[int(label) for label in np.flatnonzero(row)] for row in decided],

@@ -12,6 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
+from emberpc.bundle import best_labels
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import STRATEGIES, Fitted
 from emberpc.export.compare.bases import Base, export_fitted
@@ -130,7 +131,7 @@ class ServingCosts:
             got = expected if fitted.head is None else runner.run(prompted, "logits")
         if fitted.head is None:
             size += trained_on * base.converted.dimensions * np.dtype(np.float32).itemsize
-        agreement = float((got.argmax(axis=1) == expected.argmax(axis=1)).mean())
+        agreement = float((best_labels(got) == best_labels(expected)).mean())
         before = [cost.encoder_milliseconds for cost in self.known.values() if cost.base == encoder.name]
         alone = before[0] if before else 1000 * reference
         cost = ServingCost(encoder.name, strategy, trained_on, times, alone, size, agreement)

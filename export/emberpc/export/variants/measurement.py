@@ -12,8 +12,8 @@ from time import perf_counter, process_time
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, unit
-from emberpc.export.classify.evaluation import Calibration, measure
+from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, best_labels, unit
+from emberpc.export.classify.evaluation import measure
 from emberpc.export.convert.onnx_runner import Feeds, Matrix, Runner
 from emberpc.export.data.examples import Targets
 from emberpc.export.errors import ExportError
@@ -128,7 +128,7 @@ class Trial:
         got = self.expected if path == self.fp32_path else runner.run(self.prompted, self.output)
         cosines = (unit(got) * unit(self.expected)).sum(axis=1)
         rate, speedup = self._speed(runner, alone=path == self.fp32_path)
-        same = float((got.argmax(axis=1) == self.expected.argmax(axis=1)).mean())
+        same = float((best_labels(got) == best_labels(self.expected)).mean())
         measured = Measured(
             texts=len(self.texts),
             cosine_min=_rounded(cosines.min()),
@@ -167,9 +167,7 @@ class Trial:
     def _accuracy(self, logits: Matrix) -> float | None:
         if self.targets is None:
             return None
-        manifest = self.manifest
-        calibration = Calibration(manifest.temperature, manifest.thresholds, multi_label=manifest.multi_label)
-        return measure(logits, self.targets, calibration)["accuracy"]
+        return measure(logits, self.targets, self.manifest.decision_rule)["accuracy"]
 
     def _ndcg(self, runner: Runner, found: Matrix) -> float | None:
         if self.queries is None:
