@@ -1,4 +1,4 @@
-"""Classification over the wire, and what the server does with logits."""
+"""Classify: labels, probabilities and rejections over the wire."""
 
 from __future__ import annotations
 
@@ -8,28 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from emberpc.bundle import Manifest, Parity, Reference, Task, Variant, read_bundle
+from emberpc.bundle import Reference, probabilities, read_bundle
 from emberpc.client import Client
-from emberpc.server.services.classification import classify_row, outside, probabilities
-
-MANIFEST = Manifest(
-    task=Task.CLASSIFICATION,
-    base_model="m",
-    revision="r",
-    weights_sha256="0",
-    dimensions=2,
-    pooling="mean",
-    normalize=True,
-    max_tokens=8,
-    pad_token_id=0,
-    variants=(Variant("fp32", "onnx/model.onnx", Parity(1, 0.0, 1.0)),),
-    labels=("a", "b", "c"),
-)
-logits = arrays(np.float32, (4, 3), elements=st.floats(-1e4, 1e4, width=32))
+from emberpc.server.services.classification import classify_row
 
 
 def test_texts_get_their_labels(client: Client, training_file: Path) -> None:
@@ -55,7 +37,7 @@ def test_the_served_logits_are_those_of_pytorch(client: Client, classifier_bundl
     bundle = read_bundle(classifier_bundle)
     reference: Reference = bundle.reference()
     assert reference.logits is not None
-    expected = probabilities(reference.logits, bundle.manifest)
+    expected = probabilities(reference.logits, bundle.manifest.temperature)
     for row, prediction in zip(expected, client.classify(reference.texts, "modules", truncation="end"), strict=True):
         scores = {each.label: each.score for each in prediction.scores}
         assert np.allclose([scores[label] for label in bundle.manifest.labels], row, atol=1e-3)
@@ -70,29 +52,38 @@ def test_the_models_describe_themselves(client: Client) -> None:
     assert embedder.fingerprint == classifier.fingerprint
 
 
-@given(logits=logits, temperature=st.floats(0.05, 20))
-def test_probabilities_are_probabilities_whatever_the_logits(logits: np.ndarray, temperature: float) -> None:
-    single = probabilities(logits, replace(MANIFEST, temperature=temperature))
-    assert np.isfinite(single).all()
-    assert np.allclose(single.sum(axis=1), 1, atol=1e-4)
-    multi = probabilities(logits, replace(MANIFEST, temperature=temperature, multi_label=True))
-    assert ((multi >= 0) & (multi <= 1)).all()
+def test_the_served_labels_and_probabilities_are_those_of_the_export(client: Client, classifier_bundle: Path) -> None:
+    bundle = read_bundle(classifier_bundle)
+    reference = bundle.reference()
+    assert reference.logits is not None
+    decided = bundle.manifest.decision_rule.decide(reference.logits)
+    found = client.classify(reference.texts, "modules", truncation="end")
+    labels = np.array(bundle.manifest.labels)
+    # Texts whose two best labels, or whose rejection, are closer than the served model is to PyTorch may differ.
+    best_two = -np.sort(-reference.logits, axis=1)[:, :2]
+    clear = best_two[:, 0] - best_two[:, 1] > 0.01
+    if bundle.manifest.rejection_logit is not None:
+        clear &= np.abs(best_two[:, 0] - bundle.manifest.rejection_logit) > 0.01
+    assert clear.any()
+    for row in np.flatnonzero(clear):
+        assert list(found[row].labels) == list(labels[decided.labels[row]])
+        assert found[row].rejected == decided.rejected[row]
 
 
-def test_a_text_whose_best_logit_is_below_the_threshold_is_rejected() -> None:
-    logits = np.array([[1.0, 4.0, 1.0], [1.0, 3.0, -9.0]], dtype=np.float32)
-    assert outside(logits, replace(MANIFEST, rejection_logit=3.5)).tolist() == [False, True]
-    assert outside(logits, MANIFEST).tolist() == [False, False]
-    scores = np.array([0.3, 0.4, 0.3], dtype=np.float32)
-    kept = classify_row(scores, MANIFEST, 0, rejected=False)
-    assert (list(kept.labels), kept.rejected) == (["b"], False)
-    rejected = classify_row(scores, MANIFEST, 0, rejected=True)
+def test_the_reply_lists_the_best_labels_and_no_label_of_a_rejected_text(classifier_bundle: Path) -> None:
+    manifest = replace(
+        read_bundle(classifier_bundle).manifest,
+        labels=("a", "b", "c"),
+        multi_label=True,
+        temperature=1.0,
+        thresholds=(0.2, 0.9, 0.6),
+        rejection_logit=0.0,
+    )
+    logits = np.array([[-0.8, 1.4, 0.9], [-1.0, -2.0, -0.5]], dtype=np.float32)
+    decisions = manifest.decision_rule.decide(logits)
+    kept = classify_row(decisions, 0, manifest, 0)
+    assert [each.label for each in kept.scores] == ["b", "c", "a"]
+    assert (list(kept.labels), kept.rejected) == (["c", "a"], False)
+    rejected = classify_row(decisions, 1, manifest, 2)
+    assert [each.label for each in rejected.scores] == ["c", "a"]
     assert (list(rejected.labels), rejected.rejected) == ([], True)
-    assert [each.label for each in rejected.scores] == ["b", "a", "c"]
-
-
-def test_a_multi_label_classifier_gives_every_label_above_its_threshold() -> None:
-    scores = np.array([0.3, 0.8, 0.7], dtype=np.float32)
-    manifest = replace(MANIFEST, multi_label=True, thresholds=(0.2, 0.9, 0.6))
-    assert list(classify_row(scores, manifest, 0, rejected=False).labels) == ["c", "a"]
-    assert list(classify_row(scores, replace(manifest, thresholds=()), 1, rejected=False).labels) == ["b", "c"]

@@ -36,7 +36,7 @@ def test_every_rpc_is_documented_as_built_or_to_come() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     named = {
         "UpsertRecordsStream", "ReembedCollection", "CancelReembedding", "VerifyCollection",
-        "BackupCollection", "RestoreCollection", "FindDuplicates", "ClusterRecords", "ListClassifiers", "GetClassifier",
+        "BackupCollection", "RestoreCollection", "FindDuplicates", "ClusterRecords",
         "CreateClassifier", "UpdateClassifier", "DeleteClassifier", "FitClassifier", "SubmitCorrections",
     }  # fmt: skip
     for module in (embedding_pb2, index_pb2, classification_pb2, model_pb2, server_pb2):

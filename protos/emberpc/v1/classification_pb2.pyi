@@ -144,6 +144,10 @@ class Classifier(_message.Message):
     FIT_TIME_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     REJECTS_FIELD_NUMBER: _builtins.int
+    THRESHOLDS_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    FINE_TUNING_STRATEGY_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the classifier: letters, digits, `.`, `_` and `-`."""
     kind: Global___ClassifierKind.ValueType
@@ -166,6 +170,14 @@ class Classifier(_message.Message):
     """
     rejects: _builtins.bool
     """Whether texts that seem to have none of the labels are rejected."""
+    base_model: _builtins.str
+    """FINE_TUNED: the base model that was fine-tuned, as the bundle states it."""
+    fine_tuning_strategy: _builtins.str
+    """FINE_TUNED: the strategy of the export, such as `linear`. Empty: the bundle
+    does not state it.
+    """
+    max_tokens: _builtins.int
+    """The most tokens of a text, special tokens and prompt included."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
         """The model that it runs."""
@@ -176,11 +188,20 @@ class Classifier(_message.Message):
 
     @_builtins.property
     def fit_time(self) -> _timestamp_pb2.Timestamp:
-        """Time of the last fit."""
+        """Time of the last fit. FINE_TUNED: time of the export; unset if the bundle
+        does not state it.
+        """
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Quality measured on held-out data, such as `accuracy` or `ece`."""
+
+    @_builtins.property
+    def thresholds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """If `multi_label`: item i is the threshold of `labels[i]`. A text gets the
+        label if the probability is at least this. Empty for a single-label
+        classifier, which gives the best label.
+        """
 
     def __init__(
         self,
@@ -198,10 +219,14 @@ class Classifier(_message.Message):
         fit_time: _timestamp_pb2.Timestamp | None = ...,
         quality: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         rejects: _builtins.bool = ...,
+        thresholds: _abc.Iterable[_builtins.float] | None = ...,
+        base_model: _builtins.str = ...,
+        fine_tuning_strategy: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fit_time", b"fit_time", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "example_count", b"example_count", "fit_time", b"fit_time", "kind", b"kind", "labels", b"labels", "model", b"model", "multi_label", b"multi_label", "name", b"name", "quality", b"quality", "rejection_threshold", b"rejection_threshold", "rejects", b"rejects", "strategy", b"strategy", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "collection", b"collection", "example_count", b"example_count", "fine_tuning_strategy", b"fine_tuning_strategy", "fit_time", b"fit_time", "kind", b"kind", "labels", b"labels", "max_tokens", b"max_tokens", "model", b"model", "multi_label", b"multi_label", "name", b"name", "quality", b"quality", "rejection_threshold", b"rejection_threshold", "rejects", b"rejects", "strategy", b"strategy", "temperature", b"temperature", "thresholds", b"thresholds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -463,7 +488,9 @@ class GetClassifierRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier."""
+    """Name of the classifier. Empty: the only classifier of the server; an error
+    if there are several.
+    """
     def __init__(
         self,
         *,

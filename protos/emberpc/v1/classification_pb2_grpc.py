@@ -94,14 +94,16 @@ class ClassificationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListClassifiers(self, request, context):
-        """Lists the classifiers of both kinds, by name.
+        """Lists the classifiers of both kinds, by name. A page ends early, before its
+        classifiers have more than 1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetClassifier(self, request, context):
-        """Returns one classifier.
+        """Returns one classifier. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model is not a classifier.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

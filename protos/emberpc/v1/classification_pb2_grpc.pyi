@@ -41,9 +41,13 @@ class ClassificationServiceStub:
     names the text.
     """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
-    """Lists the classifiers of both kinds, by name."""
+    """Lists the classifiers of both kinds, by name. A page ends early, before its
+    classifiers have more than 1 MiB.
+    """
     GetClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]
-    """Returns one classifier."""
+    """Returns one classifier. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model is not a classifier.
+    """
     CreateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]
     """Creates a classifier on an embedding model, from label descriptions and
     the labelled records of a collection.
@@ -70,9 +74,13 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
     names the text.
     """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
-    """Lists the classifiers of both kinds, by name."""
+    """Lists the classifiers of both kinds, by name. A page ends early, before its
+    classifiers have more than 1 MiB.
+    """
     GetClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]  # type: ignore[assignment]
-    """Returns one classifier."""
+    """Returns one classifier. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model is not a classifier.
+    """
     CreateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]  # type: ignore[assignment]
     """Creates a classifier on an embedding model, from label descriptions and
     the labelled records of a collection.
@@ -106,14 +114,18 @@ class ClassificationServiceServicer:
         request: _classification_pb2.ListClassifiersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.ListClassifiersResponse, _abc.Awaitable[_classification_pb2.ListClassifiersResponse]]:
-        """Lists the classifiers of both kinds, by name."""
+        """Lists the classifiers of both kinds, by name. A page ends early, before its
+        classifiers have more than 1 MiB.
+        """
 
     def GetClassifier(
         self,
         request: _classification_pb2.GetClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.GetClassifierResponse, _abc.Awaitable[_classification_pb2.GetClassifierResponse]]:
-        """Returns one classifier."""
+        """Returns one classifier. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model is not a classifier.
+        """
 
     def CreateClassifier(
         self,

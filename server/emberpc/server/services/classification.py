@@ -1,23 +1,25 @@
-"""ClassificationService: texts to labels."""
+"""ClassificationService: classify texts, and describe the classifiers."""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from contextlib import suppress
+from datetime import datetime
 
-from emberpc.bundle import Manifest, Task
-from emberpc.server.engine import Engine
+from emberpc.bundle import LabelDecisions, Manifest, Task
+from emberpc.server.engine import Engine, Model
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
+from emberpc.server.paging import decode_token, encode_token
 from emberpc.server.services import replies, requests
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 
-#: The probability from which a multi-label classifier without thresholds of its own gives a label.
-_DEFAULT_THRESHOLD = 0.5
 #: Bytes of a LabelScore beside the label.
 _SCORE_BYTES = 10
-
-Scores = npt.NDArray[np.float32]
+#: Bytes of a reply beside the only classifier in it, its page token included: a name has at most 128 characters.
+_REPLY_BYTES = 1024
+#: A page of classifiers ends before this many bytes, or after one classifier: classifiers with many labels would exceed
+#: the limit of a message.
+_MAX_PAGE_BYTES = 2**20
 
 
 class ClassificationService(classification_pb2_grpc.ClassificationServiceServicer):
@@ -57,53 +59,80 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
             requests.caller(context, request.priority),
         )
         response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
-        scores = probabilities(inference.output, manifest)
-        rejected = outside(inference.output, manifest)
-        for row, reject, usage in zip(scores, rejected, replies.usages(inference), strict=True):
-            classification = classify_row(row, manifest, request.top_k, rejected=bool(reject))
+        decisions = manifest.decision_rule.decide(inference.output)
+        for row, usage in enumerate(replies.usages(inference)):
+            classification = classify_row(decisions, row, manifest, request.top_k)
             classification.usage.CopyFrom(usage)
             response.classifications.append(classification)
         return response
 
+    async def ListClassifiers(
+        self, request: pb.ListClassifiersRequest, context: requests.Context
+    ) -> pb.ListClassifiersResponse:
+        """List the classifiers by name."""
+        size = requests.page_size(request.page_size)
+        after = decode_token(request.page_token)
+        models = [model for model in self._engine.models() if model.manifest.task is Task.CLASSIFICATION]
+        rest = [model for model in models if model.name > after]
+        response = pb.ListClassifiersResponse()
+        size_bytes, most_bytes = 0, min(_MAX_PAGE_BYTES, self._limits.max_response_bytes - _REPLY_BYTES)
+        for model in rest[:size]:
+            description = describe(model)
+            size_bytes += description.ByteSize()
+            if response.classifiers and size_bytes > most_bytes:
+                break
+            self._check_size(description)
+            response.classifiers.append(description)
+        if response.classifiers and len(response.classifiers) < len(rest):
+            response.next_page_token = encode_token(response.classifiers[-1].name)
+        return response
 
-def probabilities(logits: Scores, manifest: Manifest) -> Scores:
-    """Turn logits into calibrated probabilities.
+    async def GetClassifier(
+        self, request: pb.GetClassifierRequest, context: requests.Context
+    ) -> pb.GetClassifierResponse:
+        """Return one classifier."""
+        description = describe(self._engine.model(request.name, Task.CLASSIFICATION, "name"))
+        self._check_size(description)
+        return pb.GetClassifierResponse(classifier=description)
 
-    Args:
-        logits: float32, shape (texts, labels).
-        manifest: says the temperature, and whether the labels exclude each other.
-
-    Returns:
-        float32 of the same shape, in [0, 1]; each row adds up to 1 unless multi-label.
-    """
-    scaled = logits / manifest.temperature
-    if manifest.multi_label:
-        # tanh does not overflow, whatever the logit.
-        return np.asarray(0.5 * (1 + np.tanh(scaled / 2)), dtype=np.float32)
-    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
+    def _check_size(self, description: pb.Classifier) -> None:
+        """Raise RESOURCE_EXHAUSTED if a reply with this classifier alone would be over the limit."""
+        self._limits.check_response(
+            description.ByteSize() + _REPLY_BYTES,
+            f"the labels of {description.name!r} are too long; start the server with a higher --max-response-bytes",
+        )
 
 
-def outside(logits: Scores, manifest: Manifest) -> npt.NDArray[np.bool_]:
-    """Say of each text, by its logits (texts, labels), whether it seems to be outside all labels."""
-    if manifest.rejection_logit is None:
-        return np.zeros(len(logits), dtype=bool)
-    return np.asarray(logits.max(axis=1) < manifest.rejection_logit)
-
-
-def classify_row(scores: Scores, manifest: Manifest, top_k: int, *, rejected: bool) -> pb.Classification:
-    """Decide by one text's probabilities, float32 (labels,), and list the best `top_k` of them; 0 lists all."""
-    order = np.argsort(-scores, kind="stable")
-    listed = order[: top_k or None]
-    thresholds = manifest.thresholds or (_DEFAULT_THRESHOLD,) * len(manifest.labels)
-    if rejected:
-        predicted = []
-    elif manifest.multi_label:
-        predicted = [manifest.labels[i] for i in order if scores[i] >= thresholds[i]]
-    else:
-        predicted = [manifest.labels[order[0]]]
+def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k: int) -> pb.Classification:
+    """Return the result for text `row`, with its best `top_k` labels; 0 returns all."""
+    scores, ranking, given = decisions.probabilities[row], decisions.ranking[row], decisions.labels[row]
     return pb.Classification(
-        scores=[pb.LabelScore(label=manifest.labels[i], score=float(scores[i])) for i in listed],
-        labels=predicted,
-        rejected=rejected,
+        scores=[pb.LabelScore(label=manifest.labels[i], score=float(scores[i])) for i in ranking[: top_k or None]],
+        labels=[manifest.labels[i] for i in ranking if given[i]],
+        rejected=bool(decisions.rejected[row]),
     )
+
+
+def describe(model: Model) -> pb.Classifier:
+    """Return the description of a fine-tuned classifier, which is in its manifest."""
+    manifest = model.manifest
+    rule = manifest.decision_rule
+    description = pb.Classifier(
+        name=model.name,
+        kind=pb.CLASSIFIER_KIND_FINE_TUNED,
+        model=replies.model_version(model),
+        labels=[pb.Label(name=label) for label in manifest.labels],
+        multi_label=rule.multi_label,
+        thresholds=rule.label_thresholds(len(manifest.labels)),
+        temperature=rule.temperature,
+        rejects=rule.rejection_logit is not None,
+        rejection_threshold=rule.rejection_logit or 0.0,
+        quality=manifest.quality,
+        base_model=manifest.base_model,
+        fine_tuning_strategy=manifest.strategy,
+        max_tokens=manifest.max_tokens,
+    )
+    # The manifest states the time as text, which another tool may have written in another form.
+    with suppress(ValueError, OverflowError):
+        description.fit_time.FromDatetime(datetime.fromisoformat(manifest.created))
+    return description
