@@ -145,7 +145,7 @@ def test_a_full_disk_ends_a_comparison_and_what_was_measured_stays(
     assert not (full_disk / "report" / "report.html").exists()
     assert not list((full_disk / "report").rglob("*.new"))
     if strategy == "linear":
-        assert f"what was measured is kept in {full_disk / 'report'}" in message
+        assert f"all measurements are kept in {full_disk / 'report'}" in message
         assert len(list((full_disk / "report" / "cells").iterdir())) == 2
 
 

@@ -17,10 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.cli.maps.colours import looks
-from emberpc.cli.maps.groups import Group, Grouping
+from emberpc.cli.maps.groups import Group, Grouping, distinguishing_words
 from emberpc.cli.maps.layout import lay_out
 from emberpc.cli.maps.page import _json
-from emberpc.cli.maps.words import distinguishing
 from emberpc.client import Client
 from examples.server_process import ServerProcess
 
@@ -99,7 +98,7 @@ def test_each_record_is_on_the_page_once_among_its_like(emberpc: Emberpc, make: 
     target = tmp_path / "map.html"
     outcome = emberpc("collection", "map", make(blobs(90)), "-o", target)
     assert (outcome.code, outcome.out) == (0, "")
-    assert outcome.err.splitlines() == ["reading records …", "laying them out …", f"{target} shows all 90 records"]
+    assert outcome.err.splitlines() == ["reading records …", "laying out …", f"{target} shows all 90 records"]
     assert list(tmp_path.iterdir()) == [target]
     data = data_of(target)
     points = data["points"]
@@ -258,10 +257,10 @@ def test_any_finite_vectors_have_a_place(distance: str, dimensions: int, size: f
 def test_words_that_are_everywhere_tell_nothing() -> None:
     pets = ["the cat and the cats", "the cat is 12", "a cat, a dog"]
     money = ["the interest rates rose", "interest is the rate of money", "the bank's interest"]
-    assert distinguishing([pets, money], 2)[0] == ["cat"]
-    assert distinguishing([pets, money], 1)[1] == ["interest"]
-    assert distinguishing([["the same"] * 3, ["the same"] * 3, []]) == [[], [], []]
-    assert distinguishing([["наш кот", "кот спит"], ["банк рос", "банк закрыт"]], 1) == [["кот"], ["банк"]]
+    assert distinguishing_words([pets, money], 2)[0] == ["cat"]
+    assert distinguishing_words([pets, money], 1)[1] == ["interest"]
+    assert distinguishing_words([["the same"] * 3, ["the same"] * 3, []]) == [[], [], []]
+    assert distinguishing_words([["наш кот", "кот спит"], ["банк рос", "банк закрыт"]], 1) == [["кот"], ["банк"]]
 
 
 def test_neighbours_differ_in_colour_and_scattered_groups_have_no_name() -> None:

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from emberpc.cli.collection_settings import CollectionSettings
 from emberpc.cli.errors import CliError
-from emberpc.cli.files import LineFile
+from emberpc.cli.import_export import fields_of
+from emberpc.cli.input_files import LineFile
 from emberpc.cli.output import json_line
+from emberpc.cli.output_files import atomic_file
 from emberpc.cli.parquet import ParquetRecords, write_records
-from emberpc.cli.remaking import Settings
-from emberpc.cli.sources import RecordError, Source
-from emberpc.cli.transfers import fields_of
-from emberpc.cli.whole_files import whole_file
+from emberpc.cli.record_sources import RecordError, Source
 from emberpc.client import Record
 
 per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
@@ -44,7 +44,7 @@ records = st.builds(
     vector=st.none() | arrays(np.float32, st.integers(1, 5), elements=floats),
 )
 told = st.builds(
-    Settings,
+    CollectionSettings,
     model=texts,
     model_fingerprint=texts,
     dimensions=st.integers(0, 2**31 - 1),
@@ -70,16 +70,18 @@ def read(source: Source) -> list[Any]:
 @given(listed=st.lists(records, max_size=5))
 def test_records_come_back_from_json_lines(tmp_path: Path, listed: list[Record]) -> None:
     path = tmp_path / "r.jsonl"
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.writelines(json_line(fields_of(record)).encode() for record in listed)
     assert read(LineFile(str(path))) == [identity(record) for record in listed]
 
 
 @per_example
 @given(listed=st.lists(records, max_size=5), made=told)
-def test_records_and_settings_come_back_from_parquet(tmp_path: Path, listed: list[Record], made: Settings) -> None:
+def test_records_and_settings_come_back_from_parquet(
+    tmp_path: Path, listed: list[Record], made: CollectionSettings
+) -> None:
     path = tmp_path / "r.parquet"
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         write_records(file, listed, made, with_vectors=True)
     source = ParquetRecords(str(path))
     assert source.settings == made
@@ -99,8 +101,8 @@ def test_a_parquet_file_is_written_and_read_in_parts(tmp_path: Path) -> None:
             taken += 1
             yield Record(f"{i:05}", "x" * 3_000_000 if i == 9_000 else "", vector=row)
 
-    with whole_file(path) as file:
-        write_records(file, corpus(), Settings(), with_vectors=True)
+    with atomic_file(path) as file:
+        write_records(file, corpus(), CollectionSettings(), with_vectors=True)
     layout = pq.ParquetFile(path).metadata
     assert [layout.row_group(i).num_rows for i in range(layout.num_row_groups)] == [4096, 4096, 1808]
     found = list(ParquetRecords(str(path)).records())
@@ -111,9 +113,11 @@ def test_a_parquet_file_is_written_and_read_in_parts(tmp_path: Path) -> None:
 def test_a_parquet_file_without_vectors_tells_of_no_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     with path.open("wb") as file:
-        write_records(file, [Record("a", "t")], Settings(model="m", model_fingerprint="f"), with_vectors=False)
+        write_records(
+            file, [Record("a", "t")], CollectionSettings(model="m", model_fingerprint="f"), with_vectors=False
+        )
     source = ParquetRecords(str(path))
-    assert source.settings == Settings(model="m")
+    assert source.settings == CollectionSettings(model="m")
     assert list(source.records()) == [{"id": "a", "text": "t", "label": "", "metadata": {}}]
 
 
@@ -131,7 +135,7 @@ def test_the_tables_of_other_programs_are_read(tmp_path: Path) -> None:
     )
     pq.write_table(table, path)
     source = ParquetRecords(str(path))
-    assert source.settings == Settings()
+    assert source.settings == CollectionSettings()
     found = [{**record, "vector": record["vector"].tolist()} for record in source.records()]
     assert found == [
         {"id": "a", "label": "x", "vector": [1.0, 2.0], "metadata": {"year": 2019, "tags": ["s", "t"], "k": 1}},
@@ -184,7 +188,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 def test_settings_that_are_damaged_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(pa.table({"id": ["a"]}).replace_schema_metadata({"emberpc.collection": content}), path)
-    with pytest.raises(CliError, match="what it tells of its collection is damaged"):
+    with pytest.raises(CliError, match="the settings of the collection in it are damaged"):
         ParquetRecords(str(path))
 
 
@@ -194,7 +198,7 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, data: st.Data
     path = tmp_path / "r.parquet"
     with path.open("wb") as file:
         listed = [Record(str(i), "text " * i, {"n": i}, vector=np.full(3, i, np.float32)) for i in range(20)]
-        write_records(file, listed, Settings(model="m"), with_vectors=True)
+        write_records(file, listed, CollectionSettings(model="m"), with_vectors=True)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))

@@ -1,1 +1,1 @@
-"""The command line `emberpc`: a thin front over the rooms; needs the extra [cli]."""
+"""The command line `emberpc`. It calls the client, the server and the export; it needs the extra [cli]."""

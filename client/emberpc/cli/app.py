@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, and what becomes of their errors."""
+"""Build the command line from its commands, run it, and turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from emberpc.cli import output
+from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.options import OnceCommand
-from emberpc.cli.wording import reworded
 
 _EPILOG = (
     "Exit codes: 0 done; 1 unexpected; 2 wrong usage or input; 3 no server, or no answer in time; 4 not found; "
@@ -29,7 +29,7 @@ _debug: ContextVar[bool] = ContextVar("debug", default=False)
 
 @dataclass(frozen=True)
 class _Command:
-    """A command or a group of them: where in the help it stands, and where it is."""
+    """A command or a group of commands: its panel in the help, and the module and attribute that define it."""
 
     panel: str
     module: str
@@ -60,7 +60,7 @@ _COMMANDS = {
 
 @cache
 def app_with(*names: str) -> typer.Typer:
-    """Return the command line with some of its commands; default: with all."""
+    """Return the command line with the given commands; default: all commands."""
     app = typer.Typer(
         name="emberpc",
         help="Embeddings, vector search and classification over gRPC, on plain CPUs.",
@@ -83,7 +83,7 @@ def app_with(*names: str) -> typer.Typer:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version  # takes as long to import as a command of its own
+        from importlib.metadata import version  # importing this takes as long as a short command
 
         output.print_lines([f"emberpc {version('emberpc')}"])
         raise typer.Exit
@@ -98,42 +98,42 @@ def _every_command(
     ] = False,
 ) -> None:
     _debug.set(debug)
-    gc.enable()  # after the imports, see `main`
+    gc.enable()  # `main` disabled it during the imports
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command; return its exit code."""
     arguments = _debug_first(arguments)
-    _debug.set(arguments[:1] == ["--debug"])  # the callback knows the variable too, but the help comes before it
+    _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
     try:
-        # Not standalone: Typer then leaves errors and the exit to this function.
+        # Not standalone, so that Typer leaves errors and the exit to this function.
         code = int(_app_for(arguments)(arguments, prog_name="emberpc", standalone_mode=False) or 0)
         return code or _flush() or ExitCode.OK
     except SystemExit as error:
-        # Rich ends the program so where nobody reads the help that it prints.
+        # Rich ends the program in this way if the reader of the help closed the pipe.
         if isinstance(error.__context__, BrokenPipeError):
             return ExitCode.OK
         raise
     except typer.TyperException as error:
-        # Of an error in usage, Typer tells which command it was.
+        # A usage error of Typer names the command.
         command = getattr(getattr(error, "ctx", None), "command_path", "emberpc")
         message = error.format_message().rstrip(".")
-        # Without one, nothing was asked for, and the help was shown instead.
+        # An empty message means that the command had no arguments, and Typer printed the help.
         return _failed(f"{message}; see {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
-    except Exception as error:  # the one place where an error of any kind becomes a line for the user
+    except Exception as error:  # the only place that turns errors of all kinds into a line for the user
         if _is_of_an_interrupt(error):
             return ExitCode.INTERRUPTED
         known = exit_code(error)
         if known is None and isinstance(error, OSError) and _is_of_the_help(error):
-            unwritable = output.give_up(error)
+            unwritable = output.discard_stdout(error)
             return _failed(str(unwritable), unwritable.code)
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
-        return _failed(reworded(str(error)), known)
+        return _failed(in_cli_terms(str(error)), known)
 
 
 def _debug_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with --debug before the command, wherever it stood before a `--`."""
+    """Move --debug before the command, from any position before a `--`."""
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     rest = list(arguments[len(options) :])
     kept = [argument for argument in options if argument != "--debug"]
@@ -141,14 +141,14 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:
-    """Return what runs these: with the one command that is asked for, since the others take long to import."""
+    """Return an app with only the command in the arguments, since importing the other commands is slow."""
     named = next((argument for argument in arguments if argument != "--debug"), "")
     return app_with(named) if named in _COMMANDS else app_with()
 
 
 def _is_of_an_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C led to an error: it can end a library between two of its steps, which then raises another."""
-    seen = set[int]()  # the causes of an error that a library raises again can lead back to it
+    """Return whether Ctrl-C caused an error: a library that it interrupts may raise an error of its own."""
+    seen = set[int]()  # the chain of causes can have a cycle if a library raises an error again
     while error is not None and not isinstance(error, KeyboardInterrupt) and id(error) not in seen:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
@@ -156,13 +156,13 @@ def _is_of_an_interrupt(error: BaseException | None) -> bool:
 
 
 def _is_of_the_help(error: OSError) -> bool:
-    """Whether an error comes from the help, which Typer and Rich write to stdout by themselves."""
+    """Return whether an error comes from the help, which Typer and Rich write to stdout directly."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).partition(".")[0] in ("rich", "typer")
 
 
 def _flush() -> int | None:
-    """Write out what is held back; return None if that went well, else the exit code."""
+    """Flush stdout; return None if that succeeded, else the exit code."""
     try:
         output.flush()
     except typer.Exit as pipe_closed:
@@ -174,6 +174,6 @@ def _flush() -> int | None:
 
 def _failed(message: str, code: ExitCode) -> int:
     if _debug.get():
-        output.complain(traceback.format_exc())
+        output.write_stderr(traceback.format_exc())
     output.note(f"error: {message}")
     return code

@@ -12,8 +12,8 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import AsJson, Name, Overwrite
 from emberpc.cli.output import note, print_fields, print_json
+from emberpc.cli.output_files import check_output_path
 from emberpc.cli.progress import Stages, stages
-from emberpc.cli.whole_files import check_place
 from emberpc.client import Client
 
 _MEGABYTE = 10**6
@@ -27,15 +27,15 @@ def backup(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a collection to one file, as it is at one moment; it is read and written meanwhile."""
-    target = check_place(output, overwrite)
+    """Write a snapshot of a collection to one file. Reads and writes continue meanwhile."""
+    target = check_output_path(output, overwrite)
     with stages() as show:
         try:
             size = client.backup_collection(name, output, progress=_megabytes(show, "backing up (MB)"))
         except OSError as error:
             raise CliError(f"--output: {output} cannot be written: {error.strerror}") from error
     if target.is_stream:
-        # It may be stdout, where the backup is the only result.
+        # The file may be stdout, which may then contain nothing but the backup.
         note(f"wrote {size} bytes to {output}")
     elif as_json:
         print_json([{"file": output, "bytes": size}])
@@ -47,10 +47,10 @@ def backup(
 def restore(
     client: Client,
     name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `collection backup` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `collection backup` wrote.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make a collection of the file of a backup; there is all of it or nothing."""
+    """Create a collection from a backup file, as a whole or not at all."""
     with stages() as show:
         try:
             collection = client.restore_collection(name, file, progress=_megabytes(show, "restoring (MB)"))

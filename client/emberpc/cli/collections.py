@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from emberpc.cli import backups, transfers
+from emberpc.cli import backups, import_export
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.maps.command import draw_map
@@ -22,9 +22,9 @@ from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
 
-#: Seconds: of a million records these may take minutes.
+#: Seconds. Duplicates and clusters of a million records may take minutes.
 GROUPS_TIMEOUT = 3600.0
-#: Seconds between looks at what goes on in the background.
+#: Seconds between two requests for the progress of a reembedding.
 _FOLLOW_SECONDS = 0.5
 
 
@@ -34,14 +34,15 @@ def create(
     client: Client,
     name: Name,
     model: Annotated[
-        str, typer.Option(help="The model that embeds its texts; none: it takes vectors of --dimensions.")
+        str,
+        typer.Option(help="Model that embeds the texts of the collection. Default: none; records bring vectors."),
     ] = "",
-    dimensions: Annotated[int, typer.Option(min=0, help="Of its vectors; 0: the model's.")] = 0,
-    distance: Annotated[Distance, typer.Option(help="How vectors compare.")] = "cosine",
+    dimensions: Annotated[int, typer.Option(min=0, help="Dimensions of the vectors; 0: those of the model.")] = 0,
+    distance: Annotated[Distance, typer.Option(help="How vectors are compared.")] = "cosine",
     truncation: Annotated[
-        Truncation, typer.Option(help="How the over-long texts of records are truncated.")
+        Truncation, typer.Option(help="Treatment of records whose text has too many tokens.")
     ] = "refuse",
-    m: Annotated[int, typer.Option("--m", min=0, help="Links of a node of the graph; 0: the server's default.")] = 0,
+    m: Annotated[int, typer.Option("--m", min=0, help="Links of each node of the graph; 0: the server's default.")] = 0,
     ef_construction: Annotated[
         int, typer.Option(min=0, help="Candidates kept while inserting; 0: the server's default.")
     ] = 0,
@@ -50,7 +51,10 @@ def create(
         typer.Option("--indexed-field", metavar="FIELD", help="A metadata field that filters use often; repeatable."),
     ] = None,
     exist_ok: Annotated[
-        bool, typer.Option("--exist-ok", help="If there is one of that name that is alike, show it; that is no error.")
+        bool,
+        typer.Option(
+            "--exist-ok", help="Accept an existing collection of that name with the same settings, and show it."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -106,10 +110,10 @@ def get(client: Client, name: Name, as_json: AsJson = False) -> None:
 def update(
     client: Client,
     name: Name,
-    truncation: Annotated[Truncation, typer.Option(help="How the over-long texts of records are truncated.")],
+    truncation: Annotated[Truncation, typer.Option(help="Treatment of records whose text has too many tokens.")],
     as_json: AsJson = False,
 ) -> None:
-    """Change a collection's setting; the records that it has stay as they are."""
+    """Change the settings of a collection; stored records do not change."""
     _show(client.update_collection(name, truncation=truncation), as_json)
 
 
@@ -139,24 +143,28 @@ def reembed(
     client: Client,
     name: Name,
     model: Annotated[str, typer.Option(help="The new model.")] = "",
-    dimensions: Annotated[int, typer.Option(min=0, help="Of its vectors; 0: the model's.")] = 0,
-    wait: Annotated[bool, typer.Option(help="Wait until it is done; it goes on without that too.")] = True,
-    cancel: Annotated[bool, typer.Option("--cancel", help="Leave the collection under the model that it has.")] = False,
+    dimensions: Annotated[int, typer.Option(min=0, help="Dimensions of the vectors; 0: those of the model.")] = 0,
+    wait: Annotated[
+        bool, typer.Option(help="Wait until the reembedding is done; with --no-wait it continues on the server.")
+    ] = True,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Cancel the reembedding; the collection keeps its model.")
+    ] = False,
 ) -> None:
-    """Embed a collection's texts under another model, while it answers under the one that it has."""
+    """Embed the texts of a collection again with another model. Until that is done, it is served with its old model."""
     if cancel == bool(model):
         raise CliError("give --model, or --cancel, one of the two")
     if cancel:
-        note(f"{name} stays under {client.cancel_reembedding(name).model or 'no model'}")
+        note(f"{name} keeps its model: {client.cancel_reembedding(name).model or 'none'}")
         return
     found = client.reembed_collection(name, model, dimensions=dimensions)
     if wait:
         with progress("embedding", found.record_count) as done:
             found = _followed(client, found, done)
     if found.reembedding is None:
-        note(f"{name} is under {found.model} now, with {found.dimensions} dimensions")
+        note(f"{name} now has the model {found.model}, with {found.dimensions} dimensions")
     else:
-        note(f"{name} is on its way to {model}; `emberpc collection get {name}` tells how far it is")
+        note(f"the server embeds {name} with {model}; `emberpc collection get {name}` shows the progress")
 
 
 @app.command()
@@ -164,10 +172,10 @@ def reembed(
 def verify(
     client: Client,
     name: Name,
-    full: Annotated[bool, typer.Option("--full", help="Search for every record, not for a random sample.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Search for every record instead of a random sample.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that every record is undamaged and a sample is found by search; the exit code is 7 if one is not."""
+    """Check that all records are undamaged and that search finds a sample of them. Exit code 7: a check failed."""
     with progress("verifying", client.get_collection(name).record_count) as done:
         found = client.verify_collection(name, full=full, progress=lambda checked, _: done(checked))
     if as_json:
@@ -193,7 +201,7 @@ def records(
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
-    """List a collection's records, by id; with --json in the form that `upsert` reads."""
+    """List the records of a collection by id; with --json as JSON Lines that `upsert` reads."""
     found = itertools.islice(client.records(name, where=where, with_vectors=with_vectors), limit or None)
     if as_json:
         print_json(found)
@@ -209,11 +217,11 @@ def records(
 def duplicates(
     client: Client,
     name: Name,
-    min_score: Annotated[float, typer.Option(help="The least cosine of a pair.")] = 0.95,
+    min_score: Annotated[float, typer.Option(help="Least cosine similarity of a pair.")] = 0.95,
     limit: Annotated[int, typer.Option(min=1, help="Most pairs to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find pairs of records that are much alike, most alike first."""
+    """Find pairs of records with similar vectors, most similar first."""
     every = client.duplicates(name, min_score=min_score, timeout=GROUPS_TIMEOUT)
     pairs = list(itertools.islice(every, limit + 1))
     shown = pairs[:limit]
@@ -234,7 +242,7 @@ def duplicates(
             ],
         )
     if not pairs:
-        note(f"no two records of {name} are so much alike")
+        note(f"no pair of records of {name} has a similarity of at least {min_score}")
     elif len(pairs) > limit:
         note(f"there are more than {limit} pairs; --limit shows more")
 
@@ -244,11 +252,11 @@ def duplicates(
 def clusters(
     client: Client,
     name: Name,
-    count: Annotated[int, typer.Option("--count", "-k", min=2, max=1000, help="Clusters.")] = 10,
-    examples: Annotated[int, typer.Option(min=1, max=100, help="Example records of each.")] = 3,
+    count: Annotated[int, typer.Option("--count", "-k", min=2, max=1000, help="Number of clusters.")] = 10,
+    examples: Annotated[int, typer.Option(min=1, max=100, help="Number of example records of each cluster.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Group a collection's records by likeness, with examples of each group."""
+    """Group the records of a collection into clusters of similar vectors, with examples of each cluster."""
     found = client.clusters(name, count, examples=examples, timeout=GROUPS_TIMEOUT)
     if as_json:
         print_json(found)
@@ -262,7 +270,7 @@ def clusters(
         ],
     )
     if len(found) < count:
-        note(f"{len(found)} of {count} clusters: {name} has no more records that differ")
+        note(f"{len(found)} of {count} clusters: {name} has no more different records")
 
 
 app.command("map")(draw_map)
@@ -281,18 +289,18 @@ def count(client: Client, name: Name, where: Where = None, as_json: AsJson = Fal
 
 app.command("backup")(backups.backup)
 app.command("restore")(backups.restore)
-app.command("export")(transfers.export_collection)
-app.command("import")(transfers.import_records)
+app.command("export")(import_export.export_collection)
+app.command("import")(import_export.import_records)
 
 
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
-    """Wait until a collection is under its new model; say what keeps it, once."""
-    told = ""
-    while (way := collection.reembedding) is not None:
-        done(way.done)
-        if way.problem and way.problem != told:
-            note(way.problem)
-        told = way.problem
+    """Wait until a reembedding is done, and return the collection; report each problem once."""
+    reported = ""
+    while (job := collection.reembedding) is not None:
+        done(job.done)
+        if job.problem and job.problem != reported:
+            note(job.problem)
+        reported = job.problem
         time.sleep(_FOLLOW_SECONDS)
         collection = client.get_collection(collection.name)
     done(collection.record_count)

@@ -1,4 +1,4 @@
-"""The types of a table's metadata columns, whose cells are texts unless the user says otherwise."""
+"""Convert the metadata cells of a table to the types that --types states; the default is text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import listed
 
-#: Beyond this, doubles, which metadata holds, do not have all whole numbers.
+#: Metadata stores numbers as doubles, which cannot represent all whole numbers beyond this.
 _MAX_WHOLE = 2**53
-#: Characters of a cell that a message shows.
+#: Most characters of a cell in an error message.
 _SHOWN = 60
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -25,8 +25,8 @@ Types = Annotated[
     typer.Option(
         "--types",
         metavar="COLUMN=TYPE,…",
-        help="Of a table: what metadata columns hold, text (the default), int, float or bool; may be given several "
-        "times. An empty cell of another type than text is left out.",
+        help="For a table: types of metadata columns: text (the default), int, float or bool; may be given several "
+        "times. An empty cell of a type other than text is left out.",
         show_default=False,
     ),
 ]
@@ -50,7 +50,7 @@ def _bool(cell: str) -> bool | None:
     return _BOOLS.get(cell.lower())
 
 
-#: Of each type: what makes a value of a cell, None if it holds none, and what messages say that it must be.
+#: For each type: the function that parses a cell (None: the cell is invalid), and the expected form for messages.
 _TYPES: dict[str, tuple[Callable[[str], int | float | bool | None], str]] = {
     "int": (_int, f"a whole number from -{_MAX_WHOLE} to {_MAX_WHOLE}"),
     "float": (_float, "a number, such as -1.5 or 2e3"),
@@ -60,13 +60,13 @@ _TEXT = "text"
 
 
 class ColumnTypes:
-    """What the metadata columns of a table hold.
+    """Types of the metadata columns of a table.
 
     Args:
         values: the values of --types, such as `year=int,price=float`.
 
     Raises:
-        CliError: one is not COLUMN=TYPE, names no type, or names a column twice.
+        CliError: an item is not COLUMN=TYPE, has an unknown type, or repeats a column.
     """
 
     def __init__(self, values: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ class ColumnTypes:
         return bool(self._types)
 
     def problem(self, columns: Sequence[str]) -> str:
-        """Return what is wrong with the types for a table with these metadata columns; empty: nothing."""
+        """Return the problem if --types names a column that the table does not have; empty: no problem."""
         missing = next((column for column in self._types if column not in columns), None)
         if missing is None:
             return ""
@@ -98,7 +98,7 @@ class ColumnTypes:
 
         Args:
             cells: the cells by column.
-            refuse: called with the problem of a cell that holds something else than its type.
+            refuse: called with the problem if a cell cannot be parsed as its type.
         """
         found: dict[str, str | int | float | bool] = {}
         for column, cell in cells.items():

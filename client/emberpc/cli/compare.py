@@ -1,4 +1,4 @@
-"""The command that tells which road to take to a label: compare."""
+"""The command `emberpc compare`: measure all classification strategies on the data of the user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from emberpc.cli.export import (
     exporting,
 )
 from emberpc.cli.options import AsJson, listed
-from emberpc.cli.output import Column, note, print_gap, print_json, print_lines, print_table
+from emberpc.cli.output import Column, note, print_blank_line, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from emberpc.export.compare.summary import Summary
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _EVERYTHING = "1,2,4,8,16,32,all"
 _BYTES_PER_MB = 1e6
-#: Lines about what was not measured; the report has all.
+#: Most lines about combinations that were not measured; the report lists all.
 _SKIPPED = 5
 
 
@@ -41,7 +41,10 @@ def compare(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Where the report goes, and what was measured: a later run goes on."
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder of the report and of all measurements; a later run resumes from them.",
         ),
     ],
     base: Annotated[
@@ -64,20 +67,27 @@ def compare(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME,…", help="Which to compare; may be given several times; default: all.", show_default=False
+            metavar="NAME,…",
+            help="Strategies to compare; may be given several times; default: all.",
+            show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How often each is fitted, to other texts of the budget.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of times that each strategy is fitted, each time to another sample of the budget."
+        ),
+    ] = 3,
     time_limit: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Such as 90s, 30m or 2h, for all but --export-winner; what there is no time for is listed.",
+            help="Time limit such as 90s, 30m or 2h, without --export-winner; what was not measured is listed.",
             show_default=False,
         ),
     ] = None,
     out_of_scope: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts that have none of the labels, to measure on.")
+        Path | None, typer.Option(metavar="FILE", help="Texts that have none of the labels, to measure rejection on.")
     ] = None,
     descriptions: Descriptions = None,
     label_texts: LabelTexts = True,
@@ -85,10 +95,14 @@ def compare(
     balanced: Balanced = False,
     min_examples: MinExamples = 2,
     worth: Annotated[
-        float, typer.Option(min=0, help="Points of accuracy that a dearer training must gain to be recommended.")
+        float,
+        typer.Option(
+            min=0, help="Percentage points of accuracy that a more expensive training must gain to be recommended."
+        ),
     ] = 0.5,
     export_winner: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Fit the winner to all texts, and export it there as a bundle.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Fit the winner to all texts, and export it to this folder as a bundle."),
     ] = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
@@ -96,12 +110,12 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of --export-winner.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tuning or embedding? Compare all strategies on your own data, and say which one to take."""
-    left = f"what was measured is kept in {output}, and the same command goes on from there"
+    """Fine-tuning or embedding? Compare all strategies on your own data, and recommend a strategy."""
+    left = f"all measurements are kept in {output}; run the same command to resume"
     with exporting("emberpc compare", left) as progress:
         from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
-        from emberpc.export.compare import comparison as room
+        from emberpc.export.compare import comparison
         from emberpc.export.compare.running import ComparisonSettings
 
         settings = ComparisonSettings(
@@ -125,15 +139,15 @@ def compare(
             max_tokens=max_tokens,
         )
         if export_winner is not None:
-            room.check_winner(settings, export_winner, overwrite=overwrite)
-        summary = room.compare(settings, output, worth=worth / 100, progress=progress)
+            comparison.check_winner(settings, export_winner, overwrite=overwrite)
+        summary = comparison.compare(settings, output, worth=worth / 100, progress=progress)
         if export_winner is not None:
-            room.export_winner(summary, settings, export_winner, overwrite=overwrite, progress=progress)
+            comparison.export_winner(summary, settings, export_winner, overwrite=overwrite, progress=progress)
     _show(summary, output, as_json, train, exported=export_winner is not None)
 
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
-    """Read a list of budgets."""
+    """Parse the values of --budget."""
     from emberpc.export.compare.cells import ALL
 
     found = []
@@ -145,7 +159,7 @@ def _budgets(values: list[str]) -> tuple[int, ...]:
 
 
 def _seconds(text: str | None) -> float | None:
-    """Read a time, such as 30m."""
+    """Parse a time such as 30m, and return it in seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
@@ -188,7 +202,7 @@ def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exporte
             ]
         )
     print_table(columns, rows)
-    print_gap()
+    print_blank_line()
     print_lines([recommendation(summary), crossover(summary)])
     for line in caveats(summary):
         note(line)

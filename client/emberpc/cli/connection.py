@@ -1,4 +1,4 @@
-"""The options of the commands that talk to a server."""
+"""Connection options of the commands that call a server, and the client that is created from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OPTIONS = [
         Parameter.KEYWORD_ONLY,
         default=30.0,
         annotation=Annotated[
-            float, typer.Option(metavar="SECONDS", help="How long a request may take.", rich_help_panel=_PANEL)
+            float, typer.Option(metavar="SECONDS", help="Time limit of a request.", rich_help_panel=_PANEL)
         ],
     ),
     Parameter(
@@ -46,7 +46,7 @@ _OPTIONS = [
             typer.Option(
                 envvar="EMBERPC_TOKEN",
                 metavar="TOKEN",
-                help="Bearer token; others on this host see one given as an option, so prefer the variable.",
+                help="Bearer token. Other users of this host can see an option, so prefer the variable.",
                 rich_help_panel=_PANEL,
             ),
         ],
@@ -59,7 +59,7 @@ _OPTIONS = [
             Path | None,
             typer.Option(
                 metavar="FILE",
-                help="Encrypt; the PEM file has the certificates that sign the server's.",
+                help="Encrypt the connection; PEM file with the CA certificates that verify the server.",
                 rich_help_panel=_PANEL,
             ),
         ],
@@ -68,7 +68,7 @@ _OPTIONS = [
 
 
 def with_client(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the connection's options, and the client that they make as its first argument."""
+    """Add the connection options to a command, and pass it the connected client as the first argument."""
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
         with connect(**options) as client, _filter_warnings():
@@ -79,7 +79,7 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _filter_warnings() -> Iterator[None]:
-    """Print warnings of a filter as notes."""
+    """Print the server's warnings about filters to stderr as notes."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", FilterWarning)
         usual = warnings.showwarning
@@ -102,10 +102,10 @@ def _filter_warnings() -> Iterator[None]:
 
 
 def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None) -> Client:
-    """Make a client.
+    """Create a client.
 
     Raises:
-        CliError: the target is a URL, the token would travel in plain text, or the file of certificates cannot be read.
+        CliError: the target is a URL, the token would be sent unencrypted, or the certificate file cannot be read.
         InputError: another option is wrong.
     """
     if is_url(target):

@@ -1,4 +1,4 @@
-"""What the command line says of an error, and with which code it exits."""
+"""Exit codes, errors for the user, and checks that optional packages are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 
 class ExitCode(IntEnum):
-    """What the exit codes mean; the table is in `emberpc.cli.main`."""
+    """Exit codes; the docstring of `emberpc.cli.main` has a table of their meanings."""
 
     OK = 0
     INTERNAL = 1
@@ -22,14 +22,14 @@ class ExitCode(IntEnum):
 
 
 class CliError(Exception):
-    """A command cannot do its work; the message is for its user."""
+    """A command failed; the message is for the user, and `code` is the exit code."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.INPUT) -> None:
         super().__init__(message)
         self.code = code
 
 
-#: What the packages of each extra are imported as, or of the part of it that a command needs.
+#: Import names of the packages of each extra, or of the packages that a command needs from it.
 SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 MAP_PACKAGES = ("sklearn",)
@@ -40,10 +40,10 @@ EXPORT_PACKAGES = (
 
 
 def exit_code(error: Exception) -> ExitCode | None:
-    """Return the code for an error that is told in one line; None for one that is a fault of the program."""
+    """Return the exit code of an error that is reported in one line; None if the error is a bug of the program."""
     if isinstance(error, CliError):
         return error.code
-    from emberpc import client  # which the commands of the host do without
+    from emberpc import client  # late: commands without a server do not need the client
 
     codes = {
         client.InvalidArgument: ExitCode.INPUT,
@@ -64,24 +64,24 @@ def exit_code(error: Exception) -> ExitCode | None:
 
 
 def how_to_install(extra: str) -> str:
-    """Return how to install an extra: from a checkout of the repository, or by the name that it is published under."""
+    """Return how to install an extra, from a checkout of the repository or from a package index."""
     in_checkout = f"pip install '.[{extra}]'"
     if extra == "export":
-        # Without the constraints, pip takes another PyTorch, with gigabytes of CUDA.
+        # Without the constraints, pip installs a PyTorch build with gigabytes of CUDA.
         in_checkout = f"pip install torch '.[{extra}]' -c constraints.txt"
     return f"run, in a checkout: {in_checkout}; or, once it is published: pip install 'emberpc[{extra}]'"
 
 
 def require(packages: Sequence[str], extra: str, command: str) -> None:
-    """Make sure that a command's packages are installed, before it starts on its work; they are not imported.
+    """Check that the packages of a command are installed, without importing them.
 
     Args:
-        packages: what it needs.
-        extra: the extra that they come with.
-        command: what needs them, such as `emberpc serve`.
+        packages: import names of the packages.
+        extra: the extra that installs them.
+        command: the command that needs them, such as `emberpc serve`.
 
     Raises:
-        CliError: one is missing; the message says how to install it.
+        CliError: a package is missing; the message says how to install it.
     """
     for package in packages:
         if find_spec(package) is None:

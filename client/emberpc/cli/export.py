@@ -1,4 +1,4 @@
-"""The commands about bundles: export embedding, export classifier, verify."""
+"""The commands `emberpc export embedding`, `emberpc export classifier` and `emberpc verify`."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ import typer
 from emberpc.bundle import BundleError, Manifest, Prompts, Task
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
 from emberpc.cli.options import AsJson, Overwrite, listed
-from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table
+from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table
 from emberpc.cli.progress import Stages, stages
 
-app = typer.Typer(help="Make bundles from PyTorch models, offline.", no_args_is_help=True)
+app = typer.Typer(help="Export PyTorch models to bundles, offline.", no_args_is_help=True)
 
-Target = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder.")]
+Target = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the bundle.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of a text; default: what the source says.", show_default=False)
+    int | None, typer.Option(min=1, help="Most tokens of a text; default: the limit of the source.", show_default=False)
 ]
 
 Checkpoints = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where a training keeps what it needs to be resumed.")
+    Path | None, typer.Option(metavar="DIR", help="Folder for checkpoints, from which an interrupted training resumes.")
 ]
 
-#: Of data with labels, for `compare` too.
+#: Options for labelled data; `compare` uses them, too.
 Descriptions = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What labels mean: columns label, description; default: their names."),
+    typer.Option(
+        metavar="FILE", help="Descriptions of labels, in columns label and description; default: the label names."
+    ),
 ]
 LabelTexts = Annotated[
-    bool, typer.Option(help="Learn from the labels' descriptions or names, too, if they tell texts apart.")
+    bool,
+    typer.Option(help="Also learn from the descriptions or names of the labels, if they help to separate the texts."),
 ]
 LabelSeparator = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help="A text may have several labels, with this between them.", show_default=False),
+    typer.Option(metavar="TEXT", help="Separator of labels: a text may have several labels.", show_default=False),
 ]
-Balanced = Annotated[bool, typer.Option("--balanced", help="Every label counts alike, however rare.")]
-MinExamples = Annotated[int, typer.Option(min=1, help="Fewest texts that a label must have.")]
+Balanced = Annotated[bool, typer.Option("--balanced", help="Give every label the same weight, however rare it is.")]
+MinExamples = Annotated[int, typer.Option(min=1, help="Least number of texts of a label.")]
 TextColumn = Annotated[str, typer.Option(help="The column with the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="The column with the labels.")]
 Train = Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")]
@@ -48,8 +51,8 @@ Variants = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME,…",
-        help="What to write beside fp32: optimized, int8, int8-fast, fp16, several with commas or given several times; "
-        "or auto: those that are faster or smaller and near enough to fp32.",
+        help="Variants beside fp32: optimized, int8, int8-fast or fp16, separated by commas or given several times; "
+        "or auto: those that are faster or smaller than fp32 and accurate enough.",
         show_default=False,
     ),
 ]
@@ -63,15 +66,19 @@ def embedding(
     output: Target,
     overwrite: Overwrite = False,
     max_tokens: MaxTokens = None,
-    name: Annotated[str, typer.Option(help="What to call the base model; default: as the source is called.")] = "",
-    query_prompt: Annotated[str | None, typer.Option(help="Goes before queries.", show_default=False)] = None,
-    passage_prompt: Annotated[str | None, typer.Option(help="Goes before passages.", show_default=False)] = None,
+    name: Annotated[str, typer.Option(help="Name of the base model; default: the name of the source.")] = "",
+    query_prompt: Annotated[
+        str | None, typer.Option(help="Prompt that is put before queries.", show_default=False)
+    ] = None,
+    passage_prompt: Annotated[
+        str | None, typer.Option(help="Prompt that is put before passages.", show_default=False)
+    ] = None,
     matryoshka: Annotated[
         list[int] | None,
         typer.Option(
             min=1,
             metavar="DIMENSIONS",
-            help="Vectors may be cut to these; may be repeated; default: what the source says.",
+            help="Dimensions to which vectors may be shortened; may be repeated; default: those of the source.",
             show_default=False,
         ),
     ] = None,
@@ -80,13 +87,15 @@ def embedding(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Measure variants on these: texts like those to be served, in a column `text`; or queries and what "
-            "answers them, in columns `query` and `passage`. Default: docstrings.",
+            help="Texts to measure variants on, like those to be served, in a column `text`; or queries and their "
+            "passages, in columns `query` and `passage`. Default: docstrings.",
         ),
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With queries: more passages to search among; text, perhaps title."),
+        typer.Option(
+            metavar="FILE", help="With queries: more passages to search, in a column `text` and optionally `title`."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -121,18 +130,18 @@ def classifier(
     strategy: Annotated[
         str,
         typer.Option(
-            help="zero-shot, centroids or linear leave the encoder as it is; top-layers, contrastive and full tune it."
+            help="zero-shot, centroids and linear do not change the encoder; top-layers, contrastive and full tune it."
         ),
     ] = "linear",
     validation: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A file like --train, to stop early by and to calibrate on; default: some of --train."
+            metavar="FILE", help="A file like --train, for early stopping and calibration; default: a part of --train."
         ),
     ] = None,
     out_of_scope: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Texts that have none of the labels: says from where on to reject."),
+        typer.Option(metavar="FILE", help="Texts that have none of the labels, to fit the rejection threshold to."),
     ] = None,
     rejection_rate: Annotated[
         float, typer.Option(help="Without --out-of-scope: the share of texts with labels that may be rejected.")
@@ -143,14 +152,15 @@ def classifier(
     balanced: Balanced = False,
     min_examples: MinExamples = 2,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the texts; default: by their number.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Passes over the texts; default: chosen by the number of texts.", show_default=False),
     ] = None,
     checkpoints: Checkpoints = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     variants: Variants = None,
     max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="Of splits and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of splits and order.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -191,17 +201,15 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle, or another folder with an ONNX file.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="The PyTorch model to run beside it; as for `export embedding`."),
+        typer.Option(metavar="SOURCE", help="PyTorch model to compare with; a source as for `export embedding`."),
     ] = None,
     model_option: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="OPTION=VALUE", help="What a model that emberpc did not export leaves unsaid; as for `serve`."
-        ),
+        typer.Option(metavar="OPTION=VALUE", help="Setting of a model that emberpc did not export, as for `serve`."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a model is whole and gives what PyTorch gave; the exit code is 7 if not."""
+    """Check that a model is undamaged and gives the same outputs as PyTorch. Exit code 7: a check failed."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder; give that of a bundle")
     require(VERIFY_PACKAGES, "server", "emberpc verify")
@@ -229,18 +237,18 @@ def _option(text: str) -> tuple[str, str]:
 
 @contextmanager
 def exporting(command: str = "emberpc export", left: str = "nothing was written") -> Iterator[Stages]:
-    """Show the progress of a command of the export room, and turn its errors into ours.
+    """Show the progress of an export command, and convert its errors to CliError.
 
     Args:
-        command: what to call it.
-        left: what there is after a full disk.
+        command: name of the command, for messages.
+        left: what remains if the disk is full, for messages.
     """
     require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.errors import ExportError
 
     try:
         with stages() as progress:
-            progress("loading PyTorch", 0, 1)  # what the block imports first takes seconds
+            progress("loading PyTorch", 0, 1)  # the imports of the block take seconds
             yield progress
     except ExportError as error:
         raise CliError(str(error)) from error
@@ -252,7 +260,7 @@ def exporting(command: str = "emberpc export", left: str = "nothing was written"
 
 
 def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
-    """Print what a bundle that was just made is worth."""
+    """Print the settings and the measured quality of a new bundle, and the next command."""
     if as_json:
         print_json([manifest])
         return
@@ -268,7 +276,7 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
             **{name: f"{value:.4g}" for name, value in manifest.quality.items()},
         }
     )
-    print_gap()
+    print_blank_line()
     _show_variants(manifest)
     name = folder.resolve().name
     ask = f"emberpc classify TEXT --classifier {name}" if manifest.labels else f"emberpc embed TEXT --model {name}"
@@ -276,7 +284,7 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
 
 
 def _show_variants(manifest: Manifest) -> None:
-    """Print what each variant is worth, then what was tried and not kept."""
+    """Print the measurements of each variant, then the variants that were not kept."""
     classifier = manifest.task is Task.CLASSIFICATION
     agreement = "same label" if classifier else "same 10 nearest"
     first = manifest.variant().measured
@@ -301,5 +309,5 @@ def _show_variants(manifest: Manifest) -> None:
 
 
 def variant_names(values: list[str] | None) -> list[str]:
-    """Read the values of --variants."""
+    """Parse the values of --variants."""
     return listed("--variants", values or ["fp32"])

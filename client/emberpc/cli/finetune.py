@@ -1,4 +1,4 @@
-"""The command that fine-tunes an embedding model: export finetune-embedding."""
+"""The command `emberpc export finetune-embedding`."""
 
 from __future__ import annotations
 
@@ -34,33 +34,42 @@ def finetune_embedding(
     output: Target,
     validation: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A file like --train, to choose by; default: some queries of --train."),
+        typer.Option(
+            metavar="FILE", help="A file like --train, to choose the best epoch on; default: some queries of --train."
+        ),
     ] = None,
     test: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A file like --train, to measure on before and after; nothing is chosen."),
+        typer.Option(
+            metavar="FILE", help="A file like --train, to measure on before and after; it does not affect the training."
+        ),
     ] = None,
     corpus: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="More passages to search among, and to find hard negatives in: text, perhaps title."
+            metavar="FILE",
+            help="More passages to search, also for hard negatives, in a column `text` and optionally `title`.",
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Most passes over the queries.")] = 3,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Upper layers to tune; default: a third.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Number of upper layers to tune; default: a third of the layers.", show_default=False),
     ] = None,
     hard_negatives: Annotated[
-        int, typer.Option(min=0, help="Passages near a query that do not answer it, for each query of a batch.")
+        int,
+        typer.Option(
+            min=0, help="Hard negatives for each query of a batch: similar passages that do not answer the query."
+        ),
     ] = 1,
     checkpoints: Checkpoints = None,
     variants: Variants = None,
     max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="Of split, order and draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of split, order and samples.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune an embedding model for search, and export it if it became better on held-out queries."""
+    """Fine-tune an embedding model for search, and export it if it improved on held-out queries."""
     with exporting() as progress:
         from emberpc.export.finetune import finetune_embedding as finetune
         from emberpc.export.retrieval.queries import Files
@@ -82,4 +91,4 @@ def finetune_embedding(
     show_bundle(manifest, output, as_json)
     quality = manifest.quality
     if test is not None and quality["test_ndcg_at_10_after"] <= quality["test_ndcg_at_10_before"]:
-        note("warning: it became better on the held-out queries, but not on those of --test; do not rely on it")
+        note("warning: the model improved on the held-out queries, but not on those of --test; do not rely on it")

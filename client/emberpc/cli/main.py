@@ -1,21 +1,20 @@
 """The program `emberpc`.
 
-What its exit codes mean:
+Exit codes:
 
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | something unexpected: the server made an error, or this program did |
-| 2 | wrong usage or wrong input: an argument, a file, a setting; or a part of emberpc that is not installed |
-| 3 | no server answers, it is not ready, or it did not answer in time |
-| 4 | there is no such thing: a model, a collection, a record |
-| 5 | conflict: it exists already, or things are not in the state that this needs |
-| 6 | refused: who you are, what you may, or the server is full |
+| 1 | unexpected: an internal error of the server or of this program |
+| 2 | wrong usage or input: an argument, a file or a setting; or a package that is not installed |
+| 3 | no server answers, the server is not ready, or it did not answer in time |
+| 4 | not found: a model, a collection or a record |
+| 5 | conflict: the item exists already, or is not in the required state |
+| 6 | refused: authentication or permission failed, or the server is full |
 | 7 | verification failed |
 | 130 | interrupted |
 
-Results go to stdout and everything else to stderr: one line, `error: …`, for
-what went wrong.
+Results go to stdout, everything else to stderr. An error is one line, `error: …`.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: what follows the program's name; None: those that it was started with.
+        arguments: the arguments after the program name; None: those of this process.
 
     Returns:
         The exit code.
     """
     _open_standard_streams()
-    gc.disable()  # imports make much, and nothing of it is garbage
+    gc.disable()  # imports create many objects and no garbage, so collecting would only cost time
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
@@ -47,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Open those of stdin, stdout and stderr that were closed, so that no socket or file takes their numbers.
+    """Reopen stdin, stdout and stderr if they are closed, so that no socket or file gets their descriptors.
 
-    Reading such a stdin, or writing to such a stdout, fails as on a closed file. What goes to such a stderr is lost.
+    Reading a reopened stdin or writing to a reopened stdout fails as on a closed file. A reopened stderr discards its
+    output.
     """
     for number, name, flags, mode in (
         (0, "stdin", os.O_WRONLY, "r"),
@@ -65,13 +65,13 @@ def _open_standard_streams() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # It says how gRPC shall treat forks, which grpc reads when it is imported; the client imports it first.
+    # It sets how gRPC treats forks. grpc reads that at import, so this import comes before the client's.
     importlib.import_module("emberpc.server")
 
     try:
         from emberpc.cli.app import run
     except ModuleNotFoundError as error:
-        # The base install is the client alone; then this module is all of the command line that can be imported.
+        # The base install has only the client. Without the extra [cli], only this module can be imported.
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise

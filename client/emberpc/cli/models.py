@@ -1,4 +1,4 @@
-"""The commands about what is served: `emberpc models …`, and health."""
+"""The commands `emberpc models …`, `emberpc health` and `emberpc info`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from emberpc.client import Client, Health, Model, NotFound
 
 
 class _ShowByDefault(TyperGroup):
-    """Takes `models …` for `models show …` where no other command is named."""
+    """Runs `models …` as `models show …` if no subcommand is given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the command's name before its arguments."""
+        """Insert the name of the subcommand before the arguments."""
         if not (args and (args[0] in self.commands or args[0] == "--help")):
             args = ["show", *args]
         return super().parse_args(ctx, args)
@@ -28,17 +28,17 @@ app = typer.Typer(
     cls=_ShowByDefault, help="List the models served; load, reload and unload them. `models NAME` shows one."
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name that it is served under.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the served model.")]
 
 
 @app.command()
 @with_client
 def show(
     client: Client,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one alone, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show all fields of this model.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models served, or show one."""
+    """List the served models, or show one model."""
     if name is not None:
         _show(client.get_model(name), as_json)
     elif as_json:
@@ -66,11 +66,11 @@ def load(
         str, typer.Argument(metavar="PATH", help="The bundle's folder, relative to the server's --models-dir.")
     ],
     variant: Annotated[
-        str, typer.Option(help="Which of its ONNX files; default: the server's --variant for it, else the first.")
+        str, typer.Option(help="ONNX variant to serve; default: the server's --variant for this model, else the first.")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Load a bundle that lies on the server's host, and serve it under a new name."""
+    """Load a bundle from the server's host, and serve it under a new name."""
     _show(client.load_model(name, path, variant=variant, progress=_tell), as_json)
 
 
@@ -81,19 +81,22 @@ def reload(
     name: Name,
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="Another folder, relative to the server's --models-dir; default: its own."),
+        typer.Argument(
+            metavar="PATH",
+            help="Another folder, relative to the server's --models-dir; default: the folder of the model.",
+        ),
     ] = "",
-    variant: Annotated[str, typer.Option(help="Which of its ONNX files; default: the one served now.")] = "",
+    variant: Annotated[str, typer.Option(help="ONNX variant to serve; default: the variant that is served now.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Replace a model by what is now in its folder, or by another bundle, without failing a call."""
+    """Load a model again from its folder or from another bundle, without failing a call."""
     _show(client.reload_model(name, path, variant=variant, progress=_tell), as_json)
 
 
 @app.command()
 @with_client
 def unload(client: Client, name: Name) -> None:
-    """Serve a model no more, once its calls in flight are done."""
+    """Stop serving a model, after its calls in flight are done."""
     client.unload_model(name)
     note(f"unloaded the model {name}")
 
@@ -101,10 +104,10 @@ def unload(client: Client, name: Name) -> None:
 @with_client
 def health(
     client: Client,
-    service: Annotated[str, typer.Argument(metavar="SERVICE", help="One service; default: all of it.")] = "",
+    service: Annotated[str, typer.Argument(metavar="SERVICE", help="gRPC service; default: the whole server.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Ask whether the server takes calls; the exit code is 3 if it does not."""
+    """Check whether the server accepts calls. Exit code 3: it does not."""
     try:
         status = client.health(service)
     except NotFound as error:
@@ -128,7 +131,7 @@ def info(client: Client, as_json: AsJson = False) -> None:
 
 
 def _tell(stage: str) -> None:
-    if stage != "ready":  # the model itself says so
+    if stage != "ready":  # the model that is printed next shows that
         note(f"{stage} …")
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, declared once."""
+"""Options that several commands share, and the code that adds options to commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emberpc.cli.errors import CliError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines: one object for each result.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or folder.")]
 Where = Annotated[
     str | None,
     typer.Option(
@@ -27,7 +27,7 @@ Where = Annotated[
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses an option given twice if it keeps one value, instead of taking the last silently."""
+    """A command that refuses a repeated single-value option, where Typer would silently use the last value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments."""
@@ -40,14 +40,14 @@ class OnceCommand(TyperCommand):
 
 
 def listed(option: str, values: Sequence[str]) -> list[str]:
-    """Return the items of an option that may be repeated and may hold several items with commas between them.
+    """Return the items of an option that may be repeated and may hold several comma-separated items.
 
     Args:
-        option: its name, for messages.
-        values: its values.
+        option: name of the option, for messages.
+        values: values of the option.
 
     Raises:
-        CliError: there is an item without characters, or one twice.
+        CliError: an item is empty or repeated.
     """
     items = [item.strip() for value in values for item in value.split(",")]
     for item in items:
@@ -63,14 +63,14 @@ def add_options(
     options: Sequence[Parameter],
     run: Callable[[dict[str, Any], dict[str, Any]], None],
 ) -> Callable[..., None]:
-    """Return a command with more options, which Typer reads from its signature.
+    """Return a command with more options. Typer reads them from the signature.
 
     Args:
-        command: the command; its first parameter is what `run` makes of the options, and not for the user.
+        command: the command. `run` supplies its first parameter, which is not an option.
         options: the options to add, as keyword-only parameters.
-        run: called with the values of the options, and with those of the command's own parameters.
+        run: called with the values of the added options, and the values of the command's other parameters.
     """
-    # With all annotations evaluated: Typer could not resolve this module's names in the command's.
+    # Evaluate all annotations: Typer cannot resolve names of this module in the module of the command.
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     names = {option.name for option in options}
 
@@ -82,7 +82,7 @@ def add_options(
         )
 
     parameters = [*(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own), *options]
-    # What `functools.wraps` took over describes the command without the options.
+    # `functools.wraps` set it, and it describes the command without the added options.
     del with_options.__dict__["__wrapped__"]
     with_options.__dict__["__signature__"] = inspect.Signature(parameters)
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -1,8 +1,7 @@
-"""What the command line prints: results to stdout, everything else to stderr.
+"""Print results to stdout, and everything else to stderr.
 
-Tables are for people: on a terminal they are fitted to its width; elsewhere
-they are tab-separated and nothing is cut. `--json` is for programs: JSON Lines,
-one object for each result, however many there are.
+On a terminal, tables are fitted to its width. Elsewhere they are tab-separated and complete. With `--json`, a command
+prints JSON Lines: one object for each result.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from emberpc.cli.errors import CliError
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; a `wide` one is cut where the terminal ends."""
+    """A column of a table. A `wide` column is truncated to fit the terminal."""
 
     title: str
     justify: Literal["left", "right"] = "left"
     wide: bool = False
 
 
-#: What a wide column is never cut below, however narrow the terminal.
+#: Least width of a wide column, however narrow the terminal is.
 _LEAST_WIDTH = 16
 _GAP = "  "
 
 
 def print_json(objects: Iterable[Any]) -> None:
     """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out."""
-    # Where stdout cannot take every character, they are written as JSON's escapes, which say the same.
+    # If the encoding of stdout lacks some characters, write JSON escapes, which have the same meaning.
     ensure_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for item in objects:
         _write(json_line(item, ensure_ascii=ensure_ascii))
@@ -60,29 +59,29 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
-    """Print one thing: a line for each field."""
+    """Print an object: a line for each field."""
     columns = [Column("field"), Column("value")]
-    _print_rows(columns, [[name, one_line(_worded(value))] for name, value in fields.items()])
+    _print_rows(columns, [[name, one_line(_field_text(value))] for name, value in fields.items()])
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print sentences, a line each."""
+    """Print each text in one line."""
     for line in lines:
         _write(one_line(line) + "\n")
 
 
-def for_people() -> bool:
-    """Tell whether a table goes to a terminal, where it is fitted to people; elsewhere nothing is cut or rounded."""
+def to_terminal() -> bool:
+    """Return whether stdout is a terminal, where tables are truncated and rounded; elsewhere they are complete."""
     return sys.stdout.isatty()
 
 
-def print_gap() -> None:
-    """Print an empty line between two things."""
+def print_blank_line() -> None:
+    """Print an empty line."""
     _write("\n")
 
 
 def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    if not for_people():
+    if not to_terminal():
         for row in rows:
             _write("\t".join(row) + "\n")
         return
@@ -99,7 +98,7 @@ def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def _fitted(cell: str, column: Column, width: int) -> str:
-    """Return a cell cut or filled up to a width in terminal cells, of which some characters take two."""
+    """Return a cell truncated or padded to a width in terminal cells; some characters take two cells."""
     if cell_len(cell) > width:
         cell = set_cell_size(cell, width - 1) + "…"
     padding = " " * (width - cell_len(cell))
@@ -107,34 +106,34 @@ def _fitted(cell: str, column: Column, width: int) -> str:
 
 
 def note(message: str) -> None:
-    """Tell the user something that is no result."""
-    complain(one_line(message) + "\n")
+    """Print a message that is not a result, in one line on stderr."""
+    write_stderr(one_line(message) + "\n")
 
 
-def complain(text: str) -> None:
-    """Write to stderr; if it cannot be written to, there is nobody to tell."""
+def write_stderr(text: str) -> None:
+    """Write to stderr; errors are ignored, since there is no other place to report them."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        # As in `give_up`: Python would exit with another code if it could not write what is in the buffer.
+        # As in `discard_stdout`: Python would exit with another code if it could not flush the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def one_line(text: str) -> str:
-    """Return a text in one line without control characters, which a terminal would obey."""
+    """Return a text in one line, with control characters replaced: a terminal would execute them."""
     return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it."""
+    """Convert a value to types that JSON can represent."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {name: plain(item) for name, item in fields.items() if item is not None}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        # By way of str, which is the shortest that names the same float32; as doubles they have twice the digits.
+        # str gives the shortest digits of the same float32; converted to double, a number has twice the digits.
         return [float(str(item)) for item in value]
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
@@ -144,45 +143,45 @@ def plain(value: Any) -> Any:
 
 
 def flush() -> None:
-    """Write out what is still held back.
+    """Flush stdout.
 
     Raises:
-        typer.Exit: nobody reads stdout any more.
-        CliError: it cannot be written.
+        typer.Exit: the reader closed the pipe.
+        CliError: stdout cannot be written.
     """
-    _in_peace(sys.stdout.flush)
+    _guarded(sys.stdout.flush)
 
 
 def _write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     writable = text.encode(encoding, "replace").decode(encoding)
-    _in_peace(lambda: sys.stdout.write(writable))
+    _guarded(lambda: sys.stdout.write(writable))
 
 
-def _in_peace(action: Callable[[], object]) -> None:
-    """Do what writes to stdout; end the program without complaint if nobody reads on, as after `| head`.
+def _guarded(action: Callable[[], object]) -> None:
+    """Run an action that writes to stdout; exit with success if the reader closed the pipe, as after `| head`.
 
     Raises:
-        typer.Exit: nobody reads on.
+        typer.Exit: the reader closed the pipe.
         CliError: stdout cannot be written, because it is closed or its disk is full.
     """
     try:
         action()
     except OSError as error:
-        unwritable = give_up(error)
+        unwritable = discard_stdout(error)
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(0) from None
         raise unwritable from error
 
 
-def give_up(error: OSError) -> CliError:
-    """Write no more to stdout after an error; return what to say of it."""
-    # What is still in the buffer goes nowhere, or Python would complain of it at exit.
+def discard_stdout(error: OSError) -> CliError:
+    """Discard all further output to stdout after an error; return the error to report."""
+    # Discard the buffer, too: otherwise Python would report the error again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return CliError(f"stdout cannot be written: {error.strerror or error}; send it elsewhere")
 
 
-def _worded(value: object) -> str:
+def _field_text(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, tuple):

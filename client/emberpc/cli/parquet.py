@@ -1,4 +1,4 @@
-"""Records in Parquet files; needs pyarrow."""
+"""Read and write records in Parquet files; needs pyarrow."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from typing import Any, BinaryIO, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from emberpc.cli.collection_settings import CollectionSettings
 from emberpc.cli.errors import CliError
-from emberpc.cli.files import json_object
+from emberpc.cli.input_files import json_object
 from emberpc.cli.output import json_line
-from emberpc.cli.remaking import Settings
-from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
+from emberpc.cli.record_sources import RECORD_KEYS, OnRejected, RecordError, raise_error
 from emberpc.client import Record
 
-#: Under this key of the schema's metadata it stands what the collection was made with.
+#: Key of the schema metadata that stores the settings of the collection.
 _SETTINGS_KEY = b"emberpc.collection"
-#: A row group ends with so many rows or bytes: it is in memory whole.
+#: Most rows and bytes of a row group, which is held in memory.
 _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 * 2**20
-#: Rows that are read at a time.
+#: Rows of a read batch.
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
-#: What pyarrow raises for a file that is none, or damaged.
+#: Errors of pyarrow for a file that is damaged or not Parquet.
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
-def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings, *, with_vectors: bool) -> None:
+def write_records(
+    file: BinaryIO, records: Iterable[Record], settings: CollectionSettings, *, with_vectors: bool
+) -> None:
     """Write records as rows of `id`, `text`, `label`, `metadata` (JSON), `time_to_live` and, if wanted, `vector`.
 
     Args:
-        file: where to.
-        records: taken as they are needed.
-        settings: what their collection was made with.
-        with_vectors: whether there is a column of vectors.
+        file: the file to write to.
+        records: the records, read lazily.
+        settings: settings of their collection, stored in the file.
+        with_vectors: whether to write a column of vectors.
 
     Raises:
         OSError: the file cannot be written.
@@ -46,7 +48,7 @@ def write_records(file: BinaryIO, records: Iterable[Record], settings: Settings,
     if with_vectors:
         fields.append(("vector", pa.list_(pa.float32())))
     schema = pa.schema(fields, metadata={_SETTINGS_KEY: settings.to_json()})
-    # Of the other columns no value comes twice.
+    # Values of the other columns do not repeat, so a dictionary would not save space.
     with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["label"]) as writer:
         for group in _groups(records):
             columns = {
@@ -74,17 +76,17 @@ def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 class ParquetRecords:
-    """The rows of a Parquet file, of any program.
+    """The rows of a Parquet file that emberpc or another program wrote.
 
     It has the columns `id` (text) and any of `text`, `label`, `metadata` (a
     JSON object as text, a struct or a map), `vector` (a list of numbers) and
-    `time_to_live` (seconds); every other column of it is a metadata field.
+    `time_to_live` (seconds). Every other column is a metadata field.
 
     Attributes:
-        settings: what the collection was made with that it was exported from, as far as it tells.
+        settings: settings of the exported collection, as far as the file has them.
 
     Raises:
-        CliError: it cannot be read, or a column has another type.
+        CliError: the file cannot be read, or a column has another type.
     """
 
     def __init__(self, path: str) -> None:
@@ -95,12 +97,12 @@ class ParquetRecords:
             schema = file.schema_arrow
         self._check(schema)
         self._has_vectors = "vector" in schema.names
-        self.settings = Settings.from_json((schema.metadata or {}).get(_SETTINGS_KEY, "{}"), path)
+        self.settings = CollectionSettings.from_json((schema.metadata or {}).get(_SETTINGS_KEY, "{}"), path)
         if not self._has_vectors:
             self.settings = dataclasses.replace(self.settings, model_fingerprint="")
 
-    def records(self, refused: Refused = raising) -> Iterator[dict[str, Any]]:
-        """Read the rows as they are taken; see `Source`.
+    def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
+        """Yield the rows as records, read lazily; see `Source`.
 
         Raises:
             CliError: the file is damaged.
@@ -133,34 +135,36 @@ class ParquetRecords:
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
-            # Read in pieces: a row group of another program may be larger than the memory.
+            # Read in pieces: a row group that another program wrote may be larger than the memory.
             file = pq.ParquetFile(self.name, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except FileNotFoundError as error:
             raise CliError(f"{self.name} cannot be read: there is no such file") from error
         except _DAMAGE as error:
-            raise CliError(f"{self.name} cannot be read as Parquet; write it anew") from error
+            raise CliError(f"{self.name} cannot be read as Parquet; write it again") from error
         with file:
             yield file
 
     def _next(self, batches: Iterator[Any]) -> list[dict[str, Any]] | None:
-        """Return the next rows; None if there are none."""
+        """Return the rows of the next batch; None at the end."""
         try:
             batch = next(batches, None)
             if batch is None or not self._has_vectors:
                 return None if batch is None else batch.to_pylist()
             rows: list[dict[str, Any]] = batch.drop_columns(["vector"]).to_pylist()
             for row, vector in zip(rows, batch.column("vector"), strict=True):
-                # As an array, which is a hundred times quicker than a list of Python's numbers.
+                # An array is a hundred times faster here than a list of Python numbers.
                 row["vector"] = vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None
         except _DAMAGE as error:
-            raise CliError(f"{self.name} is damaged; write it anew, the records before are kept") from error
+            raise CliError(
+                f"{self.name} is damaged; write it again. The records before the damage are stored"
+            ) from error
         return rows
 
     def _record(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
         metadata = row.pop("metadata", None) or {}
         if isinstance(metadata, str):
             metadata = json_object(metadata, "metadata", lambda problem: self._refuse(number, problem))
-        # What is null is not there; a null id is refused by the client.
+        # A null value counts as missing.
         record = {key: value for key in RECORD_KEYS if (value := row.pop(key, None)) is not None}
         if "id" not in record:
             self._refuse(number, "there is no id; give each record one")

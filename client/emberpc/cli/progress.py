@@ -1,4 +1,4 @@
-"""What the command line shows of something that takes long: bars on stderr."""
+"""Show the progress of long operations on stderr."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emberpc.cli.output import note
 
-#: Seconds between two lines about a stage where stderr is no terminal.
+#: Seconds between two lines about a stage if stderr is not a terminal.
 _LINE_SECONDS = 30.0
 
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr, if that is a terminal.
+    """Show a progress bar on stderr if stderr is a terminal.
 
     Args:
-        what: what is being done, such as "embedding".
-        total: how many there are to do; None if that is not known.
+        what: description of the operation, such as "embedding".
+        total: number of items; None if it is unknown.
 
     Yields:
-        To be called with the number done so far.
+        A function to call with the number of items done.
     """
     if not sys.stderr.isatty():
         yield lambda done: None
@@ -38,17 +38,17 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
 
 class Stages(Protocol):
-    """Told how far something with stages is."""
+    """Callback that receives the progress of an operation with several stages."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Take note that so much of a stage is done, and of what else there is to know."""
+        """Report that `done` of `total` steps of a stage are done; `detail` is shown beside them."""
 
 
 @contextmanager
 def stages() -> Iterator[Stages]:
-    """Show the progress of something with stages on stderr.
+    """Show the progress of an operation with several stages on stderr.
 
-    On a terminal each stage is a bar. Elsewhere it is a line, and another one each half a minute that it lasts.
+    On a terminal each stage is a bar. Elsewhere it is a line at the start and another line every 30 seconds.
     """
     seen: dict[str, Any] = {}
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""The commands about records: upsert, get, delete, search."""
+"""The commands on records: upsert, get, delete, search."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import typer
 from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
-from emberpc.cli.files import LineFile
+from emberpc.cli.input_files import LineFile
 from emberpc.cli.options import AsJson, Where
-from emberpc.cli.output import Column, note, plain, print_fields, print_gap, print_json, print_table
+from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table
 from emberpc.cli.progress import progress
-from emberpc.cli.writing import Failures, write_stream
+from emberpc.cli.record_stream import FailureReport, write_stream
 from emberpc.client import Client, FailedPrecondition, RecordId
 from emberpc.client.types import Fusion, Query, SearchMode, Truncation
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
-WithVectors = Annotated[bool, typer.Option("--vectors", help="With --json: the vectors too.")]
+WithVectors = Annotated[bool, typer.Option("--vectors", help="With --json: also print the vectors.")]
 
 
 @with_client
@@ -31,29 +31,41 @@ def upsert(
         typer.Argument(
             metavar="FILE",
             help="JSON Lines (.jsonl, .ndjson, or - for stdin) with the fields id, text, metadata, label, vector; or a "
-            "table (.csv, .tsv) with the columns id, text, label, metadata (JSON), others being metadata fields.",
+            "table (.csv, .tsv) with the columns id, text, label and metadata (JSON); others are metadata fields.",
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
     truncation: Annotated[
         Truncation | None,
-        typer.Option(help="How over-long texts are truncated; default: as the collection says."),
+        typer.Option(help="Treatment of texts with too many tokens; default: the setting of the collection."),
     ] = None,
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="For a file of any size: a bad record fails alone, connections are mended."),
+        typer.Option(
+            "--stream", help="For a file of any size: an invalid record fails alone, and a lost connection is restored."
+        ),
     ] = False,
     types: Types = None,
+    check_revisions: Annotated[
+        bool,
+        typer.Option(
+            "--check-revisions",
+            help="Write a record only if the stored record has the `revision` of the file, 0 for a new record; "
+            "otherwise its request fails. For JSON Lines, where `collection records --json` writes that field.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Insert the records of a file, or replace those of the same id.
+    """Insert the records of a file; a record replaces the stored record with the same id.
 
-    If it fails on the way, the requests before are written; doing it all again
-    does no harm.
+    If a request fails, the requests before it are written. It is safe to repeat
+    the command.
     """
-    source = LineFile(file, types or ())
+    source = LineFile(file, types or (), with_revisions=check_revisions)
     if stream:
-        failures = Failures(source, collection)
+        if check_revisions:
+            raise CliError("--check-revisions cannot be combined with --stream; leave out one of the two")
+        failures = FailureReport(source, collection)
         records = source.records(failures.unreadable)
         write_stream(
             client,
@@ -67,8 +79,15 @@ def upsert(
         )
         return
     with source.locating("records", collection), progress("upserting") as done:
+        # The client needs all revisions before the first request, so the records are read first.
+        given = list(source.records()) if check_revisions else source.records()
         result = client.upsert(
-            collection, source.records(), truncation=truncation, batch_size=batch_size, progress=done
+            collection,
+            given,
+            truncation=truncation,
+            expected_revisions=source.revisions if check_revisions else None,
+            batch_size=batch_size,
+            progress=done,
         )
     if not source.lines:
         note(f"{source.name} holds no records")
@@ -89,7 +108,7 @@ def get(
     else:
         for i, record in enumerate(records):
             if i:
-                print_gap()
+                print_blank_line()
             print_fields({name: value for name, value in vars(record).items() if name != "vector"})
     found = {record.id for record in records}
     missing = [record_id for record_id in ids if record_id not in found]
@@ -105,7 +124,7 @@ def delete(
     where: Where = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete records by id or, with --where, all that match. An id that no record has is no error."""
+    """Delete records by id or, with --where, all records that match. An unknown id is not an error."""
     if bool(ids) == (where is not None):
         raise CliError("give ids, or a filter with --where; one of the two")
     deleted = client.delete(collection, ids or None, where=where)
@@ -119,28 +138,38 @@ def delete(
 def search(
     client: Client,
     collection: CollectionName,
-    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for, in words.")] = None,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Text of the query.")] = None,
     record_id: Annotated[
-        str | None, typer.Option("--id", metavar="ID", help="Look for the neighbours of this record instead.")
+        str | None, typer.Option("--id", metavar="ID", help="Search for the neighbours of this record instead.")
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
     min_recall: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the true nearest to find, instead of --ef; 0: no target.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Target recall: share of the true nearest records to find, instead of --ef; 0: no target.",
+        ),
     ] = 0,
     where: Where = None,
     mode: Annotated[
-        SearchMode, typer.Option(help="By likeness (dense), by words in common (lexical), or by both (hybrid).")
+        SearchMode, typer.Option(help="Search by vectors (dense), by words (lexical), or by both (hybrid).")
     ] = "dense",
     dense_weight: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of hybrid: the weight of likeness against words.")
+        float | None,
+        typer.Option(min=0, max=1, help="For hybrid: weight of the dense ranking, against the lexical ranking."),
     ] = None,
     fusion: Annotated[
         Fusion | None,
-        typer.Option(help="Of hybrid: what the rankings are fused by, scores (the default) or ranks."),
+        typer.Option(help="For hybrid: fuse the rankings by scores (the default) or by ranks."),
     ] = None,
-    truncation: Annotated[Truncation, typer.Option(help="How an over-long query is truncated.")] = "end",
+    truncation: Annotated[Truncation, typer.Option(help="Treatment of a query with too many tokens.")] = "end",
     with_vectors: WithVectors = False,
+    show_plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Also print on stderr how the server ran the search, such as strategy and ef."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the records nearest to a query, nearest first."""
@@ -175,6 +204,9 @@ def search(
     else:
         rows = [(f"{hit.score:.4f}", hit.record.id, hit.record.text) for hit in result.hits]
         print_table([Column("score", "right"), Column("id"), Column("text", wide=True)], rows)
+    if show_plan:
+        plan = {name: value for name, value in vars(result.plan).items() if name != "shortfall_reason"}
+        note("plan: " + ", ".join(f"{name} {value}" for name, value in plan.items()))
     if result.truncated:
         note("the query has more tokens than the model takes; it was truncated")
     if result.plan.shortfall_reason:

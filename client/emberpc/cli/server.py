@@ -1,4 +1,4 @@
-"""The commands of the server's own host: serve, config."""
+"""The commands `emberpc serve` and `emberpc config`, which run on the host of the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
-    """Return the option of a setting; not given, it is None, so that environment and file are asked."""
+    """Return the option of a setting. Its default is None, so that environment and file apply if it is not given."""
     several = hint == tuple[str, ...]
     shown = str(field.default).lower() if hint is bool else field.default
     default = "" if field.default in ((), None) else f"; default: {shown}"
@@ -28,7 +28,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
         help=f"{field.metadata['help']} ({ENVIRONMENT_PREFIX}{field.name.upper()}{default})",
         metavar=field.metadata["form"] or None,
         show_default=False,
-        # With their second names among the others, these would leave no room for what the others say.
+        # Their second names (--no-…) would take the width that the help of the other options needs.
         rich_help_panel="Switches" if hint is bool else None,
     )
     return Parameter(
@@ -40,7 +40,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
 
 
 def _options() -> list[Parameter]:
-    """Return an option for each setting, and one for the file."""
+    """Return an option for each setting, and --config."""
     hints = get_type_hints(Settings)
     flags = [field for field in dataclasses.fields(Settings) if not field.metadata["secret"]]
     config = typer.Option("--config", metavar="FILE", help=f"TOML file of settings. ({ENVIRONMENT_PREFIX}CONFIG)")
@@ -51,7 +51,7 @@ def _options() -> list[Parameter]:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of the settings, and as its first argument what they, environment and file make."""
+    """Add the options of the settings to a command, and pass it the settings loaded from them, environment and file."""
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
         config_file = options.pop("config_file")
@@ -89,9 +89,9 @@ def serve(loaded: LoadedSettings) -> None:
 
 @_with_settings
 def config(loaded: LoadedSettings, as_json: AsJson = False) -> None:
-    """Show the settings that `emberpc serve` would have, and where each comes from.
+    """Show the settings that `emberpc serve` would use, and the source of each.
 
-    Takes the flags of `serve`.
+    The flags are those of `serve`.
     """
     fields = dataclasses.fields(Settings)
     names = [field.name for field in fields]

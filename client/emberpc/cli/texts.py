@@ -1,4 +1,4 @@
-"""The commands about texts: embed, count-tokens, similarity, classify."""
+"""The commands on texts: embed, count-tokens, similarity, classify."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from emberpc.cli.arrays import RowFile, save
 from emberpc.cli.connection import with_client
+from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
-from emberpc.cli.files import LineFile
+from emberpc.cli.input_files import LineFile
+from emberpc.cli.npy_file import RowFile, save
 from emberpc.cli.options import AsJson, Overwrite
-from emberpc.cli.output import Column, for_people, note, print_json, print_table
+from emberpc.cli.output import Column, note, print_json, print_table, to_terminal
+from emberpc.cli.output_files import check_output_path
 from emberpc.cli.progress import progress
-from emberpc.cli.whole_files import check_place
-from emberpc.cli.wording import reworded
 from emberpc.client import Client
 from emberpc.client.types import Classification, InputKind, Matrix, Progress, StreamedEmbedding, Truncation
 
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="The texts.")]
 TextFile = Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text a line; - is stdin.")]
 ModelName = Annotated[str, typer.Option(help="The model; needed if several are served.")]
-Kind = Annotated[InputKind, typer.Option(help="What the texts are for; decides the model's prompt.")]
-Cut = Annotated[Truncation, typer.Option(help="What to do with over-long texts: fail, or cut at one side.")]
+Kind = Annotated[
+    InputKind, typer.Option(help="Whether the texts are passages or queries; selects the prompt of the model.")
+]
+Cut = Annotated[
+    Truncation,
+    typer.Option(help="Treatment of texts with too many tokens: refuse them, or truncate at the end or the start."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one request.")]
 
-#: Numbers of a vector, and labels of a text, that a table for people shows.
+#: Numbers of a vector, and labels of a text, in a table on a terminal.
 _PREVIEW = 6
 _TOP_K = 3
-#: What a table says in place of a label.
+#: Shown in a table instead of a label.
 _REJECTED = "(none fits)"
 #: Most lines of a stream that are read ahead.
 _WINDOW = 1024
@@ -48,23 +53,23 @@ def embed(
     ] = None,
     model: ModelName = "",
     input_kind: Kind = "passage",
-    dimensions: Annotated[int, typer.Option(min=0, help="Keep the first so many; 0: all.")] = 0,
+    dimensions: Annotated[int, typer.Option(min=0, help="Number of leading dimensions to keep; 0: all.")] = 0,
     truncation: Cut = "refuse",
     batch_size: BatchSize = 256,
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
-            help="For a file of any size: with -o or --json, in little memory; a bad line fails alone, and is a row of "
-            "NaN. JSON comes in any order, each vector with its line.",
+            help="For a file of any size, in little memory, with -o or --json. An invalid line fails alone; its row is "
+            "NaN. JSON objects come in any order, each with its line number.",
         ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn texts into vectors."""
+    """Embed texts: print their vectors, or write them to a file."""
     if output:
-        check_place(output, overwrite, takes_streams=False)
+        check_output_path(output, overwrite, takes_streams=False)
     if stream:
         if texts or not file or bool(output) == as_json:
             raise CliError("--stream goes with --file and one of -o and --json")
@@ -77,7 +82,7 @@ def embed(
             batch_size=batch_size,
             window=max(_WINDOW, 2 * batch_size),
         )
-        _take_stream(source, results, output)
+        _write_stream(source, results, output)
         return
     with _given(texts, file) as listed, _shown("embedding", listed, file) as done:
         matrix = client.embed(
@@ -109,7 +114,7 @@ def count_tokens(
     input_kind: Kind = "passage",
     as_json: AsJson = False,
 ) -> None:
-    """Count the tokens that texts would use, prompt and special tokens included."""
+    """Count the tokens of texts, prompt and special tokens included."""
     model = model or _only_embedding_model(client)
     with _given(texts, file) as listed:
         counts = client.count_tokens(listed, model=model, input_kind=input_kind)
@@ -129,7 +134,7 @@ def similarity(
     truncation: Cut = "refuse",
     as_json: AsJson = False,
 ) -> None:
-    """Compare a text with others: their cosine similarity, from -1 to 1."""
+    """Compute the cosine similarity of a text to other texts, from -1 to 1."""
     scores = client.similarity([source], targets, model=model, truncation=truncation)[0].tolist()
     if as_json:
         print_json({"target": target, "score": score} for target, score in zip(targets, scores, strict=True))
@@ -160,9 +165,9 @@ def classify(
     batch_size: BatchSize = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Give texts labels."""
+    """Classify texts: print their labels and probabilities."""
     if top_k is None:
-        top_k = _TOP_K if for_people() and not as_json else 0
+        top_k = _TOP_K if to_terminal() and not as_json else 0
     with _given(texts, file) as listed, _shown("classifying", listed, file) as done:
         found = client.classify(
             listed,
@@ -179,16 +184,16 @@ def classify(
         columns = [Column("label"), Column("probabilities"), Column("text", wide=True)]
         rows = [(_label(item), _scores(item), text) for text, item in zip(listed, found, strict=True)]
         print_table(columns, rows)
-        if for_people() and any(item.rejected for item in found):
+        if to_terminal() and any(item.rejected for item in found):
             note(f"{_REJECTED}: the text was rejected; its probabilities only say which label is the least unlikely")
 
 
 @contextmanager
 def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
-    """Give the texts of the arguments or the file; errors about one of the file's name its line.
+    """Yield the texts from the arguments or the file; errors about a text of the file name its line.
 
     Raises:
-        CliError: there are none, or both are given.
+        CliError: there are no texts, or both arguments and a file are given.
     """
     if bool(texts) == bool(file):
         raise CliError("give texts as arguments, or a file of them with --file; one of the two")
@@ -202,18 +207,18 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
 
 
 def _only_embedding_model(client: Client) -> str:
-    """Return the name of the embedding model that `embed` would take; empty if there are none or several."""
+    """Return the name of the only embedding model, as `embed` chooses it; empty if there are none or several."""
     names = [model.name for model in client.models() if model.task == "embedding"]
     return names[0] if len(names) == 1 else ""
 
 
 def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:
-    """Show the progress with the texts of a file; those of a command line are done at once."""
+    """Show the progress for a file; the few texts of a command line need none."""
     return progress(what, len(texts)) if file else nullcontext()
 
 
-def _take_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
-    """Write the results of a file's lines as they come: to a .npy file, a row for each line, or else to stdout.
+def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
+    """Write the vectors of a file's lines as they arrive: to a .npy file, a row for each line, or to stdout.
 
     Raises:
         CliError: a line has no vector, there are no lines, or the file cannot be written.
@@ -222,12 +227,12 @@ def _take_stream(source: LineFile, results: Iterator[StreamedEmbedding], output:
     code = ExitCode.OK
     with ExitStack() as stack:
         array = stack.enter_context(RowFile(output)) if output else None
-        # JSON on a terminal shows by itself how far it is.
+        # With JSON on stdout, the output itself shows the progress.
         done = stack.enter_context(progress("embedding", source.count())) if output else None
         for total, result in enumerate(results, 1):
             line = int(result.id)
             if result.error is not None:
-                note(f"{source.name}:{line}: {reworded(str(result.error).removeprefix('text: '))}")
+                note(f"{source.name}:{line}: {in_cli_terms(str(result.error).removeprefix('text: '))}")
                 failed += 1
                 code = code or exit_code(result.error) or ExitCode.INTERNAL
                 if array:
@@ -251,13 +256,13 @@ def _label(item: Classification) -> str:
 
 
 def _scores(item: Classification) -> str:
-    # By way of float32: as a double, which it is not on the wire, it has twice the digits.
-    shown = (f"{score.score:.2f}" if for_people() else str(np.float32(score.score)) for score in item.scores)
+    # Convert to float32, the type on the wire: a double would be printed with twice the digits.
+    shown = (f"{score.score:.2f}" if to_terminal() else str(np.float32(score.score)) for score in item.scores)
     return ", ".join(f"{score.label} {number}" for score, number in zip(item.scores, shown, strict=True))
 
 
 def _vector(row: Matrix) -> str:
-    """Return a vector for a table: the first numbers for people, else all with all their digits."""
-    if for_people():
+    """Return a vector as a cell of a table: the first numbers on a terminal, else all numbers with all digits."""
+    if to_terminal():
         return " ".join(f"{value:+.4f}" for value in row[:_PREVIEW]) + f" … {len(row)} in all"
     return " ".join(map(str, row))

@@ -1,4 +1,4 @@
-"""Where the names of groups go on a map, and which colours keep neighbours apart."""
+"""Choose the colours of the groups of a map, and the places of their names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import numpy as np
 from emberpc.cli.maps.groups import Grouping
 from emberpc.cli.maps.layout import Places
 
-#: Side of the squares in which a group's points are counted.
+#: Side of the squares in which the points of a group are counted, in map units.
 _SQUARE = 0.08
-#: A group is scattered, and has no place for its name, if less than this share of it is around its densest square.
+#: If a smaller share of a group than this is around its densest square, the group is scattered and its name is not
+#: drawn.
 _LEAST_SHARE = 0.15
-#: Degrees; the page turns them into colours of like strength, light or dark.
+#: Degrees. The page converts them to colours of the same strength, for light and dark mode.
 _HUES = tuple(range(15, 375, 30))
 _TONES = (0, 1)
-#: Of what has an order: from blue by green to red.
+#: Hues of ordered groups, in degrees: from blue over green to red.
 _COLD, _HOT = 265, 25
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a group is shown.
+    """Colour and name position of a group.
 
     Attributes:
-        hue: in degrees, of OKLCH; None for grey.
-        tone: 0 for the stronger of two, or 1.
-        x: where its name goes, as the points' places; None if it has no place.
-        y: likewise.
+        hue: hue of OKLCH in degrees; None for grey.
+        tone: 0 for the stronger tone, 1 for the weaker.
+        x: x of the name, in map units; None if the name is not drawn.
+        y: y of the name, likewise.
     """
 
     hue: int | None
@@ -41,7 +42,7 @@ class Look:
 
 
 def looks(grouping: Grouping, places: Places) -> list[Look]:
-    """Return how each group is shown; groups that lie near each other differ most."""
+    """Return the look of each group; groups that are near each other get the most different colours."""
     centres = [_densest(places[list(group.members)]) for group in grouping.groups]
     coloured = [i for i, group in enumerate(grouping.groups) if not group.rest]
     if grouping.ordered:
@@ -59,7 +60,7 @@ def looks(grouping: Grouping, places: Places) -> list[Look]:
 
 
 def _densest(places: Places) -> tuple[float, float, float]:
-    """Return the middle of where points lie densest, and the share of them that is there."""
+    """Return the centre (x, y) of the densest region of points, and the share of the points in it."""
     squares = np.floor(places / _SQUARE).astype(int)
     counts = Counter((x, y) for x, y in squares.tolist())
     around = {
@@ -72,7 +73,7 @@ def _densest(places: Places) -> tuple[float, float, float]:
 
 
 def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
-    """Return a hue and a tone for each place, in turn the one that is least like those of places near it."""
+    """Return a hue and a tone for each place, as different as possible from those of nearby places before it."""
     palette = [(hue, tone) for tone in _TONES for hue in _HUES]
     if len(centres) <= len(_HUES):
         palette = palette[: len(_HUES)]
@@ -82,8 +83,8 @@ def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
         weights = [1 / ((x - other_x) ** 2 + (y - other_y) ** 2 + 0.01) for other_x, other_y in centres[: len(chosen)]]
 
         def cost(colour: tuple[int, int], weights: list[float] = weights) -> tuple[int, float]:
-            alike = (weight * _likeness(colour, other) for weight, other in zip(weights, chosen, strict=True))
-            # None is taken again before all are taken.
+            alike = (weight * _colour_similarity(colour, other) for weight, other in zip(weights, chosen, strict=True))
+            # No colour is used again before all are used.
             return used[colour], sum(alike)
 
         best = min(palette, key=cost)
@@ -92,7 +93,7 @@ def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     return chosen
 
 
-def _likeness(one: tuple[int, int], other: tuple[int, int]) -> float:
-    """Return how alike two colours are, from 0 to 1."""
+def _colour_similarity(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """Return the similarity of two colours, from 0 to 1."""
     turn = abs(one[0] - other[0]) % 360
     return math.exp(-((min(turn, 360 - turn) / 40) ** 2)) * (1.0 if one[1] == other[1] else 0.5)

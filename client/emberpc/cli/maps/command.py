@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -13,19 +18,24 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import MAP_PACKAGES, CliError, ExitCode, require
 from emberpc.cli.options import Name, Overwrite, Where
 from emberpc.cli.output import note
-from emberpc.cli.progress import stages
-from emberpc.cli.whole_files import check_place, whole_file
+from emberpc.cli.output_files import atomic_file, check_output_path
+from emberpc.cli.progress import Stages, stages
 from emberpc.client import Client
+from emberpc.client.types import Record
 
-#: Records that are laid out within half a minute on two cores.
+#: Default of --limit: the layout of this many records takes at most 30 seconds on two cores.
 _LIMIT = 10_000
+#: Records of one request.
+_PAGE = 500
 
 
 @with_client
 def draw_map(
     client: Client,
     name: Name,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page, such as map.html.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write, such as map.html.")
+    ],
     color_by: Annotated[
         str | None,
         typer.Option(
@@ -35,30 +45,33 @@ def draw_map(
         ),
     ] = None,
     clusters: Annotated[
-        int, typer.Option(min=0, max=200, help="Colour by so many clusters, named by their words; 0: see --color-by.")
+        int,
+        typer.Option(
+            min=0, max=200, help="Colour by this number of clusters, named by their words; 0: see --color-by."
+        ),
     ] = 0,
     limit: Annotated[
-        int, typer.Option(min=0, help="Most records; of more, the same sample each time; 0: all.")
+        int, typer.Option(min=0, help="Most records; if there are more, a sample, the same each time; 0: all.")
     ] = _LIMIT,
     where: Where = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw a map of a collection, where like records lie together: one HTML file to open in a browser."""
+    """Draw a map of a collection, where similar records are near each other: one HTML file to open in a browser."""
     require(MAP_PACKAGES, "map", "emberpc collection map")
-    check_place(output, overwrite)
+    check_output_path(output, overwrite)
     if color_by is not None and clusters:
         raise CliError("give --color-by or --clusters; one of the two")
-    from emberpc.cli.maps import colours, groups, layout, page, sample
+    from emberpc.cli.maps import colours, groups, layout, page
 
     distance = client.get_collection(name).distance
     with stages() as tell:
-        found = sample.read_sample(client, name, where, limit, tell)
+        found = _read_sample(client, name, where, limit, tell)
         if not found.records:
             which = "no records that match the filter" if where else "no records yet; write some with `emberpc upsert`"
             raise CliError(f"{name!r} holds {which}", ExitCode.NOT_FOUND)
         if color_by is not None:
             groups.require_field(found.records, color_by)
-        tell("laying them out", 0, 1)
+        tell("laying out", 0, 1)
         vectors = np.stack([record.vector for record in found.records if record.vector is not None])
         laid_out = layout.lay_out(vectors, distance)
         grouping = groups.group(found.records, laid_out.places, color_by, clusters)
@@ -72,10 +85,60 @@ def draw_map(
             grouping=grouping,
             looks=colours.looks(grouping, laid_out.places),
         )
-        with whole_file(output) as file:
+        with atomic_file(output) as file:
             file.write(page.render(drawing).encode())
     count = len(found.records)
     if count < found.total:
         note(f"{output} shows {count:,} of {found.total:,} records; --limit 0 shows all")
     else:
         note(f"{output} shows {'1 record' if count == 1 else f'all {count:,} records'}")
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Records in a pseudo-random order, and the number of records that they were drawn from."""
+
+    records: tuple[Record, ...]
+    total: int
+
+
+def _read_sample(client: Client, collection: str, where: str | None, limit: int, stages: Stages) -> _Sample:
+    """Read records with their vectors: all, or a sample if there are more than `limit`.
+
+    The sample depends on the ids only, so it is the same each time, and most of
+    it stays the same when records are added or deleted.
+
+    Args:
+        client: client of the server.
+        collection: name of the collection.
+        where: only records that match this filter.
+        limit: most records; 0: all.
+        stages: called with the progress.
+    """
+    total = client.count(collection, where=where)
+    stages("reading records", 0, total)
+    if limit and total > limit:
+        ids = []
+        for record in client.records(collection, where=where, page_size=_PAGE):
+            ids.append(record.id)
+            stages("reading records", len(ids), total)
+        total, wanted = len(ids), heapq.nsmallest(limit, ids, key=_rank)
+        stages("reading vectors", 0, len(wanted))
+        parts = (wanted[i : i + _PAGE] for i in range(0, len(wanted), _PAGE))
+        every: Iterable[Record] = chain.from_iterable(client.get(collection, part, with_vectors=True) for part in parts)
+        stage, expected = "reading vectors", len(wanted)
+    else:
+        every = client.records(collection, where=where, with_vectors=True, page_size=_PAGE)
+        stage, expected = "reading records", total
+    found = []
+    for record in every:
+        found.append(record)
+        stages(stage, len(found), expected)
+    # Records may have been added since they were counted.
+    ranked = sorted(found, key=lambda record: _rank(record.id))[: limit or None]
+    return _Sample(tuple(ranked), max(total, len(found)))
+
+
+def _rank(record_id: str) -> bytes:
+    """Return the sort key of an id in a pseudo-random order that is always the same."""
+    return hashlib.blake2b(record_id.encode(), digest_size=8).digest()

@@ -1,9 +1,10 @@
-"""What the colours of a map stand for: labels, values of a metadata field, or clusters."""
+"""Group the records of a map by label, by values of a metadata field, or into clusters with names."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,26 +14,30 @@ import numpy as np
 
 from emberpc.cli.errors import CliError
 from emberpc.cli.maps.layout import Places
-from emberpc.cli.maps.words import distinguishing
 from emberpc.client.types import Record
 
-#: Groups with a colour of their own; the smaller ones share one.
+#: Most groups with their own colour; the smaller groups share a colour.
 _MOST_GROUPS = 200
-#: More different numbers than this are put into ranges, each with about as many records.
+#: More different numbers than this are divided into ranges with about equal numbers of records.
 _MOST_NUMBERS, _RANGES = 12, 7
-#: One cluster for so many records squared: 10 of 1,000 records, 24 of 5,760 and more.
+#: The number of clusters is the square root of records / 10: 10 for 1,000 records, 24 for 5,760 and more.
 _RECORDS_PER_CLUSTER, _MOST_CLUSTERS = 10, 24
 _LONGEST_NAME = 60
+#: A word starts with a letter: numbers are no useful names.
+_WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
+_LEAST_LETTERS = 3
+#: Least number of texts of a group with a word; fewer may be chance.
+_LEAST_TEXTS = 2
 
 
 @dataclass(frozen=True)
 class Group:
-    """Points of one colour.
+    """Points of the same colour.
 
     Attributes:
-        name: what the legend calls it.
-        members: which points, by their index.
-        rest: whether it is only what is left over, such as those without a label.
+        name: name in the legend.
+        members: indexes of the points.
+        rest: whether the group has the remaining points, such as those without a label.
     """
 
     name: str
@@ -42,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouping:
-    """All points in groups, each in one; `ordered` if the groups follow each other as numbers do."""
+    """A partition of all points into groups; `ordered` if the groups have an order, as ranges of numbers have."""
 
     title: str
     groups: Sequence[Group]
@@ -50,14 +55,14 @@ class Grouping:
 
 
 def group(records: Sequence[Record], places: Places, field: str | None, clusters: int) -> Grouping:
-    """Group records by a metadata field; without one by label if there are labels, else by where they lie.
+    """Group records by a metadata field; without a field by label if there are labels, else by place.
 
     Args:
-        records: at least one.
-        places: where they lie, shape (records, 2).
-        field: of the metadata, nested ones joined by dots, that a record has; None for labels or clusters.
-        clusters: so many clusters, whether or not there are labels; 0: labels if there are any, else as many clusters
-            as the number of records suggests.
+        records: at least one record.
+        places: places of the records, float64 (records, 2).
+        field: metadata field, nested fields joined by dots; None for labels or clusters.
+        clusters: number of clusters, even if there are labels; 0: labels if there are any, else a number of clusters
+            that depends on the number of records.
 
     """
     if field is not None:
@@ -68,7 +73,7 @@ def group(records: Sequence[Record], places: Places, field: str | None, clusters
 
 
 def require_field(records: Sequence[Record], field: str) -> None:
-    """Make sure that there is something to color by.
+    """Check that a record has the field of --color-by.
 
     Raises:
         CliError: no record has the field.
@@ -140,7 +145,7 @@ def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
 
 
 def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[Group]:
-    """Return clusters of points that lie together, largest first, named by words that tell them apart."""
+    """Return clusters of nearby points, largest first, named by words that distinguish them."""
     suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
     count = min(clusters or suggested, len(records))
     if count < 2:
@@ -150,7 +155,7 @@ def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[
     assigned = KMeans(count, n_init=4, random_state=0).fit_predict(places)
     parts = [part.tolist() for part in (np.flatnonzero(assigned == i) for i in range(count)) if len(part)]
     parts.sort(key=lambda part: (-len(part), part[0]))
-    words = distinguishing([[records[i].text for i in part] for part in parts])
+    words = distinguishing_words([[records[i].text for i in part] for part in parts])
     return [
         Group(_short(", ".join(own)) if own else f"cluster {number}", part)
         for number, (own, part) in enumerate(zip(words, parts, strict=True), 1)
@@ -164,3 +169,53 @@ def _short(name: str) -> str:
 
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.4g}"
+
+
+def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> list[list[str]]:
+    """Return up to `count` words for each group of texts, the most distinguishing first.
+
+    The score of a word is s * log(s / t), where s is the share of the group's
+    texts that have the word, and t is the share of all texts. Words that are
+    equally frequent everywhere score 0 in any language, so no list of stop
+    words is needed.
+    """
+    in_group = [Counter(word for text in texts for word in _words_of(text)) for texts in groups]
+    overall: Counter[str] = Counter()
+    for counter in in_group:
+        overall.update(counter)
+    texts_in_all = sum(map(len, groups))
+    return [
+        _best_words(_scores(counter, len(texts), overall, texts_in_all), count)
+        for counter, texts in zip(in_group, groups, strict=True)
+    ]
+
+
+def _words_of(text: str) -> set[str]:
+    """Return the words of a text, in lower case."""
+    return {word for word in _WORD.findall(text.casefold()) if len(word) >= _LEAST_LETTERS}
+
+
+def _scores(counter: Counter[str], size: int, overall: Counter[str], texts_in_all: int) -> dict[str, float]:
+    scores = {}
+    for word, texts in counter.items():
+        if texts >= min(_LEAST_TEXTS, size):
+            share, usual = texts / size, overall[word] / texts_in_all
+            scores[word] = share * math.log(share / usual)
+    return scores
+
+
+def _best_words(scores: dict[str, float], count: int) -> list[str]:
+    """Return the words with the best scores, without forms of a word already chosen, such as `cards` beside `card`."""
+    chosen: list[str] = []
+    for word in sorted(scores, key=lambda word: (-scores[word], word)):
+        if len(chosen) == count or scores[word] <= 0:
+            break
+        if not any(_same_stem(word, other) for other in chosen):
+            chosen.append(word)
+    return chosen
+
+
+def _same_stem(one: str, other: str) -> bool:
+    """Return whether two words differ in their last letters only."""
+    common = max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
+    return one[:common] == other[:common]

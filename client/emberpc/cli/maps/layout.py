@@ -1,4 +1,4 @@
-"""Where records lie on a map: near each other if their vectors are alike."""
+"""Project vectors to a plane, so that similar vectors are near each other."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from emberpc.client.types import Matrix
 #: float64 (points, 2), within [-1, 1]; y grows downwards, as on a screen.
 Places = npt.NDArray[np.float64]
 
-#: Fewer points are projected linearly: t-SNE has nothing to go by with hardly any neighbours.
+#: Fewer points are projected linearly: t-SNE needs more neighbours.
 _FEW = 12
 _PERPLEXITY = 30.0
-#: Points nearer to each other than this cover each other; they are spread by as much.
+#: Points nearer to each other than this would cover each other; they are spread by this distance.
 _SPACING = 0.004
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where points lie, and in words how that was found."""
+    """Places of points, and a description of the method that computed them."""
 
     places: Places
     method: str
 
 
 def lay_out(vectors: Matrix, distance: str) -> Layout:
-    """Project vectors to a plane; the same vectors always come to the same places.
+    """Project vectors to a plane; the result is the same for the same vectors.
 
     Args:
-        vectors: finite, shape (points, dimensions), at least one point.
-        distance: how the collection compares them: `cosine`, `dot_product` or `euclidean`.
+        vectors: finite, float32 (points, dimensions), at least one point.
+        distance: distance of the collection: `cosine`, `dot_product` or `euclidean`.
     """
     metric = "euclidean" if distance == "euclidean" else "cosine"
     scaled = _scaled(vectors, metric)
@@ -48,7 +48,7 @@ def lay_out(vectors: Matrix, distance: str) -> Layout:
 
 
 def _scaled(vectors: Matrix, metric: str) -> Matrix:
-    """Return vectors that are as far apart as before, in proportion, and whose squares are within float32."""
+    """Scale vectors so that their squares fit into float32; the proportions of distances do not change."""
     if metric == "cosine":
         size = np.abs(vectors).max(axis=1, keepdims=True)
         rows = vectors / np.where(size == 0, 1, size)
@@ -56,7 +56,7 @@ def _scaled(vectors: Matrix, metric: str) -> Matrix:
         rows /= np.where(length == 0, 1, length)
     else:
         rows = vectors / (np.abs(vectors).max() or 1)
-    # Both ways to a plane need two columns.
+    # Both projections need at least two columns.
     return np.pad(rows, ((0, 0), (0, max(0, 2 - rows.shape[1])))).astype(np.float32)
 
 
@@ -69,16 +69,16 @@ def _principal(rows: Matrix) -> Places:
 
 
 def _fitted(places: npt.ArrayLike) -> Places:
-    """Return places moved to the middle and scaled into the square, their proportions kept."""
+    """Centre places and scale them into the square [-1, 1], keeping the proportions."""
     found = np.asarray(places, dtype=np.float64)
     low, high = found.min(axis=0), found.max(axis=0)
     half = float((high - low).max()) / 2
-    # What is left of a rounding is no distance.
+    # A smaller extent is a rounding error.
     return (found - (low + high) / 2) / half if half > 1e-9 else np.zeros_like(found)
 
 
 def _spread(places: Places) -> Places:
-    """Return places where points that would cover each other lie in a spiral around their place, like seeds."""
+    """Move points that would cover each other to a spiral around their place."""
     spread = places.copy()
     shared: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (x, y) in enumerate(np.round(places / (_SPACING / 2)).astype(int).tolist()):
@@ -87,5 +87,5 @@ def _spread(places: Places) -> Places:
         for i, member in enumerate(members[1:], 1):
             angle, radius = i * math.pi * (3 - math.sqrt(5)), _SPACING * math.sqrt(i)
             spread[member] = places[members[0]] + (radius * math.cos(angle), radius * math.sin(angle))
-    # A great many equal ones may reach past the edge.
+    # A spiral of many equal points may extend beyond the square.
     return _fitted(spread) if np.abs(spread).max() > 1 else spread

@@ -1,4 +1,4 @@
-"""The page that shows a map: one HTML file that needs nothing else, and in which texts are never markup."""
+"""Render a map as one self-contained HTML file, in which texts are never markup."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from emberpc.cli.maps.groups import Grouping, shown
 from emberpc.cli.maps.layout import Layout
 from emberpc.client.types import Record
 
-#: What the page is put together from; each stands in it as it is.
+#: Files that are inserted into the page unchanged.
 _PARTS = ("page.css", "drawing.js", "panels.js")
-#: Characters of a text, and of a value of metadata, that the page holds; of longer ones it shows the beginning.
+#: Most characters of a text and of a metadata value in the page; longer values are truncated.
 _TEXT, _VALUE = 2000, 300
-#: Places are whole numbers on the page, from minus this to this.
+#: In the page, coordinates are whole numbers from -10,000 to 10,000.
 _SCALE = 10_000
-#: What would end the script element, begin another or be a line's end to old JavaScript.
+#: Characters that could end or start a script element, or that old JavaScript treats as line ends.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """All that a map shows.
+    """Content of a map.
 
     Attributes:
-        collection: its name.
-        where: the filter, empty for none.
-        total: records that there are, of which `records` may be a sample.
-        made: the day, such as 2026-01-31.
-        records: those on the map.
-        layout: where they lie.
-        grouping: what groups they are in.
-        looks: how each group is shown.
+        collection: name of the collection.
+        where: the filter; empty for none.
+        total: number of records, of which `records` may be a sample.
+        made: date of the map, such as 2026-01-31.
+        records: records on the map.
+        layout: places of the records.
+        grouping: groups of the records.
+        looks: colour and name position of each group.
     """
 
     collection: str
@@ -51,20 +51,20 @@ class Drawing:
 
 
 def render(drawing: Drawing) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
-    A browser carries out nothing in it but its own parts, whose hashes are in
-    its policy.
+    Its content security policy lets a browser run only the parts of this
+    package, by their hashes.
     """
     page = _part("page.html")
     for name in _PARTS:
         page = page.replace(f"{{{{hash of {name}}}}}", _hash(_part(name))).replace(f"{{{{{name}}}}}", _part(name))
-    # Last, so that a text that looks like a placeholder is left as it is.
+    # Inserted last, so that a text that looks like a placeholder is not replaced.
     return page.replace("{{data}}", _json(_content(drawing)))
 
 
 def _content(drawing: Drawing) -> dict[str, Any]:
-    """Return what the page's script reads."""
+    """Return the data for the script of the page."""
     group_of = {i: number for number, group in enumerate(drawing.grouping.groups) for i in group.members}
     places = (drawing.layout.places * _SCALE).round().astype(int)
     return {

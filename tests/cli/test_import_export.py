@@ -246,7 +246,7 @@ def test_vectors_of_another_model_are_refused_and_their_texts_embedded_anew(
     assert emberpc("collection", "export", "notes", "-o", file).code == 0
     outcome = emberpc("collection", "import", "anew", file, "--create", "--model", "other")
     assert outcome.code == 5
-    assert f"the vectors in {file} were made by another model than 'other', as it is here" in outcome.err
+    assert f"the vectors in {file} were made by another model than 'other', as it is served here" in outcome.err
     assert [collection.name for collection in client.collections()] == ["notes"]
     client.create_collection("there", model="other", truncation="end")
     assert emberpc("collection", "import", "there", file).code == 5
@@ -343,7 +343,7 @@ def test_a_collection_that_is_put_under_another_model_meanwhile_is_not_exported(
     fake.hooks["ListRecords"] = lambda _: setattr(fake.collections["c"], "model_fingerprint", "other")
     outcome = emberpc("collection", "export", "c", "-o", tmp_path / "c.jsonl")
     assert (outcome.code, list(tmp_path.iterdir())) == (5, [])
-    assert "put under another model meanwhile; export it again" in outcome.err
+    assert "embedded with another model meanwhile; export it again" in outcome.err
     fake.collections["c"].model_fingerprint = ""
     assert emberpc("collection", "export", "c", "-o", tmp_path / "c.jsonl", "--no-vectors").code == 0
 

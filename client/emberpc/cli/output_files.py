@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write output files atomically."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from emberpc.cli.errors import CliError
 from emberpc.client import InputError
 from emberpc.client._core.files import Target, target_of
 
-#: Here Linux has a link to each file that the process has open.
+#: Linux has a link to each open file of the process in this folder.
 _OPEN_FILES = Path("/proc/self/fd")
 
 
-def check_place(path: Path, overwrite: bool, *, takes_streams: bool = True) -> Target:
-    """Make sure before the work that a file has a place.
+def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True) -> Target:
+    """Check, before the work starts, that an output file can be written.
 
     Args:
-        path: the file.
-        overwrite: whether a file that is there may be replaced.
-        takes_streams: whether the bytes are written in their order, so that a device or a pipe can take them.
+        path: the output file.
+        overwrite: whether an existing file may be replaced.
+        takes_streams: whether the bytes are written in order, so that a device or a pipe can receive them.
 
     Returns:
-        Where the bytes will go.
+        The target of the bytes.
 
     Raises:
-        CliError: its folder is not there, it is a folder itself, it is there and is to stay, or it is a device or a
-            pipe that cannot take such a file.
+        CliError: the folder of the file does not exist, the path is a folder, the file exists and `overwrite` is
+            false, or the path is a device or a pipe and `takes_streams` is false.
     """
     target = _target(path)
     if target.is_stream:
@@ -49,16 +49,15 @@ def check_place(path: Path, overwrite: bool, *, takes_streams: bool = True) -> T
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Give a file that becomes `path`, and is on disk, if the block ends without an exception.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that replaces `path`, synced to disk, if the block ends without an exception.
 
-    Until then it has no name, so that nothing remains of it even if the process
-    is killed. Only where there are no files without a name (NFS, macOS), a
-    killed process leaves `.NAME-….part`. A link is followed. A device or a pipe
-    is written into.
+    Until then the file has no name, so nothing remains if the process is killed.
+    On file systems without unnamed files (NFS, macOS), a killed process leaves
+    `.NAME-….part`. A link is followed. A device or a pipe is written to directly.
 
     Raises:
-        CliError: it cannot be written.
+        CliError: the file cannot be written.
     """
     target = _target(path)
     try:
@@ -69,7 +68,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _target(path: Path) -> Target:
-    """Return where the bytes of a file go; raises CliError if it is of a kind that is never written."""
+    """Return the target of the bytes of a file; raise CliError if the path is of a kind that is never written."""
     try:
         return target_of(path, "--output")
     except InputError as error:
@@ -80,7 +79,7 @@ def _target(path: Path) -> Target:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a new file that replaces `path` if the block ends without an exception."""
+    """Yield a new file that replaces `path` if the block ends without an exception."""
     part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
     try:
         file, named = _opened(part)
@@ -89,7 +88,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if not named:
-                # A directory is given so that linkat() is called, which follows the link; link() does not.
+                # With `src_dir_fd` Python calls linkat(), which follows the link; link() does not.
                 os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
         part.replace(path)
         _synchronise(path.parent)
@@ -98,16 +97,17 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _opened(part: Path) -> tuple[BinaryIO, bool]:
-    """Open a new file beside a target, and say whether it has a name."""
+    """Open a new file in the folder of `part`; return it and whether it has a name."""
     if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
-        # An error says that this file system has none without a name; or that there can be no file, as will the next.
+        # An error means that the file system has no unnamed files, or that no file can be created: then the open
+        # below fails, too.
         with suppress(OSError):
             return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb"), False
     return part.open("xb"), True
 
 
 def _synchronise(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Records of a source on their way into a collection: how many there are, and which of them failed."""
+"""Upsert the records of a source in a stream, and report the records that failed."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.output import note, plain, print_fields, print_json
 from emberpc.cli.progress import progress
-from emberpc.cli.sources import RecordError, Source
-from emberpc.cli.wording import reworded
+from emberpc.cli.record_sources import RecordError, Source
 from emberpc.client import Client, FailedRecord
 from emberpc.client.types import Truncation, UpsertResult
 
 
-class Failures:
-    """Tells of the records that fail, each in a line with its place, and keeps count.
+class FailureReport:
+    """Prints each failed record in a line with its place, and counts the failures.
 
     Args:
-        source: where the records come from.
+        source: the source of the records.
         collection: name of the collection that they are written to.
 
     Attributes:
-        unread: how many were no records.
-        unwritten: how many were, and were not written.
-        code: what the first of them exits with.
+        unread: number of items that were not valid records.
+        unwritten: number of valid records that were not written.
+        code: exit code of the first failure.
     """
 
     def __init__(self, source: Source, collection: str) -> None:
@@ -36,19 +36,19 @@ class Failures:
         self._source = source
 
     def unreadable(self, error: RecordError) -> None:
-        """Take note of something that is no record."""
+        """Report an item that is not a valid record."""
         self.unread += 1
-        self._tell(str(error), error)
+        self._report(str(error), error)
 
     def failed(self, failure: FailedRecord) -> None:
-        """Take note of a record that was not written."""
+        """Report a record that was not written."""
         self.unwritten += 1
-        # The client names a record that it cannot send by its number; the place says more.
+        # The client names the record by its index; the place in the source is more useful.
         problem = re.sub(rf"\brecords\[{failure.index}\](?:\.|: | )?", "", str(failure.error))
-        self._tell(f"{self._source.place(failure.index)}: {problem}", failure.error)
+        self._report(f"{self._source.place(failure.index)}: {problem}", failure.error)
 
-    def _tell(self, message: str, error: Exception) -> None:
-        note(reworded(message, self._collection))
+    def _report(self, message: str, error: Exception) -> None:
+        note(in_cli_terms(message, self._collection))
         self.code = self.code or exit_code(error) or ExitCode.INTERNAL
 
 
@@ -57,26 +57,26 @@ def write_stream(
     collection: str,
     source: Source,
     records: Iterator[dict[str, Any]],
-    failures: Failures,
+    failures: FailureReport,
     *,
     truncation: Truncation | None = None,
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Write the records of a source in a stream, tell of those that fail, and print what it came to.
+    """Upsert the records of a source in a stream, report those that fail, and print the totals.
 
     Args:
         client: the client.
         collection: name of the collection.
-        source: where the records come from.
-        records: the records, as the source gives them with `failures.unreadable`.
-        failures: those that were found so far.
-        truncation: how over-long texts are truncated; None: as the collection says.
+        source: the source of the records.
+        records: the records of `source`, read with `failures.unreadable`.
+        failures: collects the failures.
+        truncation: treatment of texts with too many tokens; None: the setting of the collection.
         batch_size: records of one request.
         as_json: whether to print JSON.
 
     Raises:
-        CliError: a record failed, or the source cannot be read; what came before is written.
+        CliError: a record failed, or the source cannot be read; the records before are written.
         EmberpcError: the stream as a whole failed.
     """
     total = UpsertResult(0, 0, 0)

@@ -1,4 +1,4 @@
-"""What errors of the server and the client say, in the words of the command line."""
+"""Translate error messages of server and client to the terms of the command line: options, arguments, commands."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ _REMEDIES = (
     ("give a longer timeout, or send less at once", "give a longer --timeout, or send less at once"),
     ("name a model, or give 1 to", "give --model, or --dimensions for vectors only: 1 to"),
 )
-#: Items of a request that are arguments of a command, and what the command line calls them.
+#: Repeated fields of a request that are arguments of a command, with their names on the command line.
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
 _ITEM = re.compile(rf"^({'|'.join(_ITEMS)})\[(\d+)\]")
-_ONE = ((re.compile(r"^sources\[0\]"), "the source"), (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"))
+#: Items of which a command sends exactly one.
+_SINGLE_ITEMS = (
+    (re.compile(r"^sources\[0\]"), "the source"),
+    (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
+)
 #: Fields of a request that are options of a command.
 _FIELD = re.compile(r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction)(?=: )")
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 
 
-def reworded(message: str, collection: str = "") -> str:
-    """Return what an error says, with options in place of a request's fields, and commands in place of the API's calls.
+def in_cli_terms(message: str, collection: str = "") -> str:
+    """Return an error message with request fields replaced by options, and API calls by commands.
 
     Args:
-        message: of an error of the client or the server.
-        collection: the collection that records were to be written to; empty: none were.
+        message: message of an error of the client or the server.
+        collection: the collection that the command writes records to; empty: it writes none.
     """
     if collection:
         message = message.replace(
@@ -33,11 +37,11 @@ def reworded(message: str, collection: str = "") -> str:
             f"give `emberpc upsert` --truncation end; `emberpc collection update {collection} --truncation end` sets "
             "it for all writes",
         )
-    for words, ours in _REMEDIES:
-        message = message.replace(words, ours)
+    for remedy, translated in _REMEDIES:
+        message = message.replace(remedy, translated)
     message = _ITEM.sub(_numbered, message)
-    for pattern, ours in _ONE:
-        message = pattern.sub(ours, message)
+    for pattern, translated in _SINGLE_ITEMS:
+        message = pattern.sub(translated, message)
     message = _FIELD.sub(_option, message)
     return _TIMEOUT.sub("--timeout", message)
 

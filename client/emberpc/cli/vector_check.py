@@ -1,4 +1,4 @@
-"""Whether the vectors of a file were made by the model that a collection is under."""
+"""Check that the vectors of a file were made by the model of the collection."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from emberpc.cli.output import note
 from emberpc.client import Client, EmberpcError, InputError, InputTypeError
 from emberpc.client.types import Truncation
 
-#: Records whose texts are embedded to compare their vectors, and among how many records at the start they are looked
-#: for.
+#: Number of records whose texts are embedded for the comparison, and number of records at the start of the file from
+#: which they are chosen.
 _COMPARED, _LOOKED_AT = 8, 256
-#: Least cosine of a vector to the one that the same model gives the text again: a quantised model computes it slightly
-#: differently in another batch, and other models are far below.
+#: Least cosine between two vectors that the same model gives a text. A quantised model gives slightly different
+#: vectors in different batches; other models are far below.
 _MIN_COSINE = 0.999
 
 Records = Iterator[dict[str, Any]]
 
 
-def with_vectors_of(
+def check_vectors(
     client: Client, records: Records, source: str, stated: str, *, model: str, fingerprint: str, truncation: Truncation
 ) -> Records:
-    """Return records after a check that their vectors compare with those of a model.
+    """Check that the vectors of records were made by a model, and return the records.
 
-    The same model has another fingerprint where a file was written by a version with another scheme of fingerprints.
-    So where the fingerprints differ, some texts at the start of the file are embedded, and the vectors are compared.
+    A file of an older version has another fingerprint of the same model, since the scheme of fingerprints changed.
+    So if the fingerprints differ, some texts at the start of the file are embedded, and the vectors are compared.
 
     Args:
-        client: to the server that has the model.
-        records: the records of the file.
-        source: the file's name.
-        stated: fingerprint (hex) of the model that made the vectors, as the file states it; empty: it states none.
-        model: the model.
-        fingerprint: its fingerprint (hex); empty: there is no model.
-        truncation: what happens to texts that are too long for it.
+        client: client of the server that has the model.
+        records: records of the file.
+        source: name of the file, for messages.
+        stated: fingerprint (hex) of the model that made the vectors, as the file states it; empty: not stated.
+        model: name of the model.
+        fingerprint: fingerprint (hex) of the model; empty: there is no model.
+        truncation: treatment of texts with too many tokens.
 
     Raises:
         CliError: the vectors were made by another model.
@@ -49,8 +49,8 @@ def with_vectors_of(
     compared = _compared(first)
     if not compared or not _are_of(client, compared, model, truncation):
         raise CliError(
-            f"the vectors in {source} were made by another model than {model!r}, as it is here; have the texts "
-            "embedded anew with --text-only",
+            f"the vectors in {source} were made by another model than {model!r}, as it is served here; have the texts "
+            "embedded again with --text-only",
             ExitCode.CONFLICT,
         )
     note(
@@ -61,7 +61,7 @@ def with_vectors_of(
 
 
 def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return records with a text and a vector, evenly taken."""
+    """Return up to 8 records with a text and a vector, evenly spaced."""
     found = [
         record
         for record in records
@@ -72,13 +72,13 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
-    """Return whether a model gives the texts of records the vectors that they have."""
+    """Return whether a model gives the texts of records the same vectors as stored in the records."""
     try:
         theirs = np.stack([np.asarray(record["vector"], dtype=np.float64) for record in records])
         texts = [record["text"] for record in records]
         found = client.embed(texts, model=model, dimensions=theirs.shape[1], truncation=truncation)
     except (EmberpcError, InputError, InputTypeError, ValueError, IndexError):
-        return False  # a width that the model does not have, or a text that it does not take
+        return False  # dimensions or a text that the model does not accept
     ours = found.astype(np.float64)
     lengths = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
     return bool(((theirs * ours).sum(axis=1) >= _MIN_COSINE * lengths).all() and (lengths > 0).all())

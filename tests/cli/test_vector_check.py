@@ -87,6 +87,6 @@ def test_vectors_under_another_fingerprint_are_refused_unless_they_are_proved(
     for arguments in (["there"], ["new", "--create", "--model", model]):
         outcome = emberpc("collection", "import", arguments[0], old_file, *arguments[1:])
         assert outcome.code == 5, outcome.err
-        assert f"were made by another model than {model!r}, as it is here" in outcome.err
+        assert f"were made by another model than {model!r}, as it is served here" in outcome.err
     assert client.count("there") == 0
     assert sorted(collection.name for collection in client.collections()) == ["notes", "there"]

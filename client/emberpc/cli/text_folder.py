@@ -1,4 +1,4 @@
-"""Records from a folder of texts."""
+"""Read records from a folder of text files."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from emberpc.cli.errors import CliError
-from emberpc.cli.sources import RecordError, Refused, raising
+from emberpc.cli.record_sources import OnRejected, RecordError, raise_error
 
-#: What of a file is a record.
+#: Whether a file or each of its paragraphs is a record.
 Split: TypeAlias = Literal["files", "paragraphs"]
 
 _SUFFIXES = (".txt", ".md")
-#: A file is read whole; servers take far shorter texts.
+#: Most bytes of a file, which is read into memory. Servers accept far shorter texts.
 _MOST_BYTES = 64 * 2**20
 _EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 
 
 class TextFolder:
-    """The *.txt and *.md files of a folder and the folders in it, but for hidden ones and linked folders.
+    """The *.txt and *.md files of a folder and its subfolders. Hidden files, hidden folders and links to folders are
+    skipped.
 
     Args:
         path: the folder.
-        split: what is a record: a file, with its path from the folder on as its id, such as `notes/today.md`; or each
-            paragraph, which ends at an empty line, as `notes/today.md#1`.
+        split: `files`: each file is a record, and its path in the folder is the id, such as `notes/today.md`.
+            `paragraphs`: each paragraph, which ends at an empty line, is a record, such as `notes/today.md#1`.
     """
 
     def __init__(self, path: str, split: Split) -> None:
@@ -35,8 +36,8 @@ class TextFolder:
         self._split = split
         self._places: list[str] = []
 
-    def records(self, refused: Refused = raising) -> Iterator[dict[str, Any]]:
-        """Read the files as their records are taken, in the order of their names; see `Source`.
+    def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
+        """Yield the records, reading the files lazily in the order of their names; see `Source`.
 
         Raises:
             CliError: a folder cannot be read.
@@ -53,16 +54,16 @@ class TextFolder:
                 yield {"id": record_id, "text": part, "metadata": {"path": name}}
 
     def count(self) -> int | None:
-        """Return the number of files; None if there may be several records in each."""
+        """Return the number of files; None if a file may have several records."""
         return sum(1 for _ in self._files()) if self._split == "files" else None
 
     def place(self, item: int) -> str:
-        """Return the path of the file that a record came from."""
+        """Return the path of the file of a record."""
         return self._places[item]
 
     def _files(self) -> Iterator[Path]:
         for folder, folders, files in os.walk(self._folder, onerror=_refuse_folder):
-            # In place: what is left is what `os.walk` goes into, in this order.
+            # `os.walk` visits the folders that remain in this list, in this order.
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 if not name.startswith(".") and name.lower().endswith(_SUFFIXES):

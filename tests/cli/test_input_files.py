@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emberpc.cli.errors import CliError
-from emberpc.cli.files import LineFile
+from emberpc.cli.input_files import LineFile
 
 per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 

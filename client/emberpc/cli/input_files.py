@@ -1,4 +1,4 @@
-"""Texts and records from files, with errors that name the line."""
+"""Read texts and records from files; errors name the line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, NoReturn
 
 from emberpc.bundle.json_objects import RepeatedKeyError, unique_keys
 from emberpc.cli.column_types import ColumnTypes
+from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError
-from emberpc.cli.sources import RECORD_KEYS, RecordError, Refused, raising
-from emberpc.cli.wording import reworded
+from emberpc.cli.record_sources import RECORD_KEYS, OnRejected, RecordError, raise_error
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
-#: What `collection records --json` tells besides; the server sets it anew.
+#: Fields that `collection records --json` prints and `upsert` ignores: the server sets them.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
-#: Columns of a table that are no metadata fields.
+#: Columns of a table that are not metadata fields.
 _RECORD_COLUMNS = ("id", "text", "label", "metadata")
 JSON_LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -29,27 +29,35 @@ LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
 
 class LineFile:
-    """A file, or stdin for `-`, that knows from which line each of its items came.
+    """A file, or stdin for `-`, that records the line number of each item.
 
     Args:
         path: the file, - for stdin.
-        types: the values of --types, for a table: what its metadata columns hold.
+        types: values of --types: the types of the metadata columns of a table.
+
+        with_revisions: whether each record must have a `revision`; for JSON Lines only.
 
     Raises:
-        CliError: the types are wrong, or the file is no table.
+        CliError: a type is invalid, or the file is not a table although there are types, or is a table although there
+            are to be revisions.
 
     Attributes:
-        name: what messages call it.
+        name: name of the file in messages.
         lines: item i came from line `lines[i]`, counted from 1.
+        revisions: with `with_revisions`, `revisions[i]` is the `revision` field of record i.
     """
 
-    def __init__(self, path: str, types: Sequence[str] = ()) -> None:
+    def __init__(self, path: str, types: Sequence[str] = (), *, with_revisions: bool = False) -> None:
         self.name = "stdin" if path == "-" else path
         self.lines: list[int] = []
+        self.revisions: list[int] = []
         self._path = path
         self._types = ColumnTypes(types)
+        self._with_revisions = with_revisions
         if self._types and Path(path).suffix.lower() not in _DELIMITERS:
             raise CliError(f"--types is for tables ({', '.join(_DELIMITERS)}), and {self.name} is none; leave it out")
+        if with_revisions and Path(path).suffix.lower() in _DELIMITERS:
+            raise CliError(f"--check-revisions is for JSON Lines, and {self.name} is a table; leave it out")
 
     def texts(self) -> list[str]:
         """Return the file's lines, one text each.
@@ -68,7 +76,7 @@ class LineFile:
         return texts
 
     def numbered(self) -> Iterator[tuple[str, str]]:
-        """Read the file's lines as they are taken, each after its number; an empty one too.
+        """Yield each line with its number, read lazily; empty lines too.
 
         Raises:
             CliError: the file cannot be read, or a line is not UTF-8.
@@ -78,7 +86,7 @@ class LineFile:
                 yield str(number), self._decoded(number, line).rstrip("\r\n")
 
     def count(self) -> int | None:
-        """Return how many lines there are; None for stdin, which can be read only once.
+        """Return the number of lines; None for stdin, which can be read only once.
 
         Raises:
             CliError: the file cannot be read.
@@ -88,19 +96,19 @@ class LineFile:
         with self._opened() as file:
             return sum(1 for _ in file)
 
-    def records(self, refused: Refused = raising) -> Iterator[dict[str, Any]]:
-        """Read records as they are taken.
+    def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
+        """Yield records, read lazily.
 
         `.jsonl`, `.ndjson` and stdin hold JSON Lines; `.csv` and `.tsv` a table
         with the columns `id` and any of `text`, `label` and `metadata` (a JSON
-        object); every other column of it is a metadata field of strings, or of the type that was given for it.
+        object). Every other column is a metadata field, of strings or of the type that --types states.
 
         Args:
-            refused: told of each line that is no record; the others are read all the same if it returns.
+            refused: called with the error of each line that is not a record; if it returns, reading continues.
 
         Raises:
-            CliError: the file cannot be read, or is of another kind; or a table is so damaged that it is not known
-                where the next record begins.
+            CliError: the file cannot be read or has another format, or a table is damaged so that the start of the
+                next record is unknown.
         """
         suffix = Path(self._path).suffix.lower()
         if self._path == "-" or suffix in JSON_LINES:
@@ -119,7 +127,7 @@ class LineFile:
                 yield record
 
     def place(self, item: int) -> str:
-        """Say where an item stands, such as `records.jsonl:3`."""
+        """Return the file and line of an item, such as `records.jsonl:3`."""
         return f"{self.name}:{self.lines[item]}"
 
     def locate(self, message: str, field: str) -> str:
@@ -133,14 +141,14 @@ class LineFile:
 
     @contextmanager
     def locating(self, field: str, collection: str = "") -> Iterator[None]:
-        """Name the line in errors about an item of the field of a request, such as `texts`.
+        """Add file and line to errors about an item of a request field such as `texts`.
 
-        `collection` is the one that the items are written to, if any; see `reworded`.
+        `collection` is the collection that the items are written to; empty if none is. See `in_cli_terms`.
         """
         try:
             yield
         except (InvalidArgument, InputError, InputTypeError) as error:
-            raise CliError(reworded(self.locate(str(error), field), collection)) from error
+            raise CliError(in_cli_terms(self.locate(str(error), field), collection)) from error
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -168,13 +176,13 @@ class LineFile:
 
     def _decoded(self, number: int, line: bytes) -> str:
         try:
-            # Some programs put a byte order mark before the first line.
+            # Some programs write a byte order mark before the first line.
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             self._refuse(number, f"byte {error.start + 1} of the line is not UTF-8; convert the file to it")
 
     def _json_records(
-        self, lines: Iterable[tuple[int, bytes]], refused: Refused
+        self, lines: Iterable[tuple[int, bytes]], refused: OnRejected
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in lines:
             try:
@@ -193,10 +201,16 @@ class LineFile:
                 self._refuse(number, f"there is a field {key!r}; a record has {', '.join(RECORD_KEYS)}")
         if "id" not in record:
             self._refuse(number, "there is no id; give each record one")
+        if self._with_revisions:
+            revision = record.get("revision")
+            if type(revision) is not int or revision < 0:
+                shown = "missing" if revision is None else repr(revision)
+                self._refuse(number, f"revision is {shown}; it must be a whole number, 0 for a new record")
+            self.revisions.append(revision)
         return {key: value for key, value in record.items() if key in RECORD_KEYS}
 
     def _table_records(
-        self, lines: Iterable[tuple[int, bytes]], refused: Refused
+        self, lines: Iterable[tuple[int, bytes]], refused: OnRejected
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         last = ""
 
@@ -273,7 +287,7 @@ class LineFile:
 
 
 def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
-    """Read a JSON object, or call `refuse` with the problem, in which it is called `what`."""
+    """Parse a JSON object, or call `refuse` with the problem, which names the object `what`."""
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
     except RepeatedKeyError as error:
@@ -291,7 +305,7 @@ def _no_constant(name: str) -> NoReturn:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Let a cell of a table have more than the 128 KiB that are the default: a text may have more."""
+    """Raise the limit of a CSV cell from the default of 128 KiB, since a text may be longer."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield

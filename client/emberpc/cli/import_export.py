@@ -1,4 +1,4 @@
-"""The commands that copy a collection into a file, and records from files and folders into a collection."""
+"""The commands `emberpc collection export` and `emberpc collection import`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from emberpc.cli.collection_settings import CollectionSettings
 from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, require
-from emberpc.cli.files import JSON_LINES, LINE_FILES, LineFile
-from emberpc.cli.folders import Split, TextFolder
+from emberpc.cli.input_files import JSON_LINES, LINE_FILES, LineFile
 from emberpc.cli.options import AsJson, Name, Overwrite, Where
 from emberpc.cli.output import json_line, note, print_json
+from emberpc.cli.output_files import atomic_file, check_output_path
 from emberpc.cli.progress import progress
-from emberpc.cli.remaking import Settings
-from emberpc.cli.sources import RECORD_KEYS, Source
-from emberpc.cli.vector_origins import with_vectors_of
-from emberpc.cli.whole_files import check_place, whole_file
-from emberpc.cli.writing import Failures, write_stream
+from emberpc.cli.record_sources import RECORD_KEYS, Source
+from emberpc.cli.record_stream import FailureReport, write_stream
+from emberpc.cli.text_folder import Split, TextFolder
+from emberpc.cli.vector_check import check_vectors
 from emberpc.client import Client, Collection, NotFound, Record
 from emberpc.client.types import Distance, Progress, Truncation
 
 _PARQUET = ".parquet"
-#: Bytes that a page of records should have at most, and records that it may have.
+#: Target size of a page of records in bytes, and most records of a page.
 _PAGE_BYTES = 4 * 2**20
 _PAGE_RECORDS = 1000
 
@@ -43,26 +43,26 @@ def export_collection(
             "--output",
             "-o",
             metavar="FILE",
-            help="Where to: JSON Lines (.jsonl, .ndjson, or - for stdout), or .parquet.",
+            help="File to write: JSON Lines (.jsonl, .ndjson, or - for stdout), or .parquet.",
         ),
     ],
     where: Where = None,
     vectors: Annotated[
-        bool, typer.Option(help="Whether the vectors go too, so that nothing is embedded again.")
+        bool, typer.Option(help="Also write the vectors, so that an import embeds nothing again.")
     ] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a collection's records into a file, which `import` reads; it is whole or not there."""
+    """Write the records of a collection to a file that `import` reads. A failed export leaves no file."""
     path = None if output == "-" else _target(output, overwrite)
     collection = client.get_collection(name)
-    settings = Settings.of(collection)
+    settings = CollectionSettings.of(collection)
     total = collection.record_count if where is None else client.count(name, where=where)
     records = _records(client, collection, where, vectors)
     if path is None:
         print_json(fields_of(record) for record in records)
         note(f"to make the collection again: {settings.command(name)}")
         return
-    with whole_file(path) as file, progress("exporting", total) as done:
+    with atomic_file(path) as file, progress("exporting", total) as done:
         counted = _Counted(records, done)
         if path.suffix.lower() == _PARQUET:
             from emberpc.cli.parquet import write_records
@@ -83,39 +83,39 @@ def import_records(
         str,
         typer.Argument(
             metavar="FILE|FOLDER",
-            help="What `export` wrote and `upsert` reads: JSON Lines (.jsonl, .ndjson, or - for stdin), a table (.csv, "
-            ".tsv), .parquet; or a folder of *.txt and *.md.",
+            help="A file of `collection export` or for `upsert`: JSON Lines (.jsonl, .ndjson, or - for stdin), a table "
+            "(.csv, .tsv) or .parquet; or a folder of *.txt and *.md files.",
         ),
     ],
-    create: Annotated[bool, typer.Option("--create", help="Create the collection if there is none.")] = False,
+    create: Annotated[bool, typer.Option("--create", help="Create the collection if it does not exist.")] = False,
     model: Annotated[str | None, typer.Option(help="With --create: the model that embeds its texts.")] = None,
-    distance: Annotated[Distance | None, typer.Option(help="With --create: how vectors compare.")] = None,
+    distance: Annotated[Distance | None, typer.Option(help="With --create: how vectors are compared.")] = None,
     truncation: Annotated[
-        Truncation | None, typer.Option(help="With --create: what happens to over-long texts.")
+        Truncation | None, typer.Option(help="With --create: treatment of texts with too many tokens.")
     ] = None,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Leave out the file's vectors; the server embeds the texts.")
+        bool, typer.Option("--text-only", help="Ignore the vectors of the file; the server embeds the texts.")
     ] = False,
     split: Annotated[
-        Split, typer.Option(help="Of a folder: whether a file is a record, or each paragraph (up to an empty line).")
+        Split, typer.Option(help="For a folder: whether each file or each paragraph (up to an empty line) is a record.")
     ] = "files",
     types: Types = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Insert the records of a file or folder of any size, or replace those of the same id; a bad one fails alone.
+    """Upsert the records of a file or folder of any size. An invalid record fails alone.
 
-    Doing it again does no harm. If the server is restarted meanwhile, it goes on
-    where it was.
+    It is safe to repeat the command. If the server restarts meanwhile, the
+    import resumes.
     """
-    opened, told = _opened(source, split, types or ())
-    failures = Failures(opened, name)
+    opened, stored = _opened(source, split, types or ())
+    failures = FailureReport(opened, name)
     records = opened.records(failures.unreadable)
     if text_only:
         records = (_without_vector(record) for record in records)
     wanted = {"model": model, "distance": distance, "truncation": truncation}
     chosen = {option: value for option, value in wanted.items() if value is not None}
-    settings = _settings(told, chosen, text_only)
+    settings = _settings(stored, chosen, text_only)
     try:
         collection = client.get_collection(name)
     except NotFound as error:
@@ -125,38 +125,38 @@ def import_records(
         records = _create(client, name, settings, records, opened.name)
     else:
         _check_wanted(collection, chosen)
-        records = with_vectors_of(
+        records = check_vectors(
             client,
             records,
             opened.name,
             settings.model_fingerprint,
             model=collection.model,
             fingerprint=collection.model_fingerprint,
-            truncation=Settings.of(collection).truncation,
+            truncation=CollectionSettings.of(collection).truncation,
         )
     write_stream(client, name, opened, records, failures, batch_size=batch_size, as_json=as_json)
 
 
 def _records(client: Client, collection: Collection, where: str | None, vectors: bool) -> Iterator[Record]:
-    """Walk over a collection's records.
+    """Yield the records of a collection.
 
     Raises:
-        CliError: at the end, if it was put under another model meanwhile, so that the vectors do not compare.
+        CliError: at the end, if the model of the collection changed meanwhile: its vectors are then not comparable.
     """
-    # Pages of a few MiB, if the records are about alike.
+    # Pages have a few MiB if the records have similar sizes.
     stored = collection.size_bytes // max(collection.record_count, 1)
     page_size = max(1, min(_PAGE_RECORDS, _PAGE_BYTES // max(stored, 4 * collection.dimensions, 1)))
     yield from client.records(collection.name, where=where, with_vectors=vectors, page_size=page_size)
     if vectors and client.get_collection(collection.name).model_fingerprint != collection.model_fingerprint:
-        message = f"{collection.name!r} was put under another model meanwhile; export it again"
+        message = f"{collection.name!r} was embedded with another model meanwhile; export it again"
         raise CliError(message, ExitCode.CONFLICT)
 
 
 class _Counted:
-    """Records as they are taken, counted.
+    """Iterable of records that counts them and reports the progress.
 
     Attributes:
-        count: how many were.
+        count: records read so far.
     """
 
     def __init__(self, records: Iterable[Record], done: Progress) -> None:
@@ -176,7 +176,7 @@ def _target(output: str, overwrite: bool) -> Path:
     """Return the file to write to.
 
     Raises:
-        CliError: it cannot be written there, or not in the form that its name says.
+        CliError: the file cannot be written there, or its name has an unknown extension.
     """
     path = Path(output)
     if path.suffix.lower() == _PARQUET:
@@ -184,12 +184,12 @@ def _target(output: str, overwrite: bool) -> Path:
     elif path.suffix.lower() not in JSON_LINES:
         known = ", ".join((*JSON_LINES, _PARQUET))
         raise CliError(f"--output: {path} does not say in which form to write; name it with one of {known}")
-    check_place(path, overwrite)
+    check_output_path(path, overwrite)
     return path
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    """Return what of a record is to be written: neither what is empty nor what the server sets anew."""
+    """Return the fields of a record to write, without empty fields and without those that the server sets."""
     fields = {key: getattr(record, key) for key in RECORD_KEYS}
     return {key: value for key, value in fields.items() if value is not None and (key == "vector" or value)}
 
@@ -198,17 +198,17 @@ def _without_vector(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "vector"}
 
 
-def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Settings]:
-    """Return what records come from, and what it tells of their collection.
+def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, CollectionSettings]:
+    """Return the source of records, and the settings of their collection that it states.
 
     Raises:
-        CliError: it cannot be read, or holds no records by its name.
+        CliError: the source cannot be read, or its name has an unknown extension.
     """
     path = Path(name)
     if types and path.suffix.lower() not in LINE_FILES:
         raise CliError(f"--types is for tables (.csv, .tsv), and {name} is none; leave it out")
     if name != "-" and path.is_dir():
-        return TextFolder(name, split), Settings()
+        return TextFolder(name, split), CollectionSettings()
     if split != "files":
         raise CliError(f"--split is for a folder of texts, and {name} is none")
     if path.suffix.lower() == _PARQUET:
@@ -220,27 +220,26 @@ def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Sett
     if name != "-" and path.suffix.lower() not in LINE_FILES:
         known = ", ".join((*LINE_FILES, _PARQUET))
         raise CliError(f"{name}: cannot tell what it holds by its name; give a folder, or a file named with {known}")
-    return LineFile(name, types), Settings()
+    return LineFile(name, types), CollectionSettings()
 
 
-def _settings(told: Settings, chosen: Mapping[str, Any], text_only: bool) -> Settings:
-    """Return what a new collection is to be made with: as the file tells, but for what the user chose."""
-    settings = dataclasses.replace(told, **chosen)
+def _settings(stored: CollectionSettings, chosen: Mapping[str, Any], text_only: bool) -> CollectionSettings:
+    """Return the settings of a new collection: those of the file, overridden by the options of the user."""
+    settings = dataclasses.replace(stored, **chosen)
     if not text_only:
         return settings
-    # The vectors that the file tells of are left out; another model has its own dimensions.
-    dimensions = settings.dimensions if settings.model and settings.model == told.model else 0
+    # The vectors of the file are ignored; another model has its own dimensions.
+    dimensions = settings.dimensions if settings.model and settings.model == stored.model else 0
     return dataclasses.replace(settings, model_fingerprint="", dimensions=dimensions)
 
 
 def _create(
-    client: Client, name: str, settings: Settings, records: Iterator[dict[str, Any]], source: str
+    client: Client, name: str, settings: CollectionSettings, records: Iterator[dict[str, Any]], source: str
 ) -> Iterator[dict[str, Any]]:
-    """Create the collection that records are to go into, and return the records.
+    """Create the collection for the records, and return the records.
 
     Raises:
-        CliError: it is not known how many dimensions it is to have; or the vectors were made by another model than the
-            server has.
+        CliError: the number of dimensions is unknown, or the vectors were made by another model than the server's.
     """
     first = next(records, None)
     vector = (first or {}).get("vector")
@@ -251,7 +250,7 @@ def _create(
     if first is not None:
         records = itertools.chain([first], records)
     if settings.model and settings.model_fingerprint:
-        records = with_vectors_of(
+        records = check_vectors(
             client,
             records,
             source,
@@ -272,7 +271,7 @@ def _create(
 
 
 def _check_wanted(collection: Collection, chosen: Mapping[str, Any]) -> None:
-    """Raise CliError if the collection that there is is not as the user wants it."""
+    """Raise CliError if the existing collection has other settings than the options of the user."""
     for option, value in chosen.items():
         if (found := getattr(collection, option)) != value:
             message = f"the collection {collection.name!r} is there, and its {option} is {found or 'none'}"

@@ -1,4 +1,4 @@
-"""Vectors in a .npy file, whole or not at all."""
+"""Write vectors to a .npy file, atomically."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from types import TracebackType
 
 import numpy as np
 
-from emberpc.cli.whole_files import whole_file
+from emberpc.cli.output_files import atomic_file
 from emberpc.client.types import Matrix, Vector
 
-#: Bytes of the header, fixed so that it can be written when the number of rows is known.
+#: Bytes of the header. The size is fixed, since the header is written last, when the number of rows is known.
 _HEADER_BYTES = 128
 
 
 class RowFile:
-    """A .npy file of float32 rows that are written in any order; as a context manager, it is whole or not there.
+    """A .npy file of float32 rows, which may be written in any order.
+
+    It is a context manager. The file appears at the end of the block if the block raises no exception.
 
     Attributes:
-        rows: how many there are, up to the last one written.
-        dimensions: of each row; 0 before the first. Without a first one there is no file.
+        rows: number of rows, up to the last row written.
+        dimensions: dimensions of each row; 0 before the first row. Without a row, no file is written.
 
     Raises:
-        CliError: at the end of the context, if the file cannot be written.
+        CliError: at the end of the block, if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,13 +48,13 @@ class RowFile:
         """Write one row."""
         if not self.dimensions:
             self.dimensions = len(vector)
-            self._file = self._stack.enter_context(whole_file(self._path))
+            self._file = self._stack.enter_context(atomic_file(self._path))
             self._stack.push(self._complete)
         self._count(row)
         self._put(row, vector)
 
     def leave_out(self, row: int) -> None:
-        """Let a row be NaN."""
+        """Fill a row with NaN."""
         self._missing.append(row)
         self._count(row)
 
@@ -64,7 +66,7 @@ class RowFile:
         self._file.write(vector.astype("<f4").tobytes())
 
     def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write what is still missing, unless something failed."""
+        """Write the rows of NaN and the header, unless the block raised an exception."""
         if kind is not None:
             return
         for row in self._missing:
@@ -77,7 +79,7 @@ class RowFile:
 
 
 def save(matrix: Matrix, path: Path) -> None:
-    """Write vectors, float32 (rows, dimensions).
+    """Write vectors, float32 (rows, dimensions), to a .npy file.
 
     Raises:
         CliError: the file cannot be written.

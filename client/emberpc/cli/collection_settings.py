@@ -1,4 +1,4 @@
-"""What a collection was made with, so that an import can make it again."""
+"""Settings of a collection, stored in exports so that an import can create the same collection."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from emberpc.client.types import Distance, Truncation
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a collection is made with; 0 and empty leave it to the server, as in `Client.create_collection`.
+class CollectionSettings:
+    """Arguments of `Client.create_collection`; 0 and empty values are the server's defaults.
 
-    `model_fingerprint` tells which model made the vectors; empty: not known.
+    `model_fingerprint` (hex) identifies the model that made the vectors; empty: unknown.
     """
 
     model: str = ""
@@ -29,40 +29,44 @@ class Settings:
     indexed_fields: tuple[str, ...] = ()
 
     @staticmethod
-    def of(collection: Collection) -> Settings:
-        """Return those of a collection."""
-        return Settings(**{field.name: getattr(collection, field.name) for field in dataclasses.fields(Settings)})
+    def of(collection: Collection) -> CollectionSettings:
+        """Return the settings of a collection."""
+        return CollectionSettings(
+            **{field.name: getattr(collection, field.name) for field in dataclasses.fields(CollectionSettings)}
+        )
 
     def to_json(self) -> str:
-        """Return them as a file keeps them."""
+        """Return the settings as JSON, to store in a file."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(text: str | bytes, name: str) -> Settings:
-        """Read what `to_json` wrote; those that this version does not know are left out.
+    def from_json(text: str | bytes, name: str) -> CollectionSettings:
+        """Parse the JSON of `to_json`; unknown settings, which a newer version wrote, are ignored.
 
         Raises:
-            CliError: it is something else; `name` is where it stands.
+            CliError: the JSON is damaged; the message names the file `name`.
         """
-        damaged = CliError(f"{name}: what it tells of its collection is damaged; export the collection anew")
+        damaged = CliError(f"{name}: the settings of the collection in it are damaged; export the collection again")
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
             raise damaged from None
         if not isinstance(found, dict):
             raise damaged
-        known = {field.name: found[field.name] for field in dataclasses.fields(Settings) if field.name in found}
+        known = {
+            field.name: found[field.name] for field in dataclasses.fields(CollectionSettings) if field.name in found
+        }
         indexed = known.setdefault("indexed_fields", [])
         if not isinstance(indexed, list) or not all(isinstance(field, str) for field in indexed):
             raise damaged
-        settings = Settings(**{**known, "indexed_fields": tuple(indexed)})
-        for field in dataclasses.fields(Settings):
+        settings = CollectionSettings(**{**known, "indexed_fields": tuple(indexed)})
+        for field in dataclasses.fields(CollectionSettings):
             if not isinstance(getattr(settings, field.name), type(field.default)):
                 raise damaged
         return settings
 
     def create(self, client: Client, name: str) -> Collection:
-        """Create a collection with them."""
+        """Create a collection with these settings."""
         return client.create_collection(
             name,
             model=self.model,
@@ -75,7 +79,7 @@ class Settings:
         )
 
     def command(self, name: str) -> str:
-        """Return the command that creates a collection with them."""
+        """Return the shell command that creates a collection with these settings."""
         options = {
             "--model": self.model,
             "--dimensions": self.dimensions,

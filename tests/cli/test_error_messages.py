@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from emberpc.cli import progress
-from emberpc.cli.wording import reworded
+from emberpc.cli.error_messages import in_cli_terms
 from emberpc.client import types
 from fake_server import FakeServer, Fault
 
@@ -39,7 +39,7 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
     ],
 )
 def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
-    assert wanted in reworded(message)
+    assert wanted in in_cli_terms(message)
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
@@ -56,7 +56,7 @@ def test_an_over_long_record_names_the_lasting_remedy(
         assert outcome.code == 2
         assert f"{path}:1: " in outcome.err
         assert "`emberpc collection update c --truncation end` sets it for all writes" in outcome.err
-    assert "`emberpc collection update c --truncation end`" in reworded(LONG, "c")
+    assert "`emberpc collection update c --truncation end`" in in_cli_terms(LONG, "c")
 
 
 def test_a_query_in_words_without_a_model_names_what_works(emberpc: Emberpc, fake: FakeServer) -> None:
@@ -97,7 +97,7 @@ def test_clusters_are_numbered(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch
         ["1", "", "b", "text b"],
         ["2", "1", "c", "text c"],
     ]
-    assert outcome.err == "2 of 3 clusters: c has no more records that differ\n"
+    assert outcome.err == "2 of 3 clusters: c has no more different records\n"
 
 
 def test_a_collection_may_be_there_already(emberpc: Emberpc, fake: FakeServer) -> None:
