@@ -19,7 +19,7 @@ from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.requests import Limits
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
-from server_process import ServerProcess
+from examples.server_process import ServerProcess
 
 NO_CONTEXT = cast("Any", None)
 

@@ -123,7 +123,7 @@ def test_calls_that_are_reset_at_once_cancel_no_call_of_others(process: ServerPr
     try:
         assert begun.wait(60)
         with grpc.insecure_channel(process.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             for _ in range(60):
                 stub.Check(health_pb2.HealthCheckRequest(), timeout=300)
     finally:
