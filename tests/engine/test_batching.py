@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.engine.batching import Backlog, Item, Job, Queue
-from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
-from emberpc.server.engine.inference import Inference
 from emberpc.server.engine.models.encoders import Encoder
+from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import ServiceError, items_of
@@ -85,7 +85,10 @@ class Serving:
         self.model = self.engine.registry.load("tiny", bundle)
 
     async def embed(self, *texts: str, lane: Lane = Lane.INTERACTIVE) -> Inference:
-        return await self.engine.infer(self.model, texts, "", Truncation.REFUSE, items_of("texts"), Caller(lane=lane))
+        path, caller = items_of("texts"), Caller(lane=lane)
+        return await self.engine.inferrer.infer(
+            InferenceRequest(self.model, texts, "", Truncation.REFUSE, path, caller)
+        )
 
     @property
     def texts_run(self) -> int:

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Item, JobResult, Queue
-from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output

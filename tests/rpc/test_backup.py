@@ -17,12 +17,14 @@ import pytest
 
 from emberpc.cli.main import main
 from emberpc.client import AlreadyExists, AsyncClient, Client, InputError, InvalidArgument, NotFound
-from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.collections import CollectionBackend, CollectionSpec, NewRecord
 from emberpc.server.handlers import Handlers
 from emberpc.server.index import Index
+from emberpc.server.pipelines.backups import CollectionBackups
+from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.services import requests
-from emberpc.server.services.backups import Backups
-from emberpc.server.services.index_pool import IndexPool
+from emberpc.server.services.backups import backup_responses
+from emberpc.server.services.backups import restore as restore_from
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from examples.server_process import ServerProcess
@@ -244,17 +246,17 @@ async def impatient(
     with closing(Index(tmp_path)) as index, ThreadPoolExecutor(4) as pool:
         collection = index.create(CollectionSpec("points", 2000))
         collection.upsert([NewRecord(str(i)) for i in range(count)], np.ones((count, 2000), dtype=np.float32))
-        backups = Backups(index, IndexPool(pool, heavy=2), stall_seconds, contended_seconds)
+        backups = CollectionBackups(index, IndexPool(pool, heavy=2), stall_seconds, contended_seconds)
 
-        async def find(_: str) -> object:
+        async def find() -> CollectionBackend:
             return collection
 
         class Service(index_pb2_grpc.IndexServiceServicer):
             def BackupCollection(self, request: pb.BackupCollectionRequest, context: requests.Context) -> object:  # type: ignore[override]  # noqa: N802
-                return backups.backup(find, request, context)  # type: ignore[arg-type]
+                return backup_responses(backups, find, context)
 
             async def RestoreCollection(self, messages: object, context: requests.Context) -> object:  # type: ignore[override]  # noqa: N802
-                await backups.restore(messages)  # type: ignore[arg-type]
+                await restore_from(backups, messages)  # type: ignore[arg-type]
                 return pb.RestoreCollectionResponse()
 
         server = grpc.aio.server()

@@ -17,11 +17,11 @@ from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.engine import Engine, Model, Registry, Truncation
 from emberpc.server.errors import Code, items_of
 from emberpc.server.index import Index
-from emberpc.server.services.binding import collection_model
+from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.model_binding import collection_model
+from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.services.index import IndexService
-from emberpc.server.services.index_pool import IndexPool
-from emberpc.server.services.reembedding import Reembedder
-from emberpc.server.services.requests import Limits
 from emberpc.v1 import index_pb2 as pb
 from index.support import refused
 
@@ -34,7 +34,7 @@ class Service:
         self.index = Index(data)
         limits = Limits(100, 10_000, 2**24, 2**25, 4096)
         index_pool = IndexPool(pool, heavy=1)
-        self._reembedder = Reembedder(self.engine, self.index, index_pool, limits)
+        self._reembedder = ReembeddingJobs(self.engine, self.index, index_pool, limits)
         self._service = IndexService(self.engine, self.index, index_pool, limits, self._reembedder)
 
     def create(self, model: Model, fingerprint: str) -> None:

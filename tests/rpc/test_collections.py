@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -12,7 +13,8 @@ from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.collections.backend import no_collection
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.services.index import IndexService
+from emberpc.server.pipelines.collection_access import CollectionAccess
+from emberpc.server.pipelines.collection_management import CollectionManagement
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from examples.server_process import ServerProcess
 
@@ -251,21 +253,21 @@ def test_a_record_with_a_time_to_live_tells_what_is_left_and_goes(client: Client
 async def test_a_collection_that_is_deleted_while_it_is_listed_does_not_hide_the_others() -> None:
     """Its database closes after it was found and before it is described."""
 
-    class Opener:
+    class Access(CollectionAccess):
         def __init__(self) -> None:
             self.found = 0
 
-        async def collection(self, name: str) -> object:
+        async def open(self, name: str) -> Any:
             self.found += 1
             if self.found > 1:
                 raise no_collection(name)
             return object()
 
-    async def describe(collection: object) -> index_pb2.Collection:
+    async def describe(collection: object) -> Any:
         raise ServiceError(Code.UNAVAILABLE, "closed", reason="CLOSED")
 
-    service = object.__new__(IndexService)
-    service._opener = opener = Opener()  # type: ignore[assignment]
-    service._describe = describe  # type: ignore[method-assign]
-    assert await service._describe_or_say_why_not(CollectionSpec("gone", 2)) is None
-    assert opener.found == 2
+    management = object.__new__(CollectionManagement)
+    management._access = access = Access()
+    management.describe = describe  # type: ignore[method-assign]
+    assert await management._describe_or_problem(CollectionSpec("gone", 2)) is None
+    assert access.found == 2

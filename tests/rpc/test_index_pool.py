@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import grpc.aio
@@ -16,17 +17,17 @@ import pytest
 
 from emberpc.server import cancellation
 from emberpc.server.collections import CollectionSpec
-from emberpc.server.engine import Engine, Registry
+from emberpc.server.engine import Caller, Engine, Registry
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.handlers import Handlers
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.storage.database import translated
-from emberpc.server.services import index_pool
+from emberpc.server.pipelines import index_pool
+from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.reembedding import ReembeddingJobs
+from emberpc.server.pipelines.slots import Slots
 from emberpc.server.services.index import IndexService, add_index_service
-from emberpc.server.services.index_pool import IndexPool
-from emberpc.server.services.reembedding import Reembedder
-from emberpc.server.services.requests import Limits
-from emberpc.server.services.slots import Slots
 from emberpc.v1 import filter_pb2, index_pb2_grpc, types_pb2
 from emberpc.v1 import index_pb2 as pb
 from index_helpers import DIMENSIONS, records, vectors
@@ -46,7 +47,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_slots_are_given_in_order_and_a_user_who_left_gets_none() -> None:
-    slots = Slots(1, 2, "calls", retry_after=3)
+    slots = Slots(1, 2, "calls", retry_seconds=3)
     await slots.take()
     first, second = (asyncio.create_task(slots.take()) for _ in range(2))
     await asyncio.sleep(0)
@@ -93,14 +94,13 @@ async def test_a_call_whose_caller_left_stops_and_one_that_waits_does_not_begin(
             threading.Event().wait(0.001)
         ended.set()
 
-    context: Any = _Context(None)
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
-        running = asyncio.create_task(pool.run(lambda: work("running"), context, heavy=True))
+        running = asyncio.create_task(pool.run(lambda: work("running"), Caller(), heavy=True))
         await asyncio.to_thread(entered.wait, 60)
         waiting = [
-            asyncio.create_task(pool.run(lambda: work("in the pool"), context)),
-            asyncio.create_task(pool.run(lambda: work("heavy"), context, heavy=True)),
+            asyncio.create_task(pool.run(lambda: work("in the pool"), Caller())),
+            asyncio.create_task(pool.run(lambda: work("heavy"), Caller(), heavy=True)),
         ]
         await asyncio.sleep(0)
         for task in (*waiting, running):
@@ -138,7 +138,7 @@ async def test_a_deadline_ends_the_work_whether_or_not_the_caller_is_there() -> 
             cancellation.check()
 
     with ThreadPoolExecutor(1) as executor, pytest.raises(ServiceError) as stopped:
-        await IndexPool(executor, heavy=1).run(work, _Context(0.05))  # type: ignore[arg-type]
+        await IndexPool(executor, heavy=1).run(work, Caller(deadline=perf_counter() + 0.05))
     assert stopped.value.code is Code.DEADLINE_EXCEEDED
 
 
@@ -153,13 +153,13 @@ async def test_closing_ends_what_runs_and_lets_the_loop_go_on_meanwhile() -> Non
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
         # A handler that was cancelled, and has not noticed yet when the pool is closed.
-        running = asyncio.create_task(pool.run(work, _Context(None)))  # type: ignore[arg-type]
+        running = asyncio.create_task(pool.run(work, Caller()))
         await asyncio.to_thread(entered.wait, 60)
         await pool.close()
         with pytest.raises(ServiceError, match="stopped"):
             await running
         with pytest.raises(ServiceError, match="stopped"):
-            await pool.run(work, _Context(None))  # type: ignore[arg-type]
+            await pool.run(work, Caller())
 
 
 async def test_slots_of_writers_that_nobody_uses_are_forgotten() -> None:
@@ -169,16 +169,6 @@ async def test_slots_of_writers_that_nobody_uses_are_forgotten() -> None:
             await pool.run(lambda: None, within=pool.writers(name))
             await until(lambda name=name: pool.writers(name).idle)  # type: ignore[misc]
         assert len(pool._writers) == 1
-
-
-class _Context:
-    """The part of gRPC's view of a call that a pool asks for."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
-
-    def time_remaining(self) -> float | None:
-        return self._seconds
 
 
 class Served:
@@ -212,7 +202,7 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         engine = Engine(Registry(executor), executor, workers=1, batch_tokens=1000, max_queue_tokens=1000)
         limits = Limits(1000, 1000, 2**24, 2**25, 1000)
         server = grpc.aio.server()
-        service = IndexService(engine, index, pool, limits, Reembedder(engine, index, pool, limits))
+        service = IndexService(engine, index, pool, limits, ReembeddingJobs(engine, index, pool, limits))
         Handlers(server).add(add_index_service, service)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -309,7 +299,7 @@ async def test_what_explains_why_a_filter_finds_nothing_is_heavy_and_ends_with_i
 async def test_too_many_heavy_calls_are_refused_and_may_come_again(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served.pool.heavy, "_most_waiting", 3)
+    monkeypatch.setattr(served.pool.heavy, "_max_waiting", 3)
     counts = [served.count() for _ in range(HEAVY + 3)]
     await until(lambda: served.pool.heavy.waiting == 3)
     query = pb.SearchQuery(vector=vector(vectors(1)))

@@ -16,9 +16,9 @@ import pytest
 from emberpc.server.collections import CollectionSpec, SearchOutcome
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
-from emberpc.server.services import search_groups
-from emberpc.server.services.index_pool import IndexPool
-from emberpc.server.services.search_groups import Search, SearchGroups
+from emberpc.server.pipelines import search_groups
+from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.search_groups import SearchGroups, VectorSearch
 from index_helpers import DIMENSIONS, records, vectors
 
 MATRIX = vectors(300)
@@ -61,8 +61,8 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[SearchGroups]:
         yield SearchGroups(IndexPool(pool, heavy=2), at_once=1)
 
 
-def one(collection: Any, row: int, top_k: int = 3, **options: Any) -> Search:
-    return Search(collection, MATRIX[row : row + 1], [top_k], [None], **options)
+def one(collection: Any, row: int, top_k: int = 3, **options: Any) -> VectorSearch:
+    return VectorSearch(collection, MATRIX[row : row + 1], [top_k], [None], **options)
 
 
 async def first(groups: SearchGroups, watched: Any) -> asyncio.Task[list[SearchOutcome]]:
@@ -79,7 +79,7 @@ def ids(outcomes: list[SearchOutcome]) -> list[list[str]]:
 async def test_what_waits_is_done_together_each_with_its_own_outcome(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     searches = [one(watched, row) for row in range(1, 40)]
-    searches.append(Search(watched, MATRIX[40:45], [3] * 5, ["40", *[None] * 4]))
+    searches.append(VectorSearch(watched, MATRIX[40:45], [3] * 5, ["40", *[None] * 4]))
     waiting = [asyncio.create_task(groups.search(search)) for search in searches]
     await asyncio.sleep(0)
     watched.go_on.set()
@@ -123,7 +123,7 @@ async def test_searches_of_different_kinds_do_not_wait_for_each_other(watched: A
 
 async def test_a_wrong_search_fails_alone(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
-    wrong = Search(watched, np.full((1, DIMENSIONS), np.nan, dtype=np.float32), [3], [None])
+    wrong = VectorSearch(watched, np.full((1, DIMENSIONS), np.nan, dtype=np.float32), [3], [None])
     waiting = [asyncio.create_task(groups.search(search)) for search in (one(watched, 1), wrong, one(watched, 2))]
     await asyncio.sleep(0)
     watched.go_on.set()

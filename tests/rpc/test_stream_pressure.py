@@ -16,14 +16,14 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from emberpc.server.engine import Caller, Engine, Inference, Lane, Model, Registry, Truncation
+from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Lane, Registry
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
-from emberpc.server.errors import Code, FieldPath, ServiceError
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.handlers import Handlers
-from emberpc.server.services import bulk_embedding
+from emberpc.server.pipelines import bulk_embedding
+from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services.embedding import EmbeddingService
-from emberpc.server.services.requests import Limits
 from emberpc.v1 import embedding_pb2 as pb
 from emberpc.v1 import embedding_pb2_grpc, errors_pb2
 from emberpc.wire import status
@@ -31,29 +31,23 @@ from stream_helpers import LETTERS, Answers, messages, texts_of
 
 
 class WatchedEngine(Engine):
-    """The real engine, with something awaited before it is asked; it may raise."""
+    """The real engine, with something awaited before each inference; it may raise."""
 
     def __init__(self, pool: ThreadPoolExecutor, max_queue_tokens: int = 2**20) -> None:
         super().__init__(Registry(pool), pool, workers=1, batch_tokens=512, max_queue_tokens=max_queue_tokens)
         self.before: Callable[[Sequence[str], Caller], Any] | None = None
         self.under_way = 0
         self.asked = 0
+        self._infer = self.inferrer.infer
+        self.inferrer.infer = self._watched_infer  # type: ignore[method-assign]
 
-    async def infer(
-        self,
-        model: Model,
-        texts: Sequence[str],
-        prompt: str,
-        truncation: Truncation,
-        path: FieldPath,
-        caller: Caller,
-    ) -> Inference:
+    async def _watched_infer(self, request: InferenceRequest) -> Inference:
         self.under_way += 1
-        self.asked += len(texts)
+        self.asked += len(request.texts)
         try:
             if self.before is not None:
-                await self.before(texts, caller)
-            return await super().infer(model, texts, prompt, truncation, path, caller)
+                await self.before(request.texts, request.caller)
+            return await self._infer(request)
         finally:
             self.under_way -= 1
 
@@ -283,7 +277,7 @@ async def test_a_group_that_would_be_too_late_fails_at_once(tiny_bundle: Path) -
 async def test_a_queue_that_stays_full_fails_the_texts_in_the_end(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_embedding, "_PATIENCE", 0.2)
+    monkeypatch.setattr(bulk_embedding, "_RETRY_SECONDS", 0.2)
     async with serving(tiny_bundle) as (engine, embed_stream):
 
         async def full(texts: Sequence[str], caller: Caller) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
-from emberpc.server.services.records import Parts, fill_record, record_vectors
-from emberpc.server.services.wire_hits import response_bytes
+from emberpc.server.services.index_messages import RequestedParts, fill_record, record_vectors
+from emberpc.server.services.search_response import response_bytes
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
@@ -43,7 +43,10 @@ USAGES = st.none() | st.builds(types_pb2.TokenUsage, tokens=st.integers(0, 2**31
 
 
 def message_of(
-    outcomes: list[SearchOutcome], parts: Parts, rest: pb.SearchResponse, usages: list[types_pb2.TokenUsage | None]
+    outcomes: list[SearchOutcome],
+    parts: RequestedParts,
+    rest: pb.SearchResponse,
+    usages: list[types_pb2.TokenUsage | None],
 ) -> pb.SearchResponse:
     response = pb.SearchResponse()
     for i, outcome in enumerate(outcomes):
@@ -75,7 +78,7 @@ def test_the_bytes_are_those_of_the_message(
     wanted = st.lists(st.sampled_from([pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR]))
     # Of the same records again and again: what is kept of them for one request must not go into the answer of another.
     for asked in data.draw(st.lists(wanted, min_size=1, max_size=4)):
-        parts = Parts.of(asked)
+        parts = RequestedParts.of(asked)
         written = response_bytes(outcomes, parts, rest, usages)
         assert pb.SearchResponse.FromString(written) == message_of(outcomes, parts, rest, usages)
 
@@ -91,7 +94,7 @@ def test_what_changes_with_time_is_written_anew(stays: bool, kept: int) -> None:
     expires = None if stays else datetime.now(timezone.utc) + timedelta(seconds=100)
     found = record(expire_time=expires)
     outcome = SearchOutcome([(found, 0.5)], Plan(Strategy.EXACT, 0, 1))
-    written = response_bytes([outcome], Parts.of([]), pb.SearchResponse())
+    written = response_bytes([outcome], RequestedParts.of([]), pb.SearchResponse())
     (hit,) = pb.SearchResponse.FromString(written).results[0].hits
     assert hit.record.HasField("time_to_live") is not stays
     assert len(found.forms) == kept

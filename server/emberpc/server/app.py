@@ -17,13 +17,13 @@ from emberpc.server.collections import IndexBackend
 from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
 from emberpc.server.errors import ServiceError, StartupError
 from emberpc.server.handlers import Handlers, Observe
+from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.services.classification import ClassificationService
 from emberpc.server.services.embedding import EmbeddingService
 from emberpc.server.services.index import IndexService, add_index_service
-from emberpc.server.services.index_pool import IndexPool
 from emberpc.server.services.models import ModelService
-from emberpc.server.services.reembedding import Reembedder
-from emberpc.server.services.requests import Limits
 from emberpc.server.services.server_info import ServerService
 from emberpc.server.settings import Settings
 from emberpc.server.stopping import Stopping
@@ -142,17 +142,17 @@ async def run(
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
         # Before the index is closed, which blocks the loop until no call is under way.
         stack.push_async_callback(lambda: stopping.finish(index_pool.close()))
-        reembedder = Reembedder(engine, index, index_pool, limits)
-        stack.push_async_callback(lambda: stopping.finish(reembedder.close()))
+        reembedding = ReembeddingJobs(engine, index, index_pool, limits)
+        stack.push_async_callback(lambda: stopping.finish(reembedding.close()))
         _register(
-            handlers, engine, loader, IndexService(engine, index, index_pool, limits, reembedder), limits, settings
+            handlers, engine, loader, IndexService(engine, index, index_pool, limits, reembedding), limits, settings
         )
         handlers.add(health_pb2_grpc.add_HealthServicer_to_server, statuses)
         names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         handlers.add(
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server, reflection.aio.ReflectionServicer(names)
         )
-        await reembedder.resume()
+        await reembedding.resume()
         await server.start()
         await _set_health(statuses, serving=True)
         gc.enable()

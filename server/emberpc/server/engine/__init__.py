@@ -1,8 +1,8 @@
-"""From texts to numbers: tokenising, micro-batches, ONNX Runtime. Knows nothing of gRPC or the index."""
+"""Run texts through models: tokenizing, micro-batches, ONNX Runtime. Knows no gRPC and no collection."""
 
-from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.engine import Engine
-from emberpc.server.engine.inference import Inference
+from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.loading import Loader
 from emberpc.server.engine.models.model import Model, ModelLoadError, Tell
 from emberpc.server.engine.models.registry import Registry
@@ -13,6 +13,7 @@ __all__ = [
     "Caller",
     "Engine",
     "Inference",
+    "InferenceRequest",
     "Lane",
     "Loader",
     "Model",

@@ -21,7 +21,7 @@ from itertools import count
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 

@@ -1,4 +1,4 @@
-"""The way of a call's texts to their outcome: the cache, another call that runs the same text, or the workers."""
+"""Infer the texts of a call: from the cache, from another call that runs the same text, or with the workers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,54 @@ from typing import TypeVar
 import numpy as np
 
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
-from emberpc.server.engine.calls import Caller
+from emberpc.server.engine.caller import Caller
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath
 
-#: Texts of so few characters in all are tokenised at once: handing them to another thread would take longer.
+#: Texts with at most this many characters together are tokenized on the event loop: a change of threads takes longer.
 _FEW_CHARACTERS = 2000
-#: A longer text takes memory, and a thread of the pool for long: calls with one are tokenised one after the other.
+#: A text with more characters takes memory, and a thread of the pool for long. Calls with such texts are tokenized one
+#: at a time.
 _MANY_CHARACTERS = 2**16
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Inference:
-    """What a model gave for some texts.
+class InferenceRequest:
+    """Texts to run through a model.
 
-    `output` is float32 (texts, width); `tokens[i]` and `truncated[i]` tell of
-    text i; the seconds are wall time, and 0 where the cache knew all texts.
+    Attributes:
+        model: the model.
+        texts: at least one text; none is empty.
+        prompt: the prompt before each text.
+        truncation: the truncation of long texts.
+        path: returns the path of text i in the request, for errors.
+        caller: the caller, with priority and deadline.
+    """
+
+    model: Model
+    texts: Sequence[str]
+    prompt: str
+    truncation: Truncation
+    path: FieldPath
+    caller: Caller
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The output of a model for the texts of a request.
+
+    Attributes:
+        output: float32 (texts, width): vectors or logits, one row for each text.
+        tokens: the number of tokens of each text.
+        truncated: whether each text was truncated.
+        tokenize_seconds: wall time of tokenizing; like the others, 0 if the cache had all texts.
+        queue_seconds: wall time in the queue, and of waiting for other calls that ran the same texts.
+        infer_seconds: wall time of the model's runs.
     """
 
     output: Output
@@ -47,7 +74,7 @@ class Inference:
 
 @dataclass
 class _Times:
-    """Where a call's time went, in seconds."""
+    """Wall time of the steps of a call, in seconds."""
 
     tokenize: float = 0.0
     queue: float = 0.0
@@ -55,12 +82,12 @@ class _Times:
 
 
 class Inferrer:
-    """Runs texts through models. To be used from one event loop alone.
+    """Runs texts through models. Use from one event loop only.
 
     Args:
-        pool: where tokenising runs.
+        pool: runs the tokenizer.
         scheduler: the workers.
-        cache_bytes: most bytes of outcomes to keep; 0: none.
+        cache_bytes: bytes of outputs that the cache keeps at most; 0: none.
     """
 
     def __init__(self, pool: Executor, scheduler: Scheduler, cache_bytes: int) -> None:
@@ -70,28 +97,25 @@ class Inferrer:
         self.flights = Flights()
         self._turn = asyncio.Semaphore(1)
 
-    async def infer(
-        self,
-        model: Model,
-        texts: Sequence[str],
-        prompt: str,
-        truncation: Truncation,
-        path: FieldPath,
-        caller: Caller,
-    ) -> Inference:
-        """Run texts through a model; see `Engine.infer`."""
-        keys = [Key(model.encoder.number, prompt, truncation, text) for text in texts]
+    async def infer(self, request: InferenceRequest) -> Inference:
+        """Run texts through a model.
+
+        Raises:
+            ServiceError: as `TextTokenizer.tokenize` and `Scheduler.run` do.
+        """
+        number, prompt, truncation = request.model.encoder.number, request.prompt, request.truncation
+        keys = [Key(number, prompt, truncation, text) for text in request.texts]
         times = _Times()
         entries = self.cache.find(keys)
         places: dict[Key, int] = {}
         for i, key in enumerate(keys):
             if key not in entries:
-                places.setdefault(key, i)  # each text once, where it stands first
+                places.setdefault(key, i)  # each text once, at its first place
         if places:
-            entries |= await self._compute(model, places, path, caller, times)
+            entries |= await self._compute(request, places, times)
         found = [entries[key] for key in keys]
         return Inference(
-            output=model.finish(np.stack([entry.row for entry in found])),
+            output=request.model.finish(np.stack([entry.row for entry in found])),
             tokens=[entry.tokens for entry in found],
             truncated=[entry.truncated for entry in found],
             tokenize_seconds=times.tokenize,
@@ -100,15 +124,15 @@ class Inferrer:
         )
 
     async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
-        """Return the tokens of each text with its prompt, before any truncation."""
+        """Return the number of tokens of each text with its prompt, before truncation."""
         return await self._in_pool(texts, lambda stop: model.tokenizer.count(texts, prompt, stop))
 
     async def _in_pool(self, texts: Sequence[str], tokenize: Callable[[Callable[[], bool]], Result]) -> Result:
-        """Tokenise texts in the pool. If the caller leaves, it stops after the piece that it is at.
+        """Tokenize texts in the pool. If the caller leaves, it stops after the present piece of text.
 
         Args:
             texts: the texts.
-            tokenize: tokenises them; its argument returns whether it is to stop.
+            tokenize: tokenizes them; its argument returns whether to stop.
         """
         stop, loop = threading.Event(), asyncio.get_running_loop()
         large = any(len(text) > _MANY_CHARACTERS for text in texts)
@@ -121,7 +145,7 @@ class Inferrer:
                 self._turn.release()
             raise
         if large:
-            # Not when the caller leaves: until the piece is done, it takes memory.
+            # Not already when the caller leaves: the piece takes memory until it is done.
             work.add_done_callback(lambda _: self._end_turn(loop))
         try:
             return await asyncio.wrap_future(work)
@@ -129,15 +153,14 @@ class Inferrer:
             stop.set()
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits for a turn
+        with suppress(RuntimeError):  # the loop is closed, so no call waits for a turn
             loop.call_soon_threadsafe(self._turn.release)
 
-    async def _compute(
-        self, model: Model, places: Mapping[Key, int], path: FieldPath, caller: Caller, times: _Times
-    ) -> dict[Key, Entry]:
-        """Run texts that the cache does not know, each of which stands at a place of the request."""
+    async def _compute(self, request: InferenceRequest, places: Mapping[Key, int], times: _Times) -> dict[Key, Entry]:
+        """Run the texts that the cache does not have; `places` has the index of each text in the request."""
+        caller = request.caller
         self._scheduler.check_room(caller)
-        missing = await self._tokenize(model, places, path, times)
+        missing = await self._tokenize(request, places, times)
         found: dict[Key, Entry] = {}
         while missing:
             lane = self._scheduler.lane(sum(len(text.ids) for text in missing.values()), caller)
@@ -145,13 +168,13 @@ class Inferrer:
             own = {key: text for key, text in missing.items() if key not in flights}
             if own:
                 with self.flights.lead(own, lane) as flight:
-                    flight.entries = await self._run(model, own, caller, times)
+                    flight.entries = await self._run(request, own, times)
                 self.cache.add(flight.entries)
                 found |= flight.entries
             start = perf_counter()
             for key, flight in flights.items():
                 await flight.landed.wait()
-                # One that failed, or whose caller left, has nothing: the text is run anew, for this call.
+                # A flight that failed, or whose caller left, has no entries: this call then runs the text itself.
                 if key in flight.entries:
                     found[key] = flight.entries[key]
             times.queue += perf_counter() - start
@@ -159,14 +182,15 @@ class Inferrer:
         return found
 
     async def _tokenize(
-        self, model: Model, places: Mapping[Key, int], path: FieldPath, times: _Times
+        self, request: InferenceRequest, places: Mapping[Key, int], times: _Times
     ) -> dict[Key, TokenizedText]:
+        tokenizer, path = request.model.tokenizer, request.path
         start = perf_counter()
-        first, indexes = next(iter(places)), list(places.values())
+        indexes = list(places.values())
         texts = [key.text for key in places]
 
         def tokenize(stop: Callable[[], bool]) -> list[TokenizedText]:
-            return model.tokenizer.tokenize(texts, first.prompt, first.truncation, lambda i: path(indexes[i]), stop)
+            return tokenizer.tokenize(texts, request.prompt, request.truncation, lambda i: path(indexes[i]), stop)
 
         few = sum(map(len, texts)) <= _FEW_CHARACTERS
         tokenized = tokenize(never) if few else await self._in_pool(texts, tokenize)
@@ -174,9 +198,10 @@ class Inferrer:
         return dict(zip(places, tokenized, strict=True))
 
     async def _run(
-        self, model: Model, texts: Mapping[Key, TokenizedText], caller: Caller, times: _Times
+        self, request: InferenceRequest, texts: Mapping[Key, TokenizedText], times: _Times
     ) -> dict[Key, Entry]:
-        result = await self._scheduler.run(model.encoder, [text.ids for text in texts.values()], caller)
+        ids = [text.ids for text in texts.values()]
+        result = await self._scheduler.run(request.model.encoder, ids, request.caller)
         times.queue += result.queue_seconds
         times.infer += result.infer_seconds
         return {

@@ -18,7 +18,7 @@ import numpy as np
 
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
-from emberpc.server.engine.calls import Caller, Lane
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.job_results import fail, failure, result_of, send
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.sessions.onnx_runtime import Output

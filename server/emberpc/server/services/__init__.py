@@ -1,1 +1,1 @@
-"""The four services of emberpc.v1: each turns a request into work of engine and index, and the outcome into a reply."""
+"""The gRPC services of emberpc.v1. Each method reads a request, calls a pipeline and writes the response."""

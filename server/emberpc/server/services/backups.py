@@ -1,159 +1,108 @@
-"""BackupCollection and RestoreCollection: a collection as one file, in pieces."""
+"""BackupCollection and RestoreCollection: send and receive a collection as one file, and end callers that stall."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 
-from emberpc.server.cancellation import Cancellation
-from emberpc.server.collections import CollectionBackend, CollectionSpec, IndexBackend, RestorationBackend
-from emberpc.server.engine import Truncation
-from emberpc.server.errors import Code, ServiceError, invalid
+import grpc.aio
+
+from emberpc.server.collections import CollectionBackend
+from emberpc.server.errors import Code, ServiceError
+from emberpc.server.pipelines.backups import CollectionBackups, RestoreMessage
 from emberpc.server.services import requests
-from emberpc.server.services.filters import check_indexed_fields
-from emberpc.server.services.index_pool import IndexPool, seconds_left
-from emberpc.server.services.slots import Slots
-from emberpc.server.services.stalling import ended_after
-from emberpc.server.services.tasks import end, next_of
+from emberpc.server.statuses import status_of
 from emberpc.v1 import index_pb2 as pb
+from emberpc.wire import status
 
-#: Each holds a thread at times, and as much of the disk as the collection.
-_AT_ONCE = 2
-#: Those that may wait for their turn; a caller beyond is refused, and may try again after these seconds.
-_MOST_WAITING, _RETRY_SECONDS = 8, 5.0
-#: How long a caller may take no piece, or send none; and how long while others wait for its turn.
-_STALL_SECONDS, _CONTENDED_SECONDS = 60.0, 15.0
+#: Holds references to tasks: the event loop holds none.
+_tasks: set[asyncio.Task[None]] = set()
 
 
-class Backups:
-    """Answers the calls that make a file of a collection and a collection of a file, two at a time of each.
+async def backup_responses(
+    backups: CollectionBackups, open_collection: Callable[[], Awaitable[CollectionBackend]], context: requests.Context
+) -> AsyncIterator[pb.BackupCollectionResponse]:
+    """Yield the responses of a BackupCollection; the first has the size of the backup.
 
     Args:
-        index: the collections.
-        pool: where the work runs.
-        stall_seconds: a caller who takes or sends nothing for so long is given up.
-        contended_seconds: the same, while others wait for their turn.
+        backups: the pipeline.
+        open_collection: opens the collection.
+        context: the context of the call.
+
+    Raises:
+        ServiceError: as `open_collection` and `CollectionBackups.backup` do. A caller that reads nothing for long gets
+            DEADLINE_EXCEEDED.
     """
-
-    def __init__(
-        self,
-        index: IndexBackend,
-        pool: IndexPool,
-        stall_seconds: float = _STALL_SECONDS,
-        contended_seconds: float = _CONTENDED_SECONDS,
-    ) -> None:
-        self._index = index
-        self._pool = pool
-        self._stall_seconds = stall_seconds
-        self._contended_seconds = min(contended_seconds, stall_seconds)
-        self._backups = Slots(_AT_ONCE, _MOST_WAITING, "backups", _RETRY_SECONDS)
-        self._restores = Slots(_AT_ONCE, _MOST_WAITING, "restores", _RETRY_SECONDS)
-
-    async def backup(
-        self,
-        find: Callable[[str], Awaitable[CollectionBackend]],
-        request: pb.BackupCollectionRequest,
-        context: requests.Context,
-    ) -> AsyncIterator[pb.BackupCollectionResponse]:
-        """Answer a BackupCollection; a caller who goes away, or takes nothing for long, ends it.
-
-        Args:
-            find: gives a collection by its name.
-            request: the request.
-            context: gRPC's view of the call.
-
-        Raises:
-            ServiceError: as the collection says, NOT_FOUND if there is none of the name, and RESOURCE_EXHAUSTED if
-                too many callers wait for their turn.
-        """
-        collection = await find(request.name)
-        async with self._backups.one():
-            stop = Cancellation(seconds_left(context))
-            pieces = collection.backup(stop)
-            # The whole copy is made for the first piece.
-            job = await self._pool.submit(lambda: next(pieces, None), heavy=True)
-            first = True
-            try:
-                while (piece := await asyncio.wrap_future(job)) is not None:
-                    total = piece.total if first else 0
-                    first = False
-                    with ended_after(
-                        self._stall_seconds, context, lambda: self._backups.waiting > 0, self._contended_seconds
-                    ):
-                        yield pb.BackupCollectionResponse(chunk=piece.data, sha256=piece.sha256, total_bytes=total)
-                    job = self._pool.start(lambda: next(pieces, None))
-            finally:
-                stop.cancel()
-                # When nothing runs in it: now, or when the copy has noticed that it is to stop.
-                job.add_done_callback(lambda _: self._pool.start(pieces.close))
-
-    async def restore(self, messages: AsyncIterator[pb.RestoreCollectionRequest]) -> CollectionBackend:
-        """Make a collection of what comes; a caller who goes away, or sends nothing for long, leaves nothing behind.
-
-        The turn of a caller begins with its first message, so that a silent one keeps nobody waiting.
-
-        Raises:
-            ServiceError: as the index says; INVALID_ARGUMENT if the messages are not in order, DEADLINE_EXCEEDED if
-                none comes for long, RESOURCE_EXHAUSTED if too many callers wait for their turn.
-        """
-        message = await self._next(messages, lambda: False)
-        if message is None or not message.name:
-            raise invalid("name", "is missing; the first message must have the name of the collection to make")
-        async with self._restores.one():
-            return await self._restore(message, messages)
-
-    async def _restore(
-        self, first: pb.RestoreCollectionRequest, messages: AsyncIterator[pb.RestoreCollectionRequest]
-    ) -> CollectionBackend:
-        name, total = first.name, first.total_bytes
-        opening = self._pool.start(lambda: self._index.restore(name, total, _check_servable))
-        try:
-            restoration = await asyncio.wrap_future(opening)
-            sha256 = ""
-            message: pb.RestoreCollectionRequest | None = first
-            while message is not None:
-                if message.name not in ("", name):
-                    raise invalid("name", f"is {message.name!r}, and the stream is of {name!r}; open another one")
-                if sha256:
-                    raise invalid("sha256", "was in a message that is not the last; send it with the last one")
-                await self._pool.run(partial(restoration.write, message.chunk))
-                sha256 = message.sha256
-                message = await self._next(messages, lambda: self._restores.waiting > 0)
-            # Never refused, since all would have to be sent again; there are no more than two.
-            return await self._pool.run(partial(restoration.finish, sha256), heavy=True, refuse=False)
-        finally:
-            opening.add_done_callback(self._close)
-
-    async def _next(
-        self, messages: AsyncIterator[pb.RestoreCollectionRequest], contended: Callable[[], bool]
-    ) -> pb.RestoreCollectionRequest | None:
-        """Return the next message; None at the end. `contended`: whether others wait for this caller's turn."""
-        coming = asyncio.create_task(next_of(messages))
-        waited = 0.0
-        try:
-            while not coming.done():
-                if waited >= self._stall_seconds or (waited and contended()):
-                    message = f"nothing came for {waited:g} s, so nothing was restored; send it again"
-                    raise ServiceError(Code.DEADLINE_EXCEEDED, message, reason="STALLED")
-                step = min(self._contended_seconds, self._stall_seconds - waited)
-                await asyncio.wait([coming], timeout=step)
-                waited += step
-            return coming.result()
-        finally:
-            await end([coming])
-
-    def _close(self, opening: Future[RestorationBackend]) -> None:
-        """Close a restoration, if it came to be."""
-        if not opening.cancelled() and opening.exception() is None:
-            self._pool.start(opening.result().close)
+    first = True
+    async with aclosing(backups.backup(await open_collection(), requests.caller(context))) as pieces:
+        async for piece in pieces:
+            total = piece.total if first else 0
+            first = False
+            with _ended_after(backups.stall_seconds, context, lambda: backups.backups_wait, backups.contended_seconds):
+                yield pb.BackupCollectionResponse(chunk=piece.data, sha256=piece.sha256, total_bytes=total)
 
 
-def _check_servable(spec: CollectionSpec) -> None:
-    """Raise ValueError or ServiceError if a collection cannot have been made by this service.
+async def restore(
+    backups: CollectionBackups, messages: AsyncIterator[pb.RestoreCollectionRequest]
+) -> CollectionBackend:
+    """Restore a collection from the messages of a call; errors are those of `CollectionBackups.restore`."""
+    return await backups.restore(messages, _restore_message)
 
-    Whether its model is served is no matter, as for one that is opened: its vectors can be searched without.
+
+def _restore_message(message: pb.RestoreCollectionRequest) -> RestoreMessage:
+    return RestoreMessage(message.name, message.total_bytes, message.chunk, message.sha256)
+
+
+@contextmanager
+def _ended_after(
+    seconds: float, context: requests.Context, contended: Callable[[], bool], contended_seconds: float
+) -> Iterator[None]:
+    """End the call with DEADLINE_EXCEEDED if the block, in which the caller reads a response, lasts too long.
+
+    The handler is cancelled at once. The caller gets the error when it reads again.
+
+    Args:
+        seconds: how long the block may last.
+        context: the context of the call.
+        contended: returns whether other callers wait for the slot of this one.
+        contended_seconds: how long the block may last if so; checked at this interval.
     """
-    Truncation(spec.truncation)
-    check_indexed_fields(spec.indexed_fields, "indexed_fields")
+    handler = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    steps = 0
+    timer: asyncio.TimerHandle | None = None
+
+    def check() -> None:
+        nonlocal timer, steps
+        steps += 1
+        if steps * contended_seconds >= seconds or contended():
+            end()
+        else:
+            timer = loop.call_later(contended_seconds, check)
+
+    def end() -> None:
+        task = loop.create_task(_abort(steps * contended_seconds, context))
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+        if handler is not None:
+            # After the task's first step: gRPC sends no status of a handler that was cancelled before.
+            loop.call_soon(handler.cancel)
+
+    timer = loop.call_later(contended_seconds, check)
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+async def _abort(seconds: float, context: requests.Context) -> None:
+    """End a call whose caller has read nothing for some seconds."""
+    request_id = requests.request_id(context)
+    message = f"nothing was read for {seconds:g} s, so the call was ended; begin again, and read without a pause"
+    error_status = status_of(ServiceError(Code.DEADLINE_EXCEEDED, message, reason="STALLED"), request_id)
+    details = (status.DETAILS_KEY, error_status.SerializeToString()), (status.REQUEST_ID_KEY, request_id)
+    # `abort` always raises, and another error if the caller has left.
+    with suppress(grpc.aio.BaseError):
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message, details)

@@ -7,14 +7,13 @@ from datetime import datetime
 
 from emberpc.bundle import LabelDecisions, Manifest, Task
 from emberpc.server.engine import Engine, Model
-from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.paging import decode_token, encode_token
+from emberpc.server.pipelines.classification import ClassificationRequest, TextClassifier
+from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services import replies, requests
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 
-#: Bytes of a LabelScore beside the label.
-_SCORE_BYTES = 10
 #: Bytes of a reply beside the only classifier in it, its page token included: a name has at most 128 characters.
 _REPLY_BYTES = 1024
 #: A page of classifiers ends before this many bytes, or after one classifier: classifiers with many labels would exceed
@@ -23,45 +22,32 @@ _MAX_PAGE_BYTES = 2**20
 
 
 class ClassificationService(classification_pb2_grpc.ClassificationServiceServicer):
-    """Serves the fine-tuned classifiers of an engine."""
+    """Serves the fine-tuned classifiers of an engine.
 
-    def __init__(self, engine: Engine, limits: requests.Limits) -> None:
+    Args:
+        engine: the models.
+        limits: limits of a call.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine = engine
         self._limits = limits
+        self._classifier = TextClassifier(engine, limits)
 
     async def Classify(self, request: pb.ClassifyRequest, context: requests.Context) -> pb.ClassifyResponse:
         """Classify texts."""
-        model = self._engine.model(request.classifier, Task.CLASSIFICATION, "classifier")
-        self._limits.check_count(len(request.texts), "texts", "text")
-        self._limits.check_texts(request.texts, items_of("texts"))
-        if request.top_k < 0:
-            raise invalid("top_k", f"is {request.top_k}; it must be 0 (for all labels) or more")
-        if request.nearest_examples:
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                f"classifier {model.name!r} is a fine-tuned model and keeps no examples; leave nearest_examples unset",
-                reason="NO_EXAMPLES",
-            )
-        manifest = model.manifest
-        listed = min(request.top_k or len(manifest.labels), len(manifest.labels))
-        longest = max(len(label.encode()) for label in manifest.labels)
-        self._limits.check_response(
-            len(request.texts) * (listed + len(manifest.labels) * manifest.multi_label) * (longest + _SCORE_BYTES),
-            "set top_k, or send fewer texts in one call",
-        )
-        truncation = requests.truncation(request.truncation)
-        inference = await self._engine.infer(
-            model,
+        classification_request = ClassificationRequest(
+            request.classifier,
             request.texts,
-            manifest.prompts.passage,
-            truncation,
-            items_of("texts"),
-            requests.caller(context, request.priority),
+            request.top_k,
+            request.nearest_examples,
+            requests.truncation(request.truncation),
         )
+        caller = requests.caller(context, request.priority)
+        model, inference, decisions = await self._classifier.classify(classification_request, caller)
         response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
-        decisions = manifest.decision_rule.decide(inference.output)
         for row, usage in enumerate(replies.usages(inference)):
-            classification = classify_row(decisions, row, manifest, request.top_k)
+            classification = classify_row(decisions, row, model.manifest, request.top_k)
             classification.usage.CopyFrom(usage)
             response.classifications.append(classification)
         return response

@@ -1,123 +1,159 @@
-"""EmbeddingService: texts to vectors."""
+"""EmbeddingService: embed texts, compare them, and count their tokens."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.bundle import Task
-from emberpc.server.engine import Engine
-from emberpc.server.errors import items_of
+from emberpc.server.engine import Engine, Lane
+from emberpc.server.errors import invalid
+from emberpc.server.pipelines.embedding import EmbeddingOptions, SimilarityRequest, TextEmbedder
+from emberpc.server.pipelines.embedding_stream import EmbeddedTextGroup, EmbeddingStream, StreamText
+from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services import replies, requests
-from emberpc.server.services.forms import EmbeddingForm, shape
-from emberpc.server.services.streaming import embed_stream
-from emberpc.server.services.wire_hits import varint
+from emberpc.server.services.search_response import varint
+from emberpc.server.statuses import status_of
 from emberpc.v1 import embedding_pb2 as pb
-from emberpc.v1 import embedding_pb2_grpc
+from emberpc.v1 import embedding_pb2_grpc, types_pb2
+from emberpc.wire import vectors
 
-#: Bytes of a score of ComputeSimilarity, a packed float.
-_SCORE_BYTES = 4
+_DTYPES = frozenset(types_pb2.DataType.values())
 
 
 class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
-    """Serves the embedding models of an engine."""
+    """Serves the embedding models of an engine.
 
-    def __init__(self, engine: Engine, limits: requests.Limits) -> None:
+    Args:
+        engine: the models.
+        limits: limits of a call.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine = engine
         self._limits = limits
+        self._embedder = TextEmbedder(engine, limits)
 
     async def Embed(self, request: pb.EmbedRequest, context: requests.Context) -> pb.EmbedResponse:
         """Embed texts."""
-        model = self._engine.model(request.model, Task.EMBEDDING)
-        texts = list(request.texts)
-        self._limits.check_count(len(texts), "texts", "text")
-        self._limits.check_texts(texts, items_of("texts"))
-        form = EmbeddingForm.of(model, request)
-        self._limits.check_response(len(texts) * form.bytes_per_text(model), "send fewer texts in one call")
-        inference = await self._engine.infer(
-            model,
-            texts,
-            form.prompt,
-            form.truncation,
-            items_of("texts"),
-            requests.caller(context, request.priority),
-        )
+        options = _options(request)
+        caller = requests.caller(context, request.priority)
+        embedded = await self._embedder.embed(request.model, list(request.texts), options, caller)
         return pb.EmbedResponse(
-            embeddings=form.encode(inference.output),
-            usages=replies.usages(inference),
-            model=replies.model_version(model),
-            timings=replies.timings([inference]),
+            embeddings=vectors.encode(embedded.vectors, request.dtype),
+            usages=replies.usages(embedded.inference),
+            model=replies.model_version(embedded.model),
+            timings=replies.timings([embedded.inference]),
         )
 
-    def EmbedStream(
+    async def EmbedStream(
         self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: requests.Context
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
-        """Embed a corpus of any size."""
-        return embed_stream(self._engine, self._limits, request_iterator, context)
+        """Embed a corpus of any size; the first response has the model only.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the first message has no config, or a later one has one; as
+                `EmbeddingStream` does.
+        """
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("config"):
+            raise invalid("config", "is missing; the first message of a stream must have one")
+        config, request_id = first.config, requests.request_id(context)
+        options = _options(config, "config.")
+        caller = requests.caller(context, config.priority, Lane.BULK, "config.priority")
+        stream = EmbeddingStream(self._engine, self._limits, config.model, options, caller, request_id)
+        stream.add(_texts(first))
+        yield pb.EmbedStreamResponse(model=replies.model_version(stream.model))
+        async with aclosing(stream.run(request_iterator, _later_texts)) as groups:
+            async for group in groups:
+                yield _group_response(group, config.dtype, request_id)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: requests.Context) -> pb.CountTokensResponse:
         """Count the tokens of texts."""
-        model = self._engine.model(request.model)
-        self._limits.check_count(len(request.texts), "texts", "text")
-        self._limits.check_texts(request.texts, items_of("texts"), allow_empty=True)
-        prompt = requests.prompt(model.manifest.prompts, request.input_kind)
+        kind = requests.input_kind(request.input_kind)
+        counted = await self._embedder.count_tokens(request.model, request.texts, kind)
         return pb.CountTokensResponse(
-            token_counts=await self._engine.count_tokens(model, request.texts, prompt),
-            max_tokens=model.manifest.max_tokens,
-            model=replies.model_version(model),
+            token_counts=counted.counts,
+            max_tokens=counted.model.manifest.max_tokens,
+            model=replies.model_version(counted.model),
         )
 
     async def ComputeSimilarity(
         self, request: pb.ComputeSimilarityRequest, context: requests.Context
     ) -> pb.ComputeSimilarityResponse:
         """Compare each source with each target."""
-        model = self._engine.model(request.model, Task.EMBEDDING)
-        self._limits.check_count(len(request.sources), "sources", "text")
-        self._limits.check_texts(request.sources, items_of("sources"))
-        self._limits.check_count(len(request.targets), "targets", "text")
-        self._limits.check_texts(request.targets, items_of("targets"))
-        self._limits.check_count(len(request.sources) + len(request.targets), "sources and targets", "text")
-        size = _SCORE_BYTES * len(request.sources) * len(request.targets)
-        self._limits.check_response(size, "compare fewer texts in one call")
-        truncation = requests.truncation(request.truncation)
-        prompts, caller = model.manifest.prompts, requests.caller(context)
-        sources, targets = await asyncio.gather(
-            self._engine.infer(
-                model,
-                request.sources,
-                requests.prompt(prompts, request.source_kind, "source_kind"),
-                truncation,
-                items_of("sources"),
-                caller,
-            ),
-            self._engine.infer(
-                model,
-                request.targets,
-                requests.prompt(prompts, request.target_kind, "target_kind"),
-                truncation,
-                items_of("targets"),
-                caller,
-            ),
+        similarity_request = SimilarityRequest(
+            request.model,
+            request.sources,
+            request.targets,
+            requests.input_kind(request.source_kind, "source_kind"),
+            requests.input_kind(request.target_kind, "target_kind"),
+            requests.truncation(request.truncation),
         )
-        scores = shape(sources.output, 0, unit=True) @ shape(targets.output, 0, unit=True).T
-        response = _with_scores(np.clip(scores, -1, 1))
-        response.rows, response.columns = len(request.sources), len(request.targets)
-        response.usages.extend([*replies.usages(sources), *replies.usages(targets)])
-        response.model.CopyFrom(replies.model_version(model))
-        response.timings.CopyFrom(replies.timings([sources, targets]))
+        found = await self._embedder.similarities(similarity_request, requests.caller(context))
+        response = _with_scores(found.scores)
+        response.rows, response.columns = found.scores.shape
+        response.usages.extend([*replies.usages(found.sources), *replies.usages(found.targets)])
+        response.model.CopyFrom(replies.model_version(found.model))
+        response.timings.CopyFrom(replies.timings([found.sources, found.targets]))
         return response
+
+
+def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") -> EmbeddingOptions:
+    """Read embedding options from a message, and check its data type.
+
+    Args:
+        message: the message.
+        path: prefix of the names of its fields, for errors.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT for a value that this server does not know.
+    """
+    if message.dtype not in _DTYPES:
+        raise invalid(f"{path}dtype", f"is {message.dtype}, which is no DataType")
+    return EmbeddingOptions(
+        requests.input_kind(message.input_kind, f"{path}input_kind"),
+        requests.truncation(message.truncation, f"{path}truncation"),
+        message.dimensions,
+        message.normalize if message.HasField("normalize") else None,
+    )
+
+
+def _texts(message: pb.EmbedStreamRequest) -> Sequence[StreamText]:
+    """Return the texts of a message."""
+    return [StreamText(item.id, item.text) for item in message.items]
+
+
+def _later_texts(message: pb.EmbedStreamRequest) -> Sequence[StreamText]:
+    """Return the texts of a message that is not the first; INVALID_ARGUMENT if it has a config."""
+    if message.HasField("config"):
+        raise invalid("config", "is there again; only the first message of a stream may have one")
+    return _texts(message)
+
+
+def _group_response(
+    group: EmbeddedTextGroup, dtype: types_pb2.DataType.ValueType, request_id: str
+) -> pb.EmbedStreamResponse:
+    response = pb.EmbedStreamResponse(
+        ids=group.ids,
+        failures=[pb.EmbedStreamFailure(id=id_, error=status_of(error, request_id)) for id_, error in group.failures],
+    )
+    for inference in group.inferences:
+        response.usages.extend(replies.usages(inference))
+    if group.vectors is not None:
+        response.embeddings.CopyFrom(vectors.encode(group.vectors, dtype))
+    return response
 
 
 def _with_scores(scores: npt.NDArray[np.float32]) -> pb.ComputeSimilarityResponse:
     """Return a response with scores, float32 (rows, columns).
 
-    From bytes: protobuf takes one number after the other from an array, half a second for four million, and holds the
-    interpreter meanwhile.
+    The message is parsed from bytes: protobuf copies an array number by number, which takes half a second for four
+    million numbers and holds the interpreter's lock.
     """
     data = scores.astype("<f4").tobytes()
     field = pb.ComputeSimilarityResponse.DESCRIPTOR.fields_by_name["scores"].number
-    # A tag and a length, as of https://protobuf.dev/programming-guides/encoding/: packed numbers have wire type 2.
+    # A tag and a length, see https://protobuf.dev/programming-guides/encoding/: packed numbers have wire type 2.
     return pb.ComputeSimilarityResponse.FromString(bytes([field << 3 | 2]) + varint(len(data)) + data)

@@ -1,92 +1,94 @@
-"""IndexService: collections of records, and search in them."""
+"""IndexService: manage collections, write and read records, and search."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from emberpc.bundle import Task
-from emberpc.server.collections import CollectionBackend, CollectionSpec, IndexBackend, WriteResult
+from emberpc.server.collections import IndexBackend
 from emberpc.server.collections.filters import Filter
 from emberpc.server.cores import usable_cores
-from emberpc.server.engine import Caller, Engine, Truncation
-from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.services import keeping, reading, replies, requests
-from emberpc.server.services.backups import Backups
-from emberpc.server.services.binding import collection_model
-from emberpc.server.services.bulk import upsert_stream
-from emberpc.server.services.filters import check_indexed_fields, read_filter
-from emberpc.server.services.forms import Matrix, check_dimensions, shape
-from emberpc.server.services.groups import Groups
-from emberpc.server.services.index_pool import IndexPool
-from emberpc.server.services.opening import Opener
-from emberpc.server.services.records import (
-    DISTANCES,
-    Parts,
+from emberpc.server.engine import Engine, Lane
+from emberpc.server.errors import invalid
+from emberpc.server.pipelines.backups import CollectionBackups
+from emberpc.server.pipelines.collection_access import CollectionAccess
+from emberpc.server.pipelines.collection_analysis import CollectionAnalysis
+from emberpc.server.pipelines.collection_management import CollectionManagement
+from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.records import RecordWriter, UpsertRequest
+from emberpc.server.pipelines.reembedding import ReembeddingJobs
+from emberpc.server.pipelines.search import RESPONSE_REMEDY, CollectionSearch
+from emberpc.server.pipelines.search_groups import SearchGroups
+from emberpc.server.pipelines.upsert_stream import UpsertedBatch, UpsertMessage, UpsertStream
+from emberpc.server.services import backups, record_replies, replies, requests
+from emberpc.server.services.filter_messages import read_filter
+from emberpc.server.services.index_messages import (
+    RequestedParts,
     caller_vectors,
     collection_message,
     new_records,
-    spec_message,
+    read_collection,
+    read_each_record,
 )
-from emberpc.server.services.reembedding import Reembedder
-from emberpc.server.services.search_groups import SearchGroups
-from emberpc.server.services.searching import Searcher
-from emberpc.server.services.slots import Slots
+from emberpc.server.services.search_request import read_search_request
+from emberpc.server.services.search_response import search_response
+from emberpc.server.statuses import status_of
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 
-Result = TypeVar("Result")
+#: Serialize responses with more hits in the pool: a record that was not returned before takes some 10 µs, so a large
+#: response would block the event loop.
+_MANY_HITS = 200
 
 
 class IndexService(index_pb2_grpc.IndexServiceServicer):
-    """Serves an index, embedding texts with the models of an engine.
+    """Serves an index; the models of an engine embed texts.
 
     Args:
         engine: the models.
-        index: the collections; its calls block, so they run in `pool`.
-        pool: where they run.
-        limits: how large a call may be.
-        reembedder: takes collections to other models.
+        index: the collections.
+        pool: runs the blocking calls of the index.
+        limits: limits of a call.
+        reembedding: the reembedding jobs.
     """
 
     def __init__(
-        self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: requests.Limits, reembedder: Reembedder
+        self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits, reembedding: ReembeddingJobs
     ) -> None:
         self._engine = engine
-        self._index = index
         self._pool = pool
         self._limits = limits
-        self._reembedder = reembedder
-        self._groups = Groups(pool, limits)
-        self._backups = Backups(index, pool)
-        self._searcher = Searcher(engine, limits, pool, SearchGroups(pool, usable_cores()))
-        self._opener = Opener(engine, index, pool)
+        self._reembedding = reembedding
+        self._access = CollectionAccess(engine, index, pool)
+        self._management = CollectionManagement(engine, index, pool, self._access, reembedding)
+        self._writer = RecordWriter(engine, limits, pool, self._access, reembedding)
+        self._analysis = CollectionAnalysis(pool)
+        self._backups = CollectionBackups(index, pool)
+        self._search = CollectionSearch(engine, limits, pool, SearchGroups(pool, usable_cores()), self._access)
 
     async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: requests.Context
     ) -> pb.CreateCollectionResponse:
         """Create a collection."""
-        spec = self._spec(request.collection)
-        await self._pool.run(lambda: self._index.create(spec))
-        return pb.CreateCollectionResponse(collection=await self._with(spec.name, self._describe))
+        created = await self._management.create(read_collection(request.collection))
+        return pb.CreateCollectionResponse(collection=collection_message(created))
 
     async def GetCollection(
         self, request: pb.GetCollectionRequest, context: requests.Context
     ) -> pb.GetCollectionResponse:
         """Describe a collection."""
-        return pb.GetCollectionResponse(collection=await self._with(request.name, self._describe))
+        return pb.GetCollectionResponse(collection=collection_message(await self._management.get(request.name)))
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: requests.Context
     ) -> pb.ListCollectionsResponse:
-        """List the collections by name."""
+        """List the collections in the order of their names."""
         size = requests.page_size(request.page_size)
-        specs, token = await self._pool.run(lambda: self._index.page(size, request.page_token))
-        found = [await self._describe_or_say_why_not(spec) for spec in specs]
-        return pb.ListCollectionsResponse(
-            collections=[collection for collection in found if collection is not None], next_page_token=token
-        )
+        descriptions, token = await self._management.page(size, request.page_token)
+        return pb.ListCollectionsResponse(collections=map(collection_message, descriptions), next_page_token=token)
 
     async def UpdateCollection(
         self, request: pb.UpdateCollectionRequest, context: requests.Context
@@ -97,295 +99,223 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         for i, path in enumerate(request.update_mask.paths):
             if path != "truncation":
                 raise invalid(f"update_mask.paths[{i}]", f"is {path!r}; only truncation can be changed")
-        truncation = requests.truncation(request.collection.truncation, "collection.truncation").value
-        name = request.collection.name
-        await self._pool.run(lambda: self._index.update(name, truncation), within=self._pool.writers(name))
-        return pb.UpdateCollectionResponse(collection=await self._with(name, self._describe))
+        truncation = requests.truncation(request.collection.truncation, "collection.truncation")
+        updated = await self._management.set_truncation(request.collection.name, truncation)
+        return pb.UpdateCollectionResponse(collection=collection_message(updated))
 
     async def DeleteCollection(
         self, request: pb.DeleteCollectionRequest, context: requests.Context
     ) -> pb.DeleteCollectionResponse:
         """Delete a collection."""
-        await self._reembedder.cancel(request.name)
-        await self._pool.run(lambda: self._index.delete(request.name))
+        await self._management.delete(request.name)
         return pb.DeleteCollectionResponse()
 
     async def UpsertRecords(
         self, request: pb.UpsertRecordsRequest, context: requests.Context
     ) -> pb.UpsertRecordsResponse:
         """Insert or replace records."""
-        self._limits.check_count(len(request.records), "records", "record")
-        await self._reembedder.writable(request.collection)
-        return await self._with(request.collection, lambda collection: self._upsert(request, context, collection))
-
-    async def _upsert(
-        self, request: pb.UpsertRecordsRequest, context: requests.Context, collection: CollectionBackend
-    ) -> pb.UpsertRecordsResponse:
-        writers = self._pool.writers(request.collection)
-        records = await self._pool.run(lambda: new_records(request.records), context, within=writers)
-        response = pb.UpsertRecordsResponse()
-        if request.HasField("vectors"):
-            self._limits.check_texts([record.text for record in records], items_of("records", "text"), allow_empty=True)
-            matrix = caller_vectors(request.vectors, len(records), "vectors")
-        else:
-            texts = [record.text for record in records]
-            default = Truncation(collection.spec.truncation)
-            truncation = requests.truncation(request.truncation, default=default)
-            matrix = await self._embed_records(collection, texts, truncation, requests.caller(context), response)
-        upsert = partial(collection.upsert, records, matrix, list(request.expected_revisions) or None)
-        result = await self._pool.run(upsert, within=writers)
-        response.inserted_count = result.inserted
-        response.updated_count = result.updated
-        response.receipt.CopyFrom(replies.receipt(result))
+        given = request.HasField("vectors")
+        upsert_request = UpsertRequest(
+            collection=request.collection,
+            record_count=len(request.records),
+            read_records=lambda: new_records(request.records),
+            read_vectors=partial(caller_vectors, request.vectors, len(request.records), "vectors") if given else None,
+            truncation=None if given else requests.optional_truncation(request.truncation),
+            expected_revisions=list(request.expected_revisions) or None,
+        )
+        upserted = await self._writer.upsert(upsert_request, requests.caller(context))
+        result, inference = upserted.result, upserted.inference
+        response = pb.UpsertRecordsResponse(
+            inserted_count=result.inserted, updated_count=result.updated, receipt=replies.receipt(result)
+        )
+        if inference is not None:
+            response.usages.extend(replies.usages(inference))
+            response.timings.CopyFrom(replies.timings([inference]))
         return response
 
-    def UpsertRecordsStream(
+    async def UpsertRecordsStream(
         self, request_iterator: AsyncIterator[pb.UpsertRecordsStreamRequest], context: requests.Context
     ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
-        """Insert or replace the records of a corpus of any size."""
-        writable = self._reembedder.writable
-        return upsert_stream(
-            self._engine, self._limits, self._pool, self._opener.collection, writable, request_iterator, context
-        )
+        """Insert or replace the records of a corpus of any size; each response is a checkpoint.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the first message names no collection; as `UpsertStream` does.
+        """
+        first = await anext(request_iterator, None)
+        if first is None or not first.collection:
+            raise invalid("collection", "is missing; the first message of a stream must name one")
+        collection = await self._access.open(first.collection)
+        caller, request_id = requests.caller(context, default=Lane.BULK), requests.request_id(context)
+        stream = UpsertStream(self._engine, self._limits, self._pool, self._reembedding, collection, caller, request_id)
+        stream.add(self._upsert_message(first))
+        async with aclosing(stream.run(request_iterator, self._upsert_message)) as batches:
+            async for batch in batches:
+                yield _batch_response(batch, request_id)
 
     async def BatchGetRecords(
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
     ) -> pb.BatchGetRecordsResponse:
-        """Get records by id."""
-        parts = Parts(request.parts)
-        if not 1 <= len(request.ids) <= requests.MAX_IDS:
-            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {requests.MAX_IDS}")
-        return await self._call(
+        """Return records by their ids."""
+        parts = RequestedParts(request.parts)
+        self._limits.check_ids(len(request.ids))
+        return await self._access.call(
             request.collection,
-            lambda collection: reading.batch_get(collection, request.ids, parts, self._limits),
-            context,
+            lambda collection: record_replies.batch_get(collection, request.ids, parts, self._limits),
+            requests.caller(context),
         )
 
     async def DeleteRecords(
         self, request: pb.DeleteRecordsRequest, context: requests.Context
     ) -> pb.DeleteRecordsResponse:
         """Delete records by id or by filter."""
-        condition = _filter(request)
-        if condition is not None and request.ids:
-            raise invalid("filter", "is set and so are ids; give one of the two")
-        if condition is None and not 1 <= len(request.ids) <= requests.MAX_IDS:
-            raise invalid("ids", f"has {len(request.ids)} ids; it must have 1 to {requests.MAX_IDS}")
-
-        def delete(collection: CollectionBackend) -> tuple[WriteResult, list[str]]:
-            if condition is None:
-                return collection.delete(request.ids), []
-            deleted = collection.delete_matching(condition)
-            return deleted, reading.warnings(collection, condition, deleted.deleted)
-
-        await self._reembedder.writable(request.collection)
-        writers = self._pool.writers(request.collection)
-        # What finds the records can be cancelled, and then nothing is deleted.
-        result, warnings = await self._call(
-            request.collection, delete, context, heavy=condition is not None, within=writers
-        )
+        condition, caller = _filter(request), requests.caller(context)
+        deleted = await self._writer.delete(request.collection, request.ids, condition, caller)
         return pb.DeleteRecordsResponse(
-            deleted_count=result.deleted,
-            receipt=replies.receipt(result),
-            warnings=warnings,
+            deleted_count=deleted.result.deleted,
+            receipt=replies.receipt(deleted.result),
+            warnings=deleted.warnings,
         )
 
     async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
-        """List records by id."""
-        condition = _filter(request)
-        parts = Parts(request.parts)
-        size = requests.page_size(request.page_size)
-        return await self._call(
+        """List records in the order of their ids."""
+        condition, parts = _filter(request), RequestedParts(request.parts)
+        size, token = requests.page_size(request.page_size), request.page_token
+        return await self._access.call(
             request.collection,
-            lambda collection: reading.page(collection, size, request.page_token, condition, parts, self._limits),
-            context,
+            lambda collection: record_replies.page(collection, size, token, condition, parts, self._limits),
+            requests.caller(context),
             heavy=condition is not None,
         )
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Count records."""
         condition = _filter(request)
-
-        def count(collection: CollectionBackend) -> pb.CountRecordsResponse:
-            found = collection.count(condition)
-            return pb.CountRecordsResponse(count=found, warnings=reading.warnings(collection, condition, found))
-
-        return await self._call(request.collection, count, context, heavy=condition is not None)
+        return await self._access.call(
+            request.collection,
+            lambda collection: record_replies.count(collection, condition),
+            requests.caller(context),
+            heavy=condition is not None,
+        )
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
-        """Find the records nearest to each query; the answer is written already, see `add_index_service`."""
-        requests.check_priority(request.priority)
-        collection = self._opener.at_hand(request.collection)
-        if collection is not None:
-            try:
-                return await self._searcher.search(request, collection, context)
-            except ServiceError as error:
-                if error.reason != "CLOSED":
-                    raise
-        return await self._with(request.collection, lambda again: self._searcher.search(request, again, context))
+        """Search the records nearest to each query; returns serialized bytes, see `add_index_service`."""
+        caller = requests.caller(context, request.priority)
+        parts = RequestedParts.of(request.parts)
+        results = await self._search.search(request.collection, read_search_request(request, parts), caller)
+        serialize = partial(search_response, results, parts, self._check_search_response)
+        hit_count = sum(len(outcome.hits) for outcome in results.outcomes)
+        return await self._pool.run(serialize) if hit_count > _MANY_HITS else serialize()
 
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
-        """Check that every record is there, undamaged and found."""
-        collection = await self._opener.collection(request.name)
-        async for message in keeping.verification(collection, self._pool, context, full=request.full):
-            yield message
+        """Check that every record is present and undamaged, and that searches find it."""
+        collection = await self._access.open(request.name)
+        async with aclosing(self._analysis.verify(collection, requests.caller(context), full=request.full)) as steps:
+            async for step in steps:
+                yield record_replies.verification(step)
 
     def BackupCollection(
         self, request: pb.BackupCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.BackupCollectionResponse]:
         """Send a collection as one file."""
-        return self._backups.backup(self._opener.collection, request, context)
+        return backups.backup_responses(self._backups, lambda: self._access.open(request.name), context)
 
     async def RestoreCollection(
         self, request_iterator: AsyncIterator[pb.RestoreCollectionRequest], context: requests.Context
     ) -> pb.RestoreCollectionResponse:
-        """Make a collection of such a file."""
-        collection = await self._backups.restore(request_iterator)
-        return pb.RestoreCollectionResponse(collection=await self._describe(collection))
+        """Create a collection from the file of a backup."""
+        collection = await backups.restore(self._backups, request_iterator)
+        description = await self._management.describe(collection)
+        return pb.RestoreCollectionResponse(collection=collection_message(description))
 
     async def FindDuplicates(
         self, request: pb.FindDuplicatesRequest, context: requests.Context
     ) -> pb.FindDuplicatesResponse:
-        """Find pairs of records that are much alike."""
-        return await self._with(
-            request.collection, lambda collection: self._groups.find_duplicates(request, collection, context)
+        """Return pairs of records with similar vectors."""
+        size, caller = requests.page_size(request.page_size), requests.caller(context)
+        page = await self._access.use(
+            request.collection,
+            lambda collection: self._analysis.find_duplicates(
+                collection, request.min_score, size, request.page_token, caller
+            ),
+        )
+        return pb.FindDuplicatesResponse(
+            pairs=[
+                pb.DuplicatePair(first_id=pair.first_id, second_id=pair.second_id, score=pair.score)
+                for pair in page.pairs
+            ],
+            next_page_token=page.next_token,
         )
 
     async def ClusterRecords(
         self, request: pb.ClusterRecordsRequest, context: requests.Context
     ) -> pb.ClusterRecordsResponse:
-        """Group the records by likeness."""
-        return await self._with(
-            request.collection, lambda collection: self._groups.cluster_records(request, collection, context)
+        """Cluster the records by their vectors."""
+        count, examples, caller = request.cluster_count, request.examples_per_cluster, requests.caller(context)
+        found = await self._access.use(
+            request.collection, lambda collection: self._analysis.clusters(collection, count, examples, caller)
         )
+        return record_replies.clusters(found, self._limits)
 
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
     ) -> pb.ReembedCollectionResponse:
-        """Begin to take a collection over to another model, in the background."""
-        collection = await self._opener.collection(request.name)
-        await self._reembedder.start(collection, request.model, request.dimensions)
-        return pb.ReembedCollectionResponse(collection=await self._describe(collection))
+        """Start to reembed a collection with another model, in the background."""
+        description = await self._management.reembed(request.name, request.model, request.dimensions)
+        return pb.ReembedCollectionResponse(collection=collection_message(description))
 
     async def CancelReembedding(
         self, request: pb.CancelReembeddingRequest, context: requests.Context
     ) -> pb.CancelReembeddingResponse:
-        """Leave a collection under the model that it has."""
-        await self._opener.collection(request.name)
-        await self._reembedder.cancel(request.name)
-        return pb.CancelReembeddingResponse(
-            collection=await self._describe(await self._opener.collection(request.name))
+        """Cancel the reembedding of a collection, which keeps its model."""
+        description = await self._management.cancel_reembedding(request.name)
+        return pb.CancelReembeddingResponse(collection=collection_message(description))
+
+    def _check_search_response(self, size: int) -> None:
+        self._limits.check_response(size, RESPONSE_REMEDY)
+
+    def _upsert_message(self, message: pb.UpsertRecordsStreamRequest) -> UpsertMessage:
+        """Read a message of UpsertRecordsStream; its records and vectors are read later."""
+        count, given = len(message.records), message.HasField("vectors")
+        embedded = count > 0 and not given
+        return UpsertMessage(
+            collection=message.collection,
+            batch_number=message.batch_number,
+            record_count=count,
+            read_records=lambda: read_each_record(message.records, self._limits),
+            read_vectors=partial(caller_vectors, message.vectors, count, "vectors") if given else None,
+            truncation=requests.optional_truncation(message.truncation) if embedded else None,
         )
-
-    def _spec(self, message: pb.Collection) -> CollectionSpec:
-        """Read what a new collection is to be; the index checks the rest."""
-        distance = message.distance or pb.DISTANCE_COSINE
-        if distance not in DISTANCES:
-            raise invalid("collection.distance", f"is {distance}; use COSINE, DOT_PRODUCT or EUCLIDEAN")
-        dimensions, fingerprint = message.dimensions, ""
-        if message.model:
-            model = self._engine.model(message.model, Task.EMBEDDING, "collection.model")
-            check_dimensions(model, dimensions, "collection.dimensions")
-            dimensions = dimensions or model.manifest.dimensions
-            fingerprint = model.fingerprint
-        check_indexed_fields(message.indexed_fields, "collection.indexed_fields")
-        defaults = CollectionSpec(name=message.name, dimensions=dimensions or 1)
-        return CollectionSpec(
-            name=message.name,
-            model=message.model,
-            model_fingerprint=fingerprint,
-            dimensions=dimensions,
-            distance=DISTANCES[distance],
-            truncation=requests.truncation(message.truncation, "collection.truncation").value,
-            m=message.hnsw.m or defaults.m,
-            ef_construction=message.hnsw.ef_construction or defaults.ef_construction,
-            indexed_fields=tuple(message.indexed_fields),
-        )
-
-    async def _embed_records(
-        self,
-        collection: CollectionBackend,
-        texts: list[str],
-        truncation: Truncation,
-        caller: Caller,
-        response: pb.UpsertRecordsResponse,
-    ) -> Matrix:
-        """Embed the texts of records, and say in the response how it went."""
-        model = collection_model(self._engine, collection)
-        self._limits.check_texts(texts, items_of("records", "text"))
-        inference = await self._engine.infer(
-            model,
-            texts,
-            model.manifest.prompts.passage,
-            truncation,
-            items_of("records", "text"),
-            caller,
-        )
-        response.usages.extend(replies.usages(inference))
-        response.timings.CopyFrom(replies.timings([inference]))
-        return shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
-
-    async def _with(self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]]) -> Result:
-        """Do something with a collection; once more, if another took its place meanwhile, as re-embedding has it."""
-        collection = await self._opener.collection(name)
-        try:
-            return await work(collection)
-        except ServiceError as error:
-            if error.reason != "CLOSED":
-                raise
-            successor = await self._opener.collection(name)
-            if successor is collection:
-                raise
-            return await work(successor)
-
-    async def _call(
-        self,
-        name: str,
-        work: Callable[[CollectionBackend], Result],
-        context: requests.Context,
-        *,
-        heavy: bool = False,
-        within: Slots | None = None,
-    ) -> Result:
-        """Do something with a collection in the pool, as `IndexPool.run` does."""
-        return await self._with(
-            name,
-            lambda collection: self._pool.run(lambda: work(collection), context, heavy=heavy, within=within),
-        )
-
-    async def _describe(self, collection: CollectionBackend) -> pb.Collection:
-        message = await self._pool.run(lambda: collection_message(collection))
-        if (status := await self._reembedder.status(message.name)) is not None:
-            message.reembedding.CopyFrom(status)
-        return message
-
-    async def _describe_or_say_why_not(self, spec: CollectionSpec) -> pb.Collection | None:
-        """Describe a collection; one that is damaged must not hide the others. None if it is gone by now."""
-        try:
-            return await self._with(spec.name, self._describe)
-        except ServiceError as error:
-            if error.code is Code.NOT_FOUND:
-                return None
-            if error.code is not Code.INTERNAL:
-                raise
-            return spec_message(spec, error.message)
 
 
 def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountRecordsRequest) -> Filter | None:
     return read_filter(request.filter) if request.HasField("filter") else None
 
 
+def _batch_response(batch: UpsertedBatch, request_id: str) -> pb.UpsertRecordsStreamResponse:
+    response = pb.UpsertRecordsStreamResponse(
+        batch_number=batch.batch_number,
+        failures=[
+            pb.RecordFailure(id=failed.id, error=status_of(failed.error, request_id)) for failed in batch.failures
+        ],
+    )
+    if batch.result is not None:
+        response.inserted_count, response.updated_count = batch.result.inserted, batch.result.updated
+        response.receipt.CopyFrom(replies.receipt(batch.result))
+    return response
+
+
 def add_index_service(service: IndexService, server: Any) -> None:
-    """Register the service with a server, or what stands for one, as the generated function does.
+    """Register the service with a server, as the generated function does.
 
-    Search answers with bytes: nobody is to write them once more.
+    Search returns serialized bytes, so its method gets no serializer.
     """
-    index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _Written(server)))
+    index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _WithoutSearchSerializer(server)))
 
 
-class _Written:
-    """Hands a service's methods on to a server, but for what makes bytes of the answer of Search."""
+class _WithoutSearchSerializer:
+    """Registers the methods of the service with a server, Search without a serializer."""
 
     def __init__(self, server: Any) -> None:
         self._server = server

@@ -1,4 +1,4 @@
-"""ModelService: which models are served, and changing that."""
+"""ModelService: describe, load, reload and unload models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emberpc.server.services import requests
 from emberpc.v1 import model_pb2 as pb
 from emberpc.v1 import model_pb2_grpc
 
-#: A page of models ends before this many bytes, or after one model: models with many labels would exceed the limit of
+#: A page of models has at most this many bytes, or a single model: models with many labels would exceed the limit of
 #: a message.
 _MAX_PAGE_BYTES = 2**20
 
@@ -24,12 +24,12 @@ _TASKS = {
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Describes the models of an engine, and changes them.
+    """Describes the models of an engine, and loads, reloads and unloads them.
 
     Args:
-        engine: serves the models.
-        loader: changes them.
-        admin: whether callers may have them changed.
+        engine: the models.
+        loader: loads, reloads and unloads models.
+        admin: whether callers may do so.
     """
 
     def __init__(self, engine: Engine, loader: Loader, *, admin: bool) -> None:
@@ -38,7 +38,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._admin = admin
 
     async def ListModels(self, request: pb.ListModelsRequest, context: requests.Context) -> pb.ListModelsResponse:
-        """List the models by name."""
+        """List the models in the order of their names."""
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         models = [model for model in self._engine.models() if model.name > after]
@@ -61,7 +61,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: requests.Context
     ) -> AsyncIterator[pb.LoadModelResponse]:
-        """Serve a bundle under a new name."""
+        """Load a bundle and serve it under a new name."""
         self._check_admin()
         async for model, stage in self._follow(
             request.name, lambda tell: self._loader.load(request.name, request.path, request.variant, tell)
@@ -71,7 +71,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ReloadModel(
         self, request: pb.ReloadModelRequest, context: requests.Context
     ) -> AsyncIterator[pb.ReloadModelResponse]:
-        """Serve another bundle, or the same one as it is now, under a name that is served."""
+        """Load a bundle and serve it under the name of a served model; it may be the changed bundle of that model."""
         self._check_admin()
         async for model, stage in self._follow(
             request.name, lambda tell: self._loader.reload(request.name, request.path, request.variant, tell)
@@ -79,10 +79,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             yield pb.ReloadModelResponse(model=model, stage=stage)
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: requests.Context) -> pb.UnloadModelResponse:
-        """Serve a model no more, and wait until its calls in flight are done."""
+        """Stop serving a model, and wait until its calls in flight are done."""
         self._check_admin()
-        gone = await asyncio.wrap_future(self._loader.submit(lambda: self._loader.unload(request.name)))
-        await asyncio.shield(asyncio.wrap_future(gone))
+        closed = await asyncio.wrap_future(self._loader.submit(lambda: self._loader.unload(request.name)))
+        await asyncio.shield(asyncio.wrap_future(closed))
         return pb.UnloadModelResponse()
 
     def _check_admin(self) -> None:
@@ -94,10 +94,14 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             )
 
     async def _follow(self, name: str, change: Callable[[Tell], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
-        """Have a change made, and give each stage of it; it is finished even if the caller goes away.
+        """Run a change of a model, and yield its progress. The change runs to its end even if the caller leaves.
+
+        Args:
+            name: name of the model.
+            change: changes the model; it calls its argument with the name of each stage that begins.
 
         Yields:
-            The model so far and what is being done; the last time, the model as it is served.
+            The model with state LOADING and the name of a stage; at the end, the served model and `ready`.
         """
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[str | None] = asyncio.Queue()
@@ -113,7 +117,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
 
 def describe(model: Model) -> pb.Model:
-    """Say what a model is."""
+    """Return the description of a model."""
     manifest = model.manifest
     description = pb.Model(
         name=model.name,

@@ -1,4 +1,4 @@
-"""ServerService: the server's version, limits and features."""
+"""ServerService: return the server's version, limits and features."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from importlib.metadata import version
 from emberpc.server.collections import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K, filters
 from emberpc.server.element_counts import MAX_ELEMENTS
 from emberpc.server.paging import MAX_PAGE_SIZE
+from emberpc.server.pipelines.limits import (
+    MAX_HITS,
+    MAX_IDS,
+    MAX_QUERIES,
+    MAX_REQUEST_CONDITIONS,
+    MAX_REQUEST_VALUES,
+    Limits,
+)
 from emberpc.server.services import requests
-from emberpc.server.services.filters import MAX_REQUEST_CONDITIONS, MAX_REQUEST_VALUES
 from emberpc.v1 import server_pb2 as pb
 from emberpc.v1 import server_pb2_grpc
 
@@ -18,11 +25,11 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     """Describes the server.
 
     Args:
-        limits: how large a call may be.
+        limits: limits of a call.
         features: optional capabilities of the server, such as `model_admin`.
     """
 
-    def __init__(self, limits: requests.Limits, features: Sequence[str]) -> None:
+    def __init__(self, limits: Limits, features: Sequence[str]) -> None:
         self._response = pb.GetServerInfoResponse(
             version=version("emberpc"),
             limits=pb.ServerLimits(
@@ -34,10 +41,10 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 max_id_bytes=MAX_ID_BYTES,
                 max_label_bytes=MAX_LABEL_BYTES,
                 max_metadata_bytes=MAX_METADATA_BYTES,
-                max_queries=requests.MAX_QUERIES,
+                max_queries=MAX_QUERIES,
                 max_top_k=MAX_TOP_K,
-                max_hits=requests.MAX_HITS,
-                max_ids=requests.MAX_IDS,
+                max_hits=MAX_HITS,
+                max_ids=MAX_IDS,
                 max_page_size=MAX_PAGE_SIZE,
                 max_filter_conditions=filters.MAX_CONDITIONS,
                 max_request_conditions=MAX_REQUEST_CONDITIONS,

@@ -1,4 +1,4 @@
-"""What binds a collection to the model that made its vectors."""
+"""Check that a collection's vectors were made by the model that is served under the name of its model."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from emberpc.server.engine import Engine, Model
 from emberpc.server.errors import Code, ServiceError
 
 
-def unbound_fingerprint(engine: Engine, spec: CollectionSpec) -> str:
-    """Return the fingerprint that a collection bound under the old scheme is to be bound by.
+def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
+    """Return the present fingerprint of the model of a collection that is bound by its legacy fingerprint.
 
     Returns:
-        The fingerprint (hex) of the served model. Empty if the collection needs no other: it has no model, or it is
-        bound under the present scheme, or the served model is not the one that it is bound to, or the old fingerprint
-        of the served model does not cover all its weights.
+        The fingerprint (hex) of the served model. Empty if the collection must not be bound again: it has no model, it
+        is bound by the present fingerprint already, another model is served under the name, or the served model has no
+        legacy fingerprint that covers all its weights.
     """
     model = engine.registry.served(spec.model) if spec.model else None
     if model is None or spec.model_fingerprint == model.fingerprint:
         return ""
-    return model.fingerprint if matches(model, spec) else ""
+    return model.fingerprint if is_bound_to(spec, model) else ""
 
 
-def matches(model: Model, spec: CollectionSpec) -> bool:
-    """Return whether a model is the one that made a collection's vectors, by the present scheme or the old one."""
+def is_bound_to(spec: CollectionSpec, model: Model) -> bool:
+    """Return whether a model made a collection's vectors, by its present or its legacy fingerprint."""
     return spec.model_fingerprint in filter(None, (model.fingerprint, model.legacy_fingerprint))
 
 
@@ -31,8 +31,8 @@ def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
     """Return the model that embeds a collection's texts.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the collection takes vectors only, or its model is not the one that made
-            its vectors; NOT_FOUND if its model is not served.
+        ServiceError: FAILED_PRECONDITION if the collection has no model, or another model made its vectors; NOT_FOUND
+            if its model is not served.
     """
     spec = collection.spec
     if not spec.model:
@@ -43,7 +43,7 @@ def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
             metadata={"collection": spec.name},
         )
     model = engine.model(spec.model, Task.EMBEDDING)
-    if not matches(model, spec):
+    if not is_bound_to(spec, model):
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             f"the vectors of collection {spec.name!r} were made by another {spec.model!r} than is served now; serve "

@@ -1,13 +1,13 @@
-"""Filters: from the messages of filter.proto to the index's own terms, within bounds."""
+"""Read the messages of filter.proto, and check them against the limits of filters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from emberpc.server.collections import filters
-from emberpc.server.collections.filters import can_be_indexed
 from emberpc.server.errors import invalid
+from emberpc.server.pipelines.filter_fields import check_field, check_string
+from emberpc.server.pipelines.limits import MAX_REQUEST_CONDITIONS, MAX_REQUEST_VALUES
 from emberpc.v1 import filter_pb2 as pb
 
 _OPERATORS: dict[pb.ComparisonOperator.ValueType, filters.Operator] = {
@@ -18,37 +18,31 @@ _OPERATORS: dict[pb.ComparisonOperator.ValueType, filters.Operator] = {
     pb.COMPARISON_OPERATOR_GREATER: filters.Operator.GREATER,
     pb.COMPARISON_OPERATOR_GREATER_OR_EQUAL: filters.Operator.GREATER_OR_EQUAL,
 }
-_MAX_INDEXED_FIELDS = 16
 _EQUALITIES = (filters.Operator.EQUAL, filters.Operator.NOT_EQUAL)
 
 
-#: Of all filters of a request together; of one filter, see `filters`.
-MAX_REQUEST_CONDITIONS = 2_000
-MAX_REQUEST_VALUES = 50_000
-
-
 def read_filter(message: pb.Filter, path: str = "filter") -> filters.Filter:
-    """Read the only filter of a request.
+    """Read the filter of a request that has no other one.
 
     Args:
         message: the filter.
-        path: what the request calls it.
+        path: path of the filter in the request, for errors.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the part that is wrong or over a limit.
+        ServiceError: INVALID_ARGUMENT, naming the part that is wrong or exceeds a limit.
     """
     return FilterReader().read(message, path)
 
 
 class FilterReader:
-    """Reads the filters of one request, and counts the conditions and values of all of them."""
+    """Reads the filters of one request, and checks the limits of their conditions and values together."""
 
     def __init__(self) -> None:
         self._conditions = 0
         self._values = 0
 
     def read(self, message: pb.Filter, path: str) -> filters.Filter:
-        """Read a filter; arguments and errors as of `read_filter`."""
+        """Read a filter; arguments and errors are those of `read_filter`."""
         reader = _Reader(path)
         found = reader.read(message, path, 1)
         self._conditions += reader.conditions
@@ -71,7 +65,7 @@ class _Reader:
         self.values = 0
 
     def read(self, message: pb.Filter, path: str, depth: int) -> filters.Filter:
-        """Read a condition, so deep within the filter."""
+        """Read a condition at a nesting depth; the filter itself has depth 1."""
         if depth > filters.MAX_DEPTH:
             raise invalid(path, f"is nested more than {filters.MAX_DEPTH} levels deep; make the filter flatter")
         self.conditions += 1
@@ -102,10 +96,10 @@ class _Reader:
             prefix = message.prefix.prefix
             if not prefix:
                 raise invalid(f"{path}.prefix.prefix", "is empty; give how the strings start, or ask for existence")
-            field = _field(message.prefix.field, f"{path}.prefix.field")
-            return filters.Prefix(field, _string(prefix, f"{path}.prefix.prefix"))
+            field = check_field(message.prefix.field, f"{path}.prefix.field")
+            return filters.Prefix(field, check_string(prefix, f"{path}.prefix.prefix"))
         if kind == "existence":
-            return filters.Existence(_field(message.existence.field, f"{path}.existence.field"))
+            return filters.Existence(check_field(message.existence.field, f"{path}.existence.field"))
         raise invalid(path, "has no condition; set one, or leave the filter out")
 
     def _list(self, message: pb.FilterList, path: str, depth: int) -> tuple[filters.Filter, ...]:
@@ -113,16 +107,6 @@ class _Reader:
         if not 1 <= count <= filters.MAX_LIST:
             raise invalid(f"{path}.filters", f"has {count} filters; it must have 1 to {filters.MAX_LIST}")
         return tuple(self.read(each, f"{path}.filters[{i}]", depth + 1) for i, each in enumerate(message.filters))
-
-
-def check_indexed_fields(fields: Sequence[str], path: str) -> None:
-    """Raise INVALID_ARGUMENT unless there can be an index on each field, and they are not too many."""
-    if len(fields) > _MAX_INDEXED_FIELDS:
-        raise invalid(path, f"has {len(fields)} fields, it may have {_MAX_INDEXED_FIELDS}; each slows down every write")
-    for i, field in enumerate(fields):
-        if not can_be_indexed(_field(field, f"{path}[{i}]")):
-            what = "has a key that is empty or holds a quote, a backslash or a control character"
-            raise invalid(f"{path}[{i}]", f"{what}, which cannot be indexed; filters can ask for it all the same")
 
 
 def _comparison(message: pb.Comparison, path: str) -> filters.Comparison:
@@ -137,7 +121,7 @@ def _comparison(message: pb.Comparison, path: str) -> filters.Comparison:
             f"{path}.operator",
             f"is {operator.value!r}, which goes for numbers and strings only; use EQUAL or NOT_EQUAL",
         )
-    return filters.Comparison(_field(message.field, f"{path}.field"), operator, value)
+    return filters.Comparison(check_field(message.field, f"{path}.field"), operator, value)
 
 
 def _membership(message: pb.Membership, path: str) -> filters.Membership:
@@ -145,25 +129,13 @@ def _membership(message: pb.Membership, path: str) -> filters.Membership:
     if not 1 <= count <= filters.MAX_VALUES:
         raise invalid(f"{path}.values", f"has {count} values; it must have 1 to {filters.MAX_VALUES}")
     values = tuple(_value(value, f"{path}.values[{i}]") for i, value in enumerate(message.values))
-    return filters.Membership(_field(message.field, f"{path}.field"), values)
-
-
-def _field(field: str, path: str) -> str:
-    if not field:
-        raise invalid(path, "is empty; name a key of the metadata")
-    if len(field) > filters.MAX_FIELD:
-        raise invalid(path, f"has {len(field)} characters, it may have {filters.MAX_FIELD}; shorten the keys")
-    if not filters.is_field(field):
-        raise invalid(path, f"is {field!r}; a backslash may only stand before a dot or a backslash of a key")
-    if (count := len(filters.keys(field))) > filters.MAX_KEYS:
-        raise invalid(path, f"has {count} nested keys, it may have {filters.MAX_KEYS}; metadata is never deeper")
-    return _string(field, path)
+    return filters.Membership(check_field(message.field, f"{path}.field"), values)
 
 
 def _value(message: pb.FilterValue, path: str) -> filters.Value:
     kind = message.WhichOneof("value")
     if kind == "string_value":
-        return _string(message.string_value, f"{path}.string_value")
+        return check_string(message.string_value, f"{path}.string_value")
     if kind == "number_value":
         if not math.isfinite(message.number_value):
             raise invalid(f"{path}.number_value", f"is {message.number_value}; metadata numbers are finite, give one")
@@ -173,10 +145,3 @@ def _value(message: pb.FilterValue, path: str) -> filters.Value:
     if kind == "null_value":
         return None
     raise invalid(path, "is not set; give a string, a number, a truth value or null")
-
-
-def _string(value: str, path: str) -> str:
-    # SQLite ends a string of JSON there.
-    if "\0" in value:
-        raise invalid(path, "holds a NUL character, which filters cannot compare; leave it out")
-    return value

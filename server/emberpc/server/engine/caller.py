@@ -1,0 +1,35 @@
+"""The caller of a request: name, priority and deadline, which the scheduler reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from math import inf
+from time import perf_counter
+
+
+class Lane(IntEnum):
+    """Priority class of a call. Workers run interactive texts before bulk texts."""
+
+    INTERACTIVE = 0
+    BULK = 1
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who made a call, how urgent the call is, and when the caller stops waiting.
+
+    Attributes:
+        name: the caller's name. The scheduler shares the workers fairly between names.
+        lane: the priority class.
+        deadline: seconds of `time.perf_counter`. Work that has not begun by then is dropped. Infinite: no deadline.
+    """
+
+    name: str = ""
+    lane: Lane = Lane.INTERACTIVE
+    deadline: float = inf
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline; infinite if there is none."""
+        return self.deadline - perf_counter()

@@ -1,0 +1,127 @@
+"""Embed groups of texts for streams and jobs: a wrong text fails alone, and a full queue causes a retry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
+from emberpc.server.errors import Code, ServiceError, invalid, items_of
+from emberpc.server.pipelines.limits import Limits
+
+log = logging.getLogger(__name__)
+
+#: Texts of a group, and the characters of its texts unless one text alone has more: several micro-batches, and a small
+#: response.
+GROUP_TEXTS = 64
+GROUP_CHARACTERS = 2**16
+#: Groups of a stream under way at a time: enough for a few workers to find texts of similar length, and a small part
+#: of the queue.
+GROUPS = 8
+#: Codes of errors that are the server's, not a text's, for work that writes what it embedded.
+SERVER_ERRORS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED})
+#: Seconds for which a group retries while the queue is full, and the shortest and longest pause between two tries.
+_RETRY_SECONDS = 20.0
+_PAUSES = (0.05, 2.0)
+
+_PATH = items_of("items", "text")
+
+
+@dataclass
+class EmbeddedGroup:
+    """The inferences and the failures of a group of texts. Each text is in one of the two.
+
+    Attributes:
+        parts: the inferences, each with the indexes of its texts in their order.
+        failures: the error of each text that has no vector, by its index.
+    """
+
+    parts: list[tuple[list[int], Inference]] = field(default_factory=list)
+    failures: dict[int, ServiceError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BulkEmbedder:
+    """Embeds the groups of texts of one stream or job.
+
+    Args:
+        engine: runs the model.
+        limits: limits of a text.
+        model: the model.
+        prompt: the prompt before each text.
+        truncation: the truncation of long texts.
+        caller: the caller of the stream.
+        request_id: the request id of the stream, for the log.
+        ending: codes of the errors that end the stream. Errors with other codes fail their texts only.
+    """
+
+    engine: Engine
+    limits: Limits
+    model: Model
+    prompt: str
+    truncation: Truncation
+    caller: Caller
+    request_id: str
+    ending: frozenset[Code]
+
+    async def embed(self, texts: Sequence[str]) -> EmbeddedGroup:
+        """Embed texts. Texts that cannot be embedded fail alone.
+
+        Raises:
+            ServiceError: an error with a code of `ending`.
+        """
+        group = EmbeddedGroup()
+        valid = []
+        for i, text in enumerate(texts):
+            try:
+                self.limits.check_texts([text], lambda _: "text")
+            except ServiceError as error:
+                group.failures[i] = error
+            else:
+                valid.append(i)
+        await self._embed(texts, valid, group)
+        return group
+
+    async def _embed(self, texts: Sequence[str], indexes: list[int], group: EmbeddedGroup) -> None:
+        """Embed the texts at some indexes; on errors, without the texts that the error names, or in halves."""
+        if not indexes:
+            return
+        try:
+            group.parts.append((indexes, await self._infer([texts[i] for i in indexes])))
+        except ServiceError as error:
+            if error.code in self.ending:
+                raise  # the server failed, not these texts: another server may embed them
+            refused = {violation.field: violation.description for violation in error.violations}
+            wrong = {indexes[k]: refused[_PATH(k)] for k in range(len(indexes)) if _PATH(k) in refused}
+            if wrong:
+                group.failures |= {i: invalid("text", description) for i, description in wrong.items()}
+                await self._embed(texts, [i for i in indexes if i not in wrong], group)
+            elif error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL) and len(indexes) > 1:
+                # Together they have more tokens than the queue may ever hold, or the model fails on one of them.
+                half = len(indexes) // 2
+                await self._embed(texts, indexes[:half], group)
+                await self._embed(texts, indexes[half:], group)
+            else:
+                self._log(error, len(indexes))
+                group.failures |= dict.fromkeys(indexes, error)
+
+    async def _infer(self, texts: Sequence[str]) -> Inference:
+        """Run texts through the model. Retry while the queue is full: a stream that was accepted can wait."""
+        request = InferenceRequest(self.model, texts, self.prompt, self.truncation, _PATH, self.caller)
+        until = min(perf_counter() + _RETRY_SECONDS, self.caller.deadline)
+        while True:
+            try:
+                return await self.engine.inferrer.infer(request)
+            except ServiceError as error:
+                shortest, longest = _PAUSES
+                pause = min(max(error.retry_after or 0.0, shortest), longest)
+                if error.reason != "QUEUE_FULL" or perf_counter() + pause > until:
+                    raise
+            await asyncio.sleep(pause)
+
+    def _log(self, error: ServiceError, count: int) -> None:
+        if error.code is Code.INTERNAL:
+            log.error("%d texts of a stream failed, request %s: %s", count, self.request_id, error.message)

@@ -1,0 +1,87 @@
+"""Run texts through a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from emberpc.bundle import LabelDecisions, Task
+from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
+from emberpc.server.errors import Code, ServiceError, invalid, items_of
+from emberpc.server.pipelines.limits import Limits
+
+#: Bytes of a label's score in the response, beside the label.
+_SCORE_BYTES = 10
+
+
+@dataclass(frozen=True)
+class ClassificationRequest:
+    """Texts to classify.
+
+    Attributes:
+        classifier: name of the model.
+        texts: the texts.
+        top_k: labels to list for each text; 0: all.
+        nearest_examples: training examples to list for each text; classifiers of this version have none.
+        truncation: the truncation of long texts.
+    """
+
+    classifier: str
+    texts: Sequence[str]
+    top_k: int
+    nearest_examples: int
+    truncation: Truncation
+
+
+class ClassifiedTexts(NamedTuple):
+    """The classifier, the inference (its output is the logits, float32 (texts, labels)), and the decided labels."""
+
+    model: Model
+    inference: Inference
+    decisions: LabelDecisions
+
+
+class TextClassifier:
+    """Runs texts through fine-tuned classifiers.
+
+    Args:
+        engine: the models.
+        limits: limits of a call.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits) -> None:
+        self._engine = engine
+        self._limits = limits
+
+    async def classify(self, request: ClassificationRequest, caller: Caller) -> ClassifiedTexts:
+        """Return the labels of texts with their probabilities.
+
+        Raises:
+            ServiceError: as `Engine.model` and `Inferrer.infer` do; INVALID_ARGUMENT for wrong texts or a negative
+                `top_k`; FAILED_PRECONDITION if examples are requested; RESOURCE_EXHAUSTED if the response would be too
+                large.
+        """
+        model = self._engine.model(request.classifier, Task.CLASSIFICATION, "classifier")
+        texts = request.texts
+        self._limits.check_count(len(texts), "texts", "text")
+        self._limits.check_texts(texts, items_of("texts"))
+        if request.top_k < 0:
+            raise invalid("top_k", f"is {request.top_k}; it must be 0 (for all labels) or more")
+        if request.nearest_examples:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                f"classifier {model.name!r} is a fine-tuned model and keeps no examples; leave nearest_examples unset",
+                reason="NO_EXAMPLES",
+            )
+        manifest = model.manifest
+        listed = min(request.top_k or len(manifest.labels), len(manifest.labels))
+        longest = max(len(label.encode()) for label in manifest.labels)
+        self._limits.check_response(
+            len(texts) * (listed + len(manifest.labels) * manifest.multi_label) * (longest + _SCORE_BYTES),
+            "set top_k, or send fewer texts in one call",
+        )
+        inference = await self._engine.inferrer.infer(
+            InferenceRequest(model, texts, manifest.prompts.passage, request.truncation, items_of("texts"), caller)
+        )
+        return ClassifiedTexts(model, inference, manifest.decision_rule.decide(inference.output))

@@ -1,0 +1,41 @@
+"""Validate the metadata fields that filters name, and those that a collection indexes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emberpc.server.collections import filters
+from emberpc.server.errors import invalid
+
+_MAX_INDEXED_FIELDS = 16
+
+
+def check_field(field: str, path: str) -> str:
+    """Return a metadata field, such as `author.name`; raise INVALID_ARGUMENT, naming `path`, if it is wrong."""
+    if not field:
+        raise invalid(path, "is empty; name a key of the metadata")
+    if len(field) > filters.MAX_FIELD:
+        raise invalid(path, f"has {len(field)} characters, it may have {filters.MAX_FIELD}; shorten the keys")
+    if not filters.is_field(field):
+        raise invalid(path, f"is {field!r}; a backslash may only stand before a dot or a backslash of a key")
+    if (count := len(filters.keys(field))) > filters.MAX_KEYS:
+        raise invalid(path, f"has {count} nested keys, it may have {filters.MAX_KEYS}; metadata is never deeper")
+    return check_string(field, path)
+
+
+def check_string(value: str, path: str) -> str:
+    """Return a string of a filter; raise INVALID_ARGUMENT, naming `path`, if it holds a NUL character."""
+    # SQLite's JSON functions end a string at NUL.
+    if "\0" in value:
+        raise invalid(path, "holds a NUL character, which filters cannot compare; leave it out")
+    return value
+
+
+def check_indexed_fields(fields: Sequence[str], path: str) -> None:
+    """Raise INVALID_ARGUMENT, naming `path`, if there are too many fields or one that cannot be indexed."""
+    if len(fields) > _MAX_INDEXED_FIELDS:
+        raise invalid(path, f"has {len(fields)} fields, it may have {_MAX_INDEXED_FIELDS}; each slows down every write")
+    for i, field in enumerate(fields):
+        if not filters.can_be_indexed(check_field(field, f"{path}[{i}]")):
+            problem = "has a key that is empty or holds a quote, a backslash or a control character"
+            raise invalid(f"{path}[{i}]", f"{problem}, which cannot be indexed; filters can ask for it all the same")

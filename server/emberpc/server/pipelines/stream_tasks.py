@@ -1,0 +1,25 @@
+"""Read a stream's next message as a task, and cancel a stream's tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, TypeVar
+
+Message = TypeVar("Message")
+
+
+async def next_message(messages: AsyncIterator[Message]) -> Message | None:
+    """Return the next message; None at the end of the stream.
+
+    A coroutine can become a task. `anext` may return another kind of awaitable, which cannot.
+    """
+    return await anext(messages, None)
+
+
+async def cancel_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel the tasks that have not ended, and wait until all have ended. None is skipped."""
+    present = [task for task in tasks if task is not None]
+    for task in present:
+        task.cancel()
+    await asyncio.gather(*present, return_exceptions=True)

@@ -1,0 +1,135 @@
+"""Read a SearchRequest, and check its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emberpc.server.collections import MAX_TOP_K, Fusion
+from emberpc.server.collections.filters import Filter
+from emberpc.server.engine import Truncation
+from emberpc.server.errors import ServiceError, invalid
+from emberpc.server.pipelines.limits import MAX_HITS, MAX_QUERIES
+from emberpc.server.pipelines.search import Query, SearchMode, SearchRequest
+from emberpc.server.services import requests
+from emberpc.server.services.filter_messages import FilterReader
+from emberpc.server.services.index_messages import RequestedParts, caller_vectors
+from emberpc.v1 import index_pb2 as pb
+
+_DEFAULT_TOP_K = 10
+_DEFAULT_DENSE_WEIGHT = 0.5
+
+_MODES = {
+    pb.SEARCH_MODE_UNSPECIFIED: SearchMode.DENSE,
+    pb.SEARCH_MODE_DENSE: SearchMode.DENSE,
+    pb.SEARCH_MODE_LEXICAL: SearchMode.LEXICAL,
+    pb.SEARCH_MODE_HYBRID: SearchMode.HYBRID,
+}
+_FUSIONS = {
+    pb.SEARCH_FUSION_UNSPECIFIED: Fusion.SCORES,
+    pb.SEARCH_FUSION_SCORES: Fusion.SCORES,
+    pb.SEARCH_FUSION_RANKS: Fusion.RANKS,
+}
+
+
+def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> SearchRequest:
+    """Read a search request.
+
+    Args:
+        request: the message.
+        parts: the parts of records that it asks for.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, naming the field, for a value out of range or one that the mode does not use.
+    """
+    sizes = _check(request)
+    mode = _check_mode(request)
+    return SearchRequest(
+        queries=_queries(request, mode, sizes),
+        mode=mode,
+        conditions=_conditions(request),
+        truncation=requests.optional_truncation(request.truncation) or Truncation.END,
+        min_recall=request.min_recall,
+        dense_weight=request.dense_weight if request.HasField("dense_weight") else _DEFAULT_DENSE_WEIGHT,
+        fusion=_FUSIONS[request.fusion],
+        with_vectors=parts.vector,
+        parts=parts.record_parts,
+    )
+
+
+def _check(request: pb.SearchRequest) -> list[int]:
+    """Return the `top_k` of each query; raise INVALID_ARGUMENT for a number out of range."""
+    queries = request.queries
+    if not 1 <= len(queries) <= MAX_QUERIES:
+        raise invalid("queries", f"has {len(queries)} queries; it must have 1 to {MAX_QUERIES}")
+    common, own = request.top_k, [query.top_k for query in queries]
+    if not (0 <= common <= MAX_TOP_K and min(own) >= 0 and max(own) <= MAX_TOP_K):
+        raise _wrong_top_k(common, own)
+    sizes = [each or common or _DEFAULT_TOP_K for each in own]
+    if sum(sizes) > MAX_HITS:
+        raise invalid("queries", f"ask for {sum(sizes)} hits in all; a call gives at most {MAX_HITS}, split it")
+    efs = [request.ef, *(query.ef for query in queries)]
+    if min(efs) < 0:
+        place = next(i for i, ef in enumerate(efs) if ef < 0)
+        name = f"queries[{place - 1}].ef" if place else "ef"
+        raise invalid(name, f"is {efs[place]}; it must be 0 (the server chooses) or more")
+    return sizes
+
+
+def _wrong_top_k(common: int, own: Sequence[int]) -> ServiceError:
+    sizes = {"top_k": common, **{f"queries[{i}].top_k": each for i, each in enumerate(own)}}
+    field, top_k = next(each for each in sizes.items() if not 0 <= each[1] <= MAX_TOP_K)
+    return invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {MAX_TOP_K}")
+
+
+def _check_mode(request: pb.SearchRequest) -> SearchMode:
+    """Return the mode; raise INVALID_ARGUMENT for an unknown one, or for fields that it does not use."""
+    mode = _MODES.get(request.mode)
+    if mode is None:
+        raise invalid("mode", f"is {request.mode}, which is no SearchMode; use DENSE, LEXICAL or HYBRID")
+    if request.HasField("dense_weight"):
+        if mode is not SearchMode.HYBRID:
+            raise invalid("dense_weight", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+        if not 0 <= request.dense_weight <= 1:
+            raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
+    if request.fusion not in _FUSIONS:
+        raise invalid("fusion", f"is {request.fusion}, which is no SearchFusion; use SCORES or RANKS")
+    if request.fusion and mode is not SearchMode.HYBRID:
+        raise invalid("fusion", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+    if mode is SearchMode.LEXICAL:
+        if request.ef or any(query.ef for query in request.queries):
+            raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
+        if request.min_recall:
+            raise invalid("min_recall", "is set, and LEXICAL search uses no graph; leave it out")
+    return mode
+
+
+def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) -> list[Query]:
+    """Read the queries; INVALID_ARGUMENT for one of a kind that the mode does not search by."""
+    queries = []
+    for i, (query, top_k) in enumerate(zip(request.queries, sizes, strict=True)):
+        kind, ef = query.WhichOneof("query"), query.ef or request.ef
+        if kind == "text":
+            queries.append(Query(query.text, None, None, top_k, ef))
+        elif mode is not SearchMode.DENSE:
+            raise invalid(f"queries[{i}]", f"has no text, which {mode.name} search goes by; set text, or search DENSE")
+        elif kind == "vector":
+            vector = caller_vectors(query.vector, 1, f"queries[{i}].vector")
+            queries.append(Query(None, vector, None, top_k, ef))
+        elif kind == "record_id":
+            queries.append(Query(None, None, query.record_id, top_k, ef))
+        else:
+            raise invalid(f"queries[{i}]", "asks for nothing; set text, vector or record_id")
+    return queries
+
+
+def _conditions(request: pb.SearchRequest) -> list[Filter | None]:
+    """Read the filter of each query: its own, or the request's; empty if no query has one."""
+    reader = FilterReader()
+    common = reader.read(request.filter, "filter") if request.HasField("filter") else None
+    own = [query.HasField("filter") for query in request.queries]
+    if common is None and not any(own):
+        return []
+    return [
+        reader.read(query.filter, f"queries[{i}].filter") if has else common
+        for i, (query, has) in enumerate(zip(request.queries, own, strict=True))
+    ]

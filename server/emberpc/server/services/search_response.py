@@ -1,0 +1,136 @@
+"""Serialize a SearchResponse from bytes that are kept with the records.
+
+A protobuf message takes a microsecond for each of its fields, and ten hits have a hundred fields. A record that was
+returned before keeps its serialized bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.pipelines.search import SearchResults
+from emberpc.server.services import replies
+from emberpc.server.services.index_messages import RequestedParts, fill_record, record_vectors
+from emberpc.v1 import index_pb2 as pb
+from emberpc.v1 import types_pb2
+
+# Tags of fields: number and wire type, see https://protobuf.dev/programming-guides/encoding/.
+#: SearchResponse.results, SearchResult.hits and Hit.record: number 1, then a length.
+_FIRST = b"\x0a"
+#: SearchResult.plan: number 3, then a length.
+_PLAN = b"\x1a"
+#: Hit.score: number 2, eight bytes.
+_SCORE = b"\x11"
+_SCORE_BYTES = 8
+
+_STRATEGIES = {
+    Strategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
+    Strategy.HNSW: pb.SEARCH_STRATEGY_HNSW,
+    Strategy.LEXICAL: pb.SEARCH_STRATEGY_LEXICAL,
+}
+
+
+_double = struct.Struct("<d").pack
+
+
+def search_response(
+    results: SearchResults, parts: RequestedParts, check: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """Serialize the SearchResponse of a search.
+
+    Args:
+        results: the results.
+        parts: the parts of records that the request asks for.
+        check: raises an error if a response with this number of bytes is too large.
+    """
+    response, embedded = pb.SearchResponse(warnings=results.warnings), results.embedded
+    usages: list[types_pb2.TokenUsage | None] = []
+    if embedded is None:
+        response.timings.lookup_seconds = results.lookup_seconds
+    else:
+        usages = [None] * len(results.outcomes)
+        for row, usage in zip(embedded.rows, replies.usages(embedded.inference), strict=True):
+            usages[row] = usage
+        response.model.CopyFrom(replies.model_version(embedded.model))
+        response.timings.CopyFrom(replies.timings([embedded.inference], results.lookup_seconds))
+    return response_bytes(results.outcomes, parts, response, usages, check=check)
+
+
+def response_bytes(
+    outcomes: Sequence[SearchOutcome],
+    parts: RequestedParts,
+    rest: pb.SearchResponse,
+    usages: Sequence[types_pb2.TokenUsage | None] = (),
+    *,
+    check: Callable[[int], None] = lambda _: None,
+) -> bytes:
+    """Serialize a SearchResponse.
+
+    Args:
+        outcomes: the outcome of each query, which become the results.
+        parts: the parts of records that hits have.
+        rest: the other fields of the response.
+        usages: the token usage of each query, None for queries that are no texts; empty if there are none.
+        check: raises an error if a response with this number of bytes is too large.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    for i, outcome in enumerate(outcomes):
+        result = _result(outcome, parts, usages[i] if usages else None)
+        size += len(result)
+        check(size)
+        pieces += (_FIRST, varint(len(result)), result)
+    pieces.append(rest.SerializeToString())
+    return b"".join(pieces)
+
+
+def _result(outcome: SearchOutcome, parts: RequestedParts, usage: types_pb2.TokenUsage | None) -> bytes:
+    key = parts.record_parts
+    pieces: list[bytes] = []
+    for record, score in outcome.hits:
+        pieces += (record.forms.get(key) or _hit_up_to_score(record, parts), _double(score))
+    pieces.append(_plan(outcome.plan))
+    if parts.vector or usage is not None:
+        vectors = record_vectors([record for record, _ in outcome.hits], parts)
+        pieces.append(pb.SearchResult(vectors=vectors, usage=usage).SerializeToString())
+    return b"".join(pieces)
+
+
+def _hit_up_to_score(record: StoredRecord, parts: RequestedParts) -> bytes:
+    """Serialize a hit without the eight bytes of its score, which come last.
+
+    The record keeps these bytes, unless it expires: then its remaining time to live changes with each response.
+    """
+    message = pb.Record()
+    fill_record(message, record, parts)
+    serialized = message.SerializeToString()
+    hit = b"".join((_FIRST, varint(len(serialized)), serialized, _SCORE))
+    prefix = b"".join((_FIRST, varint(len(hit) + _SCORE_BYTES), hit))
+    if record.expire_time is None:
+        record.forms[parts.record_parts] = prefix
+    return prefix
+
+
+@lru_cache(maxsize=256)
+def _plan(plan: Plan) -> bytes:
+    message = pb.SearchPlan(
+        strategy=_STRATEGIES[plan.strategy],
+        ef=plan.ef,
+        compared_count=plan.compared_count,
+        shortfall_reason=plan.shortfall_reason,
+        lexical_count=plan.lexical_count,
+    ).SerializeToString()
+    return b"".join((_PLAN, varint(len(message)), message))
+
+
+def varint(number: int) -> bytes:
+    """Encode a number >= 0 as a varint: seven bits a byte, the lowest first; all bytes but the last have bit 8 set."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
