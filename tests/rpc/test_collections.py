@@ -212,11 +212,11 @@ def test_what_does_not_go_with_a_mode_is_refused(server: ServerProcess, client: 
     for mode in ("lexical", "hybrid"):
         with pytest.raises(InvalidArgument, match=f"which {mode!r} search goes by; set text, or search 'dense'"):
             client.search(books, RecordId("ring"), mode=mode)
-    with pytest.raises(InvalidArgument, match="'hybrid' only"):
+    with pytest.raises(InvalidArgument, match="only 'hybrid' search"):
         client.search(books, "bees", dense_weight=0.5)
     with pytest.raises(InvalidArgument, match="dense_weight"):
         client.search(books, "bees", mode="hybrid", dense_weight=1.5)
-    with pytest.raises(InvalidArgument, match="'hybrid' only"):
+    with pytest.raises(InvalidArgument, match="only 'hybrid' search"):
         client.search(books, "bees", fusion="ranks")
     with pytest.raises(InvalidArgument, match="no graph"):
         client.search(books, "bees", mode="lexical", ef=10)

@@ -189,7 +189,7 @@ def test_a_record_that_cannot_be_embedded_holds_the_switch_until_it_is_changed(c
 
 def test_what_makes_no_sense_is_refused(client: Client) -> None:
     filled(client, 5)
-    with pytest.raises(FailedPrecondition, match="under 'a' with .* dimensions already"):
+    with pytest.raises(FailedPrecondition, match="of model 'a' with .* dimensions already"):
         client.reembed_collection("c", "a")
     with pytest.raises(NotFound, match="no model 'none'"):
         client.reembed_collection("c", "none")

@@ -130,7 +130,7 @@ class CollectionBackups:
                 if piece.name not in ("", name):
                     raise invalid("name", f"is {piece.name!r}, and the stream is of {name!r}; open another one")
                 if sha256:
-                    raise invalid("sha256", "was in a message that is not the last; send it with the last one")
+                    raise invalid("sha256", "was in a message that is not the last; send it with the last message")
                 await self._pool.run(partial(restoration.write, piece.data))
                 sha256 = piece.sha256
                 message = await self._next(messages, lambda: self._restores.waiting > 0)

@@ -155,7 +155,7 @@ class EmbeddingStream:
             if text.id:
                 valid.append(text)
             else:
-                error = invalid("id", "is empty; give each text one, since results come in any order")
+                error = invalid("id", "is empty; give each text an id, since results come in any order")
                 failures.append((text.id, error))
         embedded = await self._embedder.embed([text.text for text in valid])
         failures += [(valid[i].id, error) for i, error in embedded.failures.items()]

@@ -38,4 +38,4 @@ def check_indexed_fields(fields: Sequence[str], path: str) -> None:
     for i, field in enumerate(fields):
         if not filters.can_be_indexed(check_field(field, f"{path}[{i}]")):
             problem = "has a key that is empty or holds a quote, a backslash or a control character"
-            raise invalid(f"{path}[{i}]", f"{problem}, which cannot be indexed; filters can ask for it all the same")
+            raise invalid(f"{path}[{i}]", f"{problem}, which cannot be indexed; filters can use it all the same")

@@ -99,7 +99,8 @@ class ReembeddingJobs:
         if spec == collection.spec:
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
-                f"collection {spec.name!r} is under {model_name!r} with {spec.dimensions} dimensions already",
+                f"collection {spec.name!r} has vectors of model {model_name!r} with {spec.dimensions} dimensions "
+                "already; name another model or other dimensions",
                 reason="SAME_MODEL",
                 metadata={"collection": spec.name, "model": model_name},
             )
@@ -189,7 +190,7 @@ class _Job:
                     self.reembedding.rewind()
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
-            log.info("collection %s is under %s now", name, self.reembedding.spec.model)
+            log.info("collection %s has the vectors of model %s now", name, self.reembedding.spec.model)
         except Exception:
             log.exception("collection %s: the reembedding failed", name)
         finally:
@@ -240,7 +241,7 @@ class _Job:
 
     def _set_problem(self, problem: str) -> None:
         if problem and problem != self.problem:
-            log.warning("collection %s stays under its model: %s", self.reembedding.spec.name, problem)
+            log.warning("collection %s keeps its model: %s", self.reembedding.spec.name, problem)
         self.problem = problem
         if problem:
             # The problem may last, so writes must not wait for it.

@@ -274,7 +274,7 @@ class CollectionSearch:
         found = {record.id: record.vector for record in records}
         for row, record_id in record_ids.items():
             if record_id not in found:
-                raise not_found("record", record_id, f"queries[{row}] asks for its neighbours; upsert it first")
+                raise not_found("record", record_id, f"queries[{row}] searches by its vector; upsert it first")
             matrix[row] = found[record_id]
 
 

@@ -59,7 +59,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         """
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("config"):
-            raise invalid("config", "is missing; the first message of a stream must have one")
+            raise invalid("config", "is missing; the first message of a stream must have a config")
         config, request_id = first.config, requests.request_id(context)
         options = _options(config, "config.")
         caller = requests.caller(context, config.priority, Lane.BULK, "config.priority")
@@ -112,7 +112,7 @@ def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") ->
         ServiceError: INVALID_ARGUMENT for a value that this server does not know.
     """
     if message.dtype not in _DTYPES:
-        raise invalid(f"{path}dtype", f"is {message.dtype}, which is no DataType")
+        raise invalid(f"{path}dtype", f"is {message.dtype}, which is not a DataType")
     return EmbeddingOptions(
         requests.input_kind(message.input_kind, f"{path}input_kind"),
         requests.truncation(message.truncation, f"{path}truncation"),
@@ -129,7 +129,7 @@ def _texts(message: pb.EmbedStreamRequest) -> Sequence[StreamText]:
 def _later_texts(message: pb.EmbedStreamRequest) -> Sequence[StreamText]:
     """Return the texts of a message that is not the first; INVALID_ARGUMENT if it has a config."""
     if message.HasField("config"):
-        raise invalid("config", "is there again; only the first message of a stream may have one")
+        raise invalid("config", "is set again; only the first message of a stream may have a config")
     return _texts(message)
 
 

@@ -95,7 +95,10 @@ class _Reader:
         if kind == "prefix":
             prefix = message.prefix.prefix
             if not prefix:
-                raise invalid(f"{path}.prefix.prefix", "is empty; give how the strings start, or ask for existence")
+                raise invalid(
+                    f"{path}.prefix.prefix",
+                    "is empty; give the first characters of the strings, or use an existence condition",
+                )
             field = check_field(message.prefix.field, f"{path}.prefix.field")
             return filters.Prefix(field, check_string(prefix, f"{path}.prefix.prefix"))
         if kind == "existence":
@@ -113,13 +116,13 @@ def _comparison(message: pb.Comparison, path: str) -> filters.Comparison:
     operator = _OPERATORS.get(message.operator)
     if operator is None:
         raise invalid(
-            f"{path}.operator", f"is {message.operator}, which is no ComparisonOperator; use EQUAL or another"
+            f"{path}.operator", f"is {message.operator}, which is not a ComparisonOperator; use EQUAL or another"
         )
     value = _value(message.value, f"{path}.value")
     if operator not in _EQUALITIES and filters.kind_of(value) not in ("string", "number"):
         raise invalid(
             f"{path}.operator",
-            f"is {operator.value!r}, which goes for numbers and strings only; use EQUAL or NOT_EQUAL",
+            f"is {operator.value!r}, which compares numbers and strings only; use EQUAL or NOT_EQUAL",
         )
     return filters.Comparison(check_field(message.field, f"{path}.field"), operator, value)
 

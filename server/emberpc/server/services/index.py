@@ -143,7 +143,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """
         first = await anext(request_iterator, None)
         if first is None or not first.collection:
-            raise invalid("collection", "is missing; the first message of a stream must name one")
+            raise invalid("collection", "is missing; the first message of a stream must name a collection")
         collection = await self._access.open(first.collection)
         caller, request_id = requests.caller(context, default=Lane.BULK), requests.request_id(context)
         stream = UpsertStream(self._engine, self._limits, self._pool, self._reembedding, collection, caller, request_id)

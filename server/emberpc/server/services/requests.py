@@ -61,7 +61,7 @@ def caller(
         ServiceError: INVALID_ARGUMENT for a priority that this server does not know.
     """
     if priority not in _LANES:
-        raise invalid(field, f"is {priority}, which is no Priority; use INTERACTIVE or BULK")
+        raise invalid(field, f"is {priority}, which is not a Priority; use INTERACTIVE or BULK")
     lane, left = _LANES[priority], context.time_remaining()
     return Caller(context.peer(), default if lane is None else lane, perf_counter() + left if left is not None else inf)
 
@@ -80,7 +80,7 @@ def optional_truncation(value: types_pb2.Truncation.ValueType, field: str = "tru
     if value == types_pb2.TRUNCATION_UNSPECIFIED:
         return None
     if value not in _TRUNCATIONS:
-        raise invalid(field, f"is {value}, which is no Truncation; use REFUSE, END or START")
+        raise invalid(field, f"is {value}, which is not a Truncation; use REFUSE, END or START")
     return _TRUNCATIONS[value]
 
 
@@ -91,7 +91,7 @@ def input_kind(value: types_pb2.InputKind.ValueType, field: str = "input_kind") 
         ServiceError: INVALID_ARGUMENT for a kind that this server does not know.
     """
     if value not in _INPUT_KINDS:
-        raise invalid(field, f"is {value}, which is no InputKind; use QUERY or PASSAGE")
+        raise invalid(field, f"is {value}, which is not an InputKind; use QUERY or PASSAGE")
     return _INPUT_KINDS[value]
 
 

@@ -66,7 +66,7 @@ def _check(request: pb.SearchRequest) -> list[int]:
         raise _wrong_top_k(common, own)
     sizes = [each or common or _DEFAULT_TOP_K for each in own]
     if sum(sizes) > MAX_HITS:
-        raise invalid("queries", f"ask for {sum(sizes)} hits in all; a call gives at most {MAX_HITS}, split it")
+        raise invalid("queries", f"ask for {sum(sizes)} hits together; a call returns at most {MAX_HITS}, split it")
     efs = [request.ef, *(query.ef for query in queries)]
     if min(efs) < 0:
         place = next(i for i, ef in enumerate(efs) if ef < 0)
@@ -85,21 +85,21 @@ def _check_mode(request: pb.SearchRequest) -> SearchMode:
     """Return the mode; raise INVALID_ARGUMENT for an unknown one, or for fields that it does not use."""
     mode = _MODES.get(request.mode)
     if mode is None:
-        raise invalid("mode", f"is {request.mode}, which is no SearchMode; use DENSE, LEXICAL or HYBRID")
+        raise invalid("mode", f"is {request.mode}, which is not a SearchMode; use DENSE, LEXICAL or HYBRID")
     if request.HasField("dense_weight"):
         if mode is not SearchMode.HYBRID:
-            raise invalid("dense_weight", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+            raise invalid("dense_weight", "is set, but only HYBRID search uses it; leave it out, or set mode to HYBRID")
         if not 0 <= request.dense_weight <= 1:
             raise invalid("dense_weight", f"is {request.dense_weight}; it must be 0 to 1")
     if request.fusion not in _FUSIONS:
-        raise invalid("fusion", f"is {request.fusion}, which is no SearchFusion; use SCORES or RANKS")
+        raise invalid("fusion", f"is {request.fusion}, which is not a SearchFusion; use SCORES or RANKS")
     if request.fusion and mode is not SearchMode.HYBRID:
-        raise invalid("fusion", "is set, which goes with HYBRID only; leave it out, or set mode to HYBRID")
+        raise invalid("fusion", "is set, but only HYBRID search uses it; leave it out, or set mode to HYBRID")
     if mode is SearchMode.LEXICAL:
         if request.ef or any(query.ef for query in request.queries):
-            raise invalid("ef", "is set, and LEXICAL search uses no graph; leave it out")
+            raise invalid("ef", "is set, but LEXICAL search uses no graph; leave it out")
         if request.min_recall:
-            raise invalid("min_recall", "is set, and LEXICAL search uses no graph; leave it out")
+            raise invalid("min_recall", "is set, but LEXICAL search uses no graph; leave it out")
     return mode
 
 
@@ -118,7 +118,7 @@ def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) 
         elif kind == "record_id":
             queries.append(Query(None, None, query.record_id, top_k, ef))
         else:
-            raise invalid(f"queries[{i}]", "asks for nothing; set text, vector or record_id")
+            raise invalid(f"queries[{i}]", "has no query; set text, vector or record_id")
     return queries
 
 
