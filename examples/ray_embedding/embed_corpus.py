@@ -30,7 +30,7 @@ import ray.data
 
 from emberpc.bundle import BundleError, Task, read_bundle
 from emberpc.server.cores import usable_cores
-from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
+from emberpc.server.engine import Caller, Engine, InferenceRequest, Lane, Registry, Truncation
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
@@ -90,16 +90,15 @@ class Embedder:
         matrix = np.zeros((len(texts), dimensions), dtype=np.float32)
         truncated = np.zeros(len(texts), dtype=bool)
         if rows:
-            inference = self._loop.run_until_complete(
-                self._engine.infer(
-                    self._model,
-                    [texts[i] for i in rows],
-                    self._model.manifest.prompts.passage,
-                    Truncation.END,
-                    items_of("texts"),
-                    Caller("ray", Lane.BULK, math.inf),
-                )
+            request = InferenceRequest(
+                self._model,
+                [texts[i] for i in rows],
+                self._model.manifest.prompts.passage,
+                Truncation.END,
+                items_of("texts"),
+                Caller("ray", Lane.BULK, math.inf),
             )
+            inference = self._loop.run_until_complete(self._engine.inferrer.infer(request))
             matrix[rows], truncated[rows] = inference.output, inference.truncated
         without = np.ones(len(texts), dtype=bool)
         without[rows] = False

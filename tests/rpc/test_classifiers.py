@@ -15,8 +15,8 @@ import pytest
 from emberpc.bundle import Task, read_bundle
 from emberpc.server.engine import Engine, Model, Registry
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services.classification import ClassificationService
-from emberpc.server.services.requests import Limits
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 from examples.server_process import ServerProcess

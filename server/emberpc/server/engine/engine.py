@@ -9,9 +9,9 @@ from pathlib import Path
 from emberpc.bundle import Task
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.cache import Cache
-from emberpc.server.engine.models.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.caller import Caller
 from emberpc.server.engine.inference import Inferrer
+from emberpc.server.engine.models.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.models.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
