@@ -4,16 +4,23 @@ BIN = .venv/bin
 # Processes that share the test files; 0 runs all tests in one.
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --durations=25
+SERVER_TESTS = tests/bundle tests/conformance tests/engine tests/index tests/rpc tests/unit
 # Tests start some 200 processes; each would compile its modules again.
-test test-all: export PYTHONDONTWRITEBYTECODE =
+test test-all test-client test-server test-matrix: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help venv demo demo-keep test test-all coverage bench lint protos protos-check
+.PHONY: help venv client-venv server-venv demo demo-keep test test-client test-server test-matrix test-all coverage bench lint protos protos-check
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed 's/:.*##/\t/' | expand -t 16
 
 venv:  ## Make .venv, or bring it up to date
 	@$(PYTHON) tools/make_venv.py
+
+client-venv:  ## Make .venv-client, or bring it up to date
+	@$(PYTHON) tools/make_venv.py client
+
+server-venv:  ## Make .venv-server, or bring it up to date
+	@$(PYTHON) tools/make_venv.py server
 
 demo: venv  ## The main job on real input: export, serve, index, search, fine-tune, classify
 	@$(BIN)/python -m examples.stdlib_demo
@@ -23,6 +30,16 @@ demo-keep: venv  ## The same, and the server stays up at localhost:50051 until C
 
 test: venv  ## The fast tests
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+test-client: client-venv  ## The tests of client and command line; under a minute, and without the server's packages
+	.venv-client/bin/python -m pytest tests/client tests/cli -m "not slow and not server and not export" $(PARALLEL)
+
+test-server: server-venv  ## The tests of server and bundles, without PyTorch
+	.venv-server/bin/python -m pytest $(SERVER_TESTS) -m "not slow and not export" $(PARALLEL)
+
+test-matrix:  ## The same with the oldest and the newest dependencies, as a wheel, with every Python here
+	@$(PYTHON) tools/make_venv.py matrix
+	.venv-matrix/bin/nox --non-interactive --reuse-existing-virtualenvs $(ARGS)
 
 test-all: venv  ## All tests, those that take minutes too
 	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=thorough

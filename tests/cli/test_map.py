@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from emberpc.cli.maps.groups import Group, Grouping, distinguishing_words
 from emberpc.cli.maps.layout import lay_out
 from emberpc.cli.maps.page import _json
 from emberpc.client import Client
-from examples.server_process import ServerProcess
 
 Emberpc = Any
 
@@ -80,18 +79,15 @@ Make = Callable[..., str]
 
 
 @pytest.fixture
-def make(server: ServerProcess, client: Client, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(tiny_client: Client) -> Make:
     """Makes the collection `drawn` of some records."""
-    monkeypatch.setenv("EMBERPC_TARGET", server.address)
 
     def collection(records: Sequence[Mapping[str, Any]], *, dimensions: int = 8) -> str:
-        client.create_collection("drawn", dimensions=dimensions)
-        client.upsert("drawn", records)
+        tiny_client.create_collection("drawn", dimensions=dimensions)
+        tiny_client.upsert("drawn", records)
         return "drawn"
 
-    yield collection
-    if any(found.name == "drawn" for found in client.collections()):
-        client.delete_collection("drawn")
+    return collection
 
 
 def test_each_record_is_on_the_page_once_among_its_like(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
@@ -175,7 +171,7 @@ def test_what_has_no_records_is_told_and_leaves_no_file(emberpc: Emberpc, make: 
 
 
 def test_a_sample_is_the_same_each_time_and_mostly_stays(
-    emberpc: Emberpc, client: Client, make: Make, tmp_path: Path
+    emberpc: Emberpc, tiny_client: Client, make: Make, tmp_path: Path
 ) -> None:
     name, target = make(blobs(150)), tmp_path / "map.html"
     pages, samples = [], []
@@ -186,7 +182,7 @@ def test_a_sample_is_the_same_each_time_and_mostly_stays(
         samples.append(set(data_of(target)["points"]["id"]))
     assert pages[0] == pages[1]
     assert {int(each[1:]) % 3 for each in samples[0]} == {0, 1, 2}
-    client.upsert(name, [{**record, "id": f"new{i}"} for i, record in enumerate(blobs(15))])
+    tiny_client.upsert(name, [{**record, "id": f"new{i}"} for i, record in enumerate(blobs(15))])
     assert emberpc("collection", "map", name, "-o", target, "--limit", 40, "--overwrite").code == 0
     assert len(samples[0] & set(data_of(target)["points"]["id"])) >= 30
     assert data_of(target)["total"] == 165
@@ -241,6 +237,7 @@ def test_a_file_that_is_there_stays_unless_told(emberpc: Emberpc, make: Make, tm
     assert len(data_of(target)["points"]["id"]) == 3
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("distance", ["cosine", "dot_product", "euclidean"])
 @pytest.mark.parametrize("dimensions", [1, 2, 50])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])

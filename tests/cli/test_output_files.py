@@ -66,7 +66,7 @@ def test_records_and_backups_go_into_a_pipe(emberpc: Emberpc, fake: FakeServer, 
     reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
     reader.start()
     outcome = emberpc("collection", command, "c", "-o", pipe)
-    reader.join(60)
+    reader.join(300)
     # Nothing else goes to stdout, which may be the pipe.
     assert (outcome.code, outcome.out) == (0, "")
     assert "wrote 1 records to" in outcome.err if command == "export" else "wrote 8 bytes to" in outcome.err

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,9 +18,11 @@ from emberpc.cli.import_export import fields_of
 from emberpc.cli.input_files import LineFile
 from emberpc.cli.output import json_line
 from emberpc.cli.output_files import atomic_file
-from emberpc.cli.parquet import ParquetRecords, write_records
 from emberpc.cli.record_sources import RecordError, Source
 from emberpc.client import Record
+
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+from emberpc.cli.parquet import ParquetRecords, write_records  # noqa: E402 - imports pyarrow
 
 per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 

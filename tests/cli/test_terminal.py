@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.client import Client
 from fake_server import FakeServer
 
 
@@ -46,20 +47,23 @@ def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None)
             break
         written += piece
     os.close(ours)
-    process.wait(30)
+    process.wait(300)
     return written.decode().splitlines()
 
 
 @pytest.fixture
 def collection(fake: FakeServer, tmp_path: Path) -> Path:
+    """A file of records, all of which the collection c has."""
+    records = [
+        {"id": "short", "text": "a text"},
+        {"id": "hostile", "text": "\x1b[2J[bold]x[/bold]\r\n\x07"},
+        {"id": "wide", "text": "漢字" * 60},
+    ]
     path = tmp_path / "r.jsonl"
-    path.write_text(
-        '{"id": "short", "text": "a text"}\n'
-        '{"id": "hostile", "text": "\\u001b[2J[bold]x[/bold]\\r\\n\\u0007"}\n'
-        f'{{"id": "wide", "text": "{"漢字" * 60}"}}\n'
-    )
-    on_terminal("collection", "create", "c")
-    on_terminal("upsert", "c", path)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with Client(fake.target) as client:
+        client.create_collection("c")
+        client.upsert("c", records)
     return path
 
 

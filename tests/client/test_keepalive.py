@@ -8,9 +8,10 @@ import pytest
 
 from emberpc.client import Unavailable
 from emberpc.client._core import connection
-from emberpc.server.app import _KEEPALIVE
 from fake_server import FakeServer
 from ping_proxy import PingProxy
+
+pytestmark = pytest.mark.server  # the intervals of the real server
 
 #: gRPC's server closes a connection at its fourth ping if they come too often. More than that, so that the call is not
 #: over before the server has done it.
@@ -40,6 +41,8 @@ def frequent_pings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
     shell_type: Any, rpc: str, name: str, arguments: tuple[Any, ...]
 ) -> None:
+    from emberpc.server.app import _KEEPALIVE
+
     with FakeServer(options=hastened(_KEEPALIVE)) as server, PingProxy(server.target, PINGS) as proxy:
         shell = shell_type(proxy.target, timeout=300)
         try:
@@ -54,6 +57,8 @@ def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
 
 def test_the_same_call_is_ended_by_a_server_with_the_default_of_grpc(shell_type: Any) -> None:
     """Without this, the tests above could pass because no ping is ever refused."""
+    from emberpc.server.app import _KEEPALIVE
+
     options = [(name, value) for name, value in hastened(_KEEPALIVE) if name != PING_INTERVAL]
     with (
         FakeServer(options=[*options, (PING_INTERVAL, DEFAULT_INTERVAL_MS // 100)]) as server,

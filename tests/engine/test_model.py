@@ -18,8 +18,6 @@ import onnx
 import pytest
 
 from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
-from emberpc.export.classifier import ClassifierData, export_classifier
-from emberpc.export.embedding import export_embedding
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
 from emberpc.server.engine.models import calibration
@@ -109,20 +107,11 @@ def test_a_reference_of_another_shape_is_found_out(bundle: Path) -> None:
     assert "does not give the outputs" in refused(bundle)
 
 
-@pytest.fixture(scope="module")
-def classifier(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("classifier")
-    rows = "".join(
-        f"{word * (i % 3 + 1)},{label}\n" for i in range(8) for word, label in (("a b ", "x"), ("p q ", "y"))
-    )
-    (folder / "train.csv").write_text(f"text,label\n{rows}")
-    export_classifier(ClassifierData(folder / "train.csv"), str(tiny_source), folder / "bundle")
-    return folder / "bundle"
-
-
 @pytest.mark.parametrize("first", ["embedder", "classifier"])
-def test_a_classifier_shares_the_encoder_that_it_was_made_on(bundle: Path, classifier: Path, first: str) -> None:
-    folders = {"embedder": bundle, "classifier": classifier}
+def test_a_classifier_shares_the_encoder_that_it_was_made_on(
+    bundle: Path, tiny_classifier_bundle: Path, first: str
+) -> None:
+    folders = {"embedder": bundle, "classifier": tiny_classifier_bundle}
     encoders = Encoders()
     models = {
         name: Model.load(name, folders[name], encoders=encoders)
@@ -131,15 +120,15 @@ def test_a_classifier_shares_the_encoder_that_it_was_made_on(bundle: Path, class
     assert models["embedder"].encoder is models["classifier"].encoder
     batch = [np.array([2, 7, 8, 9, 3]), np.array([2, 11, 3])]
     shared = models["classifier"].finish(models["classifier"].encoder.run(batch))
-    session = OnnxSession(classifier / "onnx" / "model.onnx")
-    in_graph = session.run(batch, read_bundle(classifier).interface(session.graph), 0)
+    session = OnnxSession(tiny_classifier_bundle / "onnx" / "model.onnx")
+    in_graph = session.run(batch, read_bundle(tiny_classifier_bundle).interface(session.graph), 0)
     np.testing.assert_allclose(shared, in_graph, atol=1e-4)
 
 
-def test_a_classifier_goes_over_to_the_encoder_that_is_loaded_anew(bundle: Path, classifier: Path) -> None:
+def test_a_classifier_goes_over_to_the_encoder_that_is_loaded_anew(bundle: Path, tiny_classifier_bundle: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         registry = Registry(pool)
-        for name, folder in (("embedder", bundle), ("classifier", classifier)):
+        for name, folder in (("embedder", bundle), ("classifier", tiny_classifier_bundle)):
             registry.load(name, folder)
         old = weakref.ref(registry.get("embedder").encoder)
         reloaded = registry.load("embedder", bundle, fresh=True)
@@ -150,6 +139,8 @@ def test_a_classifier_goes_over_to_the_encoder_that_is_loaded_anew(bundle: Path,
 
 
 def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bundle: Path, tmp_path: Path) -> None:
+    from emberpc.export.embedding import export_embedding
+
     export_embedding(tiny_source, tmp_path / "short", max_tokens=8)
     encoders = Encoders()
     long, short = (Model.load("m", folder, encoders=encoders) for folder in (bundle, tmp_path / "short"))
@@ -162,7 +153,7 @@ def widened(encoder: Encoder, batch: list[TokenIds]) -> Encoder:
     encoder.run(batch, threads=2)
     for thread in threading.enumerate():
         if thread.name == "widen":
-            thread.join(30)
+            thread.join(300)
     return encoder
 
 
@@ -275,9 +266,9 @@ def test_a_system_without_threads_fails_no_run(bundle: Path, monkeypatch: pytest
     assert widened(encoder, batch).wide
 
 
-def test_a_damaged_head_is_refused(classifier: Path, tmp_path: Path) -> None:
+def test_a_damaged_head_is_refused(tiny_classifier_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "classifier"
-    shutil.copytree(classifier, folder)
+    shutil.copytree(tiny_classifier_bundle, folder)
     Head(np.zeros((32, 3), dtype=np.float32), np.zeros(3, dtype=np.float32)).write(folder)
     resign(folder)
     assert "has the shape (32, 3), not (32, 2)" in refused(folder)

@@ -9,6 +9,8 @@ import pytest
 import bundle_cache
 from bundle_cache import shared_export
 
+pytestmark = pytest.mark.export  # the cache sets a constant of the export
+
 
 class Builder:
     """Writes a file, and counts how often."""
