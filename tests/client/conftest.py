@@ -89,6 +89,6 @@ def shell_type(request: pytest.FixtureRequest) -> type[Shell]:
 @pytest.fixture
 def shell(fake: FakeServer, shell_type: type[Shell]) -> Iterator[Shell]:
     """A client of the fake server."""
-    opened = shell_type(fake.target, timeout=10)
+    opened = shell_type(fake.target, timeout=300)
     yield opened
     opened.close()

@@ -50,7 +50,7 @@ def test_just_so_many_requests_are_in_flight(fake: FakeServer, shell_type: Any, 
         with lock:
             here += 1
             most = max(most, here)
-        together.wait(10)  # breaks, and fails the call, unless so many are here at once
+        together.wait(300)  # breaks, and fails the call, unless so many are here at once
         with lock:
             here -= 1
 
@@ -263,7 +263,7 @@ def test_every_call_has_a_deadline(fake: FakeServer, shell: Shell) -> None:
     shell("models", timeout=100)
     first, second = fake.asked["ListModels"]
     # On the wire a deadline is rounded up.
-    assert 0 < first.seconds_left < 12
+    assert 200 < first.seconds_left < 303
     assert 90 < second.seconds_left < 103
 
 

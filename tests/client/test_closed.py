@@ -113,7 +113,7 @@ async def test_closing_an_asyncio_client_ends_its_calls_with_our_error(fake: Fak
 
     def hook(_: Any) -> None:
         loop.call_soon_threadsafe(arrived.set)
-        done.wait(30)
+        done.wait(300)
 
     fake.hooks[rpc] = hook
     client = AsyncClient(fake.target)

@@ -240,7 +240,7 @@ def test_a_client_is_closed_though_grpc_waits_for_a_call_that_ctrl_c_ended_half_
 
     def close() -> None:
         waiting.set()
-        let_go.wait(60)
+        let_go.wait(300)
 
     monkeypatch.setattr(client._runner._transport._channel, "close", close)
     client.close()

@@ -6,7 +6,6 @@ import asyncio
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 from typing import Any
 
 import grpc
@@ -65,13 +64,6 @@ def test_a_request_of_megabytes_is_repeated_too(fake: FakeServer, shell: Shell) 
     assert len(fake.asked["UpsertRecords"]) == 2
 
 
-def test_the_server_says_how_long_to_wait(fake: FakeServer, shell: Shell) -> None:
-    fake.faults["Embed"].append(Fault(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING", pushback_ms=700))
-    start = perf_counter()
-    shell("embed", ["a"])
-    assert perf_counter() - start >= 0.7  # without it, at most 0.12 s
-
-
 @pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL])
 def test_nothing_else_is_repeated(fake: FakeServer, shell: Shell, code: grpc.StatusCode) -> None:
     fake.faults["Embed"].append(Fault(code, "no", "NO"))
@@ -82,7 +74,7 @@ def test_nothing_else_is_repeated(fake: FakeServer, shell: Shell, code: grpc.Sta
 
 def test_a_server_that_is_restarted_is_found_again(shell_type: Any) -> None:
     with FakeServer() as first:
-        shell = shell_type(first.target, timeout=10)
+        shell = shell_type(first.target, timeout=300)
         shell("models")
     again = FakeServer(port=first.port)
     starter = threading.Timer(0.5, again.__enter__)
@@ -244,7 +236,7 @@ def test_a_wrong_record_stops_an_upsert_where_it_stands(fake: FakeServer, shell:
 
 def test_no_answer_in_time_is_a_deadline_exceeded(fake: FakeServer, shell: Shell) -> None:
     done = threading.Event()
-    fake.hooks["Embed"] = lambda _: done.wait(10)
+    fake.hooks["Embed"] = lambda _: done.wait(300)
     try:
         with pytest.raises(DeadlineExceeded, match=rf"no answer from {fake.target} within 0\.2 s; give a longer"):
             shell("embed", ["a"], timeout=0.2)
@@ -282,16 +274,16 @@ def test_closing_a_client_ends_its_calls(fake: FakeServer) -> None:
 
     def hook(_: Any) -> None:
         arrived.set()
-        done.wait(10)
+        done.wait(300)
 
     fake.hooks["Embed"] = hook
     client = Client(fake.target)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.embed, ["a"])
-        assert arrived.wait(10)
+        assert arrived.wait(300)
         client.close()
         with pytest.raises(Cancelled):
-            answer.result(10)
+            answer.result(300)
         done.set()
 
 
@@ -303,20 +295,20 @@ async def test_a_cancelled_task_cancels_its_requests(fake: FakeServer) -> None:
 
     def hook(_: Any) -> None:
         loop.call_soon_threadsafe(arrived.put_nowait, None)
-        done.wait(10)
+        done.wait(300)
         ended.release()
 
     fake.hooks["Embed"] = hook
     async with AsyncClient(fake.target) as client:
         task = asyncio.create_task(client.embed(["a", "b", "c"], batch_size=1))
         for _ in range(2):
-            await asyncio.wait_for(arrived.get(), 10)
+            await asyncio.wait_for(arrived.get(), 300)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     done.set()
     for _ in range(2):
-        assert ended.acquire(timeout=10)
+        assert ended.acquire(timeout=300)
     assert len(fake.asked["Embed"]) == 2  # the third was never sent
 
 
@@ -360,9 +352,9 @@ def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
                 shell(name, *arguments)
             assert len(fake.asked[rpc]) == 1
             fake.hooks.pop(rpc)
-            # This call may be the one that notices the break, and is then repeated.
+            # The client connects again. The call may still be sent on the broken connection, and is repeated then.
             monkeypatch.setattr(retries, "_SOON", 1000.0)
-            shell(name, *arguments)  # the client connects again
+            shell(name, *arguments)
         finally:
             shell.close()
 
@@ -395,24 +387,3 @@ def test_a_call_of_several_answers_is_repeated_until_the_first(
         with pytest.raises(Unavailable, match="starting"):
             shell("verify_collection", "c")
     assert len(fake.asked["VerifyCollection"]) == min(failures + 1, 5)
-
-
-def test_grpc_repeats_nothing_by_itself() -> None:
-    """What it repeats, it repeats from zero, however long the call has run, and tells nobody."""
-    with Client("localhost:1") as client:
-        options = dict(client._runner._connection.options)
-    assert "retryPolicy" not in str(options["grpc.service_config"])
-
-
-def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
-    attempts = retries.Retries(60, allowed=True)
-    first = attempts.begin()
-    assert attempts.pause(Unavailable("no", retry_after=1.5)) == 1.5
-    assert attempts.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
-    assert attempts.pause(Internal("no")) is None
-    attempts.begin()
-    attempts.end(first)
-    assert attempts.ended is None
-    once = retries.Retries(60, allowed=False)
-    once.begin()
-    assert once.pause(Unavailable("no")) is None

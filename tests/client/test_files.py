@@ -32,7 +32,7 @@ class Reader:
 
     def all(self) -> bytes:
         """Return what came, once the pipe is closed."""
-        self._thread.join(60)
+        self._thread.join(300)
         assert not self._thread.is_alive()
         return self.found
 

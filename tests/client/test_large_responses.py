@@ -61,7 +61,7 @@ def test_one_item_whose_response_is_too_large_is_an_error(fake: FakeServer, shel
 def test_another_refusal_is_not_asked_again(fake: FakeServer, shell: Shell) -> None:
     fake.faults["Search"].append(Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", "QUEUE_FULL"))
     with pytest.raises(ResourceExhausted, match="queue is full"):
-        shell("search_batch", "c", QUERIES, timeout=0.5)
+        shell("search_batch", "c", QUERIES)
     assert {len(asked.request.queries) for asked in fake.asked["Search"]} == {len(QUERIES)}
 
 

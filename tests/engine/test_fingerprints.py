@@ -223,7 +223,7 @@ def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeyp
     checked, make = threading.Event(), OnnxSession
 
     def load(path: Path, contents: Contents) -> OnnxSession:
-        assert checked.wait(60)
+        assert checked.wait(300)
         return make(path, contents=contents)
 
     monkeypatch.setattr(Bundle, "check_hashes", changed)
@@ -265,7 +265,7 @@ def test_the_weights_are_hashed_while_the_session_is_made(
     fingerprint = Bundle.fingerprint
 
     def delayed(bundle: Bundle, variant: str = "", *, headless: bool = False, contents: Contents | None = None) -> str:
-        assert loading.begun.wait(60), "the session waits for the hash"
+        assert loading.begun.wait(300), "the session waits for the hash"
         return fingerprint(bundle, variant, headless=headless, contents=contents)
 
     monkeypatch.setattr(Bundle, "fingerprint", delayed)

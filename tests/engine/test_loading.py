@@ -236,5 +236,5 @@ def test_closing_waits_for_what_is_loaded_until_its_deadline_only(registry: Regi
     assert not loader.close(Deadline(0))
     assert waiting.cancelled()
     go_on.set()
-    assert loading.result(30)
+    assert loading.result(300)
     assert loader.close(Deadline(30))

@@ -191,8 +191,8 @@ async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(
 async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
-    late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.01)))
-    await asyncio.sleep(0.02)  # its time passes while the only worker is busy
+    late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.5)))
+    await asyncio.sleep(0.51)  # it is in the queue, and its time passes while the only worker is busy
     gate.open.set()
     with pytest.raises(ServiceError) as dropped:
         await late

@@ -379,7 +379,7 @@ async def test_long_texts_take_turns_and_end_when_their_caller_leaves() -> None:
     def first(stop: Callable[[], bool]) -> None:
         order.append("first")
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(300)
         if stop():
             stopped.set()
 
@@ -387,7 +387,7 @@ async def test_long_texts_take_turns_and_end_when_their_caller_leaves() -> None:
         scheduler = Scheduler(1, 64, 1000)
         inferrer, long = Inferrer(pool, scheduler, 0), ["a" * 100_000]
         leaver = asyncio.create_task(inferrer._in_pool(long, first))
-        assert await asyncio.to_thread(begun.wait, 30)
+        assert await asyncio.to_thread(begun.wait, 300)
         waiter = asyncio.create_task(inferrer._in_pool(long, lambda _: order.append("second")))
         await inferrer._in_pool(["a"], lambda _: order.append("short"))
         leaver.cancel()

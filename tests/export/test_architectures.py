@@ -121,6 +121,12 @@ def test_lower_layers_can_be_run_once(source: Path) -> None:
     assert abs(backbone.embed(tokens, states) - whole).max() < 5e-3
 
 
+# RoBERTa's layers are those of BERT, which other tests train, and XLM-RoBERTa's those of RoBERTa.
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("roberta", "xlm-roberta") else []) for name in CONFIGS],
+    indirect=True,
+)
 def test_the_encoder_can_be_trained(source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv")
     for strategy in ("top-layers", "full"):

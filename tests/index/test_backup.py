@@ -246,7 +246,7 @@ def crash(folder: Path, lines: int) -> list[str]:
     said = [child.stdout.readline() for _ in range(lines)]
     child.kill()
     said += child.stdout.readlines()
-    child.wait(30)
+    child.wait(300)
     child.stdout.close()
     return said
 

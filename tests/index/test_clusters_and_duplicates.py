@@ -140,7 +140,7 @@ def test_a_collection_that_is_deleted_ends_what_looks_at_it(tmp_path: Path, monk
         looking, deleted = threading.Event(), threading.Event()
 
         def delete() -> None:
-            looking.wait(30)
+            looking.wait(300)
             index.delete("c")
             deleted.set()
 
@@ -149,10 +149,10 @@ def test_a_collection_that_is_deleted_ends_what_looks_at_it(tmp_path: Path, monk
 
         def slowly() -> bool:
             looking.set()
-            assert collection._calls._ending.wait(30)
+            assert collection._calls._ending.wait(300)
             return False
 
         with refused(Code.UNAVAILABLE, "closed or deleted"):
             collection.duplicates(0.5, slowly)
-        deleting.join(30)
+        deleting.join(300)
         assert deleted.is_set()

@@ -230,7 +230,7 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert not any(thread.is_alive() for thread in threads)
     assert errors == []
 

@@ -69,7 +69,7 @@ def crash(folder: Path, seed: int, lines: int, delay: float) -> list[str]:
     time.sleep(delay)
     writer.kill()
     said += writer.stdout.readlines()
-    writer.wait(30)
+    writer.wait(300)
     writer.stdout.close()
     return said
 

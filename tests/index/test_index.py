@@ -112,7 +112,7 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) ->
     assert refused.value.code is Code.FAILED_PRECONDITION
     assert str(tmp_path) in refused.value.message
     first.kill()
-    first.wait(30)
+    first.wait(300)
     first.stdout.close()
     first.stdin.close()
     Index(tmp_path).close()
@@ -311,20 +311,20 @@ def test_who_opens_a_collection_keeps_nobody_waiting_for_another(
     def slow(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> PersistentGraph | None:
         if spec.name == "large":
             opening.set()
-            assert go_on.wait(30)
+            assert go_on.wait(300)
         return load(spec, identity, newest, folder)
 
     monkeypatch.setattr(snapshots, "load", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(index.get, "large")
-        assert opening.wait(30)
+        assert opening.wait(300)
         second = pool.submit(index.get, "large")
         assert index.get("small").count() == 1
         assert [spec.name for spec in index.page(10, "")[0]] == ["large", "small"]
         assert not first.done()
         assert not second.done()
         go_on.set()
-        assert first.result(30) is second.result(30)
+        assert first.result(300) is second.result(30)
     index.close()
 
 

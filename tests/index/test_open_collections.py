@@ -208,7 +208,7 @@ def test_the_connections_of_a_collection_are_shared(index: Index) -> None:
 
     def read() -> None:
         with collection._calls.enter(), collection._store.snapshot():
-            inside.wait(30)
+            inside.wait(300)
         for _ in range(3):
             assert found(collection, 0) == ["r00000"]
 

@@ -231,8 +231,8 @@ def test_maintenance_at_rest_comes_once_and_after_the_last_write(index: Index) -
     resting: Any = Resting()
     asked = 0.0
     for _ in range(5):
-        index._maintenance_thread.wake_at_rest(resting, 0.1)
+        index._maintenance_thread.wake_at_rest(resting, 2.0)  # longer than this loop on a slow host
         asked = time.monotonic()
-    assert done.wait(30)
+    assert done.wait(300)
     index._maintenance_thread.close()
-    assert [moment >= asked + 0.05 for moment in maintained] == [True]
+    assert [moment >= asked + 1.9 for moment in maintained] == [True]

@@ -285,6 +285,6 @@ def test_writes_beside_it_are_no_problems(index: Index) -> None:
         found = [problem for _ in range(8) for step in collection.verify() for problem in step.problems]
     finally:
         done.set()
-        writer.join(30)
+        writer.join(300)
     assert found == []
     assert problems(collection) == []

@@ -37,14 +37,14 @@ def test_a_helper_that_is_busy_is_not_waited_for() -> None:
     def hold(part: int) -> int:
         if part:
             begun.set()
-            free.wait(60)
+            free.wait(300)
         else:
-            begun.wait(60)
+            begun.wait(300)
         return part
 
     other = threading.Thread(target=helpers.each, args=(hold, [0, 1]))
     other.start()
-    assert begun.wait(60)
+    assert begun.wait(300)
     assert helpers.each(lambda part: part, [1, 2, 3]) == [1, 2, 3]
     free.set()
     other.join()
@@ -57,7 +57,7 @@ def test_what_fails_is_told_when_nobody_is_at_it_any_more(wrong: int) -> None:
 
     def work(part: int) -> int:
         if part == 0:
-            begun.wait(60)  # the helper has the other part
+            begun.wait(300)  # the helper has the other part
         else:
             begun.set()
         if part == wrong:

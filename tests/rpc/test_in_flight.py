@@ -65,7 +65,7 @@ def failure(stub: index_pb2_grpc.IndexServiceStub) -> grpc.RpcError | None:
 
 def wait_until(look: Callable[[], Any]) -> Any:
     """Return the first true outcome of a function."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (found := look()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

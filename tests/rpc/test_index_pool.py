@@ -43,7 +43,7 @@ async def until(condition: Callable[[], bool]) -> None:
         while not condition():  # noqa: ASYNC110 - what is waited for is in another thread, not an event
             await asyncio.sleep(0.001)
 
-    await asyncio.wait_for(look(), 60)
+    await asyncio.wait_for(look(), 300)
 
 
 async def test_slots_are_given_in_order_and_a_user_who_left_gets_none() -> None:
@@ -97,7 +97,7 @@ async def test_a_call_whose_caller_left_stops_and_one_that_waits_does_not_begin(
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
         running = asyncio.create_task(pool.run(lambda: work("running"), Caller(), heavy=True))
-        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.to_thread(entered.wait, 300)
         waiting = [
             asyncio.create_task(pool.run(lambda: work("in the pool"), Caller())),
             asyncio.create_task(pool.run(lambda: work("heavy"), Caller(), heavy=True)),
@@ -106,7 +106,7 @@ async def test_a_call_whose_caller_left_stops_and_one_that_waits_does_not_begin(
         for task in (*waiting, running):
             task.cancel()
         await asyncio.gather(*waiting, running, return_exceptions=True)
-        assert await asyncio.to_thread(ended.wait, 60)
+        assert await asyncio.to_thread(ended.wait, 300)
         await until(lambda: pool.heavy.idle)
     assert began == ["running"]
 
@@ -116,13 +116,13 @@ async def test_a_slot_is_free_when_the_thread_is_and_not_when_the_caller_leaves(
 
     def work() -> None:
         entered.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
 
     with ThreadPoolExecutor(2) as executor:
         pool = IndexPool(executor, heavy=1)
         writers = pool.writers("c")
         task = asyncio.create_task(pool.run(work, heavy=True, within=writers))
-        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.to_thread(entered.wait, 300)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert not pool.heavy.idle
@@ -154,7 +154,7 @@ async def test_closing_ends_what_runs_and_lets_the_loop_go_on_meanwhile() -> Non
         pool = IndexPool(executor, heavy=1)
         # A handler that was cancelled, and has not noticed yet when the pool is closed.
         running = asyncio.create_task(pool.run(work, Caller()))
-        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.to_thread(entered.wait, 300)
         await pool.close()
         with pytest.raises(ServiceError, match="stopped"):
             await running
@@ -331,7 +331,7 @@ async def test_writes_of_one_collection_take_two_threads(served: Served, monkeyp
     def upsert(self: Collection, *arguments: Any) -> Any:
         if self.spec.name == "endless":
             began.append(1)
-            assert go_on.wait(60)
+            assert go_on.wait(300)
         return real(self, *arguments)
 
     monkeypatch.setattr(Collection, "upsert", upsert)

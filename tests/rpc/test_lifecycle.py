@@ -192,7 +192,7 @@ def test_no_acknowledged_record_is_lost_to_kill_9(minilm_bundle: Path, tmp_path:
     target = chance.randint(5, 60)
 
     def write() -> None:
-        with Client(server.address, timeout=10) as client:
+        with Client(server.address, timeout=300) as client:
             client.create_collection("c", model="minilm")
             for number in range(100_000):
                 batch = {f"id-{(number * 7 + i) % 150}": f"text {number} of id {i}" for i in range(3)}
@@ -207,9 +207,9 @@ def test_no_acknowledged_record_is_lost_to_kill_9(minilm_bundle: Path, tmp_path:
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert enough.wait(60)
+    assert enough.wait(300)
     server.kill()
-    writer.join(60)
+    writer.join(300)
     assert not writer.is_alive()
 
     with ServerProcess({"minilm": minilm_bundle}, tmp_path) as again, Client(again.address) as client:

@@ -30,7 +30,7 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def figures(process: ServerProcess) -> dict[str, float]:
     found = re.search(r"figures at (http://\S+)", process.output)
     assert found is not None
-    with urllib.request.urlopen(found[1], timeout=10) as response:
+    with urllib.request.urlopen(found[1], timeout=300) as response:
         lines = response.read().decode().splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
@@ -71,7 +71,7 @@ def test_they_tell_the_recall_of_searches_of_a_graph(tiny_bundle: Path, tmp_path
         assert not [name for name in figures(process) if name.startswith("emberpc_search_recall")]
         queries = [SearchQuery(matrix[0], ef=ef) for ef in (150, 0, 300, 150)]
         found: dict[str, float] = {}
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not found.get('emberpc_search_probes_total{collection="points"}'):
             assert time.monotonic() < deadline
             results = client.search_batch("points", queries, ef=120, top_k=5)

@@ -96,7 +96,7 @@ def test_reloads_under_load_fail_no_call_and_mix_no_answer(
         served.append(connected.reload_model("m", "ba"[i % 2]).fingerprint)
     stop.set()
     for caller in callers:
-        caller.join(30)
+        caller.join(300)
 
     assert failures == []
     assert served == [fingerprint for _ in range(5) for fingerprint in reversed(wanted)]
@@ -190,7 +190,7 @@ def test_two_loads_of_one_name_come_one_after_the_other(connected: Client) -> No
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(30)
+        caller.join(300)
     assert sorted(outcomes) == ["MODEL_EXISTS", "MODEL_EXISTS", "m"]
 
 

@@ -32,6 +32,8 @@ class Watched:
         self.entered, self.go_on = threading.Event(), threading.Event()
         self.sizes: list[int] = []
         self.seconds = 0.0
+        #: Set when two searches run at once; with `pairs`, all but the first wait for that.
+        self.two, self.pairs = threading.Event(), False
         self.running = self.most = 0
 
     def search(self, queries: Any, *arguments: Any, **options: Any) -> list[SearchOutcome]:
@@ -40,6 +42,10 @@ class Watched:
         self.most = max(self.most, self.running)
         self.entered.set()
         assert self.go_on.wait(300)
+        if self.running == 2:
+            self.two.set()
+        if self.pairs and len(self.sizes) > 1:
+            assert self.two.wait(300)
         threading.Event().wait(self.seconds)
         self.running -= 1
         return self._collection.search(queries, *arguments, **options)
@@ -104,7 +110,7 @@ async def test_slow_searches_have_groups_of_their_own_side_by_side(watched: Any)
     watched.go_on.set()
     with ThreadPoolExecutor(4) as pool:
         groups = SearchGroups(IndexPool(pool, heavy=2), at_once=2)
-        watched.seconds = 0.02
+        watched.seconds, watched.pairs = 0.02, True
         await asyncio.gather(*(groups.search(one(watched, row)) for row in range(6)))
     assert watched.sizes == [1] * 6
     assert watched.most == 2

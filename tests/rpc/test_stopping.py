@@ -23,7 +23,7 @@ DRAIN = ("--drain-seconds", "0.1")
 @contextmanager
 def never_read_to_its_end(path: Path) -> Iterator[None]:
     """Hold a pipe open that the server reads in place of a file: its thread never comes back from that."""
-    held, deadline = None, time.monotonic() + 60
+    held, deadline = None, time.monotonic() + 300
     while held is None:
         try:
             held = os.open(path, os.O_WRONLY | os.O_NONBLOCK)

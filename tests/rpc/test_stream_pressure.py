@@ -76,7 +76,7 @@ async def until(condition: Callable[[], bool]) -> None:
         while not condition():  # noqa: ASYNC110 - what is waited for is state of the engine, not an event
             await asyncio.sleep(0.001)
 
-    await asyncio.wait_for(hold(), 20)
+    await asyncio.wait_for(hold(), 300)
 
 
 async def still(count: Callable[[], int]) -> None:

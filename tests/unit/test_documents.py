@@ -76,6 +76,18 @@ def test_every_link_between_documents_leads_somewhere() -> None:
     assert broken == []
 
 
+def test_the_matrix_runs_the_tests_of_the_make_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (server,) = re.findall(r"^SERVER_TESTS = (.*)$", makefile, re.M)
+    targets = dict(re.findall(r"^\t\.venv-(client|server)/bin/python -m pytest (.*?) \$\(PARALLEL\)$", makefile, re.M))
+    matrix = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    for selection in targets.values():
+        paths, marks = re.fullmatch(r'(.*) -m "(.*)"', selection.replace("$(SERVER_TESTS)", server)).groups()  # type: ignore[union-attr]
+        assert f'"{paths}"' in matrix
+        assert f'"{marks}"' in matrix
+    assert sorted(targets) == ["client", "server"]
+
+
 @pytest.mark.parametrize("extra", ["server", "export"])
 def test_the_extras_are_as_promised(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

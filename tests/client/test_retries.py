@@ -1,0 +1,52 @@
+"""When the clients repeat a call, and how long they wait before."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any
+
+import grpc
+import pytest
+
+from emberpc.client import Client, EmberpcError, Internal, Unavailable, _retrying
+from fake_server import FakeServer, Fault
+
+Shell = Any
+
+
+def test_the_server_says_how_long_to_wait(fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float | None] = []
+    tries: list[float] = []
+
+    def watched(self: _retrying.Retries, error: EmberpcError, of: Any = _retrying.Retries.pause) -> float | None:
+        pauses.append(of(self, error))
+        return pauses[-1]
+
+    monkeypatch.setattr(_retrying.Retries, "pause", watched)
+    fake.hooks["Embed"] = lambda _: tries.append(monotonic())
+    fake.faults["Embed"].append(Fault(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING", pushback_ms=700))
+    shell("embed", ["a"])
+    assert pauses == [0.7]  # without it, at most 0.12 s
+    first, second = tries
+    assert second - first >= 0.7
+
+
+def test_grpc_repeats_nothing_by_itself() -> None:
+    """What it repeats, it repeats from zero, however long the call has run, and tells nobody."""
+    with Client("localhost:1") as client:
+        options = dict(client._runner._connection.options)
+    assert "retryPolicy" not in str(options["grpc.service_config"])
+
+
+def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
+    retries = _retrying.Retries(60, allowed=True)
+    first = retries.begin()
+    assert retries.pause(Unavailable("no", retry_after=1.5)) == 1.5
+    assert retries.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
+    assert retries.pause(Internal("no")) is None
+    retries.begin()
+    retries.end(first)
+    assert retries.ended is None
+    once = _retrying.Retries(60, allowed=False)
+    once.begin()
+    assert once.pause(Unavailable("no")) is None
