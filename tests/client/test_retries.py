@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from emberpc.client import Client, EmberpcError, Internal, Unavailable, _retrying
+from emberpc.client import Client, EmberpcError, Internal, Unavailable
+from emberpc.client._core import retries
 from fake_server import FakeServer, Fault
 
 Shell = Any
@@ -18,11 +19,11 @@ def test_the_server_says_how_long_to_wait(fake: FakeServer, shell: Shell, monkey
     pauses: list[float | None] = []
     tries: list[float] = []
 
-    def watched(self: _retrying.Retries, error: EmberpcError, of: Any = _retrying.Retries.pause) -> float | None:
+    def watched(self: retries.Retries, error: EmberpcError, of: Any = retries.Retries.pause) -> float | None:
         pauses.append(of(self, error))
         return pauses[-1]
 
-    monkeypatch.setattr(_retrying.Retries, "pause", watched)
+    monkeypatch.setattr(retries.Retries, "pause", watched)
     fake.hooks["Embed"] = lambda _: tries.append(monotonic())
     fake.faults["Embed"].append(Fault(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING", pushback_ms=700))
     shell("embed", ["a"])
@@ -39,7 +40,7 @@ def test_grpc_repeats_nothing_by_itself() -> None:
 
 
 def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
-    retries = _retrying.Retries(60, allowed=True)
+    retries = retries.Retries(60, allowed=True)
     first = retries.begin()
     assert retries.pause(Unavailable("no", retry_after=1.5)) == 1.5
     assert retries.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
@@ -47,6 +48,6 @@ def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
     retries.begin()
     retries.end(first)
     assert retries.ended is None
-    once = _retrying.Retries(60, allowed=False)
+    once = retries.Retries(60, allowed=False)
     once.begin()
     assert once.pause(Unavailable("no")) is None
