@@ -39,7 +39,7 @@ TOLERANCE = 1e-3
 
 def make(folder: Path, names: Sequence[str] = NAMES) -> None:
     """Write bundles into a folder that has none of them."""
-    from emberpc.export.classifier import Data, export_classifier
+    from emberpc.export.classifier import ClassifierData, export_classifier
     from emberpc.export.embedding import export_embedding
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -52,7 +52,7 @@ def make(folder: Path, names: Sequence[str] = NAMES) -> None:
             train = Path(scratch) / "train.csv"
             rows = [f"{text * (i % 3 + 1)},{label}" for i in range(8) for text, label in (("a b ", "x"), ("p q ", "y"))]
             train.write_text("\n".join(["text,label", *rows]))
-            export_classifier(Data(train), str(Path(scratch) / "tiny-bert"), folder / "tiny-classifier")
+            export_classifier(ClassifierData(train), str(Path(scratch) / "tiny-bert"), folder / "tiny-classifier")
 
 
 def differences(committed: Path, fresh: Path) -> list[str]:

@@ -44,7 +44,7 @@ def old_file(client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Pa
     return file
 
 
-def changed(file: Path, column: str, values: pa.Array) -> None:
+def changed(file: Path, column: str, values: Any) -> None:
     table = pq.read_table(file)
     place = table.schema.get_field_index(column)
     pq.write_table(table.set_column(place, column, values), file)

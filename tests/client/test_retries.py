@@ -40,14 +40,14 @@ def test_grpc_repeats_nothing_by_itself() -> None:
 
 
 def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
-    retries = retries.Retries(60, allowed=True)
-    first = retries.begin()
-    assert retries.pause(Unavailable("no", retry_after=1.5)) == 1.5
-    assert retries.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
-    assert retries.pause(Internal("no")) is None
-    retries.begin()
-    retries.end(first)
-    assert retries.ended is None
+    attempts = retries.Retries(60, allowed=True)
+    first = attempts.begin()
+    assert attempts.pause(Unavailable("no", retry_after=1.5)) == 1.5
+    assert attempts.pause(Unavailable("no", retry_after=90)) is None  # past the deadline
+    assert attempts.pause(Internal("no")) is None
+    attempts.begin()
+    attempts.end(first)
+    assert attempts.ended is None
     once = retries.Retries(60, allowed=False)
     once.begin()
     assert once.pause(Unavailable("no")) is None
