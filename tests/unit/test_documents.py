@@ -76,6 +76,20 @@ def test_every_link_between_documents_leads_somewhere() -> None:
     assert broken == []
 
 
+#: Folders that the paths in documents start from: the repository, and the rooms.
+ROOTS = (".", "protos/emberpc", "client/emberpc", "client/emberpc/client", "server/emberpc/server", "export/emberpc")
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_every_module_named_in_a_document_exists(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    named = re.findall(r"[\w./-]+\.py\b|(?<=`)[\w-]+(?:/[\w.-]+)*/?(?=`)", prose)
+    paths = {name for name in named if re.search(r"/|\.py$", name) and not name.startswith(".")}
+    assert len(paths) > 10
+    assert {path for path in paths if not any((ROOT / root / path).exists() for root in ROOTS)} == set()
+
+
 def test_the_matrix_runs_the_tests_of_the_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (server,) = re.findall(r"^SERVER_TESTS = (.*)$", makefile, re.M)
