@@ -177,6 +177,25 @@ class _Embedding(_Service, embedding_pb2_grpc.EmbeddingServiceServicer):
 
 
 class _Classification(_Service, classification_pb2_grpc.ClassificationServiceServicer):
+    _CLASSIFIER = classification_pb2.Classifier(
+        name="kinds",
+        kind=classification_pb2.CLASSIFIER_KIND_FINE_TUNED,
+        labels=[
+            classification_pb2.Label(name="question", description="asks"),
+            classification_pb2.Label(name="statement"),
+        ],
+        temperature=1.5,
+        max_tokens=128,
+    )
+
+    def ListClassifiers(self, request: Any, context: Any) -> Any:
+        self.server.begin("ListClassifiers", request, context)
+        return classification_pb2.ListClassifiersResponse(classifiers=[self._CLASSIFIER])
+
+    def GetClassifier(self, request: Any, context: Any) -> Any:
+        self.server.begin("GetClassifier", request, context)
+        return classification_pb2.GetClassifierResponse(classifier=self._CLASSIFIER)
+
     def Classify(self, request: Any, context: Any) -> Any:
         """Say whether a text is a question; an `outside` one is neither."""
         self.server.begin("Classify", request, context)

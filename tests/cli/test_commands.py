@@ -234,6 +234,9 @@ def test_search_goes_by_one_thing(emberpc: Emberpc, fake: FakeServer, arguments:
 def test_models(emberpc: Emberpc, fake: FakeServer) -> None:
     assert [row[0] for row in emberpc("models").rows] == ["name", "canned", "kinds"]
     assert ["labels", "question, statement"] in emberpc("models", "kinds").rows
+    assert [row[0] for row in emberpc("models", "classifiers").rows] == ["name", "kinds"]
+    assert ["labels", "question: asks, statement"] in emberpc("models", "classifiers", "kinds").rows
+    assert [item["kind"] for item in emberpc("models", "classifiers", "--json").objects] == ["fine_tuned"]
     assert [item["variant"] for item in emberpc("models", "--json").objects] == ["fp32", "qint8_avx2"]
 
 

@@ -19,6 +19,7 @@ from fake_server import FakeServer
 CALLS: dict[str, tuple[Any, ...]] = {
     "backup_collection": ("c", "FILE"),
     "cancel_reembedding": ("c",),
+    "classifiers": (),
     "classify": (["a"], "kinds"),
     "clusters": ("c", 2),
     "collections": (),
@@ -31,6 +32,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "embed": (["a"],),
     "embed_stream": (["a"],),
     "get": ("c", ["a"]),
+    "get_classifier": ("kinds",),
     "get_collection": ("c",),
     "get_model": ("canned",),
     "health": (),

@@ -24,8 +24,6 @@ from emberpc.wire import vectors
 #: RPCs without a method of the client, and why.
 NO_METHOD = dict.fromkeys(
     (
-        "ListClassifiers",
-        "GetClassifier",
         "CreateClassifier",
         "UpdateClassifier",
         "DeleteClassifier",
@@ -106,6 +104,8 @@ def everything_on(client: Client, folder: Path, seen: list[Any]) -> None:
         ("restore_collection", ("c", file), {"progress": details}),
         ("models", (), {"page_size": 1}),
         ("get_model", ("m",), {}),
+        ("classifiers", (), {"page_size": 1}),
+        ("get_classifier", ("c",), {}),
         ("load_model", ("m", "p"), {"variant": "v", "progress": details}),
         ("reload_model", ("m", "p"), {"variant": "v", "progress": details}),
         ("unload_model", ("m",), {}),

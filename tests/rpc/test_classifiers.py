@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from emberpc.bundle import Task, read_bundle
+from emberpc.client import ClassifierLabel, Client, FailedPrecondition, NotFound
 from emberpc.server.engine import Engine, Model, Registry
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.pipelines.limits import Limits
@@ -157,3 +158,17 @@ def test_a_classifier_beyond_the_limit_of_a_response_is_an_error_that_names_the_
     assert hit.value.code is Code.RESOURCE_EXHAUSTED
     with pytest.raises(ServiceError, match="--max-response-bytes"):
         asyncio.run(service.GetClassifier(pb.GetClassifierRequest(name="tags"), NO_CONTEXT))
+
+
+def test_the_client_returns_all_of_a_classifier(tiny_server: ServerProcess) -> None:
+    with Client(tiny_server.address, timeout=300) as client:
+        (listed,) = client.classifiers()
+        assert client.get_classifier("letters") == client.get_classifier() == listed
+        assert (listed.name, listed.kind, listed.strategy) == ("letters", "fine_tuned", "")
+        assert listed.labels == (ClassifierLabel("x", ""), ClassifierLabel("y", ""))
+        assert listed.model.fingerprint == client.get_model("letters").fingerprint
+        assert listed.rejection_threshold is not None
+        with pytest.raises(FailedPrecondition, match="not for classification"):
+            client.get_classifier("tiny")
+        with pytest.raises(NotFound):
+            client.get_classifier("none")

@@ -11,7 +11,7 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.options import AsJson
 from emberpc.cli.output import Column, note, print_fields, print_json, print_table
-from emberpc.client import Client, Health, Model, NotFound
+from emberpc.client import Classifier, Client, Health, Model, NotFound
 
 
 class _ShowByDefault(TyperGroup):
@@ -55,6 +55,37 @@ def show(
             Column("MB", "right"),
         ]
         print_table(columns, [_row(model) for model in client.models()])
+
+
+@app.command()
+@with_client
+def classifiers(
+    client: Client,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show all fields of this classifier.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the classifiers, or show one: labels, thresholds, calibration, quality."""
+    if name is not None:
+        classifier = client.get_classifier(name)
+        if as_json:
+            print_json([classifier])
+        else:
+            print_fields(_fields(classifier))
+    elif as_json:
+        print_json(client.classifiers())
+    else:
+        columns = [
+            Column("name"),
+            Column("kind"),
+            Column("labels", "right"),
+            Column("multi-label"),
+            Column("base model"),
+        ]
+        rows = [
+            (each.name, each.kind, len(each.labels), "yes" if each.multi_label else "no", each.base_model)
+            for each in client.classifiers()
+        ]
+        print_table(columns, rows)
 
 
 @app.command()
@@ -140,6 +171,12 @@ def _show(model: Model, as_json: bool) -> None:
         print_json([model])
     else:
         print_fields(vars(model))
+
+
+def _fields(classifier: Classifier) -> dict[str, object]:
+    """Return the fields of a classifier as they are printed."""
+    labels = [f"{label.name}: {label.description}" if label.description else label.name for label in classifier.labels]
+    return {**vars(classifier), "model": classifier.model.fingerprint, "labels": labels}
 
 
 def _row(model: Model) -> tuple[object, ...]:

@@ -38,6 +38,8 @@ from emberpc.client.exceptions import (
 )
 from emberpc.client.types import (
     Classification,
+    Classifier,
+    ClassifierLabel,
     Cluster,
     Collection,
     DuplicatePair,
@@ -67,6 +69,8 @@ __all__ = [
     "AsyncClient",
     "Cancelled",
     "Classification",
+    "Classifier",
+    "ClassifierLabel",
     "Client",
     "Cluster",
     "Collection",

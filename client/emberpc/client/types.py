@@ -330,6 +330,49 @@ class Model:
 
 
 @dataclass(frozen=True)
+class ClassifierLabel:
+    """A label of a classifier."""
+
+    name: str
+    #: Texts that have the label, described in words; empty if the classifier has no description.
+    description: str
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier that a server serves, and how it decides."""
+
+    name: str
+    #: `fine_tuned`: a model that was fine-tuned at export; `examples`: made from the records of a collection.
+    kind: str
+    #: The model that it runs.
+    model: ModelVersion
+    #: Its labels, in the order of its scores.
+    labels: tuple[ClassifierLabel, ...]
+    #: Whether a text may have several labels.
+    multi_label: bool
+    #: Multi-label: least probability of each label, in the order of `labels`; empty for a single-label classifier.
+    thresholds: tuple[float, ...]
+    #: The logits are divided by this before they become probabilities.
+    temperature: float
+    #: A text is rejected if its best logit, before the division, is below this; None: no text is rejected.
+    rejection_threshold: float | None
+    #: Fine-tuned: base model and strategy of the export; empty if the bundle does not state them.
+    base_model: str
+    fine_tuning_strategy: str
+    #: The most tokens of a text, special tokens and prompt included.
+    max_tokens: int
+    #: Made from examples: the collection, the strategy and the number of examples.
+    collection: str
+    strategy: str
+    example_count: int
+    #: Time of the last fit or of the export; None if it is unknown.
+    fit_time: datetime | None
+    #: Quality measured on held-out data, such as `accuracy` or `ece`.
+    quality: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class ServerInfo:
     """A server's version, limits and features."""
 

@@ -1,5 +1,5 @@
 # Generated from ../_sync/models.py by tools/generate_async_client.py. Edit that file and run the script.
-"""Methods about the server: its models, its health, its limits."""
+"""Methods about the server: its models, its classifiers, its health, its limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from emberpc.client._aio.runner import AsyncRunner
 # The docstring of the client documents the parameters that all methods have in common.
 # ruff: noqa: D417
 from emberpc.client._core import models
-from emberpc.client.types import Health, Model, ServerInfo, Stages
+from emberpc.client.types import Classifier, Health, Model, ServerInfo, Stages
 
 
 class AsyncModelMethods:
@@ -27,6 +27,31 @@ class AsyncModelMethods:
     async def get_model(self, name: str, *, timeout: float | None = None) -> Model:
         """Return a model; raises NotFound if the server serves no model of this name."""
         return await self._runner.run_one(models.get_model(name), timeout)
+
+    async def classifiers(self, *, page_size: int = 0, timeout: float | None = None) -> list[Classifier]:
+        """Return the classifiers that the server serves, by name.
+
+        Args:
+            page_size: classifiers per request, at most 1000; 0: the server's default.
+
+        Raises:
+            Unimplemented: the server is older than this call.
+        """
+        return await self._runner.all_items(lambda token: models.list_classifiers(token, page_size), timeout)
+
+    async def get_classifier(self, name: str = "", *, timeout: float | None = None) -> Classifier:
+        """Return a classifier: its labels, thresholds, calibration and quality.
+
+        Args:
+            name: name of the classifier; empty: the only one of the server.
+
+        Raises:
+            NotFound: the server serves no model of this name.
+            FailedPrecondition: the model is not a classifier, or the server has none.
+            InvalidArgument: the name is empty, and the server has several classifiers.
+            Unimplemented: the server is older than this call.
+        """
+        return await self._runner.run_one(models.get_classifier(name), timeout)
 
     async def load_model(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from emberpc.client.exceptions import InputError, InputTypeError
-from emberpc.v1 import index_pb2, model_pb2, types_pb2
+from emberpc.v1 import classification_pb2, index_pb2, model_pb2, types_pb2
 
 INPUT_KINDS = {"passage": types_pb2.INPUT_KIND_PASSAGE, "query": types_pb2.INPUT_KIND_QUERY}
 TRUNCATIONS = {
@@ -38,6 +38,18 @@ SEARCH_MODES = {
     "hybrid": index_pb2.SEARCH_MODE_HYBRID,
 }
 FUSIONS = {"scores": index_pb2.SEARCH_FUSION_SCORES, "ranks": index_pb2.SEARCH_FUSION_RANKS}
+CLASSIFIER_KINDS = {
+    "fine_tuned": classification_pb2.CLASSIFIER_KIND_FINE_TUNED,
+    "examples": classification_pb2.CLASSIFIER_KIND_EXAMPLES,
+}
+#: The server chooses a strategy if none is set.
+EXAMPLE_STRATEGIES = {
+    "": classification_pb2.EXAMPLE_STRATEGY_UNSPECIFIED,
+    "zero_shot": classification_pb2.EXAMPLE_STRATEGY_ZERO_SHOT,
+    "nearest": classification_pb2.EXAMPLE_STRATEGY_NEAREST,
+    "centroids": classification_pb2.EXAMPLE_STRATEGY_CENTROIDS,
+    "linear": classification_pb2.EXAMPLE_STRATEGY_LINEAR,
+}
 TASKS = {"embedding": model_pb2.MODEL_TASK_EMBEDDING, "classification": model_pb2.MODEL_TASK_CLASSIFICATION}
 STATES = {
     "loading": model_pb2.MODEL_STATE_LOADING,

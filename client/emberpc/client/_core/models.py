@@ -1,4 +1,4 @@
-"""Models, health and limits of a server: build requests, decode responses."""
+"""Models, classifiers, health and limits of a server: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, Page, Step
-from emberpc.client._core.enums import STATES, TASKS, word_of
+from emberpc.client._core.enums import CLASSIFIER_KINDS, EXAMPLE_STRATEGIES, STATES, TASKS, word_of
 from emberpc.client._core.json_values import to_datetime
-from emberpc.client.types import Health, Model, ServerInfo
-from emberpc.v1 import model_pb2, server_pb2
+from emberpc.client.details import ModelVersion
+from emberpc.client.types import Classifier, ClassifierLabel, Health, Model, ServerInfo
+from emberpc.v1 import classification_pb2, model_pb2, server_pb2
 
 LIST_MODELS = Method("/emberpc.v1.ModelService/ListModels", model_pb2.ListModelsResponse)
 GET_MODEL = Method("/emberpc.v1.ModelService/GetModel", model_pb2.GetModelResponse)
+LIST_CLASSIFIERS = Method(
+    "/emberpc.v1.ClassificationService/ListClassifiers", classification_pb2.ListClassifiersResponse
+)
+GET_CLASSIFIER = Method("/emberpc.v1.ClassificationService/GetClassifier", classification_pb2.GetClassifierResponse)
 LOAD_MODEL = Method("/emberpc.v1.ModelService/LoadModel", model_pb2.LoadModelResponse)
 RELOAD_MODEL = Method("/emberpc.v1.ModelService/ReloadModel", model_pb2.ReloadModelResponse)
 GET_SERVER_INFO = Method("/emberpc.v1.ServerService/GetServerInfo", server_pb2.GetServerInfoResponse)
@@ -36,6 +41,24 @@ def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
     """Return the call of `Client.get_model`."""
     request = model_pb2.GetModelRequest(name=checks.text(name, "name"))
     return Call(GET_MODEL, request, lambda response: _model(response.model))
+
+
+def list_classifiers(
+    page_token: str, page_size: int
+) -> Call[classification_pb2.ListClassifiersResponse, Page[Classifier]]:
+    """Return the call for one page of `Client.classifiers`."""
+    size = checks.count(page_size, "page_size")
+    return Call(
+        LIST_CLASSIFIERS,
+        classification_pb2.ListClassifiersRequest(page_token=page_token, page_size=size),
+        lambda response: Page([_classifier(message) for message in response.classifiers], response.next_page_token),
+    )
+
+
+def get_classifier(name: str) -> Call[classification_pb2.GetClassifierResponse, Classifier]:
+    """Return the call of `Client.get_classifier`."""
+    request = classification_pb2.GetClassifierRequest(name=checks.text(name, "name"))
+    return Call(GET_CLASSIFIER, request, lambda response: _classifier(response.classifier))
 
 
 def load_model(name: str, path: str, variant: str) -> Call[model_pb2.LoadModelResponse, Step[Model]]:
@@ -79,6 +102,27 @@ def server_info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
 
 def _step(message: model_pb2.LoadModelResponse | model_pb2.ReloadModelResponse) -> Step[Model]:
     return Step(message.stage, _model(message.model))
+
+
+def _classifier(message: classification_pb2.Classifier) -> Classifier:
+    return Classifier(
+        name=message.name,
+        kind=word_of(message.kind, CLASSIFIER_KINDS),
+        model=ModelVersion(message.model.name, message.model.revision, message.model.fingerprint),
+        labels=tuple(ClassifierLabel(label.name, label.description) for label in message.labels),
+        multi_label=message.multi_label,
+        thresholds=tuple(message.thresholds),
+        temperature=message.temperature,
+        rejection_threshold=message.rejection_threshold if message.rejects else None,
+        base_model=message.base_model,
+        fine_tuning_strategy=message.fine_tuning_strategy,
+        max_tokens=message.max_tokens,
+        collection=message.collection,
+        strategy=word_of(message.strategy, EXAMPLE_STRATEGIES),
+        example_count=message.example_count,
+        fit_time=to_datetime(message.fit_time) if message.HasField("fit_time") else None,
+        quality=dict(message.quality),
+    )
 
 
 def _model(message: model_pb2.Model) -> Model:
