@@ -389,3 +389,15 @@ def test_upsert_gives_columns_the_types_that_are_asked_for(emberpc: Emberpc, fak
         outcome = emberpc(*command, "--types", "year=int")
         assert (outcome.code, outcome.out) == (2, "")
         assert "--types is for tables (.csv, .tsv), and " in outcome.err
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.CSV", "texts.tsv", "texts.parquet"])
+@pytest.mark.parametrize("command", [("embed",), ("embed", "--stream", "--json"), ("count-tokens",), ("classify",)])
+def test_records_are_not_taken_for_lines_of_text(
+    fake: FakeServer, emberpc: Emberpc, tmp_path: Path, name: str, command: tuple[str, ...]
+) -> None:
+    file = tmp_path / name
+    file.write_text('{"id": "a", "text": "b"}\n')
+    outcome = emberpc(*command, "--file", file)
+    assert outcome.code == 2
+    assert "one text a line" in outcome.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import inf
@@ -283,6 +284,9 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
         await busy.run(gate, texts(50), bulk)
     assert refused.value.code is Code.RESOURCE_EXHAUSTED
     assert refused.value.reason == "DEADLINE_TOO_SOON"
+    assert re.fullmatch(
+        r"the call needs about \d+\.\d s \(\d+\.\d s .* deadline is in [01]\.\d s; .*", refused.value.message
+    )
     assert refused.value.retry_after is not None
     assert refused.value.retry_after > 1
     # Interactive work goes before all that, and has time enough.

@@ -63,8 +63,9 @@ class LineFile:
         """Return the file's lines, one text each.
 
         Raises:
-            CliError: the file cannot be read, or a line is empty or not UTF-8.
+            CliError: the file holds records by its name or cannot be read, or a line is empty or not UTF-8.
         """
+        self._check_is_text()
         with self._opened() as file:
             texts = [self._decoded(number, line).rstrip("\r\n") for number, line in self._lines(file)]
         for number, text in enumerate(texts, 1):
@@ -76,11 +77,15 @@ class LineFile:
         return texts
 
     def numbered(self) -> Iterator[tuple[str, str]]:
-        """Yield each line with its number, read lazily; empty lines too.
+        """Return an iterator over each line with its number, read lazily; empty lines too.
 
         Raises:
-            CliError: the file cannot be read, or a line is not UTF-8.
+            CliError: the file holds records by its name or cannot be read, or a line is not UTF-8.
         """
+        self._check_is_text()
+        return self._numbered()
+
+    def _numbered(self) -> Iterator[tuple[str, str]]:
         with self._opened() as file:
             for number, line in self._lines(file):
                 yield str(number), self._decoded(number, line).rstrip("\r\n")
@@ -149,6 +154,16 @@ class LineFile:
             yield
         except (InvalidArgument, InputError, InputTypeError) as error:
             raise CliError(in_cli_terms(self.locate(str(error), field), collection)) from error
+
+    def _check_is_text(self) -> None:
+        """Raise CliError if the file holds records by its name: their syntax would be taken for text."""
+        suffix = Path(self._path).suffix.lower()
+        if suffix in (*LINE_FILES, ".parquet"):
+            command = f"jq -r .text {self.name}" if suffix in JSON_LINES else "the program that reads it"
+            raise CliError(
+                f"{self.name} holds records by its name ({suffix}), and --file takes one text a line; give a file of "
+                f"texts, or pipe the texts in with --file - (for example, from {command})"
+            )
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:

@@ -176,7 +176,7 @@ def _show(model: Model, as_json: bool) -> None:
 def _fields(classifier: Classifier) -> dict[str, object]:
     """Return the fields of a classifier as they are printed."""
     labels = [f"{label.name}: {label.description}" if label.description else label.name for label in classifier.labels]
-    return {**vars(classifier), "model": classifier.model.fingerprint, "labels": labels}
+    return {**vars(classifier), "model": classifier.model.fingerprint, "labels": tuple(labels)}
 
 
 def _row(model: Model) -> tuple[object, ...]:

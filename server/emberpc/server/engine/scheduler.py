@@ -214,12 +214,14 @@ class Scheduler:
         wait = self._seconds(self._backlog.ahead(tokens, caller))
         # The call's own tokens, and the rest of the batch that runs when the call comes.
         needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
-        if _MARGIN * needed > caller.deadline - perf_counter():
+        left = caller.deadline - perf_counter()
+        if _MARGIN * needed > left:
             self.counts.refused += 1
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                f"about {wait:.1f} seconds of work go before this call, and its deadline is too soon; try again later, "
-                "or give it more time",
+                f"the call needs about {_MARGIN * needed:.1f} s ({wait:.1f} s of them for calls before it), and its "
+                f"deadline is in {max(0.0, left):.1f} s; give it a longer timeout, send fewer texts, or try again "
+                "later",
                 reason="DEADLINE_TOO_SOON",
                 retry_after=wait or None,  # if nothing waits, a retry would be too late as well
             )
