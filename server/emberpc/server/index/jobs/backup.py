@@ -22,6 +22,7 @@ from typing import IO
 
 from emberpc.server.collections.types import CollectionSpec, Piece
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.storage import counters
 from emberpc.server.index.storage.damage import lenient_text
 from emberpc.server.index.storage.database import STEPS_BETWEEN_LOOKS, connect, translated
 from emberpc.server.index.storage.files import new_folder, translated_os_errors
@@ -56,8 +57,8 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
         or the server ends.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the database fails or a record
-            is damaged.
+        ServiceError: RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the database fails or a counter
+            is damaged, DATA_LOSS if a record is damaged.
     """
     what = f"the backup of collection {spec.name!r}"
     with translated_os_errors("no backup was made"), translated(what), ExitStack() as stack:
@@ -75,27 +76,36 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
                     return None
                 raise
         with closing(sqlite3.connect(path, isolation_level=None)) as copy:
-            if not _verify_checksums(copy, stop):
+            if not _verify(copy, f"collection {spec.name!r}", stop):
                 return None
             _complete(copy, spec, created)
         return path.open("rb")
 
 
-def _verify_checksums(copy: sqlite3.Connection, stop: Callable[[], bool]) -> bool:
-    """Verify the checksums of every record, so that damage is found before the backup is needed.
+def _verify(copy: sqlite3.Connection, subject: str, stop: Callable[[], bool]) -> bool:
+    """Verify the checksums of every record, and the counters, so that damage is found before the backup is needed.
+
+    Args:
+        copy: the copy.
+        subject: name of the copied database in messages.
+        stop: whether to give up.
 
     Returns:
         False if stopped.
 
     Raises:
-        ServiceError: a record is damaged.
+        ServiceError: a record or a counter is damaged.
     """
     copy.text_factory = lenient_text
+    newest_label = newest_revision = 0
     for row in map(Row._make, copy.execute(f"SELECT {ROW_COLUMNS} FROM records")):  # noqa: S608 - our own columns
         if stop():
             return False
         if not row.is_intact:
             raise damaged(row.id)
+        newest_label, newest_revision = max(newest_label, row.label), max(newest_revision, row.revision)
+    if found := counters.problem(copy, newest_label, newest_revision):
+        raise counters.damaged(subject, found)
     return True
 
 

@@ -22,20 +22,18 @@ from emberpc.server.collections.types import CollectionSpec, NewRecord
 from emberpc.server.collections.validation import check_records
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.jobs import backup
-from emberpc.server.index.storage import schema
+from emberpc.server.index.storage import counters, schema
 from emberpc.server.index.storage.database import STEPS_BETWEEN_LOOKS
 from emberpc.server.index.storage.rows import Row
 
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-#: Limit of a number; greater ones would leave none for later writes.
-_MOST = 2**62
 #: Seconds from 1970 to the year 10,000.
 _END_OF_TIME = 253_402_300_800
 #: Condition on the values of a column, by its declared type.
 _CONDITIONS = {
-    "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {_MOST}",
+    "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {counters.MOST}",
     "REAL": f"typeof({{0}}) = 'real' AND {{0}} >= 0 AND {{0}} < {_END_OF_TIME}",
     "TEXT": "typeof({0}) = 'text'",
     "BLOB": "typeof({0}) = 'blob'",
@@ -178,21 +176,13 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
         statement = f"SELECT 1 FROM {table} WHERE NOT ({' AND '.join(conditions)}) LIMIT 1"  # noqa: S608 - our own tables
         if theirs.execute(statement).fetchone():
             raise damaged(f"its table {table} holds values that cannot be")
-    labels = theirs.execute("SELECT coalesce(min(label), 1), coalesce(max(label), 0) FROM records").fetchone()
-    (last,) = theirs.execute("SELECT coalesce(max(revision), 0) FROM records").fetchone()
-    state = theirs.execute("SELECT one, sequence FROM state LIMIT 2").fetchall()
-    numbers = theirs.execute("SELECT name, seq FROM sqlite_sequence LIMIT 2").fetchall()
-    most = numbers[0][1] if numbers else 0
-    in_order = (
-        labels[0] >= 1
-        and len(state) == 1
-        and last <= state[0][1]
-        and [name for name, _ in numbers] in ([], ["records"])
-        and isinstance(most, int)
-        and labels[1] <= most <= _MOST
-    )
-    if not in_order:
-        raise damaged("its numbers contradict each other")
+    least, newest_label, newest_revision = theirs.execute(
+        "SELECT coalesce(min(label), 1), coalesce(max(label), 0), coalesce(max(revision), 0) FROM records"
+    ).fetchone()
+    if least < 1:
+        raise damaged(f"a record has the number {least}")
+    if found := counters.problem(theirs, newest_label, newest_revision):
+        raise damaged(found)
 
 
 def _columns(ours: sqlite3.Connection) -> str:

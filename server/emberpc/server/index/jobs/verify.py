@@ -14,6 +14,7 @@ from emberpc.server.collections.metric import check_vectors, nearest, prepare
 from emberpc.server.collections.types import CollectionSpec, Labels, Matrix, Problem, Verified
 from emberpc.server.errors import Code, ServiceError, items_of
 from emberpc.server.index.graph.neighbours import Candidates, Neighbours
+from emberpc.server.index.storage import counters
 from emberpc.server.index.storage.lexical_terms import search_text
 from emberpc.server.index.storage.rows import Row
 from emberpc.server.index.storage.store import Store
@@ -50,6 +51,8 @@ class Verifier:
     full: bool = False
     _found_damaged: bool = False
     _found_wrong_words: bool = False
+    _newest_label: int = 0
+    _newest_revision: int = 0
 
     def steps(self) -> Iterator[Verified]:
         """Yield the progress after each step of some hundred records; the last step is `done`."""
@@ -59,6 +62,7 @@ class Verifier:
         while rows := self.store.rows(last, _BATCH):
             last, checked = rows[-1].label, checked + len(rows)
             yield Verified(checked, max(total, checked), self._batch(rows, share))
+        yield Verified(checked, checked, self._counters())
         yield Verified(checked, checked, self._words())
         yield Verified(checked, checked, self._unknown_vectors(), done=True)
 
@@ -73,6 +77,8 @@ class Verifier:
                 self._found_damaged = True
                 problems.append(Problem(row.name, "RECORD_DAMAGED", f"record {row.name!r}: {error.message}"))
                 continue
+            self._newest_label = max(self._newest_label, row.label)
+            self._newest_revision = max(self._newest_revision, row.revision)
             if row.search_text != search_text(row.text):
                 self._found_wrong_words = True
                 problems.append(Problem(row.id, "WORDS_DAMAGED", f"record {row.id!r}: {_WRONG_WORDS}"))
@@ -81,6 +87,12 @@ class Verifier:
             vectors = prepare(np.vstack([vector for _, vector in whole]), self.spec.distance)
             problems += self._check_memory([row for row, _ in whole], labels, vectors, share)
         return problems
+
+    def _counters(self) -> list[Problem]:
+        """Check the counters, after all records, so that no later write has a greater revision."""
+        found = self.store.counter_problem(self._newest_label, self._newest_revision)
+        message = counters.damaged(f"collection {self.spec.name!r}", found).message
+        return [Problem("", "DATABASE_DAMAGED", message)] if found else []
 
     def _decoded(self, row: Row) -> Matrix:
         """Return the stored vector, float32 (1, dimensions).

@@ -231,14 +231,6 @@ def has_intact_numbers(row: Sequence[Any]) -> bool:
         return False
 
 
-def integer_of(row: tuple[Any, ...] | None, subject: str) -> int:
-    """Return the integer in a row of one column of the database `subject`; raise INTERNAL if it is damaged."""
-    if row is None or type(row[0]) is not int:
-        message = f"a counter in the database of {subject} is damaged; restore a backup"
-        raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
-    return int(row[0])
-
-
 def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksum: Any) -> int:
     """Return the checksum of a record's texts; raise TypeError or ValueError if they do not match `checksum`."""
     if not (type(record_id) is type(text) is type(metadata) is type(label) is str):

@@ -10,6 +10,7 @@ from contextlib import closing
 from functools import cache
 
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.storage.counters import integer_of
 from emberpc.server.index.storage.damage import lenient_text
 from emberpc.server.index.storage.database import transaction
 from emberpc.server.index.storage.filter_sql import INDEX_PREFIX
@@ -206,10 +207,7 @@ def _convert(connection: sqlite3.Connection, subject: str) -> None:
 def _unconverted(connection: sqlite3.Connection, subject: str) -> int:
     """Return the greatest label of the rows of an older version that may lack checksums; 0 if there are none."""
     row = connection.execute("SELECT unconverted FROM state").fetchone()
-    if row is None or type(row[0]) is not int:
-        message = f"the state of the database of {subject} is damaged; restore a backup"
-        raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
-    return max(0, row[0])
+    return max(0, integer_of(row, subject))
 
 
 def make(connection: sqlite3.Connection, version: int) -> None:

@@ -25,7 +25,7 @@ from emberpc.server.collections.types import (
 )
 from emberpc.server.collections.validation import check_revision
 from emberpc.server.errors import ServiceError, invalid
-from emberpc.server.index.storage import acknowledged, schema, wal, word_index
+from emberpc.server.index.storage import acknowledged, counters, schema, wal, word_index
 from emberpc.server.index.storage.damage import lenient_text
 from emberpc.server.index.storage.database import connect, empty_log, transaction, translated
 from emberpc.server.index.storage.filter_sql import Clause
@@ -81,11 +81,14 @@ class Store(StoreReader):
                 schema.prepare(self._writer, self._subject, create=create)
                 make_indexes(self._writer, spec)
                 schema.add_checksum_function(self._writer)
+                counter_problem = counters.problem(self._writer)
             last = self._sequence(self._writer)
             self._identity = self._read_identity(self._writer)
         except ServiceError:
             self._writer.close()
             raise
+        if counter_problem:
+            log.error("%s", counters.damaged(self._subject, counter_problem).message)
         self._report_lost_writes(last)
 
     def upsert(
@@ -121,6 +124,7 @@ class Store(StoreReader):
         vectors: Matrix,
         expected_revisions: Sequence[int] | None,
     ) -> Change:
+        counters.check(connection, self._subject)
         now = datetime.now(timezone.utc).timestamp()
         ids = [record.id for record in records]
         present = {row[0]: row[1:] for row in self._select_by(connection, "id", ids, f"id, {NUMBER_COLUMNS}")}
@@ -164,6 +168,7 @@ class Store(StoreReader):
         documents: Sequence[str],
         vectors: Matrix,
     ) -> Change:
+        counters.check(connection, self._subject)
         removed = {row[0] for row in self._select_by(connection, "id", [record.id for record in records], "label")}
         self._remove(connection, removed)
         numbers = [
@@ -187,7 +192,7 @@ class Store(StoreReader):
         numbers: Sequence[tuple[int, float, float, float | None]],
     ) -> Labels:
         """Insert rows and return their labels; `numbers` has revision, create, update and expire time of each."""
-        first = self._next_label(connection)
+        first = counters.next_label(connection, self._subject)
         labels = np.arange(first, first + len(records), dtype=np.int64)
         for label, record, document, vector, its in zip(
             labels.tolist(), records, documents, vectors, numbers, strict=True
@@ -345,5 +350,7 @@ class Store(StoreReader):
             yield self._writer
 
     def _next_sequence(self, connection: sqlite3.Connection) -> int:
+        if not 0 <= self._sequence(connection) <= counters.MOST:
+            raise counters.damaged(self._subject)
         connection.execute("UPDATE state SET sequence = sequence + 1")
         return self._sequence(connection)

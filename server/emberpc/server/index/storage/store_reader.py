@@ -14,7 +14,7 @@ import numpy as np
 
 from emberpc.server import cancellation
 from emberpc.server.collections.types import WHOLE_RECORD, CollectionSpec, Labels, Matrix, StoredRecord
-from emberpc.server.index.storage import word_index
+from emberpc.server.index.storage import counters, word_index
 from emberpc.server.index.storage.damage import DamageFilter
 from emberpc.server.index.storage.database import translated
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
@@ -38,7 +38,6 @@ from emberpc.server.index.storage.rows import (
     Row,
     columns_of,
     has_intact_numbers,
-    integer_of,
     record_of,
     records_of_one_row,
 )
@@ -347,6 +346,11 @@ class StoreReader:
         # Later versions of SQLite check the word index too; here `words_are_intact` checks it against the texts.
         return [each for each in found if each != "ok" and "FTS5" not in each]
 
+    def counter_problem(self, newest_label: int, newest_revision: int) -> str:
+        """Return what is wrong with the counters, or ""; see `counters.problem`."""
+        with translated(self._subject):
+            return counters.problem(self._connection(), newest_label, newest_revision)
+
     def words_are_intact(self) -> bool:
         """Return whether the word index holds exactly the words of the texts; reads both completely."""
         with translated(self._subject):
@@ -403,13 +407,8 @@ class StoreReader:
 
     def _newest_label(self, connection: sqlite3.Connection) -> int:
         row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-        return integer_of(row, self._subject) if row else 0
+        return counters.integer_of(row, self._subject) if row else 0
 
     def _sequence(self, connection: sqlite3.Connection) -> int:
         with translated(self._subject):
-            return integer_of(connection.execute("SELECT sequence FROM state").fetchone(), self._subject)
-
-    def _next_label(self, connection: sqlite3.Connection) -> int:
-        """Return a label that was never assigned."""
-        (greatest,) = connection.execute("SELECT coalesce(max(label), 0) FROM records").fetchone()
-        return max(self._newest_label(connection), int(greatest)) + 1
+            return counters.integer_of(connection.execute("SELECT sequence FROM state").fetchone(), self._subject)
