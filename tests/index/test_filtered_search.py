@@ -214,7 +214,8 @@ def test_declared_fields_have_an_index_also_where_there_was_none(tmp_path: Path)
     index.close()
     (database,) = tmp_path.glob("collections/*/records.db")
     with sqlite3.connect(database) as connection:
-        (name,) = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'metadata%'")]
+        names = connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'metadata_[0-9a-f]*'").fetchall()
+        ((name,),) = names
         connection.execute(f"DROP INDEX {name}")
     connection.close()
     index = Index(tmp_path)

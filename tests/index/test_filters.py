@@ -36,7 +36,7 @@ from emberpc.server.index.storage.filter_sql import compile_filter, index_statem
 from index_helpers import vectors
 
 KEYS = ["a", "b", "a.b", 'q"uote', "it's", "br[0]", "back\\slash", "ключ", "", "$", "new\nline", "7"]
-#: No NUL, at which SQLite ends a string; the service refuses it in filters.
+#: No NUL, at which SQLite ends a string; the service refuses it in filters and metadata.
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3) | st.sampled_from(
     ["en", "enough", "e\U0010ffff", "\ud7ff", "\ue000", "1", "true", "null"]
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from emberpc.server.collections.types import NewRecord
 from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
@@ -21,7 +22,8 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
 
     Args:
         records: the records.
-        restored: whether they come from a backup. Older versions had no limit of a label's size.
+        restored: whether they come from a backup. Older versions had no limit of a label's size,
+            and accepted NUL characters in metadata.
 
     Returns:
         The metadata of each record, as JSON.
@@ -35,7 +37,7 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
     documents = []
     seen: dict[str, int] = {}
     for i, record in enumerate(records):
-        document, wrong_metadata = _document(record)
+        document, wrong_metadata = _document(record, restored=restored)
         documents.append(document)
         wrong = {"id": _wrong_id(record.id), "metadata": wrong_metadata}
         for name, text in (("text", record.text), ("label", record.label)):
@@ -95,7 +97,7 @@ def _wrong_id(record_id: str) -> str:
     return ""
 
 
-def _document(record: NewRecord) -> tuple[str, str]:
+def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
     """Return metadata as JSON, and what is wrong with it; empty if it is valid."""
     if not isinstance(record.metadata, Mapping):
         return "", "is no JSON object; give one"
@@ -106,7 +108,28 @@ def _document(record: NewRecord) -> tuple[str, str]:
         return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
     if size > MAX_METADATA_BYTES:
         return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
+    # JSON holds NUL as an escape only; a backslash before `u0000` gives the same characters.
+    if not restored and "\\u0000" in document and (field := _field_with_nul(dict(record.metadata))) is not None:
+        what = f"a NUL character (U+0000) in field {field[:100]!r}"
+        return "", f"holds {what}, which filters cannot compare; leave it out"
     return document, ""
+
+
+def _field_with_nul(value: Any, path: tuple[str, ...] = ()) -> str | None:
+    """Return the field of a value or key with a NUL character in metadata; None if there is none."""
+    if isinstance(value, str):
+        return ".".join(path) if "\0" in value else None
+    parts: Iterable[tuple[tuple[str, ...], Any]] = ()
+    if isinstance(value, Mapping):
+        parts = (((*path, str(key)), inner) for key, inner in value.items())
+    elif isinstance(value, (list, tuple)):
+        parts = ((path, inner) for inner in value)
+    for inner_path, inner in parts:
+        if inner_path != path and "\0" in inner_path[-1]:
+            return ".".join(inner_path)
+        if (found := _field_with_nul(inner, inner_path)) is not None:
+            return found
+    return None
 
 
 def _size(text: str) -> int | None:

@@ -43,8 +43,8 @@ from emberpc.server.index.jobs.verify import Verifier
 from emberpc.server.index.lifecycle import Lifecycle
 from emberpc.server.index.open_collections import OpenCollections
 from emberpc.server.index.search.probe import Probe
-from emberpc.server.index.search_methods import SearchMethods, clause_of
-from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause, compile_filter
+from emberpc.server.index.search_methods import SearchMethods
+from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.record_cache import RecordCache
 from emberpc.server.index.storage.reserve import Reserve
 from emberpc.server.paging import decode_token, encode_token
@@ -211,8 +211,7 @@ class Collection(Lifecycle, SearchMethods):
 
     def delete_matching(self, condition: Filter) -> WriteResult:
         """Delete the records that meet a filter in one write, on disk when this returns."""
-        clause = compile_filter(condition)
-        return self._delete(lambda: self._store.delete_matching(clause))
+        return self._delete(lambda: self._store.delete_matching(self._store.compile(condition) or EVERYTHING))
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
@@ -244,8 +243,8 @@ class Collection(Lifecycle, SearchMethods):
         """
         check_page_size(page_size)
         after = decode_token(page_token)
-        clause = clause_of(condition) or EVERYTHING
         with self._calls.enter(), self._store.response_bytes.limited(parts):
+            clause = self._store.compile(condition) or EVERYTHING
             found, cut = self._store.page(after, page_size + 1, with_vectors=with_vectors, condition=clause)
         records = found[:page_size]
         more = cut or len(found) > page_size
@@ -259,7 +258,7 @@ class Collection(Lifecycle, SearchMethods):
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, or of those that meet a filter."""
         with self._calls.enter():
-            return self._store.count(clause_of(condition) or EVERYTHING)
+            return self._store.count(self._store.compile(condition) or EVERYTHING)
 
     @property
     def probed(self) -> ProbeFigures:

@@ -14,7 +14,6 @@ from emberpc.server.index.jobs.graph_maintenance import GraphMaintenance
 from emberpc.server.index.search.dense import DenseRequest, DenseSearcher
 from emberpc.server.index.search.hybrid import HybridSearcher, LexicalRequest, fusion_depths
 from emberpc.server.index.search.probe import Probe
-from emberpc.server.index.storage.filter_sql import Clause, compile_filter
 from emberpc.server.index.storage.store import Store
 
 #: Name of the vector of query i in error messages.
@@ -87,8 +86,8 @@ class SearchMethods:
     ) -> list[SearchOutcome]:
         """Search for records with words of each text, best first by BM25; for other arguments see `search`."""
         check_search(len(texts), top_k, len(texts), 0)
-        clauses = [clause_of(condition) for condition in conditions] or [None] * len(texts)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
+            clauses = [self._store.compile(condition) for condition in conditions] or [None] * len(texts)
             return self._hybrid.by_words(LexicalRequest(texts, top_k, clauses, with_vectors))
 
     def search_both(
@@ -154,11 +153,6 @@ class SearchMethods:
             excluded,
             max(keep or 0, most + 1),
             with_vectors,
-            [clause_of(condition) for condition in conditions] or [None] * len(queries),
+            [self._store.compile(condition) for condition in conditions] or [None] * len(queries),
             exact=keep is None,
         )
-
-
-def clause_of(condition: Filter | None) -> Clause | None:
-    """Compile a filter to SQL; None if there is no filter."""
-    return None if condition is None else compile_filter(condition)

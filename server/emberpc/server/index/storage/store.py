@@ -25,7 +25,7 @@ from emberpc.server.collections.types import (
 )
 from emberpc.server.collections.validation import check_revision
 from emberpc.server.errors import ServiceError, invalid
-from emberpc.server.index.storage import acknowledged, counters, schema, wal, word_index
+from emberpc.server.index.storage import acknowledged, counters, nul_metadata, schema, wal, word_index
 from emberpc.server.index.storage.damage import lenient_text
 from emberpc.server.index.storage.database import connect, empty_log, transaction, translated
 from emberpc.server.index.storage.filter_sql import Clause
@@ -80,6 +80,7 @@ class Store(StoreReader):
                 wal.report_lost_commits(self._writer, found, self._subject)
                 schema.prepare(self._writer, self._subject, create=create)
                 make_indexes(self._writer, spec)
+                nul_metadata.make_index(self._writer, self._subject)
                 schema.add_checksum_function(self._writer)
                 counter_problem = counters.problem(self._writer)
             last = self._sequence(self._writer)

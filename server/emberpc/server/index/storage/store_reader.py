@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from emberpc.server import cancellation
+from emberpc.server.collections.filters import Filter
 from emberpc.server.collections.types import WHOLE_RECORD, CollectionSpec, Labels, Matrix, StoredRecord
-from emberpc.server.index.storage import counters, word_index
+from emberpc.server.index.storage import counters, nul_metadata, word_index
 from emberpc.server.index.storage.damage import DamageFilter
 from emberpc.server.index.storage.database import translated
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
@@ -205,6 +206,11 @@ class StoreReader:
                     return
                 with suppress(*DAMAGE_ERRORS):
                     yield json.loads(document)
+
+    def compile(self, condition: Filter | None) -> Clause | None:
+        """Compile a filter to SQL over the present records."""
+        with translated(self._subject):
+            return None if condition is None else nul_metadata.compiled(self._connection(), condition)
 
     def count(self, condition: Clause = EVERYTHING) -> int:
         """Return the number of records that meet a condition."""
