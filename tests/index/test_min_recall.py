@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from emberpc.server.collections import CollectionSpec, Distance, Strategy
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
+from emberpc.server.index.search import recall as recall_map
 from emberpc.server.index.search.recall import Point, RecallMap
 from index.support import gaussian, numbered, refused
 from index_helpers import true_scores, vectors
@@ -82,6 +85,73 @@ def test_what_was_measured_outlasts_a_restart_and_a_file_that_was_not_written_by
         collection.maintain()
         assert collection.search(query, 10, min_recall=0.9)[0].plan == before, content
         index.close()
+
+
+MEASURED = RecallMap(5000, (Point(10, 25, 0.85), Point(10, 400, 1.0), Point(100, 200, 0.99)))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"k": 10, "ef": 25, "recall": 8.85},
+        {"k": 10, "ef": 25, "recall": -0.1},
+        {"k": 10, "ef": 25, "recall": float("nan")},
+        {"k": 10, "ef": 25, "recall": "0.9"},
+        {"k": 10, "ef": 25, "recall": True},
+        {"k": 0, "ef": 25, "recall": 0.9},
+        {"k": -1, "ef": 25, "recall": 0.9},
+        {"k": 10, "ef": 0, "recall": 0.9},
+        {"k": 10, "ef": -25, "recall": 0.9},
+        {"k": 10, "ef": 10**9, "recall": 0.9},
+        {"k": 1e999, "ef": 25, "recall": 0.9},
+        {"k": 10.5, "ef": 25, "recall": 0.9},
+        {"k": 10, "ef": 25},
+        [],
+        None,
+    ],
+)
+def test_measurements_that_cannot_be_are_set_aside(
+    tmp_path: Path, point: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "recall.json").write_text(json.dumps({"format": 1, "size": 5000, "points": [point]}))
+    assert recall_map.load(tmp_path) is None
+    assert "set aside and measured again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"format": 1, "size": 1e999, "points": []}',
+        '{"format": 1, "size": -1, "points": []}',
+        '{"format": 1, "size": true, "points": []}',
+        '{"format": 1, "size": 5, "points": 7}',
+        '{"format": [], "size": 5}',
+        "7",
+        "null",
+        "[" * 100_000,
+    ],
+)
+def test_a_file_of_other_values_is_set_aside(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recall.json").write_text(content)
+    assert recall_map.load(tmp_path) is None
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    recall_map.save(MEASURED, tmp_path)
+    path = tmp_path / "recall.json"
+    data = path.read_bytes()
+    assert recall_map.load(tmp_path) == MEASURED
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert recall_map.load(tmp_path) in (None, MEASURED), bytes(flipped)
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    """Older versions wrote none."""
+    (tmp_path / "recall.json").write_text(json.dumps({"format": 1, **asdict(MEASURED)}))
+    assert recall_map.load(tmp_path) == MEASURED
 
 
 def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:

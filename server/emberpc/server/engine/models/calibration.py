@@ -150,6 +150,6 @@ def _processor() -> str:
 def _read(record: Path) -> dict[str, object]:
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

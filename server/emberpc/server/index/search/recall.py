@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,11 @@ _TURN = 4
 _RESERVE = 0.25
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
-_FORMAT = 1
+#: From this format on the file has a checksum.
+_FORMAT = 2
+_UNCHECKED_FORMAT = 1
+#: Limits of the values of a file.
+_MOST_K, _MOST_EF = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ def save(measured: RecallMap, folder: Path) -> None:
     """Save measurements; if the file cannot be written, they are only measured again later."""
     temporary = folder / f"{_NAME}.tmp"
     try:
-        temporary.write_text(json.dumps({"format": _FORMAT, **asdict(measured)}), encoding="utf-8")
+        values = {"format": _FORMAT, **asdict(measured)}
+        temporary.write_text(json.dumps({**values, "checksum": _checksum(values)}), encoding="utf-8")
         sync_to_disk(temporary)
         temporary.rename(folder / _NAME)
     except OSError as error:
@@ -119,18 +126,42 @@ def save(measured: RecallMap, folder: Path) -> None:
 
 
 def load(folder: Path) -> RecallMap | None:
-    """Return the saved measurements, or None if there is no readable file."""
+    """Return the saved measurements, or None if there is no file with valid ones."""
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
-        if document["format"] != _FORMAT:
+        if document["format"] not in (_FORMAT, _UNCHECKED_FORMAT):
             return None
-        points = [Point(int(each["k"]), int(each["ef"]), float(each["recall"])) for each in document["points"]]
-        return RecallMap(int(document["size"]), tuple(points))
+        _check_sum(document)
+        points = tuple(Point(each["k"], each["ef"], each["recall"]) for each in document["points"])
+        _check(document["size"], points)
+        return RecallMap(document["size"], points)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is left aside: %s", folder / _NAME, error or type(error).__name__)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        log.warning("%s is set aside and measured again: %s", folder / _NAME, str(error) or type(error).__name__)
         return None
+
+
+def _check(size: object, points: tuple[Point, ...]) -> None:
+    """Raise ValueError unless a measurement could give these values."""
+    if type(size) is not int or size < 0:
+        raise ValueError(f"its size is {size}, not a number of vectors")
+    for k, ef, recall in map(astuple, points):
+        if type(k) is not int or type(ef) is not int or not 1 <= k <= _MOST_K or not k <= ef <= _MOST_EF:
+            raise ValueError(f"it has a measurement with k {k} and ef {ef}")
+        if type(recall) not in (int, float) or not 0 <= recall <= 1:  # true for NaN too
+            raise ValueError(f"it has a recall of {recall}, which is not within 0 to 1")
+
+
+def _check_sum(document: dict[str, Any]) -> None:
+    """Remove the checksum from a file's values; raise ValueError if it is wrong."""
+    if document.pop("checksum", None) != _checksum(document) and document["format"] != _UNCHECKED_FORMAT:
+        raise ValueError("its values are not those that were written")
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    """Return the CRC-32 of values as JSON."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
