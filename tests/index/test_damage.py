@@ -116,6 +116,10 @@ NUMBERS = {
     "expires": ("expires = ?", 4e9),
     "expires text": ("expires = ?", "abc"),
     "number": ("label = ?", 5000),
+    "negative number": ("label = ?", -5),
+    "no number": ("label = ?", 0),
+    "least number": ("label = ?", -(2**63)),
+    "greatest number": ("label = ?", 2**63 - 1),
 }
 CHECKSUMS = {
     "text checksum": ("text_checksum = ?", 7),

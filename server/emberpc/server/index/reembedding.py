@@ -9,6 +9,8 @@ from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecor
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
 
+#: Label before those of all records; damaged ones may be negative.
+_BEFORE_ALL = -(2**63)
 _PAGE = 1000
 
 
@@ -30,7 +32,7 @@ class Reembedding:
         self.target = target
         self.started = started
         #: All records of the source up to this label were returned by `next`, or are in the target.
-        self._label = 0
+        self._label = _BEFORE_ALL
 
     @property
     def spec(self) -> CollectionSpec:
@@ -57,7 +59,7 @@ class Reembedding:
 
     def rewind(self) -> None:
         """Start again at the first record; `next` then returns records that the target lacks."""
-        self._label = 0
+        self._label = _BEFORE_ALL
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
         """Write records with their new vectors, float32 (records, dimensions), to the target."""

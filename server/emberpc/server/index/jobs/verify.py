@@ -56,11 +56,12 @@ class Verifier:
 
     def steps(self) -> Iterator[Verified]:
         """Yield the progress after each step of some hundred records; the last step is `done`."""
-        total, checked, last = self.store.count(), 0, 0
+        # A damaged label may be any integer of SQLite.
+        total, checked, first = self.store.count(), 0, -(2**63)
         share = 1.0 if self.full else _SAMPLE / max(1, total)
         yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.integrity_errors()])
-        while rows := self.store.rows(last, _BATCH):
-            last, checked = rows[-1].label, checked + len(rows)
+        while first < 2**63 and (rows := self.store.rows(first, _BATCH)):
+            first, checked = rows[-1].label + 1, checked + len(rows)
             yield Verified(checked, max(total, checked), self._batch(rows, share))
         yield Verified(checked, checked, self._counters())
         yield Verified(checked, checked, self._words())

@@ -12,6 +12,8 @@ from emberpc.server.errors import Code, ServiceError
 
 #: Limit of a counter; greater ones would leave no numbers for later writes.
 MOST = 2**62
+#: Selects the possible labels; a record with another one is damaged.
+SELECT_LABELS = f"SELECT label FROM records WHERE label BETWEEN 1 AND {MOST} ORDER BY label"  # noqa: S608 - ours
 # A value of another type counts as missing.
 _READ = """SELECT
     (SELECT count(*) FROM state),

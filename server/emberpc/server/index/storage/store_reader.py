@@ -259,9 +259,9 @@ class StoreReader:
         return self._sequence(self._connection())
 
     def labels(self) -> Labels:
-        """Return the labels of all records, int64, ascending."""
+        """Return the labels of all records, int64, ascending, without impossible ones, which the graph cannot hold."""
         with translated(self._subject):
-            rows = self._connection().execute("SELECT label FROM records ORDER BY label").fetchall()
+            rows = self._connection().execute(counters.SELECT_LABELS).fetchall()
         return np.array([row[0] for row in rows], dtype=np.int64)
 
     def ids(self, labels: Sequence[int]) -> dict[int, str]:
@@ -335,13 +335,13 @@ class StoreReader:
                 found = self._damage.select(connection, "SELECT id FROM records WHERE label = ?", (label,))
                 self._damage.note_record(label, found[0][0])
 
-    def rows(self, after: int, count: int) -> list[Row]:
-        """Return at most `count` rows with labels above `after`, by label, damaged or not."""
+    def rows(self, first: int, count: int) -> list[Row]:
+        """Return at most `count` rows with labels from `first`, by label, damaged or not."""
         with translated(self._subject):
             found = self._damage.select(
                 self._connection(),
-                f"SELECT {ROW_COLUMNS} FROM records WHERE label > ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
-                (after, count),
+                f"SELECT {ROW_COLUMNS} FROM records WHERE label >= ? ORDER BY label LIMIT ?",  # noqa: S608 - ours
+                (first, count),
             )
             return [Row(*row) for row in found]
 
