@@ -395,6 +395,8 @@ UNEVEN = {
     "a hub": (with_a_hub, Distance.EUCLIDEAN),
     "many lengths": (of_many_lengths, Distance.EUCLIDEAN),
     "many lengths, product": (of_many_lengths, Distance.DOT_PRODUCT),
+    "short, distance": (lambda: gaussian(1500, WIDTH) * np.float32(1e-23), Distance.EUCLIDEAN),
+    "very short, distance": (lambda: gaussian(1500, WIDTH) * np.float32(1e-37), Distance.EUCLIDEAN),
     "short, product": (lambda: gaussian(1500, WIDTH) * np.float32(1e-12), Distance.DOT_PRODUCT),
 }
 

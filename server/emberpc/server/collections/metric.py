@@ -22,6 +22,8 @@ _DOT_SCALE = np.float32(2**14)
 #: Under DOT_PRODUCT, the least length of a prepared vector that hnswlib distinguishes from vectors of similar length:
 #: 1e-5 of the product with a query of length 1, scaled, is more than the last digit of 1.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
+#: Under EUCLIDEAN, the least length of a vector in a graph: squares of shorter distances vanish in hnswlib's float32.
+_LEAST_LENGTH = np.float32(1e-15)
 #: Scores computed at a time, so that a full buffer and many queries do not fill the memory (16 MB).
 _BLOCK = 4 * 2**20
 #: Up to this many queries are multiplied as columns: with thousands of vectors, four queries take half the time then.
@@ -100,9 +102,10 @@ def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 
 def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
     """Return which prepared vectors, float32 (vectors, dimensions), are too short for hnswlib: bool (vectors,)."""
-    if distance is not Distance.DOT_PRODUCT:
+    if distance is Distance.COSINE:
         return np.zeros(len(prepared), dtype=bool)
-    short: npt.NDArray[np.bool_] = np.einsum("ij,ij->i", prepared, prepared) < _LEAST_IN_GRAPH**2
+    least = _LEAST_IN_GRAPH if distance is Distance.DOT_PRODUCT else _LEAST_LENGTH
+    short: npt.NDArray[np.bool_] = np.einsum("ij,ij->i", prepared, prepared) < least**2
     return short
 
 
@@ -193,7 +196,11 @@ def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
     for row, query in enumerate(queries):
         for start in range(0, len(vectors), step):
             difference = vectors[start : start + step] - query
-            found[row, start : start + step] = -np.sqrt(np.einsum("ij,ij->i", difference, difference))
+            squares = np.einsum("ij,ij->i", difference, difference)
+            found[row, start : start + step] = -np.sqrt(squares)
+            vanishing = np.flatnonzero(squares < _PLAIN[0])
+            if len(vanishing):
+                found[row, start + vanishing] = -_lengths(difference[vanishing])
     return found
 
 

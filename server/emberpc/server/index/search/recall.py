@@ -197,8 +197,9 @@ def _recall(
 ) -> float | None:
     """Return the share of hits that are as near as the k-th nearest; None if stopped or the graph fails."""
     k = min(k, truth.shape[1])
-    # A hit counts if it is as near as the k-th except for the last digits.
-    bounds = (truth[:, k - 1] - 1e-5 * float(np.abs(truth).max())).tolist()
+    # A hit counts if it is as near as the k-th except for the last digits of the query's own scores. The scores of
+    # other queries may be greater by many powers of ten, so that by their digits every hit would count.
+    bounds = (truth[:, k - 1] - 1e-5 * np.abs(truth).max(axis=1)).tolist()
     right = 0
     for rows in _turns(len(queries)):
         if stop():

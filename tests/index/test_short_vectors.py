@@ -1,0 +1,61 @@
+"""EUCLIDEAN with very short vectors, and with lengths over many magnitudes."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pytest
+
+from emberpc.server.collections import CollectionSpec, Distance
+from emberpc.server.collections.metric import nearest
+from emberpc.server.collections.types import Matrix, Plan, Strategy
+from emberpc.server.index import Index
+from emberpc.server.index.graph.neighbours import Candidates, Neighbours
+from emberpc.server.index.search import recall
+from index.support import gaussian, numbered
+
+WIDTH = 8
+
+
+def true_distances(queries: Matrix, vectors: Matrix) -> np.ndarray:
+    differences = queries.astype(np.float64)[:, None] - vectors.astype(np.float64)
+    return np.asarray(np.linalg.norm(differences, axis=2))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-23, 1e-16, 1e-5, 1, 1e10])
+def test_distances_of_any_length_are_exact(scale: float) -> None:
+    vectors, queries = (gaussian(count, WIDTH, seed=count) * np.float32(scale) for count in (500, 20))
+    vectors[::2] = gaussian(250, WIDTH, seed=3)  # and longer vectors among them
+    rows, scores = nearest(queries, vectors, 10, Distance.EUCLIDEAN)
+    truth = true_distances(queries, vectors)
+    assert np.allclose(-scores, np.take_along_axis(truth, rows, axis=1), rtol=1e-6, atol=0)
+    assert np.allclose(-scores, np.sort(truth, axis=1)[:, :10], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("min_recall", [0, 1])
+def test_very_short_vectors_are_found(index: Index, min_recall: float) -> None:
+    collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.EUCLIDEAN))
+    vectors = gaussian(300, WIDTH) * np.float32(1e-23)
+    collection.upsert(numbered(300), vectors)
+    collection.maintain()
+    queries = gaussian(20, WIDTH, seed=1) * np.float32(1e-23)
+    nearest_ids = [[f"r{i:05}" for i in row] for row in np.argsort(true_distances(queries, vectors), axis=1)[:, :5]]
+    outcomes = collection.search(queries, 5, min_recall=min_recall)
+    assert [[record.id for record, _ in outcome.hits] for outcome in outcomes] == nearest_ids
+    assert [problem for step in collection.verify(full=True) for problem in step.problems] == []
+
+
+class Missing:
+    """Neighbours whose hits for the second, shorter query are ten times too far."""
+
+    def search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
+        scores = [-1e10, -1e-4]
+        return [Candidates([0], [score], False, Plan(Strategy.HNSW, ef, 0)) for score in scores[: len(queries)]]
+
+
+def test_the_recall_of_short_queries_is_measured_by_their_own_distances() -> None:
+    """By the longest of all distances, every hit of a short query was near enough."""
+    truth = np.array([[-1e10], [-1e-5]], dtype=np.float32)
+    found = recall._recall(cast("Neighbours", Missing()), np.zeros((2, WIDTH), np.float32), truth, 1, 10, lambda: False)
+    assert found == 0.5
