@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from emberpc.export.data import datasets
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import read_descriptions, training_examples
 from emberpc.export.errors import ExportError
@@ -20,7 +21,7 @@ from emberpc.export.errors import ExportError
 def plain(label: str) -> str:
     """Return a label as the reader must return it: in NFC, without space and characters without width around it."""
     label = unicodedata.normalize("NFC", label)
-    kept = [i for i, each in enumerate(label) if not each.isspace() and each not in "\u200b\u2060\ufeff"]
+    kept = [i for i, each in enumerate(label) if not each.isspace() and ord(each) not in datasets._INVISIBLE]
     return label[kept[0] : kept[-1] + 1] if kept else ""
 
 
@@ -95,8 +96,22 @@ def test_texts_with_conflicting_labels_are_reported(tmp_path: Path) -> None:
 def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
     path = write(tmp_path, "data.csv", "text,label\nx,b|a\ny,\nz, a | a |\n")
     assert read_labelled(path, separator="|").labels == [("a", "b"), (), ("a",)]
-    path = write(tmp_path, "data.jsonl", '{"text": "x", "label": ["b", "a"]}\n{"text": "y", "label": null}\n')
-    assert read_labelled(path, separator="|").labels == [("a", "b"), ()]
+    rows = (
+        '{"text": "x", "label": ["b", "a"]}\n{"text": "y", "label": null}\n{"text": "z"}\n{"text": "w", "label": []}\n'
+    )
+    path = write(tmp_path, "data.jsonl", rows)
+    assert read_labelled(path, separator="|").labels == [("a", "b"), (), (), ()]
+    with pytest.raises(ExportError, match="line 3: there is no column 'label'"):
+        read_labelled(write(tmp_path, "one.jsonl", '{"text": "x", "label": "b"}\n\n{"text": "z"}\n'))
+    with pytest.raises(ExportError, match="line 1: there is no column 'labels'"):
+        read_labelled(path, label_column="labels", separator="|")
+
+
+def test_the_parts_of_an_emoji_stay_in_a_label(tmp_path: Path) -> None:
+    """Without its variation selector or its tags it is another emoji."""
+    labels = ["\u2764\ufe0f", "\u2764", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "\U0001f3f4"]
+    path = write(tmp_path, "d.csv", "text,label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
+    assert [label for (label,) in read_labelled(path).labels] == labels
 
 
 @pytest.mark.parametrize(
@@ -188,7 +203,19 @@ def test_a_header_that_cannot_be_meant_so_is_refused(tmp_path: Path, name: str, 
         read_labelled(write(tmp_path, name, content))
 
 
-PADDED = ["io", "io ", " io", "\u00a0io\t", "\ufeffio", "io \u200b ", "caf\u00e9", "cafe\u0301", "cafe\u0301 "]
+INVISIBLE = ["io\u200e", "\u00adio", "\u2066io\u2069 ", "\u200fio\u061c", "\u180eio\u2064"]
+PADDED = [
+    "io",
+    "io ",
+    " io",
+    "\u00a0io\t",
+    "\ufeffio",
+    "io \u200b ",
+    *INVISIBLE,
+    "caf\u00e9",
+    "cafe\u0301",
+    "cafe\u0301 ",
+]
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl", "several.csv", "several.jsonl"])

@@ -19,8 +19,16 @@ from emberpc.export.errors import ExportError
 _LOGGER = logging.getLogger(__name__)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _FORMATS = ".csv, .tsv, .jsonl, .ndjson or .parquet"
-#: Zero-width characters that other programs leave at the ends of a cell; `str.strip` does not remove them.
-_WIDTHLESS = "\u200b\u2060\ufeff"
+#: Code points of invisible characters that other programs leave at the ends of a cell; `str.strip` keeps them.
+#: They are those that the server's search ignores: soft hyphen, zero width spaces and joiners, bidirectional marks.
+#: Variation selectors and tags are kept, since they are part of an emoji, and Hangul fillers, which are letters.
+_INVISIBLE = (
+    *(0xAD, 0x34F, 0x61C, 0x17B4, 0x17B5, 0xFEFF),
+    *(*range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)),
+    *(*range(0xFFF0, 0xFFF9), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B)),
+)
+#: Space and invisible characters, which are removed around a label.
+_AROUND = "".join([*filter(str.isspace, map(chr, range(0x3001))), *map(chr, _INVISIBLE)])
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
@@ -53,8 +61,9 @@ def read_labelled(
     Args:
         path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8.
         text_column: the column with the texts.
-        label_column: the column with the labels. Space around a label is removed, and the label is normalized to NFC.
-        separator: separator of a text's labels. In JSONL and Parquet, labels may also be a list, and may be missing.
+        label_column: the column with the labels. Space and invisible characters around a label are removed, and the
+            label is normalized to NFC.
+        separator: separator of a text's labels. In JSONL and Parquet, labels may also be a list, or missing, or null.
             Default: every text has one label.
 
     Returns:
@@ -70,9 +79,14 @@ def read_labelled(
     texts: list[str] = []
     labels: list[tuple[str, ...]] = []
     places: list[str] = []
-    for place, row in read_rows(path):
+    rows = read_rows(path)
+    # A column that no row has is a mistake, even where labels may be missing.
+    may_be_missing = separator is not None and any(label_column in row for _, row in rows)
+    for place, row in rows:
         texts.append(text_of(path, place, row, text_column))
-        if separator is None:
+        if may_be_missing and label_column not in row:
+            labels.append(())
+        elif separator is None:
             labels.append((label_of(path, place, row, label_column),))
         else:
             labels.append(_several(path, place, row, label_column, separator))
@@ -159,11 +173,8 @@ def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
 
 
 def _plain_label(text: str) -> str:
-    """Normalize a label to NFC, and remove space and zero-width characters around it."""
-    plain, label = "", unicodedata.normalize("NFC", text)
-    while plain != label:
-        plain, label = label, label.strip().strip(_WIDTHLESS)
-    return plain
+    """Normalize a label to NFC, and remove space and invisible characters around it."""
+    return unicodedata.normalize("NFC", text).strip(_AROUND)
 
 
 def report_alike(path: Path, labels: Iterable[str]) -> None:
