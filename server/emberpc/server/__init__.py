@@ -1,10 +1,10 @@
-"""The gRPC server: serves bundles and an index. Never imports torch, transformers or optimum."""
+"""The gRPC server of emberpc: serves models and collections. It never imports torch, transformers or optimum."""
 
 import os
 
-# Both are read when grpc is first imported, by whichever module of this package.
-# gRPC's core would write a line of its own about every failure that is reported here in a better one.
+# grpc reads both variables when any module of this package first imports it.
+# Without this, gRPC's core logs its own line about each failure. The server logs a better line already.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-# Its handlers of forks stop and restart its threads, in this process and in the child
-# that writes a snapshot: one in some hundred of those ended in an abort. That child never calls gRPC.
+# gRPC's fork handlers stop and restart its threads, in this process and in the child process that writes a snapshot.
+# With them, about one in a hundred of those child processes aborted. The child process never calls gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

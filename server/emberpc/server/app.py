@@ -1,4 +1,4 @@
-"""The server put together, started and stopped."""
+"""Build the gRPC server from its parts, run it until a signal, and stop it."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ from emberpc.v1 import (
 
 log = logging.getLogger(__name__)
 
-#: Between tries to start the workers that are missing.
+#: Seconds between two attempts to start missing workers.
 _REVIVAL_SECONDS = 1.0
-#: Until the size of micro-batches is measured again, if the host was busy; twice as long each time.
+#: Seconds until the best size of micro-batches is measured again, if the host was busy. The pause doubles after each
+#: attempt, up to the second value.
 _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
-#: Most calls of one connection in flight; further calls wait in the client. The other two are the most calls that gRPC
-#: holds before the server takes them: beyond its default of 1,000, gRPC cancels calls at random. With the defaults, one
-#: connection that opened and reset 4,000 calls a second had health checks of other callers cancelled. The same happened
-#: with 256 calls of one connection, and did not with 100.
+#: Limits of concurrent calls. The first limits the calls of one connection; further calls wait in the client. The other
+#: two limit the calls that gRPC queues before the server accepts them. Above that limit (1,000 by default), gRPC
+#: cancels queued calls at random. With gRPC's defaults, one connection that opened and reset 4,000 calls per second
+#: made gRPC cancel health checks of other callers. The same happened with 256 calls per connection, but not with 100.
 _CALLS = (
     ("grpc.max_concurrent_streams", 100),
     ("grpc.server.max_pending_requests", 2**17),
     ("grpc.server.max_pending_requests_hard_limit", 2**18),
 )
-#: Pings of HTTP/2. By default gRPC's server takes one ping in 300 seconds of a silent call and then closes the
-#: connection (`too_many_pings`); emberpc's client sends one every 30 seconds. The server's own pings find clients that
-#: are gone without a word.
+#: HTTP/2 pings. By default, gRPC's server accepts one ping in 300 seconds during a silent call, and closes the
+#: connection (`too_many_pings`) if there are more. emberpc's client sends a ping every 30 seconds. The server sends
+#: pings too, to detect clients that vanished without closing the connection.
 _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 60_000),
@@ -88,11 +89,11 @@ async def run(
 
     Args:
         settings: the settings.
-        workers: threads that run models.
-        pool: where everything runs that takes long; it must be large enough for some slow calls beside others.
-        threads: threads of the pool, at least five.
-        models: those to serve, which may still be being loaded.
-        stopping: handles the signals; its deadline bounds every wait of the shutdown.
+        workers: number of threads that run models.
+        pool: thread pool for all slow work. It needs enough threads to run several slow calls beside short ones.
+        threads: number of threads of the pool, at least 5.
+        models: the models to serve; they may still be loading.
+        stopping: handles the signals; its deadline limits every wait of the shutdown.
 
     Raises:
         StartupError: the address is taken, a model cannot be served, or the data directory cannot be used.
@@ -107,7 +108,7 @@ async def run(
             asyncio.run_coroutine_threadsafe(_revive(engine, workers, statuses), loop)
 
         index = await loop.run_in_executor(pool, _open_index, settings)
-        # Callbacks run last first: what uses the index is stopped before the index is closed.
+        # The exit stack runs its callbacks in reverse order: users of the index stop before the index is closed.
         stack.callback(lambda: index.close(stopping.deadline))
         engine = Engine(
             await asyncio.wrap_future(models),
@@ -138,9 +139,9 @@ async def run(
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes, settings.max_streams)
-        # Beside the heavy calls of the index, two threads may open collections, and one measures the models.
+        # The other threads of the pool: two may open collections, and one measures the models.
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
-        # Before the index is closed, which blocks the loop until no call is under way.
+        # This runs before the index is closed: closing blocks the event loop until all calls of the index have ended.
         stack.push_async_callback(lambda: stopping.finish(index_pool.close()))
         reembedding = ReembeddingJobs(engine, index, index_pool, limits)
         stack.push_async_callback(lambda: stopping.finish(reembedding.close()))
@@ -170,7 +171,7 @@ async def run(
 
 
 async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
-    """Measure the best size of micro-batches, again and again until the host is not busy with other work."""
+    """Measure the best size of micro-batches. Repeat this until a measurement succeeds, which needs an idle host."""
     pause = _CALIBRATION_SECONDS
     try:
         while not await asyncio.get_running_loop().run_in_executor(
@@ -178,29 +179,39 @@ async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Sto
         ):
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_CALIBRATION_SECONDS)
-    except Exception:  # the size that is set works too
-        log.exception("the size of micro-batches was not measured")
+    except Exception:  # the server keeps the current size
+        log.exception("cannot measure the best size of micro-batches; the current size stays")
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:
-    """Start workers that are missing as soon as the system gives threads again; not ready while there is none."""
+    """Retry starting missing workers until all run; the system may refuse new threads for a while.
+
+    Health is NOT_SERVING while no worker runs.
+    """
     while (alive := engine.revive()) < workers:
-        log.error("%d of %d workers are left", alive, workers)
+        log.error("only %d of %d workers run; trying to start the others", alive, workers)
         await _set_health(statuses, serving=bool(alive))
         await asyncio.sleep(_REVIVAL_SECONDS)
-    log.info("all %d workers are back", workers)
+    log.info("all %d workers run again", workers)
     await _set_health(statuses, serving=True)
 
 
 def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
-    """Make the server and take its address, so that a taken one is known before any model is loaded."""
+    """Create the gRPC server and bind its address. An address in use is then reported before any model is loaded.
+
+    Returns:
+        The server, and its address as HOST:PORT.
+
+    Raises:
+        StartupError: the address is in use, or is not an address of this host.
+    """
     server = grpc.aio.server(
         options=[
             # Two servers on one port would share its calls at random; the second must fail instead.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            # A connection that says nothing is closed, so that silent ones do not take all file descriptors.
+            # A connection without a handshake is closed, so that silent connections cannot use up all file descriptors.
             ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
             *_CALLS,
             *_KEEPALIVE,
@@ -217,7 +228,7 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
 
 
 def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> Observe:
-    from emberpc.server.metrics import serve_metrics  # noqa: PLC0415 - takes time at the start, and few have need of it
+    from emberpc.server.metrics import serve_metrics  # noqa: PLC0415 - slow to import, and few servers need it
 
     try:
         return serve_metrics(settings.metrics_listen, engine, index).observe
@@ -229,13 +240,13 @@ def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> O
 
 
 async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> None:
-    """Look into the models directory again and again."""
+    """Look for changes in the models directory every `seconds` seconds, until the task is cancelled."""
     while True:
         await asyncio.sleep(seconds)
         try:
             await asyncio.wrap_future(loader.submit(directory.poll))
-        except Exception:  # whatever one look runs into, the next ones must come
-            log.exception("a look into the models directory failed; the next one is in %g seconds", seconds)
+        except Exception:  # an error must not stop the watching
+            log.exception("cannot check the models directory; the next check is in %g seconds", seconds)
 
 
 def _open_index(settings: Settings) -> IndexBackend:
@@ -243,7 +254,7 @@ def _open_index(settings: Settings) -> IndexBackend:
 
 
 def _embedded_index(settings: Settings) -> IndexBackend:
-    from emberpc.server.index import Index  # noqa: PLC0415 - needs hnswlib, which a server on Milvus does without
+    from emberpc.server.index import Index  # noqa: PLC0415 - needs hnswlib, which a server on Milvus does not need
 
     try:
         return Index(
@@ -261,7 +272,7 @@ def _embedded_index(settings: Settings) -> IndexBackend:
 
 def _milvus_index(settings: Settings) -> IndexBackend:
     try:
-        from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - an extra, which few have need of
+        from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - needs an extra that few servers install
     except ModuleNotFoundError as error:
         raise StartupError(
             f"--index-backend milvus needs {error.name}, which is not installed; run, in a checkout: "

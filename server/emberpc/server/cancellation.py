@@ -1,7 +1,7 @@
-"""Cancellation of blocking calls: the thread that runs a call looks again and again whether it is still wanted.
+"""Cancellation of blocking calls: the thread that runs a call regularly checks a condition.
 
-The services set the condition for the thread; the store, SQLite and the loops of the index read it. A thread without a
-condition, as that of maintenance, runs to its end.
+The caller of the blocking code sets the condition for its thread. The store, SQLite and the loops of the index check
+it. A thread without a condition, such as the maintenance thread, is never cancelled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emberpc.server.errors import Code, ServiceError
 
 
 class _Thread(threading.local):
-    #: Whether the call that this thread runs is no longer wanted; None: the thread runs no cancellable call.
+    #: Returns whether the call that this thread runs is cancelled; None: the thread runs no cancellable call.
     stop: Callable[[], bool] | None = None
 
 
@@ -24,10 +24,10 @@ _thread = _Thread()
 
 
 class Cancellation:
-    """Whether a call was cancelled or its deadline has passed. Safe to use from several threads.
+    """Condition that is True after `cancel`, or once the deadline has passed. Safe to use from several threads.
 
     Args:
-        seconds: until the deadline; infinite for none.
+        seconds: seconds until the deadline; infinite for no deadline.
     """
 
     def __init__(self, seconds: float = inf) -> None:
@@ -35,17 +35,17 @@ class Cancellation:
         self._deadline = monotonic() + seconds
 
     def cancel(self) -> None:
-        """Cancel the call."""
+        """Cancel the call: the condition is True from now on."""
         self._cancelled.set()
 
     def __call__(self) -> bool:
-        """Return True from then on."""
+        """Return whether the call was cancelled or its deadline has passed."""
         return self._cancelled.is_set() or monotonic() >= self._deadline
 
 
 @contextmanager
 def cancelled_when(stop: Callable[[], bool]) -> Iterator[None]:
-    """Cancel what this thread does in the block, as soon as `stop` returns True.
+    """Cancel the code of the `with` block in this thread, as soon as `stop` returns True.
 
     Raises:
         ServiceError: DEADLINE_EXCEEDED if `stop` returns True at the start, or from `check` and SQLite later.
@@ -67,7 +67,7 @@ def cancelled() -> bool:
 def check() -> None:
     """Raise DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
 
-    Never to be called between the commit of a write and the update of memory that belongs to it.
+    Do not call this between the commit of a write and the update of memory for the same write: they would differ then.
     """
     if cancelled():
         raise error()

@@ -1,4 +1,4 @@
-"""A moment that several waits share."""
+"""A deadline that several waits share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from time import monotonic
 
 
 class Deadline:
-    """The moment by which several waits, one after the other, have to end.
+    """The moment by which several waits, one after another, must end.
 
     Args:
-        seconds: from now; infinite: never.
+        seconds: seconds from now until the deadline; infinite for no deadline.
     """
 
     def __init__(self, seconds: float = inf) -> None:
@@ -19,7 +19,10 @@ class Deadline:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the deadline, 0 once it has passed; at most what a lock's timeout takes."""
+        """Seconds until the deadline, and 0 after it.
+
+        At most `threading.TIMEOUT_MAX`, the longest timeout of a lock.
+        """
         return min(max(self._end - monotonic(), 0.0), threading.TIMEOUT_MAX)
 
     def join(self, thread: threading.Thread) -> bool:

@@ -1,4 +1,4 @@
-"""File descriptors of the process: the limit, and the error when they are used up."""
+"""File descriptors of the process: raise and read the limit, and report that none is free."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import resource
 
 from emberpc.server.errors import Code, ServiceError
 
-#: Reason of the error for programs.
+#: `reason` of the error for a call without a free descriptor; programs compare it.
 SHORTAGE = "FILES_EXHAUSTED"
 
 
 def raise_limit() -> tuple[int, int]:
-    """Raise the soft limit to the hard limit, as far as the system allows; return the limit before and after."""
+    """Raise the soft limit to the hard limit, if the system allows it; return the soft limits before and after."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # macOS has a lower limit of its own
+    except (OSError, ValueError):  # macOS has another, lower limit
         return soft, soft
     return soft, hard
 
@@ -29,12 +29,12 @@ def limit() -> int:
 
 
 def is_shortage(error: OSError) -> bool:
-    """Return whether an error says that no descriptor is free, in this process or on this host."""
+    """Return whether an error means that no descriptor is free in this process (EMFILE) or on this host (ENFILE)."""
     return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def none_free() -> bool:
-    """Return whether no descriptor is free now; for libraries whose errors do not say it."""
+    """Return whether no descriptor is free now. For errors of libraries that do not give the cause."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The number of elements of a request, counted on its bytes before protobuf decodes it.
+"""Count the elements of a request in its bytes, before protobuf decodes it, and refuse too many.
 
-protobuf holds the interpreter while it decodes: 16 MiB of empty records took 2.5 seconds and 900 MB, and one map of
-750,000 keys took 5 seconds.
+protobuf holds the interpreter's lock while it decodes. Decoding 16 MiB of empty records took 2.5 seconds and 900 MB,
+and a single map of 750,000 keys took 5 seconds.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from emberpc.bundle.protobuf import DELIMITED, read_field
 from emberpc.server.errors import ServiceError, invalid
 
-#: Requests of fewer bytes are decoded without a look: they decode in some milliseconds.
+#: Requests of fewer bytes are not counted: protobuf decodes them in a few milliseconds.
 _SMALL = 64 * 1024
-#: Most fields of the request itself beside the elements that have a limit of their own.
+#: Most fields of the request itself, without the elements of repeated fields that have their own limit.
 _MAX_OTHERS = 1000
-#: Most fields and list items of one message within a request. A map of many keys decodes in more than linear time.
+#: Most fields and list items of one message inside a request. Decoding a map takes more than linear time.
 _MAX_ITEMS = 2**16
-#: Most list items, map entries and unknown fields of all messages within a request; they decode in 0.1 to 0.4 seconds.
+#: Most list items, map entries and unknown fields of all messages inside a request. This many decode in 0.1 to 0.4 s.
 MAX_ELEMENTS = 500_000
-#: Bytes that are looked at between pauses, some milliseconds of work.
+#: Bytes that are scanned between two pauses: a few milliseconds of work.
 _STEP_BYTES = 32 * 1024
-#: Bytes of a varint before its last one.
+#: Values of the bytes of a varint except its last byte.
 _CONTINUED = bytes(range(0x80, 0x100))
 _FIXED_SIZES = {
     **dict.fromkeys((FieldDescriptor.TYPE_FIXED32, FieldDescriptor.TYPE_SFIXED32, FieldDescriptor.TYPE_FLOAT), 4),
@@ -35,7 +35,7 @@ _FIXED_SIZES = {
 
 
 class _Part(NamedTuple):
-    """A message within the request: its type, and where its bytes start and end."""
+    """A message inside a request: its type, and the start and end of its bytes in the request."""
 
     message: Descriptor
     start: int
@@ -43,7 +43,7 @@ class _Part(NamedTuple):
 
 
 class _TooManyError(Exception):
-    """A message has more fields than `most`: of one number, or (0) of all numbers without a limit of their own."""
+    """A message has more than `most` elements of the field `number`, or, if `number` is 0, of all other fields."""
 
     def __init__(self, number: int, most: int) -> None:
         super().__init__(number, most)
@@ -51,20 +51,20 @@ class _TooManyError(Exception):
 
 
 def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) -> Iterator[None]:
-    """Check the number of elements of a request, and pause after each step of some milliseconds.
+    """Check the number of elements of a request; yield after each step of a few milliseconds.
 
-    A message within the request is looked at only while the sizes of such messages do not prove that the limit is
-    kept: an element has at least two bytes.
+    An element has at least two bytes, so the size of a message limits its elements. Messages inside the request are
+    scanned only until the sizes of the others prove that the total is within the limit.
 
     Args:
         data: the request as bytes.
-        message: its type.
-        limits: most elements of a repeated field of the request itself, by the name of the field.
+        message: type of the request.
+        limits: most elements of repeated fields of the request itself, by field name.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit, if a message within the request has
-            more than 65,536 fields and list items, or if all of them have more than `MAX_ELEMENTS`.
-        ValueError: the bytes are no message, or have a group, which no message of emberpc has.
+        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit, if a message inside the request has
+            more than 65,536 fields and list items, or if all of them together have more than `MAX_ELEMENTS`.
+        ValueError: the bytes are no valid message, or contain a group, which no message of emberpc has.
     """
     if len(data) < _SMALL:
         return
@@ -76,7 +76,7 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
     yield
     waiting = deque(parts)
     elements, looked_at = 0, 0
-    #: Elements that the messages that were not looked at have at most.
+    #: Upper limit of the elements of the messages that were not scanned yet.
     unseen = sum((part.end - part.start) // 2 for part in parts)
     while waiting and elements + unseen > MAX_ELEMENTS:
         outer = waiting.popleft()
@@ -97,7 +97,7 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
 
 
 def _too_many_fields(message: Descriptor, error: _TooManyError) -> ServiceError:
-    """Return the error of a request with too many elements of one of its own fields."""
+    """Return the INVALID_ARGUMENT error for a request that has too many elements in one of its own fields."""
     field = message.fields_by_number.get(error.number)
     if field is not None and field.is_repeated:
         return invalid(field.name, f"has more than {error.most} items, the most of one call; split it")
@@ -106,31 +106,35 @@ def _too_many_fields(message: Descriptor, error: _TooManyError) -> ServiceError:
 
 @lru_cache(maxsize=256)
 def _fields(message: Descriptor) -> dict[int, tuple[bool, Descriptor | None, int | None]]:
-    """Return of each field of a message type, by number: whether it is repeated; its message type; see `_packed`."""
+    """Return the fields of a message type by number: whether repeated, its message type or None, its item size.
+
+    The item size is that of `_packed`.
+    """
     return {field.number: (field.is_repeated, field.message_type, _packed(field)) for field in message.fields}
 
 
 def _packed(field: FieldDescriptor) -> int | None:
-    """Return the bytes of an item of a field that may be a packed list, 0 for varints; None: it may not be one."""
+    """Return the bytes of an item of a field that may be a packed list (0 for varints), or None for other fields."""
     scalar = field.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE)
     return _FIXED_SIZES.get(field.type, 0) if field.is_repeated and scalar else None
 
 
 def _scan(data: bytes, outer: _Part, limits: Mapping[int, int], most: int) -> tuple[int, list[_Part]]:
-    """Count the fields of a message.
+    """Count the elements of one message, and find the messages inside it.
 
     Args:
-        data: the request.
-        outer: the message.
-        limits: most items of a field, by its number.
-        most: most items of all other fields.
+        data: the whole request.
+        outer: the message to scan.
+        limits: most items of a field, by field number.
+        most: most items of all other fields together.
 
     Returns:
-        The number of its list items, map entries and unknown fields, and the messages within it.
+        The number of list items, map entries and unknown fields; and the messages directly inside the message, without
+        those that are empty or hold a single number or string.
 
     Raises:
-        _TooManyError: there are more.
-        ValueError: the bytes are no message, or have a group.
+        _TooManyError: a limit is exceeded.
+        ValueError: the bytes are no valid message, or contain a group.
     """
     fields = _fields(outer.message)
     counts: dict[int, int] = {}
@@ -155,7 +159,7 @@ def _scan(data: bytes, outer: _Part, limits: Mapping[int, int], most: int) -> tu
 
 
 def _is_scalar(data: bytes, start: int, end: int, message: Descriptor) -> bool:
-    """Return whether a message is empty, or one number or string, as most metadata values are."""
+    """Return whether a message is empty or holds a single number or string. Most metadata values do."""
     if start == end:
         return True
     number, _, _, stop = read_field(data, start, end)
@@ -163,5 +167,5 @@ def _is_scalar(data: bytes, start: int, end: int, message: Descriptor) -> bool:
     return stop == end and not repeated and inner is None
 
 
-#: Of a field that the message type does not have.
+#: Entry of `_fields` for a field number that the message type does not have.
 _UNKNOWN: tuple[bool, Descriptor | None, int | None] = (True, None, None)

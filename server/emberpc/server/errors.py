@@ -1,8 +1,9 @@
-"""The error types of the server: of a call, and of a start.
+"""Error types of the server: for a failed call, and for a failed start.
 
-Engine, index and services raise `ServiceError`; `statuses` says how it travels,
-and only `handlers` ends a call with it. Its message is for the caller: it names the item, the limit
-and the remedy, and never holds the text of another exception.
+Engine, index and services raise `ServiceError`. `statuses` converts it to a gRPC
+status, and only `handlers` ends a call with that status. The message is for the
+caller: it names the item, the limit and the remedy, and never contains the text of
+another exception.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-#: Gives the path of item i of a request, such as `texts[3]`.
+#: Returns the path of item i of a repeated field, such as `texts[3]`.
 FieldPath = Callable[[int], str]
 
 
 class Code(Enum):
-    """Why a call failed; the values are gRPC's status codes."""
+    """Cause of a failed call. The values are gRPC's status codes."""
 
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
@@ -33,27 +34,27 @@ class Code(Enum):
 
 
 class StartupError(Exception):
-    """The server cannot start; the message says why and the remedy."""
+    """The server cannot start. The message names the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A wrong field of a request: its path, such as `texts[3]`, and what is wrong with it."""
+    """An invalid field of a request: its path, such as `texts[3]`, and a description of the problem."""
 
     field: str
     description: str
 
 
 class ServiceError(Exception):
-    """A call that failed, with all that its caller is told.
+    """Error that ends a call, with everything that the caller receives about it.
 
     Args:
-        code: why, by gRPC's codes.
-        message: what went wrong, in one sentence for a developer.
-        reason: the cause for programs, in UPPER_SNAKE_CASE.
-        violations: the wrong fields of the request.
-        metadata: values behind the message, for programs.
-        retry_after: seconds to wait before trying again, if trying again can help.
+        code: the gRPC status code.
+        message: the problem, in one sentence for a developer.
+        reason: the cause for programs, in UPPER_SNAKE_CASE; default: the name of the code.
+        violations: the invalid fields of the request.
+        metadata: the values that the message mentions, for programs.
+        retry_after: seconds to wait before a retry; None if a retry cannot help.
     """
 
     def __init__(
@@ -76,7 +77,12 @@ class ServiceError(Exception):
 
 
 def items_of(field: str, part: str = "") -> FieldPath:
-    """Return the paths of the items of a repeated field, or of a part of each item, such as `records[3].text`."""
+    """Return a function that maps an item's number to its path.
+
+    Args:
+        field: name of a repeated field, such as `texts`; the path of item 3 is `texts[3]`.
+        part: name of a field of each item, such as `text`; the path of item 3 of `records` is `records[3].text`.
+    """
     suffix = f".{part}" if part else ""
     return lambda i: f"{field}[{i}]{suffix}"
 
@@ -87,7 +93,7 @@ def invalid(field: str, description: str) -> ServiceError:
 
 
 def invalid_fields(violations: Sequence[Violation]) -> ServiceError:
-    """Return an INVALID_ARGUMENT error about several fields; the message is about the first."""
+    """Return an INVALID_ARGUMENT error about several fields. The message describes the first and counts the others."""
     first = violations[0]
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
     return ServiceError(
@@ -109,7 +115,13 @@ def response_too_large(limit: int, remedy: str) -> ServiceError:
 
 
 def not_found(kind: str, name: str, remedy: str) -> ServiceError:
-    """Return a NOT_FOUND error about a thing of a kind, such as `model`."""
+    """Return the NOT_FOUND error for a missing item, such as a model.
+
+    Args:
+        kind: type of the item, such as `model`; the error's reason is `MODEL_NOT_FOUND` then.
+        name: name of the item.
+        remedy: what the caller can do, as the end of the message.
+    """
     return ServiceError(
         Code.NOT_FOUND,
         f"there is no {kind} {name!r}; {remedy}",

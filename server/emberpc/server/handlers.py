@@ -1,4 +1,7 @@
-"""What happens around every call, those of gRPC's own services included: a request id, and errors in one form."""
+"""Wrap the handler of every call: assign a request id, decode the request, count its bytes, and report errors.
+
+This includes the calls of gRPC's own services (health and reflection).
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ from emberpc.wire import status
 log = logging.getLogger(__name__)
 
 _STATUS_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
-#: A request id from a caller is logged and sent back: nothing else may hide in it.
+#: Accepted request ids of callers. They are logged and sent back, so spaces and control characters are refused.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-#: New ids are this process's own and a number: asking the system for chance anew lets go of the interpreter's lock.
+#: A new request id is a random number of this process and a counter. A random number for each call would need a system
+#: call, which releases the interpreter's lock.
 _PROCESS, _numbers = secrets.token_hex(8), count()
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,24 +49,28 @@ Service = TypeVar("Service")
 class Handlers:
     """Registers services with a server.
 
-    Each call gets a request id, and what it raises becomes a status with
-    details. A method that is designed but not built, which a generated servicer
-    answers with NotImplementedError, becomes UNIMPLEMENTED. Any exception that
-    is not a `ServiceError` is logged with the request id, and its caller learns
-    the id only. An interceptor would do the same anew for every call, for a
-    tenth of what a short call costs the event loop.
+    Each call gets a request id. An exception that a handler raises becomes a
+    gRPC status with details. A method without an implementation raises
+    NotImplementedError in the generated servicer; its status is UNIMPLEMENTED.
+    Any other exception that is not a `ServiceError` is logged with the request
+    id, and the caller receives only that id.
+
+    Handlers are wrapped once, when they are registered. An interceptor would
+    wrap them again for each call, which takes a tenth of the event loop's time
+    for a short call.
 
     Requests are decoded here, not by gRPC: gRPC answers a request that cannot be
     decoded with UNKNOWN and Python's exception text, without a request id.
 
     Args:
-        server: the server.
-        observe: told of each call that ended: its method, the name of its status code, and the seconds it took.
-            None: the call is not observed.
-        counts: most elements of a repeated field of a request, by the field's name. They are counted before the
-            request is decoded.
-        max_in_flight_bytes: most bytes of large requests at work and of large responses that were not read.
-        max_streams: most streams of requests that are open at a time.
+        server: the gRPC server.
+        observe: called after each call with its method, the name of its status code, and its duration in seconds.
+            None: no function is called.
+        counts: limits of the number of elements of repeated fields, by field name. The elements are counted before
+            the request is decoded.
+        max_in_flight_bytes: limit of the bytes of large requests at work and of large responses that callers have
+            not read yet.
+        max_streams: limit of the request streams that are open at the same time.
     """
 
     def __init__(
@@ -83,18 +91,18 @@ class Handlers:
         """Register a service.
 
         Args:
-            add_to_server: the generated `add_…Servicer_to_server`; it takes this object for the server.
-            service: the service.
+            add_to_server: the generated `add_…Servicer_to_server`; it receives this object in place of a server.
+            service: the implementation of the service.
         """
         add_to_server(service, self)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code gives the same methods to `add_registered_method_handlers` by name."""
+        """Do nothing. Generated code also passes the same methods to `add_registered_method_handlers`."""
 
     def add_registered_method_handlers(
         self, service: str, methods: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
-        """Register a service's methods."""
+        """Wrap the methods of a service and register them with the gRPC server; generated code calls this."""
         wrapped = {name: self._wrap(f"/{service}/{name}", handler) for name, handler in methods.items()}
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, wrapped)])
 
@@ -109,7 +117,7 @@ class Handlers:
 
 def _code_name(error: BaseException, context: Context) -> str:
     """Return the name of the status code that a call ends with."""
-    if isinstance(error, grpc.aio.AbortError):  # a service of gRPC has set it
+    if isinstance(error, grpc.aio.AbortError):  # one of gRPC's own services has set the code
         code = context.code()
         return _STATUS_CODES[code].name if isinstance(code, int) else code.name
     if isinstance(error, ServiceError):
@@ -118,16 +126,16 @@ def _code_name(error: BaseException, context: Context) -> str:
         return Code.RESOURCE_EXHAUSTED.name
     if isinstance(error, NotImplementedError):
         return Code.UNIMPLEMENTED.name
-    # A generator that is closed is one whose caller left.
+    # GeneratorExit: the response stream was closed because its caller left.
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
 
 
 def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams) -> Any:
-    """Wrap the handler of a method that answers once."""
+    """Wrap the handler of a method with a single response."""
     inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
     if not inspect.iscoroutinefunction(inner):
         inner = _as_coroutine(inner)
-    #: A method whose responses are bytes has none.
+    #: A method that returns bytes has no serializer.
     serialize = handler.response_serializer or (lambda response: response)
 
     async def answer(request: Any, context: Context) -> bytes:
@@ -139,7 +147,7 @@ def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: 
 
 
 def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams) -> Any:
-    """Wrap a coroutine function that returns the answer of a call, or writes its answers by the context."""
+    """Wrap a coroutine function that returns the response, or writes its responses to the context."""
 
     async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
@@ -162,7 +170,11 @@ def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: 
 
 
 def _counted(response: bytes, in_flight: BytesInFlight, context: Context) -> bytes:
-    """Count a large response in until its caller has read it; RESOURCE_EXHAUSTED if too many bytes are unread."""
+    """Return a response, and count its bytes as unread until the call ends if it is large.
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if too many bytes of large requests and responses are in flight.
+    """
     if len(response) >= LARGE:
         in_flight.add(len(response))
 
@@ -177,15 +189,15 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
     """Return the function that decodes the request of a call: one message, or an iterator over messages.
 
     Args:
-        handler: the method.
-        method: its path.
-        counts: most elements of a repeated field, by its name.
+        handler: gRPC's handler of the method.
+        method: path of the method, such as `/emberpc.v1.EmbeddingService/Embed`.
+        counts: limits of the number of elements of repeated fields, by field name.
     """
     service, _, name = method[1:].partition("/")
     request: Descriptor = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
 
     def decode(data: bytes) -> Iterator[Any]:
-        """Give None after each step of some milliseconds, and then the message."""
+        """Decode a message in steps of a few milliseconds; yield None after each step, and the message last."""
         try:
             yield from count_elements(data, request, counts)
             yield handler.request_deserializer(data)
@@ -204,15 +216,16 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
 
 
 async def _finished(steps: Iterator[Any]) -> Any:
-    """Take steps, between which other calls go on, up to the first that gives a value; return the value."""
+    """Run steps until one yields a value that is not None, and return it. Other calls can run between two steps."""
     for value in steps:
         if value is not None:
             return value
         await asyncio.sleep(0)
-    raise AssertionError("the last step gives the value")
+    raise AssertionError("the last step yields the value")
 
 
 def _malformed(name: str) -> ServiceError:
+    """Return the INVALID_ARGUMENT error for a request of the method `name` that cannot be decoded."""
     return ServiceError(
         Code.INVALID_ARGUMENT,
         f"a request of {name} cannot be decoded: its bytes are malformed, a string is not UTF-8, or messages "
@@ -222,16 +235,18 @@ def _malformed(name: str) -> ServiceError:
 
 
 class _Decoded:
-    """The messages of a stream of requests.
+    """Iterator over the decoded messages of a request stream.
 
-    No generator, since a cancelled `anext` would end a generator, and handlers cancel and repeat it.
+    This is a class, not a generator: handlers cancel `anext` and call it again, and cancelling it would end a
+    generator.
     """
 
     def __init__(self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]], held: Held) -> None:
         self._messages = aiter(messages)
         self._decode = decode
         self._held = held
-        #: Steps of the message that a cancelled call was decoding, and the message once it is decoded.
+        #: The message that an `anext` is decoding (its remaining steps), and the decoded message that was not returned
+        #: yet. Both stay here if that `anext` is cancelled.
         self._begun: Iterator[Any] | None = None
         self._message: Any = None
 
@@ -243,7 +258,8 @@ class _Decoded:
             data = await anext(self._messages)
             self._held.replace(len(data))
             self._begun = self._decode(data)
-        # One stream at a time, and other calls between two messages: streams never keep a short call waiting.
+        # Only one stream decodes at a time, and other calls can run between two messages. So streams never delay a
+        # short call for long.
         async with self._held.streams.turn:
             if self._message is None:
                 self._message = await _finished(self._begun)
@@ -253,7 +269,10 @@ class _Decoded:
 
 
 def _as_coroutine(method: Any) -> Any:
-    """Return a coroutine function for what is none, as a generated servicer has it for a method that is not built."""
+    """Return a coroutine function that calls a plain function.
+
+    The generated servicer has plain functions for methods without an implementation.
+    """
 
     async def call(request: Any, context: Context) -> Any:
         return method(request, context)
@@ -264,7 +283,7 @@ def _as_coroutine(method: Any) -> Any:
 def _stream(
     handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams
 ) -> Any:
-    """Wrap the handler of a method that answers with a stream."""
+    """Wrap the handler of a method with a response stream."""
     inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
     call = (_awaited if inspect.iscoroutinefunction(inner) else _iterated)(
         inner, method, read, observe, in_flight, streams
@@ -276,14 +295,14 @@ def _stream(
 def _iterated(
     inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams
 ) -> Any:
-    """Wrap a function that returns the answers of a call as an asynchronous generator."""
+    """Wrap a function that returns the responses of a call as an asynchronous generator."""
 
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
         start, code, held = perf_counter(), "OK", Held(in_flight, streams)
         try:
-            # Closed at once when the caller leaves: a stream may have work in flight that nobody wants any more.
+            # `aclosing` closes the responses as soon as the caller leaves. Work of the stream in flight then stops.
             decoded = await read(request, held)
             del request  # the bytes are not kept beside the message
             async with aclosing(inner(decoded, context)) as answers:
@@ -302,7 +321,7 @@ def _iterated(
 
 
 def _request_id(context: Context) -> str:
-    """Return the caller's request id if it sent a sane one, else a new one."""
+    """Return the caller's request id if it sent a valid id (1 to 128 printable ASCII characters), else a new id."""
     for key, value in context.invocation_metadata() or ():
         if key == status.REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
@@ -310,10 +329,10 @@ def _request_id(context: Context) -> str:
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error that has been logged.
+    """Remove the tracebacks of an error that has been logged, and of the errors that caused it.
 
-    Their frames hold the request, and may hold the error: then all of it stays until the garbage collector runs. 25
-    refused requests of 15 MiB took 3 GB.
+    The frames of a traceback refer to the request, and may refer to the error itself. Such a cycle keeps the request in
+    memory until the garbage collector runs: 25 refused requests of 15 MiB took 3 GB.
     """
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
@@ -321,7 +340,11 @@ def _release_frames(error: BaseException | None) -> None:
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
-    """End a call with an error."""
+    """End a call with the gRPC status of an error; log the error if the server caused it.
+
+    Raises:
+        grpc.aio.AbortError: always; gRPC ends a call in this way.
+    """
     raised = error
     if isinstance(error, grpc.aio.AbortError):
         raise error
@@ -335,12 +358,12 @@ async def _abort(error: Exception, method: str, request_id: str, context: Contex
         log.error("%s failed, request %s", method, request_id, exc_info=error)
         error = ServiceError(Code.INTERNAL, "the server made an error")
     _release_frames(raised)
-    told = status_of(error, request_id)
+    answer = status_of(error, request_id)
     metadata: list[tuple[str, str | bytes]] = [
-        (status.DETAILS_KEY, told.SerializeToString()),
+        (status.DETAILS_KEY, answer.SerializeToString()),
         (status.REQUEST_ID_KEY, request_id),
     ]
     if error.retry_after is not None:
         metadata.append((status.PUSHBACK_KEY, str(int(error.retry_after * 1000))))
-    await context.abort(_STATUS_CODES[error.code.value], told.message, tuple(metadata))
+    await context.abort(_STATUS_CODES[error.code.value], answer.message, tuple(metadata))
     raise AssertionError("abort always raises")

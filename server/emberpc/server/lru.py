@@ -1,4 +1,4 @@
-"""What is kept in a bounded number of bytes: what was not asked for longest goes first."""
+"""Cache with a limit in bytes that evicts the least recently used entries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-#: An entry of more than this share of all would push out too many others.
+#: Largest share of `max_bytes` for one entry. A larger entry is not cached, since it would evict too many others.
 _LARGEST_SHARE = 1 / 8
 
 K = TypeVar("K")
@@ -14,11 +14,11 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """Entries, the least recently used of which are forgotten first. For one thread at a time.
+    """Cache of entries by key that evicts the least recently used entries first. Not safe for concurrent threads.
 
     Args:
-        max_bytes: most bytes of all entries; 0 keeps none.
-        size: gives the bytes of an entry.
+        max_bytes: most bytes of all entries; with 0, nothing is cached.
+        size: returns the bytes of an entry, given its key and value.
     """
 
     def __init__(self, max_bytes: int, size: Callable[[K, V], int]) -> None:
@@ -33,11 +33,11 @@ class LruCache(Generic[K, V]):
         return len(self._entries)
 
     def find(self, keys: Sequence[K]) -> dict[K, V]:
-        """Return the entries that are there."""
+        """Return the cached entries of the given keys; keys that are not cached are left out."""
         return {key: entry for key, entry in zip(keys, self.each(keys), strict=True) if entry is not None}
 
     def each(self, keys: Sequence[K]) -> list[V | None]:
-        """Return the entry of each key, None where there is none."""
+        """Return the cached entry of each key in order, None for a key that is not cached. Counts hits and misses."""
         if not self._max_bytes:
             return [None] * len(keys)
         get, use = self._entries.get, self._entries.move_to_end
@@ -51,7 +51,7 @@ class LruCache(Generic[K, V]):
         return found
 
     def add(self, entries: Mapping[K, V]) -> None:
-        """Keep entries, and forget others if there is no room."""
+        """Add entries, and evict others if all have more than `max_bytes`. Existing keys keep their entries."""
         if not self._max_bytes:
             return
         for key, entry in entries.items():

@@ -1,4 +1,4 @@
-"""What the C library's allocator keeps of freed memory, and gives back."""
+"""Control how much freed memory glibc's allocator keeps, and return free memory to the system."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ import ctypes
 import os
 import platform
 
-#: Names and numbers of glibc's malloc.h.
+#: Parameters of `mallopt`, with their names and numbers in glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
-#: The most that glibc takes. A micro-batch's largest tensors have some megabytes: got from the system for each
-#: operator and given back after it, they cost 10,000 page faults a batch, and a batch of 512 tokens 25 % more time.
+#: Bytes from which glibc requests a block from the system and returns it when it is freed; this is the highest value
+#: that glibc accepts. The largest tensors of a micro-batch have a few megabytes. With glibc's default, each operator
+#: would request and return them: 10,000 page faults per batch, and 25 % more time for a batch of 512 tokens.
 _MMAP_THRESHOLD = 32 * 2**20
-#: What may stay free at the end of a heap: about what the activations of a long text take.
+#: Most free bytes at the end of a heap that glibc keeps: about the size of a long text's activations.
 _TRIM_THRESHOLD = 64 * 2**20
 
-#: A block so large that freeing it has glibc look at the end of the heap: its bound for that is 64 KB.
+#: Bytes of a block whose `free` makes glibc trim the end of the heap. glibc does so for blocks of more than 64 KB.
 _LOOKED_AT = 2**20
 
-#: Other C libraries have no such knobs.
+#: None without glibc: other C libraries do not have these parameters.
 _LIBRARY = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 if _LIBRARY is not None:
     _LIBRARY.malloc.restype = ctypes.c_void_p
 
 
 def limit_heaps(count: int) -> bool:
-    """Let all threads share `count` heaps; to be called before they are started. Return whether there is a glibc.
+    """Limit the number of glibc's heaps, which all threads share, to `count`. Call this before threads are started.
 
-    glibc makes up to eight heaps for each core, and each keeps its own freed memory. With them, hostile requests took
-    the server to 927 MB above its idle memory, and with two to 532 (`benchmarks/server/hostile.py`, two cores). glibc's
-    own variable MALLOC_ARENA_MAX goes before this.
+    By default glibc creates up to eight heaps per core, and each keeps its own freed memory. Under hostile requests,
+    the server then used 927 MB more than when idle, and 532 MB more with two heaps (`benchmarks/server/hostile.py`, two
+    cores). If the environment variable MALLOC_ARENA_MAX of glibc is set, it has precedence and this does nothing.
+
+    Returns:
+        Whether the limit was set; False without glibc or with MALLOC_ARENA_MAX.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return False
@@ -39,7 +43,11 @@ def limit_heaps(count: int) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Have what a micro-batch frees kept for the next one; return whether there is a glibc to tell."""
+    """Make glibc keep the memory that a micro-batch frees for the next micro-batch.
+
+    Returns:
+        Whether the parameters were set; False without glibc.
+    """
     if _LIBRARY is None:
         return False
     mmap = _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
@@ -47,11 +55,11 @@ def keep_freed_memory() -> bool:
 
 
 def return_memory() -> None:
-    """Give the system back what is free in the heaps; without glibc, nothing happens.
+    """Return the free memory of all heaps to the system. Without glibc, nothing happens.
 
-    The weights of a model that is served no more are too much to keep. At the
-    end of a thread's own heap `malloc_trim` leaves everything: only a `free` in
-    that thread looks there, so that is done for the thread that calls this.
+    For use after a model was unloaded: its weights are too large to keep. `malloc_trim`
+    does not return the free end of a thread's own heap. Only a `free` in that thread
+    does, so this function also frees a block in the calling thread.
     """
     if _LIBRARY is None:
         return

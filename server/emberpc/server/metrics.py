@@ -1,4 +1,4 @@
-"""Figures for Prometheus, on an address of their own."""
+"""Serve the server's figures to Prometheus on a separate address."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from emberpc.server.scraping import PageServer
 
 log = logging.getLogger(__name__)
 
-#: From a cached text to a corpus, in seconds.
+#: Histogram buckets for durations of calls, in seconds: from a cached text to a whole corpus.
 _DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Figures of the calls."""
+    """Counters and durations of the server's calls, by method."""
 
     count: Counter
     failures: Counter
@@ -32,7 +32,7 @@ class Calls:
 
     @classmethod
     def register(cls, registry: CollectorRegistry) -> Calls:
-        """Make them known to a registry."""
+        """Create the figures and register them with a Prometheus registry."""
         return cls(
             Counter("emberpc_request_count", "Calls that ended.", ["method"], registry=registry),
             Counter(
@@ -48,7 +48,13 @@ class Calls:
         )
 
     def observe(self, method: str, code: str, seconds: float) -> None:
-        """Take in a call that ended; `code` is the name of a status code."""
+        """Count a call that ended.
+
+        Args:
+            method: path of the method; its last part becomes the label `method`.
+            code: name of the status code, such as `OK`.
+            seconds: duration of the call.
+        """
         name = method.rpartition("/")[2]
         self.count.labels(name).inc()
         self.seconds.labels(name).observe(seconds)
@@ -57,50 +63,52 @@ class Calls:
 
 
 class EngineFigures(Collector):
-    """What an engine did and does; read when somebody asks."""
+    """Figures of an engine: micro-batches, queue, workers and cache. They are read at each scrape."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        """Read the figures."""
+        """Read the current figures; the Prometheus registry calls this."""
         engine, counts = self._engine, self._engine.counts
         totals = {
             "batch_count": ("Micro-batches run.", counts.batches),
-            "batch_texts": ("Texts in them.", counts.texts),
-            "batch_tokens": ("Tokens in them, padding not included.", counts.tokens),
-            "batch_padding_tokens": ("Tokens that batches were filled up with.", counts.padding),
+            "batch_texts": ("Texts in micro-batches.", counts.texts),
+            "batch_tokens": ("Tokens in micro-batches, without padding.", counts.tokens),
+            "batch_padding_tokens": ("Padding tokens in micro-batches.", counts.padding),
             "batch_failures": ("Micro-batches that failed.", counts.failed_batches),
-            "queue_refused": ("Calls refused for what waited already.", counts.refused),
-            "queue_expired": ("Calls whose time was up before they were begun.", counts.expired),
+            "queue_refused": ("Calls refused because the queue was full.", counts.refused),
+            "queue_expired": ("Calls whose deadline passed while they waited in the queue.", counts.expired),
             "workers_lost": ("Workers that died and were replaced.", counts.lost_workers),
-            "cache_hits": ("Texts that the cache knew.", engine.cache.hits),
-            "cache_misses": ("Texts that it did not know.", engine.cache.misses),
+            "cache_hits": ("Texts whose result was in the cache.", engine.cache.hits),
+            "cache_misses": ("Texts whose result was not in the cache.", engine.cache.misses),
         }
         for name, (text, total) in totals.items():
             yield CounterMetricFamily(f"emberpc_{name}", text, value=total)
         gauges = {
-            "queue_size_tokens": ("Tokens that wait.", engine.waiting_tokens),
-            "worker_tokens_per_second": ("What one worker does, as lately measured.", engine.tokens_per_second),
-            "cache_bytes": ("Bytes of the outcomes kept.", engine.cache.bytes),
-            "models": ("Models served.", len(engine.models())),
+            "queue_size_tokens": ("Tokens of the texts in the queue.", engine.waiting_tokens),
+            "worker_tokens_per_second": ("Recent throughput of one worker.", engine.tokens_per_second),
+            "cache_bytes": ("Bytes of the results in the cache.", engine.cache.bytes),
+            "models": ("Models that are served.", len(engine.models())),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"emberpc_{name}", text, value=value)
 
 
 class IndexFigures(Collector):
-    """What probes of searches found; read when somebody asks."""
+    """Recall of searches, as measured by repeating some of them exactly. The figures are read at each scrape."""
 
     def __init__(self, index: IndexBackend) -> None:
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
-        """Read the figures."""
+        """Read the current figures of each collection; the Prometheus registry calls this."""
         recall = GaugeMetricFamily(
-            "emberpc_search_recall", "Mean recall of the latest searches probed.", labels=["collection"]
+            "emberpc_search_recall", "Mean recall of the latest repeated searches.", labels=["collection"]
         )
-        count = CounterMetricFamily("emberpc_search_probes", "Searches done again exactly.", labels=["collection"])
+        count = CounterMetricFamily(
+            "emberpc_search_probes", "Searches repeated as exact searches to measure recall.", labels=["collection"]
+        )
         for name, probed in self._index.probed().items():
             recall.add_metric([name], probed.recall)
             count.add_metric([name], probed.count)
@@ -108,15 +116,18 @@ class IndexFigures(Collector):
 
 
 def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
-    """Serve figures over HTTP, at /metrics; return where calls are to be reported.
+    """Serve the figures of calls, engine, index and process over HTTP, at /metrics.
 
     Args:
-        address: HOST:PORT.
-        engine: whose figures.
-        index: whose figures too.
+        address: HOST:PORT to listen on.
+        engine: the engine whose figures are served.
+        index: the index backend whose figures are served.
+
+    Returns:
+        The figures of calls; report each call that ended to its `observe`.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address is in use, or is not an address of this host.
     """
     registry = CollectorRegistry()
     registry.register(EngineFigures(engine))

@@ -1,4 +1,4 @@
-"""What models and collections may be called."""
+"""Pattern for the names of models and collections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Does hnswlib run on this processor? It is compiled where it is installed, at times for more than this host has."""
+"""Check whether hnswlib runs on this processor.
+
+hnswlib is compiled where it is installed, and may use instructions that this host's processor does not have.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-#: Where a passed check is remembered, in the data directory.
+#: File in the data directory that records a passed check.
 _MARKER = "hnswlib-checked"
+#: Most seconds that the check may take; after that its result is unknown.
 _SECONDS = 30
-# Importing it is not enough: the distances are computed only when it is used.
+# An import alone is no check: the special instructions are in the distance functions, which only a graph calls.
 _CODE = """
 import hnswlib
 for space in ("ip", "l2"):
@@ -32,16 +36,16 @@ _REMEDY = (
 
 
 def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: None) -> str:
-    """Try hnswlib in a process of its own, unless that was done before on this processor.
+    """Run hnswlib in a child process, unless an earlier check on this processor passed.
 
-    Must be called before hnswlib is imported here. Takes some 0.2 s the first time.
+    Call this before hnswlib is imported in this process. The first check takes some 0.2 s.
 
     Args:
-        data_dir: where a passed check is remembered, if it is there.
-        meanwhile: called while the other process runs, if it does.
+        data_dir: the data directory, which records a passed check. If it does not exist, nothing is recorded.
+        meanwhile: called while the child process runs; not called without one.
 
     Returns:
-        What is wrong and the remedy; empty if nothing is, or if it fails in another way, which its import will tell.
+        The problem and its remedy. Empty if hnswlib works, or if it fails in another way: its import then raises.
     """
     key = _key()
     marker = data_dir / _MARKER
@@ -64,14 +68,17 @@ def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: No
     if status == -signal.SIGILL:
         return _REMEDY
     if status == 0 and key:
-        # The directory may not be there yet, or be read-only: then it is checked again.
+        # The directory may not exist yet, or may be read-only. Then the next start repeats the check.
         with suppress(OSError):
             marker.write_text(key, encoding="ascii")
     return ""
 
 
 def _key() -> str:
-    """Return what the outcome depends on: the extension and the processor; empty if they cannot be told."""
+    """Return a hash of the hnswlib extension, the Python executable and the processor's flags; empty if one is unknown.
+
+    A passed check is valid as long as this hash stays the same.
+    """
     try:
         found = importlib.util.find_spec("hnswlib")
         if found is None or found.origin is None:

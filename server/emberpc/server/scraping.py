@@ -1,4 +1,4 @@
-"""An HTTP server for one page, on one thread, that slow and silent clients cannot fill or hold up."""
+"""HTTP server for a single page, on one thread. Slow or silent clients cannot block it or use up its connections."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Connections at a time; a new one beyond that closes the oldest, which is silent or slow.
+#: Most open connections. A further connection closes the oldest, which must be silent or slow.
 MOST_CONNECTIONS = 64
-#: Seconds for a client to send its request, and again to take the answer.
+#: Most seconds for a client to send its request, and then again to read the response.
 _SECONDS = 10.0
-#: Most bytes of a request's head; a request with a body is answered without it.
+#: Most bytes of a request's head (request line and headers). The body of a request is not read.
 _HEAD_BYTES = 16 * 2**10
 
-#: Connections that wait to be accepted. asyncio tries to accept this many at a time, also when no descriptor is free.
+#: Most connections that wait to be accepted. asyncio tries to accept this number in a row, even if no file descriptor
+#: is free, and logs each failure.
 _BACKLOG = 8
-#: Seconds between two log lines on connections that could not be accepted.
+#: Least seconds between two log lines about connections that could not be accepted.
 _LOG_SECONDS = 60.0
 
 #: A WSGI application.
@@ -28,15 +29,15 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class PageServer:
-    """Serves a WSGI application that answers at once; closes every connection after its answer.
+    """Serve a WSGI application, and close each connection after one response.
 
     Args:
         host: the address to listen on.
-        port: 0 takes a free one, and `port` says which.
-        app: the application; it runs on the server's thread.
+        port: the port to listen on; 0 for a free port. The attribute `port` is the real number.
+        app: the application. It runs on the server's only thread, so it must return quickly.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address is in use, or is not an address of this host.
     """
 
     def __init__(self, host: str, port: int, app: App) -> None:
@@ -44,7 +45,7 @@ class PageServer:
         self._socket = socket.create_server(address[:2], family=family)
         self.port: int = self._socket.getsockname()[1]
         self._app = app
-        #: Those that are open, the oldest first.
+        #: The open connections, the oldest first.
         self._open: dict[asyncio.StreamWriter, None] = {}
         self._last_logged = -_LOG_SECONDS
         threading.Thread(target=asyncio.run, args=(self._serve(),), name="metrics", daemon=True).start()
@@ -56,7 +57,7 @@ class PageServer:
             await server.serve_forever()
 
     def _log_now_and_then(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log an error of the loop, such as that no file descriptor is free, once a minute at most."""
+        """Log an error of the event loop, such as no free file descriptor, at most once a minute."""
         if loop.time() - self._last_logged >= _LOG_SECONDS:
             self._last_logged = loop.time()
             log.error("the metrics port: %s: %s", context.get("message"), context.get("exception"))
@@ -67,7 +68,8 @@ class PageServer:
             oldest = next(iter(self._open))
             del self._open[oldest]
             oldest.transport.abort()
-        # So that draining waits until all was taken; what a client does not take is not kept for it.
+        # With a limit of 0, `drain` waits until the client has read the whole response. A client that does not read it
+        # in time is disconnected, and the response is dropped.
         writer.transport.set_write_buffer_limits(0)
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _SECONDS)
@@ -84,7 +86,7 @@ class PageServer:
             self._open.pop(writer, None)
 
     def _response(self, head: bytes) -> bytes:
-        """Return the answer to a request, of which the head is given."""
+        """Return the bytes of the HTTP response to a request, given its head (request line and headers)."""
         line, *fields = head.decode("latin-1").split("\r\n")
         parts = line.split(" ")
         if len(parts) != 3:

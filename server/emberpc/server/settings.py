@@ -1,9 +1,8 @@
-"""The server's settings: declared once, read from flags, environment and one TOML file.
+"""The server's settings: declared once, read from flags, environment variables and one TOML file.
 
-A field `drain_seconds` is the flag `--drain-seconds`, the environment variable
-`EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. A flag goes before the
-environment, the environment before the file, the file before the default.
-A secret is no flag.
+The field `drain_seconds` is the flag `--drain-seconds`, the environment variable
+`EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. Order of precedence: flag,
+environment, file, default. Secrets have no flag.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ INDEX_BACKENDS = ("embedded", "milvus")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _MILVUS_URI = re.compile(r"https?://[^/@\s]+(/\w*)?")
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-#: What an error calls the types of the settings; the rest are lists of strings.
+#: Names of the settings' types in error messages; all other types are lists of strings.
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -35,27 +34,33 @@ _KINDS: dict[Any, str] = {
 }
 
 
-#: Largest value of a number; as seconds, a thousand years.
+#: Largest value of a numeric setting; as seconds, about a thousand years.
 _MOST = 2**35
-#: gRPC keeps these in 32 bits, and more threads help no host.
+#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), and no host has
+#: use for more workers.
 _MOST_BY_NAME = {"max_message_bytes": 2**31 - 1, "handshake_seconds": 2**31 // 1000, "workers": 1024}
 
 
 class SettingsError(ValueError):
-    """A setting is wrong; the message names it, where it was read, and the remedy."""
+    """A setting is invalid. The message names the setting, its source and the remedy."""
 
 
 def _setting(default: Any, doc: str, form: str = "", *, secret: bool = False) -> Any:
-    """Return a field; `form` is what a value looks like, where the type does not say it.
+    """Return a dataclass field for a setting.
 
-    A secret is no flag, since all users of a host can read the flags of its processes, and is never shown.
+    Args:
+        default: value of the setting if it is not set.
+        doc: help text, for `--help` and the documentation.
+        form: placeholder for the value in `--help`, such as `HOST:PORT`.
+        secret: whether the value is a secret. A secret is never shown, and has no flag: all users of a host can read
+            the flags of its processes.
     """
     return dataclasses.field(default=default, metadata={"help": doc, "form": form, "secret": secret}, repr=not secret)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server was told. `metadata["help"]` of each field is its help text."""
+    """All settings of a server. `metadata["help"]` of each field is its help text."""
 
     model: tuple[str, ...] = _setting(
         (),
@@ -172,22 +177,31 @@ class Settings:
         self.named_options()
 
     def _check_numbers(self) -> None:
-        """Raise SettingsError if a number is too large for gRPC, for the system or for a clock, or is no number."""
+        """Check that each number is finite and not too large for gRPC, the system or a clock.
+
+        Raises:
+            SettingsError: a number is too large, or NaN.
+        """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, (int, float)):
                 continue
             most = _MOST_BY_NAME.get(field.name, _MOST)
-            if not -most <= value <= most:  # nor is NaN
+            if not -most <= value <= most:  # also true for NaN
                 raise SettingsError(f"{field.name} is {value}; it must be at most {most}")
 
     def _check_index(self) -> None:
-        """Raise SettingsError unless the index backend and its address fit."""
+        """Check the index backend and the address of Milvus.
+
+        Raises:
+            SettingsError: the backend is unknown, `milvus_uri` is given without the backend or the other way round, or
+                the URI is invalid or contains a password.
+        """
         if self.index_backend not in INDEX_BACKENDS:
             raise SettingsError(f"index_backend is {self.index_backend!r}; it must be {' or '.join(INDEX_BACKENDS)}")
         if (self.index_backend == "milvus") != bool(self.milvus_uri):
             raise SettingsError("index_backend milvus and milvus_uri go together; give both or neither")
-        # pymilvus would take a user and password from the URI, which is shown and a flag.
+        # pymilvus also accepts user and password in the URI. But the URI is a flag and is shown, so it must hold none.
         if self.milvus_uri and not _MILVUS_URI.fullmatch(self.milvus_uri):
             raise SettingsError(
                 "milvus_uri must be such as http://milvus:19530 or https://milvus/database, with user and password in "
@@ -195,7 +209,7 @@ class Settings:
             )
 
     def named_models(self) -> dict[str, Path]:
-        """Return the bundles' folders by the names they are served under.
+        """Return the folders of the bundles by model name.
 
         Raises:
             SettingsError: a name is empty or has other characters than letters, digits, `.`, `_` and `-`.
@@ -214,11 +228,11 @@ class Settings:
         return models
 
     def named_variants(self) -> dict[str, str]:
-        """Return the variants chosen by the names of their models.
+        """Return the chosen variants by model name.
 
         Raises:
-            SettingsError: one is not NAME=VARIANT, or one has it twice, or no model has its name and none of the models
-                directory can have it.
+            SettingsError: an entry is not NAME=VARIANT, two entries are for the same model, or there is no model of
+                that name and no models directory where it could be.
         """
         models, variants = self.named_models(), {}
         for entry in self.variant:
@@ -235,16 +249,16 @@ class Settings:
         return variants
 
     def named_options(self) -> dict[str, dict[str, str]]:
-        """Return the options of models by the names of these; see `emberpc.bundle.Stated`.
+        """Return the options of models, as strings, by model name and option name; see `emberpc.bundle.Stated`.
 
         Raises:
-            SettingsError: one is not NAME.OPTION=VALUE, or no model has its name and none of the models directory can
-                have it.
+            SettingsError: an entry is not NAME.OPTION=VALUE, or there is no model of that name and no models directory
+                where it could be.
         """
         models: dict[str, dict[str, str]] = {name: {} for name in self.named_models()}
         for entry in self.model_option:
             left, equals, value = entry.partition("=")
-            name, dot, option = left.rpartition(".")  # a name may have dots itself
+            name, dot, option = left.rpartition(".")  # a model's name may contain dots
             if not (equals and dot and name and option):
                 raise SettingsError(
                     f"model_option is {entry!r}; it must be NAME.OPTION=VALUE, such as minilm.pooling=mean"
@@ -258,7 +272,11 @@ class Settings:
 
 
 def _check_address(name: str, value: str) -> None:
-    """Raise SettingsError unless a setting is HOST:PORT."""
+    """Check that a setting is HOST:PORT with a port of 0 to 65,535.
+
+    Raises:
+        SettingsError: it is not.
+    """
     host, colon, port = value.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit()):
         raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
@@ -268,7 +286,7 @@ def _check_address(name: str, value: str) -> None:
 
 @dataclass(frozen=True)
 class LoadedSettings:
-    """Settings, and where each came from: `default`, `flag`, `environment NAME` or `file PATH`."""
+    """Settings, and the source of each by field name: `default`, `flag`, `environment NAME` or `file PATH`."""
 
     settings: Settings
     sources: dict[str, str]
@@ -280,15 +298,15 @@ def load_settings(
     config_file: Path | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> LoadedSettings:
-    """Put the settings together.
+    """Read the settings from flags, environment and TOML file, and validate them.
 
     Args:
-        overrides: the flags given, by field name; None stands for a flag not given.
-        config_file: the TOML file; default: that of `EMBERPC_CONFIG`, if any.
-        environ: the environment.
+        overrides: values of the flags by field name; None for a flag that was not given.
+        config_file: the TOML file; default: the file that `EMBERPC_CONFIG` names, if it is set.
+        environ: the environment variables.
 
     Raises:
-        SettingsError: a value is wrong, the file cannot be read or has a key that is no setting.
+        SettingsError: a value is invalid, the file cannot be read, or the file has an unknown key.
     """
     if config_file is None and environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"):
         config_file = Path(environ[f"{ENVIRONMENT_PREFIX}CONFIG"])
@@ -311,7 +329,8 @@ def load_settings(
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    # Here, for on Python 3.10 tomli comes with the server extra only, and the command line reads the fields above.
+    # Imported here: on Python 3.10, only the server extra installs tomli, but the command line always imports this
+    # module.
     if sys.version_info >= (3, 11):
         import tomllib  # noqa: PLC0415
     else:
@@ -332,7 +351,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _convert(name: str, hint: Any, value: object, source: str) -> Any:
-    """Turn a flag, a variable or a TOML value into the field's type."""
+    """Convert the value of a flag, a variable or a TOML key to the type of its field.
+
+    Raises:
+        SettingsError: the value does not have that type.
+    """
     if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
             return hint(value)

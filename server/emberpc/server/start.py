@@ -1,4 +1,4 @@
-"""The server as a process. At its start, what takes long is done side by side: imports, models, a look at hnswlib."""
+"""Start the server process. The slow steps run concurrently: imports, loading of models, the check of hnswlib."""
 
 from __future__ import annotations
 
@@ -24,26 +24,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How long a thread that runs Python may keep others waiting that want to. A short call changes threads several times;
-#: with Python's 5 ms it took 67 ms at the 99th percentile while a call of 10,000 texts was tokenised.
+#: Seconds after which a thread that runs Python must let a waiting thread run (`sys.setswitchinterval`). A short call
+#: changes threads several times: with Python's default of 5 ms, its 99th percentile was 67 ms while another call with
+#: 10,000 texts was tokenized.
 _SWITCH_SECONDS = 0.0005
-#: Threads for tokenising, index and disk, beyond one for each worker: a few slow calls must not hold up the others.
+#: Pool threads for tokenizing, index and disk, in addition to one per worker. So a few slow calls do not delay others.
 _EXTRA_THREADS = 4
-#: MiB of address space without which a library ends the process by a signal: measured, 600 MB are too little for two
-#: workers and 700 MB enough. Each thread has a stack and a heap of its own.
+#: Least address space in MiB: for the process, and in addition for each worker, whose thread has its own stack and
+#: heap. With less, a library ends the process by a signal. Measured with two workers: 600 MB are too little, 700 MB
+#: enough.
 _ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
-    Returns, or ends the process with exit code 0, at most two seconds after the drain time.
+    At most two seconds after the drain time, this function returns or ends the process with exit code 0.
 
     Raises:
         StartupError: there is too little address space, the address is taken, a model cannot be served, the data
             directory cannot be used, or hnswlib does not run on this processor.
     """
-    gc.disable()  # an eighth of a start otherwise: imports make much, and nothing of it is garbage; `run` has it back
+    # Garbage collection takes an eighth of the start: imports create many objects and no garbage. `run` enables it
+    # again.
+    gc.disable()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     before, now = descriptors.raise_limit()
     if now > before:
@@ -52,7 +56,8 @@ def serve(settings: Settings) -> None:
     workers = settings.workers or usable_cores()
     _check_address_space(workers)
     limit_heaps(max(2, workers))
-    # Before it is used on another thread: two that import the same modules can see one half done.
+    # Imported before another thread uses it: two threads that import the same modules can see a half-initialized
+    # module.
     import_module("emberpc.server.engine")
     threads = workers + _EXTRA_THREADS
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pool")
@@ -67,15 +72,15 @@ def serve(settings: Settings) -> None:
 
         asyncio.run(run(settings, workers, pool, threads, models, stopping))
     finally:
-        # Unlike a `with` of the pool, it waits no longer than the deadline, which is infinite without a signal.
+        # Unlike a `with` block of the pool, this waits only until the deadline (without a signal, it has no end).
         stopping.end(pool)
 
 
 def _check_address_space(workers: int) -> None:
-    """Check that the process may have as much address space as it needs without models.
+    """Check that the limit of the process's address space is enough for the server without models.
 
     Raises:
-        StartupError: it may not.
+        StartupError: the limit is too low.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     needed = _ADDRESS_SPACE + _ADDRESS_SPACE_OF_WORKER * workers
@@ -88,10 +93,10 @@ def _check_address_space(workers: int) -> None:
 
 
 def _load_models(settings: Settings, pool: Executor) -> Registry:
-    """Load what the settings name.
+    """Load the models that the settings name.
 
     Raises:
-        StartupError: a model cannot be served.
+        StartupError: a model cannot be served, or the models directory does not exist.
     """
     from emberpc.server.engine import ModelLoadError, Registry  # noqa: PLC0415 - imported by `serve`
 

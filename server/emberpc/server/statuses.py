@@ -1,4 +1,4 @@
-"""How an error of the server becomes what its caller is told, for a whole call or for one item of a stream."""
+"""Convert errors of the server to the status message that callers receive, for a call or for one item of a stream."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status
 
-# gRPC drops a reply whose metadata has more than 8 KiB. The message is in it twice: with each byte as up to three, and
-# in the details, whose bytes travel as 4/3. So 600 bytes of message and 2,900 of details make at most 6.7 KiB.
+# gRPC drops a reply whose metadata has more than 8 KiB. The message is sent twice: with up to three bytes for each
+# byte, and in the details, which base64 makes longer by a third. So a message of 600 bytes and details of 2,900 bytes
+# take at most 6.7 KiB.
 #: Most bytes (UTF-8) of an error's message.
 _MAX_MESSAGE = 600
-#: Most bytes of the field violations of an error, and of the description or the path of one of them.
+#: Most bytes of all field violations of an error, and of the description or the path of a single violation.
 _MAX_VIOLATIONS = 2000
 _MAX_VIOLATION = 400
 #: Most bytes of one value of an error's metadata, and of all keys and values together.
@@ -21,7 +22,10 @@ _MAX_METADATA = 600
 
 
 def status_of(error: ServiceError, request_id: str) -> errors_pb2.ErrorStatus:
-    """Return an error in the form that travels, with its details and the request id that finds it in the log."""
+    """Convert an error to a protobuf status: code, message, and details with the request id.
+
+    The log has more about an INTERNAL error, under the same request id. Long texts are shortened.
+    """
     message = error.message
     if error.code is Code.INTERNAL:
         message = f"{message}; its log tells more under request id {request_id}"
@@ -43,7 +47,7 @@ def _details(error: ServiceError, request_id: str) -> list[Message]:
 
 
 def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
-    """Return the violations of an error: the first ones, and how many more there are."""
+    """Return the field violations of an error: the first that fit, and the number of those that are left out."""
     bad = errors_pb2.BadRequest()
     for i, violation in enumerate(error.violations):
         bad.field_violations.add(
@@ -58,7 +62,7 @@ def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
 
 
 def _metadata(error: ServiceError) -> dict[str, str]:
-    """Return the values of an error that fit in a reply."""
+    """Return the first metadata values of an error that fit in a reply; long values are shortened."""
     fitting, size = {}, 0
     for key, value in error.metadata.items():
         short = _shortened(value, _MAX_VALUE)
@@ -70,8 +74,11 @@ def _metadata(error: ServiceError) -> dict[str, str]:
 
 
 def _shortened(text: str, most: int) -> str:
-    """Return a text of at most `most` bytes (UTF-8). A longer one loses its middle: the remedy stands at the end."""
-    # A character has at least one byte. Of a longer text only the ends are encoded: it may have megabytes.
+    """Return a text of at most `most` bytes (UTF-8).
+
+    In a longer text, `…` replaces the middle; the end has the remedy.
+    """
+    # A character has at least one byte, so `most` characters at each end suffice. A text of megabytes is not encoded.
     if len(text) <= most and len(text.encode(errors="replace")) <= most:
         return text
     half = (most - len("…".encode())) // 2

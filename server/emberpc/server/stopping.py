@@ -1,4 +1,4 @@
-"""The end of the process on SIGTERM or SIGINT, within a bounded time whatever still runs."""
+"""Stop the process after SIGTERM or SIGINT within a limited time, even if work still runs."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from emberpc.server.deadlines import Deadline
 
 log = logging.getLogger(__name__)
 
-#: Seconds after the drain time until which everything that runs is waited for. The stores are closed after that.
+#: Seconds after the drain time for which the shutdown waits for running work. Then it closes the stores.
 _WAIT_SECONDS = 1.0
+#: Least seconds for which `Stopping.end` waits for threads, also if the deadline has passed.
 _MOMENT_SECONDS = 0.3
-#: Seconds after the drain time at which the process ends, whatever it does.
+#: Seconds after the drain time at which a watching thread ends the process, even if the shutdown is not complete.
 _END_SECONDS = 1.6
-#: Seconds after the drain time at which a process ends whose interpreter is held by one call into a library.
+#: Seconds after the drain time at which faulthandler ends the process. It needs no interpreter lock, so it works even
+#: if one call into a library holds that lock.
 _HELD_SECONDS = 2.0
-#: Seconds for the last lines of the log: nobody may read what the process writes to.
+#: Most seconds for writing the last log lines: the pipe that stderr writes to may have no reader.
 _LOG_SECONDS = 0.2
-#: Daemon threads that call native code. One that does when the interpreter ends aborts the process (SIGABRT). The
-#: helpers of the graph are not among them: each works for a thread that waits for it, which is one of the others.
+#: Name prefixes of daemon threads that call native code. If such a thread runs when the interpreter ends, the process
+#: aborts (SIGABRT). Helper threads of the graph are not listed: each works for a listed thread that waits for it.
 _NATIVE = ("worker-", "express", "widen", "index-")
 
 
 class Stopping:
-    """Waits for a signal, and ends the process in time after it.
+    """Handle the stop signals, and end the process in time after the first one.
 
-    The first signal sets `requested` and `deadline`. A thread of its own ends the process if the event loop or the
-    interpreter's end does not: a call may keep the event loop, a thread may never return from a library.
+    The first signal sets `requested` and `deadline`. A separate thread ends the process if the normal shutdown does not
+    end in time: a call may block the event loop, or a thread may never return from a library.
 
     Args:
-        drain_seconds: how long calls in flight may take after the signal.
+        drain_seconds: seconds that calls in flight get after the signal.
     """
 
     def __init__(self, drain_seconds: float) -> None:
@@ -48,43 +50,53 @@ class Stopping:
         self._serving = False
         self._begun = False
         self._ended = threading.Event()
-        # A signal's handler may interrupt anything, also itself: of all that wakes a thread, this alone allows that.
+        # A signal handler may interrupt any code, also itself. Of the ways to wake a thread, only SimpleQueue allows
+        # that.
         self._signals: SimpleQueue[float] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requested = asyncio.Event()
-        #: By when everything that runs is waited for. Infinite before the signal.
+        #: The moment until which the shutdown waits for running work. Infinite before the signal.
         self.deadline = Deadline()
 
     @property
     def begun(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal arrived."""
         return self._begun
 
     def listen(self) -> None:
-        """Handle SIGTERM and SIGINT from now on. Call it in the main thread, in the event loop."""
+        """Install the handlers of SIGTERM and SIGINT. Call this in the main thread, inside the event loop."""
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._watch, name="stopping", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def serving(self) -> None:
-        """Give calls in flight the drain time from now on. Before, there are none."""
+        """Grant the drain time to calls in flight from now on.
+
+        Before this, there are no calls and a stop is immediate.
+        """
         self._serving = True
 
     async def finish(self, work: Awaitable[object]) -> None:
-        """Wait for work of the shutdown until the deadline; it is left alone if it takes longer."""
+        """Wait until a step of the shutdown ends, or until the deadline. A step that takes longer goes on unwatched.
+
+        Raises:
+            Exception: the error of the step, if it failed before the deadline.
+        """
         task = asyncio.ensure_future(work)
         done, _ = await asyncio.wait([task], timeout=self.deadline.seconds_left)
         for each in done:
             each.result()
 
     def end(self, pool: ThreadPoolExecutor) -> None:
-        """End the pool and all other threads. If one still runs at the deadline, end the process; exit code 0.
+        """Stop the pool and wait for all threads.
 
-        Nothing that was acknowledged is lost: it is on disk since before it was acknowledged.
+        If a thread still runs at the deadline, end the process (exit code 0).
+
+        No acknowledged write is lost: a write is on disk before it is acknowledged.
         """
         pool.shutdown(wait=False, cancel_futures=True)
-        # Also threads that have nothing to do need a moment to end.
+        # Idle threads, too, need a short time to end.
         deadline = Deadline(max(self.deadline.seconds_left, _MOMENT_SECONDS))
         threads = [thread for thread in threading.enumerate() if _counts(thread)]
         if left := [thread.name for thread in threads if not deadline.join(thread)]:
@@ -99,10 +111,10 @@ class Stopping:
         drain = self._drain_seconds if self._serving else 0.0
         self.deadline = Deadline(drain + _WAIT_SECONDS)
         self._signals.put(drain)
-        with suppress(RuntimeError, ValueError, OSError, AttributeError):  # no thread, or no stderr
+        with suppress(RuntimeError, ValueError, OSError, AttributeError):  # no thread can be started, or no stderr
             faulthandler.dump_traceback_later(drain + _HELD_SECONDS, exit=True)
         if self._loop is not None:
-            with suppress(RuntimeError):  # it is closed: the process ends already
+            with suppress(RuntimeError):  # the loop is closed: the process is ending already
                 self._loop.call_soon_threadsafe(self.requested.set)
 
     def _watch(self) -> None:
@@ -112,14 +124,14 @@ class Stopping:
 
 
 def _counts(thread: threading.Thread) -> bool:
-    """Whether a thread may call native code now, so that the interpreter cannot end beside it."""
+    """Return whether the interpreter must wait for a thread before it ends, since the thread may call native code."""
     if thread is threading.main_thread() or thread is threading.current_thread():
         return False
     return not thread.daemon or thread.name.startswith(_NATIVE)
 
 
 def _exit(reason: str) -> NoReturn:
-    """End the process without the interpreter's own end, which waits for threads; exit code 0."""
+    """Log a reason and end the process with exit code 0, without waiting for threads as a normal exit does."""
 
     def write() -> None:
         log.warning("stopping: %s", reason)
