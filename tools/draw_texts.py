@@ -1,0 +1,176 @@
+"""Draw texts at random for a reading test: docstrings with signatures, comment blocks and paragraphs of documents.
+
+A reader who sees only a drawn text says what goes in, what comes out and what can fail. Each room of the repository
+gets a share of the draw: half of it by the number of rooms, half by the room's number of texts.
+
+    python tools/draw_texts.py --seed 1 --count 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import random
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+#: Rooms by name: the folders or files of each. A file belongs to the first room that has it.
+ROOMS = {
+    "protos": ("protos",),
+    "engine": ("server/emberpc/server/engine",),
+    "index": ("server/emberpc/server/index",),
+    "milvus": ("server/emberpc/server/milvus",),
+    "pipelines": ("server/emberpc/server/pipelines", "server/emberpc/server/collections"),
+    "services": ("server/emberpc/server/services",),
+    "server": ("server",),
+    "client": ("client/emberpc/client",),
+    "cli": ("client",),
+    "bundle": ("export/emberpc/bundle",),
+    "export": ("export",),
+    "benchmarks": ("benchmarks",),
+    "tools": ("tools", "examples"),
+    "docs": ("docs", "README.md", "CONTRIBUTING.md"),
+}
+#: Generated files. Their texts are those of the files that they are made from.
+_GENERATED = re.compile(r"_pb2(_grpc)?\.py|/_aio/|^docs/reports/|\.pyi$")
+#: Fewest words of a drawn text. Shorter texts are titles and names.
+_LEAST_WORDS = 4
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Text(NamedTuple):
+    """A text to read: its file, the line where it starts, and the text with its signature, if it has one."""
+
+    path: str
+    line: int
+    text: str
+
+
+def main() -> None:
+    """Print the texts of a draw, numbered and with their places."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True, help="number that decides the draw")
+    parser.add_argument("--count", type=int, default=60, help="number of texts to draw (default: 60)")
+    arguments = parser.parse_args()
+    for i, text in enumerate(draw(collect(), arguments.seed, arguments.count), start=1):
+        print(f"--- {i}. {text.path}:{text.line}\n{text.text}\n")
+
+
+def collect() -> dict[str, list[Text]]:
+    """Return the texts of each room, in the order of their files and lines."""
+    rooms: dict[str, list[Text]] = {}
+    seen: set[Path] = set()
+    for room, places in ROOMS.items():
+        files = sorted(file for place in places for file in _files(ROOT / place) if file not in seen)
+        seen.update(files)
+        rooms[room] = [text for file in files for text in _texts(file) if len(text.text.split()) >= _LEAST_WORDS]
+    return rooms
+
+
+def draw(rooms: dict[str, list[Text]], seed: int, count: int) -> list[Text]:
+    """Draw texts without repetition, each room with its share.
+
+    Args:
+        rooms: the texts of each room; a room may be empty.
+        seed: decides the draw; the same seed draws the same places from the same texts.
+        count: number of texts to draw.
+
+    Returns:
+        The texts in the order of rooms, files and lines; all texts if there are fewer than `count`.
+    """
+    chance = random.Random(seed)  # noqa: S311 - no secret
+    total = sum(len(texts) for texts in rooms.values())
+    shares = {room: count / 2 / len(rooms) + count / 2 * len(texts) / total for room, texts in rooms.items()}
+    drawn = {room: chance.sample(texts, min(len(texts), int(shares[room]))) for room, texts in rooms.items()}
+    left = [text for room, texts in rooms.items() for text in texts if text not in drawn[room]]
+    missing = min(count - sum(len(texts) for texts in drawn.values()), len(left))
+    chosen = {*(text for texts in drawn.values() for text in texts), *chance.sample(left, missing)}
+    return [text for texts in rooms.values() for text in texts if text in chosen]
+
+
+def _files(place: Path) -> Iterator[Path]:
+    """Yield the files with texts at a place: a folder or a file."""
+    for file in [place] if place.is_file() else place.rglob("*"):
+        if file.suffix in (".py", ".proto", ".md") and not _GENERATED.search(file.relative_to(ROOT).as_posix()):
+            yield file
+
+
+def _texts(file: Path) -> Iterator[Text]:
+    """Yield the texts of a file."""
+    source, path = file.read_text(encoding="utf-8"), file.relative_to(ROOT).as_posix()
+    if file.suffix == ".md":
+        yield from _paragraphs(source, path)
+    elif file.suffix == ".proto":
+        yield from _blocks(_proto_comments(source), source.splitlines(), path)
+    else:
+        yield from _docstrings(source, path)
+        yield from _blocks(_python_comments(source), source.splitlines(), path)
+
+
+def _docstrings(source: str, path: str) -> Iterator[Text]:
+    """Yield the docstrings of a module, its classes and its functions, each with its signature."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | _Function):
+            continue
+        text = ast.get_docstring(node)
+        if text is None:
+            continue
+        line = 1 if isinstance(node, ast.Module) else node.lineno
+        yield Text(path, line, f'{_signature(node)}\n    """{text}"""'.strip())
+
+
+def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
+    """Return the line that declares a class or function, without decorators and defaults; empty for a module."""
+    if isinstance(node, ast.Module):
+        return ""
+    if isinstance(node, ast.ClassDef):
+        bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
+        return f"class {node.name}{bases}:"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"def {node.name}({ast.unparse(node.args)}){returns}:"
+
+
+def _python_comments(source: str) -> dict[int, str]:
+    """Return the comments of a Python file that have a line of their own, by line."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
+            comments[token.start[0]] = token.string
+    return comments
+
+
+def _proto_comments(source: str) -> dict[int, str]:
+    """Return the comments of a .proto file that have a line of their own, by line."""
+    lines = enumerate(source.splitlines(), start=1)
+    return {number: line.strip() for number, line in lines if line.strip().startswith("//")}
+
+
+def _blocks(comments: dict[int, str], lines: list[str], path: str) -> Iterator[Text]:
+    """Join comments on consecutive lines to blocks, each with the line of code that follows it."""
+    for start in comments:
+        if start - 1 in comments:
+            continue
+        end = start
+        while end in comments:
+            end += 1
+        code = lines[end - 1] if end <= len(lines) else ""
+        yield Text(path, start, "\n".join([*(comments[number] for number in range(start, end)), code.strip()]))
+
+
+def _paragraphs(source: str, path: str) -> Iterator[Text]:
+    """Yield the paragraphs of a document: no headings, tables, pictures or code."""
+    line, fenced = 1, False
+    for part in re.split(r"(\n\s*\n)", source):
+        inside, fenced = fenced, fenced ^ bool(part.count("```") % 2)
+        if part.strip() and not inside and not part.lstrip().startswith(("```", "#", "|", "!", "<")):
+            yield Text(path, line, part.strip())
+        line += part.count("\n")
+
+
+if __name__ == "__main__":
+    main()
