@@ -125,7 +125,7 @@ def _docstrings(source: str, path: str) -> Iterator[Text]:
 
 
 def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
-    """Return the line that declares a class or function, without decorators and defaults; empty for a module."""
+    """Return the line that declares a class or function, without decorators; empty for a module."""
     if isinstance(node, ast.Module):
         return ""
     if isinstance(node, ast.ClassDef):

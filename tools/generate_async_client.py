@@ -196,7 +196,12 @@ def _renamed(source: str) -> str:
 
 
 def generate(name: str, used: set[str]) -> str:
-    """Return the asynchronous module for a module of the sync client; adds the sentences that occur to `used`."""
+    """Return the source of the asynchronous module for a module of the sync client.
+
+    Args:
+        name: file name of the module in `_sync`.
+        used: receives the keys of `SENTENCES` that the module contains.
+    """
     source = (CLIENT / "_sync" / name).read_text()
     for sentence, other in SENTENCES.items():
         if sentence in source:

@@ -4,10 +4,11 @@
 
 Each corpus goes into a collection of an index in a temporary folder, in random
 order, and is searched at the default `ef` of the server, as measured of that
-collection. Self-recall is the share of the vectors that a search for them
-finds; an equal score counts in both recalls. "others" are the vectors that are
-not among the many alike, "alike" a sample of those. Uneven vectors are of unlike
-density: round one mean, with one in their middle, or of many lengths.
+collection. Self-recall is the share of the vectors that are found by a search
+for the same vector. In both recalls, a hit with an equal score counts as found.
+"alike" is a sample of the vectors that are equal or nearly equal, and "others"
+are the remaining vectors. Uneven vectors have different densities: around one
+mean, with a single vector in the middle, or of many lengths.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
 
 
 def uneven(count: int) -> dict[str, tuple[Matrix, Distance]]:
-    """Return vectors of which a plain graph cuts off many, and how they are compared, by the name of the corpus."""
+    """Return corpora by name, each with its distance.
+
+    Searches of a plain HNSW graph cannot reach many of these vectors.
+    """
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((6 * count, _UNEVEN_DIMENSIONS), dtype=np.float32)
     direction = noise[0] / np.linalg.norm(noise[0])
@@ -81,7 +85,7 @@ def uneven(count: int) -> dict[str, tuple[Matrix, Distance]]:
 
 
 def build_seconds(vectors: Matrix, distance: Distance) -> float:
-    """Return CPU seconds of the graph alone."""
+    """Build a graph of the vectors, without a collection; return the CPU seconds."""
     prepared = prepare(vectors, distance)
     graph = PersistentGraph(CollectionSpec("c", vectors.shape[1], distance=distance))
     labels = np.arange(1, len(vectors) + 1, dtype=np.int64)
@@ -92,7 +96,7 @@ def build_seconds(vectors: Matrix, distance: Distance) -> float:
 
 
 def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -> tuple[float, float, int, float]:
-    """Return self-recall, recall@10, the ef of the searches, and CPU microseconds of each."""
+    """Search for the 10 nearest vectors; return self-recall, recall@10, ef, and CPU microseconds of a search."""
     distance = collection.spec.distance
     _, truth = nearest(prepare(queries, distance), prepare(vectors, distance), 10, distance)
     start = process_time()
@@ -107,7 +111,7 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
 
 
 def measure(name: str, vectors: Matrix, others: int, ef: int, distance: Distance = Distance.COSINE) -> None:
-    """Print what is measured of one corpus."""
+    """Measure one corpus and print its figures."""
     order = np.random.default_rng(2).permutation(len(vectors))
     shuffled = np.ascontiguousarray(vectors[order])
     print(f"{name}: build {build_seconds(shuffled, distance):.2f} CPU s", end="", flush=True)

@@ -194,7 +194,7 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
 
 
 def _known_roles(names: Sequence[str]) -> dict[str, str]:
-    """Return the name of each role's input, by the inputs' names.
+    """Infer the role of each input of a graph from its name; return the names of the inputs by role.
 
     Raises:
         UnstatedError: a name has no known role, two names have the same role, or no input is for token ids.
@@ -211,7 +211,7 @@ def _known_roles(names: Sequence[str]) -> dict[str, str]:
 
 
 def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the name of each role's input, as the option `inputs` states it.
+    """Read the roles of a graph's inputs from the option `inputs`; return the names of the inputs by role.
 
     Raises:
         BundleError: the option does not give each input exactly one role.

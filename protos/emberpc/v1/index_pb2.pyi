@@ -280,7 +280,7 @@ class Collection(_message.Message):
     """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
-        """Parameters of its graph."""
+        """Parameters of the collection's HNSW graph."""
 
     @_builtins.property
     def indexed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

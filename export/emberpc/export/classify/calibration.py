@@ -140,13 +140,15 @@ def out_of_scope_auroc(inside: Scores, outside: Scores) -> float:
 
 
 def fit_rejection(inside: Scores, outside: Scores | None, rate: float) -> float | None:
-    """Return the scope score below which a text is rejected; None where there is nothing to fit it to.
+    """Return the rejection threshold: the scope score below which a text is rejected; None if `inside` is empty.
+
+    With outside texts, the threshold maximizes the share of inside texts that are kept plus the share of outside texts
+    that are rejected (Youden's J). Without them, it is the quantile `rate` of the inside scores.
 
     Args:
-        inside: scope scores of texts with labels, of which the model was fitted to none.
-        outside: scope scores of texts that have none of the labels. Given some, the threshold is where the shares
-            of both that it gets right add up to the most (Youden's J).
-        rate: without such texts, the share of those inside that is rejected.
+        inside: scope scores of held-out texts that have a label, shape (texts,).
+        outside: scope scores of texts that have none of the labels, shape (texts,); None or empty if there are none.
+        rate: the share of inside texts to reject if there are no outside texts, 0 to 1.
     """
     if not len(inside):
         return None

@@ -85,7 +85,7 @@ class TextTokenizer:
 
     @property
     def _long(self) -> int:
-        """Characters of the longest text that is tokenized in one call, whatever it holds."""
+        """Most characters of a text that is never cut into pieces; longer texts are cut if the tokenizer allows it."""
         return _CHARACTERS_PER_TOKEN * self.max_tokens
 
     @property

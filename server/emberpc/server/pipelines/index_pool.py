@@ -20,7 +20,8 @@ from emberpc.server.cancellation import Cancellation
 from emberpc.server.engine import Caller
 from emberpc.server.pipelines.slots import Slots
 
-#: Calls that may wait for a thread, each with its request: all heavy calls, and the writes of one collection.
+#: Most calls that wait for a thread: of all heavy calls together, and of the writes of one collection. A waiting call
+#: keeps its request in memory.
 _MAX_HEAVY_WAITING = 256
 _MAX_WRITES_WAITING = 1024
 #: Writes of a collection at a time: one holds the collection's lock, and the records of the next one are checked.

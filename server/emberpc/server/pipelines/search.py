@@ -250,7 +250,15 @@ class CollectionSearch:
         request: SearchRequest,
         caller: Caller,
     ) -> EmbeddedQueries:
-        """Embed the texts of some queries, and write their vectors into the rows of the matrix."""
+        """Embed the texts of the queries `rows`, and write their vectors into the same rows of the matrix.
+
+        Returns:
+            The model, the inference and the query numbers.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if a text is too long or empty, NOT_FOUND if the collection's model is not
+                served, or an error of `Inferrer.infer`.
+        """
         model = collection_model(self._engine, collection)
         texts = [request.queries[row].text or "" for row in rows]
 

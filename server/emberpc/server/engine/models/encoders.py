@@ -19,7 +19,8 @@ from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
 
-#: Tokens of the text that is run to compare a session of several threads with one of one thread, and number of runs.
+#: Before a session with several threads is used, its speed is compared with the session with a single thread. First
+#: value: tokens of the text of this measurement. Second value: runs with each session.
 _PROBE_TOKENS, _PROBES = 32, 5
 _numbers = count()
 

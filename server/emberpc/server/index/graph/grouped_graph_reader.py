@@ -253,7 +253,12 @@ class GroupedGraphReader:
         return np.stack([held[vector_id] for vector_id in vector_ids])
 
     def _search_graph(self, queries: Matrix, k: int, wide: int) -> tuple[Labels, Matrix]:
-        """Search the graph for `wide` nodes; return the ids of the vectors nearest to each query, (queries, k)."""
+        """Search the graph for `wide` nodes per query, then their groups and the strays.
+
+        Returns:
+            The ids of the nearest vectors and their scores, best first. Shape (queries, k) if the graph has groups or
+            strays, else (queries, wide).
+        """
         nodes, scores = self._hnsw.search(queries, wide)
         if self._groups:
             nodes, scores = self._search_groups(queries, nodes, scores, k)
@@ -262,7 +267,11 @@ class GroupedGraphReader:
         return nodes, scores
 
     def _search_groups(self, queries: Matrix, nodes: Labels, scores: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search the groups of the nodes found for each query; return the `k` best of nodes and members."""
+        """Search the groups of the nodes that were found for each query.
+
+        Returns:
+            The ids of the `k` best nodes and group members, and their scores, (queries, k).
+        """
         rows_of = {leader: list(range(len(queries))) for leader in self._searched_always}
         for row, found in enumerate(nodes.tolist()):
             if not self._groups.keys().isdisjoint(found):

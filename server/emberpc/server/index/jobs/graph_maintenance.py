@@ -42,8 +42,9 @@ _NEW_SHARE = 0.25
 class MaintenanceLimits:
     """When vectors move from the buffer to the graph, and when the graph is saved."""
 
-    #: Vectors that the buffer holds before the graph is filled; a collection with no more is exact. Comparing that many
-    #: takes four times as long as searching the graph, so the buffer is that full for a short time only.
+    #: Number of vectors in the buffer from which they are moved to the graph. A collection with fewer vectors has no
+    #: graph, so its searches are exact. Comparing a full buffer takes four times as long as searching the graph, so
+    #: the buffer is full for a short time only.
     buffer_limit: int = 4000
     #: Least number of vectors that are inserted into the graph between snapshots: some 10 to 20 seconds' work.
     snapshot_every: int = 20_000
