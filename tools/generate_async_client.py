@@ -22,18 +22,19 @@ CLIENT = ROOT / "client" / "emberpc" / "client"
 RUFF = Path(sys.executable).parent / "ruff"
 HANDWRITTEN = {"__init__.py", "transport.py"}
 
-#: Methods and functions that are coroutines on the other side.
+#: Methods and functions that are coroutines in the asynchronous client.
 AWAITED = {
     "close",
     "run", "run_one", "run_steps", "upload", "all_items",
     "response", "next_response", "next_event", "sleep", "read_items", "run_blocking",
     "_response", "_take_oldest", "_await_end",
 }  # fmt: skip
-#: Methods and functions that return asynchronous iterators on the other side.
+#: Methods and functions that return asynchronous iterators in the asynchronous client.
 ITERATED = {"pages", "responses"}
 #: Parameters that also accept an asynchronous iterable, by function.
 ITERABLES = {"embed_stream": "items", "upsert_stream": "records", "stream": "items"}
-#: Names and their other side. In docstrings and comments they are replaced after a backtick.
+#: Names in the sync client, and the names that replace them. In docstrings and comments, only names after a backtick
+#: are replaced.
 NAMES = {
     "_sync": "_aio",
     "__enter__": "__aenter__",
@@ -49,7 +50,7 @@ NAMES = {
         )
     },
 }  # fmt: skip
-#: Text and its other side. Each must occur.
+#: Sentences of the sync client, and the sentences that replace them. Each must occur in a module.
 SENTENCES = {
     "import grpc\n": "import grpc.aio\n",
     "grpc.Channel": "grpc.aio.Channel",
@@ -72,7 +73,7 @@ SENTENCES = {
 
 
 class _Edits(ast.NodeVisitor):
-    """Collects what to insert into a module, as (offset of the module's bytes, text)."""
+    """Collects the `async` and `await` to insert into a module, as pairs (byte offset in the module, text)."""
 
     def __init__(self, source: str) -> None:
         self.edits: list[tuple[int, int, str]] = []
@@ -153,11 +154,12 @@ def _name(call: ast.expr) -> str:
 
 
 def _suspends(node: ast.AST) -> bool:
-    """Return whether a node, without its children, waits on the other side."""
+    """Return whether a node, without its children, awaits something in the asynchronous client."""
     if isinstance(node, ast.Call):
         return _name(node) in AWAITED
     if isinstance(node, ast.For):
-        # `with closing(self._runner.responses(…)) as responses` gives the iterator the method's name.
+        # A loop over a variable: `with closing(self._runner.responses(…)) as responses` names its variable after the
+        # method, so the variable's name tells that the loop is over an asynchronous iterator.
         return _name(node.iter) in ITERATED or (isinstance(node.iter, ast.Name) and node.iter.id in ITERATED)
     if isinstance(node, ast.With):
         return any(_name(item.context_expr) == "closing" for item in node.items)
@@ -177,7 +179,7 @@ def _own_nodes(function: ast.FunctionDef) -> list[ast.AST]:
 
 
 def _renamed(source: str) -> str:
-    """Return a module with the names of NAMES replaced; in strings and comments those after a backtick."""
+    """Return a module with the names of NAMES replaced; in strings and comments, only names after a backtick."""
     pieces, end = list[str](), (1, 0)
     lines = source.splitlines(keepends=True)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -51,7 +51,7 @@ def backgrounds(count: int) -> dict[str, Matrix]:
 
 
 def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
-    """Return corpora by name: the vectors, of which the first ones are background, and the number of those."""
+    """Return corpora by name: the vectors, with the background first, and the number of background vectors."""
     rng = np.random.default_rng(1)
     found = {f"{name} only": (others, 3 * count) for name, others in backgrounds(3 * count).items()}
     for name, others in backgrounds(count).items():
@@ -121,7 +121,7 @@ def measure(name: str, vectors: Matrix, others: int, ef: int, distance: Distance
         for first in range(0, len(vectors), _WRITE):
             part = shuffled[first : first + _WRITE]
             collection.upsert([NewRecord(f"r{first + i}") for i in range(len(part))], part)
-        # What the index does in its own thread meanwhile; this waits for it, and does the rest.
+        # The maintenance thread of the index may be doing the same work: wait for it, and do the rest.
         collection.maintain()
         every = {"others": vectors[:others], "alike": vectors[others:]}
         for what, queries in every.items():

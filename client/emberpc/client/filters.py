@@ -93,7 +93,13 @@ def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
 
 @dataclass(frozen=True)
 class _Token:
-    """A token: its kind (`text`, `number`, `word`, `keyword`, `sign` or `end`), its source and its first character."""
+    """A token of a filter.
+
+    Attributes:
+        kind: `text`, `number`, `word`, `keyword`, `sign` or `end`.
+        source: the characters of the token.
+        start: offset of its first character in the filter.
+    """
 
     kind: str
     source: str

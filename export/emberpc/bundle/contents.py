@@ -10,7 +10,7 @@ from pathlib import Path
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import too_short
 
-#: Hashed at a time, before `stop` is asked again.
+#: Bytes that are hashed between two calls of `stop`.
 _PIECE_BYTES = 1 << 24
 
 

@@ -120,12 +120,12 @@ def open_bundle(
 def read_foreign(
     folder: Path, stated: Stated, look: Callable[[Path], Graph], contents: Contents | None = None
 ) -> Bundle:
-    """Read a folder without a manifest as if it had one.
+    """Read a foreign folder, which has no manifest, and infer its manifest.
 
     Args:
-        folder: where it is.
-        stated: what its user states.
-        look: loads an ONNX file and tells what it takes and gives; may raise an error of its own.
+        folder: the folder.
+        stated: the model options that the user gave.
+        look: loads an ONNX file and returns its inputs and outputs; it may raise other errors.
         contents: reads the tokenizer and the files with weights; None: they are read from disk.
 
     Returns:
@@ -176,7 +176,7 @@ def read_foreign(
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
-    # The old scheme fed zeros to inputs for positions, so it stands for other vectors than those of now.
+    # Under the old scheme, inputs for positions were fed zeros, so its fingerprint belongs to other vectors.
     covered = set(external) <= named and not interface.inputs.position_ids
     return Bundle(folder, manifest, interface, legacy_covers_weights=covered)
 

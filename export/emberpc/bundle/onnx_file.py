@@ -109,7 +109,11 @@ def output_digest(folder: Path, model: str, output: str, contents: Contents | No
 
 @contextmanager
 def _opened(path: Path, contents: Contents | None) -> Iterator[bytes | mmap.mmap]:
-    """Give the bytes of an ONNX file; what the block raises because of the file's form becomes a BundleError."""
+    """Yield the bytes of an ONNX file.
+
+    Raises:
+        BundleError: the file cannot be opened, or the block raised an error of reading or decoding its bytes.
+    """
     try:
         if contents is not None:
             yield contents.read(path)
@@ -125,7 +129,7 @@ def _is_ort_format(data: bytes | mmap.mmap) -> bool:
 
 
 def _place(folder: Path, model: str, location: str) -> str:
-    """Return the path in the folder of a file that an ONNX file names relative to itself.
+    """Return the path, relative to the folder, of a weight file whose location an ONNX file states relative to itself.
 
     Raises:
         BundleError: the file is missing or lies outside the folder.
@@ -156,7 +160,7 @@ def _locations(model: Message) -> Iterator[str]:
 
 
 def _plain_locations(graph: Message) -> Iterator[str]:
-    """Give the names of files that a graph's initializers and constants lie in, without those of graphs inside it."""
+    """Yield the names of the files that hold a graph's initializers and constants; nested graphs are not read."""
     for tensor in graph.messages(_GRAPH_INITIALIZER):
         yield from _tensor_locations(tensor)
     for node in graph.messages(_GRAPH_NODE):
@@ -206,7 +210,7 @@ def _tensor_locations(tensor: Message) -> Iterator[str]:
 
 
 def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
-    """Return what a tensor says of the file that it lies in, and whether it lies in one."""
+    """Return the entries of a tensor that locate its external file, and whether the tensor is in an external file."""
     entries: dict[str, str] = {}
     external = False
     for number, value in tensor.fields():

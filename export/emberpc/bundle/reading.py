@@ -151,7 +151,7 @@ class Bundle:
         """Compare each file's SHA-256 with the manifest.
 
         Args:
-            contents: what it has read is compared; other files are read from disk.
+            contents: contents that were read earlier; they are compared, and only other files are read from disk.
 
         Raises:
             BundleError: a file differs.
@@ -230,7 +230,7 @@ def check_file(
         manifest: its manifest.
         name: the file's path in `manifest.files`.
         check_hashes: compare its SHA-256, not only its size.
-        contents: if it has read the file, what it has is compared.
+        contents: contents that were read earlier; they are compared instead of the file on disk.
 
     Raises:
         BundleError: the file lies outside the folder, is a link, is missing, or differs from the manifest.

@@ -1,5 +1,5 @@
-"""The hand-written half of the contract: how vectors and errors travel.
+"""The hand-written part of the API: encode and decode vectors and errors.
 
-Used by client and server alike, so that neither can read what the other did
-not write. Needs protobuf and numpy only.
+Client and server use the same functions, so that their formats always agree.
+This package needs protobuf and numpy only.
 """

@@ -1,4 +1,4 @@
-"""Calibration: probabilities that mean what they say, and thresholds for what to do with them."""
+"""Calibration: fit the temperature, so that probabilities agree with the share of right answers, and the thresholds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emberpc.bundle.decision import DEFAULT_THRESHOLD
 from emberpc.export.data.examples import Targets
 
 _BINS = 15
-#: A label's own threshold needs so many held-out texts that have it; others share one.
+#: Least held-out texts of a label that gets its own threshold; the other labels share a threshold.
 _OWN_THRESHOLD_TEXTS = 20
 #: Fewer held-out texts say little of how often a confident answer is wrong: if all of N are right, the share of errors
 #: is below 3 / N with 95 % confidence (Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?",
@@ -102,9 +102,9 @@ def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: 
 
 
 def fit_thresholds(found: Scores, targets: Targets) -> tuple[float, ...]:
-    """Return the probability from which to give each label of a multi-label classifier: the one with the best F1.
+    """Return the threshold of each label of a multi-label classifier: the probability with the best F1.
 
-    Labels that fewer than 20 texts have share one, fitted to all of them together.
+    Labels with fewer than 20 texts share one threshold, which is fitted to all of these labels together.
 
     Args:
         found: probabilities (texts, labels), of texts that the model was not fitted to.
@@ -132,7 +132,12 @@ def _best_f1(scores: Scores, wanted: npt.NDArray[np.bool_]) -> float:
 
 
 def out_of_scope_auroc(inside: Scores, outside: Scores) -> float:
-    """Return the chance that a text inside scores higher than one outside; both are scope scores, (texts,)."""
+    """Return the AUROC: the probability that an inside text has a higher scope score than an outside text.
+
+    Args:
+        inside: scope scores of texts that have a label, shape (texts,).
+        outside: scope scores of texts that have none of the labels, shape (texts,).
+    """
     from sklearn.metrics import roc_auc_score
 
     known = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])

@@ -154,7 +154,10 @@ class Queue:
         return min(self.tokens, self._tokens.get(name, 0) * callers + tokens * (callers - 1))
 
     def take(self) -> list[Item]:
-        """Remove and return the next micro-batch: at least one text, of one model, padded size within the budget."""
+        """Remove and return the next micro-batch.
+
+        The batch has at least one text. All its texts are for one model, and its padded size is within the budget.
+        """
         anchor = self._next_anchor()
         pool = self._pools[anchor.job.runner]
         low, high = self._window(pool, bisect_left(pool, anchor))
@@ -162,7 +165,8 @@ class Queue:
         del pool[low:high]
         if not pool:
             del self._pools[anchor.job.runner]
-        # The iterator of the anchor's call is past the anchor. Those of the other texts still have to skip them.
+        # The anchor's call has an iterator over its texts that has passed the anchor already. The iterators of the
+        # other calls have not passed their texts of this batch yet, so these are noted, to be skipped later.
         self._taken.update(item.number for item in batch if item is not anchor)
         for item in batch:
             self._count_out(item)

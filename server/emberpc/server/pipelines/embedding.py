@@ -195,7 +195,8 @@ class CheckedOptions:
             path: prefix of the names of the options in the request, for errors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the model does not support the dimensions or vectors of another length.
+            ServiceError: INVALID_ARGUMENT if the model does not support the dimensions, or cannot return vectors that
+                are not scaled to length 1.
         """
         check_dimensions(model, options.dimensions, f"{path}dimensions")
         normalized = model.manifest.normalize

@@ -127,7 +127,10 @@ def collection_message(description: CollectionDescription) -> pb.Collection:
 
 
 def fill_record(message: pb.Record, record: StoredRecord, parts: RequestedParts) -> None:
-    """Write a record into an empty message. For a thousand hits this takes half the time of a new message each."""
+    """Write a record into an empty message.
+
+    For a thousand hits, filling messages that exist takes half the time of creating a message for each record.
+    """
     message.id = record.id
     message.label = record.label
     message.revision = record.revision
@@ -172,7 +175,9 @@ def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
 
 
 def read_each_record(messages: Sequence[pb.Record], limits: Limits) -> Iterator[NewRecord | FailedRecord]:
-    """Yield each record of a stream's message, or the error of one that is wrong. Runs in the pool, as `new_records`.
+    """Yield each record of a stream's message, or for an invalid record its error.
+
+    Like `new_records`, runs in the pool.
 
     The paths of an error's fields start at the record, such as `metadata`.
     """

@@ -102,8 +102,8 @@ class Model:
             variant_name: name of the variant; empty: the first.
             options: options of a foreign model; see `emberpc.bundle.Stated`.
             encoders: encoders in use, which the model may share; None: the model gets its own.
-            fresh: whether to load the files even if an encoder with the same weights is in use. A classifier that
-                differs from another model by its head only shares the encoder all the same.
+            fresh: whether to load the files even if an encoder with the same weights is in use. A classifier whose
+                head is the only difference from another model shares that model's encoder in any case.
             tell: receives the name of each stage as it begins.
 
         Raises:

@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from emberpc.server.collections.types import Labels, Matrix
 
-#: Outer radius of a shell divided by its inner radius. A vector in the centre of vectors that are no nearer to each
-#: other than to it takes the links of all of them; with a greater ratio some vectors of a shell do that.
+#: Outer radius of a shell divided by its inner radius. If vectors are no nearer to each other than to a vector in their
+#: centre, all of them link to the centre only. With a greater ratio, some vectors of a shell are such centres.
 _RATIO = 1.5
-#: Shells inside the main one, and as many outside: distances from 1/130 of the main shell's to 130 times.
+#: Number of shells inside the main shell, and number of shells outside it. Together they cover distances from 1/130 of
+#: the main shell's distance to 130 times that distance.
 _MOST = 12
-#: Number of the innermost shell; the outer ones follow downwards. -1 and -2 are `STRAY` and `SHORT`.
+#: Number of the innermost shell. Shells further out have lower numbers. -1 and -2 are `STRAY` and `SHORT`.
 _INNERMOST = -3
 #: Number of the main shell.
 MAIN = 0
@@ -40,7 +41,7 @@ class Shells:
 
 
 def fitted(vectors: Matrix) -> Shells | None:
-    """Fit shells to vectors, float32 (n, dimensions); the main one holds the most. None if all vectors are equal."""
+    """Fit shells to vectors, float32 (n, dimensions); the main shell has the most vectors. None if all are equal."""
     # Unlike the mean, the median does not follow a few long vectors.
     centre = np.median(vectors, axis=0).astype(np.float32)
     distances = _distances(vectors, centre)
@@ -53,13 +54,18 @@ def fitted(vectors: Matrix) -> Shells | None:
 
 
 def _distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float64]:
+    """Return the distance of each vector, (n, dimensions), from the centre, (dimensions,): (n,)."""
     differences = vectors.astype(np.float64) - centre
     distances: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", differences, differences))
     return distances
 
 
 def _levels(ratios: npt.NDArray[np.float64]) -> Labels:
-    """Return by how many shells distances, as shares of the main shell's middle, are outside it; -12 to 12."""
+    """Return the level of each distance: 0 in the main shell, 1 to 12 outside it, -1 to -12 inside it.
+
+    Args:
+        ratios: distances from the centre, divided by the distance in the middle of the main shell.
+    """
     exponents = np.log(np.maximum(ratios, np.finfo(np.float64).tiny)) / np.log(_RATIO)
     levels: Labels = np.clip(np.floor(exponents + 0.5), -_MOST, _MOST).astype(np.int64)
     return levels

@@ -139,7 +139,9 @@ def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Ro
     """Return the nearest centre of each vector, and its score; greater is nearer."""
     scores = vectors @ centres.T
     if not directions:
-        # |v|² is the same for all centres; the rest of the squared distance, halved and negated.
+        # The squared distance is |v|² - 2 v·c + |c|². |v|² is the same for all centres c, so the score leaves it out.
+        # It is
+        # the rest, halved and negated: v·c - |c|²/2.
         scores -= 0.5 * np.einsum("ij,ij->i", centres, centres)
     rows = np.argmax(scores, axis=1)
     nearest = scores[np.arange(len(rows)), rows]

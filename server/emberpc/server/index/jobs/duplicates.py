@@ -14,14 +14,15 @@ from emberpc.server.index.storage.store import Store
 #: Up to this many records, each is compared with every other: 3 seconds at 384 dimensions. Beyond that, each is
 #: searched for in the graph, if the graph's scores are cosines.
 EXACT_LIMIT = 20_000
-#: Hits other than the record itself, and ef, of such a search: of a larger group of duplicates only a part is found.
+#: For the search of the graph: number of hits besides the record itself, and ef. If a record has more duplicates than
+#: that, only a part of them is found.
 _NEIGHBOURS, _EF = 20, 200
 #: Limit of the pairs that are returned, those with the greatest scores.
 MOST_PAIRS = 100_000
 _READ_BATCH = 4000
 #: Records that are searched for between two checks of `stop`.
 _SEARCHED_AT_ONCE = 256
-#: Products of one block: 8 MB.
+#: Products (float32) that are computed at a time: 8 MB.
 _BLOCK = 2**21
 
 _Pairs = tuple[Labels, Labels, Matrix]

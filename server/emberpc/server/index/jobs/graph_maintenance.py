@@ -163,7 +163,8 @@ class GraphMaintenance:
             if self._neighbours.graph_size >= max(_FIRST_SAMPLE, _SAMPLE_GROWTH * self._size_sampled):
                 self._size_sampled = self._neighbours.graph_size
                 if self._neighbours.probe() > _MAX_MISSED_SHARE:
-                    # Searches miss more and more vectors, and the graph would be built further in vain.
+                    # Searches miss many vectors of the sample. Rebuild now: more inserts into this graph are wasted
+                    # work.
                     self._rebuild_if_due(misses=True)
             if self._neighbours.waiting <= least:
                 return
@@ -188,7 +189,10 @@ class GraphMaintenance:
             self._size_shuffled = self._neighbours.graph_size
 
     def _check(self, stop: Callable[[], bool]) -> None:
-        """Run a complete check if the graph grew much, or grew at all while writes and checks take little time."""
+        """Check all nodes if the graph grew much, or if it grew at all, no records are written and a check is due.
+
+        Checks without writes are spaced so that they take at most `_CHECK_SHARE` of the time.
+        """
         start = time.monotonic()
         self._neighbours.check(stop, at_rest=self._no_writes() and start >= self._next_check)
         end = time.monotonic()

@@ -39,14 +39,14 @@ class MaintenanceThread:
         self._closed = False
 
     def wake(self, collection: Maintained) -> None:
-        """Have a collection maintained soon."""
+        """Request the maintenance of a collection as soon as possible."""
         with self._changed:
             if not self._closed and collection not in self._soon:
                 self._soon[collection] = None
                 self._notify_thread()
 
     def wake_at_rest(self, collection: Maintained, seconds: float) -> None:
-        """Have a collection maintained after this many seconds without another call for it."""
+        """Request the maintenance of a collection after some seconds, unless this is called for it again before."""
         with self._changed:
             known = collection in self._at_rest
             self._at_rest[collection] = time.monotonic() + seconds

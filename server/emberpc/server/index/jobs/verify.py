@@ -20,8 +20,9 @@ from emberpc.server.index.storage.rows import Row
 from emberpc.server.index.storage.store import Store
 
 _BATCH = 500
-#: ef of the search for a record by its own vector, and how many run at a time while other searches wait. A miss of the
-#: first is searched for with the second, the greatest default ef.
+#: Two attempts to find records by their own vectors: `ef`, and the number of records that are searched for at a time,
+#: while other searches wait. A record that the first attempt misses is searched for again with the second `ef`, the
+#: greatest default.
 _TRIES = ((200, 8), (800, 1))
 #: Records that are searched for by default.
 _SAMPLE = 2000
@@ -187,8 +188,8 @@ class Verifier:
         except ServiceError as error:
             message = f"the word index does not match the texts, and it cannot be built again: {error.message}"
             return [Problem("", "WORDS_DAMAGED", message)]
-        # Not reported if the damage was known before, or was reported for a record: the index keeps the words of a text
-        # as they were before damage.
+        # Wrong words are not reported if the damage was known before, or if a damaged record was reported: the index
+        # still has the words of a text from before its damage, so it differs from the damaged text.
         if suspect or self._found_wrong_words or self._found_damaged:
             return []
         return [Problem("", "WORDS_DAMAGED", f"the word index: {_WRONG_WORDS}")]

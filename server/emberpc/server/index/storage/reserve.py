@@ -25,7 +25,7 @@ _SIZE = 16 * 2**20
 _FULL = 64 * 2**10
 #: Error reasons by which SQLite may report a full disk; they have other causes too.
 _FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
-#: The reserve takes at most one part in this many of the file system.
+#: The reserve has at most 1 / this of the file system's size.
 _SHARE = 8
 
 Result = TypeVar("Result")
