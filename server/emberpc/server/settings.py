@@ -72,62 +72,66 @@ class Settings:
     )
     model_option: tuple[str, ...] = _setting(
         (),
-        "What a model that emberpc did not export leaves unsaid, as NAME.OPTION=VALUE, such as minilm.pooling=mean.",
+        "A property that the files of a foreign model do not state, as NAME.OPTION=VALUE, such as minilm.pooling=mean.",
         "NAME.OPTION=VALUE",
     )
     models_dir: Path | None = _setting(  # noqa: RUF009 - as below
         None,
-        "Folder of bundles: those in it are served under their folders' names, and callers may have them loaded.",
+        "Folder of bundles. Each is served under its folder's name; with --model-admin, callers may load them too.",
         "DIR",
     )
     watch_models: float = _setting(
-        0.0, "Seconds between two looks for what is new, changed or gone in --models-dir; 0: only at the start."
+        0.0,
+        "Seconds between two checks of --models-dir for new, changed or removed bundles; 0: check only at the start.",
     )
     model_admin: bool = _setting(
-        False, "Whether whoever reaches the server may load, reload and unload models; there is no authentication yet."
+        False,
+        "Whether callers may load, reload and unload models. There is no authentication yet: this allows all callers.",
     )
     data_dir: Path = _setting(  # noqa: RUF009 - `_setting` gives a dataclass field
-        Path("emberpc-data"), "Folder of the collections; made if it is not there."
+        Path("emberpc-data"), "Folder of the collections; created if it does not exist."
     )
-    index_backend: str = _setting("embedded", f"Where the collections are: {' or '.join(INDEX_BACKENDS)}.")
-    milvus_uri: str = _setting("", "Where Milvus is, such as http://milvus:19530/database; https for TLS.", "URI")
+    index_backend: str = _setting(
+        "embedded", f"Index backend that stores the collections: {' or '.join(INDEX_BACKENDS)}."
+    )
+    milvus_uri: str = _setting("", "Address of Milvus, such as http://milvus:19530/database; https for TLS.", "URI")
     milvus_token: str = _setting(
         "", "USER:PASSWORD or API key for Milvus; in the environment or the file only.", secret=True
     )
-    listen: str = _setting("127.0.0.1:50051", "Address to serve on, HOST:PORT; port 0 takes a free one.")
-    metrics_listen: str = _setting("", "Address to serve figures for Prometheus on, HOST:PORT; empty: none are served.")
-    workers: int = _setting(0, "Threads that run models; 0: one for each core this process may use.")
-    batch_tokens: int = _setting(0, "Most tokens of a micro-batch, padding included; 0: what is best here is measured.")
-    max_queue_tokens: int = _setting(2**20, "Most tokens that may wait; past it, calls get RESOURCE_EXHAUSTED.")
-    cache_bytes: int = _setting(
-        32 * 2**20, "Most bytes of outcomes kept for texts that are asked for again; 0: none are kept."
+    listen: str = _setting("127.0.0.1:50051", "Address to listen on, HOST:PORT; port 0: a free port.")
+    metrics_listen: str = _setting("", "Address that serves metrics for Prometheus, HOST:PORT; empty: no metrics.")
+    workers: int = _setting(0, "Number of threads that run models; 0: one for each core that this process may use.")
+    batch_tokens: int = _setting(
+        0, "Most tokens of a micro-batch, with padding; 0: the server measures the best size on this host."
     )
+    max_queue_tokens: int = _setting(2**20, "Most tokens in the queue; further calls fail with RESOURCE_EXHAUSTED.")
+    cache_bytes: int = _setting(32 * 2**20, "Most bytes of the cache of results for repeated texts; 0: no cache.")
     record_cache_bytes: int = _setting(
-        32 * 2**20, "Most bytes, about, of records kept for searches that find them again; 0: none are kept."
+        32 * 2**20, "Approximate limit in bytes of the cache of records that searches find; 0: no cache."
     )
-    max_collections: int = _setting(10_000, "Most collections; past it, none is created or restored.")
+    max_collections: int = _setting(10_000, "Most collections; creating or restoring more fails.")
     max_open_collections: int = _setting(
         0,
-        "Collections that are kept open while nobody uses them; each takes up to 11 file descriptors. "
-        "0: as the limit of file descriptors allows, at most 500.",
+        "Most collections that stay open while they are not used; each takes up to 11 file descriptors. "
+        "0: derived from the limit of file descriptors, at most 500.",
     )
     close_idle_seconds: float = _setting(
-        1800.0, "A collection without a call for this long is closed; its next call opens it. 0: none is closed."
+        1800.0, "Seconds without a call after which a collection is closed; its next call opens it. 0: never."
     )
     recall_probe: float = _setting(
-        0.001, "Share of the searches that are done again, exactly and afterwards, to measure recall; 0: none."
+        0.001, "Share of the searches that are repeated later as exact searches, to measure recall; 0: none."
     )
     max_texts: int = _setting(4096, "Most texts or records of one call.")
     max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
     max_message_bytes: int = _setting(16 * 2**20, "Most bytes of one request message.")
     max_response_bytes: int = _setting(32 * 2**20, "Most bytes of one response.")
     max_in_flight_bytes: int = _setting(
-        128 * 2**20, "Most bytes of large requests at work and of large responses that callers have not read."
+        128 * 2**20, "Most bytes of large requests in progress and of large responses that callers have not read."
     )
-    max_streams: int = _setting(64, "Most streams of requests (bulk embedding, upserts, restores) that are open.")
-    handshake_seconds: float = _setting(20.0, "A new connection that says nothing for this long is closed.")
-    drain_seconds: float = _setting(30.0, "How long a stopping server waits for calls in flight.")
-    log_level: str = _setting("info", f"How much to log: {', '.join(LOG_LEVELS)}.")
+    max_streams: int = _setting(64, "Most request streams (bulk embedding, upserts, restores) that are open at a time.")
+    handshake_seconds: float = _setting(20.0, "Seconds after which a new connection without a handshake is closed.")
+    drain_seconds: float = _setting(30.0, "Seconds that a stopping server waits for calls in flight.")
+    log_level: str = _setting("info", f"Least severity of log lines: {', '.join(LOG_LEVELS)}.")
 
     def __post_init__(self) -> None:
         """Check every value.

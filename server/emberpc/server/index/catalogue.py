@@ -253,7 +253,7 @@ class Index:
         return found
 
     def reembeddings(self) -> list[Reembedding]:
-        """Return the unfinished re-embeddings since the index was last closed; one that cannot be opened is dropped."""
+        """Return the re-embeddings to resume after a restart; one whose files cannot be opened is dropped."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name

@@ -104,7 +104,11 @@ def _check_mode(request: pb.SearchRequest) -> SearchMode:
 
 
 def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) -> list[Query]:
-    """Read the queries; INVALID_ARGUMENT for one of a kind that the mode does not search by."""
+    """Read the queries of a request.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if a query is empty, or has no text though the mode searches by words.
+    """
     queries = []
     for i, (query, top_k) in enumerate(zip(request.queries, sizes, strict=True)):
         kind, ef = query.WhichOneof("query"), query.ef or request.ef
