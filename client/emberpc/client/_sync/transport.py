@@ -1,7 +1,7 @@
 """gRPC for `Client`: start calls, wait for responses, with threads.
 
-`_aio/transport.py` has the same classes and functions for asyncio. Both are written by hand; what uses them is
-written for threads only, and `tools/generate_async_client.py` makes the other side.
+`_aio/transport.py` has the same classes and functions for asyncio. Both files are written by hand. The modules that
+use them are written only for `_sync`; `tools/generate_async_client.py` generates those of `_aio`.
 """
 
 from __future__ import annotations

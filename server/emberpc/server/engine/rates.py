@@ -10,7 +10,8 @@ from statistics import median
 _RATE_BATCHES = 9
 #: Number of measured batches before a call is refused because of its deadline.
 _LEAST_BATCHES = 3
-#: Number of batches whose fastest gives the best rate. Older batches do not count: a host may become slower for good.
+#: Number of batches whose fastest gives the best rate. Older batches do not count: a host may become permanently
+#: slower.
 _BEST_BATCHES = 1000
 #: Assumed tokens per second of one worker before the first measurement; no call is refused because of it.
 _FIRST_RATE = 2000.0

@@ -292,7 +292,7 @@ class GroupedGraphReader:
         return best
 
     def _compare_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Compare the queries with all vectors; return the ids of the nearest, (queries, at most k)."""
+        """Compare the queries with all vectors; return ids and scores of the nearest, (queries, at most k) each."""
         every = self._node_ids() if self._hnsw.count else []
         rows, scores = nearest(queries, self._hnsw.vectors(every), k, self._spec.distance)
         parts = [(np.array(every, dtype=np.int64)[rows], scores), self._strays.search_all(queries, k)]

@@ -13,11 +13,13 @@ from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
 from emberpc.server.index.storage.store import Store
 
-#: Hits of each kind that are fused: at least `_MIN_DEPTH`, and at least `_DEPTH_PER_HIT` times top_k.
+#: Number of dense hits, and of lexical hits, that are fused: at least the first value, and at least the second value
+#: times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
-#: A word in more than this share of the texts hardly counts in BM25, but takes most of the time.
+#: A word in more than this share of the texts is left out of lexical queries: it hardly changes the score of BM25, but
+#: takes most of the time.
 _COMMON = 0.5
-#: Collections with fewer records keep such words, since there is little time to save.
+#: In collections with fewer records, lexical queries keep common words too, since there is little time to save.
 _LARGE = 1000
 #: Attempts of a search that concurrent writes disturb, before it blocks writes.
 _TRIES = 2
