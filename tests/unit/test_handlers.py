@@ -14,9 +14,9 @@ import grpc.aio
 import pytest
 
 from emberpc.server import handlers
-from emberpc.server.errors import invalid
+from emberpc.server.errors import ServiceError, invalid
 from emberpc.server.handlers import Handlers
-from emberpc.server.in_flight import BytesInFlight, Held, Streams
+from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
 from emberpc.v1 import server_pb2, server_pb2_grpc
 
 METHOD = "/emberpc.v1.ServerService/GetServerInfo"
@@ -146,3 +146,30 @@ async def test_other_calls_are_served_between_the_messages_of_streams() -> None:
         most, before = max(most, decoded - before), decoded
     assert decoded == 100
     assert most <= 2
+
+
+async def test_a_message_of_a_stream_is_counted_until_the_next_one_or_until_it_is_released() -> None:
+    in_flight = BytesInFlight(10 * LARGE)
+
+    async def messages() -> AsyncIterator[bytes]:
+        for size in (1, 2, 3, 4, 9):
+            yield b"x" * (size * LARGE)
+
+    def decode(data: bytes) -> Iterator[Any]:
+        yield data
+
+    held = Held(in_flight, Streams(1))
+    stream = handlers._Decoded(messages(), decode, held)
+    counted, releases = [], []
+    for hold in (False, True, False, True):
+        await anext(stream)
+        if hold:
+            releases.append(stream.hold().release)
+        counted.append(in_flight.total // LARGE)
+    assert counted == [1, 2, 2 + 3, 2 + 4]
+    releases[0]()
+    assert in_flight.total == 4 * LARGE
+    with pytest.raises(ServiceError, match="max_in_flight_bytes"):
+        await anext(stream)
+    held.release()
+    assert in_flight.total == 0

@@ -12,24 +12,43 @@ from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
 LIMIT = 10 * LARGE
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2 * LIMIT)), max_size=40))
-def test_no_more_bytes_are_held_than_the_limit_but_for_one_message(messages: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 2 * LIMIT)), max_size=60))
+def test_no_more_bytes_are_held_than_the_limit_but_for_one_message(steps: list[tuple[int, int]]) -> None:
+    """Four calls read messages, and answer their oldest ones: a negative size."""
     in_flight = BytesInFlight(LIMIT)
     calls = [Held(in_flight, Streams(4)) for _ in range(4)]
-    sizes = [0] * 4
-    for i, size in messages:
-        try:
-            calls[i].replace(size)
-            sizes[i] = size if size >= LARGE else 0
-        except ServiceError as error:
-            assert error.code is Code.RESOURCE_EXHAUSTED
-            assert error.retry_after
-            sizes[i] = 0
-            assert sum(sizes) + size > LIMIT
-        assert in_flight.total == sum(sizes)
-        assert in_flight.total <= LIMIT or sum(size > 0 for size in sizes) == 1
+    held: list[list[int]] = [[] for _ in calls]
+
+    def counted() -> list[int]:
+        return [sum(sizes) for sizes in held if sum(sizes) >= LARGE]
+
+    for i, size in steps:
+        if size < 0:
+            if held[i]:
+                calls[i].remove(held[i].pop(0))
+        else:
+            held[i].append(size)
+            try:
+                calls[i].add(size)
+            except ServiceError as error:
+                assert error.code is Code.RESOURCE_EXHAUSTED
+                assert error.retry_after
+                assert sum(counted()) > LIMIT
+                held[i].pop()
+        assert in_flight.total == sum(counted())
+        assert in_flight.total <= LIMIT or len(counted()) == 1
     for call in calls:
-        call.replace(0)
+        call.release()
+    assert in_flight.total == 0
+
+
+def test_small_messages_of_one_stream_are_counted_together() -> None:
+    in_flight = BytesInFlight(LIMIT)
+    call = Held(in_flight, Streams(1))
+    for _ in range(4):
+        call.add(LARGE // 4)
+    assert in_flight.total == LARGE
+    call.remove(LARGE // 4)
     assert in_flight.total == 0
 
 

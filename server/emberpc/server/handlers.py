@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from itertools import count
 from time import perf_counter
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from google.protobuf.message import DecodeError
 from emberpc.server import descriptors
 from emberpc.server.element_counts import count_elements
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
+from emberpc.server.in_flight import LARGE, BytesInFlight, Held, HeldMessage, Streams
 from emberpc.server.statuses import status_of
 from emberpc.wire import status
 
@@ -205,7 +206,7 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
             raise _malformed(name) from None
 
     async def read(data: bytes, held: Held) -> Any:
-        held.replace(len(data))
+        held.add(len(data))
         return await _finished(decode(data))
 
     async def read_stream(messages: AsyncIterator[bytes], held: Held) -> Any:
@@ -235,7 +236,7 @@ def _malformed(name: str) -> ServiceError:
 
 
 class _Decoded:
-    """Iterator over the decoded messages of a request stream.
+    """Iterator over the decoded messages of a request stream; a `HoldingStream`.
 
     This is a class, not a generator: handlers cancel `anext` and call it again, and cancelling it would end a
     generator.
@@ -245,6 +246,8 @@ class _Decoded:
         self._messages = aiter(messages)
         self._decode = decode
         self._held = held
+        #: Bytes of the latest message; 0 if the handler holds it.
+        self._size = 0
         #: The message that an `anext` is decoding (its remaining steps), and the decoded message that was not returned
         #: yet. Both stay here if that `anext` is cancelled.
         self._begun: Iterator[Any] | None = None
@@ -256,7 +259,10 @@ class _Decoded:
     async def __anext__(self) -> Any:
         if self._begun is None:
             data = await anext(self._messages)
-            self._held.replace(len(data))
+            self._held.remove(self._size)
+            self._size = 0
+            self._held.add(len(data))
+            self._size = len(data)
             self._begun = self._decode(data)
         # Only one stream decodes at a time, and other calls can run between two messages. So streams never delay a
         # short call for long.
@@ -266,6 +272,11 @@ class _Decoded:
             await asyncio.sleep(0)
         message, self._begun, self._message = self._message, None, None
         return message
+
+    def hold(self) -> HeldMessage:
+        """Keep the latest message counted until it is released; to be called once for a message."""
+        size, self._size = self._size, 0
+        return HeldMessage(size, partial(self._held.remove, size))
 
 
 def _as_coroutine(method: Any) -> Any:

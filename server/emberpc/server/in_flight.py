@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from emberpc.server.errors import Code, ServiceError
 
@@ -83,12 +85,16 @@ class Streams:
 
 
 class Held:
-    """What one call holds: the bytes of its request, or of the latest message of its stream, and that stream."""
+    """What one call holds: the bytes of its request, or of the messages of its stream, and that stream.
+
+    A call that holds fewer than `LARGE` bytes is not counted.
+    """
 
     def __init__(self, in_flight: BytesInFlight, streams: Streams) -> None:
         self._in_flight = in_flight
         self.streams = streams
         self._size = 0
+        self._counted = 0
         self._has_stream = False
 
     def open_stream(self) -> None:
@@ -100,21 +106,49 @@ class Held:
         self.streams.add()
         self._has_stream = True
 
-    def replace(self, size: int) -> None:
-        """Count a message of `size` bytes instead of the one before; 0: none.
+    def add(self, size: int) -> None:
+        """Count a message of `size` bytes in.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED, see `BytesInFlight.add`; then none is counted.
+            ServiceError: RESOURCE_EXHAUSTED, see `BytesInFlight.add`; then the message is not counted.
         """
-        before, self._size = self._size, 0
-        self._in_flight.remove(before)
-        if size >= LARGE:
-            self._in_flight.add(size)
-            self._size = size
+        self._set(self._size + size)
+
+    def remove(self, size: int) -> None:
+        """Count a message of `size` bytes out."""
+        self._set(self._size - size)
 
     def release(self) -> None:
         """Count everything out, at the end of the call."""
-        self.replace(0)
+        self._set(0)
         if self._has_stream:
             self._has_stream = False
             self.streams.remove()
+
+    def _set(self, size: int) -> None:
+        """Set the bytes that the call holds."""
+        counted = size if size >= LARGE else 0
+        if counted > self._counted:
+            self._in_flight.add(counted - self._counted)
+        else:
+            self._in_flight.remove(self._counted - counted)
+        self._size, self._counted = size, counted
+
+
+class HeldMessage(NamedTuple):
+    """A message of a stream that stays counted when the next one is read.
+
+    Attributes:
+        size: bytes of the message.
+        release: counts the message out.
+    """
+
+    size: int
+    release: Callable[[], None]
+
+
+class HoldingStream(Protocol):
+    """A stream of messages. A message is counted until the next one is read, or until it is released."""
+
+    def hold(self) -> HeldMessage:
+        """Keep the latest message counted until it is released; to be called once for a message."""

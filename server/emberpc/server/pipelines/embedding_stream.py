@@ -1,10 +1,11 @@
 """Embed a stream of texts of any size in pipelined groups.
 
 One loop reads messages, starts groups and returns results, so that each step limits the one before it. The loop reads
-no message while enough texts wait. It starts no group while enough groups run. It does nothing else while the caller
-receives a result. A stream thus holds at most the groups that run, one group that waits, and the message of that
-group, whatever the size of the corpus and however slow the reader. Texts never wait for a group to fill: a group starts
-as soon as there is room, so a client may wait for a result before it sends more texts.
+no message while enough texts or characters wait. It starts no group while enough groups or characters run. It does
+nothing else while the caller receives a result. A text that is refused is not kept. A stream thus holds at most the
+groups that run, one group that waits, and the message of that group, whatever the size of the corpus and however slow
+the reader. Texts never wait for a group to fill: a group starts as soon as there is room, so a client may wait for a
+result before it sends more texts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from emberpc.server.pipelines.embedding import CheckedOptions, EmbeddingOptions,
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
+#: Start another group only while those that run have fewer characters, unless none runs. A group may be one long text.
+_RUNNING_CHARACTERS = GROUPS * GROUP_CHARACTERS
+
 Message = TypeVar("Message")
 
 
@@ -33,6 +37,40 @@ class StreamText(NamedTuple):
 
     id: str
     text: str
+
+
+@dataclass(frozen=True)
+class TextMessage:
+    """The texts of one message.
+
+    Attributes:
+        texts: the texts.
+        release: called when fewer than `GROUP_CHARACTERS` characters of the message wait.
+    """
+
+    texts: Sequence[StreamText]
+    release: Callable[[], None]
+
+
+class _WaitingText(NamedTuple):
+    """A text that waits for a group.
+
+    Attributes:
+        id: its id.
+        text: the text; empty if it was refused.
+        error: the reason for which it was refused.
+        release: called when it waits no longer; the last text of a message has it.
+    """
+
+    id: str
+    text: str
+    error: ServiceError | None
+    release: Callable[[], None] | None
+
+    @property
+    def characters(self) -> int:
+        """Return the characters that the stream holds. Ids count, since they have no limit of their own."""
+        return len(self.id) + len(self.text)
 
 
 @dataclass(frozen=True)
@@ -90,17 +128,38 @@ class EmbeddingStream:
             request_id,
             ending=frozenset({Code.UNAVAILABLE}),
         )
-        self._waiting: deque[StreamText] = deque()
+        self._waiting: deque[_WaitingText] = deque()
+        self._waiting_characters = 0
         engine.check_room(caller)
 
-    def add(self, texts: Sequence[StreamText]) -> None:
+    def add(self, message: TextMessage) -> None:
         """Add the texts of a message to those that wait; INVALID_ARGUMENT if there are too many."""
-        if texts:
-            self._limits.check_count(len(texts), "items", "text")
-        self._waiting.extend(texts)
+        if message.texts:
+            self._limits.check_count(len(message.texts), "items", "text")
+        added = [self._checked(text) for text in message.texts]
+        characters = sum(text.characters for text in added)
+        # Refused texts are not kept: then the message is held no longer, and what is kept of it is not large.
+        if characters < GROUP_CHARACTERS:
+            message.release()
+        else:
+            added[-1] = added[-1]._replace(release=message.release)
+        self._waiting.extend(added)
+        self._waiting_characters += characters
+
+    def _checked(self, text: StreamText) -> _WaitingText:
+        """Return a text with the reason for which it is refused. A text that is refused is not kept."""
+        error = self._refusal(text)
+        return _WaitingText(text.id, text.text if error is None else "", error, None)
+
+    def _refusal(self, text: StreamText) -> ServiceError | None:
+        """Return the error of a text that is refused. It is not raised, since its traceback would keep the text."""
+        if not text.id:
+            return invalid("id", "is empty; give each text an id, since results come in any order")
+        problem = self._limits.text_problem(text.text)
+        return invalid("text", problem) if problem else None
 
     async def run(
-        self, messages: AsyncIterator[Message], read: Callable[[Message], Sequence[StreamText]]
+        self, messages: AsyncIterator[Message], read: Callable[[Message], TextMessage]
     ) -> AsyncGenerator[EmbeddedTextGroup, None]:
         """Embed the texts that wait and those of all messages; yield groups in the order in which they are ready.
 
@@ -113,13 +172,16 @@ class EmbeddingStream:
                 fail single texts.
         """
         reading: asyncio.Task[Message | None] | None = None
-        running: set[asyncio.Task[EmbeddedTextGroup]] = set()
+        #: The groups that run, with their characters.
+        running: dict[asyncio.Task[EmbeddedTextGroup], int] = {}
         ended = False
         try:
             while True:
-                while self._waiting and len(running) < GROUPS:
-                    running.add(asyncio.create_task(self._embed(self._take_group())))
-                if reading is None and not ended and len(self._waiting) < GROUP_TEXTS:
+                while self._waiting and len(running) < GROUPS and sum(running.values()) < _RUNNING_CHARACTERS:
+                    group = self._take_group()
+                    running[asyncio.create_task(self._embed(group))] = sum(text.characters for text in group)
+                    del group  # the texts are not kept when the group has ended
+                if reading is None and not ended and self._has_room:
                     reading = asyncio.create_task(next_message(messages))
                 if reading is None and not running:
                     return
@@ -131,32 +193,40 @@ class EmbeddingStream:
                         ended = True
                     else:
                         self.add(read(message))
+                    del message  # not kept until the next one comes
                 for task in [each for each in running if each.done()]:
-                    running.remove(task)
+                    del running[task]
                     yield task.result()
         finally:
             await cancel_tasks([*running, reading])
 
-    def _take_group(self) -> list[StreamText]:
+    @property
+    def _has_room(self) -> bool:
+        """Return whether to read another message."""
+        return len(self._waiting) < GROUP_TEXTS and self._waiting_characters < GROUP_CHARACTERS
+
+    def _take_group(self) -> list[_WaitingText]:
         """Remove and return a group of the texts that wait; at least one text."""
-        group = [self._waiting.popleft()]
-        characters = len(group[0].text)
+        group = [self._take()]
+        characters = group[0].characters
         while self._waiting and len(group) < GROUP_TEXTS:
-            characters += len(self._waiting[0].text)
+            characters += self._waiting[0].characters
             if characters > GROUP_CHARACTERS:
                 break
-            group.append(self._waiting.popleft())
+            group.append(self._take())
         return group
 
-    async def _embed(self, texts: Sequence[StreamText]) -> EmbeddedTextGroup:
-        failures: list[tuple[str, ServiceError]] = []
-        valid = []
-        for text in texts:
-            if text.id:
-                valid.append(text)
-            else:
-                error = invalid("id", "is empty; give each text an id, since results come in any order")
-                failures.append((text.id, error))
+    def _take(self) -> _WaitingText:
+        """Remove and return the text that waits longest."""
+        text = self._waiting.popleft()
+        self._waiting_characters -= text.characters
+        if text.release is not None:
+            text.release()
+        return text
+
+    async def _embed(self, texts: Sequence[_WaitingText]) -> EmbeddedTextGroup:
+        failures = [(text.id, text.error) for text in texts if text.error is not None]
+        valid = [text for text in texts if text.error is None]
         embedded = await self._embedder.embed([text.text for text in valid])
         failures += [(valid[i].id, error) for i, error in embedded.failures.items()]
         ids = [valid[i].id for indexes, _ in embedded.parts for i in indexes]

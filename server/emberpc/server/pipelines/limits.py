@@ -80,13 +80,19 @@ class Limits:
             path: returns the path of text i in the request.
             allow_empty: whether a text may be empty.
         """
-        violations = []
-        for i, text in enumerate(texts):
-            if not allow_empty and (not text or text.isspace()):
-                violations.append(Violation(path(i), "is empty; leave it out or give it some text"))
-            # A character has at most four bytes (UTF-8), so most texts are short enough without being encoded.
-            elif len(text) * 4 > self.max_text_bytes and (size := len(text.encode())) > self.max_text_bytes:
-                description = f"has {size} bytes, a text may have at most {self.max_text_bytes}; split it"
-                violations.append(Violation(path(i), description))
+        violations = [
+            Violation(path(i), problem)
+            for i, text in enumerate(texts)
+            if (problem := self.text_problem(text, allow_empty=allow_empty))
+        ]
         if violations:
             raise invalid_fields(violations)
+
+    def text_problem(self, text: str, *, allow_empty: bool = False) -> str:
+        """Return why a text is refused, for an error: it is empty or too long. Empty: it is not refused."""
+        if not allow_empty and (not text or text.isspace()):
+            return "is empty; leave it out or give it some text"
+        # A character has at most four bytes (UTF-8), so most texts are short enough without being encoded.
+        if len(text) * 4 > self.max_text_bytes and (size := len(text.encode())) > self.max_text_bytes:
+            return f"has {size} bytes, a text may have at most {self.max_text_bytes}; split it"
+        return ""

@@ -3,8 +3,9 @@
 One loop reads messages, embeds texts, writes records and returns results. Messages are embedded concurrently and
 written in their order, so the model works on the next messages while one goes to disk. A message is written whole,
 without the records that fail, and its result is a checkpoint: all records up to it are on disk. The loop reads no
-message while enough records are in flight, and it does nothing else while the caller receives a result. A stream thus
-holds a few hundred records and the message that came last, whatever the size of the corpus and however slow the reader.
+message while enough records or bytes are in flight, and it does nothing else while the caller receives a result. A
+stream thus holds a few hundred records of a few MiB and the message that came last, whatever the size of the corpus and
+however slow the reader.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 #: Stop reading while this many records or messages are in flight, unless it is a single message.
 _MAX_RECORDS = GROUP_TEXTS * GROUPS
 _MAX_MESSAGES = 64
+#: Read another message only while those in flight have fewer bytes, unless none is in flight. Messages with vectors are
+#: ready long before the texts of one before them: 4 streams with messages of 16 MB held 1.3 GB.
+_MAX_BYTES = 4 * 2**20
 #: Paths of a record's fields in the index's errors, such as `records[3].id` or `vectors[3]`.
 _RECORD_PATH = re.compile(r"(?:records|(vectors?))\[(\d+)\]\.?(.*)")
 
@@ -59,6 +63,8 @@ class UpsertMessage:
         read_records: yields each record or its error; runs in the pool, since metadata may take seconds to read.
         read_vectors: returns the records' vectors, float32 (records, dimensions). None: their texts are embedded.
         truncation: the truncation of long texts; None: as the collection says.
+        size: bytes of the message.
+        release: called when the message was answered, and the stream holds it no longer.
     """
 
     collection: str
@@ -67,6 +73,8 @@ class UpsertMessage:
     read_records: Callable[[], Iterator[NewRecord | FailedRecord]]
     read_vectors: Callable[[], Matrix] | None
     truncation: Truncation | None
+    size: int
+    release: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,16 @@ class _Batch:
         self.records = [self.records[i] for i in kept]
         # There are no vectors yet if those of the message cannot be read; then no record is kept.
         self.matrix = self.matrix[np.array(kept, dtype=np.intp)]
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A message that was not answered, and the task that embeds it."""
+
+    task: asyncio.Task[_Batch]
+    record_count: int
+    size: int
+    release: Callable[[], None]
 
 
 class UpsertStream:
@@ -130,9 +148,8 @@ class UpsertStream:
         self._request_id = request_id
         self._embedders: dict[Truncation, BulkEmbedder] = {}
         self._number = 0
-        #: The messages that are not written yet, in their order, and their numbers of records.
-        self._embedding: deque[asyncio.Task[_Batch]] = deque()
-        self._record_counts: deque[int] = deque()
+        #: The messages that were not answered, in their order.
+        self._in_flight: deque[_InFlight] = deque()
         #: Limits the groups of texts that are embedded at a time.
         self._groups = asyncio.Semaphore(GROUPS)
 
@@ -155,8 +172,8 @@ class UpsertStream:
         embedder = None
         if message.record_count and message.read_vectors is None:
             embedder = self._embedder(message)
-        self._record_counts.append(message.record_count)
-        self._embedding.append(asyncio.create_task(self._embed(message, embedder)))
+        task = asyncio.create_task(self._embed(message, embedder))
+        self._in_flight.append(_InFlight(task, message.record_count, message.size, message.release))
 
     async def run(
         self, messages: AsyncIterator[Message], read: Callable[[Message], UpsertMessage]
@@ -174,10 +191,10 @@ class UpsertStream:
         reading: asyncio.Task[Message | None] | None = None
         ended = False
         try:
-            while self._embedding or not ended:
+            while self._in_flight or not ended:
                 if reading is None and not ended and self._has_room:
                     reading = asyncio.create_task(next_message(messages))
-                head = self._embedding[0] if self._embedding else None
+                head = self._in_flight[0].task if self._in_flight else None
                 await asyncio.wait(
                     [task for task in (reading, head) if task is not None], return_when=asyncio.FIRST_COMPLETED
                 )
@@ -187,19 +204,25 @@ class UpsertStream:
                         ended = True
                     else:
                         self.add(read(message))
+                    del message  # not kept until the next one comes
                 if head is not None and head.done():
                     await self._reembedding.wait_writable(self._collection.spec.name)
                     yield await self._write(head.result())
-                    self._embedding.popleft()
-                    self._record_counts.popleft()
+                    self._in_flight.popleft().release()
         finally:
-            await cancel_tasks([*self._embedding, reading])
+            await cancel_tasks([*(message.task for message in self._in_flight), reading])
 
     @property
     def _has_room(self) -> bool:
-        """Return whether to read another message. At least two are in flight: one is embedded, one is written."""
-        count = len(self._embedding)
-        return count < 2 or (count < _MAX_MESSAGES and sum(self._record_counts) < _MAX_RECORDS)
+        """Return whether to read another message.
+
+        However many records they have, two small messages are in flight: one is embedded, one is written.
+        """
+        count = len(self._in_flight)
+        if count and sum(message.size for message in self._in_flight) >= _MAX_BYTES:
+            return False
+        records = sum(message.record_count for message in self._in_flight)
+        return count < 2 or (count < _MAX_MESSAGES and records < _MAX_RECORDS)
 
     async def _write(self, batch: _Batch) -> UpsertedBatch:
         """Write the records of a message; those that the index refuses fail."""
@@ -238,13 +261,14 @@ class UpsertStream:
     async def _embed(self, message: UpsertMessage, embedder: BulkEmbedder | None) -> _Batch:
         """Read the records of a message, and read or embed their vectors."""
         batch = _Batch(message.batch_number)
-        indexes = await self._pool.run(lambda: _read(batch, message), self._caller)
+        indexes = await self._pool.run(partial(_read, batch, message), self._caller)
         if message.read_vectors is not None:
             try:
                 batch.matrix = self._checked(message.read_vectors())[indexes]
             except ServiceError as error:
                 _fail_named(batch, error)
-        elif embedder is not None and batch.records:
+        del message  # the records are read: it is not kept while their texts are embedded
+        if embedder is not None and batch.records:
             await self._embed_texts(batch, embedder)
         return batch
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from emberpc.server.engine import Engine, Lane
 from emberpc.server.errors import invalid
 from emberpc.server.pipelines.embedding import EmbeddingOptions, SimilarityRequest, TextEmbedder
-from emberpc.server.pipelines.embedding_stream import EmbeddedTextGroup, EmbeddingStream, StreamText
+from emberpc.server.pipelines.embedding_stream import EmbeddedTextGroup, EmbeddingStream, StreamText, TextMessage
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services import replies, requests
 from emberpc.server.services.search_response import varint
@@ -60,13 +61,16 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("config"):
             raise invalid("config", "is missing; the first message of a stream must have a config")
-        config, request_id = first.config, requests.request_id(context)
+        # Copied, since a message within another keeps all of it: the first one may have many texts.
+        config, request_id = pb.EmbedStreamConfig(), requests.request_id(context)
+        config.CopyFrom(first.config)
         options = _options(config, "config.")
         caller = requests.caller(context, config.priority, Lane.BULK, "config.priority")
         stream = EmbeddingStream(self._engine, self._limits, config.model, options, caller, request_id)
-        stream.add(_texts(first))
+        stream.add(_text_message(request_iterator, first))
+        del first
         yield pb.EmbedStreamResponse(model=replies.model_version(stream.model))
-        async with aclosing(stream.run(request_iterator, _later_texts)) as groups:
+        async with aclosing(stream.run(request_iterator, partial(_later_message, request_iterator))) as groups:
             async for group in groups:
                 yield _group_response(group, config.dtype, request_id)
 
@@ -121,16 +125,16 @@ def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") ->
     )
 
 
-def _texts(message: pb.EmbedStreamRequest) -> Sequence[StreamText]:
-    """Return the texts of a message."""
-    return [StreamText(item.id, item.text) for item in message.items]
+def _text_message(messages: AsyncIterator[pb.EmbedStreamRequest], message: pb.EmbedStreamRequest) -> TextMessage:
+    """Read the latest message of a stream."""
+    return TextMessage([StreamText(item.id, item.text) for item in message.items], requests.hold(messages).release)
 
 
-def _later_texts(message: pb.EmbedStreamRequest) -> Sequence[StreamText]:
-    """Return the texts of a message that is not the first; INVALID_ARGUMENT if it has a config."""
+def _later_message(messages: AsyncIterator[pb.EmbedStreamRequest], message: pb.EmbedStreamRequest) -> TextMessage:
+    """Read the latest message of a stream that is not its first; INVALID_ARGUMENT if it has a config."""
     if message.HasField("config"):
         raise invalid("config", "is set again; only the first message of a stream may have a config")
-    return _texts(message)
+    return _text_message(messages, message)
 
 
 def _group_response(

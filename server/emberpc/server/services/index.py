@@ -147,8 +147,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         collection = await self._access.open(first.collection)
         caller, request_id = requests.caller(context, default=Lane.BULK), requests.request_id(context)
         stream = UpsertStream(self._engine, self._limits, self._pool, self._reembedding, collection, caller, request_id)
-        stream.add(self._upsert_message(first))
-        async with aclosing(stream.run(request_iterator, self._upsert_message)) as batches:
+        read = partial(self._upsert_message, request_iterator)
+        stream.add(read(first))
+        del first  # not kept until the end of the stream
+        async with aclosing(stream.run(request_iterator, read)) as batches:
             async for batch in batches:
                 yield _batch_response(batch, request_id)
 
@@ -275,8 +277,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     def _check_search_response(self, size: int) -> None:
         self._limits.check_response(size, RESPONSE_REMEDY)
 
-    def _upsert_message(self, message: pb.UpsertRecordsStreamRequest) -> UpsertMessage:
-        """Read a message of UpsertRecordsStream; its records and vectors are read later."""
+    def _upsert_message(
+        self, messages: AsyncIterator[pb.UpsertRecordsStreamRequest], message: pb.UpsertRecordsStreamRequest
+    ) -> UpsertMessage:
+        """Read the latest message of an UpsertRecordsStream; its records and vectors are read later."""
+        held = requests.hold(messages)
         count, given = len(message.records), message.HasField("vectors")
         embedded = count > 0 and not given
         return UpsertMessage(
@@ -286,6 +291,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             read_records=lambda: read_each_record(message.records, self._limits),
             read_vectors=partial(caller_vectors, message.vectors, count, "vectors") if given else None,
             truncation=requests.optional_truncation(message.truncation) if embedded else None,
+            size=held.size,
+            release=held.release,
         )
 
 

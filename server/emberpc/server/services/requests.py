@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from math import inf
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc.aio
 
 from emberpc.server.engine import Caller, Lane, Truncation
 from emberpc.server.errors import invalid
+from emberpc.server.in_flight import HeldMessage, HoldingStream
 from emberpc.server.paging import MAX_PAGE_SIZE
 from emberpc.server.pipelines.embedding import InputKind
 from emberpc.v1 import types_pb2
@@ -41,6 +43,15 @@ def request_id(context: Context) -> str:
     """Return the request id, which `handlers` has put into the trailing metadata."""
     trailing = dict(tuple(context.trailing_metadata() or ()))
     return str(trailing.get(status.REQUEST_ID_KEY, ""))
+
+
+def hold(messages: AsyncIterator[Any]) -> HeldMessage:
+    """Keep the latest message of a stream counted in `max_in_flight_bytes` until it is released.
+
+    Args:
+        messages: the stream as `handlers` gives it to a service.
+    """
+    return cast(HoldingStream, messages).hold()
 
 
 def caller(
