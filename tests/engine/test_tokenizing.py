@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tokenizers import (
     trainers,
 )
 
-from emberpc.server.engine import tokenizing
+from emberpc.server.engine import inference, tokenizing
+from emberpc.server.engine.caller import Lane
 from emberpc.server.engine.inference import Inferrer
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.tokenizing import AbandonedError, TextTokenizer, Truncation
@@ -401,3 +402,48 @@ async def test_long_texts_take_turns_and_end_when_their_caller_leaves() -> None:
         scheduler.close()
     assert stopped.is_set()
     assert order[-1] == "second"
+
+
+class HeldPool(Executor):
+    """Keeps the work that it gets, and runs none."""
+
+    def __init__(self) -> None:
+        self.work: list[Future[Any]] = []
+
+    def submit(self, *_: Any, **__: Any) -> Future[Any]:
+        self.work.append(Future())
+        return self.work[-1]
+
+
+@pytest.mark.parametrize(("cores", "turns"), [(2, 1), (8, 2)])
+async def test_calls_with_many_characters_are_tokenized_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, cores: int, turns: int
+) -> None:
+    """Texts of medium length and many short ones; interactive and short calls do not wait for bulk calls."""
+    monkeypatch.setattr(inference, "usable_cores", lambda: cores)
+    pool, scheduler = HeldPool(), Scheduler(1, 64, 1000)
+    inferrer = Inferrer(pool, scheduler, 0)
+
+    def tokenize(stop: Callable[[], bool]) -> None:
+        raise AssertionError
+
+    async def settle() -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+    bulk = [["a" * 62_000], ["a" * 600] * 64] * 10
+    calls = [asyncio.create_task(inferrer._in_pool(texts, tokenize, Lane.BULK)) for texts in bulk]
+    await settle()
+    assert len(pool.work) == turns
+    calls += [asyncio.create_task(inferrer._in_pool(["a" * 20_000], tokenize, Lane.INTERACTIVE)) for _ in range(5)]
+    calls += [asyncio.create_task(inferrer._in_pool(["a" * 10_000], tokenize, Lane.BULK)) for _ in range(5)]
+    await settle()
+    assert len(pool.work) == turns + turns + 5
+    done = 0
+    while done < len(calls):
+        assert done < len(pool.work)
+        pool.work[done].set_result(None)
+        done += 1
+        await settle()
+    await asyncio.gather(*calls)
+    scheduler.close()

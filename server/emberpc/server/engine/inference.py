@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from emberpc.server.cores import usable_cores
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
-from emberpc.server.engine.caller import Caller
+from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output
@@ -26,6 +28,9 @@ _FEW_CHARACTERS = 2000
 #: A text with more characters takes memory, and a thread of the pool for long. Calls with such texts are tokenized one
 #: at a time.
 _MANY_CHARACTERS = 2**16
+#: Calls whose texts have more characters together take turns, too, a few at a time: the tokenizer holds the interpreter
+#: most of the time. 60 streams with texts of 62,000 characters kept health checks waiting for 11 s on a busy host.
+_TURN_CHARACTERS = 2**14
 
 Result = TypeVar("Result")
 
@@ -95,7 +100,9 @@ class Inferrer:
         self._scheduler = scheduler
         self.cache = Cache(cache_bytes)
         self.flights = Flights()
-        self._turn = asyncio.Semaphore(1)
+        self._long_turn = asyncio.Semaphore(1)
+        #: For each lane, so that no interactive call waits for the texts of many streams.
+        self._turns = {lane: asyncio.Semaphore(max(1, usable_cores() // 4)) for lane in Lane}
 
     async def infer(self, request: InferenceRequest) -> Inference:
         """Run texts through a model.
@@ -127,34 +134,42 @@ class Inferrer:
         """Return the number of tokens of each text with its prompt, before truncation."""
         return await self._in_pool(texts, lambda stop: model.tokenizer.count(texts, prompt, stop))
 
-    async def _in_pool(self, texts: Sequence[str], tokenize: Callable[[Callable[[], bool]], Result]) -> Result:
+    def _turn(self, texts: Sequence[str], lane: Lane) -> asyncio.Semaphore | None:
+        """Return the turn that a call must have before its texts are tokenized; None: no turn."""
+        if any(len(text) > _MANY_CHARACTERS for text in texts):
+            return self._long_turn
+        return self._turns[lane] if sum(map(len, texts)) > _TURN_CHARACTERS else None
+
+    async def _in_pool(
+        self,
+        texts: Sequence[str],
+        tokenize: Callable[[Callable[[], bool]], Result],
+        lane: Lane = Lane.INTERACTIVE,
+    ) -> Result:
         """Tokenize texts in the pool. If the caller leaves, it stops after the present piece of text.
 
         Args:
             texts: the texts.
             tokenize: tokenizes them; its argument returns whether to stop.
+            lane: the lane of the call.
         """
         stop, loop = threading.Event(), asyncio.get_running_loop()
-        large = any(len(text) > _MANY_CHARACTERS for text in texts)
-        if large:
-            await self._turn.acquire()
+        turn = self._turn(texts, lane)
+        if turn is not None:
+            await turn.acquire()
         try:
             work = self._pool.submit(tokenize, stop.is_set)
         except BaseException:
-            if large:
-                self._turn.release()
+            if turn is not None:
+                turn.release()
             raise
-        if large:
+        if turn is not None:
             # Not already when the caller leaves: the piece takes memory until it is done.
-            work.add_done_callback(lambda _: self._end_turn(loop))
+            work.add_done_callback(partial(_end_turn, loop, turn))
         try:
             return await asyncio.wrap_future(work)
         finally:
             stop.set()
-
-    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        with suppress(RuntimeError):  # the loop is closed, so no call waits for a turn
-            loop.call_soon_threadsafe(self._turn.release)
 
     async def _compute(self, request: InferenceRequest, places: Mapping[Key, int], times: _Times) -> dict[Key, Entry]:
         """Run the texts that the cache does not have; `places` has the index of each text in the request."""
@@ -193,7 +208,7 @@ class Inferrer:
             return tokenizer.tokenize(texts, request.prompt, request.truncation, lambda i: path(indexes[i]), stop)
 
         few = sum(map(len, texts)) <= _FEW_CHARACTERS
-        tokenized = tokenize(never) if few else await self._in_pool(texts, tokenize)
+        tokenized = tokenize(never) if few else await self._in_pool(texts, tokenize, request.caller.lane)
         times.tokenize = perf_counter() - start
         return dict(zip(places, tokenized, strict=True))
 
@@ -208,3 +223,9 @@ class Inferrer:
             key: Entry(row, len(text.ids), text.truncated)
             for (key, text), row in zip(texts.items(), result.rows, strict=True)
         }
+
+
+def _end_turn(loop: asyncio.AbstractEventLoop, turn: asyncio.Semaphore, _: Future[Any]) -> None:
+    """End the turn of a call, from any thread."""
+    with suppress(RuntimeError):  # the loop is closed, so no call waits for a turn
+        loop.call_soon_threadsafe(turn.release)
