@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_damaged_counter_is_named_and_refused(
         with refused(Code.INTERNAL, "a counter", "'c'", "restore a backup") as caught:
             list(collection.backup(lambda: False))
         assert caught.value.reason == "DATABASE_DAMAGED"
-        writes = {
+        writes: dict[str, Callable[[], object]] = {
             "upsert": lambda: collection.upsert([NewRecord("new", "")], VECTORS[:1]),
             "delete": lambda: collection.delete(["r00003"]),
         }
