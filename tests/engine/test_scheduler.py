@@ -282,13 +282,9 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
     bulk = Caller(lane=Lane.BULK, deadline=perf_counter() + 1)
     with pytest.raises(ServiceError) as refused:
         await busy.run(gate, texts(50), bulk)
-    assert refused.value.code is Code.RESOURCE_EXHAUSTED
-    assert refused.value.reason == "DEADLINE_TOO_SOON"
-    assert re.fullmatch(
-        r"the call needs about \d+\.\d s \(\d+\.\d s .* deadline is in [01]\.\d s; .*", refused.value.message
-    )
-    assert refused.value.retry_after is not None
-    assert refused.value.retry_after > 1
+    assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SOON")
+    assert " s of them for calls before it), and its deadline is in " in refused.value.message
+    assert (refused.value.retry_after or 0) > 1
     # Interactive work goes before all that, and has time enough.
     short = asyncio.create_task(busy.run(gate, texts(5), Caller(deadline=perf_counter() + 30)))
     await asyncio.sleep(0)

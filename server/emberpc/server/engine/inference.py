@@ -29,7 +29,7 @@ _FEW_CHARACTERS = 2000
 #: at a time.
 _MANY_CHARACTERS = 2**16
 #: Calls whose texts have more characters together take turns, too, a few at a time: the tokenizer holds the interpreter
-#: most of the time. 60 streams with texts of 62,000 characters kept health checks waiting for 11 s on a busy host.
+#: most of the time, and many threads of the pool would compete with the event loop for it.
 _TURN_CHARACTERS = 2**14
 
 Result = TypeVar("Result")
