@@ -53,13 +53,12 @@ _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 #: made gRPC cancel health checks of other callers. The same happened with 256 calls per connection, but not with 100.
 _CALLS = (
     ("grpc.max_concurrent_streams", 100),
-    # Bytes of a stream that gRPC receives ahead of the handler. By default it estimates what the network could carry
-    # meanwhile: on a fast network it held ten messages of 15 MB of a stream whose handler read none.
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 2**20),
     ("grpc.server.max_pending_requests", 2**17),
     ("grpc.server.max_pending_requests_hard_limit", 2**18),
 )
+#: Bytes of a stream that gRPC receives before the handler reads them. By default gRPC estimates how much the network
+#: can carry: on a fast network, it held ten messages of 15 MB of a stream whose handler read none.
+_RECEIVE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
 #: HTTP/2 pings. By default, gRPC's server accepts one ping in 300 seconds during a silent call, and closes the
 #: connection (`too_many_pings`) if there are more. emberpc's client sends a ping every 30 seconds. The server sends
 #: pings too, to detect clients that vanished without closing the connection.
@@ -218,6 +217,7 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
             # A connection without a handshake is closed, so that silent connections cannot use up all file descriptors.
             ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
             *_CALLS,
+            *_RECEIVE_AHEAD,
             *_KEEPALIVE,
         ],
     )

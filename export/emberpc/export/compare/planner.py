@@ -136,15 +136,15 @@ class Planner:
             seconds_left: time left when the comparison stopped.
         """
         hopeless = self.hopeless(done)
-        return [
-            Skipped(
-                cell,
-                f"it would take about {self.estimate(cell, done):.0f} s, and {max(0.0, seconds_left):.0f} s were left"
-                + ("; by its smaller budgets it would not win" if (cell.base, cell.strategy) in hopeless else ""),
-                for_time=True,
-            )
-            for cell in cells
-        ]
+
+        def reason(cell: Cell) -> str:
+            seconds = self.estimate(cell, done)
+            needed = f"it would take about {seconds:.0f} s ({_SAFETY * seconds:.0f} s with a reserve)"
+            left = f"and {max(0.0, seconds_left):.0f} s were left"
+            loses = "; by its smaller budgets it would not win" if (cell.base, cell.strategy) in hopeless else ""
+            return f"{needed}, {left}{loses}"
+
+        return [Skipped(cell, reason(cell), for_time=True) for cell in cells]
 
 
 def mean_accuracies(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], float]:
