@@ -217,7 +217,10 @@ def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeyp
 
     def changed(bundle: Bundle, contents: Contents | None = None) -> None:
         check(bundle)
-        (copy / "onnx" / "w").write_bytes((copy / "onnx" / "w").read_bytes()[:-4] + b"\0\0\x80?")
+        # In place: another thread, which reads the file, must not find it shorter for a moment.
+        with (copy / "onnx" / "w").open("r+b") as weights:
+            weights.seek(-4, os.SEEK_END)
+            weights.write(b"\0\0\x80?")
         checked.set()
 
     checked, make = threading.Event(), OnnxSession

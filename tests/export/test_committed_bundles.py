@@ -16,7 +16,7 @@ TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "make_test_bund
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     # Rounds of timing give a steadier median of the speed, which is not compared.
-    monkeypatch.setattr("emberpc.export.variants.measuring.ROUNDS", 1)
+    monkeypatch.setattr("emberpc.export.variants.measurement.ROUNDS", 1)
     spec = importlib.util.spec_from_file_location("make_test_bundles", TOOL)
     assert spec is not None
     assert spec.loader is not None

@@ -16,13 +16,11 @@ from emberpc.server.index import Collection, Index
 from emberpc.server.index.storage.record_cache import RecordCache
 from index_helpers import DIMENSIONS, records, vectors
 
+#: No NUL, which metadata must not hold.
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**60), 2**60)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=6,
 )
 
@@ -35,7 +33,7 @@ def collection(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Colle
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(), label=st.text(), metadata=st.dictionaries(st.text(), JSON, max_size=4))
+@given(text=st.text(), label=st.text(), metadata=st.dictionaries(TEXTS, JSON, max_size=4))
 def test_a_hit_is_the_record_as_it_was_written(
     collection: Collection, text: str, label: str, metadata: dict[str, Any]
 ) -> None:

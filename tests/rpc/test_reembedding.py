@@ -221,9 +221,9 @@ def test_the_command_line_waits_until_it_is_done(server: ServerProcess, client: 
         )
 
     done = reembed("--model", "b")
-    assert (done.returncode, done.stderr) == (0, "c is under b now, with 32 dimensions\n")
+    assert (done.returncode, done.stderr) == (0, "c now has the model b, with 32 dimensions\n")
     check(client, "b", expected)
     begun = reembed("--model", "a", "--no-wait")
-    assert begun.stderr.startswith("c is on its way to a") or begun.stderr.startswith("c is under a")
+    assert begun.stderr.startswith(("the server embeds c with a", "c now has the model a"))
     assert reembed("--model", "b", "--cancel").returncode == 2
-    assert reembed("--cancel").stderr.startswith("c stays under ")
+    assert reembed("--cancel").stderr.startswith("c keeps its model: ")
