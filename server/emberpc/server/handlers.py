@@ -79,7 +79,7 @@ class Handlers:
         server: grpc.aio.Server,
         observe: Observe | None = None,
         counts: Mapping[str, int] = MappingProxyType({}),
-        max_in_flight_bytes: int = 128 * 2**20,
+        max_in_flight_bytes: int = 96 * 2**20,
         max_streams: int = 64,
     ) -> None:
         self._server = server

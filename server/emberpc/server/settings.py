@@ -126,7 +126,7 @@ class Settings:
     max_message_bytes: int = _setting(16 * 2**20, "Most bytes of one request message.")
     max_response_bytes: int = _setting(32 * 2**20, "Most bytes of one response.")
     max_in_flight_bytes: int = _setting(
-        128 * 2**20, "Most bytes of large requests in progress and of large responses that callers have not read."
+        96 * 2**20, "Most bytes of large requests in progress and of large responses that callers have not read."
     )
     max_streams: int = _setting(64, "Most request streams (bulk embedding, upserts, restores) that are open at a time.")
     handshake_seconds: float = _setting(20.0, "Seconds after which a new connection without a handshake is closed.")
