@@ -153,19 +153,24 @@ def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: 
     async def call(request: Any, context: Context) -> Any:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, code, held = perf_counter(), "OK", Held(in_flight, streams)
+        start, held = perf_counter(), Held(in_flight, streams)
+
+        def end(code: str) -> None:
+            held.release()
+            observe(method, code, perf_counter() - start)
+
         try:
             decoded = await read(request, held)
             del request  # the bytes are not kept beside the message
-            return await inner(decoded, context)
+            response = await inner(decoded, context)
         except BaseException as error:
-            code = _code_name(error, context)
+            # Before the status is sent: its caller may read the metrics at once.
+            end(_code_name(error, context))
             if not isinstance(error, Exception):
                 raise
             await _abort(error, method, request_id, context)
-        finally:
-            held.release()
-            observe(method, code, perf_counter() - start)
+        end("OK")
+        return response
 
     return call
 
@@ -311,7 +316,12 @@ def _iterated(
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         request_id = _request_id(context)
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, code, held = perf_counter(), "OK", Held(in_flight, streams)
+        start, held = perf_counter(), Held(in_flight, streams)
+
+        def end(code: str) -> None:
+            held.release()
+            observe(method, code, perf_counter() - start)
+
         try:
             # `aclosing` closes the responses as soon as the caller leaves. Work of the stream in flight then stops.
             decoded = await read(request, held)
@@ -320,13 +330,11 @@ def _iterated(
                 async for answer in answers:
                     yield answer
         except BaseException as error:
-            code = _code_name(error, context)
+            end(_code_name(error, context))
             if not isinstance(error, Exception):
                 raise
             await _abort(error, method, request_id, context)
-        finally:
-            held.release()
-            observe(method, code, perf_counter() - start)
+        end("OK")
 
     return call
 
