@@ -108,12 +108,124 @@ class Handlers:
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, wrapped)])
 
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        wrap = _stream if handler.response_streaming else _unary
-        read = _reader(handler, method, self._counts)
-        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(
-            handler, method, read, self._observe, self._in_flight, self._streams
-        )
+        wrap = self._stream if handler.response_streaming else self._unary
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, _reader(handler, method, self._counts))
         return wrapped
+
+    def _unary(self, handler: Any, method: str, read: _Read) -> Any:
+        """Wrap the handler of a method with a single response."""
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        if not inspect.iscoroutinefunction(inner):
+            inner = _as_coroutine(inner)
+        #: A method that returns bytes has no serializer.
+        serialize = handler.response_serializer or (lambda response: response)
+
+        async def answer(request: Any, context: Context) -> bytes:
+            return self._counted(serialize(await inner(request, context)), context)
+
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return make(self._awaited(answer, method, read), None, None)
+
+    def _stream(self, handler: Any, method: str, read: _Read) -> Any:
+        """Wrap the handler of a method with a response stream."""
+        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        wrap = self._awaited if inspect.iscoroutinefunction(inner) else self._iterated
+        make = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        return make(wrap(inner, method, read), None, handler.response_serializer)
+
+    def _awaited(self, inner: Any, method: str, read: _Read) -> Any:
+        """Wrap a coroutine function that returns the response, or writes its responses to the context."""
+
+        async def handle(request: Any, context: Context) -> Any:
+            call = self._begin(method, context)
+            try:
+                decoded = await read(request, call.held)
+                del request  # the bytes are not kept beside the message
+                response = await inner(decoded, context)
+            except BaseException as error:
+                await call.fail(error)
+                raise
+            call.end("OK")
+            return response
+
+        return handle
+
+    def _iterated(self, inner: Any, method: str, read: _Read) -> Any:
+        """Wrap a function that returns the responses of a call as an asynchronous generator."""
+
+        async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+            call = self._begin(method, context)
+            try:
+                # `aclosing` closes the responses as soon as the caller leaves. Work of the stream in flight then stops.
+                decoded = await read(request, call.held)
+                del request  # the bytes are not kept beside the message
+                async with aclosing(inner(decoded, context)) as answers:
+                    async for answer in answers:
+                        yield answer
+            except BaseException as error:
+                await call.fail(error)
+                raise
+            call.end("OK")
+
+        return handle
+
+    def _begin(self, method: str, context: Context) -> _Call:
+        return _Call(method, context, Held(self._in_flight, self._streams), self._observe)
+
+    def _counted(self, response: bytes, context: Context) -> bytes:
+        """Return a response, and count its bytes as unread until the call ends if it is large.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if too many bytes of large requests and responses are in flight.
+        """
+        if len(response) >= LARGE:
+            self._in_flight.add(len(response))
+
+            def ended(_: Any) -> None:
+                self._in_flight.remove(len(response))
+
+            context.add_done_callback(ended)  # type: ignore[arg-type]
+        return response
+
+
+class _Call:
+    """A call in progress. It gets a request id when it begins.
+
+    Args:
+        method: path of the method.
+        context: gRPC's context of the call.
+        held: counts what the call holds.
+        observe: called when the call ends; see `Handlers`.
+    """
+
+    def __init__(self, method: str, context: Context, held: Held, observe: Observe) -> None:
+        self._method = method
+        self._context = context
+        self.held = held
+        self._observe = observe
+        self._request_id = _request_id(context)
+        self._start = perf_counter()
+        context.set_trailing_metadata(((status.REQUEST_ID_KEY, self._request_id),))
+
+    def end(self, code: str) -> None:
+        """Release what the call holds, and report its status code and duration."""
+        self.held.release()
+        self._observe(self._method, code, perf_counter() - self._start)
+
+    async def fail(self, error: BaseException) -> None:
+        """End the call, and send the status of an error. Return if the call was cancelled or its caller left.
+
+        Raises:
+            grpc.aio.AbortError: the status was sent.
+        """
+        # First, since the caller may read the metrics as soon as it has the status.
+        self.end(_code_name(error, self._context))
+        if isinstance(error, Exception):
+            await _abort(error, self._method, self._request_id, self._context)
 
 
 def _code_name(error: BaseException, context: Context) -> str:
@@ -129,66 +241,6 @@ def _code_name(error: BaseException, context: Context) -> str:
         return Code.UNIMPLEMENTED.name
     # GeneratorExit: the response stream was closed because its caller left.
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
-
-
-def _unary(handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams) -> Any:
-    """Wrap the handler of a method with a single response."""
-    inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-    if not inspect.iscoroutinefunction(inner):
-        inner = _as_coroutine(inner)
-    #: A method that returns bytes has no serializer.
-    serialize = handler.response_serializer or (lambda response: response)
-
-    async def answer(request: Any, context: Context) -> bytes:
-        return _counted(serialize(await inner(request, context)), in_flight, context)
-
-    call = _awaited(answer, method, read, observe, in_flight, streams)
-    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-    return make(call, None, None)
-
-
-def _awaited(inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams) -> Any:
-    """Wrap a coroutine function that returns the response, or writes its responses to the context."""
-
-    async def call(request: Any, context: Context) -> Any:
-        request_id = _request_id(context)
-        context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, held = perf_counter(), Held(in_flight, streams)
-
-        def end(code: str) -> None:
-            held.release()
-            observe(method, code, perf_counter() - start)
-
-        try:
-            decoded = await read(request, held)
-            del request  # the bytes are not kept beside the message
-            response = await inner(decoded, context)
-        except BaseException as error:
-            # Before the status is sent: its caller may read the metrics at once.
-            end(_code_name(error, context))
-            if not isinstance(error, Exception):
-                raise
-            await _abort(error, method, request_id, context)
-        end("OK")
-        return response
-
-    return call
-
-
-def _counted(response: bytes, in_flight: BytesInFlight, context: Context) -> bytes:
-    """Return a response, and count its bytes as unread until the call ends if it is large.
-
-    Raises:
-        ServiceError: RESOURCE_EXHAUSTED if too many bytes of large requests and responses are in flight.
-    """
-    if len(response) >= LARGE:
-        in_flight.add(len(response))
-
-        def ended(_: Any) -> None:
-            in_flight.remove(len(response))
-
-        context.add_done_callback(ended)  # type: ignore[arg-type]
-    return response
 
 
 def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
@@ -292,49 +344,6 @@ def _as_coroutine(method: Any) -> Any:
 
     async def call(request: Any, context: Context) -> Any:
         return method(request, context)
-
-    return call
-
-
-def _stream(
-    handler: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams
-) -> Any:
-    """Wrap the handler of a method with a response stream."""
-    inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-    call = (_awaited if inspect.iscoroutinefunction(inner) else _iterated)(
-        inner, method, read, observe, in_flight, streams
-    )
-    make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-    return make(call, None, handler.response_serializer)
-
-
-def _iterated(
-    inner: Any, method: str, read: _Read, observe: Observe, in_flight: BytesInFlight, streams: Streams
-) -> Any:
-    """Wrap a function that returns the responses of a call as an asynchronous generator."""
-
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-        request_id = _request_id(context)
-        context.set_trailing_metadata(((status.REQUEST_ID_KEY, request_id),))
-        start, held = perf_counter(), Held(in_flight, streams)
-
-        def end(code: str) -> None:
-            held.release()
-            observe(method, code, perf_counter() - start)
-
-        try:
-            # `aclosing` closes the responses as soon as the caller leaves. Work of the stream in flight then stops.
-            decoded = await read(request, held)
-            del request  # the bytes are not kept beside the message
-            async with aclosing(inner(decoded, context)) as answers:
-                async for answer in answers:
-                    yield answer
-        except BaseException as error:
-            end(_code_name(error, context))
-            if not isinstance(error, Exception):
-                raise
-            await _abort(error, method, request_id, context)
-        end("OK")
 
     return call
 
