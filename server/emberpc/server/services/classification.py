@@ -7,7 +7,7 @@ from datetime import datetime
 
 from emberpc.bundle import LabelDecisions, Manifest, Task
 from emberpc.server.engine import Engine, Model
-from emberpc.server.paging import decode_token, encode_token
+from emberpc.server.paging import decode_token
 from emberpc.server.pipelines.classification import ClassificationRequest, TextClassifier
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services import replies, requests
@@ -16,9 +16,6 @@ from emberpc.v1 import classification_pb2_grpc
 
 #: Bytes of a reply beside the only classifier in it, its page token included: a name has at most 128 characters.
 _REPLY_BYTES = 1024
-#: A page of classifiers ends before this many bytes, or after one classifier: classifiers with many labels would exceed
-#: the limit of a message.
-_MAX_PAGE_BYTES = 2**20
 
 
 class ClassificationService(classification_pb2_grpc.ClassificationServiceServicer):
@@ -59,19 +56,11 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         models = [model for model in self._engine.models() if model.manifest.task is Task.CLASSIFICATION]
-        rest = [model for model in models if model.name > after]
-        response = pb.ListClassifiersResponse()
-        size_bytes, most_bytes = 0, min(_MAX_PAGE_BYTES, self._limits.max_response_bytes - _REPLY_BYTES)
-        for model in rest[:size]:
-            description = describe(model)
-            size_bytes += description.ByteSize()
-            if response.classifiers and size_bytes > most_bytes:
-                break
+        max_bytes = min(replies.MAX_PAGE_BYTES, self._limits.max_response_bytes - _REPLY_BYTES)
+        page, token = replies.model_page(models, after, size, max_bytes, describe)
+        for description in page[:1]:  # only the first may have more bytes than a page
             self._check_size(description)
-            response.classifiers.append(description)
-        if response.classifiers and len(response.classifiers) < len(rest):
-            response.next_page_token = encode_token(response.classifiers[-1].name)
-        return response
+        return pb.ListClassifiersResponse(classifiers=page, next_page_token=token)
 
     async def GetClassifier(
         self, request: pb.GetClassifierRequest, context: requests.Context

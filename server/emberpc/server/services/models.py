@@ -8,14 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from emberpc.bundle import Task
 from emberpc.server.engine import Engine, Loader, Model, Tell
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.paging import decode_token, encode_token
-from emberpc.server.services import requests
+from emberpc.server.paging import decode_token
+from emberpc.server.services import replies, requests
 from emberpc.v1 import model_pb2 as pb
 from emberpc.v1 import model_pb2_grpc
-
-#: A page of models has at most this many bytes, or a single model: models with many labels would exceed the limit of
-#: a message.
-_MAX_PAGE_BYTES = 2**20
 
 _TASKS = {
     Task.EMBEDDING: pb.MODEL_TASK_EMBEDDING,
@@ -41,18 +37,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """List the models in the order of their names."""
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
-        models = [model for model in self._engine.models() if model.name > after]
-        response = pb.ListModelsResponse()
-        size_bytes = 0
-        for model in models[:size]:
-            description = describe(model)
-            size_bytes += description.ByteSize()
-            if response.models and size_bytes > _MAX_PAGE_BYTES:
-                break
-            response.models.append(description)
-        if response.models and len(response.models) < len(models):
-            response.next_page_token = encode_token(response.models[-1].name)
-        return response
+        page, token = replies.model_page(self._engine.models(), after, size, replies.MAX_PAGE_BYTES, describe)
+        return pb.ListModelsResponse(models=page, next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: requests.Context) -> pb.GetModelResponse:
         """Describe one model."""

@@ -1,12 +1,44 @@
-"""Write the parts of a response that several services have: model, token usages, timings, receipt of a write."""
+"""Write the parts of a response that several services have: pages, model, token usages, timings, receipt of a write."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from emberpc.server.collections import WriteResult
 from emberpc.server.engine import Inference, Model
-from emberpc.v1 import index_pb2, types_pb2
+from emberpc.server.paging import encode_token
+from emberpc.v1 import classification_pb2, index_pb2, model_pb2, types_pb2
+
+#: A page of models has at most this many bytes, or a single model: models with many labels would exceed the limit of
+#: a message.
+MAX_PAGE_BYTES = 2**20
+
+Description = TypeVar("Description", model_pb2.Model, classification_pb2.Classifier)
+
+
+def model_page(
+    models: Sequence[Model], after: str, size: int, max_bytes: int, describe: Callable[[Model], Description]
+) -> tuple[list[Description], str]:
+    """Return the descriptions of one page of models, and the token of the next page; empty if there is none.
+
+    Args:
+        models: all models of the list, by name.
+        after: the page starts after this name.
+        size: most models of the page.
+        max_bytes: most bytes of their descriptions; the first one may have more.
+        describe: returns the description of a model, which has its name.
+    """
+    remaining = [model for model in models if model.name > after]
+    page: list[Description] = []
+    total = 0
+    for model in remaining[:size]:
+        description = describe(model)
+        total += description.ByteSize()
+        if page and total > max_bytes:
+            break
+        page.append(description)
+    return page, encode_token(page[-1].name) if page and len(page) < len(remaining) else ""
 
 
 def model_version(model: Model) -> types_pb2.ModelVersion:
