@@ -10,6 +10,7 @@ import logging
 import sqlite3
 from contextlib import suppress
 
+from emberpc.server import cancellation
 from emberpc.server.collections.filters import Filter, matches
 from emberpc.server.index.storage.filter_sql import INDEX_PREFIX, Clause, compile_filter
 from emberpc.server.index.storage.rows import DAMAGE_ERRORS
@@ -35,18 +36,22 @@ def compiled(connection: sqlite3.Connection, condition: Filter) -> Clause:
     """Compile a filter to SQL that means the same for the records that the database has now.
 
     Raises:
+        ServiceError: the call was cancelled, see `cancellation`.
         sqlite3.Error: the database fails.
     """
     clause = compile_filter(condition)
     statement = f"SELECT label, CAST(metadata AS BLOB) FROM records WHERE {_HOLDS_NUL}"  # noqa: S608 - our own condition
-    rows = connection.execute(statement).fetchall()
-    if not rows:
-        return clause
+    holds_nul = False
     found = []
-    for label, document in rows:
+    # One row at a time: an old collection may have any number of them.
+    for label, document in connection.execute(statement):
+        cancellation.check()
+        holds_nul = True
         with suppress(*DAMAGE_ERRORS):
             if matches(condition, json.loads(document)):
                 found.append(label)
+    if not holds_nul:
+        return clause
     # The deepest first, as in `filter_sql`.
     sql = f"(({clause.sql} AND NOT {_HOLDS_NUL}) OR label IN (SELECT value FROM json_each(?)))"  # noqa: S608 - ours
     return Clause(sql, (*clause.parameters, json.dumps(found)), clause.depth + 2)
