@@ -67,7 +67,7 @@ class Job:
         texts: token ids of each text.
         caller: who sent the call, its lane and its deadline.
         future: set on the caller's event loop when the job ends.
-        over: whether nobody waits for the job: its result was sent, or its caller left.
+        over: whether the job ended: its result was sent, or its caller left.
         tokens: number of tokens of all texts.
         rows: the output of each text so far.
         remaining: number of texts without an output.

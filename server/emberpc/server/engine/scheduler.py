@@ -305,7 +305,7 @@ class Scheduler:
         try:
             batch = self._backlog.take(lane)
         except BaseException:
-            # The queue is inconsistent: nobody knows which texts were removed. No caller may hang.
+            # The queue is inconsistent: which texts were removed is unknown. No caller may hang.
             self._backlog.drain()
             fail(self._live, failure())
             raise

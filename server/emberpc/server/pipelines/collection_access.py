@@ -56,7 +56,7 @@ class CollectionAccess:
         opening = self._opening.get(name)
         if opening is None:
             opening = self._opening[name] = asyncio.create_task(self._open(name))
-            # Reads the exception: asyncio logs one that nobody reads, and all callers may have left.
+            # Reads the exception, since all callers may have left: asyncio logs an exception that is never read.
             opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(opening)
 

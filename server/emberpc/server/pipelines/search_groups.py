@@ -202,7 +202,7 @@ class SearchGroups:
         try:
             with self._pool.cancelled_when(partial(_all_left, group)):
                 outcomes = _group_outcomes([search for search, _ in group])
-        except BaseException as error:  # raised in each caller: nobody reads the exceptions of the pool's jobs
+        except BaseException as error:  # raised in each caller: exceptions of the pool's jobs are not read
             outcomes = [error] * len(group)
         seconds = (perf_counter() - start) / sum(len(search.queries) for search, _ in group)
         loop.call_soon_threadsafe(self._settle, loop, key, queue, group, outcomes, seconds)

@@ -49,7 +49,7 @@ class Loader:
         self._submitted: set[Future[Any]] = set()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run work after all work that was submitted before; it runs to its end even if nobody waits for it."""
+        """Run work after all work that was submitted before; it runs to its end even if its caller leaves."""
         future = self._thread.submit(work)
         self._submitted.add(future)
         future.add_done_callback(self._submitted.discard)

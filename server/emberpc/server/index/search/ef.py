@@ -65,7 +65,7 @@ class EfChooser:
 
     @property
     def due(self) -> bool:
-        """Whether the graph was never measured, or has grown so much that it must be measured again."""
+        """Whether the graph was never measured, or has grown by half since."""
         size = self._neighbours.graph_size
         return size >= recall.MIN_SIZE and (self._measured is None or self._measured.outgrown(size))
 
