@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,18 +27,24 @@ class ServerProcess:
         data_dir: the server's data directory.
         flags: more flags of `emberpc serve`.
         listen: address to listen on. With port 0 the server takes a free port, and `address` has it.
+        program: arguments of Python that run `emberpc`.
 
     Raises:
         RuntimeError: the server ended, or was not ready within 300 s; the message has its output.
     """
 
-    def __init__(self, models: Mapping[str, Path], data_dir: Path, *flags: str, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Path],
+        data_dir: Path,
+        *flags: str,
+        listen: str = "127.0.0.1:0",
+        program: Sequence[str] = ("-m", "emberpc.cli.main"),
+    ) -> None:
         self.arguments = ["serve", "--listen", listen, "--data-dir", str(data_dir), *flags]
         for name, folder in models.items():
             self.arguments += ["--model", f"{name}={folder}"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "emberpc.cli.main", *self.arguments], stderr=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen([sys.executable, *program, *self.arguments], stderr=subprocess.PIPE, text=True)
         self.address = ""
         self._log: list[str] = []
         self._ready = threading.Event()
