@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def foreign(
     width: int | str = 8,
     output: str = "last_hidden_state",
     model: bytes = b"\x08\x09",
+    inputs: Sequence[str] = ("input_ids", "attention_mask"),
 ) -> Bundle:
     """Read a folder with these JSON files and an ONNX file, which is taken for a graph with this output."""
     folder.mkdir(exist_ok=True)
@@ -36,7 +37,7 @@ def foreign(
         (folder / name).write_text(json.dumps(content))
     shape: list[str | int] = ["batch", "tokens", width] if output == "last_hidden_state" else ["batch", width]
     graph = Graph(
-        [Tensor(name, "tensor(int64)", ["batch", "tokens"]) for name in ("input_ids", "attention_mask")],
+        [Tensor(name, "tensor(int64)", ["batch", "tokens"]) for name in inputs],
         [Tensor(output, "tensor(float)", shape)],
     )
     return open_bundle(folder, {"pooling": "mean", **(options or {})} if shape[2:] else options or {}, lambda _: graph)
@@ -160,7 +161,7 @@ MODULES = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
         ({"type": "BertNormalizer", "lowercase": False}, "keeps the case"),
         ({"type": "BertNormalizer", "lowercase": True}, ""),
         ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, ""),
-        ([], "keeps the case"),
+        ([], "is no tokenizer"),
         ("x", "is no tokenizer"),
     ],
 )
@@ -227,3 +228,130 @@ def test_a_module_outside_the_folder_is_refused(tmp_path: Path, place: str) -> N
     listed = [*modules("Transformer"), {"type": "sentence_transformers.models.Pooling", "path": place}]
     with pytest.raises(BundleError, match="which leads out of the folder"):
         foreign(tmp_path, {"config.json": CONFIG, "modules.json": listed})
+
+
+WORDPIECE = {"type": "BertNormalizer", "lowercase": True, "strip_accents": None, "handle_chinese_chars": True}
+SPECIAL = {"content": "[CLS]", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+
+def templated(first: str, last: str) -> dict[str, Any]:
+    items = {"S": {"SpecialToken": {"id": "<s>", "type_id": 0}}, "A": {"Sequence": {"id": "A", "type_id": 0}}}
+    return {"type": "TemplateProcessing", "single": [items[kind] for kind in first + "A" + last]}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "words"),
+    [
+        ({"normalizer": WORDPIECE}, {"do_lower_case": False}, "do_lower_case is false.*json has true"),
+        ({"normalizer": WORDPIECE}, {"strip_accents": False}, "strip_accents is false"),
+        ({"normalizer": WORDPIECE}, {"tokenize_chinese_chars": False}, "tokenize_chinese_chars is false"),
+        (
+            {"normalizer": WORDPIECE | {"lowercase": False}},
+            {"tokenizer_class": "BertTokenizer"},
+            "do_lower_case is true.*json has false",
+        ),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, {"add_prefix_space": True}, "prefix"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {}, "add_prefix_space is false"),
+        (
+            {"post_processor": templated("S", "")},
+            {"tokenizer_class": "GemmaTokenizerFast", "add_eos_token": True},
+            "add_eos_token is true",
+        ),
+        (
+            {"post_processor": {"type": "Sequence", "processors": [templated("S", "S")]}},
+            {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False},
+            "add_bos_token is false",
+        ),
+        ({}, {"split_special_tokens": True}, "split_special_tokens is not supported"),
+        ({}, {"truncation_side": "left"}, "truncation_side left"),
+        ({"truncation": {"direction": "Left", "max_length": 8}}, {}, "truncation_side left"),
+        ({"added_tokens": [SPECIAL]}, {"cls_token": "[MASK]"}, r"cls_token has '\[MASK\]', and the added_tokens"),
+        ({}, {"additional_special_tokens": ["cat"]}, "additional_special_tokens has 'cat'"),
+        ({}, {"extra_special_tokens": {"image": {"content": "<i>"}}}, "extra_special_tokens has '<i>'"),
+        ({}, {"added_tokens_decoder": {"7": SPECIAL}}, "tokenizer.json does not list in added_tokens"),
+        (
+            {"added_tokens": [SPECIAL]},
+            {"added_tokens_decoder": {"7": SPECIAL | {"lstrip": True}}},
+            "tokenizer.json lists with other flags",
+        ),
+    ],
+)
+def test_settings_that_change_the_tokenizer_are_refused(
+    tmp_path: Path, tokenizer: object, config: object, words: str
+) -> None:
+    files = {"config.json": CONFIG, "tokenizer.json": tokenizer, "tokenizer_config.json": config}
+    with pytest.raises(BundleError, match=words):
+        foreign(tmp_path, files)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config"),
+    [
+        ({"normalizer": WORDPIECE}, {"do_lower_case": True, "strip_accents": None, "tokenizer_class": "BertTokenizer"}),
+        # This class ignores the settings of BERT's tokenizers.
+        ({"normalizer": WORDPIECE}, {"do_lower_case": False, "tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"normalizer": {"type": "Precompiled"}}, {"do_lower_case": True}),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {"add_prefix_space": True}),
+        ({"post_processor": templated("S", "S")}, {"tokenizer_class": "GemmaTokenizer", "add_eos_token": True}),
+        ({"post_processor": templated("S", "")}, {"tokenizer_class": "BertTokenizer", "add_eos_token": True}),
+        ({"added_tokens": [SPECIAL]}, {"cls_token": SPECIAL, "added_tokens_decoder": {"7": SPECIAL}}),
+        ({"truncation": {"direction": "Left"}}, {"truncation_side": "right"}),
+    ],
+)
+def test_settings_that_agree_with_the_tokenizer_are_taken(tmp_path: Path, tokenizer: object, config: object) -> None:
+    foreign(tmp_path, {"config.json": CONFIG, "tokenizer.json": tokenizer, "tokenizer_config.json": config})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tokenizer_args": {"do_lower_case": False}}, "do_lower_case is false"),
+        ({"processor_kwargs": {"truncation_side": "left"}}, "truncation_side left"),
+        ({"processor_kwargs": {"dropout": 0.1}}, "the tokenizer's keyword dropout, which is not supported"),
+        ({"processing_kwargs": {"text": {"max_length": 16}}}, "processing_kwargs, which is not supported"),
+    ],
+)
+def test_keywords_of_the_transformer_module_are_refused_if_they_change_tokens(
+    tmp_path: Path, settings: Mapping[str, object], words: str
+) -> None:
+    files = {
+        "config.json": CONFIG,
+        "modules.json": MODULES,
+        "tokenizer.json": {"normalizer": WORDPIECE},
+        "sentence_bert_config.json": settings,
+    }
+    with pytest.raises(BundleError, match=words):
+        foreign(tmp_path, files)
+
+
+def test_special_tokens_of_older_folders_must_be_in_the_tokenizer(tmp_path: Path) -> None:
+    files = {"config.json": CONFIG, "special_tokens_map.json": {"additional_special_tokens": ["cat"]}}
+    with pytest.raises(BundleError, match=r"special_tokens_map.json: additional_special_tokens has 'cat'"):
+        foreign(tmp_path, files)
+    # transformers does not read the file beside this key.
+    foreign(tmp_path, files | {"tokenizer_config.json": {"added_tokens_decoder": {}}})
+
+
+def test_token_types_that_the_server_does_not_feed_are_refused(tmp_path: Path) -> None:
+    processor = json.loads(json.dumps(templated("S", "")).replace('"type_id": 0', '"type_id": 1'))
+    files = {"config.json": CONFIG, "tokenizer.json": {"post_processor": processor}}
+    foreign(tmp_path, files)  # the graph has no input for token types
+    with pytest.raises(BundleError, match="sets a type_id other than 0"):
+        foreign(tmp_path, files, inputs=("input_ids", "attention_mask", "token_type_ids"))
+
+
+def test_the_tokenizer_may_state_its_limit_under_the_old_key(tmp_path: Path) -> None:
+    bundle = foreign(tmp_path, {"config.json": CONFIG, "tokenizer_config.json": {"max_len": 16}})
+    assert bundle.manifest.max_tokens == 16
+
+
+def test_a_missing_pooling_folder_is_named(tmp_path: Path) -> None:
+    listed = [*MODULES, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    with pytest.raises(BundleError, match=r"1_Pooling/config.json is missing, and modules.json lists it"):
+        foreign(tmp_path, {"config.json": CONFIG, "modules.json": listed})
+
+
+def test_a_truncated_dimension_is_refused(tmp_path: Path) -> None:
+    files = {"config.json": CONFIG, "config_sentence_transformers.json": {"truncate_dim": 4}}
+    with pytest.raises(BundleError, match="truncate_dim is not supported; remove it"):
+        foreign(tmp_path, files)

@@ -182,9 +182,15 @@ def with_slow_tokenizer(source: Path) -> None:
     lay_out(source, {"tokenizer_config.json": {"tokenizer_class": "CanineTokenizer", "model_max_length": 32}})
 
 
+def with_split_special_tokens(source: Path) -> None:
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    lay_out(source, {"tokenizer_config.json": settings | {"split_special_tokens": True}})
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (with_split_special_tokens, "states split_special_tokens, which tokenizer.json cannot; set it to false"),
         (without_tokenizer, r"no tokenizer that can be read .*tokenizer\.json"),
         (with_slow_tokenizer, r"has no tokenizer\.json, and transformers cannot make one from its CanineTokenizer"),
     ],

@@ -9,7 +9,6 @@ models often `modules.json`, `1_Pooling/config.json` and
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,10 +33,10 @@ from emberpc.bundle.peers import (
     read_prompts,
     read_sentence_transformers,
     read_token_id,
-    read_transformer,
     transformer_folder,
 )
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
+from emberpc.bundle.tokenizer_settings import check_tokenizer
 
 #: Texts to probe a model with. Their lengths differ, so that a batch of them is padded.
 PROBES = (
@@ -145,12 +144,12 @@ def read_foreign(
     external = external_files(folder, model, contents)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
     config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
-    _check_case(folder)
     # Embedding models have labels in config.json, too: transformers writes default ones.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
     output = find_output(graph, task, stated.output)
     interface, pooling = _interface(folder, graph, config, task, output, stated)
+    check_tokenizer(folder, feeds_types=bool(interface.inputs.token_type_ids), contents=contents)
     # The old fingerprint hashed files of this name pattern only. The hash here covers all files with weights.
     named = {str(path.relative_to(folder)) for path in (folder / model).parent.glob(f"{Path(model).name}_data*")}
     for name in named:
@@ -200,29 +199,6 @@ def _interface(
         normalize = stated.normalize == "yes"
     found = Interface(inputs, output.name, pooling if by_tokens else "", normalize)
     return found, pooling or "in the graph"
-
-
-def _check_case(folder: Path) -> None:
-    """Refuse a model that needs lower-cased texts if its tokenizer keeps the case: the server does not lower-case.
-
-    Raises:
-        BundleError: the folder states `do_lower_case`, and its tokenizer keeps the case.
-    """
-    if not read_transformer(folder).get("do_lower_case"):
-        return
-    path = folder / TOKENIZER_NAME
-    try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        normalizer = tokenizer.get("normalizer") or {}
-        steps = [normalizer, *(normalizer.get("normalizers") or [])]
-        lowers = any(step.get("type") == "Lowercase" or step.get("lowercase") is True for step in steps)
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
-        raise BundleError(f"{path} is no tokenizer; get the model again") from error
-    if not lowers:
-        raise BundleError(
-            f"{folder} states do_lower_case, and its {TOKENIZER_NAME} keeps the case; add the normalizer Lowercase "
-            "there, or export the model with `emberpc export embedding`"
-        )
 
 
 def _is_embedder(folder: Path) -> bool:

@@ -23,6 +23,8 @@ _POOLING_KEYS = {
 }
 #: A limit in tokens from here on counts as not stated: tokenizers write an absurdly large number then.
 _MOST_TOKENS = 100_000
+#: Keys of the tokenizer's limit in tokens, in the order in which transformers looks for them.
+_LENGTH_KEYS = ("model_max_length", "max_len")
 #: Files with the settings of the Transformer module, in the order in which sentence-transformers looks for them.
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
@@ -88,8 +90,10 @@ def read_pooling(path: Path) -> str:
     """Read the pooling from `1_Pooling/config.json`, in the older or the newer format of that file.
 
     Raises:
-        BundleError: the pooling is none of `POOLINGS`, or it leaves the prompt's tokens out.
+        BundleError: the file is missing, the pooling is none of `POOLINGS`, or it leaves the prompt's tokens out.
     """
+    if not path.is_file():
+        raise BundleError(f"{path} is missing, and modules.json lists it; copy the folder with its subfolders")
     config = read_json(path)
     older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
     stated = config.get("pooling_mode", older or "mean")  # the newer key takes precedence
@@ -216,9 +220,9 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
     settings = read_transformer(folder)
     keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
     stated = [
-        *(each.get("model_max_length") for each in keywords if isinstance(each, dict)),
+        *(each.get(key) for each in keywords if isinstance(each, dict) for key in _LENGTH_KEYS),
         settings.get("max_seq_length"),
-        read_json(transformer_folder(folder) / "tokenizer_config.json").get("model_max_length"),
+        *(read_json(transformer_folder(folder) / "tokenizer_config.json").get(key) for key in _LENGTH_KEYS),
     ]
     own = next((limit for limit in stated if limit is not None), None)
     limits = [limit for limit in map(_limit, (own, read_positions(config))) if limit]
@@ -235,7 +239,8 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """Return the content of `config_sentence_transformers.json`; empty if the file is missing.
 
     Raises:
-        BundleError: the file is not a JSON object, or the model does not return one vector for a text.
+        BundleError: the file is not a JSON object, the model does not return one vector for a text, or the file
+            states `truncate_dim`.
     """
     settings = read_json(folder / "config_sentence_transformers.json")
     kind = settings.get("model_type", "SentenceTransformer")
@@ -243,6 +248,11 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"{folder} is a {kind if isinstance(kind, str) else 'model of unknown kind'}, which does not return one "
             "vector for a text; choose a SentenceTransformer"
+        )
+    if settings.get("truncate_dim") is not None:
+        raise BundleError(
+            f"{folder / 'config_sentence_transformers.json'}: truncate_dim is not supported; remove it, and ask for "
+            "the number of dimensions that you want in each call"
         )
     return settings
 

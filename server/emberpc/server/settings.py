@@ -36,9 +36,14 @@ _KINDS: dict[Any, str] = {
 
 #: Largest value of a numeric setting; as seconds, about a thousand years.
 _MOST = 2**35
-#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), and no host has
-#: use for more workers.
-_MOST_BY_NAME = {"max_message_bytes": 2**31 - 1, "handshake_seconds": 2**31 // 1000, "workers": 1024}
+#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), threads cannot wait
+#: for 2**35 seconds at the stop, and no host has use for more workers.
+_MOST_BY_NAME = {
+    "max_message_bytes": 2**31 - 1,
+    "handshake_seconds": 2**31 // 1000,
+    "drain_seconds": 2**31 // 1000,
+    "workers": 1024,
+}
 
 
 class SettingsError(ValueError):

@@ -46,7 +46,7 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ExportError if there is no fast tokenizer: the server reads tokenizer.json only."""
+    """Raise ExportError if the tokenizer is not fast, or not all in its tokenizer.json, which is all the server reads."""
     with calling_libraries(
         f"{folder} has no tokenizer that can be read", "get the model again, with its tokenizer.json"
     ):
@@ -57,6 +57,11 @@ def _check_tokenizer(folder: Path) -> None:
             raise ExportError(
                 f"{folder} has no tokenizer.json, and transformers cannot make one from its "
                 f"{type(tokenizer).__name__}; choose a model with a tokenizer.json"
+            )
+        if tokenizer.split_special_tokens:
+            raise ExportError(
+                f"{folder}: tokenizer_config.json states split_special_tokens, which tokenizer.json cannot; set it to "
+                "false, or choose another model"
             )
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from emberpc.bundle import Task
 from emberpc.server.collections import CollectionBackend, IndexBackend, ReembeddingBackend, StoredRecord
@@ -75,6 +76,8 @@ class ReembeddingJobs:
         self._pool = pool
         self._limits = limits
         self._jobs: dict[str, _Job] = {}
+        #: Starts and cancellations of jobs that have not ended.
+        self._changes: set[asyncio.Task[None]] = set()
 
     async def start(self, collection: CollectionBackend, model_name: str, dimensions: int) -> None:
         """Start to reembed a collection with another model.
@@ -105,7 +108,8 @@ class ReembeddingJobs:
                 metadata={"collection": spec.name, "model": model_name},
             )
         # Heavy: it checks that every record has a text.
-        self._run(await self._pool.run(lambda: self._index.reembed(spec), heavy=True))
+        begun = await self._pool.submit(lambda: self._index.reembed(spec), heavy=True)
+        await self._to_its_end(self._run_begun(begun))
 
     async def resume(self) -> None:
         """Resume the jobs that were under way when the server stopped."""
@@ -115,6 +119,9 @@ class ReembeddingJobs:
 
     async def cancel(self, name: str) -> None:
         """Cancel a collection's job and delete its new vectors; do nothing if there is no job."""
+        await self._to_its_end(self._cancel(name))
+
+    async def _cancel(self, name: str) -> None:
         job = self._jobs.pop(name, None)
         if job is not None:
             await cancel_tasks([job.task])
@@ -122,6 +129,7 @@ class ReembeddingJobs:
 
     async def close(self) -> None:
         """Stop all jobs. They are resumed when the server starts again."""
+        await asyncio.gather(*self._changes, return_exceptions=True)
         await cancel_tasks([job.task for job in self._jobs.values()])
 
     async def wait_writable(self, name: str) -> None:
@@ -141,6 +149,16 @@ class ReembeddingJobs:
             return None
         reembedding = job.reembedding
         return ReembeddingStatus(reembedding.spec.model, min(done, total), total, job.problem, reembedding.started)
+
+    async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
+        """Await a change that runs to its end if the caller leaves, so that the index and the jobs stay consistent."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
+    async def _run_begun(self, begun: Future[ReembeddingBackend]) -> None:
+        self._run(await asyncio.wrap_future(begun))
 
     def _run(self, reembedding: ReembeddingBackend) -> None:
         name = reembedding.spec.name
@@ -181,18 +199,20 @@ class _Job:
                     if await self._step():
                         break
                     pause = _PAUSE
+                    continue
                 except ServiceError as error:
                     if error.reason == "CLOSED":
                         log.info("collection %s: the reembedding ended: %s", name, error.message)
                         return
                     self._set_problem(error.message)
-                    # Records may have been read and not stored.
-                    self.reembedding.rewind()
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+                except Exception:
+                    log.exception("collection %s: a step of the reembedding failed", name)
+                    self._set_problem("the server made an error; its log says which")
+                # Records may have been read and not stored.
+                self.reembedding.rewind()
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
             log.info("collection %s has the vectors of model %s now", name, self.reembedding.spec.model)
-        except Exception:
-            log.exception("collection %s: the reembedding failed", name)
         finally:
             self.writable.set()
 

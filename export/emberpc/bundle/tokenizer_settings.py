@@ -1,0 +1,241 @@
+"""Refuse a foreign folder whose settings contradict its `tokenizer.json`.
+
+The server tokenizes with `tokenizer.json` alone. transformers and sentence-transformers also read
+`tokenizer_config.json`, `special_tokens_map.json` and the settings of the Transformer module, and change the tokenizer
+accordingly. A folder in which both agree gives the same tokens either way. A folder in which they differ would give
+other vectors than its library does, so it is refused.
+
+The rules are those of transformers 4.57 (`PreTrainedTokenizerFast.__init__` and the tokenizers of BERT, GPT-2 and
+Llama) and of sentence-transformers 5.7 (`Transformer`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emberpc.bundle.contents import Contents
+from emberpc.bundle.errors import BundleError
+from emberpc.bundle.peers import read_json, read_transformer, transformer_folder
+from emberpc.bundle.reading import TOKENIZER_NAME
+
+_Settings = Mapping[str, Any]
+
+#: Settings of the normalizer of BERT's tokenizers: key in `tokenizer_config.json`, key in `tokenizer.json`, default.
+_NORMALIZER = (
+    ("do_lower_case", "lowercase", True),
+    ("strip_accents", "strip_accents", None),
+    ("tokenize_chinese_chars", "handle_chinese_chars", True),
+)
+#: Classes of tokenizers that apply these settings; all others ignore them.
+_BERT_LIKE = ("Bert", "DistilBert", "Electra", "MPNet", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Funnel")
+#: Classes of tokenizers that make the post-processor from `add_bos_token` and `add_eos_token`.
+_LLAMA_LIKE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+#: Keywords of the Transformer module's tokenizer that do not change tokens, or that are checked or read elsewhere.
+_KNOWN_KEYWORDS = {
+    *(key for key, _, _ in _NORMALIZER),
+    *("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens", "truncation_side", "max_len"),
+    *("model_max_length", "padding_side", "use_fast", "trust_remote_code", "token", "cache_dir", "revision"),
+    *("local_files_only", "clean_up_tokenization_spaces", "model_input_names", *_SPECIAL_TOKENS),
+}
+_SAVE_AGAIN = (
+    "save both again with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), "
+    "or export the model with `emberpc export embedding`"
+)
+
+
+def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | None = None) -> None:
+    """Refuse a folder whose settings change the tokenizer that `tokenizer.json` describes.
+
+    Args:
+        folder: the foreign folder.
+        feeds_types: whether the graph has an input for token types, which the server fills with zeros.
+        contents: reads the tokenizer; None: it is read from disk.
+
+    Raises:
+        BundleError: a setting contradicts `tokenizer.json`, or is not supported; the error names file and key.
+    """
+    tokenizer = _Tokenizer(folder / TOKENIZER_NAME, contents)
+    place = transformer_folder(folder)
+    stated = read_json(place / "tokenizer_config.json")
+    keywords = _keywords(folder)
+    settings = stated | keywords
+    source = place / "tokenizer_config.json"
+    for key, value, found in (
+        *_normalizer_conflicts(tokenizer, settings),
+        *_prefix_conflicts(tokenizer, settings),
+        *_end_token_conflicts(tokenizer, settings),
+    ):
+        raise BundleError(
+            f"{source}: {key} is {json.dumps(value)}, and {TOKENIZER_NAME} has {json.dumps(found)}; {_SAVE_AGAIN}"
+        )
+    if settings.get("split_special_tokens"):
+        raise BundleError(f"{source}: split_special_tokens is not supported; set it to false, or choose another model")
+    if str(settings.get("truncation_side") or tokenizer.truncation_side).lower() == "left":
+        raise BundleError(
+            f"{folder} states truncation_side left, and the server cuts the end of a long text; set it to right"
+        )
+    _check_added_tokens(tokenizer, place, settings)
+    _check_case(folder, tokenizer)
+    if feeds_types and any(tokenizer.type_ids()):
+        raise BundleError(
+            f"{folder / TOKENIZER_NAME}: the post_processor sets a type_id other than 0, and the server feeds zeros; "
+            "choose a model without token types"
+        )
+
+
+class _Tokenizer:
+    """The parts of a `tokenizer.json` that settings can change; raises BundleError if the file is no tokenizer."""
+
+    def __init__(self, path: Path, contents: Contents | None) -> None:
+        try:
+            data = json.loads(contents.read(path) if contents else path.read_bytes())
+            self.normalizer = _object(data.get("normalizer"))
+            self.pre_tokenizer = _object(data.get("pre_tokenizer"))
+            self.truncation_side = str(_object(data.get("truncation")).get("direction", ""))
+            self.added_tokens = {str(token["content"]): _object(token) for token in data.get("added_tokens") or ()}
+            self._post_processors = list(_steps(_object(data.get("post_processor")), "processors"))
+            self.lowers = any(
+                step.get("type") == "Lowercase" or step.get("lowercase") is True
+                for step in _steps(self.normalizer, "normalizers")
+            )
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+            raise BundleError(f"{path} is no tokenizer; get the model again") from error
+
+    def template(self) -> Sequence[_Settings]:
+        """Return the items of the template for one text; empty if there is no template."""
+        for step in self._post_processors:
+            if step.get("type") == "TemplateProcessing":
+                return [_object(item) for item in step.get("single") or ()]
+        return ()
+
+    def type_ids(self) -> list[int]:
+        """Return the token types of the template's items."""
+        return [int(_object(value).get("type_id") or 0) for item in self.template() for value in item.values()]
+
+
+def _object(value: object) -> dict[str, Any]:
+    """Return a JSON object, or an empty one for null; raise TypeError for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _steps(step: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    """Yield a step and the steps of a sequence in it, which it lists under `key`."""
+    yield step
+    for inner in step.get(key) or ():
+        yield from _steps(_object(inner), key)
+
+
+def _keywords(folder: Path) -> dict[str, Any]:
+    """Return the keywords with which sentence-transformers loads the tokenizer; raise BundleError for unknown ones."""
+    settings = read_transformer(folder)
+    found: dict[str, Any] = {}
+    for name in ("tokenizer_args", "processor_kwargs"):
+        found |= settings[name] if isinstance(settings.get(name), dict) else {}
+    if unknown := sorted(found.keys() - _KNOWN_KEYWORDS):
+        raise BundleError(
+            f"{folder}: the Transformer module states the tokenizer's keyword {unknown[0]}, which is not supported; "
+            "export the model with `emberpc export embedding`"
+        )
+    if settings.get("processing_kwargs"):
+        raise BundleError(
+            f"{folder}: the Transformer module states processing_kwargs, which is not supported; "
+            "export the model with `emberpc export embedding`"
+        )
+    return found
+
+
+_Conflicts = Iterator[tuple[str, object, object]]
+
+
+def _has_class(settings: _Settings, names: Sequence[str]) -> bool:
+    return str(settings.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer") in names
+
+
+def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
+    """Yield key, stated value and value of `tokenizer.json` of the normalizer's settings that differ."""
+    normalizer = tokenizer.normalizer
+    if normalizer.get("type") != "BertNormalizer":
+        return
+    known = _has_class(settings, _BERT_LIKE)
+    if not known and settings.get("tokenizer_class"):
+        return
+    for key, own, default in _NORMALIZER:
+        # Without a class, transformers takes that of config.json; only a stated value is then certain to be applied.
+        if key in settings or known:
+            value, found = settings.get(key, default), normalizer.get(own, default)
+            if value != found:
+                yield key, value, found
+
+
+def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
+    """Yield, as `_normalizer_conflicts`, whether a blank goes before a text; transformers takes false by default."""
+    own = tokenizer.pre_tokenizer
+    if own.get("type") == "ByteLevel":
+        value, found = bool(settings.get("add_prefix_space", False)), own.get("add_prefix_space")
+        if found is not None and value != found:
+            yield "add_prefix_space", value, found
+
+
+def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
+    """Yield, as `_normalizer_conflicts`, whether there is a token before and after each text."""
+    template = tokenizer.template()
+    if not template or not _has_class(settings, _LLAMA_LIKE):
+        return
+    for key, place in (("add_bos_token", 0), ("add_eos_token", -1)):
+        found = "SpecialToken" in template[place]
+        if settings.get(key) is not None and bool(settings[key]) != found:
+            yield key, settings[key], found
+
+
+def _check_added_tokens(tokenizer: _Tokenizer, place: Path, settings: _Settings) -> None:
+    """Refuse tokens that transformers would add to the tokenizer or change in it."""
+    config, decoder = place / "tokenizer_config.json", settings.get("added_tokens_decoder")
+    sources: list[tuple[Path, _Settings]] = [(config, settings)]
+    if decoder is None:  # with a decoder, transformers does not read the other file
+        sources.append((place / "special_tokens_map.json", read_json(place / "special_tokens_map.json")))
+    for path, source in sources:
+        for key, content in _special_tokens(source):
+            if content not in tokenizer.added_tokens:
+                raise BundleError(
+                    f"{path}: {key} has {content!r}, and the added_tokens of {TOKENIZER_NAME} do not; {_SAVE_AGAIN}"
+                )
+    for token in decoder.values() if isinstance(decoder, dict) else ():
+        own = tokenizer.added_tokens.get(_content(token))
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        if own is None or any(own.get(flag) != token.get(flag, own.get(flag)) for flag in flags):
+            raise BundleError(
+                f"{config}: added_tokens_decoder has {_content(token)!r}, which {TOKENIZER_NAME} "
+                f"{'does not list' if own is None else 'lists with other flags'} in added_tokens; {_SAVE_AGAIN}"
+            )
+
+
+def _special_tokens(settings: _Settings) -> Iterator[tuple[str, str]]:
+    """Yield the key and the text of each special token."""
+    for key in _SPECIAL_TOKENS:
+        if settings.get(key):
+            yield key, _content(settings[key])
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(key) or ()
+        for token in listed.values() if isinstance(listed, dict) else listed:
+            yield key, _content(token)
+
+
+def _content(token: object) -> str:
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def _check_case(folder: Path, tokenizer: _Tokenizer) -> None:
+    """Refuse a model that needs lower-cased texts if its tokenizer keeps the case: the server does not lower-case."""
+    if read_transformer(folder).get("do_lower_case") and not tokenizer.lowers:
+        raise BundleError(
+            f"{folder} states do_lower_case, and its {TOKENIZER_NAME} keeps the case; add the normalizer Lowercase "
+            "there, or export the model with `emberpc export embedding`"
+        )

@@ -1,0 +1,131 @@
+"""A caller of ReembedCollection or CancelReembedding who leaves does not leave a job half begun or half ended."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from emberpc.server.collections import CollectionSpec, NewRecord
+from emberpc.server.engine import Engine, Registry
+from emberpc.server.index import Index
+from emberpc.server.pipelines import reembedding
+from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.reembedding import ReembeddingJobs
+
+
+class SteeredIndex:
+    """An index in which a test can delay, replace or break one method."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self.replaced: dict[str, Callable[..., object]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return self.replaced.get(name) or getattr(self._index, name)
+
+    def delay(self, name: str) -> tuple[threading.Event, threading.Event]:
+        """Let a method wait before it runs; return events for its call, and for going on."""
+        called, go_on = threading.Event(), threading.Event()
+        method = getattr(self._index, name)
+
+        def wait(*arguments: object) -> object:
+            called.set()
+            assert go_on.wait(300)
+            return method(*arguments)
+
+        self.replaced[name] = wait
+        return called, go_on
+
+
+class Steered:
+    """Reembedding jobs, and a collection `c` of one record under the model `a`; the model `b` is there, too."""
+
+    def __init__(self, index: Index, engine: Engine, pool: ThreadPoolExecutor) -> None:
+        self.index = SteeredIndex(index)
+        limits = Limits(100, 10_000, 2**24, 2**25, 4096)
+        self.jobs = ReembeddingJobs(engine, cast("Any", self.index), IndexPool(pool, heavy=1), limits)
+
+    async def start(self) -> None:
+        await self.jobs.start(self.index.get("c"), "b", 0)
+
+    async def until_reembedded(self) -> None:
+        while self.index.get("c").spec.model != "b":  # noqa: ASYNC110 - a thread of the pool switches it
+            await asyncio.sleep(0)
+
+    async def leave(self, call: asyncio.Task[None], delayed: tuple[threading.Event, threading.Event]) -> None:
+        """Cancel a call once its delayed method runs, then let that method go on."""
+        called, go_on = delayed
+        assert await asyncio.to_thread(called.wait, 300)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert call.cancelled()
+        go_on.set()
+
+
+@pytest.fixture
+def steered(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path) -> Iterator[Steered]:
+    with ThreadPoolExecutor(4) as pool, closing(Index(tmp_path / "data")) as index:
+        engine = Engine(Registry(pool), pool, workers=1, batch_tokens=512, max_queue_tokens=4096)
+        with closing(engine):
+            model = engine.registry.load("a", tiny_bundle)
+            engine.registry.load("b", other_tiny_bundle)
+            dimensions = model.manifest.dimensions
+            index.create(CollectionSpec("c", dimensions, model="a", model_fingerprint=model.fingerprint))
+            index.get("c").upsert([NewRecord("r", "a text")], np.ones((1, dimensions), dtype=np.float32))
+            yield Steered(index, engine, pool)
+
+
+async def test_a_job_whose_caller_leaves_at_its_start_runs(steered: Steered) -> None:
+    await steered.leave(asyncio.create_task(steered.start()), steered.index.delay("reembed"))
+    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.jobs.close()
+
+
+async def test_a_cancellation_whose_caller_leaves_is_completed(steered: Steered) -> None:
+    steered.index.replaced["switch"] = lambda reembedding: False
+    await steered.start()
+    assert await steered.jobs.status("c") is not None
+    await steered.leave(asyncio.create_task(steered.jobs.cancel("c")), steered.index.delay("cancel_reembedding"))
+    steered.index.replaced.clear()
+    while steered.index.reembeddings():  # noqa: ASYNC110 - a thread of the pool drops it
+        await asyncio.sleep(0)
+    await steered.start()
+    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.jobs.close()
+
+
+async def test_closing_waits_for_a_start_whose_caller_left(steered: Steered) -> None:
+    called, go_on = steered.index.delay("reembed")
+    call = asyncio.create_task(steered.start())
+    assert await asyncio.to_thread(called.wait, 300)
+    call.cancel()
+    closed = asyncio.create_task(steered.jobs.close())
+    await asyncio.sleep(0)
+    assert not closed.done()
+    go_on.set()
+    await asyncio.wait_for(closed, 300)
+
+
+async def test_a_job_goes_on_after_an_unexpected_error(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reembedding, "_PAUSE", 0.001)
+
+    def fail(_: object) -> bool:
+        del steered.index.replaced["switch"]
+        raise RuntimeError("broken once")
+
+    steered.index.replaced["switch"] = fail
+    await steered.start()
+    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.jobs.close()
+    assert "a step of the reembedding failed" in caplog.text
