@@ -144,6 +144,20 @@ def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         Index(tmp_path / "data")
 
 
+@pytest.mark.parametrize("tables", [("collections",), ("collections", "reembeddings")])
+def test_a_catalogue_that_a_failed_start_left_half_made_is_completed(tmp_path: Path, tables: tuple[str, ...]) -> None:
+    Index(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "catalogue.db")) as database:
+        for table in {"collections", "reembeddings"} - set(tables):
+            database.execute(f"DROP TABLE {table}")
+        database.execute("PRAGMA user_version = 0")
+    with closing(Index(tmp_path)) as index:
+        index.create(CollectionSpec("c", DIMENSIONS))
+        assert index.reembeddings() == []
+    with closing(Index(tmp_path)) as index:
+        assert index.get("c").count() == 0
+
+
 def damage_catalogue(data_dir: Path, statement: str, *parameters: object) -> None:
     with sqlite3.connect(data_dir / "catalogue.db") as database:
         assert database.execute(statement, parameters).rowcount == 1

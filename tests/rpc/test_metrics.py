@@ -107,21 +107,49 @@ def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request
     assert figures(measured)["emberpc_models"] == 1
 
 
+def test_a_host_that_is_no_valid_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="cannot listen on xxxx.* choose another --metrics-listen"):
+        ServerProcess({}, tmp_path, "--metrics-listen", f"{'x' * 64}:0")
+
+
 def test_an_address_that_is_taken_is_told(measured: ServerProcess, tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="another --metrics-listen"):
         ServerProcess({"tiny": tiny_bundle}, tmp_path, "--metrics-listen", measured.address)
 
 
-@pytest.mark.parametrize("accept", ["text/plain;version=1.x.y", "application/openmetrics-text; version=abc"])
-def test_a_request_that_cannot_be_read_gets_an_answer(measured: ServerProcess, accept: str) -> None:
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/plain;version=1.x.y",
+        "text/plain; version=1.a.0, */*",
+        "application/openmetrics-text; version=abc",
+        "application/openmetrics-text;version=",
+        "text/plain;version=1.0.0.\u0663",
+        f"text/plain;version={'9' * 5000}.0.0",
+    ],
+)
+def test_an_accept_header_with_an_odd_version_gets_the_plain_format(measured: ServerProcess, accept: str) -> None:
     found = re.search(r"figures at (http://\S+)", measured.output)
     assert found is not None
-    request = urllib.request.Request(found[1], headers={"Accept": accept})
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=300)
-    assert refused.value.code == 500
-    refused.value.close()
-    assert figures(measured)["emberpc_models"] == 1
+    request = urllib.request.Request(found[1], headers={"Accept": accept.encode().decode("latin-1")})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        assert b"emberpc_models 1.0" in answer.read()
+
+
+def test_requests_that_fail_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(environ: object, start_response: object) -> list[bytes]:
+        raise ZeroDivisionError("no figures")
+
+    server = PageServer("127.0.0.1", 0, fail)
+    for _ in range(3):
+        with (
+            pytest.raises(urllib.error.HTTPError, match="500") as refused,
+            urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=300),
+        ):
+            pass
+        refused.value.close()
+    assert [record.getMessage() for record in caplog.records] == ["the metrics port: a request failed: no figures"]
 
 
 def test_connections_that_cannot_be_accepted_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

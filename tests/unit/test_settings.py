@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_a_wrong_value_is_refused_with_its_name(overrides: dict[str, object], wo
     assert next(iter(overrides)) in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["data_dir", "models_dir"])
+def test_an_empty_path_is_refused_and_not_the_working_directory(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} is '' .* it must be a path"):
+        load_settings({}, environ={f"EMBERPC_{name.upper()}": ""})
+
+
+def test_no_server_waits_longer_for_its_calls_than_a_thread_can() -> None:
+    most = 2**31 // 1000
+    assert load_settings({"drain_seconds": most}, environ={}).settings.drain_seconds < threading.TIMEOUT_MAX
+    with pytest.raises(SettingsError, match=f"drain_seconds is .* at most {most}"):
+        load_settings({"drain_seconds": most + 1}, environ={})
+
+
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300", str(10**20)])
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(Settings) if isinstance(field.default, (int, float))]
@@ -133,12 +147,21 @@ def test_a_number_out_of_range_is_refused_with_its_name(name: str, value: str) -
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("workrs = 1", "no setting 'workrs'"), ("workers = ", "is not TOML"), (None, "cannot be read")]
+    ("text", "words"),
+    [
+        (b"workrs = 1", "no setting 'workrs'"),
+        (b"workers = ", "is not TOML"),
+        (b"listen = '\xff'", "is not TOML"),
+        (b"models = " + b"[" * 10_000, "is not TOML"),
+        (b"workers = 1.9", r"workers is 1\.9 .*; it must be a whole number"),
+        (b"cache_bytes = 0.9", r"cache_bytes is 0\.9 .*; it must be a whole number"),
+        (None, "cannot be read"),
+    ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+def test_a_wrong_file_is_refused(tmp_path: Path, text: bytes | None, words: str) -> None:
     file = tmp_path / "emberpc.toml"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text)
     with pytest.raises(SettingsError, match=words) as refused:
         load_settings({}, config_file=file, environ={})
     assert str(file) in str(refused.value)

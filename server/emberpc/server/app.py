@@ -236,7 +236,7 @@ def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> O
 
     try:
         return serve_metrics(settings.metrics_listen, engine, index).observe
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: the name of the host is not valid in DNS
         raise StartupError(
             f"cannot listen on {settings.metrics_listen}: it is in use or not an address of this host; choose another "
             "--metrics-listen"

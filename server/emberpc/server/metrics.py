@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -14,12 +16,14 @@ from prometheus_client.registry import Collector
 
 from emberpc.server.collections import IndexBackend
 from emberpc.server.engine import Engine
-from emberpc.server.scraping import PageServer
+from emberpc.server.scraping import App, PageServer
 
 log = logging.getLogger(__name__)
 
 #: Histogram buckets for durations of calls, in seconds: from a cached text to a whole corpus.
 _DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+#: A format's version in a header `Accept` that is not three numbers.
+_ODD_VERSION = re.compile(r"version\s*=(?!\d{1,4}\.\d{1,4}\.\d{1,4}\s*(?:[;,]|$))", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,18 @@ def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
     registry.register(IndexFigures(index))
     ProcessCollector(registry=registry)
     host, _, port = address.rpartition(":")
-    server = PageServer(host.strip("[]"), int(port), make_wsgi_app(registry))
+    server = PageServer(host.strip("[]"), int(port), _page(registry))
     log.info("figures at http://%s:%d/metrics", host, server.port)
     return Calls.register(registry)
+
+
+def _page(registry: CollectorRegistry) -> App:
+    """Return the WSGI application of the figures; prometheus_client fails for versions that are not numbers."""
+    app: App = make_wsgi_app(registry)
+
+    def page(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if _ODD_VERSION.search(environ.get("HTTP_ACCEPT", "")):
+            del environ["HTTP_ACCEPT"]
+        return app(environ, start_response)
+
+    return page

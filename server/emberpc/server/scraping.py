@@ -57,10 +57,11 @@ class PageServer:
             await server.serve_forever()
 
     def _log_now_and_then(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log an error of the event loop, such as no free file descriptor, at most once a minute."""
+        """Log an error of the event loop, such as no free file descriptor, or of a request; at most one a minute."""
         if loop.time() - self._last_logged >= _LOG_SECONDS:
             self._last_logged = loop.time()
-            log.error("the metrics port: %s: %s", context.get("message"), context.get("exception"))
+            error = context.get("exception")
+            log.error("the metrics port: %s: %s", context.get("message"), error, exc_info=error)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open[writer] = None
@@ -78,8 +79,9 @@ class PageServer:
             writer.close()
         except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             writer.transport.abort()
-        except Exception:
-            log.exception("a request for the metrics failed")
+        except Exception as error:
+            failure = {"message": "a request failed", "exception": error}
+            self._log_now_and_then(asyncio.get_running_loop(), failure)
             writer.write(_message("500 Internal Server Error", [], b""))
             writer.close()
         finally:

@@ -37,7 +37,7 @@ _KINDS: dict[Any, str] = {
 #: Largest value of a numeric setting; as seconds, about a thousand years.
 _MOST = 2**35
 #: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), threads cannot wait
-#: for 2**35 seconds at the stop, and no host has use for more workers.
+#: as long as `_MOST`, and no host has use for more workers.
 _MOST_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,
@@ -350,7 +350,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             values = tomllib.load(file)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the decoder's errors, and bytes that are not UTF-8
         raise SettingsError(f"{path} is not TOML: {error}") from error
     known = [field.name for field in dataclasses.fields(Settings)]
     for key in values:
@@ -367,12 +367,17 @@ def _convert(name: str, hint: Any, value: object, source: str) -> Any:
     """
     if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:
-            return hint(value)
+            number = hint(value)
         except (ValueError, OverflowError):
             pass
+        else:
+            if (
+                isinstance(value, str) or number == value or number != number
+            ):  # int() cuts 1.9 to 1; NaN is refused later
+                return number
     elif hint is bool and (isinstance(value, bool) or str(value).lower() in _BOOLS):
         return _BOOLS[str(value).lower()]
-    elif hint in (Path, Path | None) and isinstance(value, (str, Path)):
+    elif hint in (Path, Path | None) and isinstance(value, (str, Path)) and str(value):  # "" would be "."
         return Path(value)
     elif hint is str and isinstance(value, str):
         return value

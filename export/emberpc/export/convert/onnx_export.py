@@ -46,7 +46,7 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ExportError if the tokenizer is not fast, or not all in its tokenizer.json, which is all the server reads."""
+    """Raise ExportError if there is no fast tokenizer, or one that its tokenizer.json alone does not describe."""
     with calling_libraries(
         f"{folder} has no tokenizer that can be read", "get the model again, with its tokenizer.json"
     ):

@@ -31,20 +31,17 @@ _FOLDER = re.compile(r"[0-9a-f]{32}")
 _SUBJECT = "the catalogue"
 #: Columns of an entry except its time. As bytes: one damaged text would otherwise fail the query for all entries.
 _ROW = "CAST(name AS BLOB), CAST(spec AS BLOB), CAST(folder AS BLOB)"
-_SCHEMA = """
+#: Catalogues of format 1 have only the first table. IF NOT EXISTS: a start that failed may have made some tables.
+_SCHEMA = f"""
 BEGIN;
-CREATE TABLE collections (
+CREATE TABLE IF NOT EXISTS collections (
     name TEXT PRIMARY KEY,
     folder TEXT NOT NULL UNIQUE,
     spec TEXT NOT NULL,
     created REAL NOT NULL
 );
-COMMIT;
-"""
-#: Format 2 adds the collections that are to replace others of the same name (re-embeddings).
-_SECOND = f"""
-BEGIN;
-CREATE TABLE reembeddings (
+-- Collections that are to replace others of the same name (re-embeddings).
+CREATE TABLE IF NOT EXISTS reembeddings (
     name TEXT PRIMARY KEY,
     folder TEXT NOT NULL UNIQUE,
     spec TEXT NOT NULL,
@@ -337,13 +334,11 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > _FORMAT:
                 raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
-            if version == 0:
-                # Without this check, a lost catalogue would make orphans of all collections.
-                if _collection_folders(data_dir):
-                    raise _unusable(data_dir, f"has collections but no {_DATABASE}; restore it from a copy")
-                database.executescript(_SCHEMA)
+            # Without this check, a lost catalogue would make orphans of all collections.
+            if version == 0 and _collection_folders(data_dir):
+                raise _unusable(data_dir, f"has collections but no {_DATABASE}; restore it from a copy")
             if version < _FORMAT:
-                database.executescript(_SECOND)
+                database.executescript(_SCHEMA)
         except sqlite3.OperationalError as error:
             log.exception("%s cannot be opened", path)
             raise _unusable(
