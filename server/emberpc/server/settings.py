@@ -36,8 +36,8 @@ _KINDS: dict[Any, str] = {
 
 #: Largest value of a numeric setting; as seconds, about a thousand years.
 _MOST = 2**35
-#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), threads cannot wait
-#: as long as `_MOST`, and no host has use for more workers.
+#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), threads wait less
+#: than `_MOST` seconds, and no host has use for more workers.
 _MOST_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,
