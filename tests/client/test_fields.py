@@ -38,6 +38,7 @@ UNREACHED = {
     "Classification.nearest_examples": "no server has classifiers made from examples yet",
     "ComputeSimilarityResponse.rows": "the number of sources, which the caller knows",
     "ComputeSimilarityResponse.columns": "the number of targets, which the caller knows",
+    "UpsertRecordsStreamResponse.model_fingerprint": "read when a stream is opened again; test_reembedding.py",
     "VerifyCollectionResponse.done": "the end of the iteration states the same",
     "ErrorStatus.details": "packed messages; test_failures.py reads them",
 }

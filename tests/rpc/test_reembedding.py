@@ -227,3 +227,26 @@ def test_the_command_line_waits_until_it_is_done(server: ServerProcess, client: 
     assert begun.stderr.startswith(("the server embeds c with a", "c now has the model a"))
     assert reembed("--model", "b", "--cancel").returncode == 2
     assert reembed("--cancel").stderr.startswith("c keeps its model: ")
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_a_stream_of_vectors_does_not_go_on_under_another_model(client: Client, with_vectors: bool) -> None:
+    client.create_collection("c", model="a")
+    vectors = client.embed(["first text", "second text"], model="a") if with_vectors else [None, None]
+
+    def read() -> Iterator[Record]:
+        yield Record("first", "first text", vector=vectors[0])
+        until(lambda: client.count("c") == 1)
+        client.reembed_collection("c", "b")
+        until(lambda: under(client, "b"))
+        yield Record("second", "second text", vector=vectors[1])
+
+    checkpoints = client.upsert_stream("c", read(), batch_size=1)
+    if with_vectors:
+        with pytest.raises(FailedPrecondition, match="another model than when the stream began") as refused:
+            list(checkpoints)
+        assert refused.value.reason == "MODEL_MISMATCH"
+        check(client, "b", {"first": "first text"})
+    else:
+        assert [checkpoint.done for checkpoint in checkpoints][-1] == 2
+        check(client, "b", {"first": "first text", "second": "second text"})

@@ -13,12 +13,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionSpec, NewRecord
-from emberpc.server.engine import Engine, Registry
+from emberpc.server.collections import CollectionBackend, CollectionSpec, NewRecord
+from emberpc.server.engine import Caller, Engine, Lane, Registry
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Index
 from emberpc.server.pipelines import reembedding
+from emberpc.server.pipelines.collection_access import CollectionAccess
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.records import RecordWriter, UpsertRequest
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 
 
@@ -51,11 +54,20 @@ class Steered:
 
     def __init__(self, index: Index, engine: Engine, pool: ThreadPoolExecutor) -> None:
         self.index = SteeredIndex(index)
-        limits = Limits(100, 10_000, 2**24, 2**25, 4096)
-        self.jobs = ReembeddingJobs(engine, cast("Any", self.index), IndexPool(pool, heavy=1), limits)
+        self.limits = Limits(100, 10_000, 2**24, 2**25, 4096)
+        self.pool = IndexPool(pool, heavy=1)
+        self.engine = engine
+        self.jobs = ReembeddingJobs(engine, cast("Any", self.index), self.pool, self.limits)
+        self.access = CollectionAccess(engine, cast("Any", self.index), self.pool)
 
     async def start(self) -> None:
         await self.jobs.start(self.index.get("c"), "b", 0)
+
+    async def reembed(self, *_: object) -> None:
+        """Reembed the collection, unless this was done before."""
+        if self.index.get("c").spec.model == "a":
+            await self.start()
+            await self.until_reembedded()
 
     async def until_reembedded(self) -> None:
         while self.index.get("c").spec.model != "b":  # noqa: ASYNC110 - a thread of the pool switches it
@@ -129,3 +141,44 @@ async def test_a_job_goes_on_after_an_unexpected_error(
     await asyncio.wait_for(steered.until_reembedded(), 300)
     await steered.jobs.close()
     assert "a step of the reembedding failed" in caplog.text
+
+
+@pytest.mark.parametrize("has_vectors", [True, False])
+async def test_a_write_that_waits_while_the_model_changes_does_not_bring_vectors_of_the_old_one(
+    steered: Steered, monkeypatch: pytest.MonkeyPatch, has_vectors: bool
+) -> None:
+    monkeypatch.setattr(steered.jobs, "wait_writable", steered.reembed)
+    writer = RecordWriter(steered.engine, steered.limits, steered.pool, steered.access, steered.jobs)
+    dimensions = steered.index.get("c").spec.dimensions
+    matrix = np.ones((1, dimensions), dtype=np.float32)
+    records = [NewRecord("new", "another text")]
+    request = UpsertRequest("c", 1, lambda: records, (lambda: matrix) if has_vectors else None, None, None)
+    call = writer.upsert(request, Caller("test", Lane.INTERACTIVE))
+    if has_vectors:
+        with pytest.raises(ServiceError, match="changed from model 'a' to 'b' while the call waited") as refused:
+            await call
+        assert refused.value.code is Code.FAILED_PRECONDITION
+        assert steered.index.get("c").count() == 1
+    else:
+        assert (await call).result.inserted == 1
+    await steered.jobs.close()
+
+
+@pytest.mark.parametrize("has_vectors", [True, False])
+async def test_work_with_vectors_is_not_repeated_under_another_model(steered: Steered, has_vectors: bool) -> None:
+    models = []
+
+    async def work(collection: CollectionBackend) -> int:
+        models.append(collection.spec.model)
+        await steered.reembed()
+        return await asyncio.to_thread(collection.count)
+
+    call = steered.access.use("c", work, has_vectors=has_vectors)
+    if has_vectors:
+        with pytest.raises(ServiceError, match="vectors of the call do not belong to it"):
+            await call
+        assert models == ["a"]
+    else:
+        assert await call == 1
+        assert models == ["a", "b"]
+    await steered.jobs.close()

@@ -843,6 +843,7 @@ class UpsertRecordsStreamResponse(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     INSERTED_COUNT_FIELD_NUMBER: _builtins.int
     UPDATED_COUNT_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     batch_number: _builtins.int
     """All records up to and including this message are durable, except those
     that failed.
@@ -851,6 +852,11 @@ class UpsertRecordsStreamResponse(_message.Message):
     """Number of records with new ids since the previous response."""
     updated_count: _builtins.int
     """Number of records that replaced another one since the previous response."""
+    model_fingerprint: _builtins.str
+    """Fingerprint of the collection's model; empty if it has none. If it is
+    another one after a stream was opened again, vectors that were made for the
+    first stream do not belong to the collection any more.
+    """
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
         """Sequence number and durability of the write. Absent: there was nothing to
@@ -869,10 +875,11 @@ class UpsertRecordsStreamResponse(_message.Message):
         failures: _abc.Iterable[Global___RecordFailure] | None = ...,
         inserted_count: _builtins.int = ...,
         updated_count: _builtins.int = ...,
+        model_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_number", b"batch_number", "failures", b"failures", "inserted_count", b"inserted_count", "receipt", b"receipt", "updated_count", b"updated_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_number", b"batch_number", "failures", b"failures", "inserted_count", b"inserted_count", "model_fingerprint", b"model_fingerprint", "receipt", b"receipt", "updated_count", b"updated_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

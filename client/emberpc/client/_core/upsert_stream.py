@@ -13,7 +13,7 @@ from emberpc.client._core.enums import DURABILITIES, word_of
 from emberpc.client._core.record_messages import NewRecord, block, new_record
 from emberpc.client._core.records import truncation_of
 from emberpc.client._core.streams import StreamJob
-from emberpc.client.exceptions import InputError, InputTypeError, Internal, from_status
+from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status
 from emberpc.client.types import FailedRecord, Record, Truncation, UpsertCheckpoint
 from emberpc.v1 import index_pb2 as pb
 
@@ -61,6 +61,9 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         self._batches: deque[_Batch] = deque()
         self._sent = 0
         self._refused: list[FailedRecord] = []
+        #: Fingerprint of the collection's model when the stream began; None before the first response.
+        self._fingerprint: str | None = None
+        self._has_vectors = False
 
     @property
     def waiting(self) -> int:
@@ -87,6 +90,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             self._refused.append(FailedRecord(place, _id_of(item), error))
         else:
             self._unsent.append((place, record))
+            self._has_vectors |= record.vector is not None
             self._bytes += record.size
 
     def refused(self) -> list[UpsertCheckpoint]:
@@ -129,6 +133,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
     def _checkpoints(self, response: pb.UpsertRecordsStreamResponse) -> Sequence[UpsertCheckpoint]:
         if not self.greeted:
             # The response to the first request, which had no records.
+            self._check_model(response.model_fingerprint)
             self.greeted = self.accepted = True
             return []
         # The last index of each id: of two records with the same id in a request, the latter fails.
@@ -155,6 +160,18 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
                 word_of(response.receipt.durability, DURABILITIES),
             )
         ]
+
+    def _check_model(self, fingerprint: str) -> None:
+        """Raise FailedPrecondition if the collection changed its model since the stream began with vectors."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint
+        elif self._has_vectors and fingerprint != self._fingerprint:
+            raise FailedPrecondition(
+                f"collection {self._collection!r} has another model than when the stream began, so the vectors of the "
+                "stream do not belong to it; begin again with vectors of the new model, or with texts",
+                reason="MODEL_MISMATCH",
+                metadata={"collection": self._collection},
+            )
 
     @property
     def _done(self) -> int:

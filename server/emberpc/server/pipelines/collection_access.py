@@ -11,7 +11,7 @@ from emberpc.server.collections import CollectionBackend, IndexBackend
 from emberpc.server.engine import Caller, Engine
 from emberpc.server.errors import ServiceError
 from emberpc.server.pipelines.index_pool import IndexPool
-from emberpc.server.pipelines.model_binding import fingerprint_to_rebind
+from emberpc.server.pipelines.model_binding import check_same_model, fingerprint_to_rebind
 from emberpc.server.pipelines.slots import Slots
 
 log = logging.getLogger(__name__)
@@ -60,14 +60,22 @@ class CollectionAccess:
             opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(opening)
 
-    async def use(self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]]) -> Result:
+    async def use(
+        self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]], *, has_vectors: bool = False
+    ) -> Result:
         """Run work on a collection and return its result.
 
         Runs the work a second time if the collection was closed meanwhile and another one has its name, as after a
         reembedding.
 
+        Args:
+            name: name of the collection.
+            work: the work.
+            has_vectors: whether the work uses vectors of the caller. These belong to the model that the collection has
+                at the start of the call, so the work is not run on a collection with another model.
+
         Raises:
-            ServiceError: as `open` and the work do.
+            ServiceError: as `open` and the work do; as `check_same_model` does if the work has vectors.
         """
         collection = await self.open(name)
         try:
@@ -78,6 +86,8 @@ class CollectionAccess:
             successor = await self.open(name)
             if successor is collection:
                 raise
+            if has_vectors:
+                check_same_model(collection.spec, successor.spec)
             return await work(successor)
 
     async def call(

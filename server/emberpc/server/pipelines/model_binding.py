@@ -27,6 +27,23 @@ def is_bound_to(spec: CollectionSpec, model: Model) -> bool:
     return spec.model_fingerprint in filter(None, (model.fingerprint, model.legacy_fingerprint))
 
 
+def check_same_model(before: CollectionSpec, now: CollectionSpec) -> None:
+    """Check that a collection has the model that it had when a call with vectors began.
+
+    Raises:
+        ServiceError: FAILED_PRECONDITION if it has another one.
+    """
+    if before.model_fingerprint == now.model_fingerprint:
+        return
+    raise ServiceError(
+        Code.FAILED_PRECONDITION,
+        f"collection {now.name!r} changed from model {before.model!r} to {now.model!r} while the call waited, so the "
+        "vectors of the call do not belong to it; call again with vectors of the new model, or with texts",
+        reason="MODEL_MISMATCH",
+        metadata={"collection": now.name, "model": now.model},
+    )
+
+
 def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
     """Return the model that embeds a collection's texts.
 

@@ -80,14 +80,19 @@ class RecordWriter:
 
         Raises:
             ServiceError: as `CollectionBackend.upsert` does, and as `collection_model` and `Inferrer.infer` do if the
-                texts are embedded; INVALID_ARGUMENT for wrong records or vectors; RESOURCE_EXHAUSTED if too many writes
-                of the collection wait.
+                texts are embedded; INVALID_ARGUMENT for wrong records or vectors; FAILED_PRECONDITION for vectors if
+                the collection changes its model meanwhile; RESOURCE_EXHAUSTED if too many writes of it wait.
         """
         self._limits.check_count(request.record_count, "records", "record")
-        await self._reembedding.wait_writable(request.collection)
-        return await self._access.use(request.collection, lambda collection: self._upsert(collection, request, caller))
+        return await self._access.use(
+            request.collection,
+            lambda collection: self._upsert(collection, request, caller),
+            has_vectors=request.read_vectors is not None,
+        )
 
     async def _upsert(self, collection: CollectionBackend, request: UpsertRequest, caller: Caller) -> UpsertedRecords:
+        # The collection was opened before: vectors of the request belong to the model that it had then.
+        await self._reembedding.wait_writable(request.collection)
         writers = self._pool.writers(request.collection)
         records = await self._pool.run(request.read_records, caller, within=writers)
         texts = [record.text for record in records]

@@ -15,7 +15,7 @@ import numpy as np
 from emberpc.server.collections import CollectionBackend, Fusion, RecordParts, SearchOutcome
 from emberpc.server.collections.filters import Filter
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
-from emberpc.server.errors import ServiceError, invalid, items_of, not_found
+from emberpc.server.errors import invalid, items_of, not_found
 from emberpc.server.pipelines.collection_access import CollectionAccess
 from emberpc.server.pipelines.embedding import Matrix, shape
 from emberpc.server.pipelines.index_pool import IndexPool
@@ -128,17 +128,15 @@ class CollectionSearch:
 
         Raises:
             ServiceError: NOT_FOUND if the collection or a record of a query does not exist; INVALID_ARGUMENT for a
-                wrong text or vector; as `collection_model` and `Inferrer.infer` do if a query is a text;
+                wrong text or vector; FAILED_PRECONDITION if a query is a vector and the collection changed its model
+                meanwhile; as `collection_model` and `Inferrer.infer` do if a query is a text;
                 RESOURCE_EXHAUSTED if too many heavy calls wait or the response would be too large.
         """
-        collection = self._access.opened(name)
-        if collection is not None:
-            try:
-                return await self._search(collection, request, caller)
-            except ServiceError as error:
-                if error.reason != "CLOSED":
-                    raise
-        return await self._access.use(name, lambda again: self._search(again, request, caller))
+        return await self._access.use(
+            name,
+            lambda collection: self._search(collection, request, caller),
+            has_vectors=any(query.vector is not None for query in request.queries),
+        )
 
     async def _search(self, collection: CollectionBackend, request: SearchRequest, caller: Caller) -> SearchResults:
         queries = request.queries

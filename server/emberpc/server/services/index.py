@@ -152,7 +152,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         del first  # not kept until the end of the stream
         async with aclosing(stream.run(request_iterator, read)) as batches:
             async for batch in batches:
-                yield _batch_response(batch, request_id)
+                yield _batch_response(batch, collection.spec.model_fingerprint, request_id)
 
     async def BatchGetRecords(
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
@@ -300,9 +300,10 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
     return read_filter(request.filter) if request.HasField("filter") else None
 
 
-def _batch_response(batch: UpsertedBatch, request_id: str) -> pb.UpsertRecordsStreamResponse:
+def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> pb.UpsertRecordsStreamResponse:
     response = pb.UpsertRecordsStreamResponse(
         batch_number=batch.batch_number,
+        model_fingerprint=fingerprint,
         failures=[
             pb.RecordFailure(id=failed.id, error=status_of(failed.error, request_id)) for failed in batch.failures
         ],
