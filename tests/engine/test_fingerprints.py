@@ -297,3 +297,50 @@ def test_weights_outside_the_folder_are_not_loaded(copy: Path, monkeypatch: pyte
     with pytest.raises(ModelLoadError, match="leads out of the model's folder"):
         Model.load("m", copy)
     assert not loading.begun.is_set()
+
+
+def test_a_classifier_has_a_fingerprint_of_its_decisions_and_shares_that_of_its_encoder(
+    registry: Registry, tiny_classifier_bundle: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "retrained"
+    shutil.copytree(tiny_classifier_bundle, folder)
+    manifest = read_bundle(folder).manifest
+    finish_bundle(folder, replace(manifest, rejection_logit=-1e9))
+    first, same = registry.load("first", tiny_classifier_bundle), registry.load("same", tiny_classifier_bundle)
+    retrained = registry.load("retrained", folder)
+    assert first.fingerprint == retrained.fingerprint
+    assert first.encoder is retrained.encoder
+    assert first.classifier_fingerprint == same.classifier_fingerprint != retrained.classifier_fingerprint
+    assert {len(model.classifier_fingerprint) for model in (first, retrained)} == {64}
+
+
+def test_all_that_decides_a_label_is_in_the_fingerprint_of_a_classifier(tiny_classifier_bundle: Path) -> None:
+    bundle = read_bundle(tiny_classifier_bundle)
+    manifest, head = bundle.manifest, bundle.head()
+    assert head is not None
+    weights, bias = head.weights.copy(), head.bias.copy()
+    weights[0, 0] += 1
+    bias[0] += 1
+    found = [
+        replace(bundle, manifest=replace(manifest, **changes)).classifier_fingerprint(encoder, with_head)
+        for encoder, with_head, changes in [
+            ("e", head, {}),
+            ("e", None, {}),
+            ("f", head, {}),
+            ("e", replace(head, weights=weights), {}),
+            ("e", replace(head, bias=bias), {}),
+            ("e", head, {"labels": manifest.labels[::-1]}),
+            ("e", head, {"temperature": manifest.temperature * 2}),
+            ("e", head, {"rejection_logit": 7.5}),
+            ("e", head, {"multi_label": True}),
+            ("e", head, {"multi_label": True, "thresholds": (0.1, 0.9)}),
+            ("e", head, {"max_tokens": manifest.max_tokens - 1}),
+        ]
+    ]
+    assert len(set(found)) == len(found)
+    renamed = replace(bundle, manifest=replace(manifest, base_model="x", quality={}, created=""))
+    assert renamed.classifier_fingerprint("e", head) == found[0]
+
+
+def test_an_embedding_model_has_no_fingerprint_of_a_classifier(registry: Registry, tiny_bundle: Path) -> None:
+    assert registry.load("tiny", tiny_bundle).classifier_fingerprint == ""

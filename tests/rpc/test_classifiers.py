@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from emberpc.bundle import Task, read_bundle
-from emberpc.client import ClassifierLabel, Client, FailedPrecondition, NotFound
+from emberpc.client import ClassifierLabel, Client, FailedPrecondition, NotFound, ResponseDetails
 from emberpc.server.engine import Engine, Model, Registry
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.pipelines.limits import Limits
@@ -167,6 +167,11 @@ def test_the_client_returns_all_of_a_classifier(tiny_server: ServerProcess) -> N
         assert (listed.name, listed.kind, listed.strategy) == ("letters", "fine_tuned", "")
         assert listed.labels == (ClassifierLabel("x", ""), ClassifierLabel("y", ""))
         assert listed.model.fingerprint == client.get_model("letters").fingerprint
+        details: list[ResponseDetails] = []
+        client.classify(["a text"], "letters", details=details.append)
+        assert [each.model for each in details] == [listed.model]
+        assert listed.model.classifier_fingerprint == client.get_model("letters").classifier_fingerprint != ""
+        assert client.get_model("tiny").classifier_fingerprint == ""
         assert listed.rejection_threshold is not None
         with pytest.raises(FailedPrecondition, match="not for classification"):
             client.get_classifier("tiny")

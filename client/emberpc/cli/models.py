@@ -176,7 +176,13 @@ def _show(model: Model, as_json: bool) -> None:
 def _fields(classifier: Classifier) -> dict[str, object]:
     """Return the fields of a classifier as they are printed."""
     labels = [f"{label.name}: {label.description}" if label.description else label.name for label in classifier.labels]
-    return {**vars(classifier), "model": classifier.model.fingerprint, "labels": tuple(labels)}
+    model = classifier.model
+    return {
+        **vars(classifier),
+        "model": model.fingerprint,
+        "classifier_fingerprint": model.classifier_fingerprint,
+        "labels": tuple(labels),
+    }
 
 
 def _row(model: Model) -> tuple[object, ...]:

@@ -17,6 +17,9 @@ class ModelVersion:
     revision: str
     #: Hash (hex) of all bytes that decide the model's vectors. Equal fingerprints mean equal vectors.
     fingerprint: str
+    #: Classifier: hash (hex) of all that decides its labels: encoder, head, labels, thresholds, temperature, rejection.
+    #: It changes when the classifier is trained again on the same encoder; `fingerprint` does not. Else empty.
+    classifier_fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,10 @@ class Model:
     state: str
     base_model: str
     revision: str
+    #: Hash (hex) of all bytes that decide its vectors.
     fingerprint: str
+    #: Classifier: hash (hex) of all that decides its labels; it changes when the classifier is trained again.
+    classifier_fingerprint: str
     dimensions: int
     matryoshka_dimensions: tuple[int, ...]
     pooling: str

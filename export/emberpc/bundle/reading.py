@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.hashing import sha256_of_part
@@ -120,6 +122,31 @@ class Bundle:
             "inputs": self.foreign.inputs.roles() if self.foreign else {},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def classifier_fingerprint(self, fingerprint: str, head: Head | None) -> str:
+        """Return a SHA-256 (hex) of all that decides a classifier's labels; empty if the model is not a classifier.
+
+        Two classifiers on the same encoder have the same `fingerprint`, since they make the same vectors. This one
+        also covers the head, the labels with their order, the decision rule and `max_tokens`.
+
+        Args:
+            fingerprint: the result of `fingerprint`. Without a head file it covers the weights of the head.
+            head: the head, if the bundle has a head file.
+        """
+        manifest = self.manifest
+        if manifest.task is not Task.CLASSIFICATION:
+            return ""
+        parts = {
+            "scheme": 1,
+            "encoder": fingerprint,
+            "labels": manifest.labels,
+            "decision_rule": dataclasses.asdict(manifest.decision_rule),
+            "max_tokens": manifest.max_tokens,
+        }
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+        for array in () if head is None else (head.weights, head.bias):
+            digest.update(np.ascontiguousarray(array, dtype="<f4").data)
+        return digest.hexdigest()
 
     def legacy_fingerprint(self, variant: str = "") -> str:
         """Return the old scheme's fingerprint (hex) of a variant (empty name: the first); empty if it misses weights.

@@ -121,6 +121,7 @@ class Model(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    CLASSIFIER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name under which the server serves it: letters, digits, `.`, `_` and `-`."""
     task: Global___ModelTask.ValueType
@@ -153,6 +154,8 @@ class Model(_message.Message):
     """The served ONNX file of the bundle, such as `fp32`."""
     size_bytes: _builtins.int
     """Size of that file in bytes."""
+    classifier_fingerprint: _builtins.str
+    """CLASSIFICATION: as ModelVersion.classifier_fingerprint."""
     @_builtins.property
     def matryoshka_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Smaller sizes to which its vectors may be shortened."""
@@ -191,10 +194,11 @@ class Model(_message.Message):
         size_bytes: _builtins.int = ...,
         load_time: _timestamp_pb2.Timestamp | None = ...,
         quality: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        classifier_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "dimensions", b"dimensions", "fingerprint", b"fingerprint", "labels", b"labels", "load_time", b"load_time", "matryoshka_dimensions", b"matryoshka_dimensions", "max_tokens", b"max_tokens", "multi_label", b"multi_label", "name", b"name", "normalized", b"normalized", "passage_prompt", b"passage_prompt", "pooling", b"pooling", "quality", b"quality", "query_prompt", b"query_prompt", "revision", b"revision", "size_bytes", b"size_bytes", "state", b"state", "task", b"task", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "classifier_fingerprint", b"classifier_fingerprint", "dimensions", b"dimensions", "fingerprint", b"fingerprint", "labels", b"labels", "load_time", b"load_time", "matryoshka_dimensions", b"matryoshka_dimensions", "max_tokens", b"max_tokens", "multi_label", b"multi_label", "name", b"name", "normalized", b"normalized", "passage_prompt", b"passage_prompt", "pooling", b"pooling", "quality", b"quality", "query_prompt", b"query_prompt", "revision", b"revision", "size_bytes", b"size_bytes", "state", b"state", "task", b"task", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65mberpc/v1/types.proto\x12\nemberpc.v1\"n\n\x07Vectors\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x12\x12\n\ndimensions\x18\x03 \x01(\x05\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.emberpc.v1.DataType\x12\x0e\n\x06scales\x18\x05 \x03(\x02\"/\n\nTokenUsage\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\"C\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"i\n\x07Timings\x12\x18\n\x10tokenize_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x15\n\rinfer_seconds\x18\x03 \x01(\x01\x12\x16\n\x0elookup_seconds\x18\x04 \x01(\x01*}\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x03\x12\x14\n\x10\x44\x41TA_TYPE_BINARY\x10\x04*U\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10INPUT_KIND_QUERY\x10\x01\x12\x16\n\x12INPUT_KIND_PASSAGE\x10\x02*i\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x15\n\x11TRUNCATION_REFUSE\x10\x01\x12\x12\n\x0eTRUNCATION_END\x10\x02\x12\x14\n\x10TRUNCATION_START\x10\x03*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65mberpc/v1/types.proto\x12\nemberpc.v1\"n\n\x07Vectors\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x12\x12\n\ndimensions\x18\x03 \x01(\x05\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.emberpc.v1.DataType\x12\x0e\n\x06scales\x18\x05 \x03(\x02\"/\n\nTokenUsage\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\"c\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x1e\n\x16\x63lassifier_fingerprint\x18\x04 \x01(\t\"i\n\x07Timings\x12\x18\n\x10tokenize_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x15\n\rinfer_seconds\x18\x03 \x01(\x01\x12\x16\n\x0elookup_seconds\x18\x04 \x01(\x01*}\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x03\x12\x14\n\x10\x44\x41TA_TYPE_BINARY\x10\x04*U\n\tInputKind\x12\x1a\n\x16INPUT_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10INPUT_KIND_QUERY\x10\x01\x12\x16\n\x12INPUT_KIND_PASSAGE\x10\x02*i\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x15\n\x11TRUNCATION_REFUSE\x10\x01\x12\x12\n\x0eTRUNCATION_END\x10\x02\x12\x14\n\x10TRUNCATION_START\x10\x03*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'emberpc.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=375
-  _globals['_DATATYPE']._serialized_end=500
-  _globals['_INPUTKIND']._serialized_start=502
-  _globals['_INPUTKIND']._serialized_end=587
-  _globals['_TRUNCATION']._serialized_start=589
-  _globals['_TRUNCATION']._serialized_end=694
-  _globals['_PRIORITY']._serialized_start=696
-  _globals['_PRIORITY']._serialized_end=777
+  _globals['_DATATYPE']._serialized_start=407
+  _globals['_DATATYPE']._serialized_end=532
+  _globals['_INPUTKIND']._serialized_start=534
+  _globals['_INPUTKIND']._serialized_end=619
+  _globals['_TRUNCATION']._serialized_start=621
+  _globals['_TRUNCATION']._serialized_end=726
+  _globals['_PRIORITY']._serialized_start=728
+  _globals['_PRIORITY']._serialized_end=809
   _globals['_VECTORS']._serialized_start=38
   _globals['_VECTORS']._serialized_end=148
   _globals['_TOKENUSAGE']._serialized_start=150
   _globals['_TOKENUSAGE']._serialized_end=197
   _globals['_MODELVERSION']._serialized_start=199
-  _globals['_MODELVERSION']._serialized_end=266
-  _globals['_TIMINGS']._serialized_start=268
-  _globals['_TIMINGS']._serialized_end=373
+  _globals['_MODELVERSION']._serialized_end=298
+  _globals['_TIMINGS']._serialized_start=300
+  _globals['_TIMINGS']._serialized_end=405
 # @@protoc_insertion_point(module_scope)

@@ -220,13 +220,21 @@ class ModelVersion(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CLASSIFIER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name under which the server serves the model."""
     revision: _builtins.str
     """Revision of the weights, as the bundle states it."""
     fingerprint: _builtins.str
     """Fingerprint (hex) of all bytes that decide the model's vectors: weights,
-    tokenizer, pooling, prompts, dimensions, normalization.
+    tokenizer, pooling, prompts, dimensions, normalization. Classifiers on the
+    same encoder have the same fingerprint.
+    """
+    classifier_fingerprint: _builtins.str
+    """CLASSIFICATION: fingerprint (hex) of all that decides the labels: the bytes
+    of `fingerprint`, the head, the labels with their order, thresholds,
+    temperature, rejection threshold and `max_tokens`. Empty: the model is not
+    a classifier.
     """
     def __init__(
         self,
@@ -234,10 +242,11 @@ class ModelVersion(_message.Message):
         name: _builtins.str = ...,
         revision: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        classifier_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classifier_fingerprint", b"classifier_fingerprint", "fingerprint", b"fingerprint", "name", b"name", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

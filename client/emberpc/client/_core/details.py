@@ -42,7 +42,7 @@ def report(details: Details | None, response: Message, first: int = 0, count: in
 
 def model_version(message: types_pb2.ModelVersion) -> ModelVersion:
     """Return the model that answered."""
-    return ModelVersion(message.name, message.revision, message.fingerprint)
+    return ModelVersion(message.name, message.revision, message.fingerprint, message.classifier_fingerprint)
 
 
 def _timings(message: types_pb2.Timings) -> Timings:

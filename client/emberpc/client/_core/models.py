@@ -6,9 +6,9 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, Page, Step
+from emberpc.client._core.details import model_version
 from emberpc.client._core.enums import CLASSIFIER_KINDS, EXAMPLE_STRATEGIES, STATES, TASKS, word_of
 from emberpc.client._core.json_values import to_datetime
-from emberpc.client.details import ModelVersion
 from emberpc.client.types import Classifier, ClassifierLabel, Health, Model, ServerInfo
 from emberpc.v1 import classification_pb2, model_pb2, server_pb2
 
@@ -108,7 +108,7 @@ def _classifier(message: classification_pb2.Classifier) -> Classifier:
     return Classifier(
         name=message.name,
         kind=word_of(message.kind, CLASSIFIER_KINDS),
-        model=ModelVersion(message.model.name, message.model.revision, message.model.fingerprint),
+        model=model_version(message.model),
         labels=tuple(ClassifierLabel(label.name, label.description) for label in message.labels),
         multi_label=message.multi_label,
         thresholds=tuple(message.thresholds),
@@ -133,6 +133,7 @@ def _model(message: model_pb2.Model) -> Model:
         base_model=message.base_model,
         revision=message.revision,
         fingerprint=message.fingerprint,
+        classifier_fingerprint=message.classifier_fingerprint,
         dimensions=message.dimensions,
         matryoshka_dimensions=tuple(message.matryoshka_dimensions),
         pooling=message.pooling,

@@ -112,6 +112,7 @@ def describe(model: Model) -> pb.Model:
         base_model=manifest.base_model,
         revision=manifest.revision,
         fingerprint=model.fingerprint,
+        classifier_fingerprint=model.classifier_fingerprint,
         dimensions=manifest.dimensions,
         matryoshka_dimensions=manifest.matryoshka_dimensions,
         pooling=manifest.pooling,

@@ -42,8 +42,13 @@ def model_page(
 
 
 def model_version(model: Model) -> types_pb2.ModelVersion:
-    """Return name, revision and fingerprint of a model."""
-    return types_pb2.ModelVersion(name=model.name, revision=model.manifest.revision, fingerprint=model.fingerprint)
+    """Return name, revision and fingerprints of a model."""
+    return types_pb2.ModelVersion(
+        name=model.name,
+        revision=model.manifest.revision,
+        fingerprint=model.fingerprint,
+        classifier_fingerprint=model.classifier_fingerprint,
+    )
 
 
 def usages(inference: Inference) -> Iterable[types_pb2.TokenUsage]:

@@ -59,6 +59,7 @@ class Model:
         size_bytes: bytes of the ONNX file.
         loaded: when it was loaded.
         fingerprint: SHA-256 (hex) of all bytes that determine its vectors.
+        classifier_fingerprint: SHA-256 (hex) of all that determines a classifier's labels; empty for other models.
         legacy_fingerprint: fingerprint under the old scheme; empty if that does not cover all weights.
     """
 
@@ -73,6 +74,7 @@ class Model:
     size_bytes: int
     loaded: datetime
     fingerprint: str
+    classifier_fingerprint: str
     legacy_fingerprint: str
 
     def finish(self, output: Output) -> Output:
@@ -202,6 +204,7 @@ class Model:
             size_bytes=entry.size,
             loaded=datetime.now(timezone.utc),
             fingerprint=fingerprint,
+            classifier_fingerprint=bundle.classifier_fingerprint(fingerprint, head),
             legacy_fingerprint=bundle.legacy_fingerprint(variant.name),
         )
 
