@@ -198,12 +198,20 @@ def test_delete_counts(emberpc: Emberpc, books: Path) -> None:
 
 def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     outcome = emberpc("search", "books", "an island", "-k", 2, "--ef", 30)
-    assert outcome.rows[:2] == [["score", "id", "text"], ["1.0000", "c", "an island"]]
+    assert outcome.rows[:2] == [["score", "id", "label", "text"], ["1.0000", "c", "", "an island"]]
     assert outcome.err == ""
     assert fake.asked["Search"][0].request.ef == 30
     outcome = emberpc("search", "books", "--id", "c", "--json")
     assert {item["id"] for item in outcome.objects} == {"a", "b"}
     assert outcome.err == "2 hits: the collection has 3 records\n"
+
+
+def test_search_shows_the_labels_of_the_hits(emberpc: Emberpc, fake: FakeServer, books: Path, tmp_path: Path) -> None:
+    labelled = tmp_path / "labelled.csv"
+    labelled.write_text("id,text,label\nd,an island,geography\n")
+    assert emberpc("upsert", "books", labelled).code == 0
+    rows = emberpc("search", "books", "an island").rows
+    assert {tuple(row[1:3]) for row in rows[1:3]} == {("c", ""), ("d", "geography")}
 
 
 def test_search_by_a_recall(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:

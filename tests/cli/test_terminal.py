@@ -80,7 +80,16 @@ def test_a_table_fits_the_terminal_and_only_long_texts_are_cut(collection: Path)
 
 def test_a_narrow_terminal_still_shows_ids_and_scores(collection: Path) -> None:
     lines = on_terminal("search", "c", "a text", columns=30)
+    assert lines[0].split() == ["score", "id", "text"]
     assert lines[1].split()[:2] == ["1.0000", "short"]
+
+
+def test_hits_are_shown_with_their_labels_if_any_has_one(collection: Path, fake: FakeServer) -> None:
+    with Client(fake.target) as client:
+        client.upsert("c", [{"id": "short", "text": "a text", "label": "letters"}])
+    lines = on_terminal("search", "c", "a text")
+    assert lines[0].split() == ["score", "id", "label", "text"]
+    assert lines[1].split()[:3] == ["1.0000", "short", "letters"]
 
 
 def test_progress_is_shown_and_gone_when_it_is_done(collection: Path) -> None:

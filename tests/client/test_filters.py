@@ -151,3 +151,8 @@ def test_a_filter_is_text_or_a_message() -> None:
     assert filter_of(equal("a", 1)) == filter_of("a = 1")
     with pytest.raises(InputTypeError, match="where is of type dict"):
         filter_of({"a": 1})  # type: ignore[arg-type]  # what is tested
+
+
+def test_the_right_form_of_not_exists_is_named() -> None:
+    with pytest.raises(InputError, match="where, column 6: `not` goes before the field here: write `not FIELD exists`"):
+        parse_filter("year not exists")

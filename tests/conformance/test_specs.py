@@ -124,4 +124,7 @@ def test_a_filter_with_a_number_on_texts_is_told(open_index: OpenIndex) -> None:
         assert len(collection.mismatches(AllOf((Not(year), deep)))) == 2
         for fits in (Comparison("both", Operator.EQUAL, 1), Comparison("n", Operator.LESS, 9), Prefix("year", "1")):
             assert collection.mismatches(fits) == []
-        assert collection.mismatches(Comparison("none", Operator.EQUAL, 1)) == []
+        (sentence,) = collection.mismatches(Comparison("none", Operator.EQUAL, 1))
+        assert "names 'none', and none of the" in sentence
+        (sentence,) = collection.mismatches(Comparison("n", Operator.EQUAL, "1"))
+        assert "compares 'n' with a string" in sentence

@@ -269,17 +269,46 @@ def test_sqlite_takes_the_largest_filters(leaf: Filter) -> None:
             assert found == (matches(each, {"plain": "x"}),)
 
 
-def test_metadata_is_read_only_for_a_filter_that_compares_with_numbers() -> None:
-    reads: list[int] = []
+def test_metadata_is_read_until_the_fields_of_a_filter_are_found() -> None:
+    def documents() -> Iterator[dict[str, Any]]:
+        for i in range(10):
+            read.append(i)
+            yield {"a": "1", "last": 9} if i == 9 else {"a": "1"}
 
-    def read() -> list[dict[str, Any]]:
-        reads.append(1)
-        return [{"a": "1"}]
+    read: list[int] = []
+    assert mismatches(AllOf((Prefix("a", "1"), Comparison("a", Operator.EQUAL, "1"))), documents()) == []
+    assert read == [0]
+    assert mismatches(AllOf((Prefix("a", "1"), Existence("last"))), documents()) == []
+    assert len(mismatches(Not(Comparison("a", Operator.LESS, 2)), documents())) == 1
 
-    assert mismatches(AllOf((Prefix("a", "1"), Comparison("a", Operator.EQUAL, "1"))), read) == []
-    assert not reads
-    assert len(mismatches(Not(Comparison("a", Operator.LESS, 2)), read)) == 1
-    assert reads == [1]
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (
+            Comparison("lenght", Operator.GREATER, 3),
+            "'lenght', and none of the 2 records examined has",
+        ),
+        (Existence("x"), "check its spelling"),
+        (Membership("label", ("a", "b")), "filters compare metadata only, not the label of a record"),
+        (AllOf((Prefix("text", "a"), Existence("length"))), "not the text of a record"),
+        (Comparison("length", Operator.GREATER, "3"), "compares 'length' with a string, and the records have numbers"),
+        (Prefix("length", "3"), "compares 'length' with a string"),
+        (Comparison("length", Operator.EQUAL, 7), ""),
+        (Membership("length", ("3", 7)), ""),
+        (Comparison("length", Operator.EQUAL, True), ""),
+        (Comparison("lang", Operator.EQUAL, "de"), ""),
+        (Not(Existence("x")), ""),
+        (AllOf((Comparison("x", Operator.NOT_EQUAL, 1), Not(AnyOf((Prefix("y", "1"),))))), ""),
+        (Existence("empty"), ""),
+    ],
+)
+def test_a_filter_without_matches_is_explained(condition: Filter, expected: str) -> None:
+    documents = [{"length": 3, "lang": "en"}, {"length": 4, "empty": []}]
+    found = mismatches(condition, documents)
+    assert len(found) == bool(expected)
+    assert expected in "".join(found)
+    assert mismatches(condition, []) == []
 
 
 def test_only_so_much_metadata_is_read_to_explain_a_filter(

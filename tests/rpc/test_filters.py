@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from emberpc.client import Client, InvalidArgument, Record
+from emberpc.client import Client, FilterWarning, InvalidArgument, Record
 from emberpc.v1 import filter_pb2 as pb
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from examples.server_process import ServerProcess
@@ -135,7 +135,8 @@ def test_the_largest_filters_are_answered(client: Client, points: str) -> None:
     values = [pb.FilterValue(string_value=f"value {i}") for i in range(9_999)] + [pb.FilterValue(string_value="fr")]
     assert client.count(points, where=pb.Filter(membership=pb.Membership(field="lang", values=values))) == 1
     lists = [pb.Filter(any=pb.FilterList(filters=[comparing()] * 80))] * 3
-    assert client.count(points, where=pb.Filter(all=pb.FilterList(filters=lists))) == 0
+    with pytest.warns(FilterWarning, match="'x', and none of the 3 records examined"):
+        assert client.count(points, where=pb.Filter(all=pb.FilterList(filters=lists))) == 0
     assert client.count(points, where=nested(31)) == 3
 
 
@@ -177,3 +178,13 @@ def test_a_number_compared_with_strings_is_warned_of(
         pb.Filter(existence=pb.Existence(field="lang")),
     ):
         assert not stub.CountRecords(index_pb2.CountRecordsRequest(collection=points, filter=right)).warnings
+
+
+def test_a_filter_on_a_label_is_warned_of(client: Client, points: str) -> None:
+    client.upsert(points, [Record("d", label="news")], vectors=[[1.0, 9]])
+    with pytest.warns(FilterWarning, match="'label'.*filters compare metadata only, not the label of a record"):
+        assert client.search(points, [0.0, 1.0], where='label = "news"') == []
+    with pytest.warns(FilterWarning, match="'lnag', and none of the 4 records examined has.*check its spelling"):
+        assert client.count(points, where='lnag = "en"') == 0
+    with pytest.warns(FilterWarning, match="compares 'year' with a string, and the records have numbers"):
+        assert client.count(points, where='year > "3"') == 0

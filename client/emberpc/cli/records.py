@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -11,11 +12,11 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.input_files import LineFile
 from emberpc.cli.options import AsJson, Where
-from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table
+from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table, to_terminal
 from emberpc.cli.progress import progress
 from emberpc.cli.record_stream import FailureReport, write_stream
 from emberpc.client import Client, FailedPrecondition, RecordId
-from emberpc.client.types import Fusion, Query, SearchMode, Truncation
+from emberpc.client.types import Fusion, Hit, Query, SearchMode, Truncation
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -202,8 +203,7 @@ def search(
     if as_json:
         print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
     else:
-        rows = [(f"{hit.score:.4f}", hit.record.id, hit.record.text) for hit in result.hits]
-        print_table([Column("score", "right"), Column("id"), Column("text", wide=True)], rows)
+        _print_hits(result.hits)
     if show_plan:
         plan = {name: value for name, value in vars(result.plan).items() if name != "shortfall_reason"}
         note("plan: " + ", ".join(f"{name} {value}" for name, value in plan.items()))
@@ -211,3 +211,16 @@ def search(
         note("the query has more tokens than the model takes; it was truncated")
     if result.plan.shortfall_reason:
         note(f"{len(result.hits)} hits: {result.plan.shortfall_reason}")
+
+
+def _print_hits(hits: Sequence[Hit]) -> None:
+    """Print hits as a table. A terminal shows the column of labels only if a hit has a label; a pipe has it always."""
+    with_labels = not to_terminal() or any(hit.record.label for hit in hits)
+    label = [Column("label")] if with_labels else []
+    print_table(
+        [Column("score", "right"), Column("id"), *label, Column("text", wide=True)],
+        [
+            (f"{hit.score:.4f}", hit.record.id, *([hit.record.label] if with_labels else []), hit.record.text)
+            for hit in hits
+        ],
+    )

@@ -182,6 +182,8 @@ class _Parser:
             self._need("with", "'with'")
             return self._prefix(field)
         if self._take("not"):
+            if self._peek().has("exists"):
+                raise self._error(token.start, "`not` goes before the field here: write `not FIELD exists`")
             self._need("in", "'in'")
             return _not(self._membership(field))
         if self._take("in"):

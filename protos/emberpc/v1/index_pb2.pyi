@@ -1117,8 +1117,8 @@ class ListRecordsResponse(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Conditions of the filter that are probably mistakes, such as a numeric
-        comparison with a field that has only strings.
+        """Conditions of the filter that are probably mistakes, such as a field that
+        no record has, or a number compared with a field that has only strings.
         """
 
     def __init__(

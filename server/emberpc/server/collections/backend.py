@@ -83,7 +83,7 @@ class CollectionBackend(Protocol):
         """Search for the records nearest to each query; queries are float32 (queries, dimensions)."""
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return a sentence for each comparison with a number whose field holds strings only."""
+        """Return why a filter without matches probably matches nothing; see `filters.mismatches`."""
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Check that every record exists, is undamaged and is found; yields progress every few hundred records.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -145,41 +145,82 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
 
 #: Records whose metadata `mismatches` should examine.
 MISMATCH_RECORDS = 1000
+#: Fields of a record that are not metadata, so that no filter compares them.
+_RECORD_FIELDS = ("id", "text", "label")
 
 
-def mismatches(condition: Filter, read: Callable[[], Iterable[Mapping[str, Any]]]) -> list[str]:
-    """Return a sentence for each field that a condition compares with a number and that has only strings.
+def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each field of a filter without matches that probably explains why nothing matches.
+
+    Such a field is in no record, or it is compared with a number and has only strings, or the other way round. A field
+    below a negation may be missing: that meets the negation.
 
     Args:
         condition: the condition.
-        read: reads the metadata of some records; called only if the condition compares a field with a number.
+        documents: the metadata of some records; read until all fields are found as the condition compares them.
     """
-    kinds: dict[str, set[str]] = {field: set() for field in _compared_with_numbers(condition)}
-    for metadata in read() if kinds else ():
+    compared = dict.fromkeys(_compared(condition))
+    found: dict[str, set[str]] = {field: set() for field, _, _ in compared}
+    count = 0
+    for metadata in documents:
+        count += 1
         cancellation.check()
-        for field, found in kinds.items():
+        for field, seen in found.items():
             there, value = _look_up(metadata, keys(field))
             if there:
-                found.update(map(kind_of, value) if isinstance(value, (list, tuple)) else [kind_of(value)])
-    return [
-        f"the filter compares {field[:100]!r} with a number, and the records have strings there; compare with "
-        "a string, or write the records with numbers (on the command line with --types)"
-        for field, found in kinds.items()
-        if "string" in found and "number" not in found
-    ]
+                seen.update(map(kind_of, value) if isinstance(value, (list, tuple)) else [kind_of(value)], ["any"])
+        if all((kind if kind in ("number", "string") else "any") in found[field] for field, kind, _ in compared):
+            return []
+    sentences = [_mismatch(field, kind, found[field], count, needed=needed) for field, kind, needed in compared]
+    return list(dict.fromkeys(filter(None, sentences))) if count else []
 
 
-def _compared_with_numbers(condition: Filter) -> Iterator[str]:
-    """Yield the field of each comparison with a number."""
+def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: bool) -> str:
+    """Return why a comparison matches no record; empty: its field has values that it could match.
+
+    Args:
+        field: the field.
+        kind: the kind of the values that it is compared with; empty: several kinds, or none.
+        found: the kinds of its values in `count` records; empty: no record has it.
+        count: number of records that were examined.
+        needed: whether the comparison cannot match without the field.
+    """
+    shown = repr(field[:100])
+    if not found and needed:
+        absent = f"the filter names {shown}, and none of the {count} records examined has a metadata field of that name"
+        if field in _RECORD_FIELDS:
+            return f"{absent}; filters compare metadata only, not the {field} of a record: store it in the metadata too"
+        return f"{absent}; check its spelling"
+    if kind == "number" and "string" in found and "number" not in found:
+        return (
+            f"the filter compares {shown} with a number, and the records have strings there; compare with a string, "
+            "or write the records with numbers (on the command line with --types)"
+        )
+    if kind == "string" and "number" in found and "string" not in found:
+        return (
+            f"the filter compares {shown} with a string, and the records have numbers there; compare with a number "
+            "(without quotes)"
+        )
+    return ""
+
+
+def _compared(condition: Filter, *, needed: bool = True) -> Iterator[tuple[str, str, bool]]:
+    """Yield each comparison: its field, the kind of its values (empty: several kinds, or none), whether it is needed.
+
+    A field is needed if the comparison matches no record without it. Below a negation, or with NOT_EQUAL, it is not.
+    """
     if isinstance(condition, (AllOf, AnyOf)):
         for each in condition.conditions:
-            yield from _compared_with_numbers(each)
+            yield from _compared(each, needed=needed)
     elif isinstance(condition, Not):
-        yield from _compared_with_numbers(condition.condition)
-    elif (isinstance(condition, Comparison) and kind_of(condition.value) == "number") or (
-        isinstance(condition, Membership) and any(kind_of(value) == "number" for value in condition.values)
-    ):
-        yield condition.field
+        yield from _compared(condition.condition, needed=False)
+    elif isinstance(condition, Comparison):
+        yield condition.field, kind_of(condition.value), needed and condition.operator is not Operator.NOT_EQUAL
+    elif isinstance(condition, Membership):
+        kinds = {kind_of(value) for value in condition.values}
+        yield condition.field, kinds.pop() if len(kinds) == 1 else "", needed
+    else:
+        yield condition.field, "string" if isinstance(condition, Prefix) else "", needed
 
 
 def _look_up(metadata: Any, path: tuple[str, ...]) -> tuple[bool, Any]:

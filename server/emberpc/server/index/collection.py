@@ -251,9 +251,9 @@ class Collection(Lifecycle, SearchMethods):
         return records, encode_token(records[-1].id) if more else ""
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
+        """Return why a filter without matches probably matches nothing, by the metadata of the first records."""
         with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
-            return mismatches(condition, lambda: documents)
+            return mismatches(condition, documents)
 
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records, or of those that meet a filter."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
-from typing import Any
 
 from emberpc.server.collections.backend import unsupported
 from emberpc.server.collections.filters import MISMATCH_RECORDS, Filter, mismatches
@@ -182,13 +181,9 @@ class MilvusCollection:
         return [outcomes[row] for row in range(len(queries))]
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return a sentence for each comparison with a number whose field holds strings only, in the first records."""
-
-        def read() -> list[dict[str, Any]]:
-            rows = self._reader.walk([schema.ID, "metadata"], batch=MISMATCH_RECORDS)
-            return [schema.metadata(row) for row in islice(rows, MISMATCH_RECORDS)]
-
-        return mismatches(condition, read)
+        """Return why a filter without matches probably matches nothing, by the metadata of the first records."""
+        rows = self._reader.walk([schema.ID, "metadata"], batch=MISMATCH_RECORDS)
+        return mismatches(condition, (schema.metadata(row) for row in islice(rows, MISMATCH_RECORDS)))
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Raise UNIMPLEMENTED: the server has no second copy to compare with."""
