@@ -107,6 +107,29 @@ def test_all_wrong_texts_are_named_at_once(channel: grpc.Channel) -> None:
     assert found.fields == ["texts[0]", "texts[2]"]
 
 
+def test_a_wrong_text_is_named_at_all_its_places(channel: grpc.Channel) -> None:
+    found = failure(
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed,
+        embedding_pb2.EmbedRequest(model="minilm", texts=[LONG, "good", f"{LONG} else", LONG, "good"]),
+    )
+    assert found.fields == ["texts[0]", "texts[2]", "texts[3]"]
+    assert found.message.startswith("texts[0]: has ")
+    assert found.message.endswith("(and 2 more)")
+
+
+def test_many_wrong_texts_are_named_as_far_as_there_is_room(channel: grpc.Channel) -> None:
+    found = failure(
+        embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed,
+        embedding_pb2.EmbedRequest(model="minilm", texts=[LONG] * 100),
+    )
+    bad = status.detail(found.status, errors_pb2.BadRequest)
+    assert bad is not None
+    *named, last = bad.field_violations
+    assert [violation.field for violation in named] == [f"texts[{i}]" for i in range(len(named))]
+    assert 5 < len(named) < 30
+    assert last.description == f"{100 - len(named)} more violations are not listed"
+
+
 def test_an_unknown_model_is_not_found_and_the_known_ones_are_listed(channel: grpc.Channel) -> None:
     found = failure(
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed, embedding_pb2.EmbedRequest(model="gpt", texts=["x"])

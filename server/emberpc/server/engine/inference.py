@@ -21,7 +21,7 @@ from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
-from emberpc.server.errors import FieldPath
+from emberpc.server.errors import FieldPath, ServiceError, Violation, invalid_fields
 
 #: Texts with at most this many characters together are tokenized on the event loop: a change of threads takes longer.
 _FEW_CHARACTERS = 2000
@@ -114,10 +114,10 @@ class Inferrer:
         keys = [Key(number, prompt, truncation, text) for text in request.texts]
         times = _Times()
         entries = self.cache.find(keys)
-        places: dict[Key, int] = {}
+        places: dict[Key, list[int]] = {}
         for i, key in enumerate(keys):
             if key not in entries:
-                places.setdefault(key, i)  # each text once, at its first place
+                places.setdefault(key, []).append(i)
         if places:
             entries |= await self._compute(request, places, times)
         found = [entries[key] for key in keys]
@@ -171,8 +171,10 @@ class Inferrer:
         finally:
             stop.set()
 
-    async def _compute(self, request: InferenceRequest, places: Mapping[Key, int], times: _Times) -> dict[Key, Entry]:
-        """Run the texts that the cache does not have; `places` has the index of each text in the request."""
+    async def _compute(
+        self, request: InferenceRequest, places: Mapping[Key, Sequence[int]], times: _Times
+    ) -> dict[Key, Entry]:
+        """Run each text that the cache does not have once; `places` has its indexes in the request."""
         caller = request.caller
         self._scheduler.check_room(caller)
         missing = await self._tokenize(request, places, times)
@@ -197,18 +199,27 @@ class Inferrer:
         return found
 
     async def _tokenize(
-        self, request: InferenceRequest, places: Mapping[Key, int], times: _Times
+        self, request: InferenceRequest, places: Mapping[Key, Sequence[int]], times: _Times
     ) -> dict[Key, TokenizedText]:
-        tokenizer, path = request.model.tokenizer, request.path
+        """Tokenize each text once.
+
+        Raises:
+            ServiceError: as `TextTokenizer.tokenize` does. The error names all places of an invalid text.
+        """
+        tokenizer = request.model.tokenizer
         start = perf_counter()
-        indexes = list(places.values())
         texts = [key.text for key in places]
 
         def tokenize(stop: Callable[[], bool]) -> list[TokenizedText]:
-            return tokenizer.tokenize(texts, request.prompt, request.truncation, lambda i: path(indexes[i]), stop)
+            return tokenizer.tokenize(texts, request.prompt, request.truncation, str, stop)
 
         few = sum(map(len, texts)) <= _FEW_CHARACTERS
-        tokenized = tokenize(never) if few else await self._in_pool(texts, tokenize, request.caller.lane)
+        try:
+            tokenized = tokenize(never) if few else await self._in_pool(texts, tokenize, request.caller.lane)
+        except ServiceError as error:
+            if not error.violations:
+                raise
+            raise _at_all_places(error, list(places.values()), request.path) from error
         times.tokenize = perf_counter() - start
         return dict(zip(places, tokenized, strict=True))
 
@@ -223,6 +234,18 @@ class Inferrer:
             key: Entry(row, len(text.ids), text.truncated)
             for (key, text), row in zip(texts.items(), result.rows, strict=True)
         }
+
+
+def _at_all_places(error: ServiceError, places: Sequence[Sequence[int]], path: FieldPath) -> ServiceError:
+    """Return an error about distinct texts as an error that names each text of the request, in its order.
+
+    Args:
+        error: the error; the field of a violation is the index of a distinct text.
+        places: the indexes in the request of each distinct text.
+        path: returns the path of a text of the request.
+    """
+    found = [(i, violation.description) for violation in error.violations for i in places[int(violation.field)]]
+    return invalid_fields([Violation(path(i), description) for i, description in sorted(found)])
 
 
 def _end_turn(loop: asyncio.AbstractEventLoop, turn: asyncio.Semaphore, _: Future[Any]) -> None:

@@ -34,6 +34,10 @@ _LEAST_MEASURED_SHARE = 0.25
 _BULK_SECONDS = 0.25
 #: Factor for the error of time estimates. A call that starts and misses its deadline is wasted work.
 _MARGIN = 1.25
+_LATE = (
+    "the rest of the call cannot be done before its deadline; give it a longer timeout, send fewer texts, or try again "
+    "later"
+)
 #: `nice` value of worker threads (other threads: 0). With 3, at five times the load that the server can serve, calls
 #: were refused after 3 to 9 ms instead of 60 to 150 ms, and the 99th percentile of a short call beside 10,000 texts was
 #: 14 ms instead of 21 ms.
@@ -315,10 +319,7 @@ class Scheduler:
             if not item.job.over and item.job.caller.deadline < now + self._least_seconds(item.job)
         }
         self.counts.expired += len(late)
-        fail(
-            late,
-            ServiceError(Code.DEADLINE_EXCEEDED, "the call could not be done in time any more"),
-        )
+        fail(late, ServiceError(Code.DEADLINE_EXCEEDED, _LATE))
         return [item for item in batch if not item.job.over]
 
     def _run_batch(self, batch: list[Item]) -> None:
