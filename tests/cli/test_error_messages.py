@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from emberpc.cli import progress
 from emberpc.cli.error_messages import in_cli_terms
-from emberpc.client import types
+from emberpc.client import Client, types
 from fake_server import FakeServer, Fault
 
 Emberpc = Any
@@ -27,19 +28,71 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
         ("targets[2]: is empty", "target 3: is empty"),
         ("queries[0].text: is empty", "the query: is empty"),
         (f"texts[1]: {LONG}", "text 2: has 600 tokens, the model takes at most 512; shorten it, or give --truncation"),
-        ("there is no collection 'c'; see ListCollections, or create it", "'c'; see `emberpc collection list`"),
+        (
+            "there is no collection 'c'; see ListCollections, or create it",
+            "`emberpc collection create NAME --model MODEL`",
+        ),
         (
             "collection.dimensions: is 0, and no model is named; name a model, or give 1 to 16000",
             "--dimensions: is 0, and no model is named; give --model, or --dimensions for vectors only: 1 to 16000",
         ),
         ("collection.hnsw.ef_construction: is 3", "--ef-construction: is 3"),
         ("model: is empty, and there are several", "--model: is empty, and there are several"),
-        ("no answer; give a longer timeout, or send less at once", "no answer; give a longer --timeout, or send less"),
+        (
+            "no answer; give a longer timeout, or send less at once",
+            "no answer; give a longer --timeout, or fewer text",
+        ),
         ("there is no model 'texts[0]: x'; model: y", "there is no model 'texts[0]: x'; model: y"),
     ],
 )
 def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
     assert wanted in in_cli_terms(message)
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "remedy"),
+    [
+        (["upsert", "c", "FILE"], "UpsertRecords", "give a longer --timeout, a smaller --batch-size, or try again"),
+        (["embed", "a text"], "Embed", "give a longer --timeout, a smaller --batch-size, or try again"),
+        (["search", "c", "a text"], "Search", "give a longer --timeout, fewer texts in one request, or try again"),
+    ],
+)
+def test_an_error_about_the_deadline_names_the_options(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: list[str], method: str, remedy: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "text": "t"}\n')
+    assert emberpc("collection", "create", "c", "--model", "canned").code == 0
+    needs = "the call needs about 40.0 s; give it a longer timeout, send fewer texts, or try again later"
+    fake.faults[method].append(Fault(grpc.StatusCode.FAILED_PRECONDITION, needs, "DEADLINE_TOO_SOON"))
+    outcome = emberpc(*[path if word == "FILE" else word for word in command])
+    assert outcome.code == 5
+    assert remedy in outcome.err
+
+
+def test_no_answer_in_time_names_the_options(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": "a", "text": "t"}\n')
+    assert emberpc("collection", "create", "c", "--model", "canned").code == 0
+    done = threading.Event()
+    fake.hooks["UpsertRecords"] = lambda _: done.wait(300)
+    try:
+        outcome = emberpc("upsert", "c", path, "--timeout", "0.2")
+    finally:
+        done.set()
+    assert outcome.code == 3
+    assert "within 0.2 s; give a longer --timeout, or a smaller --batch-size" in outcome.err
+
+
+def test_requests_are_small_enough_for_the_default_timeout(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("text\n" + "".join(f"text {i}\n" for i in range(65)))
+    assert emberpc("collection", "create", "c", "--model", "canned").code == 0
+    assert emberpc("upsert", "c", path).code == 0
+    assert [len(asked.request.records) for asked in fake.asked["UpsertRecords"]] == [64, 1]
+    assert emberpc("upsert", "c", path).code == 0
+    with Client(fake.target) as client:
+        assert client.count("c") == 65
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
@@ -83,8 +136,6 @@ def test_tokens_are_counted_by_the_only_embedding_model(emberpc: Emberpc, fake: 
 
 
 def test_clusters_are_numbered(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, fake: FakeServer) -> None:
-    from emberpc.client import Client
-
     def clusters(*_: Any, **__: Any) -> list[types.Cluster]:
         records = [types.Record(letter, f"text {letter}") for letter in "abc"]
         return [types.Cluster(5, tuple(records[:2])), types.Cluster(1, tuple(records[2:]))]

@@ -97,7 +97,10 @@ def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: byte
         ("r.jsonl", '{"id": "a", "metadata": {"x": NaN}}\n', ":1: the line is not JSON"),
         ("r.jsonl", "[" * 100_000, ":1: the line is not JSON"),
         ("r.jsonl", b'{"id": "a"}\n{"id": "\xff"}\n', ":2: byte 9 of the line is not UTF-8"),
-        ("r.csv", "text,year\na,1\n", ":1: there is no column id; the columns are text, year"),
+        ("r.csv", "title,year\na,1\n", ":1: there is no column id; the columns are title, year; name one id"),
+        ("r.csv", "ID,text\na,t\n", ":1: there is no column id; the columns are ID, text; name one id"),
+        ("r.csv", "text,label\na,x\nb,x\na,y\n", ":4: line 2 has the same text with another label"),
+        ("r.csv", "text,label\na,x\n ,x\n", ":3: the text is empty"),
         ("r.csv", "id,year,year\na,1,2\n", ":1: the column 'year' is there twice"),
         ("r.csv", "id,,b\na,1,2\n", ":1: the column '' is there twice, or has no name"),
         ("r.csv", "id,vector\na,1\n", ":1: there is a column vector"),
@@ -225,3 +228,34 @@ def test_a_cell_of_another_type_is_named_with_row_column_and_value(tmp_path: Pat
 def test_wrong_types_are_named(tmp_path: Path, types: list[str], words: str) -> None:
     with pytest.raises(CliError, match=re.escape(words)):
         typed(tmp_path, "a,1", types, header="id,year")
+
+
+def test_a_table_without_ids_has_the_ids_of_its_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\nwhere is my parcel?,delivery\nné,other\nwhere is my parcel?,delivery\nlast,other\n")
+    found, source = read(path)
+    # Stable over versions: a table that is written again must not duplicate its records.
+    assert [record["id"] for record in found[:2]] == [
+        "text-c34ddb857c34aefae3edbd8971be2d60",
+        "text-82b5c347493f76b114b701be8bf92057",
+    ]
+    assert [(record["text"], record["label"]) for record in found] == [
+        ("where is my parcel?", "delivery"),
+        ("né", "other"),
+        ("last", "other"),
+    ]
+    assert source.lines == [2, 3, 5]
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == [
+        f"{path} has no column id: each id is made of the text, so the same text is one record",
+        f"{path}: rows that repeat an earlier row and were left out: 1",
+    ]
+
+
+def test_a_corrected_label_keeps_the_id(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("text,label\na,x\n")
+    (tmp_path / "new.tsv").write_text("label\ttext\ny\ta\n")
+    (old,), _ = read(tmp_path / "old.csv")
+    (new,), _ = read(tmp_path / "new.tsv")
+    assert old["id"] == new["id"]
+    assert (old["label"], new["label"]) == ("x", "y")

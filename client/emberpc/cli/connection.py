@@ -11,13 +11,16 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from emberpc.cli.errors import CliError
+from emberpc.cli.error_messages import in_cli_terms
+from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.options import add_options
 from emberpc.cli.output import note
-from emberpc.client import TLS, Client, FilterWarning
+from emberpc.client import TLS, Client, EmberpcError, FilterWarning
 from emberpc.client._core.connection import is_local, is_url
 
 _PANEL = "Connection"
+#: Remedy of errors about the deadline, as `in_cli_terms` returns them.
+_SEND_LESS = "fewer texts in one request"
 
 _OPTIONS = [
     Parameter(
@@ -71,10 +74,23 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
     """Add the connection options to a command, and pass it the connected client as the first argument."""
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
-        with connect(**options) as client, _filter_warnings():
+        with connect(**options) as client, _filter_warnings(), _batch_remedy("batch_size" in values):
             command(client, **values)
 
     return add_options(command, _OPTIONS, run)
+
+
+@contextmanager
+def _batch_remedy(has_batches: bool) -> Iterator[None]:
+    """Name --batch-size as a remedy in errors about the deadline, if the command has that option."""
+    try:
+        yield
+    except EmberpcError as error:
+        message = in_cli_terms(str(error))
+        if not has_batches or _SEND_LESS not in message:
+            raise
+        code = exit_code(error) or ExitCode.INTERNAL
+        raise CliError(message.replace(_SEND_LESS, "a smaller --batch-size"), code) from error
 
 
 @contextmanager

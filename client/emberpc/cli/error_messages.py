@@ -7,8 +7,12 @@ import re
 _TRUNCATE = "set the call's `truncation` to 'end' or 'start'"
 _REMEDIES = (
     (_TRUNCATE, "give --truncation end or start"),
-    ("see ListCollections, or create it", "see `emberpc collection list`"),
-    ("give a longer timeout, or send less at once", "give a longer --timeout, or send less at once"),
+    (
+        "see ListCollections, or create it",
+        "see `emberpc collection list`, or create it with `emberpc collection create NAME --model MODEL`",
+    ),
+    ("give a longer timeout, or send less at once", "give a longer --timeout, or fewer texts in one request"),
+    ("give it a longer timeout, send fewer texts,", "give a longer --timeout, fewer texts in one request,"),
     ("name a model, or give 1 to", "give --model, or --dimensions for vectors only: 1 to"),
 )
 #: Repeated fields of a request that are arguments of a command, with their names on the command line.

@@ -16,7 +16,7 @@ from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode, require
 from emberpc.cli.input_files import JSON_LINES, LINE_FILES, LineFile
-from emberpc.cli.options import AsJson, Name, Overwrite, Where
+from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Name, Overwrite, Where
 from emberpc.cli.output import json_line, note, print_json
 from emberpc.cli.output_files import atomic_file, check_output_path
 from emberpc.cli.progress import progress
@@ -100,7 +100,7 @@ def import_records(
         Split, typer.Option(help="For a folder: whether each file or each paragraph (up to an empty line) is a record.")
     ] = "files",
     types: Types = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
+    batch_size: BatchSize = DEFAULT_BATCH,
     as_json: AsJson = False,
 ) -> None:
     """Upsert the records of a file or folder of any size. An invalid record fails alone.

@@ -13,8 +13,10 @@ from typing import Any, BinaryIO, NoReturn
 
 from emberpc.bundle.json_objects import RepeatedKeyError, unique_keys
 from emberpc.cli.column_types import ColumnTypes
+from emberpc.cli.content_ids import ContentIds
 from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError
+from emberpc.cli.output import note
 from emberpc.cli.record_sources import RECORD_KEYS, OnRejected, RecordError, raise_error
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
@@ -54,6 +56,8 @@ class LineFile:
         self._path = path
         self._types = ColumnTypes(types)
         self._with_revisions = with_revisions
+        #: Of a table without the column `id`.
+        self._content_ids: ContentIds | None = None
         if self._types and Path(path).suffix.lower() not in _DELIMITERS:
             raise CliError(f"--types is for tables ({', '.join(_DELIMITERS)}), and {self.name} is none; leave it out")
         if with_revisions and Path(path).suffix.lower() in _DELIMITERS:
@@ -107,6 +111,7 @@ class LineFile:
         `.jsonl`, `.ndjson` and stdin hold JSON Lines; `.csv` and `.tsv` a table
         with the columns `id` and any of `text`, `label` and `metadata` (a JSON
         object). Every other column is a metadata field, of strings or of the type that --types states.
+        In a table with `text` and without `id`, each id is made of the text; see `ContentIds`.
 
         Args:
             refused: called with the error of each line that is not a record; if it returns, reading continues.
@@ -130,6 +135,8 @@ class LineFile:
             for number, record in parse(self._lines(file), refused):
                 self.lines.append(number)
                 yield record
+        if self._content_ids is not None and self._content_ids.repeated:
+            note(f"{self.name}: rows that repeat an earlier row and were left out: {self._content_ids.repeated}")
 
     def place(self, item: int) -> str:
         """Return the file and line of an item, such as `records.jsonl:3`."""
@@ -259,7 +266,8 @@ class LineFile:
             except RecordError as error:
                 refused(error)
                 continue
-            yield number, record
+            if record is not None:
+                yield number, record
 
     def _header(self, number: int, row: list[str]) -> list[str]:
         header = [title.strip() for title in row]
@@ -271,8 +279,12 @@ class LineFile:
                 f"the columns seem to be separated by {_DELIMITER_NAMES[other]}, and this kind of file has "
                 f"{_DELIMITER_NAMES[wanted]} between them; save it again with those",
             )
-        if "id" not in header:
-            self._refuse(number, f"there is no column id; the columns are {', '.join(header)}")
+        if "id" not in header and ("text" not in header or any(title.lower() == "id" for title in header)):
+            self._refuse(
+                number,
+                f"there is no column id; the columns are {', '.join(header)}; name one id, or give the table a column "
+                "text to make the ids of",
+            )
         if "vector" in header:
             self._refuse(number, "there is a column vector, and a table has no vectors; write JSON Lines")
         for title in header:
@@ -280,9 +292,13 @@ class LineFile:
                 self._refuse(number, f"the column {title!r} is there twice, or has no name; give each its own")
         if problem := self._types.problem([title for title in header if title not in _RECORD_COLUMNS]):
             raise CliError(f"{self.name}:{number}: {problem}")
+        if "id" not in header:
+            self._content_ids = ContentIds()
+            note(f"{self.name} has no column id: each id is made of the text, so the same text is one record")
         return header
 
-    def _table_record(self, number: int, header: list[str], row: list[str]) -> dict[str, Any]:
+    def _table_record(self, number: int, header: list[str], row: list[str]) -> dict[str, Any] | None:
+        """Return the record of a row; None if its id is made of its text and an earlier row is the same."""
         if len(row) != len(header):
             self._refuse(number, f"there are {len(row)} cells for {len(header)} columns; check the delimiters")
         cells = dict(zip(header, row, strict=True))
@@ -295,7 +311,9 @@ class LineFile:
                 self._refuse(number, f"metadata has a field {both!r}, and there is a column of that name; keep one")
             fields |= given
         record["metadata"] = fields
-        return record
+        if self._content_ids is None:
+            return record
+        return self._content_ids.add(number, record, lambda problem: self._refuse(number, problem))
 
     def _refuse(self, number: int, problem: str) -> NoReturn:
         raise RecordError(f"{self.name}:{number}: {problem}")

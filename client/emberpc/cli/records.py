@@ -11,7 +11,7 @@ from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.input_files import LineFile
-from emberpc.cli.options import AsJson, Where
+from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Where
 from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table, to_terminal
 from emberpc.cli.progress import progress
 from emberpc.cli.record_stream import FailureReport, write_stream
@@ -32,10 +32,11 @@ def upsert(
         typer.Argument(
             metavar="FILE",
             help="JSON Lines (.jsonl, .ndjson, or - for stdin) with the fields id, text, metadata, label, vector; or a "
-            "table (.csv, .tsv) with the columns id, text, label and metadata (JSON); others are metadata fields.",
+            "table (.csv, .tsv) with the columns id, text, label and metadata (JSON); others are metadata fields. In a "
+            "table without the column id, each id is made of the text.",
         ),
     ],
-    batch_size: Annotated[int, typer.Option(min=1, help="Records of one request.")] = 256,
+    batch_size: BatchSize = DEFAULT_BATCH,
     truncation: Annotated[
         Truncation | None,
         typer.Option(help="Treatment of texts with too many tokens; default: the setting of the collection."),
@@ -60,7 +61,8 @@ def upsert(
     """Insert the records of a file; a record replaces the stored record with the same id.
 
     If a request fails, the requests before it are written. It is safe to repeat
-    the command.
+    the command, except with --check-revisions: the written records then have
+    newer revisions than the file.
     """
     source = LineFile(file, types or (), with_revisions=check_revisions)
     if stream:

@@ -15,7 +15,7 @@ from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.input_files import LineFile
 from emberpc.cli.npy_file import RowFile, save
-from emberpc.cli.options import AsJson, Overwrite
+from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Overwrite
 from emberpc.cli.output import Column, note, print_json, print_table, to_terminal
 from emberpc.cli.output_files import check_output_path
 from emberpc.cli.progress import progress
@@ -32,7 +32,6 @@ Cut = Annotated[
     Truncation,
     typer.Option(help="Treatment of texts with too many tokens: refuse them, or truncate at the end or the start."),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts of one request.")]
 
 #: Numbers of a vector, and labels of a text, in a table on a terminal.
 _PREVIEW = 6
@@ -55,7 +54,7 @@ def embed(
     input_kind: Kind = "passage",
     dimensions: Annotated[int, typer.Option(min=0, help="Number of leading dimensions to keep; 0: all.")] = 0,
     truncation: Cut = "refuse",
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = DEFAULT_BATCH,
     stream: Annotated[
         bool,
         typer.Option(
@@ -162,7 +161,7 @@ def classify(
         ),
     ] = None,
     truncation: Cut = "refuse",
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = DEFAULT_BATCH,
     as_json: AsJson = False,
 ) -> None:
     """Classify texts: print their labels and probabilities."""

@@ -1,0 +1,55 @@
+"""Make the ids of a table that has no column `id`: from the text of each row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+#: Hex digits of SHA-256 in an id: 128 bits, so that two texts never have the same id by chance.
+_DIGITS = 32
+
+
+def id_of_text(text: str) -> str:
+    """Return the id of a record without id: `text-` and the first 32 hex digits of the SHA-256 of the text (UTF-8)."""
+    return f"text-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
+
+
+class ContentIds:
+    """Gives each row of a table the id of its text, and skips rows that repeat an earlier row.
+
+    The id of a text is always the same, so a table can be written again: its records replace each other. It depends
+    on the text only, so that a row with a corrected label replaces the record with the wrong label.
+
+    Attributes:
+        repeated: number of rows that repeat an earlier row.
+    """
+
+    def __init__(self) -> None:
+        self.repeated = 0
+        #: For each id: the line of its row, and a hash of the whole row.
+        self._rows: dict[str, tuple[int, int]] = {}
+
+    def add(self, number: int, record: Mapping[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any] | None:
+        """Return a record with its id; None if an earlier row is the same.
+
+        Args:
+            number: line of the row.
+            record: the record without id.
+            refuse: called with the problem if there is no text, or an earlier row has the same text and another label
+                or other metadata.
+        """
+        text = record["text"]
+        if not text.strip():
+            refuse("the text is empty, and without a column id the id is made of it; give it a text")
+        record_id, content = id_of_text(text), hash(repr(record))
+        line, earlier = self._rows.setdefault(record_id, (number, content))
+        if line == number:
+            return {"id": record_id, **record}
+        if earlier != content:
+            refuse(
+                f"line {line} has the same text with another label or other metadata, and without a column id a text "
+                "is one record; keep one of the lines, or add a column id"
+            )
+        self.repeated += 1
+        return None
