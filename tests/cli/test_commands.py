@@ -100,7 +100,7 @@ def test_similarity(emberpc: Emberpc, fake: FakeServer) -> None:
 def test_classify(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("classify", "what?", "outside", "-k", 1).rows[1:] == [
         ["question", "question 0.75", "what?"],
-        ["(none fits)", "statement 0.75", "outside"],
+        ["(rejected)", "statement 0.75", "outside"],
     ]
     (found,) = emberpc("classify", "what?", "--json").objects
     assert found["classification"]["labels"] == ["question"]
@@ -212,6 +212,38 @@ def test_search_shows_the_labels_of_the_hits(emberpc: Emberpc, fake: FakeServer,
     assert emberpc("upsert", "books", labelled).code == 0
     rows = emberpc("search", "books", "an island").rows
     assert {tuple(row[1:3]) for row in rows[1:3]} == {("c", ""), ("d", "geography")}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("embed", "a text"),
+        ("classify", "a text"),
+        ("count-tokens", "a text"),
+        ("similarity", "a text", "another"),
+        ("search", "books", "an island"),
+        ("get", "books", "a"),
+        ("delete", "books", "zz"),
+    ],
+)
+def test_details_of_responses_are_printed_beside_the_result(
+    emberpc: Emberpc, fake: FakeServer, books: Path, command: tuple[str, ...]
+) -> None:
+    plain = emberpc(*command, "--json")
+    outcome = emberpc(*command, "--json", "--details")
+    (details,) = [json.loads(line) for line in outcome.err.splitlines() if line.startswith("{")]
+    assert details["first"] == 0
+    assert outcome.out == plain.out
+
+
+def test_details_of_a_write_state_its_durability(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+    outcome = emberpc("upsert", "books", books, "--batch-size", 2, "--details")
+    found = [json.loads(line) for line in outcome.err.splitlines()]
+    assert [(each["first"], each["count"]) for each in found] == [(0, 2), (2, 1)]
+    assert all("durability" in each and "sequence" in each for each in found)
+    for command in (("upsert", "books", books), ("embed", "--file", books, "--json")):
+        refused = emberpc(*command, "--stream", "--details")
+        assert (refused.code, "--details cannot be combined with --stream" in refused.err) == (2, True)
 
 
 def test_search_by_a_recall(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:

@@ -22,6 +22,7 @@ from emberpc.client import (
     NotFound,
     Record,
     RecordId,
+    ResponseDetails,
     UpsertResult,
 )
 from emberpc.v1 import index_pb2, types_pb2
@@ -384,3 +385,10 @@ def test_an_option_of_a_wrong_type_is_named(
 ) -> None:
     with pytest.raises(InputTypeError, match=words):
         shell(name, *arguments, **options)
+
+
+def test_details_state_the_tokens_of_each_text_that_was_classified(shell: Shell) -> None:
+    seen: list[ResponseDetails] = []
+    found = shell("classify", ["a b", "c", "d e f"], "kinds", batch_size=2, details=seen.append)
+    assert [(each.first, each.count) for each in seen] == [(0, 2), (2, 1)]
+    assert [usage.tokens for each in seen for usage in each.usages] == [item.tokens for item in found] == [4, 3, 5]

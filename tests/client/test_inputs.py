@@ -253,3 +253,28 @@ def test_chunks_are_the_whole_in_order_within_both_limits(weights: list[int], si
 def test_a_time_to_live_that_is_none_is_refused_before_anything_is_sent(shell: Shell, seconds: float) -> None:
     with pytest.raises(InputError, match=r"records\[0\]\.time_to_live is .* must be above 0"):
         shell("upsert", "c", [Record("a", "a", time_to_live=seconds)])
+
+
+@pytest.mark.parametrize("name", ["details", "progress"])
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("embed", (["a"],)),
+        ("count_tokens", (["a"],)),
+        ("similarity", (["a"], ["b"])),
+        ("classify", (["a"],)),
+        ("upsert", ("c", [{"id": "a"}])),
+        ("get", ("c", ["a"])),
+        ("delete", ("c", ["a"])),
+        ("search", ("c", "a")),
+        ("search_batch", ("c", ["a"])),
+    ],
+)
+def test_a_list_as_a_function_is_refused_before_anything_is_sent(
+    fake: FakeServer, shell: Shell, method: str, arguments: Any, name: str
+) -> None:
+    if name == "progress" and method not in ("embed", "classify", "upsert"):
+        return  # these report no progress
+    with pytest.raises(InputTypeError, match=f"{name} is of type list; it must be a function, such as the `append`"):
+        shell(method, *arguments, **{name: []})
+    assert not fake.asked

@@ -155,10 +155,18 @@ def test_a_model_of_the_wrong_kind_is_a_failed_precondition(channel: grpc.Channe
     assert found.reason == "WRONG_MODEL_TASK"
 
 
-def test_counting_needs_a_model_named_where_there_are_two(channel: grpc.Channel) -> None:
-    found = failure(
-        embedding_pb2_grpc.EmbeddingServiceStub(channel).CountTokens, embedding_pb2.CountTokensRequest(texts=["x"])
+def test_counting_without_a_model_is_by_the_only_embedding_model(channel: grpc.Channel) -> None:
+    counted = embedding_pb2_grpc.EmbeddingServiceStub(channel).CountTokens(
+        embedding_pb2.CountTokensRequest(texts=["x"])
     )
+    assert counted.model.name == "minilm"
+
+
+def test_counting_needs_a_model_named_where_there_are_two(tiny_server: ServerProcess) -> None:
+    with grpc.insecure_channel(tiny_server.address) as two:
+        found = failure(
+            embedding_pb2_grpc.EmbeddingServiceStub(two).CountTokens, embedding_pb2.CountTokensRequest(texts=["x"])
+        )
     assert found.code is grpc.StatusCode.INVALID_ARGUMENT
     assert found.fields == ["model"]
 

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from emberpc.cli.app import run
-from emberpc.client import AsyncClient, Client, FilterWarning, InvalidArgument, Record
+from emberpc.client import AsyncClient, Client, FilterWarning, InvalidArgument, Record, RecordId, ResponseDetails
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc, types_pb2
 from emberpc.wire import vectors
@@ -171,6 +171,18 @@ def test_a_filter_that_compares_strings_with_a_number_is_warned_of(
     notes = capsys.readouterr().err
     assert "warning: the filter compares 'year' with a number" in notes
     assert "was truncated" in notes
+
+
+@pytest.mark.usefixtures("stub")
+def test_details_state_whether_a_query_was_truncated(client: Client) -> None:
+    client.upsert("cut", [Record("short", "short")])
+    seen: list[ResponseDetails] = []
+    client.search("cut", LONG, details=seen.append)
+    client.search_batch("cut", ["short", RecordId("short"), LONG], details=seen.append)
+    client.search("cut", "short", mode="lexical", details=seen.append)
+    assert [[usage.truncated for usage in each.usages] for each in seen] == [[True], [False, False, True], []]
+    assert seen[0].usages[0].tokens == 256
+    assert (seen[1].usages[0].tokens, seen[1].usages[1].tokens) == (3, 0)
 
 
 @pytest.mark.usefixtures("stub")

@@ -16,6 +16,14 @@ from emberpc.cli.errors import CliError
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines: one object for each result.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the collection.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or folder.")]
+WithDetails = Annotated[
+    bool,
+    typer.Option(
+        "--details",
+        help="Also print on stderr, as a line of JSON for each response: model, times, tokens of the texts, missing "
+        "ids, sequence number and durability of a write.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts or records of one request.")]
 #: With 256 texts of 200 tokens in a request, a busy host of two cores does not answer within the default --timeout of
 #: 30 s. The streams of the Python clients have the same default.

@@ -110,6 +110,11 @@ def note(message: str) -> None:
     write_stderr(one_line(message) + "\n")
 
 
+def details_printer(wanted: bool) -> Callable[[Any], None] | None:
+    """Return a function that prints the details of a response as a line of JSON on stderr; None if not wanted."""
+    return (lambda details: write_stderr(json_line(details, ensure_ascii=True))) if wanted else None
+
+
 def write_stderr(text: str) -> None:
     """Write to stderr; errors are ignored, since there is no other place to report them."""
     try:

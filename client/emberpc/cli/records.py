@@ -11,8 +11,18 @@ from emberpc.cli.column_types import Types
 from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.input_files import LineFile
-from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Where
-from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table, to_terminal
+from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Where, WithDetails
+from emberpc.cli.output import (
+    Column,
+    details_printer,
+    note,
+    plain,
+    print_blank_line,
+    print_fields,
+    print_json,
+    print_table,
+    to_terminal,
+)
 from emberpc.cli.progress import progress
 from emberpc.cli.record_stream import FailureReport, write_stream
 from emberpc.client import Client, FailedPrecondition, RecordId
@@ -56,6 +66,7 @@ def upsert(
             "otherwise its request fails. For JSON Lines, where `collection records --json` writes that field.",
         ),
     ] = False,
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Insert the records of a file; a record replaces the stored record with the same id.
@@ -68,6 +79,8 @@ def upsert(
     if stream:
         if check_revisions:
             raise CliError("--check-revisions cannot be combined with --stream; leave out one of the two")
+        if with_details:
+            raise CliError("--details cannot be combined with --stream; leave out one of the two")
         failures = FailureReport(source, collection)
         records = source.records(failures.unreadable)
         write_stream(
@@ -91,6 +104,7 @@ def upsert(
             expected_revisions=source.revisions if check_revisions else None,
             batch_size=batch_size,
             progress=done,
+            details=details_printer(with_details),
         )
     if not source.lines:
         note(f"{source.name} holds no records")
@@ -102,10 +116,15 @@ def upsert(
 
 @with_client
 def get(
-    client: Client, collection: CollectionName, ids: Ids, with_vectors: WithVectors = False, as_json: AsJson = False
+    client: Client,
+    collection: CollectionName,
+    ids: Ids,
+    with_vectors: WithVectors = False,
+    with_details: WithDetails = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show records."""
-    records = client.get(collection, ids, with_vectors=with_vectors)
+    records = client.get(collection, ids, with_vectors=with_vectors, details=details_printer(with_details))
     if as_json:
         print_json(records)
     else:
@@ -125,12 +144,13 @@ def delete(
     collection: CollectionName,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Ids of records.")] = None,
     where: Where = None,
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete records by id or, with --where, all records that match. An unknown id is not an error."""
     if bool(ids) == (where is not None):
         raise CliError("give ids, or a filter with --where; one of the two")
-    deleted = client.delete(collection, ids or None, where=where)
+    deleted = client.delete(collection, ids or None, where=where, details=details_printer(with_details))
     if as_json:
         print_json([{"deleted": deleted}])
     else:
@@ -173,6 +193,7 @@ def search(
         bool,
         typer.Option("--plan", help="Also print on stderr how the server ran the search, such as strategy and ef."),
     ] = False,
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the records nearest to a query, nearest first."""
@@ -196,6 +217,7 @@ def search(
             fusion=fusion,
             truncation=truncation,
             with_vectors=with_vectors,
+            details=details_printer(with_details),
         )
     except FailedPrecondition as error:
         if error.reason != "COLLECTION_WITHOUT_MODEL":

@@ -15,8 +15,8 @@ from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.input_files import LineFile
 from emberpc.cli.npy_file import RowFile, save
-from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Overwrite
-from emberpc.cli.output import Column, note, print_json, print_table, to_terminal
+from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Overwrite, WithDetails
+from emberpc.cli.output import Column, details_printer, note, print_json, print_table, to_terminal
 from emberpc.cli.output_files import check_output_path
 from emberpc.cli.progress import progress
 from emberpc.client import Client
@@ -36,8 +36,8 @@ Cut = Annotated[
 #: Numbers of a vector, and labels of a text, in a table on a terminal.
 _PREVIEW = 6
 _TOP_K = 3
-#: Shown in a table instead of a label.
-_REJECTED = "(none fits)"
+#: Shown in a table instead of the label of a rejected text.
+_REJECTED = "(rejected)"
 #: Most lines of a stream that are read ahead.
 _WINDOW = 1024
 
@@ -64,6 +64,7 @@ def embed(
         ),
     ] = False,
     overwrite: Overwrite = False,
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed texts: print their vectors, or write them to a file."""
@@ -72,6 +73,8 @@ def embed(
     if stream:
         if texts or not file or bool(output) == as_json:
             raise CliError("--stream goes with --file and one of -o and --json")
+        if with_details:
+            raise CliError("--details cannot be combined with --stream; leave out one of the two")
         results = client.embed_stream(
             (source := LineFile(file)).numbered(),
             model=model,
@@ -93,6 +96,7 @@ def embed(
             priority="bulk" if file else "interactive",
             batch_size=batch_size,
             progress=done,
+            details=details_printer(with_details),
         )
     if output:
         save(matrix, output)
@@ -111,12 +115,12 @@ def count_tokens(
     file: TextFile = None,
     model: ModelName = "",
     input_kind: Kind = "passage",
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Count the tokens of texts, prompt and special tokens included."""
-    model = model or _only_embedding_model(client)
     with _given(texts, file) as listed:
-        counts = client.count_tokens(listed, model=model, input_kind=input_kind)
+        counts = client.count_tokens(listed, model=model, input_kind=input_kind, details=details_printer(with_details))
     if as_json:
         print_json({"text": text, "tokens": count} for text, count in zip(listed, counts, strict=True))
     else:
@@ -131,10 +135,14 @@ def similarity(
     targets: Annotated[list[str], typer.Argument(metavar="TARGET", help="Texts to compare it with.")],
     model: ModelName = "",
     truncation: Cut = "refuse",
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute the cosine similarity of a text to other texts, from -1 to 1."""
-    scores = client.similarity([source], targets, model=model, truncation=truncation)[0].tolist()
+    matrix = client.similarity(
+        [source], targets, model=model, truncation=truncation, details=details_printer(with_details)
+    )
+    scores = matrix[0].tolist()
     if as_json:
         print_json({"target": target, "score": score} for target, score in zip(targets, scores, strict=True))
     else:
@@ -162,6 +170,7 @@ def classify(
     ] = None,
     truncation: Cut = "refuse",
     batch_size: BatchSize = DEFAULT_BATCH,
+    with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Classify texts: print their labels and probabilities."""
@@ -176,6 +185,7 @@ def classify(
             priority="bulk" if file else "interactive",
             batch_size=batch_size,
             progress=done,
+            details=details_printer(with_details),
         )
     if as_json:
         print_json({"text": text, "classification": item} for text, item in zip(listed, found, strict=True))
@@ -184,7 +194,7 @@ def classify(
         rows = [(_label(item), _scores(item), text) for text, item in zip(listed, found, strict=True)]
         print_table(columns, rows)
         if to_terminal() and any(item.rejected for item in found):
-            note(f"{_REJECTED}: the text was rejected; its probabilities only say which label is the least unlikely")
+            note(f"{_REJECTED}: no label fits; the probabilities only state which label is the least unlikely")
 
 
 @contextmanager
@@ -203,12 +213,6 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
     listed = source.texts()
     with source.locating("texts"):
         yield listed
-
-
-def _only_embedding_model(client: Client) -> str:
-    """Return the name of the only embedding model, as `embed` chooses it; empty if there are none or several."""
-    names = [model.name for model in client.models() if model.task == "embedding"]
-    return names[0] if len(names) == 1 else ""
 
 
 def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:

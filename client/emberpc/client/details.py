@@ -53,11 +53,13 @@ class ResponseDetails:
     first: int
     #: Number of items of the request.
     count: int
-    #: None if no model ran.
+    #: None if no model ran, and for `upsert`, whose response does not state it: it is the model of the collection.
     model: ModelVersion | None = None
+    #: None for `count_tokens`, `get` and `delete`.
     timings: Timings | None = None
-    #: Item i belongs to item `first + i` of the list. Of `similarity`: those of the sources, then of the targets.
-    #: Empty if the server embedded no texts. `search_batch` and `classify` state them in their results instead.
+    #: Item i belongs to item `first + i` of the list. Of `similarity`: those of the sources, then of the targets. Of
+    #: `search` and `search_batch`: those of the queries; 0 tokens for a query that is no text. Empty if the server
+    #: embedded no texts.
     usages: tuple[TokenUsage, ...] = ()
     #: `count_tokens`: the most tokens that the model reads.
     max_tokens: int = 0

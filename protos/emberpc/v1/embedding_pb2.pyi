@@ -318,7 +318,10 @@ class CountTokensRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _builtins.int
     INPUT_KIND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Empty: the only model of the server."""
+    """Name of the model, which may be a classifier. Empty: the only embedding
+    model of the server, or the only model if no model embeds texts; an error
+    if there are several.
+    """
     input_kind: _types_pb2.InputKind.ValueType
     """Purpose of the texts. Default: PASSAGE."""
     @_builtins.property

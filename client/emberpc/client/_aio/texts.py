@@ -127,7 +127,8 @@ class AsyncTextMethods:
     ) -> list[int]:
         """Count the tokens of texts, prompt and special tokens included.
 
-        Arguments and errors are those of `embed`, except that a text may be empty. `details` also tells `max_tokens`.
+        Arguments and errors are those of `embed`, except that a text may be empty, and that `model` may name a
+        classifier. `details` also states `max_tokens`.
 
         Returns:
             Item i is the number of tokens of `texts[i]`, before any truncation.

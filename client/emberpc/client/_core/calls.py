@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from emberpc.client._core import checks
 from emberpc.client.exceptions import EmberpcError, InputError, InputTypeError, Internal, add_done
 from emberpc.client.types import Progress
 from emberpc.wire.vectors import VectorFormatError
@@ -153,6 +154,7 @@ class Job(Generic[Part, Result]):
         ordered: bool = False,
         partly_done: str = "",
     ) -> None:
+        checks.function(progress, "progress")
         self.calls = calls
         self._partly_done = partly_done
         self.ordered = ordered

@@ -56,6 +56,18 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
     return checked
 
 
+def function(value: object, name: str) -> None:
+    """Validate an argument that the client calls later; None is valid.
+
+    Raises:
+        InputTypeError: it cannot be called, such as a list.
+    """
+    if value is not None and not callable(value):
+        raise InputTypeError(
+            f"{name} is of type {type(value).__name__}; it must be a function, such as the `append` of a list"
+        )
+
+
 def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
     """Validate an integer from `least` to below 2**`bits`; the default is the range of an int32.
 

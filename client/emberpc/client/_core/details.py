@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.message import Message
@@ -31,13 +32,28 @@ def report(details: Details | None, response: Message, first: int = 0, count: in
             count=count,
             model=model_version(fields["model"]) if "model" in present else None,
             timings=_timings(fields["timings"]) if "timings" in present else None,
-            usages=tuple(TokenUsage(usage.tokens, usage.truncated) for usage in fields.get("usages", ())),
+            usages=tuple(_usages(response)),
             max_tokens=fields.get("max_tokens", 0),
             missing_ids=tuple(fields.get("missing_ids", ())),
             sequence=receipt.sequence if receipt else 0,
             durability=word_of(receipt.durability, DURABILITIES) if receipt else "unknown",
         )
     )
+
+
+def _usages(response: Message) -> Iterator[TokenUsage]:
+    """Yield the tokens of each text; those of a query that is no text are 0.
+
+    Responses to `Search` and `Classify` state them in each result. There are none if the server embedded no texts.
+    """
+    fields = response.DESCRIPTOR.fields_by_name
+    name = next((name for name in ("usages", "results", "classifications") if name in fields), "")
+    items = getattr(response, name) if name else ()
+    if name == "results" and not any(item.HasField("usage") for item in items):
+        return
+    for item in items:
+        usage = item if name == "usages" else item.usage
+        yield TokenUsage(usage.tokens, usage.truncated)
 
 
 def model_version(message: types_pb2.ModelVersion) -> ModelVersion:

@@ -83,6 +83,7 @@ def embed(
     texts: Iterable[str], options: EmbedOptions, *, batch_size: int, progress: Progress | None, details: Details | None
 ) -> Job[Matrix, Matrix]:
     """Return the calls of `Client.embed`."""
+    checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = embedding_pb2.EmbedRequest(**options.fields())
 
@@ -104,6 +105,7 @@ def count_tokens(
     texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int, details: Details | None
 ) -> Job[list[int], list[int]]:
     """Return the calls of `Client.count_tokens`."""
+    checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     model = checks.text(model, "model")
     kind = value_of("input_kind", input_kind, INPUT_KINDS)
@@ -131,6 +133,7 @@ def similarity(
     details: Details | None,
 ) -> Call[embedding_pb2.ComputeSimilarityResponse, Matrix]:
     """Return the call of `Client.similarity`."""
+    checks.function(details, "details")
     request = embedding_pb2.ComputeSimilarityRequest(
         model=checks.text(model, "model"),
         sources=checks.texts(sources, "sources"),
@@ -161,6 +164,7 @@ def classify(
     details: Details | None,
 ) -> Job[list[Classification], list[Classification]]:
     """Return the calls of `Client.classify`."""
+    checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = classification_pb2.ClassifyRequest(
         classifier=checks.text(classifier, "classifier"),

@@ -59,6 +59,7 @@ def upsert(
     details: Details | None,
 ) -> Job[UpsertResult, UpsertResult]:
     """Return the calls of `Client.upsert`."""
+    checks.function(details, "details")
     collection = checks.text(collection, "collection")
     items = new_records(records, matrix)
     expected: list[int] = []
@@ -102,6 +103,7 @@ def get(
     collection: str, ids: Iterable[str], *, with_vectors: bool, details: Details | None
 ) -> Job[list[Record], list[Record]]:
     """Return the calls of `Client.get`."""
+    checks.function(details, "details")
     collection = checks.text(collection, "collection")
 
     def call(first: int, part: list[str]) -> Call[pb.BatchGetRecordsResponse, list[Record]]:
@@ -141,6 +143,7 @@ class _Sum:
 
 def delete(collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None) -> Job[int, int]:
     """Return the calls of `Client.delete`."""
+    checks.function(details, "details")
 
     def decode(response: pb.DeleteRecordsResponse, first: int = 0, count: int = 1) -> int:
         warn(response.warnings)

@@ -93,6 +93,7 @@ def search(
         InputTypeError: an argument or a query has the wrong type.
         InputError: an argument or a query is wrong.
     """
+    checks.function(details, "details")
     if isinstance(queries, (str, RecordId, SearchQuery, Mapping)) or not isinstance(queries, Iterable):
         raise InputTypeError(f"queries is one {type(queries).__name__}, it must be a list; use `search` for one query")
     messages = [_query(query, name.format(i)) for i, query in enumerate(queries)]

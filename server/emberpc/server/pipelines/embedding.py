@@ -157,10 +157,13 @@ class TextEmbedder:
     async def count_tokens(self, model_name: str, texts: Sequence[str], kind: InputKind) -> TokenCounts:
         """Count the tokens of texts; a text may be empty.
 
+        An empty name is the only embedding model, as in `embed`, or the only model if no model embeds texts.
+
         Raises:
             ServiceError: as `Engine.model` does; INVALID_ARGUMENT for too many or too long texts.
         """
-        model = self._engine.model(model_name)
+        embeds = any(model.manifest.task is Task.EMBEDDING for model in self._engine.models())
+        model = self._engine.model(model_name, Task.EMBEDDING if embeds and not model_name else None)
         self._check_texts(texts, "texts", allow_empty=True)
         return TokenCounts(model, await self._engine.inferrer.count_tokens(model, texts, prompt(model, kind)))
 
