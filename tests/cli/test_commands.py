@@ -274,6 +274,8 @@ def test_search_goes_by_one_thing(emberpc: Emberpc, fake: FakeServer, arguments:
 def test_models(emberpc: Emberpc, fake: FakeServer) -> None:
     assert [row[0] for row in emberpc("models").rows] == ["name", "canned", "kinds"]
     assert ["labels", "question, statement"] in emberpc("models", "kinds").rows
+    (quality,) = [row for row in emberpc("models", "canned").rows if row[0] == "quality"]
+    assert quality == ["quality", "ece 0.0123456, parity.cosine_min 0.9999998"]
     assert [row[0] for row in emberpc("models", "classifiers").rows] == ["name", "kinds"]
     assert ["labels", "question: asks, statement"] in emberpc("models", "classifiers", "kinds").rows
     assert [item["kind"] for item in emberpc("models", "classifiers", "--json").objects] == ["fine_tuned"]

@@ -197,6 +197,25 @@ def test_completion_can_be_installed(emberpc: Emberpc) -> None:
     assert "--install-completion" not in emberpc("search", "--help").out
 
 
+@pytest.mark.parametrize("form", [["--install-completion", "zsh"], ["--install-completion=zsh"]])
+def test_completion_is_installed_for_the_shell_that_is_named(
+    emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outcome = emberpc(*form)
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"zsh completion installed in {tmp_path}/.zfunc/_emberpc; ")
+    assert "compdef" in (tmp_path / ".zfunc" / "_emberpc").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".zfunc", ".zshrc"]
+
+
+def test_completion_is_shown_for_the_shell_that_is_named(emberpc: Emberpc) -> None:
+    assert "complete --command emberpc" in emberpc("--show-completion", "fish").out
+    outcome = emberpc("--show-completion", "csh")
+    assert outcome.code == 2
+    assert "there is no completion for the shell 'csh'; give one of bash, zsh, fish" in outcome.err
+
+
 def test_a_long_stage_says_how_far_it_is_where_there_is_no_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,7 +238,7 @@ def test_a_batch_of_queries_keeps_its_order_and_tells_the_plan(fake: FakeServer,
 def test_models_are_described(shell: Shell) -> None:
     first, second = shell("models")
     assert (first.name, first.task, first.state, first.dimensions) == ("canned", "embedding", "ready", DIMENSIONS)
-    assert first.quality == {"parity.cosine_min": 0.9999}
+    assert list(first.quality.items()) == [("ece", 0.01234560000000012), ("parity.cosine_min", 0.9999998211860657)]
     assert second.labels == ("question", "statement")
     assert shell("get_model", "kinds") == second
     with pytest.raises(NotFound):

@@ -13,6 +13,9 @@ from typing import Annotated
 
 import typer
 
+# There is no public function that installs the completion for a given shell.
+from typer._completion_shared import Shells, get_completion_script, install
+
 from emberpc.cli import output
 from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
@@ -23,6 +26,7 @@ _EPILOG = (
     "5 conflict; 6 refused; 7 verification failed; 130 interrupted."
 )
 
+_PROGRAM, _COMPLETE = "emberpc", "_EMBERPC_COMPLETE"
 #: Whether errors are shown with their traceback.
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 
@@ -104,10 +108,12 @@ def _every_command(
 def run(arguments: Sequence[str]) -> int:
     """Run a command; return its exit code."""
     arguments = _debug_first(arguments)
+    if (completion := _completion(arguments)) is not None:
+        return completion
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
     try:
         # Not standalone, so that Typer leaves errors and the exit to this function.
-        code = int(_app_for(arguments)(arguments, prog_name="emberpc", standalone_mode=False) or 0)
+        code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
         return code or _flush() or ExitCode.OK
     except SystemExit as error:
         # Rich ends the program in this way if the reader of the help closed the pipe.
@@ -130,6 +136,25 @@ def run(arguments: Sequence[str]) -> int:
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
         return _failed(in_cli_terms(str(error)), known)
+
+
+def _completion(arguments: Sequence[str]) -> int | None:
+    """Install or show the completion for the shell that the arguments name; return the exit code, or None.
+
+    Typer's own options detect the present shell, and ignore an argument.
+    """
+    option, _, shell = " ".join(arguments).replace("=", " ", 1).partition(" ")
+    if option not in ("--install-completion", "--show-completion") or not shell:
+        return None
+    if shell not in [each.value for each in Shells]:
+        known = ", ".join(each.value for each in Shells)
+        return _failed(f"there is no completion for the shell {shell!r}; give one of {known}", ExitCode.INPUT)
+    if option == "--show-completion":
+        output.print_script(get_completion_script(prog_name=_PROGRAM, complete_var=_COMPLETE, shell=shell))
+    else:
+        _, path = install(shell, _PROGRAM, _COMPLETE)
+        output.print_lines([f"{shell} completion installed in {path}; it works after you open a new terminal"])
+    return _flush() or ExitCode.OK
 
 
 def _debug_first(arguments: Sequence[str]) -> list[str]:

@@ -70,6 +70,11 @@ def print_lines(lines: Iterable[str]) -> None:
         _write(one_line(line) + "\n")
 
 
+def print_script(script: str) -> None:
+    """Print a text of several lines as it is."""
+    _write(script + "\n")
+
+
 def to_terminal() -> bool:
     """Return whether stdout is a terminal, where tables are truncated and rounded; elsewhere they are complete."""
     return sys.stdout.isatty()
@@ -188,7 +193,8 @@ def discard_stdout(error: OSError) -> CliError:
 
 def _field_text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
+        # Seven digits: those of a float32, such as a cosine of 0.9999998.
+        return ", ".join(f"{key} {f'{item:.7g}' if isinstance(item, float) else item}" for key, item in value.items())
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     if isinstance(value, bool):

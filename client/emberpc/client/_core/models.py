@@ -121,7 +121,7 @@ def _classifier(message: classification_pb2.Classifier) -> Classifier:
         strategy=word_of(message.strategy, EXAMPLE_STRATEGIES),
         example_count=message.example_count,
         fit_time=to_datetime(message.fit_time) if message.HasField("fit_time") else None,
-        quality=dict(message.quality),
+        quality=dict(sorted(message.quality.items())),
     )
 
 
@@ -146,5 +146,5 @@ def _model(message: model_pb2.Model) -> Model:
         variant=message.variant,
         size_bytes=message.size_bytes,
         load_time=to_datetime(message.load_time) if message.HasField("load_time") else None,
-        quality=dict(message.quality),
+        quality=dict(sorted(message.quality.items())),
     )
