@@ -34,6 +34,7 @@ from emberpc.client import (
     Unimplemented,
 )
 from emberpc.client._core import retries
+from emberpc.client.exceptions import Circumstances, _own_words
 from fake_server import FakeServer, Fault
 from ping_proxy import PingProxy
 
@@ -253,6 +254,13 @@ def test_nobody_there_is_said_with_the_address_and_the_remedy(shell_type: Any) -
             shell("health")
     finally:
         shell.close()
+
+
+def test_a_call_beyond_the_limit_of_a_connection_is_explained() -> None:
+    call = Circumstances("host:1", "/emberpc.v1.EmbeddingService/Embed", 1.0)
+    details = "Stream removed (RST_STREAM with error code 7)"
+    message = _own_words(grpc.StatusCode.UNAVAILABLE, details, call)
+    assert message.startswith("the server at host:1 refused /emberpc.v1.EmbeddingService/Embed, since too many calls")
 
 
 def test_another_kind_of_server_is_told_from_ours(shell_type: Any) -> None:

@@ -154,7 +154,7 @@ def test_a_time_to_live_is_refused(collection: MilvusCollection) -> None:
 
 def test_another_model_is_reached_by_way_of_an_export(collection: MilvusCollection, index: MilvusIndex) -> None:
     with refused(Code.UNIMPLEMENTED, "ReembedCollection", "'milvus'", "--text-only"):
-        index.reembed(CollectionSpec(collection.spec.name, DIMENSIONS))
+        index.reembed(collection, model="m", fingerprint="f", dimensions=DIMENSIONS)
     assert index.reembeddings() == []
     index.cancel_reembedding(collection.spec.name)
 

@@ -149,7 +149,7 @@ def test_a_verification_goes_on_in_a_collection_that_was_closed_meanwhile(index:
 def test_reembedding_goes_on_between_closed_collections(index: Index) -> None:
     source = index.create(CollectionSpec("c", WIDTH))
     source.upsert([NewRecord(f"r{i}", "text") for i in range(3)], gaussian(3, WIDTH))
-    reembedding = index.reembed(CollectionSpec("c", 4, model="other"))
+    reembedding = index.reembed(index.get("c"), model="other", fingerprint="", dimensions=4)
     target = reembedding.target
     for each in (source, target):
         assert each.close_idle()

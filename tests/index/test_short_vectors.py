@@ -1,4 +1,4 @@
-"""EUCLIDEAN with very short vectors, and with lengths over many magnitudes."""
+"""Very short vectors, and lengths over many magnitudes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.collections.metric import nearest
 from emberpc.server.collections.types import Matrix, Plan, Strategy
+from emberpc.server.errors import Code
 from emberpc.server.index import Index
 from emberpc.server.index.graph.neighbours import Candidates, Neighbours
 from emberpc.server.index.search import recall
-from index.support import gaussian, numbered
+from index.support import gaussian, numbered, refused
 
 WIDTH = 8
 
@@ -59,3 +60,29 @@ def test_the_recall_of_short_queries_is_measured_by_their_own_distances() -> Non
     truth = np.array([[-1e10], [-1e-5]], dtype=np.float32)
     found = recall._recall(cast("Neighbours", Missing()), np.zeros((2, WIDTH), np.float32), truth, 1, 10, lambda: False)
     assert found == 0.5
+
+
+@pytest.mark.parametrize("min_recall", [0, 1])
+@pytest.mark.parametrize("scale", [1e-15, 1e-12, 1])
+def test_products_of_short_vectors_are_right(index: Index, scale: float, min_recall: float) -> None:
+    collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.DOT_PRODUCT))
+    vectors = gaussian(300, WIDTH) * np.float32(scale)
+    collection.upsert(numbered(300), vectors)
+    collection.maintain()
+    queries = gaussian(20, WIDTH, seed=1) * np.float32(scale)
+    products = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    for outcome, row in zip(collection.search(queries, 5, min_recall=min_recall), products, strict=True):
+        assert [record.id for record, _ in outcome.hits] == [f"r{i:05}" for i in np.argsort(-row)[:5]]
+        assert np.allclose([score for _, score in outcome.hits], np.sort(row)[::-1][:5], rtol=1e-5, atol=0)
+
+
+def test_vectors_whose_products_vanish_are_refused(index: Index) -> None:
+    collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.DOT_PRODUCT))
+    short = gaussian(2, WIDTH) * np.float32(1e-20)
+    with refused(Code.INVALID_ARGUMENT, "is shorter than 1e-16; their products would be zero; scale the vectors up"):
+        collection.upsert(numbered(2), short)
+    zeros = np.zeros((2, WIDTH), dtype=np.float32)
+    collection.upsert(numbered(2), zeros)
+    with refused(Code.INVALID_ARGUMENT, "is shorter than 1e-16"):
+        collection.search(short[:1], 1)
+    assert [score for _, score in collection.search(zeros[:1], 2)[0].hits] == [0, 0]

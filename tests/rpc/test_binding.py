@@ -160,7 +160,7 @@ def begun(tmp_path: Path, tiny_bundle: Path) -> Model:
     index.create(CollectionSpec("c", 4)).upsert(
         [NewRecord(key, text) for key, text in TEXTS.items()], np.eye(4, dtype=np.float32)[:2]
     )
-    reembedding = index.reembed(CollectionSpec("c", 32, model="m", model_fingerprint=model.legacy_fingerprint))
+    reembedding = index.reembed(index.get("c"), model="m", fingerprint=model.legacy_fingerprint, dimensions=32)
     reembedding.take(reembedding.next(1), embedded(model, [TEXTS["a"]]))
     index.close()
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import time
@@ -10,6 +11,7 @@ from contextlib import closing
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 
 from emberpc.client import Client
@@ -89,4 +91,16 @@ def test_the_server_states_the_most_calls_of_a_connection(process: ServerProcess
     assert head[3] == 4
     stated = dict(struct.unpack_from(">HI", payload, start) for start in range(0, len(payload), 6))
     max_concurrent_streams = 3
-    assert stated[max_concurrent_streams] == 100
+    assert stated[max_concurrent_streams] == 4096
+
+
+async def test_no_call_of_300_callers_on_one_connection_is_lost(process: ServerProcess) -> None:
+    """gRPC refuses calls above its limit for one connection, and well below that limit if callers go on at once."""
+    async with grpc.aio.insecure_channel(process.address) as channel:
+        stub = index_pb2_grpc.IndexServiceStub(channel)
+
+        async def go_on() -> None:
+            for _ in range(10):
+                await stub.ListCollections(pb.ListCollectionsRequest())
+
+        await asyncio.gather(*(go_on() for _ in range(300)))

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionBackend, CollectionSpec, NewRecord
+from emberpc.server.collections import CollectionBackend, CollectionSpec, Distance, NewRecord
 from emberpc.server.engine import Caller, Engine, Lane, Registry
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Index
@@ -40,10 +40,10 @@ class SteeredIndex:
         called, go_on = threading.Event(), threading.Event()
         method = getattr(self._index, name)
 
-        def wait(*arguments: object) -> object:
+        def wait(*arguments: object, **keywords: object) -> object:
             called.set()
             assert go_on.wait(300)
-            return method(*arguments)
+            return method(*arguments, **keywords)
 
         self.replaced[name] = wait
         return called, go_on
@@ -182,3 +182,30 @@ async def test_work_with_vectors_is_not_repeated_under_another_model(steered: St
         assert await call == 1
         assert models == ["a", "b"]
     await steered.jobs.close()
+
+
+async def test_a_waiting_reembedding_leaves_a_collection_that_got_the_name_meanwhile(steered: Steered) -> None:
+    called, go_on = steered.index.delay("reembed")
+    call = asyncio.create_task(steered.start())
+    assert await asyncio.to_thread(called.wait, 300)
+    steered.index.delete("c")
+    other = CollectionSpec("c", 3, distance=Distance.EUCLIDEAN, m=32)
+    steered.index.create(other)
+    go_on.set()
+    with pytest.raises(ServiceError, match="deleted") as refused:
+        await call
+    assert refused.value.code is Code.UNAVAILABLE
+    assert steered.index.get("c").spec == other
+    assert steered.index.reembeddings() == []
+
+
+async def test_a_waiting_reembedding_keeps_what_is_updated_meanwhile(steered: Steered) -> None:
+    called, go_on = steered.index.delay("reembed")
+    call = asyncio.create_task(steered.start())
+    assert await asyncio.to_thread(called.wait, 300)
+    steered.index.update("c", "end")
+    go_on.set()
+    await call
+    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.jobs.close()
+    assert steered.index.get("c").spec.truncation == "end"

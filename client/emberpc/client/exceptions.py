@@ -192,6 +192,8 @@ def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words
 
 
 _BY_CODE: dict[grpc.StatusCode, type[EmberpcError]] = {kind.code: kind for kind in EmberpcError.__subclasses__()}
+#: Part of gRPC's message if the server refused a call because of its limit of calls on one connection.
+_REFUSED_STREAM = "RST_STREAM with error code 7"
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -304,6 +306,11 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
         return (
             f"the connection to {call.target} broke while {call.method} was running; it was not repeated, since its "
             "work may be long: see what was done, and repeat it"
+        )
+    if code is grpc.StatusCode.UNAVAILABLE and _REFUSED_STREAM in details:
+        return (
+            f"the server at {call.target} refused {call.method}, since too many calls are under way on one connection; "
+            "start fewer at a time, or use several clients"
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return (

@@ -47,12 +47,13 @@ _REVIVAL_SECONDS = 1.0
 #: attempt, up to the second value.
 _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
-#: Limits of concurrent calls. The first limits the calls of one connection; further calls wait in the client. The other
-#: two limit the calls that gRPC queues before the server accepts them. Above that limit (1,000 by default), gRPC
-#: cancels queued calls at random. With gRPC's defaults, one connection that opened and reset 4,000 calls per second
-#: made gRPC cancel health checks of other callers. The same happened with 256 calls per connection, but not with 100.
+#: Limits of concurrent calls. The first limits the calls of one connection. The other two limit the calls that gRPC
+#: queues before the server accepts them. Above that limit (1,000 by default), gRPC cancels queued calls at random. With
+#: gRPC's defaults, one connection that opened and reset 4,000 calls per second made gRPC cancel health checks of other
+#: callers. gRPC counts a call against the first limit until some time after its response. So from about 0.7
+#: times that number of concurrent callers on, it refuses calls: UNAVAILABLE, "RST_STREAM with error code 7".
 _CALLS = (
-    ("grpc.max_concurrent_streams", 100),
+    ("grpc.max_concurrent_streams", 4096),
     ("grpc.server.max_pending_requests", 2**17),
     ("grpc.server.max_pending_requests_hard_limit", 2**18),
 )

@@ -199,8 +199,10 @@ class IndexBackend(Protocol):
     def delete(self, name: str) -> None:
         """Delete a collection."""
 
-    def reembed(self, spec: CollectionSpec) -> ReembeddingBackend:
-        """Begin to re-embed a collection's records with the model of a spec."""
+    def reembed(
+        self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int
+    ) -> ReembeddingBackend:
+        """Begin to re-embed a collection's records with another model; UNAVAILABLE if the collection was deleted."""
 
     def reembeddings(self) -> Sequence[ReembeddingBackend]:
         """Return the re-embeddings that were unfinished when the index was last closed."""

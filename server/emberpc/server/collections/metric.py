@@ -24,6 +24,8 @@ _DOT_SCALE = np.float32(2**14)
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
 #: Under EUCLIDEAN, the least length of a vector in a graph: squares of shorter distances vanish in hnswlib's float32.
 _LEAST_LENGTH = np.float32(1e-15)
+#: Under DOT_PRODUCT, the least length of a vector other than zero: products of shorter ones vanish in float32.
+_LEAST_DOT_LENGTH = 1e-16
 #: Scores computed at a time, so that a full buffer and many queries do not fill the memory (16 MB).
 _BLOCK = 4 * 2**20
 #: Up to this many queries are multiplied as columns: with thousands of vectors, four queries take half the time then.
@@ -38,7 +40,7 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
     Args:
         matrix: float32, shape (vectors, any).
         dimensions: required size of the second axis.
-        distance: under COSINE, a vector must not be zero.
+        distance: under COSINE, a vector must not be zero; under DOT_PRODUCT it must be zero or not too short.
         path: returns the name of vector i in the request.
     """
     if matrix.dtype != np.float32:
@@ -67,7 +69,8 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
         check_vectors(matrix, dimensions, distance, path)
     exact = matrix.astype(np.float64)
     lengths = np.sqrt(np.add.reduce(exact * exact, axis=1))
-    if not all(0 < length <= _MAX_LENGTH for length in lengths.tolist()):  # false for NaN too
+    least = _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0
+    if not all(least < length <= _MAX_LENGTH for length in lengths.tolist()):  # false for NaN too
         _check_lengths(lengths, distance, path)
     if distance is Distance.COSINE:
         exact /= lengths[:, None]
@@ -77,11 +80,15 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
 
 def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: FieldPath) -> None:
     violations = []
-    for i in np.flatnonzero(~np.isfinite(lengths) | (lengths == 0) | (lengths > _MAX_LENGTH)):
+    least = _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0
+    for i in np.flatnonzero(~np.isfinite(lengths) | (lengths <= least) | (lengths > _MAX_LENGTH)):
         if not np.isfinite(lengths[i]):
             violations.append(Violation(path(int(i)), "holds NaN or infinity; every value must be a finite number"))
-        elif lengths[i]:
+        elif lengths[i] > _MAX_LENGTH:
             violations.append(Violation(path(int(i)), f"is longer than {_MAX_LENGTH:g}; scale the vectors down"))
+        elif lengths[i]:
+            remedy = "their products would be zero; scale the vectors up"
+            violations.append(Violation(path(int(i)), f"is shorter than {_LEAST_DOT_LENGTH:g}; {remedy}"))
         elif distance is Distance.COSINE:
             violations.append(Violation(path(int(i)), "has length zero, so no direction; cosine cannot compare it"))
     if violations:
@@ -89,7 +96,10 @@ def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: F
 
 
 def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
-    """Return which vectors, float32 (vectors, dimensions), `check_vectors` would accept: bool (vectors,)."""
+    """Return which vectors, float32 (vectors, dimensions), can be compared: bool (vectors,).
+
+    These are the vectors that `check_vectors` accepts, and short ones under DOT_PRODUCT, which older versions stored.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", matrix, matrix)
     fit: npt.NDArray[np.bool_] = (squares > _PLAIN[0]) & (squares < _PLAIN[1])

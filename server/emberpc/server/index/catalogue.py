@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from emberpc.server.collections.backend import ReembeddingBackend, collection_exists, no_collection
+from emberpc.server.collections.backend import CollectionBackend, ReembeddingBackend, collection_exists, no_collection
 from emberpc.server.collections.types import (
     MAX_RESPONSE_BYTES,
     CollectionSpec,
@@ -227,29 +227,35 @@ class Index:
             opened.result().drop()
         self._directory.reserve.refill()
 
-    def reembed(self, spec: CollectionSpec) -> Reembedding:
+    def reembed(self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int) -> Reembedding:
         """Begin to re-embed a collection's records with another model.
 
         Args:
-            spec: the future spec of the collection; only model and dimensions differ from the present one.
+            source: the collection. A collection that got its name meanwhile stays as it is.
+            model: name of the new model.
+            fingerprint: fingerprint of the new model.
+            dimensions: dimensions of the new vectors.
 
         Raises:
-            ServiceError: NOT_FOUND if the collection does not exist, FAILED_PRECONDITION if it has records without
-                text, or is being re-embedded already.
+            ServiceError: UNAVAILABLE if the collection was deleted or replaced; FAILED_PRECONDITION if it has records
+                without text, or is being re-embedded already.
         """
-        source = self.get(spec.name)
-        spec.check()
-        if without := source.count_without_text():
-            raise records_without_text(spec.name, without)
+        name = source.spec.name
+        if without := self._unreplaced(source).count_without_text():
+            raise records_without_text(name, without)
         with self._use(), translated_os_errors("the collection stays under its model"):
-            if spec.name in self._reembeddings:
-                raise already_reembedding(spec.name)
+            present = self._unreplaced(source)
+            if name in self._reembeddings:
+                raise already_reembedding(name)
+            # The present spec: what UpdateCollection changed while the call waited stays changed.
+            spec = replace(present.spec, model=model, model_fingerprint=fingerprint, dimensions=dimensions)
+            spec.check()
             entry, target = self._new(spec)
             with ExitStack() as undo:
                 undo.callback(target.drop)
                 self._directory.add_reembedding(entry)
                 undo.pop_all()
-            found = self._reembeddings[spec.name] = Reembedding(source, target, entry.since)
+            found = self._reembeddings[name] = Reembedding(present, target, entry.since)
         return found
 
     def reembeddings(self) -> list[Reembedding]:
@@ -361,6 +367,16 @@ class Index:
         if entry is None:
             raise no_collection(name)
         return entry
+
+    def _unreplaced(self, source: CollectionBackend) -> Collection:
+        """Return an open collection; raise UNAVAILABLE if it was deleted, or replaced under its name."""
+        name = source.spec.name
+        opened = self._open.get(name)
+        present = opened.result() if opened is not None and opened.done() and not opened.exception() else None
+        if present is None or present is not source:
+            message = f"collection {name!r} was deleted or replaced while the call waited; try again"
+            raise ServiceError(Code.UNAVAILABLE, message, reason="CLOSED")
+        return present
 
     def _check_free(self, name: str) -> None:
         """Raise ServiceError unless a collection with this name may be created."""

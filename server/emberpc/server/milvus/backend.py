@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from emberpc.server.collections import ReembeddingBackend
+from emberpc.server.collections import CollectionBackend, ReembeddingBackend
 from emberpc.server.collections.backend import RestorationBackend, collection_exists, no_collection, unsupported
 from emberpc.server.collections.types import CollectionSpec, ProbeFigures, check_page_size
 from emberpc.server.deadlines import Deadline
@@ -98,7 +98,9 @@ class MilvusIndex:
             self._known.pop(name, None)
         self._call(name, "drop_collection")
 
-    def reembed(self, spec: CollectionSpec) -> ReembeddingBackend:
+    def reembed(
+        self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int
+    ) -> ReembeddingBackend:
         """Raise UNIMPLEMENTED."""
         remedy = "make a collection under the new model, and import this one's export there with --text-only"
         raise unsupported("ReembedCollection", BACKEND, remedy)

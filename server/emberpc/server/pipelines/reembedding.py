@@ -10,12 +10,12 @@ old model, until that record is changed or deleted; the job continues with the o
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from emberpc.bundle import Task
@@ -89,17 +89,14 @@ class ReembeddingJobs:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; INVALID_ARGUMENT for dimensions that it does not
-                support; FAILED_PRECONDITION if nothing would change, a job is under way, or records have no text.
+                support; UNAVAILABLE if the collection was deleted meanwhile; FAILED_PRECONDITION if nothing would
+                change, a job is under way, or records have no text.
         """
         model = self._engine.model(model_name, Task.EMBEDDING, "model")
         check_dimensions(model, dimensions, "dimensions")
-        spec = dataclasses.replace(
-            collection.spec,
-            model=model_name,
-            model_fingerprint=model.fingerprint,
-            dimensions=dimensions or model.manifest.dimensions,
-        )
-        if spec == collection.spec:
+        spec, fingerprint = collection.spec, model.fingerprint
+        wanted = dimensions or model.manifest.dimensions
+        if (spec.model, spec.model_fingerprint, spec.dimensions) == (model_name, fingerprint, wanted):
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
                 f"collection {spec.name!r} has vectors of model {model_name!r} with {spec.dimensions} dimensions "
@@ -107,8 +104,9 @@ class ReembeddingJobs:
                 reason="SAME_MODEL",
                 metadata={"collection": spec.name, "model": model_name},
             )
+        begin = partial(self._index.reembed, collection, model=model_name, fingerprint=fingerprint, dimensions=wanted)
         # Heavy: it checks that every record has a text.
-        begun = await self._pool.submit(lambda: self._index.reembed(spec), heavy=True)
+        begun = await self._pool.submit(begin, heavy=True)
         await self._to_its_end(self._run_begun(begun))
 
     async def resume(self) -> None:
