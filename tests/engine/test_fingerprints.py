@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
-from emberpc.bundle import Bundle, FileEntry, Manifest, finish_bundle, read_bundle
+from emberpc.bundle import Bundle, FileEntry, Head, Manifest, finish_bundle, read_bundle
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.reading import sha256_of
 from emberpc.server.engine import Model, ModelLoadError, Registry
@@ -321,21 +322,22 @@ def test_all_that_decides_a_label_is_in_the_fingerprint_of_a_classifier(tiny_cla
     weights, bias = head.weights.copy(), head.bias.copy()
     weights[0, 0] += 1
     bias[0] += 1
+    cases: list[tuple[str, Head | None, dict[str, Any]]] = [
+        ("e", head, {}),
+        ("e", None, {}),
+        ("f", head, {}),
+        ("e", replace(head, weights=weights), {}),
+        ("e", replace(head, bias=bias), {}),
+        ("e", head, {"labels": manifest.labels[::-1]}),
+        ("e", head, {"temperature": manifest.temperature * 2}),
+        ("e", head, {"rejection_logit": 7.5}),
+        ("e", head, {"multi_label": True}),
+        ("e", head, {"multi_label": True, "thresholds": (0.1, 0.9)}),
+        ("e", head, {"max_tokens": manifest.max_tokens - 1}),
+    ]
     found = [
         replace(bundle, manifest=replace(manifest, **changes)).classifier_fingerprint(encoder, with_head)
-        for encoder, with_head, changes in [
-            ("e", head, {}),
-            ("e", None, {}),
-            ("f", head, {}),
-            ("e", replace(head, weights=weights), {}),
-            ("e", replace(head, bias=bias), {}),
-            ("e", head, {"labels": manifest.labels[::-1]}),
-            ("e", head, {"temperature": manifest.temperature * 2}),
-            ("e", head, {"rejection_logit": 7.5}),
-            ("e", head, {"multi_label": True}),
-            ("e", head, {"multi_label": True, "thresholds": (0.1, 0.9)}),
-            ("e", head, {"max_tokens": manifest.max_tokens - 1}),
-        ]
+        for encoder, with_head, changes in cases
     ]
     assert len(set(found)) == len(found)
     renamed = replace(bundle, manifest=replace(manifest, base_model="x", quality={}, created=""))

@@ -92,7 +92,7 @@ def test_a_reload_keeps_the_variant_that_is_served(
     assert error.value.code is Code.FAILED_PRECONDITION
     assert loader.load("a", "a", "fp32").variant.name == "fp32"
     stages: list[str] = []
-    assert loader.reload("a", "b", tell=stages.append).folder == models / "b"
+    assert loader.reload("a", "b", on_stage=stages.append).folder == models / "b"
     assert stages == ["checking the files", "loading the weights", "warming up"]
     assert loader.reload("a").folder == models / "b"
     loader.close()

@@ -97,4 +97,4 @@ def test_what_changes_with_time_is_written_anew(stays: bool, kept: int) -> None:
     written = response_bytes([outcome], RequestedParts.of([]), pb.SearchResponse())
     (hit,) = pb.SearchResponse.FromString(written).results[0].hits
     assert hit.record.HasField("time_to_live") is not stays
-    assert len(found.forms) == kept
+    assert len(found.serialized) == kept

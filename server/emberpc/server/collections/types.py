@@ -154,7 +154,7 @@ class StoredRecord(_RecordFields):
     """
 
     @cached_property
-    def forms(self) -> dict[Hashable, bytes]:
+    def serialized(self) -> dict[Hashable, bytes]:
         """Serialized forms of the record by requested parts, so that a repeated hit is not serialized again."""
         return {}
 

@@ -4,7 +4,7 @@ from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.engine import Engine
 from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.loading import Loader
-from emberpc.server.engine.models.model import Model, ModelLoadError, Tell
+from emberpc.server.engine.models.model import Model, ModelLoadError, OnStage
 from emberpc.server.engine.models.registry import Registry
 from emberpc.server.engine.models.watching import ModelsDirectory
 from emberpc.server.engine.tokenizing import Truncation
@@ -19,7 +19,7 @@ __all__ = [
     "Model",
     "ModelLoadError",
     "ModelsDirectory",
+    "OnStage",
     "Registry",
-    "Tell",
     "Truncation",
 ]

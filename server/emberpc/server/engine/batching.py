@@ -35,7 +35,7 @@ _BATCH_COST = 20
 _numbers = count()
 
 
-class Runner(Protocol):
+class BatchRunner(Protocol):
     """Runs a batch; an `Encoder`."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
@@ -75,7 +75,7 @@ class Job:
         started: when its first batch started; 0 before that.
     """
 
-    runner: Runner
+    runner: BatchRunner
     texts: Sequence[TokenIds]
     caller: Caller
     future: asyncio.Future[JobResult]
@@ -111,7 +111,7 @@ class Queue:
 
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
-        self._pools: dict[Runner, list[Item]] = {}
+        self._pools: dict[BatchRunner, list[Item]] = {}
         #: Callers, in the order of their turns.
         self._turns: deque[str] = deque()
         #: Waiting texts of each caller, call by call. Texts in `_taken` are skipped.

@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Runner
+from emberpc.server.engine.batching import Backlog, BatchRunner, Item, Job, JobResult
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.job_results import fail, failure, result_of, send
 from emberpc.server.engine.rates import Rates
@@ -99,7 +99,7 @@ class Scheduler:
         if not self.revive():
             raise RuntimeError("the system gives no thread for a worker")
 
-    async def run(self, runner: Runner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
+    async def run(self, runner: BatchRunner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
         """Run the texts of one call. If the caller leaves, the texts that still wait are dropped.
 
         Args:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from emberpc.bundle import Task
-from emberpc.server.engine import Engine, Loader, Model, Tell
+from emberpc.server.engine import Engine, Loader, Model, OnStage
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.paging import decode_token
 from emberpc.server.services import replies, requests
@@ -50,7 +50,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """Load a bundle and serve it under a new name."""
         self._check_admin()
         async for model, stage in self._follow(
-            request.name, lambda tell: self._loader.load(request.name, request.path, request.variant, tell)
+            request.name, lambda on_stage: self._loader.load(request.name, request.path, request.variant, on_stage)
         ):
             yield pb.LoadModelResponse(model=model, stage=stage)
 
@@ -60,7 +60,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """Load a bundle and serve it under the name of a served model; it may be the changed bundle of that model."""
         self._check_admin()
         async for model, stage in self._follow(
-            request.name, lambda tell: self._loader.reload(request.name, request.path, request.variant, tell)
+            request.name, lambda on_stage: self._loader.reload(request.name, request.path, request.variant, on_stage)
         ):
             yield pb.ReloadModelResponse(model=model, stage=stage)
 
@@ -79,7 +79,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 reason="MODEL_ADMIN_OFF",
             )
 
-    async def _follow(self, name: str, change: Callable[[Tell], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
+    async def _follow(self, name: str, change: Callable[[OnStage], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
         """Run a change of a model, and yield its progress. The change runs to its end even if the caller leaves.
 
         Args:
@@ -92,11 +92,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[str | None] = asyncio.Queue()
 
-        def tell(stage: str | None) -> None:
+        def on_stage(stage: str | None) -> None:
             loop.call_soon_threadsafe(stages.put_nowait, stage)
 
-        work = self._loader.submit(lambda: change(tell))
-        work.add_done_callback(lambda _: tell(None))
+        work = self._loader.submit(lambda: change(on_stage))
+        work.add_done_callback(lambda _: on_stage(None))
         while (stage := await stages.get()) is not None:
             yield pb.Model(name=name, state=pb.MODEL_STATE_LOADING), stage
         yield describe(work.result()), "ready"

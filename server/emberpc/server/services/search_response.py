@@ -91,7 +91,7 @@ def _result(outcome: SearchOutcome, parts: RequestedParts, usage: types_pb2.Toke
     key = parts.record_parts
     pieces: list[bytes] = []
     for record, score in outcome.hits:
-        pieces += (record.forms.get(key) or _hit_up_to_score(record, parts), _double(score))
+        pieces += (record.serialized.get(key) or _hit_up_to_score(record, parts), _double(score))
     pieces.append(_plan(outcome.plan))
     if parts.vector or usage is not None:
         vectors = record_vectors([record for record, _ in outcome.hits], parts)
@@ -110,7 +110,7 @@ def _hit_up_to_score(record: StoredRecord, parts: RequestedParts) -> bytes:
     hit = b"".join((_FIRST, varint(len(serialized)), serialized, _SCORE))
     prefix = b"".join((_FIRST, varint(len(hit) + _SCORE_BYTES), hit))
     if record.expire_time is None:
-        record.forms[parts.record_parts] = prefix
+        record.serialized[parts.record_parts] = prefix
     return prefix
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.models.model import Model, ModelLoadError, Tell
+from emberpc.server.engine.models.model import Model, ModelLoadError, OnStage
 from emberpc.server.engine.models.registry import Registry
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.memory import return_memory
@@ -67,14 +67,14 @@ class Loader:
         self._thread.shutdown(wait=False, cancel_futures=True)
         return not wait(list(self._submitted), (deadline or Deadline()).seconds_left).not_done
 
-    def load(self, name: str, path: str, variant: str = "", tell: Tell = lambda stage: None) -> Model:
+    def load(self, name: str, path: str, variant: str = "", on_stage: OnStage = lambda stage: None) -> Model:
         """Serve a bundle under a new name. Takes seconds.
 
         Args:
             name: the name.
             path: the folder, relative to the models directory.
             variant: name of the variant; empty: the one of the server's settings, else the first.
-            tell: receives the name of each stage as it begins.
+            on_stage: receives the name of each stage as it begins.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the name is malformed, or the path names no folder or leads out of the
@@ -91,10 +91,10 @@ class Loader:
                 metadata={"model": name},
             )
         return self._serve(
-            name, self._folder(path), variant or self._variants.get(name, ""), self._options.get(name, {}), tell
+            name, self._folder(path), variant or self._variants.get(name, ""), self._options.get(name, {}), on_stage
         )
 
-    def reload(self, name: str, path: str = "", variant: str = "", tell: Tell = lambda stage: None) -> Model:
+    def reload(self, name: str, path: str = "", variant: str = "", on_stage: OnStage = lambda stage: None) -> Model:
         """Load a model's folder again, or another bundle, and serve it under the model's name. Takes seconds.
 
         Calls that use the old version finish on it. The old version stays if the new one cannot be served.
@@ -103,14 +103,14 @@ class Loader:
             name: the model.
             path: another folder, relative to the models directory; empty: the folder that it was loaded from.
             variant: name of the variant; empty: the variant that is served now.
-            tell: receives the name of each stage as it begins.
+            on_stage: receives the name of each stage as it begins.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name, else the errors of `load`.
         """
         served = self._registry.get(name)
         folder = self._folder(path) if path else served.folder
-        return self._serve(name, folder, variant or served.variant.name, served.options, tell, fresh=True)
+        return self._serve(name, folder, variant or served.variant.name, served.options, on_stage, fresh=True)
 
     def unload(self, name: str) -> Future[None]:
         """Stop serving a model; new calls do not find it.
@@ -126,10 +126,17 @@ class Loader:
         return gone
 
     def _serve(
-        self, name: str, folder: Path, variant: str, options: Mapping[str, str], tell: Tell, *, fresh: bool = False
+        self,
+        name: str,
+        folder: Path,
+        variant: str,
+        options: Mapping[str, str],
+        on_stage: OnStage,
+        *,
+        fresh: bool = False,
     ) -> Model:
         try:
-            model = self._registry.load(name, folder, variant, options, fresh=fresh, tell=tell)
+            model = self._registry.load(name, folder, variant, options, fresh=fresh, on_stage=on_stage)
         except ModelLoadError as error:
             raise ServiceError(
                 Code.FAILED_PRECONDITION, str(error), reason="MODEL_UNFIT", metadata={"model": name}

@@ -36,7 +36,7 @@ _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
 _REFERENCE_TEXTS = 4
 
 #: Receives the name of each stage of loading as it begins.
-Tell = Callable[[str], None]
+OnStage = Callable[[str], None]
 
 
 class ModelLoadError(Exception):
@@ -91,7 +91,7 @@ class Model:
         encoders: Encoders | None = None,
         *,
         fresh: bool = False,
-        tell: Tell = lambda stage: None,
+        on_stage: OnStage = lambda stage: None,
     ) -> Model:
         """Read, check and load a bundle, and compare its outputs with those at export.
 
@@ -106,14 +106,14 @@ class Model:
             encoders: encoders in use, which the model may share; None: the model gets its own.
             fresh: whether to load the files even if an encoder with the same weights is in use. A classifier whose
                 head is the only difference from another model shares that model's encoder in any case.
-            tell: receives the name of each stage as it begins.
+            on_stage: receives the name of each stage as it begins.
 
         Raises:
             ModelLoadError: the bundle is damaged, its outputs differ from those at export, or an option is missing.
         """
         loading = _Loading()
         try:
-            tell("checking the files")
+            on_stage("checking the files")
             bundle = open_bundle(
                 folder,
                 options or {},
@@ -125,7 +125,7 @@ class Model:
             # On other threads: hashing the weights takes about as long as loading them.
             with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
                 hashes = beside.submit(bundle.check_hashes, loading.contents)
-                tell("loading the weights")
+                on_stage("loading the weights")
                 try:
                     model = cls._of(
                         name, folder, bundle, variant_name, options or {}, loading, encoders, beside, fresh=fresh
@@ -135,7 +135,7 @@ class Model:
                     raise
                 hashes.result()
             bundle.check_contents(loading.contents)
-            tell("warming up")
+            on_stage("warming up")
             model._check(bundle)
         except UnstatedError as error:
             raise ModelLoadError(

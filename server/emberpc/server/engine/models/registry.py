@@ -17,7 +17,7 @@ from typing import Any
 from emberpc.bundle import Task
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.models.encoders import Encoder, Encoders
-from emberpc.server.engine.models.model import Model, Tell
+from emberpc.server.engine.models.model import Model, OnStage
 from emberpc.server.errors import Code, ServiceError, invalid, not_found
 from emberpc.server.memory import return_memory
 
@@ -63,13 +63,13 @@ class Registry:
         options: Mapping[str, str] | None = None,
         *,
         fresh: bool = False,
-        tell: Tell = lambda stage: None,
+        on_stage: OnStage = lambda stage: None,
     ) -> Model:
         """Load a bundle and serve it under a name; it replaces a model of that name. Takes seconds.
 
         The arguments and errors are those of `Model.load`.
         """
-        model = Model.load(name, folder, variant, options, self.encoders, fresh=fresh, tell=tell)
+        model = Model.load(name, folder, variant, options, self.encoders, fresh=fresh, on_stage=on_stage)
         self.put(model)
         log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
         return model
