@@ -156,7 +156,7 @@ def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[obj
         (["--budget", "0"], "a budget is 0; it must be at least 1, or all"),
         (["--strategy", "linear,magic"], "there is no strategy 'magic'; there are: zero-shot"),
         (["--time-limit", "soon"], "--time-limit is 'soon'; give a number and s, m or h"),
-        (["--time-limit", "1s"], "left no time for anything; allow more"),
+        (["--time-limit", "1s"], "left no time for any measurement; the first one needs a limit of about "),
         (["--descriptions", "nothing.csv"], "nothing.csv"),
     ],
 )
@@ -166,6 +166,38 @@ def test_bad_options_are_named(
     outcome = emberpc("compare", *files, "-o", tmp_path / "report", *options)
     assert outcome.code == 2
     assert said in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("compare", ["--label-column", "intent"], "there is no column 'intent'; there are: text, label"),
+        ("compare", ["--descriptions", "nothing.csv"], "nothing.csv cannot be read"),
+        ("compare", ["--export-winner", "FILLED"], "holds something that is not a bundle"),
+        ("classifier", ["--text-column", "query"], "there is no column 'query'; there are: text, label"),
+        ("classifier", ["--validation", "nothing.csv"], "nothing.csv cannot be read"),
+    ],
+)
+def test_columns_and_folder_are_checked_before_pytorch_is_loaded(
+    emberpc: Emberpc, files: list[object], tmp_path: Path, command: str, options: list[str], said: str
+) -> None:
+    (tmp_path / "filled").mkdir()
+    (tmp_path / "filled" / "notes.txt").write_text("mine")
+    given = [tmp_path / "filled" if option == "FILLED" else option for option in options]
+    if command == "compare":
+        outcome = emberpc("compare", *files, "-o", tmp_path / "report", *given)
+    else:
+        train = tmp_path / "train.csv"
+        outcome = emberpc("export", "classifier", "--train", train, "--base", "x", "-o", tmp_path / "b", *given)
+    assert outcome.code in (2, 5)
+    assert said in outcome.err
+    assert "PyTorch" not in outcome.err
+
+
+def test_an_output_that_is_a_file_is_refused_at_once(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("mine")
+    outcome = emberpc("compare", *files, "-o", tmp_path / "report")
+    assert (outcome.code, "report is not a folder" in outcome.err) == (2, True)
 
 
 def test_a_test_label_that_training_lacks_is_named_with_its_row(

@@ -150,6 +150,19 @@ def test_the_time_limit_is_kept_except_for_steps_that_cannot_be_interrupted(
     assert all(skipped.for_time for skipped in compared.skipped)
 
 
+def test_a_limit_that_is_too_short_for_anything_states_the_limit_that_is_needed(
+    settings: ComparisonSettings, tmp_path: Path
+) -> None:
+    settings = replace(settings, strategies=("linear", "top-layers"))
+    with pytest.raises(ExportError, match=r"the time limit of 1 s left no time for any .* a limit of about \d+ s$"):
+        room.compare(replace(settings, time_limit=1), tmp_path / "report")
+    compared = run(replace(settings, time_limit=1), tmp_path / "report")
+    assert FOR_REPORT < compared.needed_seconds < FOR_REPORT + 300
+    # Four times as long: this host may be busier now.
+    compared = run(replace(settings, time_limit=4 * compared.needed_seconds), tmp_path / "report")
+    assert compared.outcomes
+
+
 def test_shared_work_is_part_of_the_first_estimate(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

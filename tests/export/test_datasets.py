@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emberpc.export.data import datasets
-from emberpc.export.data.datasets import read_labelled
+from emberpc.export.data.datasets import check_columns, read_labelled
 from emberpc.export.data.examples import read_descriptions, training_examples
 from emberpc.export.errors import ExportError
 
@@ -336,3 +336,25 @@ def test_space_around_column_names_is_removed(tmp_path: Path) -> None:
     assert read_labelled(write(tmp_path, "d.csv", "text , label\na,x\n")).labels == [("x",)]
     with pytest.raises(ExportError, match="line 1: the column 'label' is there twice"):
         read_labelled(write(tmp_path, "e.csv", "text,label,label \na,x,y\n"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [("a,x\nb,x\nc,y\n", "1 label has fewer than 2 texts: 'y'"), ("a,x\nb,y\n", "2 labels have fewer than 2 texts")],
+)
+def test_labels_with_too_few_texts_are_counted(tmp_path: Path, rows: str, words: str) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text(f"text,label\n{rows}")
+    with pytest.raises(ExportError, match=words):
+        training_examples(read_labelled(path))
+
+
+def test_only_the_start_of_a_file_is_read_for_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text('text,label\na,x\n"open\n')
+    check_columns(path, ["text", "label"])
+    with pytest.raises(ExportError, match="line 2: there is no column 'intent'; there are: text, label"):
+        check_columns(path, ["text", "intent"])
+    path.write_text("text,label\n")
+    with pytest.raises(ExportError, match="has no rows"):
+        check_columns(path, ["text"])

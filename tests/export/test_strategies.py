@@ -244,7 +244,7 @@ def test_label_descriptions_are_training_texts(tiny_source: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("x,all of a\n", "does not describe 1 labels, such as 'y'"),
+        ("x,all of a\n", "does not describe 1 label, such as 'y'"),
         ("x,all of a\ny,b\nz,c\n", "line 4: no training text has the label 'z'"),
         ("x,all of a\ny,b\nx,c\n", "line 4: the label 'x' is described twice"),
     ],

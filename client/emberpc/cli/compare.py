@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from emberpc.cli.export import (
     TextColumn,
     Train,
     exporting,
+    labelled_columns,
 )
 from emberpc.cli.options import AsJson, listed
 from emberpc.cli.output import Column, note, print_blank_line, print_json, print_lines, print_table
@@ -112,7 +114,16 @@ def compare(
 ) -> None:
     """Fine-tuning or embedding? Compare all strategies on your own data, and recommend a strategy."""
     left = f"all measurements are kept in {output}; run the same command to resume"
-    with exporting("emberpc compare", left) as progress:
+    if output.exists() and not output.is_dir():
+        raise CliError(f"--output: {output} is not a folder; choose another place")
+    labelled = labelled_columns(text_column, label_column, label_separator)
+    files: dict[Path | None, Sequence[str]] = {
+        train: labelled,
+        test: labelled,
+        out_of_scope: (text_column,),
+        descriptions: ("label", "description"),
+    }
+    with exporting(files, export_winner, overwrite=overwrite, command="emberpc compare", left=left) as progress:
         from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
         from emberpc.export.compare import comparison

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from emberpc.bundle import BundleError, Manifest, Prompts, Task
+from emberpc.bundle import BundleError, Manifest, Prompts, Task, check_target
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
 from emberpc.cli.options import AsJson, Overwrite, listed
 from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table
@@ -103,7 +103,8 @@ def embedding(
     prompts = None
     if query_prompt is not None or passage_prompt is not None:
         prompts = Prompts(query=query_prompt or "", passage=passage_prompt or "")
-    with exporting() as progress:
+    files: dict[Path | None, Sequence[str]] = {validation: (), corpus: ("text",)}
+    with exporting(files, output, overwrite=overwrite) as progress:
         from emberpc.export.embedding import export_embedding
 
         manifest = export_embedding(
@@ -165,7 +166,14 @@ def classifier(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a classifier, calibrate it, export it, and check it against PyTorch."""
-    with exporting() as progress:
+    labelled = labelled_columns(text_column, label_column, label_separator)
+    files: dict[Path | None, Sequence[str]] = {
+        train: labelled,
+        validation: labelled,
+        out_of_scope: (text_column,),
+        descriptions: ("label", "description"),
+    }
+    with exporting(files, output, overwrite=overwrite) as progress:
         from emberpc.export.classifier import ClassifierData, export_classifier
 
         data = ClassifierData(
@@ -235,18 +243,39 @@ def _option(text: str) -> tuple[str, str]:
     return name, value
 
 
+def labelled_columns(text_column: str, label_column: str, separator: str | None) -> tuple[str, ...]:
+    """Return the columns that the first row of labelled texts must have: with a separator, labels may be missing."""
+    return (text_column, label_column) if separator is None else (text_column,)
+
+
 @contextmanager
-def exporting(command: str = "emberpc export", left: str = "nothing was written") -> Iterator[Stages]:
-    """Show the progress of an export command, and convert its errors to CliError.
+def exporting(
+    files: Mapping[Path | None, Sequence[str]],
+    target: Path | None,
+    *,
+    overwrite: bool = False,
+    command: str = "emberpc export",
+    left: str = "nothing was written",
+) -> Iterator[Stages]:
+    """Check files and folder of an export command, show its progress, and convert its errors to CliError.
 
     Args:
+        files: the data files and the columns that each must have. Checked first: loading PyTorch takes seconds.
+        target: folder of the bundle; None: no bundle is written.
+        overwrite: whether to replace an existing bundle.
         command: name of the command, for messages.
         left: what remains if the disk is full, for messages.
     """
     require(EXPORT_PACKAGES, "export", command)
+    from emberpc.export.data.datasets import check_columns
     from emberpc.export.errors import ExportError
 
     try:
+        if target is not None:
+            check_target(target, overwrite=overwrite)
+        for path, columns in files.items():
+            if path is not None:
+                check_columns(path, columns)
         with stages() as progress:
             progress("loading PyTorch", 0, 1)  # the imports of the block take seconds
             yield progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -70,7 +71,8 @@ def finetune_embedding(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune an embedding model for search, and export it if it improved on held-out queries."""
-    with exporting() as progress:
+    files: dict[Path | None, Sequence[str]] = {train: (), validation: (), test: (), corpus: ("text",)}
+    with exporting(files, output, overwrite=overwrite) as progress:
         from emberpc.export.finetune import finetune_embedding as finetune
         from emberpc.export.retrieval.queries import Files
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 from emberpc.bundle import Manifest, check_target
@@ -43,7 +44,10 @@ def compare(
     if not result.outcomes:
         if failed := [skipped for skipped in result.skipped if not skipped.for_time]:
             raise ExportError(f"nothing could be measured; {failed[0].cell.strategy}: {failed[0].reason}")
-        raise ExportError(f"the time limit of {settings.time_limit:.0f} s left no time for anything; allow more")
+        raise ExportError(
+            f"the time limit of {settings.time_limit:.0f} s left no time for any measurement; the first one needs a "
+            f"limit of about {ceil(result.needed_seconds)} s"
+        )
     if not result.skipped:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     summary = Summary(result, worth)

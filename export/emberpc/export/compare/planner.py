@@ -127,6 +127,10 @@ class Planner:
         ]
         return min(in_time, key=rank, default=None)
 
+    def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
+        """Return the least seconds left with which one of the cells would be started."""
+        return _SAFETY * min(self.estimate(cell, done) for cell in cells)
+
     def skipped(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome], seconds_left: float) -> list[Skipped]:
         """Return cells that were not fitted for lack of time, each with its estimate as the reason.
 

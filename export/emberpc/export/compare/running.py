@@ -33,6 +33,8 @@ from emberpc.export.tuning.checkpoint import Checkpoints
 #: Seconds of the time limit that are reserved for the report. The conversion of one encoder cannot be interrupted and
 #: may exceed the limit: it takes 5 to 15 s for an encoder of MiniLM's size (docs/compare.md).
 FOR_REPORT = 15.0
+#: Most texts that are embedded to estimate how much time is needed, when the time limit has passed before.
+_SAMPLED_TEXTS = 32
 _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
 
 
@@ -72,6 +74,8 @@ class ComparisonResult:
     per_label: dict[int, float]
     #: The source of each base, by the base's name.
     sources: dict[str, str]
+    #: Estimate of the least time limit, in seconds, with which the next cell is measured; 0: none was skipped for time.
+    needed_seconds: float = 0.0
 
 
 class _OutOfTimeError(Exception):
@@ -128,6 +132,7 @@ def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_prog
         tuple(skipped),
         comparison.per_label,
         dict(zip(bases, settings.bases, strict=True)),
+        comparison.needed_seconds,
     )
 
 
@@ -157,6 +162,8 @@ class _Comparison:
         start: float,
         progress: Progress,
     ) -> None:
+        self._start, self.needed_seconds = start, 0.0
+        self._all_texts = sorted({*train.texts, *test.texts, *outside})
         self._settings, self._train, self._test, self._outside = settings, train, test, outside
         self._bases, self._store, self._progress = bases, store, progress
         self._end = None if settings.time_limit is None else start + settings.time_limit - FOR_REPORT
@@ -181,13 +188,20 @@ class _Comparison:
         done = self._store.read(self._cells)
         todo = [cell for cell in self._cells if cell not in done]
         skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
-        try:
-            seconds = {name: self._embed(base) for name, base in self._bases.items()} if todo else {}
-        except _OutOfTimeError:
-            reason = "the time limit passed before all texts were embedded"
-            return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo)]
+        seconds: dict[str, float] = {}
         texts = {cell: len(self._sample(cell).texts) for cell in self._cells}
         planner = Planner(texts, self.per_label, seconds, lambda cell: self._shared_seconds(cell, seconds[cell.base]))
+        for name, base in self._bases.items() if todo else ():
+            before = perf_counter() - self._start
+            try:
+                seconds[name] = self._embed(base, self._all_texts, self._timed("embedding all texts"))
+            except _OutOfTimeError:
+                others = {other: self._sampled(self._bases[other]) for other in self._bases if other not in seconds}
+                seconds |= others
+                embedding = sum(others.values()) * len(self._all_texts)
+                self.needed_seconds = before + embedding + planner.least_seconds(todo, done) + FOR_REPORT
+                reason = "the time limit passed before all texts were embedded"
+                return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo)]
         while todo:
             cell = planner.choose(todo, done, self._seconds_left())
             if cell is None:
@@ -210,6 +224,9 @@ class _Comparison:
             else:
                 done[cell] = outcome
             kept.remove()
+        if rest := [*todo, *(each.cell for each in skipped if each.for_time)]:
+            spent = perf_counter() - self._start
+            self.needed_seconds = spent + planner.least_seconds(rest, done) + FOR_REPORT
         return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
 
     def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
@@ -249,13 +266,17 @@ class _Comparison:
             return self._train.take(np.zeros(0, dtype=np.int64))
         return self._samples[cell.budget, cell.seed]
 
-    def _embed(self, base: Base) -> float:
-        """Embed all texts of the comparison; return the mean seconds for one text."""
-        texts = {*self._train.texts, *self._test.texts, *self._outside}
-        base.workbench.progress = self._timed("embedding all texts")
+    def _embed(self, base: Base, texts: Sequence[str], progress: Progress) -> float:
+        """Embed texts; return the mean seconds for one text."""
+        base.workbench.progress = progress
         with Cost() as cost:
-            base.workbench.vectors(sorted(texts))
+            base.workbench.vectors(texts)
         return cost.seconds / len(texts)
+
+    def _sampled(self, base: Base) -> float:
+        """Embed some texts, whatever the time limit; return the mean seconds for one text."""
+        step = -(-len(self._all_texts) // _SAMPLED_TEXTS)
+        return self._embed(base, self._all_texts[::step], no_progress)
 
     def _fit(self, cell: Cell, number: str, checkpoints: Checkpoints) -> Outcome:
         """Fit and measure one cell; return its outcome, with seconds that include earlier, interrupted trainings."""

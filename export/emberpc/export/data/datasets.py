@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,23 @@ def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
     return [text_of(path, place, row, text_column) for place, row in read_rows(path)]
 
 
-def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Check that a file can be read and that its first row has some columns. Reads only the start of the file.
+
+    Raises:
+        ExportError: the file cannot be read, has no rows, or has no such column.
+    """
+    ((place, row),) = read_rows(path, most=1)
+    for column in columns:
+        _cell(path, place, row, column)
+
+
+def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Read the rows of a file, each with its place in the file, such as `line 17`.
+
+    Args:
+        path: the file.
+        most: the most rows to read; None: all.
 
     Raises:
         ExportError: the file cannot be read, or has no rows.
@@ -115,7 +131,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if suffix not in readers:
         raise ExportError(f"{path}: its name must end in {_FORMATS}")
     try:
-        rows = list(readers[suffix](path))
+        rows = list(islice(readers[suffix](path), most))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -98,7 +98,8 @@ def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...
             raise ExportError(f"{path}, {place}: the label {label!r} is described twice; keep one row")
         found[label] = text
     if missing := [label for label in labels if label not in found]:
-        raise ExportError(f"{path} does not describe {len(missing)} labels, such as {missing[0]!r}; add a row for each")
+        count = "1 label" if len(missing) == 1 else f"{len(missing)} labels"
+        raise ExportError(f"{path} does not describe {count}, such as {missing[0]!r}; add a row for each")
     return tuple(found[label] for label in labels)
 
 
@@ -126,7 +127,8 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
             for label in few[:5]
         ]
         raise ExportError(
-            f"{data.path}: {len(few)} labels have fewer than {min_examples} texts: {', '.join(places)}"
+            f"{data.path}: {'1 label has' if len(few) == 1 else f'{len(few)} labels have'} fewer than {min_examples} "
+            f"texts: {', '.join(places)}"
             f"{' …' if len(few) > len(places) else ''}; check their spelling, add texts, remove the rows, "
             "or allow it with --min-examples 1"
         )
