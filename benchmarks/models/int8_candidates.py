@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from emberpc.bundle import read_bundle, unit
-from emberpc.export.convert.onnx_runner import Feeds, Matrix, Runner
+from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
 from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.examples import evenly
 from emberpc.export.data.stdlib_texts import sample_texts
@@ -240,7 +240,9 @@ def main() -> int:
     texts = [manifest.prompts.passage + texts[row] for row in evenly(len(texts), most)]
     looked_at = [texts[row] for row in evenly(len(texts), LOOKED_AT)]
     measured_on = [text for text in texts if text not in set(looked_at)]
-    runner = Runner(path, arguments.bundle / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1)
+    runner = OnnxRunner(
+        path, arguments.bundle / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
+    )
     batches = runner.prepare(measured_on)
     feeds = [batch for text in looked_at for batch in runner.prepare([text])]
     fp32 = session_of(onnx.load(str(path)))

@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.shared.beir import write_pairs
 from emberpc.bundle import BundleError, Head, Manifest, Variant, best_labels, read_bundle
 from emberpc.export.classify.linear import fit_head
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import targets_of
 from emberpc.export.embedding import export_embedding
@@ -40,13 +40,13 @@ from emberpc.export.variants import CANDIDATES
 C = 10.0
 
 
-def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> Runner:
-    return Runner(
+def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> OnnxRunner:
+    return OnnxRunner(
         bundle / variant.path, bundle / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
     )
 
 
-def ndcg_at_10(runner: Runner, manifest: Manifest, judged: Judged) -> float:
+def ndcg_at_10(runner: OnnxRunner, manifest: Manifest, judged: Judged) -> float:
     """Return nDCG@10 of an exact search by cosine, the mean over the queries."""
     prompts = manifest.prompts
     passages = runner.run([prompts.passage + text for text in judged.passages], "sentence_embedding")
@@ -64,7 +64,7 @@ def read_retrieval(folder: Path) -> Judged:
 class Labelled:
     """A linear head fitted to fp32's vectors of the training texts, and labelled test texts to measure variants on."""
 
-    def __init__(self, runner: Runner, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, runner: OnnxRunner, manifest: Manifest, folder: Path) -> None:
         train, self._test = read_labelled(folder / "train.csv"), read_labelled(folder / "test.csv")
         self._prompt = manifest.prompts.passage
         labels = sorted({label for given in train.labels for label in given})
@@ -72,7 +72,7 @@ class Labelled:
         vectors = runner.run([self._prompt + text for text in train.texts], "sentence_embedding")
         self._head: Head = fit_head(vectors, targets_of(train, labels), C)
 
-    def accuracy(self, runner: Runner) -> float:
+    def accuracy(self, runner: OnnxRunner) -> float:
         vectors = runner.run([self._prompt + text for text in self._test.texts], "sentence_embedding")
         best = best_labels(self._head.logits(vectors))
         return float(self._targets[np.arange(len(best)), best].mean())

@@ -206,46 +206,6 @@ def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert outcome.err == "2 hits: the collection has 3 records\n"
 
 
-def test_search_shows_the_labels_of_the_hits(emberpc: Emberpc, fake: FakeServer, books: Path, tmp_path: Path) -> None:
-    labelled = tmp_path / "labelled.csv"
-    labelled.write_text("id,text,label\nd,an island,geography\n")
-    assert emberpc("upsert", "books", labelled).code == 0
-    rows = emberpc("search", "books", "an island").rows
-    assert {tuple(row[1:3]) for row in rows[1:3]} == {("c", ""), ("d", "geography")}
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("embed", "a text"),
-        ("classify", "a text"),
-        ("count-tokens", "a text"),
-        ("similarity", "a text", "another"),
-        ("search", "books", "an island"),
-        ("get", "books", "a"),
-        ("delete", "books", "zz"),
-    ],
-)
-def test_details_of_responses_are_printed_beside_the_result(
-    emberpc: Emberpc, fake: FakeServer, books: Path, command: tuple[str, ...]
-) -> None:
-    plain = emberpc(*command, "--json")
-    outcome = emberpc(*command, "--json", "--details")
-    (details,) = [json.loads(line) for line in outcome.err.splitlines() if line.startswith("{")]
-    assert details["first"] == 0
-    assert outcome.out == plain.out
-
-
-def test_details_of_a_write_state_its_durability(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
-    outcome = emberpc("upsert", "books", books, "--batch-size", 2, "--details")
-    found = [json.loads(line) for line in outcome.err.splitlines()]
-    assert [(each["first"], each["count"]) for each in found] == [(0, 2), (2, 1)]
-    assert all("durability" in each and "sequence" in each for each in found)
-    for command in (("upsert", "books", books), ("embed", "--file", books, "--json")):
-        refused = emberpc(*command, "--stream", "--details")
-        assert (refused.code, "--details cannot be combined with --stream" in refused.err) == (2, True)
-
-
 def test_search_by_a_recall(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert emberpc("search", "books", "an island", "--min-recall", 0.9).code == 0
     assert fake.asked["Search"][-1].request.min_recall == 0.9

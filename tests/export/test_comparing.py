@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.export.compare.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
+from emberpc.export.compare.comparison_run import ComparisonResult
 from emberpc.export.compare.data_problems import confusions, suspects
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
 from emberpc.export.compare.planner import Planner, budgets_of
-from emberpc.export.compare.running import ComparisonResult
 from emberpc.export.compare.serving_cost import ServingCost
 from emberpc.export.compare.summary import Summary, caveats, crossover, recommendation, skipped_lines
 from emberpc.export.data.examples import Examples

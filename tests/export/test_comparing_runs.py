@@ -14,10 +14,10 @@ from emberpc.export import timing
 from emberpc.export.classifier import ClassifierData
 from emberpc.export.classify.strategies import contrastive
 from emberpc.export.compare import comparison as room
-from emberpc.export.compare import comparison_key, running
-from emberpc.export.compare.cells import ALL
+from emberpc.export.compare import comparison_key, comparison_run
+from emberpc.export.compare.comparison_run import FOR_REPORT, ComparisonSettings, run
+from emberpc.export.compare.outcomes import ALL
 from emberpc.export.compare.planner import Planner
-from emberpc.export.compare.running import FOR_REPORT, ComparisonSettings, run
 from emberpc.export.embedding import convert_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.tuning.backbone import Backbone
@@ -123,14 +123,14 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (running, timing):
+        for module in (comparison_run, timing):
             monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
         def converted(*arguments: Any) -> Any:
             self.now += CONVERSION
             return convert_encoder(*arguments)
 
-        monkeypatch.setattr("emberpc.export.compare.bases.convert_encoder", converted)
+        monkeypatch.setattr("emberpc.export.compare.base_encoders.convert_encoder", converted)
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         self.now += 1.0

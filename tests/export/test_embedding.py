@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from emberpc.bundle import BundleError, Manifest, Prompts, Reference, Task, read_bundle
 from emberpc.export.convert import graph
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
@@ -47,7 +47,7 @@ def sentence_transformers_vectors(folder: Path, texts: list[str], backend: str =
 
 def our_vectors(folder: Path, texts: list[str]) -> np.ndarray:
     manifest = read_bundle(folder).manifest
-    runner = Runner(
+    runner = OnnxRunner(
         folder / "onnx" / "model.onnx", folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id
     )
     return runner.run(texts, "sentence_embedding", batch_size=4)

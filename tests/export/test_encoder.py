@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emberpc.bundle import Prompts, finish_bundle
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import torch_embeddings
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
@@ -361,7 +361,7 @@ def test_the_bundle_of_a_lower_casing_model_lower_cases(make_source: MakeSource,
     tokenizer["normalizer"] = None
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     export_embedding(str(source), tmp_path / "bundle")
-    runner = Runner(tmp_path / "bundle/onnx/model.onnx", tmp_path / "bundle/tokenizer.json", 32, 0)
+    runner = OnnxRunner(tmp_path / "bundle/onnx/model.onnx", tmp_path / "bundle/tokenizer.json", 32, 0)
     small, large = runner.run(["a kitten", "A Kitten"], "sentence_embedding")
     np.testing.assert_allclose(small, large)
     expected = torch_embeddings(str(source), ["A Kitten"], 32)

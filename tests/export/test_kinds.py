@@ -18,7 +18,7 @@ from transformers import BertModel, PretrainedConfig, Qwen2Config, Qwen3Config, 
 from transformers.models.auto.modeling_auto import AutoModel
 
 from emberpc.bundle import Prompts
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import read_encoder
@@ -60,7 +60,7 @@ def lay_out(folder: Path, files: dict[str, object]) -> Path:
 
 
 def served(bundle: Path, texts: list[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return Runner(bundle / "onnx/model.onnx", bundle / "tokenizer.json", 32, 0).run(texts, "sentence_embedding")
+    return OnnxRunner(bundle / "onnx/model.onnx", bundle / "tokenizer.json", 32, 0).run(texts, "sentence_embedding")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import read_encoder
-from emberpc.export.source.locate import find_source
+from emberpc.export.source.find_source import find_source
 from fixtures_bundles import MakeSource, minilm_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

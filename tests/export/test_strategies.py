@@ -18,10 +18,10 @@ import torch
 from bundle_cache import shared_export
 from emberpc.bundle import Manifest, Prompts, probabilities, read_bundle
 from emberpc.export.classifier import ClassifierData, export_classifier
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Options, layers
 from emberpc.export.classify.strategies.contrastive import paired, supervised_contrastive
-from emberpc.export.classify.workbench import Workbench
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, label_names, training_examples
 from emberpc.export.embedding import export_embedding
@@ -52,10 +52,10 @@ def train(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workbench(minilm_bundle: Path) -> Workbench:
-    """A workbench of a real encoder; the strategies share its vectors, as those of a comparison do."""
-    runner = Runner(minilm_bundle / "onnx" / "model.onnx", minilm_bundle / "tokenizer.json", 256, 0)
-    return Workbench(read_encoder(minilm_source()), runner)
+def cached_encoder(minilm_bundle: Path) -> CachedEncoder:
+    """A cached_encoder of a real encoder; the strategies share its vectors, as those of a comparison do."""
+    runner = OnnxRunner(minilm_bundle / "onnx" / "model.onnx", minilm_bundle / "tokenizer.json", 256, 0)
+    return CachedEncoder(read_encoder(minilm_source()), runner)
 
 
 def of_modules(training_file: Path, per_label: int) -> tuple[Examples, Examples]:
@@ -77,10 +77,10 @@ _LONG = ("contrastive", "full")
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _LONG else []) for name in STRATEGIES]
 )
 def test_a_strategy_classifies_texts_that_it_was_not_trained_on(
-    workbench: Workbench, training_file: Path, name: str
+    cached_encoder: CachedEncoder, training_file: Path, name: str
 ) -> None:
     known, unseen = of_modules(training_file, 8)
-    fitted = STRATEGIES[name].fit(known, workbench, Options(epochs=3))
+    fitted = STRATEGIES[name].fit(known, cached_encoder, Options(epochs=3))
     right = fitted.classify(unseen.texts).argmax(axis=1) == unseen.classes
     assert right.mean() > (0.4 if name == "zero-shot" else 0.6)
     assert len(fitted.held_out) > 0
@@ -93,12 +93,12 @@ def test_tuned_weights_are_a_mean_with_the_original_ones(
 ) -> None:
     encoder = read_encoder(tiny_source)
     export_embedding(tiny_source, tmp_path / "tiny")
-    runner = Runner(tmp_path / "tiny" / "onnx" / "model.onnx", tmp_path / "tiny" / "tokenizer.json", 32, 0)
+    runner = OnnxRunner(tmp_path / "tiny" / "onnx" / "model.onnx", tmp_path / "tiny" / "tokenizer.json", 32, 0)
     examples = training_examples(read_labelled(train))
 
     def weights(share: float) -> Mapping[str, torch.Tensor]:
         monkeypatch.setattr(layers, "_TUNED_SHARE", share)
-        tuned = STRATEGIES["full"].fit(examples, Workbench(encoder, runner), Options(epochs=1)).tuned
+        tuned = STRATEGIES["full"].fit(examples, CachedEncoder(encoder, runner), Options(epochs=1)).tuned
         assert tuned is not None
         return tuned.weights
 
@@ -113,11 +113,11 @@ def test_many_texts_tune_more_layers(have: int, per_label: float, tuned: int) ->
     assert layers.TopLayers().top(have, per_label) == tuned
 
 
-def test_a_fitted_classifier_is_not_changed_by_another_fit(workbench: Workbench, training_file: Path) -> None:
+def test_a_fitted_classifier_is_not_changed_by_another_fit(cached_encoder: CachedEncoder, training_file: Path) -> None:
     known, unseen = of_modules(training_file, 4)
-    first = STRATEGIES["top-layers"].fit(known, workbench, Options(epochs=1))
+    first = STRATEGIES["top-layers"].fit(known, cached_encoder, Options(epochs=1))
     before = first.classify(unseen.texts)
-    second = STRATEGIES["full"].fit(known, workbench, Options(epochs=1))
+    second = STRATEGIES["full"].fit(known, cached_encoder, Options(epochs=1))
     assert not np.allclose(before, second.classify(unseen.texts), atol=1e-3)
     np.testing.assert_array_equal(first.classify(unseen.texts), before)
 
@@ -338,7 +338,7 @@ def test_a_checkpoint_depends_on_encoder_settings_and_split(tiny_source: Path, t
     options = Options(checkpoints=Checkpoints(tmp_path))
 
     def written(of: Encoder, held_out: Examples) -> None:
-        bench = cast("Workbench", SimpleNamespace(encoder=of))
+        bench = cast("CachedEncoder", SimpleNamespace(encoder=of))
         checkpoint = layers.checkpoint_of("full", known, held_out, Recipe(1), bench, options)
         checkpoint.write(TrainingState({"value.a": torch.ones(1)}))
 

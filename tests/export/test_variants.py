@@ -20,7 +20,7 @@ from emberpc.bundle import Bound, Manifest, Measured, Variant, finish_bundle, re
 from emberpc.client import Client
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.strategies import base as strategies
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
@@ -60,7 +60,7 @@ def failed(report: VerifyReport) -> list[str]:
 
 def vectors(folder: Path, variant: Variant, texts: list[str]) -> np.ndarray:
     manifest = read_bundle(folder, check_hashes=False).manifest
-    runner = Runner(folder / variant.path, folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id)
+    runner = OnnxRunner(folder / variant.path, folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id)
     return runner.run(texts, "sentence_embedding")
 
 
@@ -107,7 +107,7 @@ def test_a_variant_gives_the_vectors_of_fp32_on_other_texts(bundle: Path, name: 
 def test_outliers_are_split_exactly_and_int8_is_nearer_to_fp32(bundle: Path) -> None:
     manifest = read_bundle(bundle).manifest
     model = onnx.load(str(bundle / "onnx" / "model.onnx"))
-    runner = Runner(bundle / "onnx" / "model.onnx", bundle / "tokenizer.json", 64, manifest.pad_token_id)
+    runner = OnnxRunner(bundle / "onnx" / "model.onnx", bundle / "tokenizer.json", 64, manifest.pad_token_id)
     texts = sample_texts(24)
     columns = find_outliers(model, [batch for text in texts for batch in runner.prepare([text])])
     assert len(columns) >= 6

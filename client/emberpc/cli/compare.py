@@ -127,7 +127,7 @@ def compare(
         from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
         from emberpc.export.compare import comparison
-        from emberpc.export.compare.running import ComparisonSettings
+        from emberpc.export.compare.comparison_run import ComparisonSettings
 
         settings = ComparisonSettings(
             data=ClassifierData(
@@ -159,7 +159,7 @@ def compare(
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
     """Parse the values of --budget."""
-    from emberpc.export.compare.cells import ALL
+    from emberpc.export.compare.outcomes import ALL
 
     found = []
     for part in listed("--budget", values):
@@ -181,7 +181,7 @@ def _seconds(text: str | None) -> float | None:
 
 def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exported: bool) -> None:
     from emberpc.export.classify.strategies import STRATEGIES
-    from emberpc.export.compare.cells import ALL, NO_TEXTS
+    from emberpc.export.compare.outcomes import ALL, NO_TEXTS
     from emberpc.export.compare.report import content
     from emberpc.export.compare.summary import caveats, crossover, recommendation, skipped_lines
 

@@ -14,13 +14,13 @@ from typing import TypedDict
 
 from emberpc.bundle import DecisionRule, Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.export.card import model_card
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.calibration import FEW_TEXTS, weakness
 from emberpc.export.classify.evaluation import HeldOut, calibrate, measure, measure_scope
 from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
-from emberpc.export.classify.workbench import Workbench
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_embeddings
 from emberpc.export.data.datasets import read_labelled, read_texts
 from emberpc.export.data.examples import Examples, held_out_examples, training_examples
@@ -125,14 +125,14 @@ def export_classifier(
     with staged_folder(target, overwrite=overwrite) as folder:
         converted = convert_encoder(encoder, folder, progress)
         converted.graph.save(folder / MODEL_PATH)
-        workbench = Workbench(encoder, _runner(folder, encoder, converted), progress)
+        cached_encoder = CachedEncoder(encoder, _runner(folder, encoder, converted), progress)
         if label_texts:
-            examples = described_examples(examples, data.descriptions, workbench)
+            examples = described_examples(examples, data.descriptions, cached_encoder)
         elif strategy == "zero-shot":
             raise ExportError("the strategy zero-shot needs label texts; do not switch them off")
         options = Options(seed, balanced, validation, epochs, kept, progress)
         with Cost() as cost:
-            fitted = STRATEGIES[strategy].fit(examples, workbench, options)
+            fitted = STRATEGIES[strategy].fit(examples, cached_encoder, options)
         _warn_of_few(len(fitted.held_out), data.train)
         beyond = fitted.classify(outside) if outside else None
         rule = calibrate(
@@ -294,11 +294,11 @@ def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tu
         yield tuned, tuned
 
 
-def _runner(folder: Path, encoder: Encoder, converted: Converted) -> Runner:
-    return Runner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
+def _runner(folder: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
+    return OnnxRunner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
 
 
-def _compare(folder: Path, head: Head, source: Encoder, runner: Runner) -> Variant:
+def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> Variant:
     """Compare the exported classifier with PyTorch, and store some texts with their outputs as the reference.
 
     The reference has docstrings and none of the user's texts: training texts must not leave with the bundle.

@@ -19,7 +19,7 @@ from emberpc.bundle.peers import read_token_id
 from emberpc.export.card import model_card
 from emberpc.export.convert.graph import GraphEditor
 from emberpc.export.convert.onnx_export import convert
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_embeddings
 from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.stdlib_texts import sample_texts
@@ -139,7 +139,7 @@ def write_embedding(
     progress("comparing with PyTorch", 0, 1)
     texts = sample_texts(PARITY_TEXTS)
     expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens, stated=encoder.max_tokens_stated)
-    runner = Runner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
+    runner = OnnxRunner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
     parity = compare(expected, runner.run(texts, "sentence_embedding"))
     require(encoder.name, parity, expected)
     Reference(tuple(texts[:REFERENCE_TEXTS]), expected[:REFERENCE_TEXTS]).write(folder)

@@ -22,7 +22,7 @@ from emberpc.bundle import (
     Variant,
     open_bundle,
 )
-from emberpc.export.convert.onnx_runner import Matrix, Runner, look
+from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner, look
 from emberpc.export.convert.parity import compare, faults
 from emberpc.export.errors import ExportError
 
@@ -148,7 +148,7 @@ def _reference(bundle: Bundle) -> tuple[Reference, str]:
 
 def _check_variant(
     bundle: Bundle, variant: Variant, reference: Reference | None, report: VerifyReport
-) -> Runner | None:
+) -> OnnxRunner | None:
     """Load a variant and run texts, each alone and all in one batch; add the results to the report.
 
     Returns:
@@ -170,9 +170,9 @@ def _check_variant(
     return runner
 
 
-def _load(bundle: Bundle, variant: Variant) -> tuple[Runner, str]:
+def _load(bundle: Bundle, variant: Variant) -> tuple[OnnxRunner, str]:
     manifest = bundle.manifest
-    runner = Runner(
+    runner = OnnxRunner(
         bundle.model_path(variant),
         bundle.tokenizer_path,
         manifest.max_tokens,
@@ -185,7 +185,7 @@ def _load(bundle: Bundle, variant: Variant) -> tuple[Runner, str]:
     return runner, f"outputs {', '.join(runner.outputs)}"
 
 
-def _run_foreign(bundle: Bundle, runner: Runner) -> tuple[None, str]:
+def _run_foreign(bundle: Bundle, runner: OnnxRunner) -> tuple[None, str]:
     """Run texts alone and in a padded batch: outputs must be equal, and their dimensions as stated."""
     manifest, interface = bundle.manifest, bundle.foreign
     output = interface.output if interface else ""
@@ -200,7 +200,7 @@ def _run_foreign(bundle: Bundle, runner: Runner) -> tuple[None, str]:
     return None, f"{output} with a cosine of at least {parity.cosine_min:.6f} on {len(PROBES)} texts"
 
 
-def _run(runner: Runner, variant: Variant, reference: Reference, batch_size: int) -> tuple[None, str]:
+def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size: int) -> tuple[None, str]:
     """Run the reference texts, and compare every output of the reference."""
     words = []
     for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):

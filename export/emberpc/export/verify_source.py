@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.bundle import Bundle, Task
-from emberpc.export.convert.onnx_runner import Matrix, Runner
+from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner
 from emberpc.export.convert.parity import compare, faults, require_limit, torch_embeddings
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
-from emberpc.export.source.locate import find_source
+from emberpc.export.source.find_source import find_source
 from emberpc.export.variants.measurement import neighbour_agreement
 
 #: Number of texts to compare: enough for each text to have 10 nearest neighbours among them.
 _TEXTS = 64
 
 
-def compare_with_source(bundle: Bundle, variant: str, runner: Runner, source: str | Path) -> tuple[None, str]:
+def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source: str | Path) -> tuple[None, str]:
     """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
 
     Vectors are compared; for a foreign classifier, logits. A classifier that emberpc tuned has its own encoder: give

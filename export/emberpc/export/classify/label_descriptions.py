@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.bundle import best_labels
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.strategies import STRATEGIES, Options
-from emberpc.export.classify.workbench import Workbench
 from emberpc.export.data.examples import Examples, label_names, read_descriptions
 
 #: Label names are used only if a zero-shot classifier with them exceeds the share of the most frequent label by this.
 _LEAST_GAIN = 0.1
 
 
-def described_examples(examples: Examples, path: Path | str | None, workbench: Workbench) -> Examples:
+def described_examples(examples: Examples, path: Path | str | None, cached_encoder: CachedEncoder) -> Examples:
     """Return the examples with label descriptions: from the file, or the labels' names if they help to classify.
 
     Args:
         examples: labelled texts.
         path: file with descriptions; None: try the labels' names.
-        workbench: the encoder to try the names with.
+        cached_encoder: the encoder to try the names with.
 
     Raises:
         ExportError: the file cannot be read, or does not describe exactly the labels of the examples.
@@ -30,16 +30,16 @@ def described_examples(examples: Examples, path: Path | str | None, workbench: W
     if path is not None:
         return replace(examples, descriptions=read_descriptions(path, examples.labels))
     named = replace(examples, descriptions=label_names(examples.labels))
-    return named if names_help(named, workbench) else examples
+    return named if names_help(named, cached_encoder) else examples
 
 
-def names_help(named: Examples, workbench: Workbench) -> bool:
+def names_help(named: Examples, cached_encoder: CachedEncoder) -> bool:
     """Return whether zero-shot classification by the descriptions is at least 0.1 better than the most frequent label.
 
     Args:
         named: labelled texts with descriptions.
-        workbench: the encoder.
+        cached_encoder: the encoder.
     """
-    best = best_labels(STRATEGIES["zero-shot"].fit(named, workbench, Options()).classify(named.texts))
+    best = best_labels(STRATEGIES["zero-shot"].fit(named, cached_encoder, Options()).classify(named.texts))
     right = named.targets[np.arange(len(best)), best].mean()
     return bool(right > named.targets.mean(axis=0).max() + _LEAST_GAIN)

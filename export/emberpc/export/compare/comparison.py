@@ -10,8 +10,8 @@ from pathlib import Path
 from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
 from emberpc.export.classify.strategies import EXPORTABLE
+from emberpc.export.compare.comparison_run import ComparisonSettings, run
 from emberpc.export.compare.report import write_report
-from emberpc.export.compare.running import ComparisonSettings, run
 from emberpc.export.compare.summary import Summary
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress

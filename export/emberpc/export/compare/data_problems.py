@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emberpc.export.compare.cells import Decisions
+from emberpc.export.compare.outcomes import Decisions
 from emberpc.export.compare.summary import Point, Summary
 from emberpc.export.data.examples import Examples
 

@@ -9,7 +9,7 @@ from math import log2
 import numpy as np
 
 from emberpc.export.classify.strategies import STRATEGIES
-from emberpc.export.compare.cells import ALL, Cell, Outcome
+from emberpc.export.compare.outcomes import ALL, Cell, Outcome
 
 #: A cell is started only if the time left is this multiple of its estimate: estimates can be this far off.
 _SAFETY = 1.25

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emberpc.export.classify.strategies import STRATEGIES
-from emberpc.export.compare.cells import ALL, NO_TEXTS
 from emberpc.export.compare.data_problems import Confusion
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS
 from emberpc.export.compare.summary import Point, Summary, Way
 from emberpc.export.files import staged
 

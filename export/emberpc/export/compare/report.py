@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from emberpc.export.compare.cells import budget_name
 from emberpc.export.compare.data_problems import confusions, suspects
+from emberpc.export.compare.outcomes import budget_name
 from emberpc.export.compare.plots import draw_plots
 from emberpc.export.compare.summary import Point, Summary, caveats, crossover, recommendation, skipped_lines
 from emberpc.export.files import write_text

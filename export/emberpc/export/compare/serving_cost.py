@@ -15,7 +15,7 @@ import numpy as np
 from emberpc.bundle import best_labels
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import STRATEGIES, Fitted
-from emberpc.export.compare.bases import Base, export_fitted
+from emberpc.export.compare.base_encoders import Base, export_fitted
 from emberpc.export.files import write_text
 from emberpc.export.progress import Progress
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES
-from emberpc.export.compare.cells import ALL, NO_TEXTS, Outcome, budget_name
+from emberpc.export.compare.comparison_run import ComparisonResult
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, budget_name
 from emberpc.export.compare.planner import Skipped
-from emberpc.export.compare.running import ComparisonResult
 from emberpc.export.compare.serving_cost import ServingCost
 
 #: A difference counts as significant from this many standard errors on (about 95 % confidence).

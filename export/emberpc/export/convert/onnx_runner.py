@@ -24,7 +24,7 @@ Matrix = npt.NDArray[np.float32]
 Feeds = dict[str, npt.NDArray[np.integer]]
 
 
-class Runner:
+class OnnxRunner:
     """An ONNX encoder or classifier with its tokenizer.
 
     Args:

@@ -27,7 +27,7 @@ from emberpc.bundle.peers import (
 )
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.source.locate import Source, find_source
+from emberpc.export.source.find_source import Source, find_source
 from emberpc.export.source.matryoshka import read_matryoshka
 from emberpc.export.source.weights import find_weights, sha256_of_all
 

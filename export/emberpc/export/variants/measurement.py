@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, best_labels, unit
 from emberpc.export.classify.evaluation import measure
-from emberpc.export.convert.onnx_runner import Feeds, Matrix, Runner
+from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
 from emberpc.export.data.examples import Targets
 from emberpc.export.errors import ExportError
 from emberpc.export.retrieval.metrics import DECIDING
@@ -52,10 +52,10 @@ class Trial:
     targets: Targets | None = None
     queries: Queries | None = None
 
-    def runner(self, path: str) -> Runner:
+    def runner(self, path: str) -> OnnxRunner:
         """Load one of the bundle's ONNX files with one thread."""
         manifest = self.manifest
-        return Runner(
+        return OnnxRunner(
             self.folder / path, self.folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
         )
 
@@ -75,8 +75,8 @@ class Trial:
         return Reference.read(self.folder)
 
     @cached_property
-    def fp32(self) -> Runner:
-        """Runner of the fp32 model."""
+    def fp32(self) -> OnnxRunner:
+        """OnnxRunner of the fp32 model."""
         return self.runner(self.fp32_path)
 
     @cached_property
@@ -169,21 +169,21 @@ class Trial:
             return None
         return measure(logits, self.targets, self.manifest.decision_rule)["accuracy"]
 
-    def _ndcg(self, runner: Runner, found: Matrix) -> float | None:
+    def _ndcg(self, runner: OnnxRunner, found: Matrix) -> float | None:
         if self.queries is None:
             return None
         prompt = self.manifest.prompts.query
         asked = runner.run([prompt + text for text in self.queries.texts], self.output)
         return measure_search(asked, found, self.queries)[DECIDING]
 
-    def _speed(self, runner: Runner, *, alone: bool) -> tuple[float, float]:
+    def _speed(self, runner: OnnxRunner, *, alone: bool) -> tuple[float, float]:
         """Return texts per CPU-second, and their ratio to fp32's; inference only, on one thread.
 
         `alone` is for fp32 itself, whose ratio is 1.
         """
         batches = runner.prepare(self.timed)
 
-        def seconds(timed: Runner) -> float:
+        def seconds(timed: OnnxRunner) -> float:
             start = process_time()
             for batch in batches:
                 timed.infer(batch, self.output)

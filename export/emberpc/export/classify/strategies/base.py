@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from emberpc.bundle import Head
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.evaluation import HeldOut
 from emberpc.export.classify.linear import Matrix, right, stratify
-from emberpc.export.classify.workbench import Workbench
 from emberpc.export.data.examples import Examples, Rows
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.checkpoint import Checkpoints
@@ -93,12 +93,12 @@ class Strategy(Protocol):
     def tunes(self) -> bool:
         """Whether it trains the weights of the encoder."""
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Fit a classifier to labelled texts.
 
         Args:
             examples: texts, targets, and label descriptions if there are any.
-            workbench: the encoder, with cached tokens and vectors.
+            cached_encoder: the encoder, with cached tokens and vectors.
             options: options of the fit.
 
         Raises:

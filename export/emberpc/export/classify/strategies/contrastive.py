@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import balanced_weights, fit_head
 from emberpc.export.classify.strategies.base import (
     Fitted,
@@ -20,7 +21,6 @@ from emberpc.export.classify.strategies.base import (
 )
 from emberpc.export.classify.strategies.frozen import class_means, prototypes
 from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of, default_epochs
-from emberpc.export.classify.workbench import Workbench
 from emberpc.export.data.examples import Examples
 from emberpc.export.tuning.loop import Recipe, train
 
@@ -45,11 +45,11 @@ class Contrastive:
     exportable: bool = True
     tunes: bool = True
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Train with early stopping on held-out texts, then fit the head; see `Strategy.fit`."""
 
         def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
-            return self._train(known.described(), held_out, epochs, stage, workbench, options)
+            return self._train(known.described(), held_out, epochs, stage, cached_encoder, options)
 
         return fit_and_hold_out(fit, examples, options)
 
@@ -59,15 +59,15 @@ class Contrastive:
         held_out: Examples | None,
         epochs: int | None,
         stage: str,
-        workbench: Workbench,
+        cached_encoder: CachedEncoder,
         options: Options,
     ) -> tuple[Fitted, int]:
-        backbone = workbench.backbone
+        backbone = cached_encoder.backbone
         top = max(1, backbone.layers // 2)
-        tokens, states = workbench.tokens(examples.texts), workbench.states(examples.texts, top)
+        tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
             # Cache these states before the training: the lower layers must run with the original weights.
-            workbench.states(held_out.texts, top)
+            cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         recipe = Recipe(epochs or default_epochs(examples.per_label), 1e-4, batch=_BATCH)
         together = torch.from_numpy(examples.targets.astype(np.float32))
@@ -80,7 +80,7 @@ class Contrastive:
             if held_out is None:
                 return 0.0
             means = class_means(backbone.embed(tokens, states), examples)
-            found = backbone.embed(workbench.tokens(held_out.texts), workbench.states(held_out.texts, top))
+            found = backbone.embed(cached_encoder.tokens(held_out.texts), cached_encoder.states(held_out.texts, top))
             return accuracy(prototypes(means).logits(found), held_out)
 
         log = train(
@@ -91,7 +91,7 @@ class Contrastive:
             recipe,
             score=score if held_out is not None else None,
             tolerance=standard_error(held_out),
-            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, workbench, options),
+            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, cached_encoder, options),
             stage=stage,
             progress=options.progress,
         )
@@ -104,7 +104,7 @@ class Contrastive:
         )
         tuned = Tuned(backbone.weights(), top, backbone)
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
-        return Fitted(by_tuned(head, tuned, workbench), no_texts(examples), head, tuned, figures), log.best_epoch
+        return Fitted(by_tuned(head, tuned, cached_encoder), no_texts(examples), head, tuned, figures), log.best_epoch
 
 
 def supervised_contrastive(vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

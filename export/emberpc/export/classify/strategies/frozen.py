@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from emberpc.bundle import Head, unit
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.evaluation import HeldOut
 from emberpc.export.classify.linear import Matrix, balanced_weights, cross_validate, stratify
 from emberpc.export.classify.strategies.base import Fitted, Options, no_texts
-from emberpc.export.classify.workbench import Workbench
 from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
 
@@ -28,17 +28,17 @@ class ZeroShot:
     exportable: bool = True
     tunes: bool = False
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Use the vectors of the label descriptions as the head; see `Strategy.fit`."""
         if not examples.descriptions:
             raise ExportError("the strategy zero-shot needs label descriptions, and there are none; give them")
-        head = prototypes(workbench.vectors(examples.descriptions))
+        head = prototypes(cached_encoder.vectors(examples.descriptions))
         held_out = options.validation or examples  # the strategy learns from no text, so all texts are held out
         if not held_out.texts:
-            return Fitted(_classify_by(head, workbench), no_texts(examples), head)
-        logits = head.logits(workbench.vectors(held_out.texts))
+            return Fitted(_classify_by(head, cached_encoder), no_texts(examples), head)
+        logits = head.logits(cached_encoder.vectors(held_out.texts))
         rows = np.arange(0 if options.validation else len(examples.texts))
-        return Fitted(_classify_by(head, workbench), HeldOut(logits, held_out.targets, rows, unseen=True), head)
+        return Fitted(_classify_by(head, cached_encoder), HeldOut(logits, held_out.targets, rows, unseen=True), head)
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class Centroids:
     exportable: bool = True
     tunes: bool = False
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Use the mean vector of each label as the head; see `Strategy.fit`."""
 
         def fit_head(known: Examples) -> Head:
-            return prototypes(class_means(workbench.vectors(known.texts), known))
+            return prototypes(class_means(cached_encoder.vectors(known.texts), known))
 
         head = fit_head(examples.described())
 
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
-            return fit_head(known.described()).logits(workbench.vectors(texts))
+            return fit_head(known.described()).logits(cached_encoder.vectors(texts))
 
-        return Fitted(_classify_by(head, workbench), _hold_out(classify, examples, options), head)
+        return Fitted(_classify_by(head, cached_encoder), _hold_out(classify, examples, options), head)
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Nearest:
     exportable: bool = False
     tunes: bool = False
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Cache the vectors of the examples; nothing is trained. See `Strategy.fit`."""
 
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
-            kept, vectors = unit(workbench.vectors(known.texts)), unit(workbench.vectors(texts))
+            kept, vectors = unit(cached_encoder.vectors(known.texts)), unit(cached_encoder.vectors(texts))
             # The score of a label is the largest cosine to one of its examples; -1 for a label without examples.
             found = np.full((len(texts), len(known.labels)), -1.0, dtype=np.float32)
             for label in range(len(known.labels)):
@@ -85,7 +85,7 @@ class Nearest:
             return COSINE_SCALE * found
 
         described = examples.described()
-        workbench.vectors(described.texts)  # fills the cache
+        cached_encoder.vectors(described.texts)  # fills the cache
         return Fitted(
             lambda texts: classify(described, texts),
             _hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
@@ -100,11 +100,11 @@ class Linear:
     exportable: bool = True
     tunes: bool = False
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Fit the head by logistic regression; see `Strategy.fit`."""
         described = examples.described()
         found = cross_validate(
-            workbench.vectors(described.texts),
+            cached_encoder.vectors(described.texts),
             described.targets,
             multi_label=examples.multi_label,
             weights=balanced_weights(described.targets) if options.balanced else None,
@@ -114,9 +114,11 @@ class Linear:
         )
         held_out = HeldOut(found.logits, described.targets[found.rows], found.rows)
         if options.validation is not None:
-            logits = found.head.logits(workbench.vectors(options.validation.texts))
+            logits = found.head.logits(cached_encoder.vectors(options.validation.texts))
             held_out = HeldOut(logits, options.validation.targets)
-        return Fitted(_classify_by(found.head, workbench), held_out, found.head, figures={"regularisation_c": found.c})
+        return Fitted(
+            _classify_by(found.head, cached_encoder), held_out, found.head, figures={"regularisation_c": found.c}
+        )
 
 
 def class_means(vectors: Matrix, examples: Examples) -> Matrix:
@@ -139,8 +141,8 @@ def prototypes(vectors: Matrix) -> Head:
     return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
 
 
-def _classify_by(head: Head, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
-    return lambda texts: head.logits(workbench.vectors(texts))
+def _classify_by(head: Head, cached_encoder: CachedEncoder) -> Callable[[Sequence[str]], Matrix]:
+    return lambda texts: head.logits(cached_encoder.vectors(texts))
 
 
 def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:

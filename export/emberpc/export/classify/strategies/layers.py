@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from emberpc.bundle import Head
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import Matrix, balanced_weights
 from emberpc.export.classify.strategies.base import (
     Fitted,
@@ -23,7 +24,6 @@ from emberpc.export.classify.strategies.base import (
     standard_error,
 )
 from emberpc.export.classify.strategies.frozen import COSINE_SCALE, class_means
-from emberpc.export.classify.workbench import Workbench
 from emberpc.export.data.examples import Examples
 from emberpc.export.tuning.checkpoint import Checkpoint
 from emberpc.export.tuning.loop import Recipe, shuffled, train
@@ -71,11 +71,11 @@ class _Layers:
         """Return the number of upper layers to train, for an encoder's layers and the mean texts of a label."""
         raise NotImplementedError
 
-    def fit(self, examples: Examples, workbench: Workbench, options: Options) -> Fitted:
+    def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Train with early stopping on held-out texts; see `Strategy.fit`."""
 
         def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
-            return self._train(known.described(), held_out, epochs, stage, workbench, options)
+            return self._train(known.described(), held_out, epochs, stage, cached_encoder, options)
 
         return fit_and_hold_out(fit, examples, options)
 
@@ -85,18 +85,18 @@ class _Layers:
         held_out: Examples | None,
         epochs: int | None,
         stage: str,
-        workbench: Workbench,
+        cached_encoder: CachedEncoder,
         options: Options,
     ) -> tuple[Fitted, int]:
-        backbone = workbench.backbone
+        backbone = cached_encoder.backbone
         top = self.top(backbone.layers, examples.per_label)
-        tokens, states = workbench.tokens(examples.texts), workbench.states(examples.texts, top)
+        tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
             # Cache these states before the training: the lower layers must run with the original weights.
-            workbench.states(held_out.texts, top)
+            cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         original = backbone.weights()
-        means = class_means(workbench.vectors(examples.texts), examples)
+        means = class_means(cached_encoder.vectors(examples.texts), examples)
         head = _CosineHead(means, multi_label=examples.multi_label)
         recipe = Recipe(epochs or default_epochs(examples.per_label), self.encoder_rate)
         loss = loss_by_targets(examples, balanced=options.balanced)
@@ -108,7 +108,9 @@ class _Layers:
 
         def score() -> float:
             texts = held_out.texts if held_out else ()
-            logits = head.linear().logits(backbone.embed(workbench.tokens(texts), workbench.states(texts, top)))
+            logits = head.linear().logits(
+                backbone.embed(cached_encoder.tokens(texts), cached_encoder.states(texts, top))
+            )
             return accuracy(logits, held_out) if held_out else 0.0
 
         log = train(
@@ -119,7 +121,7 @@ class _Layers:
             recipe,
             score=score if held_out is not None else None,
             tolerance=standard_error(held_out),
-            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, workbench, options),
+            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, cached_encoder, options),
             stage=stage,
             progress=options.progress,
         )
@@ -127,7 +129,9 @@ class _Layers:
         backbone.load({name: weights.lerp(trained[name], _TUNED_SHARE) for name, weights in original.items()})
         tuned, linear = Tuned(backbone.weights(), top, backbone), head.linear()
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
-        return Fitted(by_tuned(linear, tuned, workbench), no_texts(examples), linear, tuned, figures), log.best_epoch
+        return Fitted(
+            by_tuned(linear, tuned, cached_encoder), no_texts(examples), linear, tuned, figures
+        ), log.best_epoch
 
 
 class TopLayers(_Layers):
@@ -152,26 +156,31 @@ class FullTuning(_Layers):
         return layers
 
 
-def by_tuned(head: Head, tuned: Tuned, workbench: Workbench) -> Callable[[Sequence[str]], Matrix]:
+def by_tuned(head: Head, tuned: Tuned, cached_encoder: CachedEncoder) -> Callable[[Sequence[str]], Matrix]:
     """Return a function that returns the logits of texts by a tuned encoder.
 
     It loads the tuned weights at each call, since the backbone may have been trained for something else meanwhile.
     """
 
     def classify(texts: Sequence[str]) -> Matrix:
-        tokens, states = workbench.tokens(texts), workbench.states(texts, tuned.top)
-        workbench.backbone.train_top(tuned.top)
-        workbench.backbone.load(tuned.weights)
-        return head.logits(workbench.backbone.embed(tokens, states, workbench.progress))
+        tokens, states = cached_encoder.tokens(texts), cached_encoder.states(texts, tuned.top)
+        cached_encoder.backbone.train_top(tuned.top)
+        cached_encoder.backbone.load(tuned.weights)
+        return head.logits(cached_encoder.backbone.embed(tokens, states, cached_encoder.progress))
 
     return classify
 
 
 def checkpoint_of(
-    strategy: str, examples: Examples, held_out: Examples | None, recipe: Recipe, workbench: Workbench, options: Options
+    strategy: str,
+    examples: Examples,
+    held_out: Examples | None,
+    recipe: Recipe,
+    cached_encoder: CachedEncoder,
+    options: Options,
 ) -> Checkpoint:
     """Return the checkpoint of one training; its key covers everything that the outcome depends on."""
-    encoder = workbench.encoder
+    encoder = cached_encoder.encoder
     return options.checkpoints.of(
         strategy=strategy,
         encoder=encoder.weights_sha256,

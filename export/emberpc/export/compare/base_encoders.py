@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emberpc.export.classifier import tuned_encoder
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.strategies import Fitted
-from emberpc.export.classify.workbench import Workbench
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.embedding import MODEL_PATH, Converted, convert_encoder
 from emberpc.export.progress import Progress
 from emberpc.export.source.encoder import Encoder, read_encoder
@@ -19,13 +19,13 @@ from emberpc.export.timing import Cost
 
 @dataclass(frozen=True)
 class Base:
-    """An opened encoder: its ONNX file in `folder`, a runner and a workbench, and the seconds that opening it took."""
+    """An opened encoder: its ONNX file in `folder`, a runner, its cache, and the seconds that opening took."""
 
     encoder: Encoder
     folder: Path
     converted: Converted
-    runner: Runner
-    workbench: Workbench
+    runner: OnnxRunner
+    cached_encoder: CachedEncoder
     seconds: float
 
 
@@ -47,10 +47,10 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
         converted = convert_encoder(encoder, folder, progress)
         converted.graph.save(folder / MODEL_PATH)
         runner = _runner(folder, folder, encoder, converted)
-    return Base(encoder, folder, converted, runner, Workbench(encoder, runner, progress), cost.seconds)
+    return Base(encoder, folder, converted, runner, CachedEncoder(encoder, runner, progress), cost.seconds)
 
 
-def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[Runner, int]:
+def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[OnnxRunner, int]:
     """Write the ONNX file of a fitted classifier. A classifier without a linear head is served by the base's own file.
 
     Args:
@@ -79,8 +79,8 @@ def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) 
     return _runner(folder, base.folder, base.encoder, base.converted), _size(folder)
 
 
-def _runner(folder: Path, tokenizer: Path, encoder: Encoder, converted: Converted) -> Runner:
-    return Runner(folder / MODEL_PATH, tokenizer / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
+def _runner(folder: Path, tokenizer: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
+    return OnnxRunner(folder / MODEL_PATH, tokenizer / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
 
 
 def _size(folder: Path) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emberpc.export.classify.linear import Matrix
-from emberpc.export.convert.onnx_runner import Runner
+from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import Encoder
 from emberpc.export.timing import Cost
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Account:
-    """Requests of a piece of work to a workbench: texts by kind of result, and the time it waited for them.
+    """Requests of a piece of work to a cached encoder: texts by kind of result, and the time it waited for them.
 
-    A cached text takes no time. `Workbench.price` estimates the time without the cache.
+    A cached text takes no time. `CachedEncoder.price` estimates the time without the cache.
     """
 
     asked: dict[str, set[str]] = field(default_factory=dict)
     waited: Cost = field(default_factory=Cost)
 
 
-class Workbench:
+class CachedEncoder:
     """Computes and caches vectors of texts, and hidden states of lower layers, with the encoder's original weights.
 
     The encoder's passage prompt is put before every text, as the server does.
@@ -42,7 +42,7 @@ class Workbench:
         progress: called with the number of texts done.
     """
 
-    def __init__(self, encoder: Encoder, runner: Runner, progress: Progress = no_progress) -> None:
+    def __init__(self, encoder: Encoder, runner: OnnxRunner, progress: Progress = no_progress) -> None:
         self.encoder = encoder
         self.progress = progress
         self._runner = runner

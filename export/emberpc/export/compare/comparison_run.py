@@ -12,15 +12,15 @@ import numpy as np
 
 from emberpc.bundle import DecisionRule
 from emberpc.export.classifier import ClassifierData, read_data
+from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.calibration import reliability
 from emberpc.export.classify.evaluation import calibrate, measure, measure_scope
 from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import STRATEGIES, Fitted, Options
-from emberpc.export.classify.workbench import Workbench
-from emberpc.export.compare.bases import Base, open_base
-from emberpc.export.compare.cells import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
+from emberpc.export.compare.base_encoders import Base, open_base
 from emberpc.export.compare.comparison_key import key_of
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
 from emberpc.export.compare.planner import Planner, Skipped, budgets_of
 from emberpc.export.compare.serving_cost import ServingCost, ServingCosts
 from emberpc.export.data.datasets import read_labelled
@@ -231,7 +231,7 @@ class _Comparison:
 
     def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
         """Return the other cells that will fail like this one: all that train the encoder, if it cannot be trained."""
-        if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].workbench.is_trainable:
+        if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].cached_encoder.is_trainable:
             return []
         return [other for other in todo if other.base == cell.base and STRATEGIES[other.strategy].tunes]
 
@@ -256,7 +256,7 @@ class _Comparison:
             per_text: seconds that embedding one text takes.
         """
         base = self._bases[cell.base]
-        loading = STRATEGIES[cell.strategy].tunes and not base.workbench.is_trainable
+        loading = STRATEGIES[cell.strategy].tunes and not base.cached_encoder.is_trainable
         texts = len(self._sample(cell).texts)
         return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
 
@@ -268,9 +268,9 @@ class _Comparison:
 
     def _embed(self, base: Base, texts: Sequence[str], progress: Progress) -> float:
         """Embed texts; return the mean seconds for one text."""
-        base.workbench.progress = progress
+        base.cached_encoder.progress = progress
         with Cost() as cost:
-            base.workbench.vectors(texts)
+            base.cached_encoder.vectors(texts)
         return cost.seconds / len(texts)
 
     def _sampled(self, base: Base) -> float:
@@ -283,16 +283,16 @@ class _Comparison:
         base, sample = self._bases[cell.base], self._sample(cell)
         report = self._timed(f"{number}: {cell.title}")
         report("beginning", 0, 1)
-        workbench = base.workbench
-        workbench.progress = report
+        cached_encoder = base.cached_encoder
+        cached_encoder.progress = report
         if STRATEGIES[cell.strategy].tunes:
-            _ = workbench.backbone  # load it here: this takes seconds once and is not part of the cell's own time
+            _ = cached_encoder.backbone  # load it here: this takes seconds once and is not part of the cell's own time
         with Cost() as wall:
-            sample = self._described(sample, workbench)
+            sample = self._described(sample, cached_encoder)
             options = Options(cell.seed, self._settings.balanced, checkpoints=checkpoints, progress=report)
-            with workbench.account() as account, Cost() as cost:
-                fitted = STRATEGIES[cell.strategy].fit(sample, workbench, options)
-            price = workbench.price(account)
+            with cached_encoder.account() as account, Cost() as cost:
+                fitted = STRATEGIES[cell.strategy].fit(sample, cached_encoder, options)
+            price = cached_encoder.price(account)
             outcome = self._measure(cell, sample, fitted)
         before = checkpoints.spent
         self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, report)
@@ -303,13 +303,13 @@ class _Comparison:
         )
         return outcome
 
-    def _described(self, sample: Examples, workbench: Workbench) -> Examples:
+    def _described(self, sample: Examples, cached_encoder: CachedEncoder) -> Examples:
         """Add label descriptions to the sample if label texts are switched on; zero-shot falls back to label names."""
         if not self._settings.label_texts:
             return sample
         if not sample.texts and self._settings.data.descriptions is None:
             return replace(sample, descriptions=label_names(sample.labels))
-        return described_examples(sample, self._settings.data.descriptions, workbench)
+        return described_examples(sample, self._settings.data.descriptions, cached_encoder)
 
     def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
         """Measure a fitted classifier on the test texts, calibrated on the texts that its strategy held out."""
