@@ -7,10 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers.utils import logging as transformers_logging
+from contextlib import ExitStack, contextmanager
 
 from emberpc.export.errors import ExportError
 
@@ -21,7 +18,7 @@ _SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", 
 
 
 @contextmanager
-def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
+def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> Iterator[None]:
     """Run a block that calls torch, transformers, optimum or similar libraries; silence them, and convert exceptions.
 
     The silenced output is about tracing, deprecations and missing poolers. Users cannot act on any of it.
@@ -29,13 +26,14 @@ def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
     Args:
         problem: the meaning of an exception for the user, such as "the model m cannot be loaded".
         remedy: what the user can do.
+        hub_only: the block calls huggingface_hub only. Then transformers is not imported, which takes 2 s of CPU time.
 
     Raises:
         ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception.
         OSError: the disk is full, which says nothing about the model.
     """
     try:
-        with _silence():
+        with _silence(hub_only=hub_only):
             yield
     except ExportError:
         raise
@@ -48,30 +46,53 @@ def calling_libraries(problem: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def _silence(*, hub_only: bool) -> Iterator[None]:
     """Switch off warnings, logs and progress bars inside the block; restore them afterwards."""
     loggers = [logging.getLogger(name) for name in _SILENCED_LOGGERS]
     levels = [logger.level for logger in loggers]
-    verbosity = transformers_logging.get_verbosity()
-    bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     # If the root logger had no handler, `logging.warning` would permanently add one that prints to stderr.
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with ExitStack() as silent, warnings.catch_warnings():
+            silent.enter_context(_silence_hub())
+            if not hub_only:
+                silent.enter_context(_silence_transformers())
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.getLogger().removeHandler(handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _silence_hub() -> Iterator[None]:
+    """Switch off the progress bars of huggingface_hub inside the block."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    bars = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            enable_progress_bars()
+
+
+@contextmanager
+def _silence_transformers() -> Iterator[None]:
+    """Switch off the logs and progress bars of transformers inside the block."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-        if hub_bars:
-            enable_progress_bars()

