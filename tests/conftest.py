@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ pytest_plugins = ["fixtures_bundles"]
 for kind in (Client, AsyncClient):
     assert kind.__init__.__kwdefaults__ is not None
     kind.__init__.__kwdefaults__["timeout"] = 300.0
-settings.register_profile("emberpc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# `make test-all` takes this one.
+# A third of Hypothesis's own number of examples: `make test-all` takes the thorough profile.
+settings.register_profile("emberpc", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=30)
 settings.register_profile("thorough", settings.get_profile("emberpc"), max_examples=400)
 settings.load_profile("emberpc")
 
@@ -38,6 +39,21 @@ SLOW_TIMEOUT = 3600
 
 #: Tests with one of these fixtures need PyTorch, and have the marker `export`.
 EXPORTED = {"minilm_bundle", "classifier_bundle", "training_file", "tiny_source", "make_source"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without garbage collection, and leave the collected objects out of all later ones.
+
+    Modules and test items live as long as the process. Looking through them took 0.9 of 5.5 CPU-seconds of the
+    collection and 6 % of the CPU time of the tests after it.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

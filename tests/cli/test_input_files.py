@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from emberpc.cli.errors import CliError
 from emberpc.cli.input_files import LineFile
 
-per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # What UTF-8 and JSON can hold; NUL has no place in a table.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))

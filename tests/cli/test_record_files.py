@@ -24,7 +24,7 @@ from emberpc.client import Record
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 from emberpc.cli.parquet import ParquetRecords, write_records  # noqa: E402 - imports pyarrow
 
-per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 json_values = st.recursive(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.client import InputError, InputTypeError
@@ -83,14 +83,12 @@ FILTERS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(FILTERS)
 def test_every_filter_can_be_written(case: tuple[str, pb.Filter]) -> None:
     text, expected = case
     assert parse_filter(text) == expected
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=20) | st.text("ab\"'\\()=<.,^ 1", max_size=20))
 def test_any_text_is_read_or_refused_by_column(text: str) -> None:
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.client import Client, InputError, InputTypeError, Record, SearchQuery
@@ -214,7 +214,6 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=50)
 @given(st.dictionaries(st.text(), json_values))
 def test_metadata_comes_back_as_it_was(metadata: dict[str, Any]) -> None:
     back = mapping(struct(metadata, "m"))

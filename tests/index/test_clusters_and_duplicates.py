@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.collections import CollectionSpec, Distance
@@ -112,7 +112,6 @@ def test_examples_are_those_nearest_to_the_centre(tmp_path: Path) -> None:
         assert np.all(np.diff(scores) < 0.02 * np.abs(scores).max())
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 12), st.booleans(), st.integers(0, 100))
 def test_k_means_has_no_more_centres_than_vectors_and_ends(count: int, k: int, directions: bool, seed: int) -> None:
     matrix = vectors(count, seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.collections import CollectionSpec, Distance, NewRecord, SearchOutcome, Strategy
@@ -129,7 +129,6 @@ bad_values = st.sampled_from(["narrow", "wide", "nan", "infinite", "huge", "zero
 
 
 @given(kind=bad_values, row=st.integers(0, 2), where=st.integers(0, DIMENSIONS - 1))
-@settings(max_examples=40, deadline=None)
 def test_a_hostile_vector_is_refused_by_name_and_nothing_is_written(
     tmp_path_factory: pytest.TempPathFactory, kind: str, row: int, where: int
 ) -> None:
@@ -156,7 +155,6 @@ def test_a_hostile_vector_is_refused_by_name_and_nothing_is_written(
 
 
 @given(ids=st.lists(st.text(max_size=4), max_size=5))
-@settings(max_examples=60, deadline=None)
 def test_ids_are_kept_or_refused_by_name(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     index = Index(tmp_path_factory.mktemp("index"))
     collection = index.create(CollectionSpec("c", DIMENSIONS))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.collections import CollectionSpec, Fusion, NewRecord, Strategy
@@ -143,7 +143,6 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
     opened.close()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=40) | st.text("\"'*():^-+ ANDORTE{}\\\0é", max_size=20))
 def test_any_text_is_a_query(searched: Collection, text: str) -> None:
     (outcome,) = searched.search_words([text], [5])
@@ -340,7 +339,6 @@ def found(collection: Collection, query: str) -> list[str]:
     return [record.text for record, _ in outcome.hits]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=12) | st.text("aß İÅ我是ガがｶﾞ학교กำที่é\u0301 हिन्दी_'", max_size=12))
 def test_every_word_of_a_text_finds_it(searched: Collection, text: str) -> None:
     searched.upsert([NewRecord("b", text)], gaussian(1, 16, seed=1))

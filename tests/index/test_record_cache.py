@@ -32,7 +32,7 @@ def collection(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Colle
         yield index.create(CollectionSpec("c", DIMENSIONS))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(), label=st.text(), metadata=st.dictionaries(TEXTS, JSON, max_size=4))
 def test_a_hit_is_the_record_as_it_was_written(
     collection: Collection, text: str, label: str, metadata: dict[str, Any]

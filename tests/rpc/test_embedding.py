@@ -12,7 +12,7 @@ from typing import Literal
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.bundle import read_bundle
@@ -167,7 +167,6 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float:
         )
     )
 )
-@settings(max_examples=50)
 def test_vectors_survive_the_wire(matrix: list[list[float]]) -> None:
     array = np.array(matrix, dtype=np.float32)
     assert np.array_equal(vectors.decode(vectors.encode(array)), array)

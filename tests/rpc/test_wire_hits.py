@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
@@ -67,7 +67,6 @@ def message_of(
     return response
 
 
-@settings(max_examples=50, deadline=None)
 @given(data=st.data(), outcomes=st.lists(OUTCOMES, max_size=3), lookup_seconds=st.floats(0, 10))
 def test_the_bytes_are_those_of_the_message(
     data: st.DataObject, outcomes: list[SearchOutcome], lookup_seconds: float
