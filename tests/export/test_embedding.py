@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +290,19 @@ def test_damaged_weights_are_refused(make_source: MakeSource, tmp_path: Path, ke
     assert leftovers(tmp_path) == set()
 
 
+def test_a_local_folder_never_touches_the_network(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was touched")
+
+    for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
+    export_embedding(str(tiny_source), tmp_path / "bundle")
+    assert isinstance(read_bundle(tmp_path / "bundle").manifest, Manifest)
+    assert capfd.readouterr() == ("", "")
+
+
 _WITHOUT_NETWORK = """
 import socket, sys
 def refuse(*args, **kwargs):
@@ -299,7 +313,9 @@ export_embedding(sys.argv[1], sys.argv[2])
 """
 
 
-def test_a_local_folder_never_touches_the_network_and_nothing_is_printed(tiny_source: Path, tmp_path: Path) -> None:
+# The same with the imports of all libraries, which take 8 s of CPU time.
+@pytest.mark.slow
+def test_a_first_export_never_touches_the_network_and_prints_nothing(tiny_source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _WITHOUT_NETWORK, str(tiny_source), str(tmp_path / "bundle")]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
