@@ -12,7 +12,7 @@ from emberpc.server.collections.filters import Comparison, Operator
 from emberpc.server.index import Collection, Index
 from index.support import gaussian, make_older
 
-COUNT, WIDTH = 60, 8
+COUNT, WIDTH = 30, 8
 LOST = "r00007"
 EVEN = Comparison("even", Operator.EQUAL, True)
 QUESTIONS = [f"text of r{i:05}" for i in range(COUNT)]
