@@ -18,7 +18,7 @@ from emberpc.server.index.jobs import verify
 from emberpc.server.index.storage import word_index
 from index.support import gaussian, make_checksums_right, numbered, refused
 
-COUNT, WIDTH = 400, 16
+COUNT, WIDTH = 160, 16
 
 
 def filled(index: Index, distance: Distance = Distance.COSINE) -> Collection:
