@@ -40,8 +40,9 @@ def together(*calls: Callable[[], None]) -> None:
         raise errors[0]
 
 
+@pytest.mark.parametrize("versions", [130, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("limit", [1000, 8], ids=["buffer", "graph"])
-def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: int) -> None:
+def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: int, versions: int) -> None:
     """Between an old version that is gone and a new one that has not come there must be no gap."""
     collection = index.create(CollectionSpec("c", 8))
     collection._graph_maintenance._limits = MaintenanceLimits(limit)
@@ -53,7 +54,7 @@ def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: i
 
     def update() -> None:
         try:
-            for version in range(1, 400):
+            for version in range(1, versions):
                 collection.upsert([NewRecord("wanted", str(version))], query)
         finally:
             done.set()
@@ -70,7 +71,8 @@ def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: i
     together(update, search, search)
 
 
-def test_a_batch_is_seen_whole_or_not_at_all(index: Index) -> None:
+@pytest.mark.parametrize("versions", [8, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_batch_is_seen_whole_or_not_at_all(index: Index, versions: int) -> None:
     """Though it is more than one statement takes to read."""
     collection = index.create(CollectionSpec("c", 4))
     ids, vectors = [f"r{i:04}" for i in range(1000)], gaussian(1000, 4)
@@ -78,7 +80,7 @@ def test_a_batch_is_seen_whole_or_not_at_all(index: Index) -> None:
 
     def write() -> None:
         try:
-            for version in range(25):
+            for version in range(versions):
                 collection.upsert([NewRecord(record_id, str(version)) for record_id in ids], vectors)
                 if version % 3 == 0:
                     collection.delete(ids)
