@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("server")
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def check_hnswlib_once() -> Iterator[None]:
+    """Give later servers the record of the first one's check of hnswlib.
+
+    Each server in a new data directory starts a process for the check, which takes a fifth of the CPU time of its
+    start.
+    """
+    start, record = ServerProcess.__init__, ""
+
+    def start_checked(
+        self: ServerProcess, models: Mapping[str, Path], data_dir: Path, *flags: str, **options: str
+    ) -> None:
+        nonlocal record
+        marker = data_dir / "hnswlib-checked"
+        if record and data_dir.is_dir() and not marker.exists():
+            marker.write_text(record, encoding="ascii")
+        start(self, models, data_dir, *flags, **options)
+        if marker.is_file():
+            record = marker.read_text(encoding="ascii")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ServerProcess, "__init__", start_checked)
+        yield
 
 
 @pytest.fixture(scope="session")
