@@ -170,7 +170,7 @@ def test_a_collection_can_stay_under_its_model_after_all(client: Client, tmp_pat
 
 
 def test_a_record_that_cannot_be_embedded_holds_the_switch_until_it_is_changed(client: Client) -> None:
-    expected = filled(client, 3000)
+    expected = filled(client, 300)
     client.reembed_collection("c", "b")
     dimensions = client.get_collection("c").dimensions
     client.upsert("c", [Record("bare", vector=axis(0, dimensions))])
