@@ -129,12 +129,12 @@ def test_the_same_seed_gives_the_same_classifier(training_file: Path, tiny_sourc
 
 
 def test_a_validation_file_is_measured_on_and_not_trained_on(
-    training_file: Path, tiny_source: Path, tmp_path: Path
+    few_labelled: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
     docs = [(doc.text, doc.module) for doc in read_stdlib() if doc.module in MODULES]
     validation = write_csv(tmp_path / "validation.csv", docs[-50:])
-    alone = export_classifier(ClassifierData(training_file), str(tiny_source), tmp_path / "alone")
-    measured = export_classifier(ClassifierData(training_file, validation), str(tiny_source), tmp_path / "measured")
+    alone = export_classifier(ClassifierData(few_labelled), str(tiny_source), tmp_path / "alone")
+    measured = export_classifier(ClassifierData(few_labelled, validation), str(tiny_source), tmp_path / "measured")
     assert measured.quality["held_out_texts"] == 50
     assert measured.quality["train_texts"] == alone.quality["train_texts"]
     assert head_of(tmp_path / "measured") == head_of(tmp_path / "alone")
@@ -233,12 +233,12 @@ def test_ctrl_c_leaves_nothing(training_file: Path, tiny_source: Path, tmp_path:
 
 
 def test_training_texts_get_the_passage_prompt(
-    make_source: MakeSource, training_file: Path, tiny_source: Path, tmp_path: Path
+    make_source: MakeSource, few_labelled: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
     prompted = make_source({"config_sentence_transformers.json": {"prompts": {"passage": "zzzz "}}})
-    manifest = export_classifier(ClassifierData(training_file), str(prompted), tmp_path / "prompted")
+    manifest = export_classifier(ClassifierData(few_labelled), str(prompted), tmp_path / "prompted")
     assert manifest.prompts.passage == "zzzz "  # the server puts it before what it classifies
-    plain = export_classifier(ClassifierData(training_file), str(tiny_source), tmp_path / "plain")
+    plain = export_classifier(ClassifierData(few_labelled), str(tiny_source), tmp_path / "plain")
     assert manifest.files["onnx/model.onnx"] != plain.files["onnx/model.onnx"]
 
 

@@ -116,7 +116,11 @@ def test_weights_that_are_not_safetensors_are_refused(make_source: MakeSource) -
 @pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
 def test_a_file_that_is_not_json_is_named(make_source: MakeSource, name: str) -> None:
     with pytest.raises(ExportError, match=f"{name} is not JSON"):
-        read_encoder(make_source({"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": MEAN, name: "{"}))
+        read_encoder(
+            make_source(
+                {"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": MEAN, name: "{"}
+            )
+        )
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

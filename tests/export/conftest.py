@@ -1,0 +1,39 @@
+"""Small data for exports whose result does not depend on its size."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from emberpc.export.data.stdlib_texts import sample_texts
+from emberpc.export.variants import measurement, selection
+
+
+@pytest.fixture(autouse=True)
+def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time one round of a few texts: a fifth of a small model's export went into a figure that no test compares."""
+    monkeypatch.setattr(measurement, "ROUNDS", 1)
+    for module in (measurement, selection):
+        monkeypatch.setattr(module, "TIMED_TEXTS", 16)
+
+
+@pytest.fixture
+def some_texts(tmp_path: Path) -> Path:
+    """A few texts to measure on; the default is 512 docstrings."""
+    path = tmp_path / "some-texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample_texts(24)))
+    return path
+
+
+@pytest.fixture
+def few_labelled(training_file: Path, tmp_path: Path) -> Path:
+    """A quarter of the docstrings labelled with their modules."""
+    with training_file.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    path = tmp_path / "few-labelled.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows[::4]])
+    return path
