@@ -20,6 +20,12 @@ def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "TIMED_TEXTS", 16)
 
 
+@pytest.fixture(scope="session")
+def measured_texts() -> list[str]:
+    """Short docstrings to measure the variants of a real model on."""
+    return [text for text in sample_texts(400) if len(text) < 200][:48]
+
+
 @pytest.fixture
 def some_texts(tmp_path: Path) -> Path:
     """A few texts to measure on; the default is 512 docstrings."""

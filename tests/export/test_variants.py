@@ -40,17 +40,16 @@ ALL = {"fp32", "optimized", *NAMES}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(measured_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """all-MiniLM-L6-v2 with variants, measured on fewer and shorter texts than by default."""
-    texts = [text for text in sample_texts(400) if len(text) < 200][:48]
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in measured_texts))
     source = str(minilm_source())
     return shared_export(
         "minilm-variants",
         lambda folder: export_embedding(source, folder, variants=NAMES, validation=path),
         tmp_path_factory,
-        texts,
+        measured_texts,
     )
 
 
@@ -61,9 +60,10 @@ def manifest(bundle: Path) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def others(bundle: Path, manifest: Manifest) -> tuple[list[str], np.ndarray]:
-    """Texts that it was not measured on, with the vectors that fp32 gives them."""
-    texts = sample_texts(24)[8:]
+def others(bundle: Path, manifest: Manifest, measured_texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """Short texts that it was not measured on, with the vectors that fp32 gives them."""
+    texts = [text for text in sample_texts(150) if len(text) < 200 and text not in measured_texts][:16]
+    assert len(texts) == 16
     return texts, vectors(bundle, manifest.variant(), texts)
 
 
