@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -120,6 +122,35 @@ def test_a_wrong_value_is_refused_with_its_name(overrides: dict[str, object], wo
     with pytest.raises(SettingsError, match=words) as refused:
         load_settings(overrides, environ={})
     assert next(iter(overrides)) in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e-9"])
+def test_no_server_closes_connections_before_their_handshake(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"handshake_seconds is .*; it must be at least 1 \(default: 20\)"):
+        load_settings({"handshake_seconds": value}, environ={})
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in dataclasses.fields(Settings) if isinstance(field.default, (int, float))]
+)
+def test_every_number_has_a_least_value(field: dataclasses.Field[object]) -> None:
+    if isinstance(field.default, bool):
+        return
+    with pytest.raises(SettingsError, match=f"{field.name} is -1(\\.0)?; it must "):
+        load_settings({"models_dir": "m", field.name: "-1"}, environ={})
+
+
+def test_the_cores_limit_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberpc.server.settings.usable_cores", lambda: 2)
+    assert load_settings({"workers": 16}, environ={}).settings.workers == 16
+    with pytest.raises(SettingsError, match=r"workers is 17; it must be at most 16: 8 for each core .* \(2\)"):
+        load_settings({"workers": 17}, environ={})
+
+
+def test_settings_need_no_engine() -> None:
+    script = f"import sys; sys.path[:0] = {sys.path!r}; import emberpc.server.settings; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"numpy", "grpc", "onnxruntime", "emberpc.server.engine"} & set(loaded)
 
 
 @pytest.mark.parametrize("name", ["data_dir", "models_dir"])

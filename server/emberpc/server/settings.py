@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from emberpc.server.cores import usable_cores
 from emberpc.server.names import NAME
 
 ENVIRONMENT_PREFIX = "EMBERPC_"
@@ -36,13 +37,27 @@ _KINDS: dict[Any, str] = {
 
 #: Largest value of a numeric setting; as seconds, about a thousand years.
 _MOST = 2**35
-#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), threads wait less
-#: than `_MOST` seconds, and no host has use for more workers.
+#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), and threads wait
+#: less than `_MOST` seconds.
 _MOST_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,
     "drain_seconds": 2**31 // 1000,
-    "workers": 1024,
+}
+#: Limit of `workers` for each core. With 512 for each of two cores, single searches took 4 to 25 s.
+_MOST_WORKERS_PER_CORE = 8
+#: Least values of numeric settings; of all others it is 0. gRPC closes a connection whose handshake takes longer than
+#: `handshake_seconds`, and a handshake takes several round trips.
+_LEAST_BY_NAME = {
+    "max_queue_tokens": 1,
+    "max_texts": 1,
+    "max_text_bytes": 1,
+    "max_message_bytes": 1,
+    "max_response_bytes": 1,
+    "max_in_flight_bytes": 1,
+    "max_streams": 1,
+    "max_collections": 1,
+    "handshake_seconds": 1,
 }
 
 
@@ -105,7 +120,9 @@ class Settings:
     )
     listen: str = _setting("127.0.0.1:50051", "Address to listen on, HOST:PORT; port 0: a free port.")
     metrics_listen: str = _setting("", "Address that serves metrics for Prometheus, HOST:PORT; empty: no metrics.")
-    workers: int = _setting(0, "Number of threads that run models; 0: one for each core that this process may use.")
+    workers: int = _setting(
+        0, "Number of threads that run models, at most 8 for each core that this process may use; 0: one for each core."
+    )
     batch_tokens: int = _setting(
         0, "Most tokens of a micro-batch, with padding; 0: the server measures the best size on this host."
     )
@@ -134,7 +151,9 @@ class Settings:
         96 * 2**20, "Most bytes of large requests in progress and of large responses that callers have not read."
     )
     max_streams: int = _setting(64, "Most request streams (bulk embedding, upserts, restores) that are open at a time.")
-    handshake_seconds: float = _setting(20.0, "Seconds after which a new connection without a handshake is closed.")
+    handshake_seconds: float = _setting(
+        20.0, "Seconds after which a new connection without a handshake is closed; at least 1."
+    )
     drain_seconds: float = _setting(30.0, "Seconds that a stopping server waits for calls in flight.")
     log_level: str = _setting("info", f"Least severity of log lines: {', '.join(LOG_LEVELS)}.")
 
@@ -144,31 +163,8 @@ class Settings:
         Raises:
             SettingsError: a value is out of range.
         """
-        for name in (
-            "max_queue_tokens",
-            "max_texts",
-            "max_text_bytes",
-            "max_message_bytes",
-            "max_response_bytes",
-            "max_in_flight_bytes",
-            "max_streams",
-            "max_collections",
-        ):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         self._check_numbers()
-        for name in (
-            "workers",
-            "batch_tokens",
-            "cache_bytes",
-            "record_cache_bytes",
-            "drain_seconds",
-            "watch_models",
-            "max_open_collections",
-            "close_idle_seconds",
-        ):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
+        self._check_workers()
         if not 0 <= self.recall_probe <= 1:
             raise SettingsError(f"recall_probe is {self.recall_probe:g}; it must be 0 to 1")
         if self.watch_models and self.models_dir is None:
@@ -186,10 +182,10 @@ class Settings:
         self.named_options()
 
     def _check_numbers(self) -> None:
-        """Check that each number is finite and not too large for gRPC, the system or a clock.
+        """Check that each number is finite, not too small, and not too large for gRPC, the system or a clock.
 
         Raises:
-            SettingsError: a number is too large, or NaN.
+            SettingsError: a number is too small or too large, or NaN.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -198,6 +194,25 @@ class Settings:
             most = _MOST_BY_NAME.get(field.name, _MOST)
             if not -most <= value <= most:  # also true for NaN
                 raise SettingsError(f"{field.name} is {value}; it must be at most {most}")
+            least = _LEAST_BY_NAME.get(field.name, 0)
+            if value < least:
+                bound = f"be at least {least}" if least else "not be negative"
+                raise SettingsError(f"{field.name} is {value:g}; it must {bound} (default: {field.default:g})")
+
+    def _check_workers(self) -> None:
+        """Check that the cores can run the workers.
+
+        Raises:
+            SettingsError: there are too many workers for the cores that this process may use.
+        """
+        if self.workers <= _MOST_WORKERS_PER_CORE:
+            return
+        cores = usable_cores()
+        if self.workers > _MOST_WORKERS_PER_CORE * cores:
+            raise SettingsError(
+                f"workers is {self.workers}; it must be at most {_MOST_WORKERS_PER_CORE * cores}: "
+                f"{_MOST_WORKERS_PER_CORE} for each core that this process may use ({cores}); 0 gives one for each"
+            )
 
     def _check_index(self) -> None:
         """Check the index backend and the address of Milvus.
