@@ -129,3 +129,31 @@ def test_a_shortage_of_descriptors_is_said_and_passes() -> None:
             fill(index, 3)
         """
     )
+
+
+def test_a_start_without_a_free_descriptor_does_not_blame_the_data_directory() -> None:
+    """The remedy was another data directory."""
+    run(
+        """
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        with tempfile.TemporaryDirectory() as folder:
+            taken = []
+            try:
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                pass
+            messages = []
+            while taken:
+                try:
+                    Index(Path(folder)).close()
+                    break
+                except ServiceError as error:
+                    messages.append(error.message)
+                os.close(taken.pop())
+            assert len(messages) > 2, messages
+            for message in messages:
+                assert "64 open files" in message and "ulimit -n" in message, messages
+                assert "--data-dir" not in message, messages
+        """
+    )

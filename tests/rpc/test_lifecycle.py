@@ -66,6 +66,19 @@ def test_too_little_address_space_is_an_error_and_no_crash(tmp_path: Path) -> No
     assert "Traceback" not in run.stderr
 
 
+def test_too_few_open_files_are_said_with_the_remedy(tmp_path: Path) -> None:
+    """The error blamed the data directory or the address."""
+    limit = ["prlimit", "--nofile=16:16"]
+    serve = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)]
+    run = subprocess.run([*limit, *serve], check=False, capture_output=True, text=True, timeout=300)
+    assert run.returncode > 0
+    assert "may have only 16 open files" in run.stderr
+    assert "needs at least 64" in run.stderr
+    assert "ulimit -n" in run.stderr
+    assert str(tmp_path) not in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -24,6 +24,10 @@ except OSError as error:
     assert descriptors.is_shortage(error)
 assert descriptors.none_free()
 assert str(hard) in descriptors.shortage().message
+os.close(taken.pop())
+assert not descriptors.none_free()
+assert descriptors.none_free(2)
+assert not descriptors.none_free()
 """
 
 

@@ -13,6 +13,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from emberpc.server import descriptors
 from emberpc.server.collections import IndexBackend
 from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
 from emberpc.server.errors import ServiceError, StartupError
@@ -226,6 +227,8 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
     try:
         port = server.add_insecure_port(settings.listen)
     except RuntimeError as error:
+        if descriptors.none_free():
+            raise StartupError(f"cannot listen on {settings.listen}: {descriptors.shortage_at_start()}") from error
         raise StartupError(
             f"cannot listen on {settings.listen}: it is in use or not an address of this host; choose another --listen"
         ) from error
@@ -238,6 +241,9 @@ def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> O
     try:
         return serve_metrics(settings.metrics_listen, engine, index).observe
     except (OSError, UnicodeError) as error:  # UnicodeError: the name of the host is not valid in DNS
+        if isinstance(error, OSError) and descriptors.is_shortage(error):
+            message = f"cannot listen on {settings.metrics_listen}: {descriptors.shortage_at_start()}"
+            raise StartupError(message) from error
         raise StartupError(
             f"cannot listen on {settings.metrics_listen}: it is in use or not an address of this host; choose another "
             "--metrics-listen"

@@ -33,13 +33,30 @@ def is_shortage(error: OSError) -> bool:
     return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
-def none_free() -> bool:
-    """Return whether no descriptor is free now. For errors of libraries that do not give the cause."""
+def none_free(needed: int = 1) -> bool:
+    """Return whether fewer than `needed` descriptors are free now. For errors of libraries that do not give the cause.
+
+    Args:
+        needed: the most descriptors that the library opens at a time. It has closed them when its error arrives.
+    """
+    opened: list[int] = []
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(needed):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
         return is_shortage(error)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
     return False
+
+
+def shortage_at_start() -> str:
+    """Return the problem and the remedy, for the error message of a start that finds no free descriptor."""
+    return (
+        f"no file descriptor is free (this process may have {limit()} open files); start the server with a higher "
+        "limit (ulimit -n, LimitNOFILE of systemd)"
+    )
 
 
 def shortage() -> ServiceError:

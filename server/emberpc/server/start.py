@@ -34,6 +34,8 @@ _EXTRA_THREADS = 4
 #: heap. With less, a library ends the process by a signal. Measured with two workers: 600 MB are too little, 700 MB
 #: enough.
 _ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
+#: Least limit of open files. With 20 the data directory cannot be opened, and each open collection takes up to 11.
+_OPEN_FILES = 64
 
 
 def serve(settings: Settings) -> None:
@@ -42,8 +44,8 @@ def serve(settings: Settings) -> None:
     At most two seconds after the drain time, this function returns or ends the process with exit code 0.
 
     Raises:
-        StartupError: there is too little address space, the address is taken, a model cannot be served, the data
-            directory cannot be used, or hnswlib does not run on this processor.
+        StartupError: there is too little address space, the limit of open files is too low, the address is taken, a
+            model cannot be served, the data directory cannot be used, or hnswlib does not run on this processor.
     """
     # Garbage collection takes an eighth of the start: imports create many objects and no garbage. `run` enables it
     # again.
@@ -52,6 +54,7 @@ def serve(settings: Settings) -> None:
     before, now = descriptors.raise_limit()
     if now > before:
         log.info("raised the limit of file descriptors from %d to %d", before, now)
+    _check_open_files()
     sys.setswitchinterval(_SWITCH_SECONDS)
     workers = settings.workers or usable_cores()
     _check_address_space(workers)
@@ -74,6 +77,19 @@ def serve(settings: Settings) -> None:
     finally:
         # Unlike a `with` block of the pool, this waits only until the deadline (without a signal, it has no end).
         stopping.end(pool)
+
+
+def _check_open_files() -> None:
+    """Check that the limit of open files is enough for the server, a collection and some connections.
+
+    Raises:
+        StartupError: the limit is too low.
+    """
+    if (limit := descriptors.limit()) < _OPEN_FILES:
+        raise StartupError(
+            f"the process may have only {limit} open files (RLIMIT_NOFILE); the server needs at least {_OPEN_FILES}, "
+            "and 1024 or more for many collections or connections; raise the limit (ulimit -n, LimitNOFILE of systemd)"
+        )
 
 
 def _check_address_space(workers: int) -> None:

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from emberpc.server import descriptors
 from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import wal
-from emberpc.server.index.storage.database import connect, transaction, translated
+from emberpc.server.index.storage.database import DESCRIPTORS, connect, transaction, translated
 from emberpc.server.index.storage.files import sync_to_disk
 from emberpc.server.index.storage.reserve import Reserve
 
@@ -314,6 +315,8 @@ def _lock(data_dir: Path) -> IO[bytes]:
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / "lock").open("wb")
     except OSError as error:
+        if descriptors.is_shortage(error):
+            raise _unusable(data_dir, f"cannot be opened: {descriptors.shortage_at_start()}") from error
         raise _unusable(data_dir, f"cannot be written to ({error.strerror}); choose another --data-dir") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -341,6 +344,8 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
                 database.executescript(_SCHEMA)
         except sqlite3.OperationalError as error:
             log.exception("%s cannot be opened", path)
+            if descriptors.none_free(DESCRIPTORS):
+                raise _unusable(data_dir, f"cannot be opened: {descriptors.shortage_at_start()}") from error
             raise _unusable(
                 data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
             ) from error

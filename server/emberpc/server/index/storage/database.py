@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 #: SQLite's message; the exception carries its code only from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
 _INTERRUPTED = "interrupted"
+#: Descriptors that SQLite needs to open a database: of the database, its log, the log's index, and the folder.
+DESCRIPTORS = 4
 #: Steps of SQLite between two checks for cancellation: some milliseconds.
 STEPS_BETWEEN_LOOKS = 20_000
 #: Seconds to wait for another connection's lock. Locks are held only while a connection opens or a log is merged.
@@ -103,7 +105,7 @@ def translated(subject: str) -> Iterator[None]:
                 reason="DISK_FULL",
             ) from error
         # In this case SQLite reports "unable to open database file" or "disk I/O error".
-        if descriptors.none_free():
+        if descriptors.none_free(DESCRIPTORS):
             log.warning("%s: no file descriptor is free; the limit is %d", subject, descriptors.limit())
             raise descriptors.shortage() from error
         log.exception("%s: the database failed", subject)
