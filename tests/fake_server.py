@@ -84,10 +84,8 @@ class FakeServer:
 
     def __enter__(self) -> FakeServer:
         self._pool = ThreadPoolExecutor(8)
-        self._server = grpc.server(
-            self._pool,
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20), *self.options],
-        )
+        options = {"grpc.so_reuseport": 0, "grpc.max_receive_message_length": 64 * 2**20, **dict(self.options)}
+        self._server = grpc.server(self._pool, options=list(options.items()))
         self.health = HealthServicer()
         self.health.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)

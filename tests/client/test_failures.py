@@ -143,6 +143,28 @@ def test_damaged_details_do_not_hide_the_error(fake: FakeServer, shell: Shell) -
     assert raised.value.violations == ()
 
 
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("embed", (["x" * 9000],)),
+        ("embed_stream", (["x" * 9000],)),
+        ("upsert", ("c", [{"id": "1", "text": "x" * 9000}])),
+    ],
+)
+def test_a_request_over_the_servers_limit_is_said_with_the_limit_and_the_remedy(
+    shell_type: Any, call: str, arguments: tuple[Any, ...]
+) -> None:
+    """gRPC itself refuses it, in words that name neither a setting nor a remedy."""
+    with FakeServer(options=[("grpc.max_receive_message_length", 5000)]) as fake:
+        shell = shell_type(fake.target)
+        words = rf"the request has 90\d\d bytes, .*{fake.target} takes at most 5000 bytes .*higher --max-message-bytes"
+        with pytest.raises(ResourceExhausted, match=words) as raised:
+            shell(call, *arguments)
+        assert raised.value.reason == "REQUEST_TOO_LARGE"
+        assert raised.value.metadata == {"limit": "5000"}
+        shell.close()
+
+
 def test_a_text_is_named_by_its_place_in_the_whole_list(fake: FakeServer, shell: Shell) -> None:
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,

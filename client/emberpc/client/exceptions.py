@@ -215,6 +215,11 @@ _WIRE_WORD = re.compile(
     r"""(?<!\w)'[^']*'|"[^"]*"|\b(REFUSE|END|START|DENSE|LEXICAL|HYBRID|SCORES|RANKS|QUERY|PASSAGE|INTERACTIVE|BULK|"""
     r"""COSINE|DOT_PRODUCT|EUCLIDEAN|FLOAT32|FLOAT16|INT8|BINARY)\b"""
 )
+#: `reason` of the error for a request that is larger than the server's limit. gRPC itself refuses it, so it is the
+#: client that states the reason.
+REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
+#: gRPC's message for a request that is larger than the server's limit. Responses have no limit in this client.
+_TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,9 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     error = _error(
         code, message, status, request_id if isinstance(request_id, str) else "", lambda text: _renumber(text, call)
     )
+    refused = not status.details and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    if refused and (sizes := _TOO_LARGE.search(failure.details() or "")):
+        error.reason, error.metadata = REQUEST_TOO_LARGE, {"limit": sizes[2]}
     pushback = trailing.get(wire_status.PUSHBACK_KEY, "")
     if error.retry_after is None and isinstance(pushback, str) and pushback.isdecimal():
         error.retry_after = int(pushback) / 1000
@@ -321,6 +329,11 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
         return f"no answer from {call.target} within {call.timeout:g} s; give a longer timeout, or send less at once"
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return f"the server at {call.target} does not know {call.method}; it is no emberpc server, or another version"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(details)):
+        return (
+            f"the request has {sizes[1]} bytes, and the server at {call.target} takes at most {sizes[2]} bytes in a "
+            "request; send less in a request, or start the server with a higher --max-message-bytes"
+        )
     return details or f"{call.method} ended with {code.name}"
 
 

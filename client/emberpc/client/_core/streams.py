@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call
-from emberpc.client.exceptions import EmberpcError, Internal, ResourceExhausted, Unavailable
+from emberpc.client.exceptions import REQUEST_TOO_LARGE, EmberpcError, Internal, ResourceExhausted, Unavailable
 
 #: Pauses before a broken stream is opened again, in seconds: the first, and the longest that they grow to.
 _PAUSES = (0.1, 2.0)
@@ -116,7 +116,8 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     def may_go_on(self, error: EmberpcError) -> bool:
         """Return whether another connection may succeed: the server is away, starting, or out of room at present."""
-        passing = isinstance(error, (Unavailable, ResourceExhausted))
+        # A request that is larger than the server's limit would be refused again.
+        passing = isinstance(error, (Unavailable, ResourceExhausted)) and error.reason != REQUEST_TOO_LARGE
         if not self.accepted:
             return passing and self._openings < _OPENINGS
         return passing or (isinstance(error, Internal) and not error.reason)
