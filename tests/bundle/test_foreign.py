@@ -95,7 +95,10 @@ def test_prompts_and_poolings_of_any_form_are_refused_in_words(tmp_path: Path) -
     prompts = {"prompts": {"query": "\ud800"}}
     with pytest.raises(BundleError, match="no valid Unicode"):
         foreign(tmp_path, {"config.json": CONFIG, "config_sentence_transformers.json": prompts})
-    modules = [{"type": "sentence_transformers.models.Pooling", "path": "."}]
+    modules = [
+        {"type": f"sentence_transformers.models.{kind}", "path": place}
+        for kind, place in (("Transformer", ""), ("Pooling", "."))
+    ]
     with pytest.raises(BundleError, match="the pooling 7 is not supported"):
         foreign(tmp_path, {"config.json": CONFIG | {"pooling_mode": 7}, "modules.json": modules})
 
@@ -206,7 +209,6 @@ def modules(*kinds: str) -> list[dict[str, str]]:
     "kinds",
     [
         ("Transformer", "Normalize", "Pooling"),
-        ("Pooling", "Transformer"),
         ("Transformer", "Pooling", "Pooling"),
         ("Transformer", "Pooling", "Normalize", "Normalize"),
     ],
@@ -216,11 +218,48 @@ def test_modules_in_another_order_are_refused(tmp_path: Path, kinds: tuple[str, 
         foreign(tmp_path, {"config.json": CONFIG, "modules.json": modules(*kinds)})
 
 
-@pytest.mark.parametrize("kind", ["Dense", "LSTM", "WordEmbeddings", "CNN", "WeightedLayerPooling", "Router"])
-def test_a_module_that_the_server_does_not_run_is_named(tmp_path: Path, kind: str) -> None:
-    files = {"config.json": CONFIG, "modules.json": modules("Transformer", "Pooling", kind)}
-    with pytest.raises(BundleError, match=f"the module {kind} is not run by the server"):
+@pytest.mark.parametrize("kinds", [(), ("Pooling",), ("Pooling", "Transformer"), ("Normalize",)])
+def test_a_model_that_does_not_begin_with_a_transformer_is_refused(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    with pytest.raises(BundleError, match="modules.json lists .*; the first module must be Transformer"):
+        foreign(tmp_path, {"config.json": CONFIG, "modules.json": modules(*kinds)})
+
+
+@pytest.mark.parametrize(
+    "kind", ["LayerNorm", "LSTM", "WordEmbeddings", "CNN", "WeightedLayerPooling", "Router", "own.Module"]
+)
+@pytest.mark.parametrize("dense", [(), ("Dense",)])
+def test_a_module_that_neither_server_nor_export_runs_is_named(tmp_path: Path, kind: str, dense: Sequence[str]) -> None:
+    """The remedy was an export, which refuses these modules."""
+    listed = [*modules("Transformer", "Pooling", *dense, kind)]
+    if "." in kind:
+        listed[-1]["type"] = kind
+    with pytest.raises(BundleError, match=f"the module {kind} is not run by the server; choose") as refused:
+        foreign(tmp_path, {"config.json": CONFIG, "modules.json": listed})
+    assert "export" not in str(refused.value)
+
+
+def test_a_module_that_only_the_export_takes_is_named_with_the_export(tmp_path: Path) -> None:
+    files = {"config.json": CONFIG, "modules.json": modules("Transformer", "Pooling", "Dense")}
+    with pytest.raises(BundleError, match="the module Dense is not run by the server; .*`emberpc export embedding`"):
         foreign(tmp_path, files)
+
+
+@pytest.mark.parametrize("config", [{}, {"include_prompt": True}, {"pooling_mode_cls_token": False}])
+def test_a_pooling_that_is_not_stated_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    """It was mean; sentence-transformers does not load the model."""
+    (tmp_path / "1_Pooling").mkdir()
+    listed = [*MODULES, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    files = {"config.json": CONFIG, "modules.json": listed, "1_Pooling/config.json": config}
+    with pytest.raises(BundleError, match=r"1_Pooling/config\.json states no pooling"):
+        foreign(tmp_path, files)
+
+
+def test_the_mean_is_the_default_of_a_pooling_with_its_dimension(tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    listed = [*MODULES, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    pooling = {"word_embedding_dimension": 8, "pooling_mode_cls_token": False}
+    files = {"config.json": CONFIG, "modules.json": listed, "1_Pooling/config.json": pooling}
+    assert foreign(tmp_path, files, output="sentence_embedding").manifest.pooling == "mean"
 
 
 @pytest.mark.parametrize("place", ["..", "/etc", "a\0b"])

@@ -48,6 +48,7 @@ def test_the_pooling_is_read_in_every_form(make_source: MakeSource, config: obje
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"cls \+ mean"),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean_sqrt_len"),
         ({"pooling_mode_mean_tokens": True, "include_prompt": False}, "leaves the prompt out"),
+        ({}, "states no pooling"),
         ("{", "is not JSON"),
         ([], "holds no JSON object"),
     ],
@@ -116,11 +117,7 @@ def test_weights_that_are_not_safetensors_are_refused(make_source: MakeSource) -
 @pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
 def test_a_file_that_is_not_json_is_named(make_source: MakeSource, name: str) -> None:
     with pytest.raises(ExportError, match=f"{name} is not JSON"):
-        read_encoder(
-            make_source(
-                {"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": MEAN, name: "{"}
-            )
-        )
+        read_encoder(make_source({**MODULES, name: "{"}))
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ PROBES = (
 #: Name of the only variant of a foreign folder.
 VARIANT = "onnx"
 _MODULES = ("Transformer", "Pooling", "Normalize")
+#: Modules that an export puts into the graph; it refuses all others.
+_EXPORTED = ("Dense",)
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,20 @@ def _modules(folder: Path) -> tuple[str, bool]:
     """Return the pooling that the folder states (empty if none), and whether vectors are normalized.
 
     Raises:
-        BundleError: a module is unknown or not in the usual order, or the pooling is not supported.
+        BundleError: a module is unknown or not in the usual order, the first is no Transformer, or the pooling is not
+            supported.
     """
     listed = read_modules(folder)
     modules = dict(listed)
-    if other := [kind for kind in modules if kind not in _MODULES]:
+    if other := sorted((kind for kind in modules if kind not in _MODULES), key=_EXPORTED.__contains__):
+        remedy = "choose a model without it, or put it into the graph yourself and remove it from modules.json"
+        if other[0] in _EXPORTED:
+            remedy = "export the model, which puts it into the graph: `emberpc export embedding`"
+        raise BundleError(f"{folder / 'modules.json'}: the module {other[0]} is not run by the server; {remedy}")
+    if _is_embedder(folder) and (not listed or listed[0][0] != _MODULES[0]):
         raise BundleError(
-            f"{folder / 'modules.json'}: the module {other[0]} is not run by the server; put it into the graph: "
-            "`emberpc export embedding` does"
+            f"{folder / 'modules.json'} lists {', '.join(kind for kind, _ in listed) or 'nothing'}; the first module "
+            "must be Transformer; get the model again"
         )
     order = [_MODULES.index(kind) for kind, _ in listed]
     if order != sorted(set(order)):

@@ -21,6 +21,8 @@ _POOLING_KEYS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
 }
+#: Of these keys, every configuration of a pooling has one. The dimension had another name before.
+_POOLING_STATED = ("pooling_mode", "embedding_dimension", "word_embedding_dimension")
 #: A limit in tokens from here on counts as not stated: tokenizers write an absurdly large number then.
 _MOST_TOKENS = 100_000
 #: Keys of the tokenizer's limit in tokens, in the order in which transformers looks for them.
@@ -90,12 +92,18 @@ def read_pooling(path: Path) -> str:
     """Read the pooling from `1_Pooling/config.json`, in the older or the newer format of that file.
 
     Raises:
-        BundleError: the file is missing, the pooling is none of `POOLINGS`, or it leaves the prompt's tokens out.
+        BundleError: the file is missing or is no configuration of a pooling, the pooling is none of `POOLINGS`, or it
+            leaves the prompt's tokens out.
     """
     if not path.is_file():
         raise BundleError(f"{path} is missing, and modules.json lists it; copy the folder with its subfolders")
     config = read_json(path)
     older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
+    # sentence-transformers takes the mean by default, but fails without the dimension.
+    if not older and not any(key in config for key in _POOLING_STATED):
+        raise BundleError(
+            f"{path} states no pooling: it has neither pooling_mode nor embedding_dimension; get the model again"
+        )
     stated = config.get("pooling_mode", older or "mean")  # the newer key takes precedence
     modes = [str(mode) for mode in stated] if isinstance(stated, list) else [str(stated)]
     if len(modes) != 1 or modes[0] not in POOLINGS:
