@@ -1,11 +1,12 @@
-"""ListModels: a page is bounded in bytes, and a bundle beyond the limits does not affect the other models."""
+"""ModelService in this process: bounded pages of ListModels, bundles beyond the limits, and changes of models."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -67,3 +68,26 @@ def test_a_page_of_models_with_many_labels_ends_early_and_all_are_listed(
         pages.append([model.name for model in page.models])
         token = page.next_page_token
     assert pages == [["a"], ["b"], ["c"]]
+
+
+def test_a_change_that_outlives_the_event_loop_runs_to_its_end(
+    engine: Engine, loader: Loader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its next stage failed, and its end wrote "exception calling callback … Event loop is closed" to the log."""
+    go_on, done = threading.Event(), threading.Event()
+
+    def change(tell: Callable[[str], None]) -> Any:
+        tell("first")
+        assert go_on.wait(60)
+        tell("second")
+        done.set()
+
+    async def begin() -> None:
+        follow = ModelService(engine, loader, admin=True)._follow("m", cast("Any", change))
+        assert (await anext(follow))[1] == "first"
+
+    asyncio.run(begin())
+    go_on.set()
+    loader.close()
+    assert done.is_set()
+    assert "exception calling callback" not in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from emberpc.bundle import Task
 from emberpc.server.engine import Engine, Loader, Model, OnStage
@@ -93,7 +94,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         stages: asyncio.Queue[str | None] = asyncio.Queue()
 
         def on_stage(stage: str | None) -> None:
-            loop.call_soon_threadsafe(stages.put_nowait, stage)
+            with suppress(RuntimeError):  # the loop is closed: the server has stopped, and no caller waits
+                loop.call_soon_threadsafe(stages.put_nowait, stage)
 
         work = self._loader.submit(lambda: change(on_stage))
         work.add_done_callback(lambda _: on_stage(None))
