@@ -247,6 +247,27 @@ def test_a_model_that_does_not_agree_with_pytorch_is_not_written(
     assert leftovers(tmp_path) == set()
 
 
+@pytest.mark.parametrize("change", ["output", "name"])
+def test_outputs_of_another_shape_than_pytorchs_are_refused(
+    make_source: MakeSource, tmp_path: Path, change: str
+) -> None:
+    """sentence-transformers leaves the layer out; numpy then could not broadcast the two shapes."""
+    from safetensors.numpy import save_file
+
+    modules = modules_json("Transformer", "Pooling", "Dense", "Normalize")
+    dense = {"in_features": 32, "out_features": 16, "bias": False, "activation_function": "torch.nn.Tanh"}
+    if change == "output":
+        dense["module_output_name"] = "other"
+    else:
+        modules[3]["name"] = modules[2]["name"]
+    files = {"modules.json": modules, "1_Pooling/config.json": pooling_json("mean"), "2_Dense/config.json": dense}
+    source = make_source(files)
+    save_file({"linear.weight": np.ones((16, 32), np.float32)}, source / "2_Dense" / "model.safetensors")
+    with pytest.raises(ExportError, match=r"PyTorch gives outputs of the shape \(\d+, 32\), .* \(\d+, 16\); check"):
+        export_embedding(source, tmp_path / "bundle")
+    assert leftovers(tmp_path) == set()
+
+
 def test_weights_that_lack_a_tensor_are_refused_rather_than_made_up(make_source: MakeSource, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -27,7 +27,16 @@ def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
         expected: outputs of PyTorch.
         got: outputs of ONNX Runtime.
         labels: whether the outputs are logits, so that the best label of each text is compared, too.
+
+    Raises:
+        ExportError: the outputs have different shapes.
     """
+    if expected.shape != got.shape:
+        raise ExportError(
+            f"PyTorch gives outputs of the shape {expected.shape}, and ONNX Runtime {got.shape}; check modules.json "
+            "and the configurations of its modules: two modules of one name cannot be exported, nor can a "
+            "module_input_name or module_output_name other than sentence_embedding"
+        )
     agreement = 1.0
     if labels:
         chosen = got[np.arange(len(got)), expected.argmax(axis=1)]
