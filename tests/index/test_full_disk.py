@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -161,6 +162,67 @@ def test_a_server_that_starts_on_a_full_disk_can_delete(small_disk: Path) -> Non
         assert index.get("c").count() == BATCH - 2
         assert index.get("c").upsert(*batch(0)).inserted == 2
         assert (data / "reserve").stat().st_size == 1 * MEGABYTE
+
+
+def test_a_closed_collection_on_a_full_disk_is_opened_for_deletions_only(small_disk: Path) -> None:
+    """Reads removed the reserve, and without it they were INTERNAL."""
+    data = small_disk / "data"
+    names = ("c", "d", "e")
+    with closing(Index(data)) as index:
+        for name in names:
+            index.create(CollectionSpec(name, WIDTH)).upsert(*batch(0))
+        assert all(index.get(name).close_idle() for name in names)
+        fill_to_the_last_byte(small_disk / "ballast")
+        check_closed(index, data)
+    fill_to_the_last_byte(small_disk / "more")
+    with closing(Index(data)) as index:
+        check_closed(index, data)
+        assert index.get("c").delete(["r00001"]).deleted == 1
+        assert not (data / "reserve").exists()
+        fill_to_the_last_byte(small_disk / "still more")
+        # The reserve is used up.
+        for call in calls_of(index.get("d")):
+            with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "make room"):
+                call()
+    for name in ("ballast", "more", "still more"):
+        (small_disk / name).unlink()
+    with closing(Index(data)) as index:
+        for name in names:
+            assert index.get(name).count() == BATCH - (name == "c")
+            assert [problem for step in index.get(name).verify() for problem in step.problems] == []
+
+
+def calls_of(collection: Collection) -> list[Callable[[], object]]:
+    return [
+        lambda: collection.get(["r00001"]),
+        lambda: collection.search(gaussian(1, WIDTH), 3),
+        lambda: collection.search_words(["word"], [3]),
+        lambda: collection.page(10, ""),
+        collection.count,
+        lambda: list(collection.verify()),
+        lambda: collection.upsert(*batch(0)),
+    ]
+
+
+def check_closed(index: Index, data: Path) -> None:
+    for call in calls_of(index.get("d")):
+        with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "make room"):
+            call()
+    assert (data / "reserve").exists()
+
+
+@pytest.mark.parametrize("free", [0, 16, 32, 48, 64, 80, 96, 128])
+def test_a_collection_is_not_made_on_a_nearly_full_disk(small_disk: Path, free: int) -> None:
+    """SQLite says "disk I/O error", which was INTERNAL."""
+    with closing(Index(small_disk / "data")) as index:
+        fill_to_the_last_byte(small_disk / "ballast")
+        os.truncate(small_disk / "ballast", (small_disk / "ballast").stat().st_size - free * 1024)
+        try:
+            index.create(CollectionSpec("c", WIDTH))
+        except ServiceError as error:
+            assert (error.code, error.reason) == (Code.RESOURCE_EXHAUSTED, "DISK_FULL")
+        (small_disk / "ballast").unlink()
+        index.create(CollectionSpec("d", WIDTH))
 
 
 def test_what_only_deletions_may_use_is_allocated_again_once_there_is_room(small_disk: Path) -> None:

@@ -33,7 +33,7 @@ from emberpc.server.collections.types import (
     check_page_size,
 )
 from emberpc.server.collections.validation import check_records
-from emberpc.server.errors import invalid, items_of
+from emberpc.server.errors import ServiceError, invalid, items_of
 from emberpc.server.index.call_gate import CallGate
 from emberpc.server.index.jobs.backup import copy_of, pieces
 from emberpc.server.index.jobs.clusters import cluster_records
@@ -46,7 +46,7 @@ from emberpc.server.index.search.probe import Probe
 from emberpc.server.index.search_methods import SearchMethods
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.record_cache import RecordCache
-from emberpc.server.index.storage.reserve import Reserve
+from emberpc.server.index.storage.reserve import DISK_FULL, Reserve
 from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,13 @@ class Collection(Lifecycle, SearchMethods):
         self._probe = Probe(probe_share)
         #: The last `info` while the collection is closed.
         self._closed_info: CollectionInfo | None = None
-        with self._calls.enter():
-            pass
+        try:
+            with self._calls.enter():
+                pass
+        except ServiceError as error:
+            # It stays closed. Only a deletion may use the reserve to open it.
+            if create or error.reason != DISK_FULL:
+                raise
 
     def info(self) -> CollectionInfo:
         """Return record count, sequence, creation time and size; does not open a closed collection."""
@@ -326,7 +331,7 @@ class Collection(Lifecycle, SearchMethods):
             return self._store.next_expiry()
 
     def _delete(self, delete: Callable[[], Change]) -> WriteResult:
-        with self._writing():
+        with self._reserve.for_deletion(), self._writing():
             change = delete()
             self._neighbours.remove(change.removed)
             self._selector.note(change.sequence, change.removed)

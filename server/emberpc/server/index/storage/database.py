@@ -11,12 +11,18 @@ from urllib.parse import quote
 
 from emberpc.server import cancellation, descriptors
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
 #: SQLite's message; the exception carries its code only from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
 _INTERRUPTED = "interrupted"
+#: SQLite's messages if it cannot create or extend a database's log or the log's index: the disk is full, no file
+#: descriptor is free, or the disk is broken.
+_FILE_FAILURES = ("disk I/O error", "unable to open database file")
+#: Folder of the database that was opened last. All databases of a server are on one disk.
+_last_folder = Path()
 #: Descriptors that SQLite needs to open a database: of the database, its log, the log's index, and the folder.
 DESCRIPTORS = 4
 #: Steps of SQLite between two checks for cancellation: some milliseconds.
@@ -37,6 +43,8 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: it cannot be opened.
     """
+    global _last_folder  # noqa: PLW0603 - an error of SQLite does not name its database
+    _last_folder = path.parent
     mode = "rwc" if create else "rw"
     connection = sqlite3.connect(
         f"file:{quote(str(path.absolute()))}?mode={mode}",
@@ -70,6 +78,13 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+def _disk_is_full() -> bool:
+    try:
+        return disk_is_full(_last_folder)
+    except OSError:  # the folder was removed
+        return False
+
+
 def empty_log(connection: sqlite3.Connection) -> None:
     """Merge the write-ahead log into the database and truncate it, unless another connection reads it."""
     connection.execute("PRAGMA busy_timeout = 0")
@@ -98,7 +113,7 @@ def translated(subject: str) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if str(error) == _INTERRUPTED and cancellation.cancelled():
             raise cancellation.error() from error
-        if str(error) == _DISK_FULL:
+        if str(error) == _DISK_FULL or (str(error) in _FILE_FAILURES and _disk_is_full()):
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
                 f"the disk is full; the request wrote nothing to {subject}, make room and try again",

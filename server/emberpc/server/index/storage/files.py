@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,14 @@ from emberpc.server import descriptors
 from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
+
+#: A disk with fewer free bytes counts as full: SQLite needs that much to open a database.
+_FULL = 64 * 2**10
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Return whether the disk of a folder is full. For errors of libraries that do not give the cause."""
+    return shutil.disk_usage(folder).free < _FULL
 
 
 @contextmanager

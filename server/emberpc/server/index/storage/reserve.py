@@ -11,18 +11,20 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from emberpc.server.errors import Code, ServiceError
+from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
 #: Bytes of the reserve: the pages that a deletion of some thousand records writes.
 _SIZE = 16 * 2**20
-#: A disk with fewer free bytes counts as full: SQLite needs that much to open a database.
-_FULL = 64 * 2**10
+#: `reason` of the error of a call for which the disk has no room.
+DISK_FULL = "DISK_FULL"
 #: Error reasons by which SQLite may report a full disk; they have other causes too.
 _FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
 #: The reserve has at most 1 / this of the file system's size.
@@ -43,6 +45,7 @@ class Reserve:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._thread = threading.local()
         self._size = min(_SIZE, shutil.disk_usage(path.parent).total // _SHARE)
         #: Whether other writes are refused.
         self._missing = False
@@ -63,7 +66,7 @@ class Reserve:
         raise ServiceError(
             Code.RESOURCE_EXHAUSTED,
             f"the disk is full; {consequence}, delete collections or make room, and try again",
-            reason="DISK_FULL",
+            reason=DISK_FULL,
         )
 
     def refill(self) -> bool:
@@ -82,13 +85,27 @@ class Reserve:
         try:
             return action()
         except ServiceError as error:
-            full = error.reason == "DISK_FULL" or (error.reason in _FAILURES and self._disk_is_full())
+            full = error.reason == DISK_FULL or (error.reason in _FAILURES and disk_is_full(self._path.parent))
             if not full or not self._release():
                 raise
         return action()
 
-    def _disk_is_full(self) -> bool:
-        return shutil.disk_usage(self._path.parent).free < _FULL
+    @contextmanager
+    def for_deletion(self) -> Iterator[None]:
+        """Let `run_for_deletion` use the reserve in this thread during the block."""
+        self._thread.deletes = True
+        try:
+            yield
+        finally:
+            self._thread.deletes = False
+
+    def run_for_deletion(self, action: Callable[[], Result]) -> Result:
+        """Run an action; on a full disk as `run` does in a block of `for_deletion`, otherwise without the reserve.
+
+        Raises:
+            ServiceError: as `run` does.
+        """
+        return self.run(action) if getattr(self._thread, "deletes", False) else action()
 
     def _release(self) -> bool:
         """Remove the file; return whether it existed."""

@@ -74,7 +74,7 @@ class Store(StoreReader):
         super().__init__(folder / DATABASE_NAME, spec, cache, ResponseBytes(max_response_bytes), on_shortage)
         self._reserve = reserve
         found = wal.inspect(self._path)
-        self._writer = reserve.run(lambda: self._connect(create=create))
+        self._writer = reserve.run_for_deletion(lambda: self._connect(create=create))
         try:
             with translated(self._subject):
                 wal.report_lost_commits(self._writer, found, self._subject)
