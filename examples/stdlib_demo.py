@@ -141,7 +141,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
 
 def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
-    """Create the collection again and store every docstring in it."""
+    """Delete the collection if it exists, create it, and store every docstring in it."""
     try:
         client.delete_collection(COLLECTION)
     except NotFound:

@@ -21,7 +21,7 @@ from emberpc.v1 import (
 from emberpc.wire import vectors
 
 #: Names of the collections: one with a model, and one with vectors only.
-TEXTS, POINTS = "hostile-texts", "hostile-points"
+TEXTS, POINTS, METADATA = "hostile-texts", "hostile-points", "hostile-metadata"
 _INDEX, _EMBEDDING = "/emberpc.v1.IndexService/", "/emberpc.v1.EmbeddingService/"
 
 #: Units that long texts are made of by repetition.
@@ -69,13 +69,14 @@ class Size:
         text: bytes of a long text.
         message: bytes of a request with too many elements.
         records: number of records with much metadata in one request.
-        numbers: number of numbers in the metadata of each of these records.
+        numbers: number of numbers in the metadata of each of these records; with `records` of them, nearly as many
+            elements as a request may have.
         dimensions: dimensions of the model's vectors.
     """
 
     text: int = 2**20
     message: int = 15 * 2**20
-    records: int = 200
+    records: int = 100
     numbers: int = 4000
     dimensions: int = 32
 
@@ -97,7 +98,7 @@ def text_of(kind: str, size: int) -> str:
 
 def preparation(size: Size) -> Iterator[tuple[str, Message]]:
     """Yield the requests that create and fill the collections, each after the path of its method."""
-    for name, model in ((TEXTS, "tiny"), (POINTS, "")):
+    for name, model in ((TEXTS, "tiny"), (POINTS, ""), (METADATA, "")):
         collection = index_pb2.Collection(name=name, model=model, dimensions=size.dimensions)
         yield _INDEX + "CreateCollection", index_pb2.CreateCollectionRequest(collection=collection)
         matrix = np.random.default_rng(0).standard_normal((1000, size.dimensions)).astype(np.float32)
@@ -226,7 +227,7 @@ def _within(numbers: Sequence[int], data: bytes) -> bytes:
 
 
 def _of_counts(size: Size) -> dict[str, Hostile]:
-    """Return the requests with many small elements, by name; each exceeds a limit."""
+    """Return requests that the server must refuse, by name: with too many small elements, or no protobuf message."""
     record = index_pb2.UpsertRecordsRequest(records=[index_pb2.Record()]).SerializeToString()
     cases = {
         "empty texts": (_EMBEDDING + "Embed", embedding_pb2.EmbedRequest(texts=[""]).SerializeToString()),
@@ -266,15 +267,32 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
 
 def _of_answers(size: Size) -> dict[str, Hostile]:
     """Return the requests with a large request or response, by name."""
-    numbers = [float(i) for i in range(size.numbers)]
-    records = [_record(f"m{i}", "", {"n": numbers}) for i in range(size.records)]
+    documents: dict[str, dict[str, Any]] = {
+        "lists of numbers": {"n": [float(i) for i in range(size.numbers)]},
+        "wide objects": {f"k{i}": i for i in range(7 * size.numbers // 8)},
+        "lists of objects": {"a": [{"k": i} for i in range(3 * size.numbers // 7)]},
+    }
+    ids = [f"m{i}" for i in range(size.records)]
     matrix = vectors.encode(np.ones((size.records, size.dimensions), dtype=np.float32))
     some = [f"r{i:04}" for i in range(1000)]
     queries = [index_pb2.SearchQuery(record_id=each) for each in some]
     return {
-        "much metadata": Hostile(
-            _INDEX + "UpsertRecords",
-            [index_pb2.UpsertRecordsRequest(collection=POINTS, records=records, vectors=matrix)],
+        **{
+            f"metadata: {name}": Hostile(
+                _INDEX + "UpsertRecords",
+                [
+                    index_pb2.UpsertRecordsRequest(
+                        collection=METADATA, records=[_record(each, "", document) for each in ids], vectors=matrix
+                    )
+                ],
+            )
+            for name, document in documents.items()
+        },
+        "a page of metadata": Hostile(
+            _INDEX + "ListRecords", [index_pb2.ListRecordsRequest(collection=METADATA, page_size=1000)]
+        ),
+        "records with metadata": Hostile(
+            _INDEX + "BatchGetRecords", [index_pb2.BatchGetRecordsRequest(collection=METADATA, ids=ids)]
         ),
         "a page of all": Hostile(
             _INDEX + "ListRecords",

@@ -338,5 +338,9 @@ def _show_variants(manifest: Manifest) -> None:
 
 
 def variant_names(values: list[str] | None) -> list[str]:
-    """Parse the values of --variants."""
+    """Return the variants that the values of --variants name, separated by commas; `fp32` if there are none.
+
+    Raises:
+        CliError: a name is empty or repeated.
+    """
     return listed("--variants", values or ["fp32"])

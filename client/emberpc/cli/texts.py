@@ -223,8 +223,10 @@ def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextMana
 def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
     """Write the vectors of a file's lines as they arrive: to a .npy file, a row for each line, or to stdout.
 
+    A line without a vector is noted on stderr, and the others are written.
+
     Raises:
-        CliError: a line has no vector, there are no lines, or the file cannot be written.
+        CliError: at the end, if a line has no vector, there are no lines, or the file cannot be written.
     """
     total = failed = 0
     code = ExitCode.OK

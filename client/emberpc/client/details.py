@@ -11,7 +11,7 @@ from typing import TypeAlias
 class ModelVersion:
     """The model that answered a request."""
 
-    #: Name under which the server serves it.
+    #: Name under which the server serves the model.
     name: str
     #: Revision of the weights, as the bundle states it.
     revision: str
@@ -53,7 +53,8 @@ class ResponseDetails:
     first: int
     #: Number of items of the request.
     count: int
-    #: None if no model ran, and for `upsert`, whose response does not state it: it is the model of the collection.
+    #: The model that answered. None if no model ran. Also None for `upsert`: its response does not state the model,
+    #: which is that of the collection.
     model: ModelVersion | None = None
     #: None for `count_tokens`, `get` and `delete`.
     timings: Timings | None = None

@@ -166,7 +166,7 @@ class Vectors(_message.Message):
     """Element type. Unspecified means FLOAT32."""
     @_builtins.property
     def scales(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """INT8 only: one scale per row."""
+        """INT8 only: one scale per row. Vector i is row i of `data` times `scales[i]`."""
 
     def __init__(
         self,

@@ -176,7 +176,11 @@ async def run(
 
 
 async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
-    """Measure the best size of micro-batches. Repeat this until a measurement succeeds, which needs an idle host."""
+    """Measure the best size of micro-batches, keep the result in the file `record`, and use that size from then on.
+
+    This is repeated, after 1 minute at first and up to 1 hour later, until a measurement succeeds, which needs an idle
+    host. An error is logged, and the current size stays.
+    """
     pause = _CALIBRATION_SECONDS
     try:
         while not await asyncio.get_running_loop().run_in_executor(

@@ -87,6 +87,7 @@ class Handlers:
         self._counts = counts
         self._in_flight = BytesInFlight(max_in_flight_bytes)
         self._streams = Streams(max_streams)
+        self._turn = asyncio.Lock()
 
     def add(self, add_to_server: Callable[[Service, Any], None], service: Service) -> None:
         """Register a service.
@@ -109,7 +110,8 @@ class Handlers:
 
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
         wrap = self._stream if handler.response_streaming else self._unary
-        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, _reader(handler, method, self._counts))
+        read = _reader(handler, method, self._counts, self._turn)
+        wrapped: grpc.RpcMethodHandler[Any, Any] = wrap(handler, method, read)
         return wrapped
 
     def _unary(self, handler: Any, method: str, read: _Read) -> Any:
@@ -243,13 +245,15 @@ def _code_name(error: BaseException, context: Context) -> str:
     return "CANCELLED" if isinstance(error, asyncio.CancelledError | GeneratorExit) else Code.INTERNAL.name
 
 
-def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
+def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.Lock) -> _Read:
     """Return the function that decodes the request of a call: one message, or an iterator over messages.
 
     Args:
         handler: gRPC's handler of the method.
         method: path of the method, such as `/emberpc.v1.EmbeddingService/Embed`.
         counts: limits of the number of elements of repeated fields, by field name.
+        turn: held while a large message is decoded. Eight that are decoded in turns of one step each would let a short
+            call wait for eight steps whenever it waits for one.
     """
     service, _, name = method[1:].partition("/")
     request: Descriptor = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
@@ -264,7 +268,12 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int]) -> _Read:
 
     async def read(data: bytes, held: Held) -> Any:
         held.add(len(data))
-        return await _finished(decode(data))
+        steps = decode(data)
+        decoded = next(steps)
+        if decoded is None:
+            async with turn:
+                decoded = await _finished(steps)
+        return decoded
 
     async def read_stream(messages: AsyncIterator[bytes], held: Held) -> Any:
         held.open_stream()

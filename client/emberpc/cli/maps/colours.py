@@ -42,7 +42,11 @@ class Look:
 
 
 def looks(grouping: Grouping, places: Places) -> list[Look]:
-    """Return the look of each group; groups that are near each other get the most different colours."""
+    """Return the look of each group: its colour, and where its name is drawn.
+
+    Ordered groups get colours from cold to hot. Of other groups, those that are near each other get the most different
+    colours. A group of the rest is grey and has no name.
+    """
     centres = [_densest(places[list(group.members)]) for group in grouping.groups]
     coloured = [i for i, group in enumerate(grouping.groups) if not group.rest]
     if grouping.ordered:

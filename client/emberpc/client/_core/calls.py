@@ -163,7 +163,7 @@ class Job(Generic[Part, Result]):
         self._done = 0
 
     def take(self, call: Call[Response, Part], part: Part) -> None:
-        """Add the result of the next call."""
+        """Add `part`, the result of the next call, and report the number of items done so far to `progress`."""
         self._collector.add(part)
         self._done += call.count
         if self._progress is not None:

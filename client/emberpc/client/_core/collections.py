@@ -1,4 +1,4 @@
-"""Create, list, change, verify and delete collections: build requests, decode responses."""
+"""Create, get, list, change, verify, reembed and delete collections: build requests, decode responses."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ComparisonSettings:
     budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, ALL)
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     seeds: int = 3
-    #: Seconds; None: no limit.
+    #: Seconds for the whole comparison, its report included; None: no limit.
     time_limit: float | None = None
     label_texts: bool = True
     balanced: bool = False

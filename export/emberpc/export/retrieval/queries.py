@@ -161,7 +161,8 @@ def read_data(files: Files, seed: int) -> RetrievalData:
     passages: dict[str, int] = {}
     members: dict[str, set[int]] = defaultdict(set)
     train = _read(Path(files.train), passages, members)
-    # Resolve these before the other files are read: texts of those files must not become answers of training queries.
+    # Build the training queries before the other files are read: texts of those files must not become answers of
+    # training queries.
     known = train.queries()
     validation, test = (
         None if path is None else _read(Path(path), passages, members) for path in (files.validation, files.test)

@@ -169,7 +169,7 @@ class ReembeddingBackend(Protocol):
         """Store records with their new vectors, float32 (records, dimensions)."""
 
     def prune(self) -> None:
-        """Delete the records that the source no longer has."""
+        """Delete the records of the new collection that the reembedded collection no longer has."""
 
     def is_complete(self) -> bool:
         """Return whether the new collection has exactly the records of the source."""

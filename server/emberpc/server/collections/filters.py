@@ -143,7 +143,7 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     return found is not negated
 
 
-#: Records whose metadata `mismatches` should examine.
+#: Number of records whose metadata callers pass to `mismatches`.
 MISMATCH_RECORDS = 1000
 #: Fields of a record that are not metadata, so that no filter compares them.
 _RECORD_FIELDS = ("id", "text", "label")

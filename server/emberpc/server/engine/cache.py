@@ -57,7 +57,7 @@ def _size(key: Key, entry: Entry) -> int:
 
 @dataclass(eq=False)
 class Flight:
-    """A run of texts that other calls may share."""
+    """A run of the model in progress, on texts whose outputs other calls may use too."""
 
     lane: Lane
     #: Set at the end of the run. `entries` then holds the outputs; if the run failed, it is empty.

@@ -37,7 +37,7 @@ class Rates:
         return max(self._fastest, self._fastest_before) if self.measured else inf
 
     def add(self, rate: float) -> None:
-        """Add the rate of a batch."""
+        """Add the tokens per second of a batch."""
         self._latest.append(rate)
         self.usual = median(self._latest)
         if self._counted >= _BEST_BATCHES:

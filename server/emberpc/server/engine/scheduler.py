@@ -216,7 +216,8 @@ class Scheduler:
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
-        # The call's own tokens, and the rest of the batch that runs when the call comes.
+        # The calls before this call, its own tokens, and, if it must wait, a whole batch on one worker: the batch in
+        # progress takes no longer than that.
         needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
         left = caller.deadline - perf_counter()
         if _MARGIN * needed > left:

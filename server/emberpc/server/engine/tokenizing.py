@@ -29,7 +29,8 @@ TokenIds = npt.NDArray[np.int64]
 _CHARACTERS_PER_TOKEN = 32
 #: If texts cannot be cut into pieces, longer and longer heads are tokenized; each is this factor longer than the last.
 _GROWTH = 4
-#: Characters of short texts that are tokenized in one call of the tokenizer.
+#: Most characters of short texts that are tokenized together in one call of the tokenizer. A single short text may have
+#: more.
 _TOGETHER = 2**17
 #: Most characters that are tokenized in one call if a text cannot be cut into pieces; more only if the model's length
 #: limit needs more. Byte-level BPE takes 0.6 s and 60 MB for them, and cannot be stopped meanwhile.

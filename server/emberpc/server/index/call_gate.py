@@ -173,7 +173,10 @@ class CallGate:
 
 
 class _Call:
-    """Context of one call; a class, since a generator for each search would take four times as long."""
+    """Context manager of one call.
+
+    A class, since each search enters one: a generator with `contextmanager` takes four times as long.
+    """
 
     __slots__ = ("_calls", "_cut_short", "_stop")
 

@@ -30,7 +30,7 @@ class Closable(Protocol):
 
     @property
     def last_used(self) -> float:
-        """When its last call ended, by the monotonic clock."""
+        """When the last call of the collection ended, in seconds of `time.monotonic`."""
 
     @property
     def is_saved(self) -> bool:

@@ -14,7 +14,7 @@ from emberpc.server.milvus.connection import NOT_LOADED, Connection
 
 #: Ids in one expression.
 _IDS_AT_ONCE = 1000
-#: Rows in one call of a walk.
+#: Rows that one call to Milvus reads when `Reader.walk` reads all records in order.
 _ROWS_AT_ONCE = 1000
 
 Result = TypeVar("Result")

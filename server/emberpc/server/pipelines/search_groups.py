@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -205,7 +206,8 @@ class SearchGroups:
         except BaseException as error:  # raised in each caller: exceptions of the pool's jobs are not read
             outcomes = [error] * len(group)
         seconds = (perf_counter() - start) / sum(len(search.queries) for search, _ in group)
-        loop.call_soon_threadsafe(self._settle, loop, key, queue, group, outcomes, seconds)
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped, and no caller waits
+            loop.call_soon_threadsafe(self._settle, loop, key, queue, group, outcomes, seconds)
 
     def _settle(
         self,

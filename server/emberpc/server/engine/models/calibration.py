@@ -97,10 +97,10 @@ def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool]
 
 
 def choose(rates: Mapping[int, float]) -> int:
-    """Return the smallest size that has at least 98 % of the best throughput.
+    """Return the smallest size of micro-batches, in tokens, that has at least 98 % of the best throughput.
 
     Args:
-        rates: tokens per second by size in tokens.
+        rates: tokens per second, by the size of micro-batches in tokens.
     """
     best = max(rates.values())
     return min(tokens for tokens, rate in rates.items() if rate >= _NEAR * best)

@@ -212,7 +212,8 @@ class GroupedGraphReader:
             raise GraphError
         if not live:
             return np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
-        # Few nodes may have many labels. A leader may be less near than its group, so more nodes must be found.
+        # A leader may be less near than its group, so with groups more nodes must be found than hits are wanted.
+        # Records with equal vectors share a node. If there are few nodes for that, all vectors are compared.
         wide = _LEADERS_PER_HIT * k if self._groups else k
         if 2 * wide >= self._hnsw.count:
             return self._expand(*self._compare_all(queries, k), k)

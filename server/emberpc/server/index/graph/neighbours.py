@@ -26,7 +26,7 @@ _QUERIES_PER_TURN = 32 * _CORES
 #: A query with up to this many candidates counts as one; with more it counts in proportion, since it takes longer.
 _EF_PER_QUERY = 1000
 _READ_BATCH = 2000
-#: Nodes that are checked while searches wait; some 1 ms.
+#: Nodes that are checked at a time, while searches wait: about 1 ms for all of them.
 _CHECKED_AT_ONCE = 32
 #: Nodes that are checked as a sample, to estimate how many the graph cuts off; some 15 ms.
 _PROBED = 256
@@ -62,7 +62,7 @@ class Neighbours:
         self._graph = graph
         self._buffer = Buffer(spec.dimensions, spec.distance)
         self._lock = ReadWriteLock()
-        #: Vectors that the present complete check has still to check.
+        #: Labels that the complete check in progress has still to check. It searches for each node by its own vector.
         self._unchecked: list[int] = []
 
     @property

@@ -89,7 +89,15 @@ def check_backup(
 
 @contextmanager
 def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connection]:
-    """Open a database that may be malicious, for reading; translate SQLite's errors to `ServiceError`."""
+    """Open a database that may be malicious, for reading; translate SQLite's errors to `ServiceError`.
+
+    Args:
+        path: the database.
+        stop: returns whether to give up; SQLite calls it during each statement.
+
+    Raises:
+        ServiceError: UNAVAILABLE if `stop` returned True, else the error for a damaged backup.
+    """
     try:
         # Immutable: SQLite neither looks for a log or journal beside it nor writes one.
         address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"

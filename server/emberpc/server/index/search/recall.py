@@ -43,7 +43,7 @@ _TURN = 4
 _RESERVE = 0.25
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
-#: From this format on the file has a checksum.
+#: Format of `recall.json` that is written. From this format on the file has a checksum.
 _FORMAT = 2
 _UNCHECKED_FORMAT = 1
 #: Limits of the values of a file.

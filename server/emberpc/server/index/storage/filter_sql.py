@@ -151,7 +151,7 @@ def _any_of(tests: Sequence[_Test]) -> _Test:
 
 
 def _prefix(prefix: str) -> _Test:
-    """Return a test for strings from the prefix up to the first string that is past all those with the prefix."""
+    """Return a test for the strings that start with a prefix: not before the prefix, and before all later strings."""
     test = "{type} IS 'text' AND {value} >= ?"
     start = prefix.rstrip(chr(_LAST_CHARACTER))
     if not start:

@@ -111,7 +111,11 @@ _SPACED = _Spaced()
 
 
 def search_text(text: str) -> str | None:
-    """Return the text to index; None if it equals `text`, which holds for ASCII since SQLite ignores its case."""
+    """Return the text that SQLite indexes: without case, accents and compatibility forms.
+
+    Scripts without spaces become single characters and pairs. None if `text` itself is to be indexed: text in ASCII
+    needs no change, since SQLite ignores case in ASCII.
+    """
     if text.isascii():
         return None
     return _RUN.sub(lambda run: f" {' '.join(_characters_and_pairs(run[0]))} ", _folded(text))
@@ -138,7 +142,7 @@ def _folded(text: str) -> str:
     """Return a text without case, accents and compatibility forms, with spaces for characters outside of words."""
     # Forms are replaced character by character. Marks are counted after that, and only then is it safe to normalize.
     text = _stream_safe(_INVISIBLE.sub("", _without_forms(text)))
-    # Accents go before case folding, which would turn the iota subscript, an accent, into a letter.
+    # Remove accents before case folding: case folding would turn one accent, the iota subscript, into a letter.
     text = _ACCENTS.sub("", unicodedata.normalize("NFD", text)).casefold()
     text = _LETTER.sub(lambda letter: _LETTERS[letter[0]], unicodedata.normalize("NFC", text))
     return text.translate(_SPACED)
