@@ -143,7 +143,7 @@ def _record(
     return StoredRecord(
         record_id,
         text,
-        json.loads(metadata),
+        metadata,
         label,
         revision,
         datetime.fromtimestamp(created, timezone.utc),

@@ -221,12 +221,17 @@ def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, o
         assert target.get([LOST])[0].text == f"text of {LOST}"
 
 
-@pytest.mark.parametrize("change", [*TEXTS.values(), METADATA["blob"]], ids=[*TEXTS, "metadata blob"])
+@pytest.mark.parametrize("older", [0, 4])
+@pytest.mark.parametrize("change", (METADATA | TEXTS).values(), ids=[*METADATA, *TEXTS])
 def test_a_record_that_cannot_be_read_does_not_keep_an_older_collection_from_being_opened(
-    tmp_path: Path, change: tuple[str, object]
+    tmp_path: Path, change: tuple[str, object], older: int
 ) -> None:
-    with damaged(tmp_path, *change, older=4) as collection:
+    """Version 0 wrote no checksums, so a record gets them though its metadata is no JSON object."""
+    with damaged(tmp_path, *change, older=older) as collection:
         check_all_but_the_lost(collection, maintained=True)
+        check_pages(collection, with_vectors=False)
+        with refused(Code.DATA_LOSS, LOST):
+            collection.get([LOST])
         assert collection.delete([LOST]).deleted == 1
         assert [problem for step in collection.verify() for problem in step.problems] == []
 

@@ -185,3 +185,14 @@ def test_info_says_how_the_collection_stands(collection: Collection) -> None:
     after = collection.info()
     assert (after.record_count, after.sequence, after.create_time) == (199, 2, before.create_time)
     assert after.size_bytes > before.size_bytes > 0
+
+
+def test_metadata_is_decoded_each_time_and_never_shared(collection: Collection) -> None:
+    """A response of 400 records with nested metadata took 200 MB while it was held as Python objects."""
+    metadata = {"a": [{"k": 1}], "b": "ü"}
+    put(collection, NewRecord("a", metadata=metadata), NewRecord("b"))
+    first, second = collection.get(["a", "b"])
+    assert (first.document, second.document) == (json.dumps(metadata, ensure_ascii=False), "{}")
+    assert (first.metadata, second.metadata) == (metadata, {})
+    first.metadata["a"].append(2)
+    assert first.metadata == metadata

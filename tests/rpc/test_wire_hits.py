@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from google.protobuf.struct_pb2 import Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
-from emberpc.server.services.index_messages import RequestedParts, fill_record, record_vectors
+from emberpc.server.collections import Cluster, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.pipelines.limits import Limits
+from emberpc.server.services import record_replies
+from emberpc.server.services.index_messages import RequestedParts, record_vectors
+from emberpc.server.services.record_bytes import struct_bytes
 from emberpc.server.services.search_response import response_bytes
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
-VALUES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20)
-METADATA = st.dictionaries(
-    st.text(max_size=5), VALUES | st.lists(VALUES, max_size=3) | st.dictionaries(st.text(), VALUES), max_size=3
+LIMITS = Limits(1000, 2**20, 2**20, 2**25, 2**20)
+NUMBERS = st.integers(-(10**300), 10**300) | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
 )
+METADATA = st.dictionaries(st.text(max_size=5), VALUES, max_size=3)
 MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2200, 1, 1), timezones=st.just(timezone.utc))
 RECORDS = st.builds(
     StoredRecord,
     id=st.text(min_size=1),
     # A length takes one byte, two, or three.
     text=st.text() | st.sampled_from(["x" * 200, "ä" * 20_000]),
-    metadata=METADATA,
+    document=METADATA.map(json.dumps),
     label=st.text(),
     revision=st.integers(0, 2**62),
     create_time=MOMENTS,
@@ -40,6 +50,16 @@ PLANS = st.builds(
 )
 OUTCOMES = st.builds(SearchOutcome, st.lists(st.tuples(RECORDS, SCORES), max_size=4), PLANS)
 USAGES = st.none() | st.builds(types_pb2.TokenUsage, tokens=st.integers(0, 2**31 - 1), truncated=st.booleans())
+
+
+def fill_record(message: pb.Record, record: StoredRecord, parts: RequestedParts) -> None:
+    message.id, message.label, message.revision = record.id, record.label, record.revision
+    message.create_time.FromDatetime(record.create_time)
+    message.update_time.FromDatetime(record.update_time)
+    if parts.text:
+        message.text = record.text
+    if parts.metadata and record.metadata:
+        message.metadata.update(record.metadata)
 
 
 def message_of(
@@ -82,9 +102,40 @@ def test_the_bytes_are_those_of_the_message(
         assert pb.SearchResponse.FromString(written) == message_of(outcomes, parts, rest, usages)
 
 
+@given(METADATA)
+def test_metadata_is_serialized_as_a_struct(metadata: dict[str, Any]) -> None:
+    message = Struct()
+    message.update(metadata)
+    assert Struct.FromString(struct_bytes(metadata)) == message
+
+
+@given(st.lists(RECORDS, max_size=4, unique_by=lambda record: record.id), st.data())
+def test_a_page_and_clusters_have_the_records(records: list[StoredRecord], data: st.DataObject) -> None:
+    asked = data.draw(st.lists(st.sampled_from([pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR])))
+    parts = RequestedParts.of(asked)
+    messages = [pb.Record() for _ in records]
+    for message, record in zip(messages, records, strict=True):
+        fill_record(message, record, parts)
+    ids = [record.id for record in records]
+    collection: Any = Mock(get=Mock(return_value=records), page=Mock(return_value=(records, "next")))
+    collection.spec.dimensions = 2
+    vectors = record_vectors(records, parts)
+    found = record_replies.batch_get(collection, [*ids, ""], parts, LIMITS)
+    whole = pb.BatchGetRecordsResponse(records=messages, vectors=vectors, missing_ids=[""])
+    assert pb.BatchGetRecordsResponse.FromString(found) == whole
+    page = record_replies.page(collection, 10, "", None, parts, LIMITS)
+    listed = pb.ListRecordsResponse(records=messages, vectors=vectors, next_page_token="next")
+    assert pb.ListRecordsResponse.FromString(page) == listed
+    if parts.text and parts.metadata:
+        clusters = [Cluster(10**6, records), Cluster(0, [])]
+        wanted = [pb.Cluster(record_count=10**6, examples=messages), pb.Cluster()]
+        serialized = record_replies.clusters(clusters, LIMITS)
+        assert pb.ClusterRecordsResponse.FromString(serialized) == pb.ClusterRecordsResponse(clusters=wanted)
+
+
 def record(**fields: Any) -> StoredRecord:
     now = datetime.now(timezone.utc)
-    return StoredRecord("a", "text", {}, "", 1, now, now, **fields)
+    return StoredRecord("a", "text", "{}", "", 1, now, now, **fields)
 
 
 @pytest.mark.parametrize(("stays", "kept"), [(True, 1), (False, 0)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -167,7 +166,7 @@ class Collection(Lifecycle, SearchMethods):
             records: the records, with distinct ids.
             vectors: float32 (records, dimensions), which replace the records' own vectors.
         """
-        documents = [json.dumps(record.metadata, ensure_ascii=False) for record in records]
+        documents = [record.document for record in records]
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
         prepared = prepare(vectors, self.spec.distance)
         with self._writing():

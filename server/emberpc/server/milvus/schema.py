@@ -201,7 +201,7 @@ def stored(found: dict[str, Any]) -> StoredRecord:
     return StoredRecord(
         id=found[ID],
         text=found["text"],
-        metadata=metadata(found),
+        document=_document(found),
         label=found["label"],
         revision=found["revision"],
         create_time=_moment(found["created"]),
@@ -214,6 +214,12 @@ def metadata(found: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of a row of Milvus."""
     value = found["metadata"]
     return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
+
+
+def _document(found: dict[str, Any]) -> str:
+    """Return the metadata of a row of Milvus as JSON."""
+    value = found["metadata"]
+    return value.strip() if isinstance(value, str) else json.dumps(metadata(found), ensure_ascii=False)
 
 
 def behind(record_id: str) -> str:

@@ -15,7 +15,7 @@ from emberpc.server.pipelines.embedding import EmbeddingOptions, SimilarityReque
 from emberpc.server.pipelines.embedding_stream import EmbeddedTextGroup, EmbeddingStream, StreamText, TextMessage
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services import replies, requests
-from emberpc.server.services.search_response import varint
+from emberpc.server.services.record_bytes import varint
 from emberpc.server.statuses import status_of
 from emberpc.v1 import embedding_pb2 as pb
 from emberpc.v1 import embedding_pb2_grpc, types_pb2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, cast
 
-from emberpc.server.collections import IndexBackend
+from emberpc.server.collections import IndexBackend, SearchOutcome
 from emberpc.server.collections.filters import Filter
 from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Engine, Lane
@@ -42,6 +42,10 @@ from emberpc.v1 import index_pb2_grpc
 #: Serialize responses with more hits in the pool: a record that was not returned before takes some 10 µs, so a large
 #: response would block the event loop.
 _MANY_HITS = 200
+#: The same for the characters of their metadata as JSON, which take 0.1 µs each.
+_MUCH_METADATA = 64 * 1024
+#: The methods that return serialized bytes: their responses have records.
+_WITH_RECORDS = ("BatchGetRecords", "ListRecords", "Search", "ClusterRecords")
 
 
 class IndexService(index_pb2_grpc.IndexServiceServicer):
@@ -154,10 +158,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             async for batch in batches:
                 yield _batch_response(batch, collection.spec.model_fingerprint, request_id)
 
-    async def BatchGetRecords(
+    async def BatchGetRecords(  # type: ignore[override]
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
-    ) -> pb.BatchGetRecordsResponse:
-        """Return records by their ids."""
+    ) -> bytes:
+        """Return records by their ids; returns serialized bytes, see `add_index_service`."""
         parts = RequestedParts(request.parts)
         self._limits.check_ids(len(request.ids))
         return await self._access.call(
@@ -178,8 +182,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             warnings=deleted.warnings,
         )
 
-    async def ListRecords(self, request: pb.ListRecordsRequest, context: requests.Context) -> pb.ListRecordsResponse:
-        """List records in the order of their ids."""
+    async def ListRecords(  # type: ignore[override]
+        self, request: pb.ListRecordsRequest, context: requests.Context
+    ) -> bytes:
+        """List records in the order of their ids; returns serialized bytes, see `add_index_service`."""
         condition, parts = _filter(request), RequestedParts(request.parts)
         size, token = requests.page_size(request.page_size), request.page_token
         return await self._access.call(
@@ -205,8 +211,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         parts = RequestedParts.of(request.parts)
         results = await self._search.search(request.collection, read_search_request(request, parts), caller)
         serialize = partial(search_response, results, parts, self._check_search_response)
-        hit_count = sum(len(outcome.hits) for outcome in results.outcomes)
-        return await self._pool.run(serialize) if hit_count > _MANY_HITS else serialize()
+        return await self._pool.run(serialize) if _is_large(results.outcomes) else serialize()
 
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
@@ -250,15 +255,15 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
             next_page_token=page.next_token,
         )
 
-    async def ClusterRecords(
+    async def ClusterRecords(  # type: ignore[override]
         self, request: pb.ClusterRecordsRequest, context: requests.Context
-    ) -> pb.ClusterRecordsResponse:
-        """Cluster the records by their vectors."""
+    ) -> bytes:
+        """Cluster the records by their vectors; returns serialized bytes, see `add_index_service`."""
         count, examples, caller = request.cluster_count, request.examples_per_cluster, requests.caller(context)
         found = await self._access.use(
             request.collection, lambda collection: self._analysis.clusters(collection, count, examples, caller)
         )
-        return record_replies.clusters(found, self._limits)
+        return await self._pool.run(partial(record_replies.clusters, found, self._limits))
 
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
@@ -300,6 +305,12 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
     return read_filter(request.filter) if request.HasField("filter") else None
 
 
+def _is_large(outcomes: Sequence[SearchOutcome]) -> bool:
+    """Return whether serializing the outcomes of a search may take long."""
+    records = [record for outcome in outcomes for record, _ in outcome.hits]
+    return len(records) > _MANY_HITS or sum(len(record.document) for record in records) > _MUCH_METADATA
+
+
 def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> pb.UpsertRecordsStreamResponse:
     response = pb.UpsertRecordsStreamResponse(
         batch_number=batch.batch_number,
@@ -317,13 +328,13 @@ def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> 
 def add_index_service(service: IndexService, server: Any) -> None:
     """Register the service with a server, as the generated function does.
 
-    Search returns serialized bytes, so its method gets no serializer.
+    The methods of `_WITH_RECORDS` return serialized bytes, so they get no serializer.
     """
-    index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _WithoutSearchSerializer(server)))
+    index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _WithoutSerializers(server)))
 
 
-class _WithoutSearchSerializer:
-    """Registers the methods of the service with a server, Search without a serializer."""
+class _WithoutSerializers:
+    """Registers the methods of the service with a server, those whose responses have records without a serializer."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
@@ -333,5 +344,5 @@ class _WithoutSearchSerializer:
 
     def add_registered_method_handlers(self, name: str, methods: dict[str, Any]) -> None:
         """Register the methods."""
-        search = methods["Search"]._replace(response_serializer=None)
-        self._server.add_registered_method_handlers(name, {**methods, "Search": search})
+        changed = {method: methods[method]._replace(response_serializer=None) for method in _WITH_RECORDS}
+        self._server.add_registered_method_handlers(name, {**methods, **changed})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def collection_message(description: CollectionDescription) -> pb.Collection:
     )
     if info is not None:
         message.record_count, message.sequence, message.size_bytes = info.record_count, info.sequence, info.size_bytes
-        _set_timestamp(message.create_time, info.create_time)
+        set_timestamp(message.create_time, info.create_time)
     if reembedding is not None:
         message.reembedding.CopyFrom(
             pb.Reembedding(
@@ -124,25 +124,6 @@ def collection_message(description: CollectionDescription) -> pb.Collection:
         )
         message.reembedding.start_time.FromDatetime(reembedding.started)
     return message
-
-
-def fill_record(message: pb.Record, record: StoredRecord, parts: RequestedParts) -> None:
-    """Write a record into an empty message.
-
-    For a thousand hits, filling messages that exist takes half the time of creating a message for each record.
-    """
-    message.id = record.id
-    message.label = record.label
-    message.revision = record.revision
-    _set_timestamp(message.create_time, record.create_time)
-    _set_timestamp(message.update_time, record.update_time)
-    if record.expire_time is not None:
-        left = (record.expire_time - datetime.now(timezone.utc)).total_seconds()
-        message.time_to_live.FromMilliseconds(max(round(left * 1000), 1))
-    if parts.text:
-        message.text = record.text
-    if parts.metadata and record.metadata:
-        message.metadata.update(record.metadata)
 
 
 def record_vectors(records: Sequence[StoredRecord], parts: RequestedParts) -> types_pb2.Vectors | None:
@@ -246,8 +227,8 @@ def _time_to_live(message: pb.Record, field: str) -> float | None:
     return seconds
 
 
-def _set_timestamp(timestamp: Timestamp, time: datetime) -> None:
-    # Five times as fast as Timestamp.FromDatetime.
+def set_timestamp(timestamp: Timestamp, time: datetime) -> None:
+    """Set a message to a time; five times as fast as `Timestamp.FromDatetime`."""
     seconds = time.timestamp()
     timestamp.seconds = int(seconds)
     timestamp.nanos = time.microsecond * 1000

@@ -1,5 +1,7 @@
 """Write the responses of IndexService that have records, within the limit of a response.
 
+Responses with records are serialized bytes, see `record_bytes`.
+
 `batch_get`, `page` and `count` read the records too: they block, so they run in the pool.
 """
 
@@ -12,7 +14,8 @@ from emberpc.server.collections.filters import Filter
 from emberpc.server.errors import Code
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.records import filter_warnings
-from emberpc.server.services.index_messages import RequestedParts, fill_record, record_vectors
+from emberpc.server.services.index_messages import RequestedParts, record_vectors
+from emberpc.server.services.record_bytes import FIRST, SECOND, length_delimited, record_bytes, varint
 from emberpc.v1 import errors_pb2
 from emberpc.v1 import index_pb2 as pb
 from emberpc.wire import status
@@ -20,10 +23,8 @@ from emberpc.wire import status
 _REMEDY = "ask for fewer records"
 
 
-def batch_get(
-    collection: CollectionBackend, ids: Sequence[str], parts: RequestedParts, limits: Limits
-) -> pb.BatchGetRecordsResponse:
-    """Return the records with some ids.
+def batch_get(collection: CollectionBackend, ids: Sequence[str], parts: RequestedParts, limits: Limits) -> bytes:
+    """Return a serialized BatchGetRecordsResponse: the records with some ids.
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
@@ -31,9 +32,8 @@ def batch_get(
     _check_vectors(collection, len(ids), parts, limits)
     records = collection.get(ids, with_vectors=parts.vector, parts=parts.record_parts)
     found = {record.id for record in records}
-    response = pb.BatchGetRecordsResponse(missing_ids=[record_id for record_id in ids if record_id not in found])
-    _add_records(response, records, parts, limits)
-    return response
+    rest = pb.BatchGetRecordsResponse(missing_ids=[record_id for record_id in ids if record_id not in found])
+    return _with_records(records, parts, limits, rest)
 
 
 def page(
@@ -43,8 +43,8 @@ def page(
     condition: Filter | None,
     parts: RequestedParts,
     limits: Limits,
-) -> pb.ListRecordsResponse:
-    """Return a page of records; fewer than `size` if their texts are long.
+) -> bytes:
+    """Return a serialized ListRecordsResponse: a page of records; fewer than `size` if their texts are long.
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
@@ -53,11 +53,10 @@ def page(
     records, next_token = collection.page(
         size, token, with_vectors=parts.vector, condition=condition, parts=parts.record_parts
     )
-    response = pb.ListRecordsResponse(next_page_token=next_token)
-    _add_records(response, records, parts, limits)
+    rest = pb.ListRecordsResponse(next_page_token=next_token)
     if not token:
-        response.warnings.extend(filter_warnings(collection, condition, len(records)))
-    return response
+        rest.warnings.extend(filter_warnings(collection, condition, len(records)))
+    return _with_records(records, parts, limits, rest)
 
 
 def count(collection: CollectionBackend, condition: Filter | None) -> pb.CountRecordsResponse:
@@ -66,21 +65,21 @@ def count(collection: CollectionBackend, condition: Filter | None) -> pb.CountRe
     return pb.CountRecordsResponse(count=found, warnings=filter_warnings(collection, condition, found))
 
 
-def clusters(found: Sequence[Cluster], limits: Limits) -> pb.ClusterRecordsResponse:
-    """Return clusters with their examples.
+def clusters(found: Sequence[Cluster], limits: Limits) -> bytes:
+    """Return a serialized ClusterRecordsResponse: clusters with their examples.
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
     """
-    response = pb.ClusterRecordsResponse()
     parts, size = RequestedParts(()), 0
+    pieces: list[bytes] = []
     for cluster in found:
-        message = response.clusters.add(record_count=cluster.record_count)
-        for record in cluster.examples:
-            fill_record(message.examples.add(), record, parts)
-        size += message.ByteSize()
+        serialized = [pb.Cluster(record_count=cluster.record_count).SerializeToString()]
+        serialized += [length_delimited(SECOND, record_bytes(record, parts)) for record in cluster.examples]
+        pieces.append(length_delimited(FIRST, b"".join(serialized)))
+        size += len(pieces[-1])
         limits.check_response(size, "ask for fewer examples")
-    return response
+    return b"".join(pieces)
 
 
 def verification(step: Verified) -> pb.VerifyCollectionResponse:
@@ -104,19 +103,22 @@ def _check_vectors(collection: CollectionBackend, record_count: int, parts: Requ
         limits.check_response(4 * record_count * collection.spec.dimensions, _REMEDY)
 
 
-def _add_records(
-    response: pb.BatchGetRecordsResponse | pb.ListRecordsResponse,
+def _with_records(
     records: Sequence[StoredRecord],
     parts: RequestedParts,
     limits: Limits,
-) -> None:
-    """Add records to a response. A record that was requested several times counts each time."""
+    rest: pb.BatchGetRecordsResponse | pb.ListRecordsResponse,
+) -> bytes:
+    """Serialize a response of records and other fields. A record that was requested several times counts each time."""
+    pieces: list[bytes] = []
     size = 0
     for record in records:
-        message = response.records.add()
-        fill_record(message, record, parts)
-        size += message.ByteSize()
+        serialized = record_bytes(record, parts)
+        pieces += (FIRST, varint(len(serialized)), serialized)
+        size += len(serialized)
         limits.check_response(size, _REMEDY)
     vectors = record_vectors(records, parts)
     if vectors is not None:
-        response.vectors.CopyFrom(vectors)
+        rest.vectors.CopyFrom(vectors)
+    pieces.append(rest.SerializeToString())
+    return b"".join(pieces)

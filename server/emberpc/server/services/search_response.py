@@ -13,13 +13,12 @@ from functools import lru_cache
 from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
 from emberpc.server.pipelines.search import SearchResults
 from emberpc.server.services import replies
-from emberpc.server.services.index_messages import RequestedParts, fill_record, record_vectors
+from emberpc.server.services.index_messages import RequestedParts, record_vectors
+from emberpc.server.services.record_bytes import FIRST, length_delimited, record_bytes, varint
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
 # Tags of fields: number and wire type, see https://protobuf.dev/programming-guides/encoding/.
-#: SearchResponse.results, SearchResult.hits and Hit.record: number 1, then a length.
-_FIRST = b"\x0a"
 #: SearchResult.plan: number 3, then a length.
 _PLAN = b"\x1a"
 #: Hit.score: number 2, eight bytes.
@@ -82,7 +81,7 @@ def response_bytes(
         result = _result(outcome, parts, usages[i] if usages else None)
         size += len(result)
         check(size)
-        pieces += (_FIRST, varint(len(result)), result)
+        pieces += (FIRST, varint(len(result)), result)
     pieces.append(rest.SerializeToString())
     return b"".join(pieces)
 
@@ -104,11 +103,8 @@ def _hit_up_to_score(record: StoredRecord, parts: RequestedParts) -> bytes:
 
     The record keeps these bytes, unless it expires: then its remaining time to live changes with each response.
     """
-    message = pb.Record()
-    fill_record(message, record, parts)
-    serialized = message.SerializeToString()
-    hit = b"".join((_FIRST, varint(len(serialized)), serialized, _SCORE))
-    prefix = b"".join((_FIRST, varint(len(hit) + _SCORE_BYTES), hit))
+    hit = length_delimited(FIRST, record_bytes(record, parts)) + _SCORE
+    prefix = FIRST + varint(len(hit) + _SCORE_BYTES) + hit
     if record.expire_time is None:
         record.serialized[parts.record_parts] = prefix
     return prefix
@@ -123,14 +119,4 @@ def _plan(plan: Plan) -> bytes:
         shortfall_reason=plan.shortfall_reason,
         lexical_count=plan.lexical_count,
     ).SerializeToString()
-    return b"".join((_PLAN, varint(len(message)), message))
-
-
-def varint(number: int) -> bytes:
-    """Encode a number >= 0 as a varint: seven bits a byte, the lowest first; all bytes but the last have bit 8 set."""
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    encoded.append(number)
-    return bytes(encoded)
+    return length_delimited(_PLAN, message)

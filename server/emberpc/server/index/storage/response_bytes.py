@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from emberpc.server.collections.types import WHOLE_RECORD, RecordParts, StoredRecord
+from emberpc.server.collections.types import NO_METADATA, WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
 #: Records whose sizes one statement computes; SQLite reads their texts for that.
@@ -113,10 +113,7 @@ class ResponseBytes:
         if self._response.left is None:
             return
         size = sum(
-            len(record.text.encode())
-            + len(record.label.encode())
-            + (len(str(record.metadata)) if record.metadata else 0)
-            for record in records
+            len(record.text.encode()) + len(record.label.encode()) + len(record.document.encode()) for record in records
         )
         self._check(self._response.left - size)
         self._response.left -= size
@@ -129,7 +126,8 @@ class ResponseBytes:
 
 def select_parts(parts: RecordParts, record: StoredRecord) -> StoredRecord:
     """Return a record without the text or the metadata if the parts exclude them."""
-    return record._replace(text=record.text if parts.text else "", metadata=record.metadata if parts.metadata else {})
+    text = record.text if parts.text else ""
+    return record._replace(text=text, document=record.document if parts.metadata else NO_METADATA)
 
 
 def _size(parts: RecordParts) -> str:

@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord
+from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord, decode_document
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage.lexical_terms import search_text
 
 #: Exceptions that using the value of a damaged column raises.
 DAMAGE_ERRORS = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
-#: `json.loads` first detects encodings and skips blanks, which takes as long again.
-_DECODE = json.JSONDecoder().raw_decode
 # Times in microseconds: JSON in SQLite has only 15 digits, and the checksum covers the times as they are served.
 _COLUMNS = """label, id, text, metadata, class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
@@ -152,6 +150,8 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
     text_checksum, checksum, row_checksum, vector = more
     try:
         found = _checked_texts(record_id, text, metadata, label, text_checksum)
+        # An older version may have written a row without checksums, so only decoding shows that this is an object.
+        decode_document(metadata)
         numbers = (number, revision, created, updated, expires)
         if row_checksum_of(found, *numbers) != row_checksum or type(checksum) is not int:
             raise ValueError
@@ -160,7 +160,7 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
         return StoredRecord(
             record_id,
             text,
-            _decoded(metadata),
+            metadata,
             label,
             revision,
             _moment(created),
@@ -191,10 +191,11 @@ def records_of_one_row(document: str) -> dict[int, StoredRecord]:
         found = _checked_texts(record_id, text, metadata, class_label, text_checksum)
         if row_checksum_of(found, label, revision, created, updated, expires) != row_checksum:
             raise ValueError
+        decode_document(metadata)
         records[label] = StoredRecord(
             record_id,
             text,
-            _decoded(metadata),
+            metadata,
             class_label,
             revision,
             _moment(created),
@@ -248,16 +249,6 @@ def _microseconds(seconds: float | None) -> int | None:
         raise TypeError
     scaled = seconds * 1e6
     return int(scaled + 0.5) if 0 <= scaled < _WHOLE else round(scaled)
-
-
-def _decoded(metadata: str) -> dict[str, Any]:
-    """Decode a JSON object; raise TypeError or ValueError if the text is not one."""
-    if metadata == "{}":
-        return {}
-    found = _DECODE(metadata)[0]
-    if type(found) is not dict:
-        raise TypeError
-    return found
 
 
 def _vector(data: Any, spec: CollectionSpec) -> Matrix:
