@@ -116,6 +116,8 @@ def compare(
     left = f"all measurements are kept in {output}; run the same command to resume"
     if output.exists() and not output.is_dir():
         raise CliError(f"--output: {output} is not a folder; choose another place")
+    budgets, limit = _budgets(budget or [_EVERYTHING]), _seconds(time_limit)
+    strategies = listed("--strategy", strategy) if strategy else None
     labelled = labelled_columns(text_column, label_column, label_separator)
     files: dict[Path | None, Sequence[str]] = {
         train: labelled,
@@ -141,10 +143,10 @@ def compare(
             ),
             test=test,
             bases=tuple(base or ["sentence-transformers/all-MiniLM-L6-v2"]),
-            budgets=_budgets(budget or [_EVERYTHING]),
-            strategies=tuple(listed("--strategy", strategy) if strategy else STRATEGIES),
+            budgets=budgets,
+            strategies=tuple(strategies or STRATEGIES),
             seeds=seeds,
-            time_limit=_seconds(time_limit),
+            time_limit=limit,
             label_texts=label_texts,
             balanced=balanced,
             max_tokens=max_tokens,

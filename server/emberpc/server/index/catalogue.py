@@ -28,7 +28,7 @@ from emberpc.server.index.jobs.expiry import ExpiryThread
 from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
 from emberpc.server.index.jobs.maintenance_thread import MaintenanceThread
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
-from emberpc.server.index.reembedding import Reembedding, already_reembedding, records_without_text
+from emberpc.server.index.reembedding import Reembedding, already_reembedding, records_without_text, unreplaced
 from emberpc.server.index.restoring import Restoration
 from emberpc.server.index.storage.data_directory import DataDirectory, Entry
 from emberpc.server.index.storage.files import new_folder, translated_os_errors
@@ -181,8 +181,7 @@ class Index:
             spec.check()
             self._directory.update(spec)
             collection.spec = spec
-            reembedding = self._reembeddings.get(name)
-            if reembedding is not None:
+            if (reembedding := self._reembeddings.get(name)) is not None:
                 reembedding.target.spec = replace(reembedding.target.spec, truncation=truncation)
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> Collection:
@@ -237,26 +236,23 @@ class Index:
             dimensions: dimensions of the new vectors.
 
         Raises:
-            ServiceError: UNAVAILABLE if the collection was deleted or replaced; FAILED_PRECONDITION if it has records
-                without text, or is being re-embedded already.
+            ServiceError: as `unreplaced` does; FAILED_PRECONDITION for records without text or a second re-embedding.
         """
-        name = source.spec.name
-        if without := self._unreplaced(source).count_without_text():
-            raise records_without_text(name, without)
+        if without := unreplaced(self._open, source).count_without_text():
+            raise records_without_text(source.spec.name, without)
         with self._use(), translated_os_errors("the collection stays under its model"):
-            present = self._unreplaced(source)
-            if name in self._reembeddings:
+            present = unreplaced(self._open, source)
+            if (name := present.spec.name) in self._reembeddings:
                 raise already_reembedding(name)
             # The present spec: what UpdateCollection changed while the call waited stays changed.
             spec = replace(present.spec, model=model, model_fingerprint=fingerprint, dimensions=dimensions)
-            spec.check()
             entry, target = self._new(spec)
             with ExitStack() as undo:
                 undo.callback(target.drop)
                 self._directory.add_reembedding(entry)
                 undo.pop_all()
-            found = self._reembeddings[name] = Reembedding(present, target, entry.since)
-        return found
+            self._reembeddings[name] = Reembedding(present, target, entry.since)
+            return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
         """Return the re-embeddings to resume after a restart; one whose files cannot be opened is dropped."""
@@ -368,16 +364,6 @@ class Index:
             raise no_collection(name)
         return entry
 
-    def _unreplaced(self, source: CollectionBackend) -> Collection:
-        """Return an open collection; raise UNAVAILABLE if it was deleted, or replaced under its name."""
-        name = source.spec.name
-        opened = self._open.get(name)
-        present = opened.result() if opened is not None and opened.done() and not opened.exception() else None
-        if present is None or present is not source:
-            message = f"collection {name!r} was deleted or replaced while the call waited; try again"
-            raise ServiceError(Code.UNAVAILABLE, message, reason="CLOSED")
-        return present
-
     def _check_free(self, name: str) -> None:
         """Raise ServiceError unless a collection with this name may be created."""
         if self._directory.folder(name) is not None:
@@ -385,7 +371,8 @@ class Index:
         self._directory.check_count(self._max_collections)
 
     def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
-        """Create an empty collection in a new folder; the catalogue does not name it yet."""
+        """Check a spec, and create an empty collection in a new folder; the catalogue does not name it yet."""
+        spec.check()
         entry = Entry(spec, new_folder(self._directory.collections), datetime.now(timezone.utc))
         return entry, self._collection(entry, create=True)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from datetime import datetime
 
+from emberpc.server.collections import CollectionBackend
 from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
@@ -101,3 +103,21 @@ def already_reembedding(name: str) -> ServiceError:
         reason="REEMBEDDING",
         metadata={"collection": name},
     )
+
+
+def unreplaced(open_collections: Mapping[str, Future[Collection]], source: CollectionBackend) -> Collection:
+    """Return the open collection `source`.
+
+    Args:
+        open_collections: the collections that are open or being opened, by name.
+        source: the collection.
+
+    Raises:
+        ServiceError: UNAVAILABLE if the collection was deleted, or another one has its name now.
+    """
+    opened = open_collections.get(source.spec.name)
+    present = opened.result() if opened is not None and opened.done() and not opened.exception() else None
+    if present is None or present is not source:
+        message = f"collection {source.spec.name!r} was deleted or replaced while the call waited; try again"
+        raise ServiceError(Code.UNAVAILABLE, message, reason="CLOSED")
+    return present
