@@ -266,7 +266,7 @@ def largest(leaf: Filter) -> list[Filter]:
     [
         pytest.param(largest(LARGE["plain"]), id="plain"),
         pytest.param(largest(LARGE["long"]), id="long"),
-        # SQLite takes 1 s of CPU time to prepare a statement with so many keys.
+        # SQLite takes 1 s of CPU time to prepare a statement whose fields have `MAX_KEYS` keys each.
         pytest.param(largest(LARGE["odd"])[:2], id="odd, deepest"),
         pytest.param(largest(LARGE["odd"])[2:], id="odd", marks=pytest.mark.slow),
     ],

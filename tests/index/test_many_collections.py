@@ -27,6 +27,14 @@ def resident():
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
+def take_all_descriptors():
+    taken = []
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return taken
+
 def fill(index, i):
     made = index.create(CollectionSpec(f"c{{i}}", 384))
     made.upsert([NewRecord(f"r{{i}}", f"text {{i}}")], VECTOR)
@@ -111,12 +119,7 @@ def test_a_shortage_of_descriptors_is_said_and_passes() -> None:
         with tempfile.TemporaryDirectory() as folder, closing(Index(Path(folder), max_open=1)) as index:
             for i in range(3):
                 fill(index, i)
-            taken = []
-            try:
-                while True:
-                    taken.append(os.open(os.devnull, os.O_RDONLY))
-            except OSError:
-                pass
+            taken = take_all_descriptors()
             refused(lambda: index.create(CollectionSpec("another", 384)))
             os.close(taken.pop())
             taken.append(os.open(os.devnull, os.O_RDONLY))
@@ -137,12 +140,7 @@ def test_a_start_without_a_free_descriptor_does_not_blame_the_data_directory() -
         """
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         with tempfile.TemporaryDirectory() as folder:
-            taken = []
-            try:
-                while True:
-                    taken.append(os.open(os.devnull, os.O_RDONLY))
-            except OSError:
-                pass
+            taken = take_all_descriptors()
             messages = []
             while taken:
                 try:

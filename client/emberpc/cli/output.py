@@ -71,7 +71,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_script(script: str) -> None:
-    """Print a text of several lines as it is."""
+    """Print a text of several lines unchanged."""
     _write(script + "\n")
 
 

@@ -217,6 +217,16 @@ def read_transformer(folder: Path) -> dict[str, Any]:
     return next(filter(None, (read_json(place / name) for name in _TRANSFORMER_CONFIGS)), {})
 
 
+def tokenizer_keywords(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the keywords with which sentence-transformers loads the tokenizer; earlier ones take precedence.
+
+    Args:
+        settings: the settings of the Transformer module, as `read_transformer` returns them.
+    """
+    stated = (settings.get(name) for name in ("processor_kwargs", "tokenizer_args"))
+    return [keywords for keywords in stated if isinstance(keywords, dict)]
+
+
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
     """Return the number of tokens after which sentence-transformers truncates a text; None if no limit is stated.
 
@@ -226,9 +236,8 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
         BundleError: a file is not a JSON object, or the padding token's id is out of range.
     """
     settings = read_transformer(folder)
-    keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
     stated = [
-        *(each.get(key) for each in keywords if isinstance(each, dict) for key in _LENGTH_KEYS),
+        *(each.get(key) for each in tokenizer_keywords(settings) for key in _LENGTH_KEYS),
         settings.get("max_seq_length"),
         *(read_json(transformer_folder(folder) / "tokenizer_config.json").get(key) for key in _LENGTH_KEYS),
     ]

@@ -18,7 +18,7 @@ from typing import Any
 
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError
-from emberpc.bundle.peers import read_json, read_transformer, transformer_folder
+from emberpc.bundle.peers import read_json, read_transformer, tokenizer_keywords, transformer_folder
 from emberpc.bundle.reading import TOKENIZER_NAME
 
 _Settings = Mapping[str, Any]
@@ -137,8 +137,8 @@ def _keywords(folder: Path) -> dict[str, Any]:
     """Return the keywords with which sentence-transformers loads the tokenizer; raise BundleError for unknown ones."""
     settings = read_transformer(folder)
     found: dict[str, Any] = {}
-    for name in ("tokenizer_args", "processor_kwargs"):
-        found |= settings[name] if isinstance(settings.get(name), dict) else {}
+    for keywords in reversed(tokenizer_keywords(settings)):
+        found |= keywords
     if unknown := sorted(found.keys() - _KNOWN_KEYWORDS):
         raise BundleError(
             f"{folder}: the Transformer module states the tokenizer's keyword {unknown[0]}, which is not supported; "

@@ -48,17 +48,13 @@ _MOST_BY_NAME = {
 _MOST_WORKERS_PER_CORE = 8
 #: Least values of numeric settings; of all others it is 0. gRPC closes a connection whose handshake takes longer than
 #: `handshake_seconds`, and a handshake takes several round trips.
-_LEAST_BY_NAME = {
-    "max_queue_tokens": 1,
-    "max_texts": 1,
-    "max_text_bytes": 1,
-    "max_message_bytes": 1,
-    "max_response_bytes": 1,
-    "max_in_flight_bytes": 1,
-    "max_streams": 1,
-    "max_collections": 1,
-    "handshake_seconds": 1,
-}
+_LEAST_BY_NAME = dict.fromkeys(
+    (
+        *("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes", "max_response_bytes"),
+        *("max_in_flight_bytes", "max_streams", "max_collections", "handshake_seconds"),
+    ),
+    1,
+)
 
 
 class SettingsError(ValueError):
@@ -386,9 +382,7 @@ def _convert(name: str, hint: Any, value: object, source: str) -> Any:
         except (ValueError, OverflowError):
             pass
         else:
-            if (
-                isinstance(value, str) or number == value or number != number
-            ):  # int() cuts 1.9 to 1; NaN is refused later
+            if hint is float or isinstance(value, str) or number == value:  # `int` cuts 1.9 of a TOML file to 1
                 return number
     elif hint is bool and (isinstance(value, bool) or str(value).lower() in _BOOLS):
         return _BOOLS[str(value).lower()]

@@ -23,6 +23,7 @@ from emberpc.bundle.peers import (
     read_prompts,
     read_sentence_transformers,
     read_transformer,
+    tokenizer_keywords,
     transformer_folder,
 )
 from emberpc.export.errors import ExportError
@@ -164,10 +165,8 @@ def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
 
     The comparison with PyTorch would not show the difference if all its texts are within the limit.
     """
-    settings = read_transformer(folder)
-    keywords = [settings.get(name) for name in ("processor_kwargs", "tokenizer_args")]
-    stated = [*keywords, read_json(transformer / "tokenizer_config.json")]
-    sides = [each["truncation_side"] for each in stated if isinstance(each, dict) and each.get("truncation_side")]
+    stated = [*tokenizer_keywords(read_transformer(folder)), read_json(transformer / "tokenizer_config.json")]
+    sides = [each["truncation_side"] for each in stated if each.get("truncation_side")]
     side = str(sides[0]) if sides else _tokenizer_side(transformer / "tokenizer.json")
     if side.lower() == "left":
         raise ExportError(

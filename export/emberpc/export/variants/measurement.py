@@ -76,7 +76,7 @@ class Trial:
 
     @cached_property
     def fp32(self) -> OnnxRunner:
-        """OnnxRunner of the fp32 model."""
+        """The runner of the fp32 model."""
         return self.runner(self.fp32_path)
 
     @cached_property

@@ -69,7 +69,7 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
         check_vectors(matrix, dimensions, distance, path)
     exact = matrix.astype(np.float64)
     lengths = np.sqrt(np.add.reduce(exact * exact, axis=1))
-    least = _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0
+    least = _least_length(distance)
     if not all(least < length <= _MAX_LENGTH for length in lengths.tolist()):  # false for NaN too
         _check_lengths(lengths, distance, path)
     if distance is Distance.COSINE:
@@ -78,9 +78,14 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
     return prepare(matrix, distance)
 
 
+def _least_length(distance: Distance) -> float:
+    """Return the length that a vector other than zero must exceed."""
+    return _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0.0
+
+
 def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: FieldPath) -> None:
     violations = []
-    least = _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0
+    least = _least_length(distance)
     for i in np.flatnonzero(~np.isfinite(lengths) | (lengths <= least) | (lengths > _MAX_LENGTH)):
         if not np.isfinite(lengths[i]):
             violations.append(Violation(path(int(i)), "holds NaN or infinity; every value must be a finite number"))

@@ -203,7 +203,7 @@ class SearchOutcome(NamedTuple):
 
 
 def decode_document(document: str) -> dict[str, Any]:
-    """Decode metadata as it is stored.
+    """Decode stored metadata.
 
     Raises:
         TypeError, ValueError, RecursionError: it is no JSON object.

@@ -230,7 +230,7 @@ class Index:
         """Begin to re-embed a collection's records with another model.
 
         Args:
-            source: the collection. A collection that got its name meanwhile stays as it is.
+            source: the collection. A collection that got its name meanwhile is not changed.
             model: name of the new model.
             fingerprint: fingerprint of the new model.
             dimensions: dimensions of the new vectors.
