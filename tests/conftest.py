@@ -38,7 +38,9 @@ SLOW_TIMEOUT = 3600
 
 
 #: Tests with one of these fixtures need PyTorch, and have the marker `export`.
-EXPORTED = {"minilm_bundle", "classifier_bundle", "training_file", "tiny_source", "make_source"}
+EXPORTED = {
+    *("minilm_bundle", "classifier_bundle", "training_file", "tiny_source", "make_source", "short_minilm_source"),
+}
 
 
 @pytest.hookimpl(wrapper=True)

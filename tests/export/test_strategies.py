@@ -15,7 +15,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from bundle_cache import shared_export
 from emberpc.bundle import Manifest, Prompts, probabilities, read_bundle
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.cached_encoder import CachedEncoder
@@ -279,23 +278,20 @@ def test_invalid_options_are_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_out_of_scope_texts_set_the_threshold(
-    training_file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    outside = "text\nwhat is for dinner tonight\nbook a table for two\nrain is coming\n" * 5
-    (tmp_path / "outside.csv").write_text(outside)
-    data, source = ClassifierData(training_file, outside=tmp_path / "outside.csv"), minilm_source()
-    bundle = shared_export(
-        "with-outside",
-        lambda folder: export_classifier(data, source, folder),
-        tmp_path_factory,
-        *(training_file.read_bytes(), outside),
-    )
-    quality = read_bundle(bundle).manifest.quality
-    assert quality["out_of_scope_auroc"] > 0.9
-    assert quality["rejected_out_of_scope"] > 0.8
-    assert quality["rejected_in_scope"] < 0.2
-    assert read_bundle(bundle).manifest.rejection_logit is not None
+def test_out_of_scope_texts_set_the_threshold(tiny_source: Path, tmp_path: Path) -> None:
+    def texts(letters: str, count: int) -> list[str]:
+        rows = np.random.default_rng(0).choice(list(letters), (count, 6))
+        return [" ".join(row) for row in rows]
+
+    train = write(tmp_path / "train.csv", [(text, name) for name in ("abcd", "pqrs") for text in texts(name, 24)])
+    (tmp_path / "outside.csv").write_text("\n".join(["text", *texts("uvwxyz", 15)]))
+    data = ClassifierData(train, outside=tmp_path / "outside.csv")
+    manifest = export_classifier(data, tiny_source, tmp_path / "bundle")
+    assert manifest.quality["out_of_scope_auroc"] > 0.9
+    assert manifest.quality["rejected_out_of_scope"] > 0.8
+    assert manifest.quality["rejected_in_scope"] < 0.2
+    assert manifest.rejection_logit is not None
+    assert read_bundle(tmp_path / "bundle").manifest == manifest
 
 
 def test_label_names_become_words() -> None:
