@@ -1,6 +1,6 @@
 """Counters of a collection's database: the sequence of the last write, and the greatest label ever assigned.
 
-Opening, verification, backups, writes and restoring apply the same check.
+The function `problem` checks them when a collection is opened, verified, backed up, restored or written to.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import Any
 
 from emberpc.server.errors import Code, ServiceError
 
-#: Limit of a counter; greater ones would leave no numbers for later writes.
+#: Greatest valid value of a counter. SQLite's integers end at 2**63 - 1, so enough numbers remain for later writes.
 MOST = 2**62
-#: Selects the possible labels; a record with another one is damaged.
+#: Selects the labels that a record may have, 1 to `MOST`, in ascending order. Records with other labels are damaged.
 SELECT_LABELS = f"SELECT label FROM records WHERE label BETWEEN 1 AND {MOST} ORDER BY label"  # noqa: S608 - ours
-# A value of another type counts as missing.
+# Reads both counters, each with the number of rows that hold it. A counter that is not an integer becomes NULL, as if
+# it were missing.
 _READ = """SELECT
     (SELECT count(*) FROM state),
     (SELECT CASE WHEN typeof(sequence) = 'integer' THEN sequence END FROM state),
@@ -23,10 +24,10 @@ _READ = """SELECT
 
 
 def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revision: int = 0) -> str:
-    """Return what is wrong with the counters; empty if nothing is.
+    """Return a description of what is wrong with the counters of a database; empty if they are valid.
 
     Args:
-        connection: the database.
+        connection: a connection to the database.
         newest_label: the greatest label of the undamaged records; 0 if it is not known.
         newest_revision: the greatest revision of the undamaged records; 0 if it is not known.
 
@@ -48,18 +49,27 @@ def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revisi
 
 
 def next_label(connection: sqlite3.Connection, subject: str) -> int:
-    """Return a label that was never assigned and that no damaged row has; raise INTERNAL if the counter is damaged."""
+    """Return a label that was never assigned, greater than all labels below 2**61 in the database, damaged or not.
+
+    Args:
+        connection: a connection to the database.
+        subject: name of the database in messages.
+
+    Raises:
+        ServiceError: INTERNAL if the counter of labels is damaged.
+        sqlite3.Error: the database fails.
+    """
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-    # A damaged label that is far too great must not use up all labels.
+    # Labels from 2**61 on are damaged. They are ignored: labels after them would soon reach the limit.
     (present,) = connection.execute(f"SELECT max(label) FROM records WHERE label < {MOST // 2}").fetchone()  # noqa: S608 - ours
     return max(integer_of(row, subject) if row else 0, present or 0) + 1
 
 
 def check(connection: sqlite3.Connection, subject: str) -> None:
-    """Raise INTERNAL if the counters of the database `subject` are damaged.
+    """Raise an error if a counter of a database is damaged; `subject` is the database's name in messages.
 
     Raises:
-        ServiceError: they are.
+        ServiceError: INTERNAL if a counter is damaged.
         sqlite3.Error: the database fails.
     """
     if found := problem(connection):
@@ -67,7 +77,12 @@ def check(connection: sqlite3.Connection, subject: str) -> None:
 
 
 def damaged(subject: str, found: str = "") -> ServiceError:
-    """Return the error for damaged counters of the database `subject`; `found` is the `problem`, if it is known."""
+    """Return the error INTERNAL for damaged counters of a database.
+
+    Args:
+        subject: name of the database in the message.
+        found: what is wrong with the counters, a result of `problem`; empty: not known.
+    """
     what = f": {found}" if found else ""
     message = (
         f"a counter in the database of {subject} is damaged{what}; restore a backup, or copy its records to a new "
@@ -77,7 +92,11 @@ def damaged(subject: str, found: str = "") -> ServiceError:
 
 
 def integer_of(row: tuple[Any, ...] | None, subject: str) -> int:
-    """Return the integer in a row of one column of the database `subject`; raise INTERNAL if it is damaged."""
+    """Return the only value of `row`, the row of a counter.
+
+    Raises:
+        ServiceError: INTERNAL, which names the database `subject`, if there is no row or the value is no integer.
+    """
     if row is None or type(row[0]) is not int:
         raise damaged(subject)
     return int(row[0])

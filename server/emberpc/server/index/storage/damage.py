@@ -1,6 +1,6 @@
-"""Reading of rows past damage on disk: damaged records are logged once and then left out of all responses.
+"""Reading of rows in spite of damage on disk: a damaged record is logged once, and left out of all responses.
 
-SQLite fails a whole statement over one damaged value. A damaged record must not make other records unavailable.
+SQLite fails a whole statement if one value is damaged. A damaged record must not make other records unavailable.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 _NOT_JSON = "malformed JSON"
 _NOT_UTF8 = "Could not decode to UTF-8"
-#: Prefix of a statement that hides records whose metadata is not JSON. The CASE is needed because SQLite may evaluate
-#: the statement's own conditions before `json_valid`.
+#: Prefix of a SELECT statement that hides records whose metadata is not JSON. The CASE is needed because SQLite may
+#: evaluate the conditions of that statement before `json_valid` in the prefix.
 _VALID_JSON_ONLY = """WITH records AS (
     SELECT label, id, text, CASE WHEN json_valid(metadata) THEN metadata END AS metadata, class_label, vector, revision,
         created, updated, expires, checksum, text_checksum, row_checksum
@@ -44,10 +44,15 @@ class DamageFilter:
     def select(
         self, connection: sqlite3.Connection, statement: str, parameters: Iterable[object] = ()
     ) -> list[tuple[Any, ...]]:
-        """Return the rows of a SELECT statement.
+        """Return the rows of a SELECT statement, in the statement's order.
 
         A text that is not UTF-8 is returned as bytes. If the statement's conditions read metadata and the metadata of
-        some records is not JSON, those records are skipped.
+        some records is not JSON, those records are marked as damaged, logged and skipped.
+
+        Args:
+            connection: a connection to the database.
+            statement: SQL that starts with SELECT.
+            parameters: values of the statement's placeholders, in order.
 
         Raises:
             sqlite3.Error: the statement failed for another reason.
@@ -63,7 +68,12 @@ class DamageFilter:
         return _select(connection, _VALID_JSON_ONLY + statement, values)
 
     def records(self, rows: Iterable[Sequence[Any]], *, with_vectors: bool) -> Iterator[tuple[int, StoredRecord]]:
-        """Yield label and record of each undamaged row; the rows have the columns `rows.columns_of(with_vectors)`."""
+        """Yield label and record of each undamaged row. Damaged rows are skipped, marked as damaged and logged once.
+
+        Args:
+            rows: rows of the columns `rows.columns_of(with_vectors)`.
+            with_vectors: whether the records contain their vectors.
+        """
         for row in rows:
             try:
                 yield row[0], record_of(row, self._spec, with_vectors=with_vectors)
@@ -73,7 +83,8 @@ class DamageFilter:
     def vectors(self, rows: Sequence[Sequence[Any]], *, checked: bool = True) -> tuple[Labels, Matrix]:
         """Return labels and vectors of rows of `rows.VECTOR_COLUMNS`: int64 (n,) and float32 (n, dimensions).
 
-        Damaged vectors, and vectors of records that are known to be damaged, are left out.
+        Damaged vectors are left out, marked as damaged and logged once. Vectors of records that were marked as damaged
+        before are left out too.
 
         Args:
             rows: the rows.
@@ -97,11 +108,11 @@ class DamageFilter:
         return (labels, matrix) if sound.all() else (labels[sound], matrix[sound])
 
     def note_record(self, label: int, record_id: object) -> None:
-        """Mark a record as damaged: it is logged once, and its vector is left out from then on."""
+        """Mark a record as damaged: log it once, and leave its vector out of the results of `vectors` from now on."""
         self._note(label, f"record {record_id!r}")
 
     def undamaged(self, labels: Labels) -> Labels:
-        """Return the labels, int64 (m,), of those given, int64 (n,), that are not known to be damaged."""
+        """Return the labels whose records are not marked as damaged, int64, in the given order."""
         found: Labels = labels[self._are_undamaged(labels)]
         return found
 
@@ -120,12 +131,12 @@ class DamageFilter:
 
 
 def is_of_metadata(error: sqlite3.OperationalError) -> bool:
-    """Return whether a statement failed because metadata is not JSON."""
+    """Return whether a statement failed because the metadata of a record is not JSON."""
     return str(error) == _NOT_JSON
 
 
 def lenient_text(data: bytes) -> str | bytes:
-    """Decode a text of SQLite; return bytes if it is not UTF-8. Serves as a connection's `text_factory`."""
+    """Decode a text of SQLite; return `data` itself if it is not UTF-8. Serves as a connection's `text_factory`."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -138,7 +149,7 @@ def _select(connection: sqlite3.Connection, statement: str, parameters: tuple[ob
     except sqlite3.OperationalError as error:
         if not str(error).startswith(_NOT_UTF8):
             raise
-    # Set only after a failure: a call of Python for every text is slow.
+    # `text_factory` is set only after a failure, since calling a Python function for every text is slow.
     usual, connection.text_factory = connection.text_factory, lenient_text
     try:
         return connection.execute(statement, parameters).fetchall()

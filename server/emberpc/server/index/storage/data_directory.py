@@ -1,4 +1,4 @@
-"""The data directory: its lock, the catalogue that maps collections to folders, and removal of a crash's leftovers."""
+"""The data directory: its lock, the catalogue of collections with their folders, and the removal of unused folders."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ _COLLECTIONS = "collections"
 _RESERVE = "reserve"
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _SUBJECT = "the catalogue"
-#: Columns of an entry except its time. As bytes: one damaged text would otherwise fail the query for all entries.
+#: Columns of an entry except its time. They are selected as bytes: a text that is not UTF-8 would fail the query for
+#: all entries.
 _ROW = "CAST(name AS BLOB), CAST(spec AS BLOB), CAST(folder AS BLOB)"
-#: Catalogues of format 1 have only the first table. IF NOT EXISTS: a start that failed may have made some tables.
+#: Creates the tables of the catalogue. IF NOT EXISTS, since a catalogue of format 1 has the first table, and an older
+#: version whose start failed may have left some tables.
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE IF NOT EXISTS collections (
@@ -59,8 +61,8 @@ class Entry:
 
     Attributes:
         spec: the spec of the collection.
-        folder: the folder with its data.
-        since: when the collection was created.
+        folder: the folder with the collection's data.
+        since: when the collection was created, or when its reembedding began.
     """
 
     spec: CollectionSpec
@@ -71,16 +73,17 @@ class Entry:
 class DataDirectory:
     """The catalogue of collections, for the one server that may use it. Not safe to use from several threads.
 
-    The catalogue is the truth. A folder that it does not name is of a collection that was never finished or was
-    deleted; it is removed when the directory is opened.
+    The catalogue decides which collections exist. A folder that the catalogue does not name belongs to a collection
+    that was never finished or was deleted. Such folders are removed when the directory is opened.
 
     Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
 
     Args:
-        path: the directory; created if it is missing.
+        path: the directory; created if it is missing, and locked until `close`.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if it cannot be used, another server uses it, or its format is newer.
+        ServiceError: FAILED_PRECONDITION if the directory cannot be used, another server uses it, or its format is
+            newer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,14 +100,14 @@ class DataDirectory:
             self._resources = stack.pop_all()
 
     def close(self) -> None:
-        """Close the catalogue and release the lock."""
+        """Close the catalogue, and release the lock of the data directory."""
         self._resources.close()
 
     def find(self, name: str) -> Entry | None:
         """Return the entry of a collection; None if no collection has that name.
 
         Raises:
-            ServiceError: besides the usual, INTERNAL if the entry is damaged.
+            ServiceError: INTERNAL if the entry is damaged or the catalogue fails.
         """
         with translated(_SUBJECT):
             row = self._database.execute(
@@ -114,10 +117,10 @@ class DataDirectory:
         return None if row is None else self._entry(row)
 
     def folder(self, name: str) -> Path | None:
-        """Return the folder of a collection, even if the rest of its entry is damaged; None if it does not exist.
+        """Return the folder of a collection, even if the rest of its entry is damaged; None if there is no entry.
 
         Raises:
-            ServiceError: besides the usual, INTERNAL if the folder's name is damaged.
+            ServiceError: INTERNAL if the folder's name in the entry is damaged or the catalogue fails.
         """
         with translated(_SUBJECT):
             row = self._database.execute(
@@ -126,7 +129,7 @@ class DataDirectory:
         return None if row is None else self._path_of(name, row[0])
 
     def check_count(self, most: int) -> None:
-        """Raise RESOURCE_EXHAUSTED if there are `most` collections or more."""
+        """Raise RESOURCE_EXHAUSTED if there are `most` collections or more; INTERNAL if the catalogue fails."""
         with translated(_SUBJECT):
             count = self._database.execute("SELECT count(*) FROM collections").fetchone()[0]
         if count >= most:
@@ -139,9 +142,12 @@ class DataDirectory:
             )
 
     def specs(self, after: str, count: int) -> list[CollectionSpec]:
-        """Return the specs of at most `count` collections whose names follow `after`, sorted by name.
+        """Return the specs of at most `count` collections whose names are greater than `after`, sorted by name.
 
-        If the entry of a collection is damaged, only the name in its spec is right, and the dimensions are 0.
+        If the entry of a collection is damaged, the returned spec has only the name, and 0 dimensions.
+
+        Raises:
+            ServiceError: INTERNAL if the catalogue fails.
         """
         with translated(_SUBJECT):
             rows = self._database.execute(
@@ -157,15 +163,22 @@ class DataDirectory:
         return specs
 
     def add(self, entry: Entry) -> None:
-        """Insert the entry of a new collection; it is durable when this returns.
+        """Insert the entry of a new collection; its folder and the entry are on disk when this returns.
 
         Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
             OSError: the folder cannot be synchronised to disk.
         """
         self._insert("collections", entry)
 
     def update(self, spec: CollectionSpec) -> None:
-        """Replace the spec of a collection; of its re-embedding, if there is one, only the truncation."""
+        """Replace the spec of the collection with the name `spec.name`, in one transaction.
+
+        If the collection is being reembedded, also replace the truncation in the spec of the reembedding.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
+        """
         with translated(_SUBJECT), transaction(self._database):
             self._database.execute("UPDATE collections SET spec = ? WHERE name = ?", (spec.to_json(), spec.name))
             self._database.execute(
@@ -174,13 +187,16 @@ class DataDirectory:
             )
 
     def delete(self, name: str) -> None:
-        """Delete the entry of a collection."""
+        """Delete the entry of a collection, if there is one; may use the reserve of disk space on a full disk."""
         self._delete("DELETE FROM collections WHERE name = ?", name)
 
     def reembeddings(self) -> list[Entry]:
-        """Return the entries of the collections that are to replace those of the same names.
+        """Return the entries of unfinished reembeddings: of the new collections that replace collections later.
 
-        A damaged entry is left out, and its folder stays.
+        A damaged entry is logged and left out, and its folder stays.
+
+        Raises:
+            ServiceError: INTERNAL if the catalogue fails.
         """
         with translated(_SUBJECT):
             rows = self._database.execute(
@@ -195,15 +211,24 @@ class DataDirectory:
         return entries
 
     def add_reembedding(self, entry: Entry) -> None:
-        """Insert the entry of a collection that is to replace the one of that name; raises as `add`."""
+        """Insert the entry of a reembedding: of the new collection that will replace the collection of the same name.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
+            OSError: the folder cannot be synchronised to disk.
+        """
         self._insert("reembeddings", entry)
 
     def delete_reembedding(self, name: str) -> None:
-        """Delete the entry of a re-embedding."""
+        """Delete the entry of a collection's reembedding, if there is one; may use the reserve of disk space."""
         self._delete("DELETE FROM reembeddings WHERE name = ?", name)
 
     def switch(self, name: str) -> None:
-        """Replace a collection's entry by that of its re-embedding, and delete the latter."""
+        """Give a collection the folder and spec of its reembedding, and delete the reembedding's entry, atomically.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
+        """
         with translated(_SUBJECT), transaction(self._database):
             self._database.execute(
                 "UPDATE collections SET (folder, spec) = (SELECT folder, spec FROM reembeddings WHERE name = ?1) "
@@ -221,7 +246,7 @@ class DataDirectory:
 
     def _insert(self, table: str, entry: Entry) -> None:
         self.reserve.check("no collection was made")
-        # The folder must be durable before the row that names it.
+        # The folder must be on disk before the row that names it: a power cut must not leave a row without a folder.
         for path in (entry.folder, self.collections, self._path):
             sync_to_disk(path)
         with translated(_SUBJECT), transaction(self._database):
@@ -244,10 +269,10 @@ class DataDirectory:
         return self.collections / _text(folder)
 
     def _remove_orphans(self) -> None:
-        """Remove folders that a crash left of unfinished creations and deletions; other files stay.
+        """Remove the folders of collections that the catalogue does not name; other files stay.
 
-        If a folder that the catalogue names is missing, nothing is removed: one damaged bit in that name would cost
-        the collection its data.
+        A crash leaves folders of unfinished creations and deletions. If a folder that the catalogue names is missing,
+        no folder is removed: the name may be damaged, and the collection's folder would look unused.
         """
         with translated(_SUBJECT):
             rows = self._database.execute(
@@ -269,15 +294,15 @@ class DataDirectory:
 
 
 def _text(data: bytes) -> str:
-    """Decode a name in the catalogue; damaged bytes become a character that no valid name has."""
+    """Decode a name in the catalogue; bytes that are not UTF-8 become U+FFFD, which no valid name contains."""
     return data.decode(errors="replace")
 
 
 def _spec(name: str, text: bytes) -> CollectionSpec:
-    """Decode the spec of a collection.
+    """Decode the spec in the catalogue entry of the collection `name`.
 
     Raises:
-        ServiceError: INTERNAL if it is damaged, as far as that can be detected.
+        ServiceError: INTERNAL if the spec is not JSON, has invalid values, or has another name.
     """
     try:
         spec = CollectionSpec.from_json(text.decode())
@@ -308,7 +333,14 @@ def _collection_folders(data_dir: Path) -> list[Path]:
 
 
 def _lock(data_dir: Path) -> IO[bytes]:
-    """Lock the directory for this process; closing the file, or the end of the process, unlocks it."""
+    """Create the data directory if it is missing, and lock it for this process.
+
+    Returns:
+        The lock file; closing it, or the end of the process, unlocks the directory.
+
+    Raises:
+        ServiceError: FAILED_PRECONDITION if the directory cannot be written to, or another server has locked it.
+    """
     if data_dir.exists() and not data_dir.is_dir():
         raise _unusable(data_dir, "is not a directory; choose another --data-dir")
     try:
@@ -337,7 +369,7 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > _FORMAT:
                 raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
-            # Without this check, a lost catalogue would make orphans of all collections.
+            # Without this check, a new, empty catalogue would replace a lost one, and all folders would be removed.
             if version == 0 and _collection_folders(data_dir):
                 raise _unusable(data_dir, f"has collections but no {_DATABASE}; restore it from a copy")
             if version < _FORMAT:

@@ -1,4 +1,4 @@
-"""SQLite connections as the index uses them: synchronous commits, and errors translated to `ServiceError`."""
+"""SQLite connections as the index uses them: a commit waits for the disk, and errors become `ServiceError`."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
-#: SQLite's message; the exception carries its code only from Python 3.11 on.
+#: SQLite's message for a full disk. Errors are recognized by messages, since exceptions have SQLite's error code only
+#: from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
 _INTERRUPTED = "interrupted"
-#: SQLite's messages if it cannot create or extend a database's log or the log's index: the disk is full, no file
-#: descriptor is free, or the disk is broken.
+#: SQLite's messages if it cannot create or extend a database's write-ahead log or the log's index: the disk is full, no
+#: file descriptor is free, or the disk is broken.
 _FILE_FAILURES = ("disk I/O error", "unable to open database file")
-#: Folder of the database that was opened last. All databases of a server are on one disk.
+#: Folder of the database that was opened last, for checking whether its disk is full. All databases of a server are on
+#: one disk.
 _last_folder = Path()
-#: Descriptors that SQLite needs to open a database: of the database, its log, the log's index, and the folder.
+#: File descriptors that SQLite needs to open a database: for the database, its write-ahead log, the log's index, and
+#: the folder.
 DESCRIPTORS = 4
-#: Steps of SQLite between two checks for cancellation: some milliseconds.
+#: Instructions of SQLite's virtual machine between two checks for cancellation: some milliseconds.
 STEPS_BETWEEN_LOOKS = 20_000
-#: Seconds to wait for another connection's lock. Locks are held only while a connection opens or a log is merged.
+#: Seconds to wait for another connection's lock. Locks are held only while a connection is opened, or while the
+#: write-ahead log is merged into the database.
 _TIMEOUT = 30
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
-    """Open a database; the connection may be used by different threads in turn.
+    """Open a database in WAL mode, without automatic transactions; different threads may use the connection in turn.
 
-    A statement ends early if the call that its thread serves is cancelled. A COMMIT has too few steps to be ended.
+    A statement ends early if the call that its thread serves is cancelled. A COMMIT has too few instructions to be
+    ended early.
 
     Args:
         path: the database file.
-        create: create a missing file. Without it a missing file is an error, so that lost data is noticed.
+        create: whether to create a missing file; if not, a missing file is an error, so that lost data is noticed.
 
     Raises:
-        sqlite3.Error: it cannot be opened.
+        sqlite3.Error: the database cannot be opened.
     """
     global _last_folder  # noqa: PLW0603 - an error of SQLite does not name its database
     _last_folder = path.parent
@@ -55,7 +60,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     )
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode any level below FULL may lose acknowledged writes.
+        # In WAL mode, a power cut may remove acknowledged writes at any level below FULL.
         connection.execute("PRAGMA synchronous = FULL")
         connection.set_progress_handler(cancellation.cancelled, STEPS_BETWEEN_LOOKS)
     except BaseException:
@@ -66,13 +71,17 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit all writes of the block or none; they are on disk when it ends."""
+    """Run the block in a transaction. At the end all writes are committed and on disk; an error rolls all of them back.
+
+    Raises:
+        sqlite3.Error: the transaction cannot begin or commit.
+    """
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # SQLite rolls back by itself after some errors.
+        # After some errors SQLite has rolled back by itself.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
@@ -86,12 +95,15 @@ def _disk_is_full() -> bool:
 
 
 def empty_log(connection: sqlite3.Connection) -> None:
-    """Merge the write-ahead log into the database and truncate it, unless another connection reads it."""
+    """Merge the write-ahead log into the database and empty the log.
+
+    Does not wait: if another connection uses the log, or the merge fails, the log stays.
+    """
     connection.execute("PRAGMA busy_timeout = 0")
     try:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     except sqlite3.OperationalError:
-        # Committed data stays in the log.
+        # Nothing is lost: committed data stays in the write-ahead log.
         log.warning("the write-ahead log cannot be emptied now", exc_info=True)
     finally:
         connection.execute(f"PRAGMA busy_timeout = {1000 * _TIMEOUT}")
@@ -99,14 +111,14 @@ def empty_log(connection: sqlite3.Connection) -> None:
 
 @contextmanager
 def translated(subject: str) -> Iterator[None]:
-    """Translate SQLite's errors to `ServiceError`.
+    """Translate SQLite's errors in the block to `ServiceError`.
 
     Args:
         subject: name of the database in messages, such as "collection 'c'".
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, DEADLINE_EXCEEDED if the
-            call was cancelled, else INTERNAL; the log has the details.
+            call was cancelled, else INTERNAL; the server's log has the details.
     """
     try:
         yield
@@ -119,7 +131,7 @@ def translated(subject: str) -> Iterator[None]:
                 f"the disk is full; the request wrote nothing to {subject}, make room and try again",
                 reason="DISK_FULL",
             ) from error
-        # In this case SQLite reports "unable to open database file" or "disk I/O error".
+        # SQLite reports a lack of file descriptors as "unable to open database file" or "disk I/O error".
         if descriptors.none_free(DESCRIPTORS):
             log.warning("%s: no file descriptor is free; the limit is %d", subject, descriptors.limit())
             raise descriptors.shortage() from error

@@ -1,4 +1,4 @@
-"""Files and folders that must survive a power cut."""
+"""Helpers for files in the data directory: full disks, errors, new folders, synchronisation to disk, checksums."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: A disk with fewer free bytes counts as full: SQLite needs that much to open a database.
+#: A disk with fewer free bytes than this (64 KiB) counts as full: SQLite needs as many to open a database.
 _FULL = 64 * 2**10
 
 
 def disk_is_full(folder: Path) -> bool:
-    """Return whether the disk of a folder is full. For errors of libraries that do not give the cause."""
+    """Return whether the disk of a folder is full, to find the cause of a library's error that does not state it.
+
+    Raises:
+        OSError: the folder does not exist.
+    """
     return shutil.disk_usage(folder).free < _FULL
 
 
 @contextmanager
 def translated_os_errors(consequence: str) -> Iterator[None]:
-    """Translate errors of the operating system while writing to the data directory to `ServiceError`.
+    """Translate each OSError in the block, which writes to the data directory, to `ServiceError`.
 
     Args:
         consequence: the effect of an error, for the message, such as "no collection was made".
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, else INTERNAL; the log has
-            the details.
+        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, else INTERNAL; the server's
+            log has the details.
     """
     try:
         yield
@@ -51,12 +55,15 @@ def translated_os_errors(consequence: str) -> Iterator[None]:
 
 
 def new_folder(collections: Path) -> Path:
-    """Create a folder beside those of the collections, for data to be removed or to become a collection.
+    """Create a folder with a random name, for temporary data or for a new collection, and return its path.
 
-    If the server is killed before the catalogue names the folder, the next start removes it.
+    If the server is killed before the catalogue names the folder, the next start removes the folder.
+
+    Args:
+        collections: the parent of the collections' folders; created if it is missing.
 
     Raises:
-        OSError: it cannot be created.
+        OSError: the folder cannot be created.
     """
     folder = collections / uuid.uuid4().hex
     folder.mkdir(parents=True)
@@ -64,10 +71,10 @@ def new_folder(collections: Path) -> Path:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on disk.
+    """Wait until the content of a file, or the list of entries of a directory, is on disk.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the path does not exist or cannot be written to disk.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -80,7 +87,7 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -35,8 +35,9 @@ class Clause:
 
     Attributes:
         sql: the expression.
-        parameters: the values of its parameters, in order.
-        depth: entries on the stack of SQLite's parser that it needs, beyond those of a single condition.
+        parameters: values of the expression's placeholders, in order.
+        depth: number of entries on the stack of SQLite's parser that the expression needs, beyond those of a single
+            condition. The stack has 100 entries.
     """
 
     sql: str
@@ -49,7 +50,7 @@ EVERYTHING = Clause("TRUE")
 
 
 def compile_filter(condition: Filter) -> Clause:
-    """Compile a filter to an expression over the column `metadata`; the filter must be validated before."""
+    """Return a clause over the column `metadata` that is true for the records that meet a validated filter."""
     if isinstance(condition, AllOf):
         return _join(" AND ", _conjunction(condition.conditions))
     if isinstance(condition, AnyOf):
@@ -70,7 +71,10 @@ def compile_filter(condition: Filter) -> Clause:
 
 
 def _conjunction(conditions: Sequence[Filter]) -> list[Clause]:
-    """Compile conditions that must all hold; both ends of a range become one clause, so that an index is used."""
+    """Return clauses, to be joined by AND, for conditions that must all hold.
+
+    All comparisons and prefixes of one field become one clause, so that SQLite uses an index for both ends of a range.
+    """
     ends: dict[str, list[_Test]] = {}
     others = []
     for each in conditions:
@@ -86,7 +90,7 @@ INDEX_PREFIX = "metadata_"
 
 
 def index_statement(field: str) -> str:
-    """Return the statement that creates the index on a field; the field must be indexable."""
+    """Return the SQL statement that creates the index on a metadata field, for which `can_be_indexed` must be true."""
     path = sqlite_path(keys(field))
     return (
         f"CREATE INDEX IF NOT EXISTS {_index_name(field)} ON records "
@@ -95,7 +99,7 @@ def index_statement(field: str) -> str:
 
 
 def drop_index_statement(field: str) -> str:
-    """Return the statement that drops the index on a field, if there is one."""
+    """Return the SQL statement that drops the index on a metadata field, if there is one."""
     return f"DROP INDEX IF EXISTS {_index_name(field)}"
 
 
@@ -123,17 +127,18 @@ def _test(condition: Comparison | Prefix) -> _Test:
 def _comparison(operator: Operator, value: Value) -> _Test:
     kind = kind_of(value)
     if kind in ("null", "boolean"):
-        # Only equality gets here; validation refuses the other operators.
+        # The operator is EQUAL: validation refuses other operators for null and booleans.
         return _Test("{type} IS ?", (json.dumps(value),))
     if kind == "number":
-        # SQLite casts the digits as it does those of the metadata, which may differ by a bit from Python's float.
-        # The plus removes the cast's affinity, which would keep SQLite from using an index.
+        # The number is passed as digits, which SQLite converts as it converts those of the metadata. Python's
+        # conversion may differ in the last bit. The plus removes the type affinity of the cast, which would prevent
+        # SQLite from using an index.
         return _Test(f"{{type}} {_TYPES[kind]} AND {{value}} {operator.value} +CAST(? AS REAL)", (repr(value),))
     return _Test(f"{{type}} {_TYPES[kind]} AND {{value}} {operator.value} ?", (value,))
 
 
 def _memberships(values: Sequence[Value]) -> list[_Test]:
-    """Return one test for each type among the values."""
+    """Return one test for each JSON type among `values`. A value that meets one of the tests is among `values`."""
     tests = []
     for kind, types in _TYPES.items():
         if some := [value for value in values if kind_of(value) == kind]:
@@ -151,7 +156,10 @@ def _any_of(tests: Sequence[_Test]) -> _Test:
 
 
 def _prefix(prefix: str) -> _Test:
-    """Return a test for the strings that start with a prefix: not before the prefix, and before all later strings."""
+    """Return a test for the strings that start with `prefix`, as a range, for which SQLite uses an index.
+
+    The range starts at the prefix and ends before the first string that is greater than all strings with the prefix.
+    """
     test = "{type} IS 'text' AND {value} >= ?"
     start = prefix.rstrip(chr(_LAST_CHARACTER))
     if not start:
@@ -162,9 +170,9 @@ def _prefix(prefix: str) -> _Test:
 
 
 def _value_clause(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool = True) -> Clause:
-    """Return a clause for the value at a path to meet all tests.
+    """Return a clause that is true if the value at a path in the metadata meets all tests.
 
-    If `lists` is true and the value is a list, each test must be met by some item.
+    If `lists` is true, a list meets a test if at least one item meets it. Different items may meet different tests.
     """
     json_path = sqlite_path(path)
     if json_path is None:
@@ -183,11 +191,15 @@ def _value_clause(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool 
 
 
 def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clause:
-    """Compile as `_value_clause` does for keys that SQLite's paths cannot name: with quotes, backslashes, or empty."""
+    """Return a clause that is true if the value at a path in the metadata meets a test, without a JSON path of SQLite.
+
+    SQLite's paths cannot name a key that is empty or contains a quote or a backslash, so each key of `path` is compared
+    by itself. If `lists` is true, a list meets the test if at least one item meets it.
+    """
     tables = ["json_each(metadata) AS step0"]
     conditions = ["step0.key = ?"]
     for i in range(1, len(path)):
-        # CASE: json_each fails for a value that is not JSON, such as a string.
+        # CASE is needed, since json_each fails for a value that is not JSON, such as a string.
         tables.append(
             f"json_each(CASE step{i - 1}.type WHEN 'object' THEN step{i - 1}.value ELSE '{{}}' END) AS step{i}"
         )
@@ -204,10 +216,11 @@ def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clau
 
 
 def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
-    """Join clauses by AND or OR, the deepest first.
+    """Join clauses by `operator`, " AND " or " OR ", with the deepest clause first.
 
-    The stack of SQLite's parser has 100 entries. A nested expression takes one of them if it is the first operand, and
-    three otherwise. With the deepest first, few levels of a filter with a limited number of conditions take three.
+    The stack of SQLite's parser has 100 entries. A nested expression takes one entry if it is the first operand, and
+    three otherwise. With the deepest clause first, a level of nesting takes three entries only if two of its clauses
+    are about equally deep. The number of conditions in a filter is limited, so few levels are like that.
     """
     ordered = sorted(clauses, key=lambda clause: -clause.depth)
     depth = max(clause.depth + (1 if i == 0 else 3) for i, clause in enumerate(ordered))
@@ -216,5 +229,5 @@ def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
 
 
 def _negated(clause: Clause) -> Clause:
-    # IS NOT TRUE instead of NOT: a null, as of a missing field, does not match, so the negation must match.
+    # IS NOT TRUE instead of NOT: for a missing field the clause is null, and then the negation must be true.
     return Clause(f"({clause.sql} IS NOT TRUE)", clause.parameters, clause.depth + 1)

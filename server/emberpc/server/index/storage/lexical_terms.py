@@ -1,8 +1,8 @@
-"""Normalization of texts and queries to words, so that a query finds a word in any spelling.
+"""Preparation of texts and queries for lexical search, so that a query finds a word in different spellings.
 
-SQLite's tokenizer splits the normalized text at spaces and punctuation, and stems the words. Case, accents, invisible
-characters and compatibility forms (such as ligatures, widths and superscripts) are ignored. Scripts that are written
-without spaces are split into characters and pairs of characters.
+Case, accents, invisible characters and compatibility forms (such as ligatures, widths and superscripts) are removed.
+Texts in scripts that are written without spaces are split into characters and pairs of characters. SQLite's tokenizer
+then splits the prepared text at spaces and punctuation, and stems the words.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+")
-#: Words of a query that are looked up; further words are ignored.
+#: Most words of a query that are searched for; further words are ignored.
 _MAX_WORDS = 256
-#: Characters of a query that are read: folding 2 MB of Chinese took 0.8 s.
+#: Most characters of a query that are read; later characters are ignored. Preparing 2 MB of Chinese took 0.8 s.
 _MAX_CHARACTERS = 2**16
-#: Combining marks on one character that are kept.
+#: Most combining marks on one character that are kept. No script has more (see `_stream_safe`).
 _MAX_MARKS = 30
-#: Characters that decompose into marks but have combining class 0 themselves.
+#: Characters that `_stream_safe` counts as marks although their combining class is 0: they decompose into marks.
 _MARKS_OF_CLASS_0 = "\u0f73\u0f75\u0f81"
-#: Marks that a writer may omit: accents, and the vowel points of Hebrew and Arabic. Other marks, such as those of
-#: Japanese and of Indian scripts, make another letter.
+#: Marks that are removed, since a writer may omit them: accents, and the vowel points of Hebrew and Arabic. Other
+#: marks, such as those of Japanese and of Indian scripts, make another letter.
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u064b-\u065f\u0670"
     "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+"
 )
-#: Letters with a stroke, and ligatures, that Unicode does not decompose.
+#: Replacements of letters that Unicode does not decompose, such as letters with a stroke, and ligatures.
 _LETTERS = {"đ": "d", "ð": "d", "ø": "o", "ł": "l", "ħ": "h", "ŧ": "t", "ı": "i", "æ": "ae", "œ": "oe"}
 _LETTER = re.compile(f"[{''.join(_LETTERS)}]")
-#: Invisible code points: those that Unicode calls default ignorable (DerivedCoreProperties.txt), such as the soft
-#: hyphen, zero width spaces and joiners, variation selectors and bidirectional marks; and two that only stretch a word
-#: (tatweel of Arabic, lajanyalan of N'Ko).
+#: Invisible code points, which are removed: those that Unicode calls default ignorable (DerivedCoreProperties.txt),
+#: such as the soft hyphen, zero width spaces and joiners, variation selectors and bidirectional marks; and two code
+#: points that only stretch a word (tatweel of Arabic, lajanyalan of N'Ko).
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-#: Letters, digits and symbols with a compatibility decomposition. Hangul's letters (U+3131 to U+318E) are excluded:
-#: decomposed, two adjacent ones would become one syllable.
+#: Letters, digits and symbols that are replaced by their compatibility decomposition. Hangul's letters (U+3131 to
+#: U+318E) are excluded: two adjacent letters, once decomposed, would become one syllable.
 _COMPATIBLE = re.compile(
     "[\u00aa\u00b2-\u00b5\u00b9-\u00be\u0132-\u0149\u017f\u01c4-\u01f3\u02b0-\u02e4\u03d0-\u03f9\u0587\u0675-\u0678\u0e33"
     "\u0eb3\u0edc\u0edd\u0f77-\u0f79\u10fc\u1d2c-\u1dbf\u1e9a\u1e9b\u2070-\u20a8\u2100-\u2189\u2460-\u24ea\u2c7c\u2c7d"
@@ -46,9 +46,10 @@ _COMPATIBLE = re.compile(
     "\uab5c-\uab69\ufb00-\ufb06\ufb13-\ufb4f\ufb50-\ufdfc\ufe70-\uffee\U00010781-\U000107ba\U0001d400-\U0001d7ff"
     "\U0001ee00-\U0001eebb\U0001f100-\U0001f251\U0001fbf0-\U0001fbf9]"
 )
-#: Fractions are not folded: 2½ would become 21⁄2.
+#: Character by which decompositions of fractions are recognized. Fractions are not replaced: 2½ would become 21⁄2.
 _FRACTION_SLASH = "\u2044"
-#: Folding may make a text this many characters longer than twice its length. Some characters decompose into 18.
+#: The replacement of compatibility forms may make a text longer: to at most twice its number of characters plus this
+#: number. A single character may become 18. Of a text that would be longer, `_without_forms` replaces fewer forms.
 _MORE_CHARACTERS = 1000
 #: Letters of scripts written without spaces, and of Korean, which has no space between a word and its endings.
 _UNSPACED = (
@@ -70,7 +71,7 @@ _RUN = re.compile(f"(?:[{_UNSPACED}][{_MARKS}]*)+")
 
 
 class _Forms(dict[str, str]):
-    """Maps a character to the normal form of its compatibility form; other characters to themselves."""
+    """Cache of `_form`: maps a character with a compatibility form to its replacement, and others to themselves."""
 
     def __missing__(self, character: str) -> str:
         found = self[character] = _form(character)
@@ -83,7 +84,8 @@ def _form(character: str) -> str:
         return character
     if found[0] == " ":  # a mark on its own: part of a word in Arabic only
         return found[1:] if unicodedata.category(character) == "Lo" else character
-    # Spaces keep a symbol such as ™ a separator of words, except for radicals that some texts use as characters.
+    # A symbol such as ™ gets spaces around its replacement, since it separates words. Radicals, which some texts use
+    # as characters, get none.
     symbol = unicodedata.category(character)[0] not in "LNM" and not _CHARACTER.match(found)
     return f" {found} " if symbol or " " in found else found
 
@@ -92,9 +94,9 @@ _FORMS = _Forms()
 
 
 class _Spaced(dict[int, int]):
-    """Maps the code of a character that is no letter, number or mark to a space, and other codes to themselves.
+    """Maps the codes of letters, numbers, marks and private-use characters to themselves, and other codes to a space.
 
-    Python's tables decide, since SQLite may have another version of Unicode.
+    Python's Unicode tables decide, not SQLite's, which may be of another version.
     """
 
     def __missing__(self, code: int) -> int:
@@ -105,16 +107,16 @@ class _Spaced(dict[int, int]):
         return found
 
 
-#: Codes below this are cached: most alphabets.
+#: `_Spaced` caches the results for codes below this number: those of most alphabets. Caching all would take memory.
 _CACHED = 0x3000
 _SPACED = _Spaced()
 
 
 def search_text(text: str) -> str | None:
-    """Return the text that SQLite indexes: without case, accents and compatibility forms.
+    """Return the text that SQLite indexes: without case, accents, punctuation and compatibility forms.
 
-    Scripts without spaces become single characters and pairs. None if `text` itself is to be indexed: text in ASCII
-    needs no change, since SQLite ignores case in ASCII.
+    A word in a script without spaces becomes its single characters and pairs of characters. None if `text` itself is to
+    be indexed: text in ASCII needs no change, since SQLite ignores case and punctuation in ASCII.
     """
     if text.isascii():
         return None
@@ -122,13 +124,14 @@ def search_text(text: str) -> str | None:
 
 
 def words_of(query: str) -> list[str]:
-    """Return the distinct words of a query, at most `_MAX_WORDS`.
+    """Return the first 256 distinct words of a query, in order, prepared as the words of texts are.
 
-    A run of characters without spaces gives pairs of characters: single characters are in too many texts.
+    A word in a script without spaces gives pairs of characters, since single characters are in too many texts. A word
+    of one character gives that character. Only the first 65,536 characters of the query are read.
     """
     if len(query) > _MAX_CHARACTERS:
         query = query[:_MAX_CHARACTERS]
-        # Drop the last word, which may be cut.
+        # Drop the last word, which may be incomplete.
         query = query.rpartition(" ")[0] or query
     if query.isascii():
         found = _WORD.findall(query.lower())
@@ -140,7 +143,8 @@ def words_of(query: str) -> list[str]:
 
 def _folded(text: str) -> str:
     """Return a text without case, accents and compatibility forms, with spaces for characters outside of words."""
-    # Forms are replaced character by character. Marks are counted after that, and only then is it safe to normalize.
+    # A replacement may contain marks, so marks are limited after compatibility forms are replaced. Normalization by
+    # Unicode follows, since it takes quadratic time for a text with many marks.
     text = _stream_safe(_INVISIBLE.sub("", _without_forms(text)))
     # Remove accents before case folding: case folding would turn one accent, the iota subscript, into a letter.
     text = _ACCENTS.sub("", unicodedata.normalize("NFD", text)).casefold()
@@ -149,7 +153,11 @@ def _folded(text: str) -> str:
 
 
 def _without_forms(text: str) -> str:
-    """Replace compatibility forms; if the text would grow too much, only those that give a single character."""
+    """Replace compatibility forms in a text.
+
+    If the text would get longer than twice its length plus `_MORE_CHARACTERS`, only forms whose replacement is a single
+    character are replaced.
+    """
     found = _COMPATIBLE.sub(lambda form: _FORMS[form[0]], text)
     if len(found) > 2 * len(text) + _MORE_CHARACTERS:
         return _COMPATIBLE.sub(lambda form: _FORMS[form[0]] if len(_FORMS[form[0]]) == 1 else form[0], text)
@@ -157,10 +165,10 @@ def _without_forms(text: str) -> str:
 
 
 def _stream_safe(text: str) -> str:
-    """Return a text with at most 30 marks on each character.
+    """Return a text with at most 30 combining marks on each character; further marks are dropped.
 
-    Normalization takes quadratic time for a run of marks: 32 s for 400 KB. No script has more than 30 (Unicode Standard
-    Annex 15, Stream-Safe Text Format).
+    Unicode normalization takes quadratic time for consecutive marks: 32 s for 400 KB. No script has more than 30 marks
+    on a character (Unicode Standard Annex 15, Stream-Safe Text Format).
     """
     kept = []
     run = 0
@@ -181,6 +189,6 @@ def _characters_and_pairs(run: str) -> Iterator[str]:
 
 
 def _pairs(run: str) -> list[str]:
-    """Return the pairs of characters of a run; of a run of one character, that character."""
+    """Return the pairs of adjacent characters of a word in a script without spaces; the character of a word of one."""
     characters = _CHARACTER.findall(run)
     return [a + b for a, b in pairwise(characters)] or characters

@@ -15,10 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
-    """Create the missing metadata indexes of a collection; an index that damaged metadata prevents is skipped.
+    """Create the missing metadata indexes of a collection, those of `spec.indexed_fields`.
+
+    If damaged metadata prevents an index, a warning is logged and the index is skipped.
 
     Raises:
-        sqlite3.Error: it failed otherwise.
+        sqlite3.Error: an index cannot be created for another reason.
     """
     for field in filter(can_be_indexed, spec.indexed_fields):
         try:
@@ -26,15 +28,17 @@ def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
         except sqlite3.OperationalError as error:
             if not is_of_metadata(error):
                 raise
-            # Searches without the index are slower, and their results are the same.
+            # Without the index, searches are slower, but their results are the same.
             log.warning("collection %s: no index on %s: see what VerifyCollection finds", spec.name, field)
 
 
 def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: Iterable[int]) -> None:
-    """Delete rows by label, damaged or not.
+    """Delete the rows with the given labels, damaged or not; missing labels are ignored.
+
+    If damaged metadata prevents the deletion, the metadata indexes are dropped and created again.
 
     Raises:
-        sqlite3.Error: it failed.
+        sqlite3.Error: the deletion failed for another reason.
     """
     parameters = [(label,) for label in labels]
     try:
@@ -42,7 +46,7 @@ def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: It
     except sqlite3.OperationalError as error:
         if not is_of_metadata(error):
             raise
-        # An index must evaluate the metadata of a row to remove it, which fails for damaged metadata.
+        # To remove a row from a metadata index, SQLite evaluates the row's metadata, which fails if that is damaged.
         for field in filter(can_be_indexed, spec.indexed_fields):
             connection.execute(drop_index_statement(field))
         connection.executemany("DELETE FROM records WHERE label = ?", parameters)

@@ -1,6 +1,6 @@
 """Filters over records whose metadata contains NUL (U+0000), which older versions accepted.
 
-SQLite's JSON functions end a string at NUL, so `"a\\0b"` would equal `"a"`. These records are compared in Python.
+SQLite's JSON functions end a string at NUL, so `"a\\0b"` would equal `"a"`. Python evaluates filters on these records.
 """
 
 from __future__ import annotations
@@ -17,33 +17,43 @@ from emberpc.server.index.storage.rows import DAMAGE_ERRORS
 
 log = logging.getLogger(__name__)
 
-# JSON holds NUL as an escape only. An escaped backslash before `u0000` matches too, which does no harm.
+# SQL condition for metadata with NUL, which JSON can contain only as an escape. The condition is also true for an
+# escaped backslash before `u0000`. Python then evaluates filters on that record too, with the right result.
 _HOLDS_NUL = r"instr(metadata, '\u0000') > 0"
-# Its name is that of a metadata index, so that backups leave it out.
+# The name of this index has the prefix of metadata indexes, so that backups leave it out.
 _INDEX = f"CREATE INDEX IF NOT EXISTS {INDEX_PREFIX}nul ON records (label) WHERE {_HOLDS_NUL}"
 
 
 def make_index(connection: sqlite3.Connection, subject: str) -> None:
-    """Create the index of these records if it is missing, so that finding none takes microseconds."""
+    """Create the index of records whose metadata contains NUL, if it is missing; a failure is only logged.
+
+    With the index, `compiled` finds in microseconds that there are no such records. `subject` names the database.
+    """
     try:
         connection.execute(_INDEX)
     except sqlite3.OperationalError:
-        # As on a full disk. Every filter then reads all metadata once more.
+        # Such as on a full disk. Without the index, every search with a filter reads all metadata once more.
         log.warning("%s: no index of metadata with NUL characters", subject, exc_info=True)
 
 
 def compiled(connection: sqlite3.Connection, condition: Filter) -> Clause:
-    """Compile a filter to SQL that means the same for the records that the database has now.
+    """Compile a filter to a clause that is right also for records whose metadata contains NUL.
+
+    The clause names those of them that meet the filter by label, so it is valid only for the present records.
+
+    Args:
+        connection: a connection to the database, from which records with NUL are read.
+        condition: the filter, validated.
 
     Raises:
-        ServiceError: the call was cancelled, see `cancellation`.
+        ServiceError: DEADLINE_EXCEEDED if the call was cancelled.
         sqlite3.Error: the database fails.
     """
     clause = compile_filter(condition)
     statement = f"SELECT label, CAST(metadata AS BLOB) FROM records WHERE {_HOLDS_NUL}"  # noqa: S608 - our own condition
     holds_nul = False
     found = []
-    # One row at a time: an old collection may have any number of them.
+    # Rows are read one at a time, since an old collection may have too many records with NUL to hold in memory.
     for label, document in connection.execute(statement):
         cancellation.check()
         holds_nul = True
@@ -52,6 +62,6 @@ def compiled(connection: sqlite3.Connection, condition: Filter) -> Clause:
                 found.append(label)
     if not holds_nul:
         return clause
-    # The deepest first, as in `filter_sql`.
+    # The deepest clause comes first, since SQLite's parser then needs fewer stack entries (see `filter_sql`).
     sql = f"(({clause.sql} AND NOT {_HOLDS_NUL}) OR label IN (SELECT value FROM json_each(?)))"  # noqa: S608 - ours
     return Clause(sql, (*clause.parameters, json.dumps(found)), clause.depth + 2)

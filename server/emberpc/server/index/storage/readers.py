@@ -1,4 +1,4 @@
-"""Pool of connections for reading: a thread holds one during a call, and few are kept between calls."""
+"""Pool of connections for reading: a thread holds a connection during a call, and at most 4 are kept between calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from emberpc.server import descriptors
 from emberpc.server.errors import ServiceError
 from emberpc.server.index.storage.database import connect, translated
 
-#: Connections kept for later calls. A call that finds none opens one.
+#: Most idle connections that are kept for later calls. A call that finds no idle connection opens a new connection.
 _IDLE = 4
-#: File descriptors of an idle database: the database and its log for each connection (one of them for writing), and
-#: the log's index. There are more if more threads have read at once: SQLite keeps a closed connection's descriptor of
-#: the database for the next connection.
+#: File descriptors of a database without calls: two for each connection (database and write-ahead log), one connection
+#: being for writing, and one descriptor for the log's index. There are more if more threads have read at the same time:
+#: SQLite keeps a closed connection's descriptor of the database for the next connection.
 MOST_DESCRIPTORS = 2 * (1 + _IDLE) + 1
 
 
@@ -25,7 +25,7 @@ class Readers:
     Args:
         path: the database file.
         subject: name of the database in messages.
-        on_shortage: called when no file descriptor is free, before the second attempt to connect.
+        on_shortage: called when no file descriptor is free, before the second attempt to connect; it may close files.
     """
 
     def __init__(self, path: Path, subject: str, on_shortage: Callable[[], None]) -> None:
@@ -33,13 +33,16 @@ class Readers:
         self._subject = subject
         self._local = threading.local()
         self._lock = threading.Lock()
-        #: All open connections, and those that no thread holds.
+        #: All open connections.
         self._all: set[sqlite3.Connection] = set()
+        #: Open connections that no thread holds.
         self._idle: list[sqlite3.Connection] = []
         self._on_shortage = on_shortage
 
     def take(self) -> sqlite3.Connection:
-        """Return this thread's connection, which it holds until `release`.
+        """Return the connection that the calling thread holds; if it holds none, take an idle or a new connection.
+
+        The thread holds the connection until `release`.
 
         Raises:
             ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if no file descriptor is free.
@@ -56,7 +59,10 @@ class Readers:
         return connection
 
     def release(self) -> None:
-        """Return this thread's connection to the pool, unless it is in a transaction."""
+        """Give the calling thread's connection back to the pool, which closes it if enough connections are idle.
+
+        Does nothing if the thread holds no connection, or the connection is in a transaction.
+        """
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.in_transaction:
             return
@@ -69,7 +75,7 @@ class Readers:
         connection.close()
 
     def close(self) -> None:
-        """Close every connection; no call may be in progress or follow."""
+        """Close every connection. No other method may run now or later."""
         with self._lock:
             for connection in self._all:
                 connection.close()

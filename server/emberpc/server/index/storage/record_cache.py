@@ -1,7 +1,7 @@
 """Cache of recently returned records, so that a repeated hit is not read from the database again.
 
-A label belongs to one version of one record and is never reused, so cached records never become stale: a record that is
-changed or deleted loses its label, and searches return only labels that are live.
+Each write of a record gives the record a new label, and a label is never reused. So cached records never become stale:
+a record that is replaced or deleted loses its label, and searches return only labels of present records.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from itertools import count
 from emberpc.server.collections.types import StoredRecord
 from emberpc.server.lru import LruCache
 
-#: Bytes of an entry besides its texts: the tuple, dates, dictionaries and slot, and the overhead of its serialized form
-#: in a response.
+#: Bytes of a cached record besides its texts: the tuple, dates, dictionaries and slot, and the overhead of the record's
+#: serialized form in a response.
 _OVERHEAD = 1200
 
-#: Usual bytes of metadata in a message for each byte as JSON; up to 3.7 for lists of short numbers.
+#: Bytes of metadata in a protobuf message for each byte of the metadata as JSON. This is the usual factor; for lists of
+#: short numbers the factor reaches 3.7.
 _METADATA_FACTOR = 2
 
 _Key = tuple[int, int]
@@ -37,22 +38,22 @@ class RecordCache:
         self._owners = count()
 
     def new_owner(self) -> int:
-        """Return the number of a new owner, which keeps its labels apart from those of other owners."""
+        """Return a new owner number. Each opened collection needs its own, since collections have equal labels."""
         return next(self._owners)
 
     def find(self, owner: int, labels: Sequence[int]) -> dict[int, StoredRecord]:
-        """Return the cached records of an owner, by label."""
+        """Return those records of an owner that are cached, by label; other labels are left out."""
         with self._lock:
             found = self._entries.each([(owner, label) for label in labels])
         return {label: record for label, record in zip(labels, found, strict=True) if record is not None}
 
     def add(self, owner: int, records: Mapping[int, StoredRecord]) -> None:
-        """Insert records, by label."""
+        """Insert an owner's records, by label, and evict the least recently used records beyond the limit of bytes."""
         with self._lock:
             self._entries.add({(owner, label): record for label, record in records.items()})
 
 
 def _size(_: _Key, record: StoredRecord) -> int:
-    # Each twice: in the cached record, and in its serialized form in a response.
+    # Id and text count twice: in the record, and in its serialized form. Metadata counts as JSON and as a message.
     metadata = sys.getsizeof(record.document) + _METADATA_FACTOR * len(record.document)
     return 2 * (sys.getsizeof(record.text) + sys.getsizeof(record.id)) + metadata + _OVERHEAD

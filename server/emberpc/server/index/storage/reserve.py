@@ -21,13 +21,13 @@ from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
-#: Bytes of the reserve: the pages that a deletion of some thousand records writes.
+#: Bytes of the reserve (16 MiB): the pages that a deletion of some thousand records writes.
 _SIZE = 16 * 2**20
 #: `reason` of the error of a call for which the disk has no room.
 DISK_FULL = "DISK_FULL"
 #: Error reasons by which SQLite may report a full disk; they have other causes too.
 _FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
-#: The reserve has at most 1 / this of the file system's size.
+#: Divisor: the reserve takes at most 1/8 of the file system's size.
 _SHARE = 8
 
 Result = TypeVar("Result")
@@ -36,10 +36,11 @@ Result = TypeVar("Result")
 class Reserve:
     """A file of allocated blocks that is removed when a deletion finds the disk full. Safe to use from several threads.
 
-    While the file is missing, other writes are refused: they would use the space that the next deletion needs.
+    While the file is missing because the disk is full, writes other than deletions are refused: they would use the
+    space that the next deletion needs.
 
     Args:
-        path: the file; allocated here if there is room.
+        path: the file; created at once if there is room.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,19 +48,19 @@ class Reserve:
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._size = min(_SIZE, shutil.disk_usage(path.parent).total // _SHARE)
-        #: Whether other writes are refused.
+        #: Whether writes other than deletions are refused, since the disk has no room for the file.
         self._missing = False
         with self._lock:
             self._allocate()
 
     def check(self, consequence: str) -> None:
-        """Allocate the file again if it was removed and there is room.
+        """Check that writes other than deletions are allowed; first allocate a removed file again if there is room.
 
         Args:
             consequence: the effect of a missing reserve, for the message, such as "nothing was written".
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if there is no room.
+            ServiceError: RESOURCE_EXHAUSTED if the disk has no room for the file.
         """
         if self.refill():
             return
@@ -70,14 +71,16 @@ class Reserve:
         )
 
     def refill(self) -> bool:
-        """Allocate the file again if it was removed and there is room; return whether other writes are allowed."""
+        """Allocate a removed file again if there is room; return whether writes other than deletions are allowed."""
         if self._missing:
             with self._lock:
                 self._allocate()
         return not self._missing
 
     def run(self, action: Callable[[], Result]) -> Result:
-        """Run a deletion, or a step that must precede one; if the disk is full, remove the file and run it again.
+        """Run a deletion, or a step that must precede a deletion, and return its result.
+
+        If `action` fails because the disk is full, remove the file of the reserve and run `action` once more.
 
         Raises:
             ServiceError: errors of `action`; RESOURCE_EXHAUSTED if the reserve is used up or not large enough.
@@ -92,7 +95,7 @@ class Reserve:
 
     @contextmanager
     def for_deletion(self) -> Iterator[None]:
-        """Let `run_for_deletion` use the reserve in this thread during the block."""
+        """Allow `run_for_deletion` to use the reserve, in the calling thread during the block."""
         self._thread.deletes = True
         try:
             yield
@@ -100,15 +103,15 @@ class Reserve:
             self._thread.deletes = False
 
     def run_for_deletion(self, action: Callable[[], Result]) -> Result:
-        """Run an action; on a full disk as `run` does in a block of `for_deletion`, otherwise without the reserve.
+        """Run an action and return its result; in a block of `for_deletion` it may use the reserve, as in `run`.
 
         Raises:
-            ServiceError: as `run` does.
+            ServiceError: errors of `action`.
         """
         return self.run(action) if getattr(self._thread, "deletes", False) else action()
 
     def _release(self) -> bool:
-        """Remove the file; return whether it existed."""
+        """Remove the file, and refuse writes other than deletions from now on; return whether the file was removed."""
         with self._lock:
             self._missing = True
             try:
@@ -121,14 +124,14 @@ class Reserve:
         return True
 
     def _allocate(self) -> None:
-        """Allocate the file; the caller holds the lock."""
+        """Allocate the file, and refuse other writes if the disk has no room for it. The caller holds the lock."""
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             self._missing = error.errno in (errno.ENOSPC, errno.EDQUOT)
             return
         try:
-            # A crash may have left a smaller file.
+            # Also needed for an existing file, which a crash may have left smaller.
             os.posix_fallocate(descriptor, 0, self._size)
             self._missing = False
         except OSError as error:

@@ -11,20 +11,26 @@ from typing import Any
 from emberpc.server.collections.types import NO_METADATA, WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
-#: Records whose sizes one statement computes; SQLite reads their texts for that.
+#: Number of records whose bytes one statement adds up. It is small, since SQLite reads the texts of these records, and
+#: the limit is checked after each statement.
 SIZES_AT_ONCE = 32
-#: For at most this many records, bytes are counted after the read, which saves a statement. Records too large to be
-#: kept whole are read this many at a time.
+#: The bytes of at most this many records are counted after the records are read, which saves a statement. Records that
+#: are too large to be kept whole are read this many at a time.
 FEW_RECORDS = 8
 _BYTES = {name: f"length(CAST({name} AS BLOB))" for name in ("text", "metadata", "class_label")}
 #: Bytes of a record in a response besides its texts, metadata and vector.
 _OVERHEAD = 150
-#: Upper bound of the bytes of metadata in a message for each byte as JSON.
+#: Upper bound of the bytes of metadata in a protobuf message for each byte of the metadata as JSON.
 _METADATA_FACTOR = 4
 
 
 def row_bytes(row: Sequence[object], parts: RecordParts) -> int:
-    """Return an upper bound of the bytes of a row of `rows.columns_of` in a response with these parts."""
+    """Return an upper bound of the bytes that a record takes in a response.
+
+    Args:
+        row: the record's row, with the columns of `rows.columns_of`.
+        parts: parts of the record that the response contains.
+    """
     columns = [
         len(each.encode()) if isinstance(each, str) else len(each) if isinstance(each, bytes) else 0 for each in row
     ]
@@ -36,7 +42,7 @@ def row_bytes(row: Sequence[object], parts: RecordParts) -> int:
 class _Response(threading.local):
     #: Bytes that the response may still use; None: no limit.
     left: int | None = None
-    #: Bytes of whole records that may still be read and kept until the response is written.
+    #: Bytes of whole records that may still be read and kept in memory until the response is written.
     room = 0
     parts = WHOLE_RECORD
 
@@ -59,7 +65,9 @@ class ResponseBytes:
 
     @contextmanager
     def limited(self, parts: RecordParts = WHOLE_RECORD) -> Iterator[None]:
-        """Limit the bytes that this thread reads in the block; outside of the block nothing is limited.
+        """Limit the bytes of the records that the calling thread reads in the block for one response.
+
+        Outside of such a block, nothing is limited.
 
         Args:
             parts: parts of a record that the response contains; only their bytes count.
@@ -72,15 +80,15 @@ class ResponseBytes:
             self._response.left, self._response.parts = None, WHOLE_RECORD
 
     def spend(self, connection: sqlite3.Connection, column: str, keys: Sequence[object]) -> bool:
-        """Count the bytes of records before they are read.
+        """Count the bytes of records before they are read, in a block of `limited`; outside of it, return True.
 
         Args:
-            connection: the database.
-            column: `label` or `id`.
-            keys: the records' values of that column.
+            connection: a connection to the database.
+            column: the column that selects the records: "label" or "id".
+            keys: values of that column, one for each record.
 
         Returns:
-            Whether all of them may be read and kept whole; if not, only the response's parts may be kept.
+            Whether all these records may be read and kept whole; if not, only the response's parts may be kept.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the response would have too many bytes.
@@ -105,7 +113,9 @@ class ResponseBytes:
         return True
 
     def count(self, records: Iterable[StoredRecord]) -> None:
-        """Count the bytes of whole records that were read without `spend` and that the response contains whole.
+        """Count the bytes of records that were read without `spend` and that the response contains whole.
+
+        Does nothing outside of a block of `limited`.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the response would have too many bytes.
@@ -125,18 +135,18 @@ class ResponseBytes:
 
 
 def select_parts(parts: RecordParts, record: StoredRecord) -> StoredRecord:
-    """Return a record without the text or the metadata if the parts exclude them."""
+    """Return a copy of a record, without the text and the metadata if `parts` excludes them."""
     text = record.text if parts.text else ""
     return record._replace(text=text, document=record.document if parts.metadata else NO_METADATA)
 
 
 def _size(parts: RecordParts) -> str:
-    """Return SQL for the bytes of all records' labels and of the requested parts."""
+    """Return SQL for the sum, over the selected rows, of the bytes of class labels and of the requested parts."""
     columns = ["class_label", *(name for name, held in parts._asdict().items() if held)]
     return f"total({' + '.join(_BYTES[name] for name in columns)})"
 
 
 def slices(keys: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield slices of keys, for records that are too large to be kept whole."""
+    """Yield slices of at most `FEW_RECORDS` keys, to read records that are together too large to be kept whole."""
     for start in range(0, len(keys), FEW_RECORDS):
         yield keys[start : start + FEW_RECORDS]

@@ -18,9 +18,10 @@ from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecor
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage.lexical_terms import search_text
 
-#: Exceptions that using the value of a damaged column raises.
+#: Exceptions that code may raise when it uses the value of a damaged column.
 DAMAGE_ERRORS = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
-# Times in microseconds: JSON in SQLite has only 15 digits, and the checksum covers the times as they are served.
+# Times are selected as integers of microseconds: SQLite writes a float to JSON with 15 digits only, and the checksum
+# covers the times in microseconds, as in responses.
 _COLUMNS = """label, id, text, metadata, class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
     CAST(round(expires * 1e6) AS INTEGER), text_checksum"""
@@ -29,11 +30,11 @@ _PRINTABLE_BYTES = re.compile(r"""b(['"])(?:[ -\[\]-~]|\\(?:[\\'"tnr]|x[0-9a-f]{
 VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
 #: Columns of the rows that `has_intact_numbers` reads.
 NUMBER_COLUMNS = "label, revision, created, updated, expires, text_checksum, row_checksum"
-#: The numbers of a record in the byte order of its checksum.
+#: Encodes the five numbers of a record as `row_checksum_of` reads them.
 _NUMBERS = struct.Struct("<5q").pack
-#: Stands for the expiry of a record without time to live: no time in microseconds.
+#: Value in the checksum for the expiry of a record that never expires. No valid time in microseconds has this value.
 _NEVER = -(2**63)
-#: From here on doubles are whole numbers of microseconds, which SQLite's `round` does not change.
+#: From this number on every double is an integer, which SQLite's `round` does not change.
 _WHOLE = 2**52
 #: Columns of the rows that `has_vector` reads.
 UNCHECKED_COLUMNS = "label, vector"
@@ -77,9 +78,9 @@ class Row(NamedTuple):
 
     @property
     def was_intact(self) -> bool:
-        """Whether a row that an older version wrote matches the checksums that it has.
+        """Whether a row that an older version wrote matches its checksums; a missing checksum counts as right.
 
-        A row without checksums counts as undamaged if it can be read.
+        A row without any checksum counts as undamaged if its values have the right types.
         """
         try:
             pairs = zip((self.text_checksum, self.checksum, self.row_checksum), self.checksums(), strict=True)
@@ -88,9 +89,9 @@ class Row(NamedTuple):
             return False
 
     def checksums(self) -> tuple[int, int, int]:
-        """Return the checksums of the present values: `text_checksum`, `checksum`, `row_checksum`.
+        """Compute the values of `text_checksum`, `checksum` and `row_checksum` for the present values of the row.
 
-        Raises one of `DAMAGE_ERRORS` if the type of a value differs from the type that was written.
+        Raises one of `DAMAGE_ERRORS` if a value cannot be right, such as a text that is not a string.
         """
         texts = (self.id, self.text, self.metadata, self.class_label)
         if type(self.vector) is not bytes or not all(type(each) is str for each in texts):
@@ -104,18 +105,21 @@ class Row(NamedTuple):
         )
 
 
-#: Columns of a `Row`.
+#: Columns of the table `records`, in the order of the fields of `Row`.
 ROW_COLUMNS = ", ".join(Row._fields)
 _INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row._fields))})"  # noqa: S608 - our own
 
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
-    """Return the CRC-32 of a record's texts (metadata as JSON), each followed by a byte that UTF-8 never contains."""
+    """Return the CRC-32 of a record's texts in UTF-8, each followed by the byte 0xFF, which UTF-8 never contains.
+
+    `metadata` is JSON, and `label` is the record's label as a string.
+    """
     return checksum_of_bytes((record_id.encode(), text.encode(), metadata.encode(), label.encode()))
 
 
 def checksum_of_bytes(texts: Sequence[bytes]) -> int:
-    """Return the checksum of a record's texts in UTF-8, in the order of `text_checksum_of`."""
+    """Return the CRC-32 of a record's texts in UTF-8: id, text, metadata and label, each followed by the byte 0xFF."""
     return zlib.crc32(b"\xff".join((*texts, b"")))
 
 
@@ -129,19 +133,25 @@ def row_checksum_of(
 ) -> int:
     """Return the CRC-32 of a record's texts, given by their own checksum, followed by its numbers.
 
-    The times are in microseconds since 1970, as served. Raises one of `DAMAGE_ERRORS` if a number is not whole.
+    `label` is the record's number in the database. The times are in microseconds since 1970, as in responses. Raises
+    one of `DAMAGE_ERRORS` if a number is not an integer or does not fit into 64 bits.
     """
     numbers = _NUMBERS(label, revision, created, updated, _NEVER if expires is None else expires)
     return zlib.crc32(numbers, text_checksum)
 
 
 def columns_of(with_vectors: bool) -> str:
-    """Return the columns to select for `record_of`."""
+    """Return the SQL columns of the rows that `record_of` reads; without vectors, the last column is NULL."""
     return f"{_COLUMNS}, checksum, row_checksum, {'vector' if with_vectors else 'NULL'}"
 
 
 def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
-    """Convert a row of `columns_of`, with the same `with_vectors`, to a record.
+    """Convert a row to a record.
+
+    Args:
+        row: a row with the columns `columns_of(with_vectors)`.
+        spec: the spec of the collection.
+        with_vectors: whether the record contains its vector.
 
     Raises:
         ServiceError: DATA_LOSS if the row is damaged.
@@ -150,7 +160,8 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
     text_checksum, checksum, row_checksum, vector = more
     try:
         found = _checked_texts(record_id, text, metadata, label, text_checksum)
-        # An older version may have written a row without checksums, so only decoding shows that this is an object.
+        # A row that an older version wrote may have got its checksums later, when its metadata was damaged already.
+        # Only decoding shows whether the metadata is a JSON object.
         decode_document(metadata)
         numbers = (number, revision, created, updated, expires)
         if row_checksum_of(found, *numbers) != row_checksum or type(checksum) is not int:
@@ -242,7 +253,10 @@ def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksu
 
 
 def _microseconds(seconds: float | None) -> int | None:
-    """Return a time as `AS_ONE_ROW` does; raise TypeError or OverflowError if it is not a time."""
+    """Convert a time from seconds to microseconds since 1970, rounded as in `AS_ONE_ROW`; None if `seconds` is None.
+
+    Raises TypeError, ValueError or OverflowError if `seconds` is not a finite float.
+    """
     if seconds is None:
         return None
     if type(seconds) is not float:
@@ -252,10 +266,10 @@ def _microseconds(seconds: float | None) -> int | None:
 
 
 def _vector(data: Any, spec: CollectionSpec) -> Matrix:
-    """Decode a stored vector that matches its checksum; raise ValueError or TypeError if its size does not fit `spec`.
+    """Decode a stored vector that matches its checksum: float32 (dimensions,).
 
-    Its numbers are not validated: they are those of the write, which validated them. `are_fit` for one vector takes ten
-    times as long as the checksum.
+    Raises ValueError or TypeError if `data` are not the bytes of `spec.dimensions` numbers. The numbers are not
+    validated: the write validated them, and `are_fit` for one vector takes ten times as long as the checksum.
     """
     vector: Matrix = np.frombuffer(data, dtype="<f4")
     if len(vector) != spec.dimensions:
@@ -264,17 +278,17 @@ def _vector(data: Any, spec: CollectionSpec) -> Matrix:
 
 
 def printable_id(record_id: object) -> str:
-    """Return an id; for a damaged id that is not a string, the `ascii` form of its value, such as `b'\\xff'`."""
+    """Return an id unchanged; for a damaged id that is not a string, the `ascii` form of its value: `b'\\xff'`."""
     return record_id if isinstance(record_id, str) else ascii(record_id)
 
 
 def bytes_of_printable_id(name: str) -> bytes | None:
-    """Return the bytes for which `printable_id` returns this name; None if there are none."""
+    """Return the bytes for which `printable_id` returns `name`; None if there are no such bytes."""
     return bytes(ast.literal_eval(name)) if _PRINTABLE_BYTES.fullmatch(name) else None
 
 
 def damaged(record_id: object) -> ServiceError:
-    """Return the error for a record whose row is damaged; its id may have any type."""
+    """Return the error DATA_LOSS for a record whose row is damaged; `record_id` is its id, damaged or not."""
     name = printable_id(record_id)
     return ServiceError(
         Code.DATA_LOSS,
@@ -295,6 +309,17 @@ def insert_row(
     vector: Matrix,
     times: tuple[int, float, float, float | None],
 ) -> None:
-    """Insert a record: label number; id, text, metadata, label; vector; revision and create, update, expire time."""
+    """Insert a row with its checksums and its text for the word index.
+
+    Args:
+        connection: a connection to the database, in a transaction.
+        number: the row's label, which identifies it in the database.
+        texts: id, text, metadata as JSON, and the record's label as a string.
+        vector: float32 (dimensions,).
+        times: revision; then create, update and expire time in seconds since 1970, None: never expires.
+
+    Raises:
+        sqlite3.Error: the row cannot be inserted.
+    """
     values = Row(number, *texts, vector.astype("<f4").tobytes(), *times, None, None, None, search_text(texts[1]))
     connection.execute(_INSERT, (*values[:-4], *values.checksums(), values.search_text))

@@ -1,6 +1,6 @@
 """Tables of a collection's database, and the migration steps from older versions.
 
-`PRAGMA user_version` is the number of steps done. A released step is never changed.
+`PRAGMA user_version` is the number of steps that a database has had. A released step is never changed.
 """
 
 from __future__ import annotations
@@ -49,37 +49,37 @@ _WORDS = (
     "INSERT INTO words (rowid, text) SELECT label, text FROM records WHERE text <> ''",
 )
 
-# When a record expires, in seconds since 1970; NULL: never. The partial index holds only records with an expiry.
+# Adds the time at which a record expires, in seconds since 1970; NULL: never. The index holds only records that expire.
 _EXPIRY = (
     "ALTER TABLE records ADD COLUMN expires REAL",
     "CREATE INDEX records_expiring ON records (expires) WHERE expires IS NOT NULL",
 )
 
-# `rows.checksum_of` the other columns; NULL in rows of an older version.
+# Adds the checksum of a row's texts and vector, see `rows.checksum_of`; NULL in rows that an older version wrote.
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
 
-# `rows.text_checksum_of` id, text, metadata and label, so that these are checked without reading the vector. NULL in
-# rows of an older version. The step computes none: with a new checksum, a damaged row would count as undamaged.
+# Adds the checksum of a row's texts, see `rows.text_checksum_of`, by which texts are checked without the vector. NULL
+# in rows that an older version wrote. The step computes no checksums: a damaged row would count as undamaged.
 _TEXT_CHECKSUM = ("ALTER TABLE records ADD COLUMN text_checksum INTEGER",)
 
-#: Gives the database a new random identity.
+#: Statement that gives a database a new random identity.
 NEW_IDENTITY = "UPDATE state SET identity = lower(hex(randomblob(16)))"
 
-# The identity says to which database a snapshot belongs.
+# Adds the identity, which says to which database a snapshot belongs.
 _IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", NEW_IDENTITY)
 
-#: Computes the indexed texts from the stored texts; `_add_functions` adds the function.
+#: Statement that computes the prepared texts of all records; `_add_functions` adds its function `search_text_of`.
 _SEARCH_TEXTS = (
     "UPDATE records SET search_text = search_text_of(CAST(text AS BLOB)) "
     "WHERE search_text IS NOT search_text_of(CAST(text AS BLOB))"
 )
 _INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
 
-#: FTS5's tokenizer for the texts of `lexical_terms.search_text`.
+#: Option that chooses FTS5's tokenizer for texts prepared by `lexical_terms.search_text`.
 TOKENIZER = "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\""
 
-# Empties the index, whatever its state. FTS5 needs its version and its first records to open a table at all, even to
-# delete it.
+# Statements that empty the word index, even if the index is damaged. FTS5 opens a table, even to empty it, only if it
+# finds a version and the first two rows of the table's data, so these are written before.
 _NO_WORDS = (
     "DELETE FROM words_config",
     "INSERT INTO words_config VALUES ('version', 4)",
@@ -87,8 +87,9 @@ _NO_WORDS = (
     "INSERT INTO words (words) VALUES ('delete-all')",
 )
 
-# The words are those of `lexical_terms.search_text`; `search_text` is NULL where it equals the text. The FTS5 table
-# stores no texts: a trigger passes it the text of a deleted record. Marks are part of a word; accents were removed.
+# Replaces the word index by an index of prepared texts, see `lexical_terms.search_text`. The column `search_text` holds
+# the prepared text, NULL where it equals the text. The FTS5 table stores no texts, so a trigger passes it the text of a
+# deleted record. The tokenizer counts marks as part of a word, since accents are removed before.
 _NORMALISED_WORDS = (
     "DROP TRIGGER words_of_new",
     "DROP TRIGGER words_of_old",
@@ -104,11 +105,11 @@ _NORMALISED_WORDS = (
     _INDEX_WORDS,
 )
 
-# The same tables, with words that ignore invisible characters and compatibility forms as `lexical_terms.search_text`
-# now does. Only texts whose words differ are indexed again.
+# Prepares the texts again, since `lexical_terms.search_text` now removes invisible characters and compatibility forms.
+# Only texts whose prepared text changes are indexed again.
 _FORMLESS_WORDS = (
     "CREATE TEMP TABLE changed (label INTEGER PRIMARY KEY, search_text TEXT)",
-    # LIMIT makes SQLite compute `found` once for each row.
+    # LIMIT keeps SQLite from computing `found` twice for each row: in the result, and in the condition.
     "INSERT INTO changed SELECT label, found FROM (SELECT label, search_text, "
     "search_text_of(CAST(text AS BLOB)) AS found FROM records WHERE search_text IS NOT NULL LIMIT -1) "
     "WHERE found IS NOT search_text",
@@ -121,8 +122,8 @@ _FORMLESS_WORDS = (
     "DROP TABLE changed",
 )
 
-# `rows.row_checksum_of` all served columns except the vector. From this step on no checksum may be NULL. `_convert`
-# computes the checksums of existing rows, up to the label `unconverted`.
+# Adds the checksum of a row's texts and numbers, see `rows.row_checksum_of`. From this step on, a row with a missing
+# checksum is damaged. `_convert` computes the checksums of existing rows, those with labels up to `unconverted`.
 _ROW_CHECKSUM = (
     "ALTER TABLE records ADD COLUMN row_checksum INTEGER",
     "ALTER TABLE state ADD COLUMN unconverted INTEGER NOT NULL DEFAULT 0",
@@ -140,22 +141,24 @@ STEPS: tuple[tuple[str, ...], ...] = (
     _FORMLESS_WORDS,
     _ROW_CHECKSUM,
 )
-#: From this version on each row has all checksums.
+#: Number of steps from which each undamaged row has all three checksums.
 CHECKED_VERSION = len(STEPS)
-#: Rows converted in one transaction: the write-ahead log stays small, and an interrupted conversion keeps its progress.
+#: Number of rows that get checksums in one transaction. It is small, so that the write-ahead log stays small and an
+#: interrupted conversion keeps its progress.
 _CONVERTED_AT_ONCE = 500
 
 
 def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> None:
-    """Create the tables, or migrate those of an older version; each step is one transaction.
+    """Create the tables, or migrate those of an older version; each migration step is one transaction.
 
     Args:
-        connection: the database.
+        connection: a connection to the database.
         subject: name of the database in messages.
-        create: whether the database is empty.
+        create: whether the database is empty and its tables must be created.
 
     Raises:
-        ServiceError: INTERNAL if a newer version wrote the database, or its tables are not those of its version.
+        ServiceError: INTERNAL if a newer version wrote the database, its tables are not those of its version, or its
+            record of the rows without checksums is damaged.
         sqlite3.Error: a statement failed.
     """
     if create:
@@ -177,10 +180,10 @@ def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> No
 
 
 def _convert(connection: sqlite3.Connection, subject: str) -> None:
-    """Add the missing checksums to rows of an older version if their present checksums are right.
+    """Add the missing checksums to rows that an older version wrote, if their present checksums are right.
 
-    A damaged row gets none, and so stays damaged. A row without any checksum counts as undamaged, unless it was
-    inserted after a row with a checksum: then it had one.
+    A damaged row gets no checksum, and so stays damaged. A row without any checksum counts as undamaged, unless it was
+    inserted after a row with a checksum: then it had a checksum too, which was lost. `subject` names the database.
     """
     statement = "SELECT label FROM records WHERE checksum IS NOT NULL ORDER BY label LIMIT 1"
     (first,) = connection.execute(statement).fetchone() or (None,)
@@ -205,16 +208,20 @@ def _convert(connection: sqlite3.Connection, subject: str) -> None:
 
 
 def _unconverted(connection: sqlite3.Connection, subject: str) -> int:
-    """Return the greatest label of the rows of an older version that may lack checksums; 0 if there are none."""
+    """Return the greatest label of the rows that may lack checksums, since an older version wrote them; 0 if none do.
+
+    Raises:
+        ServiceError: INTERNAL, which names the database `subject`, if the stored number is damaged.
+    """
     row = connection.execute("SELECT unconverted FROM state").fetchone()
     return max(0, integer_of(row, subject))
 
 
 def make(connection: sqlite3.Connection, version: int) -> None:
-    """Create the tables in an empty database as they are after `version` steps, 0 to all.
+    """Create the tables in an empty database as they are after `version` migration steps, 0 to `len(STEPS)`.
 
     Raises:
-        sqlite3.Error: it failed.
+        sqlite3.Error: a statement failed.
     """
     connection.executescript(_FIRST)
     _add_functions(connection)
@@ -225,10 +232,12 @@ def make(connection: sqlite3.Connection, version: int) -> None:
 def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
     """Return the declarations of tables, indexes, triggers and views of a database, without metadata indexes.
 
-    As bytes, since a damaged declaration may not be UTF-8.
+    Returns:
+        Type, name, table and SQL of each, sorted by type and name; as bytes, since a damaged declaration may not be
+        UTF-8.
 
     Raises:
-        sqlite3.Error: they cannot be read.
+        sqlite3.Error: the declarations cannot be read.
     """
     return connection.execute(
         "SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(coalesce(sql, '') AS BLOB) "
@@ -239,17 +248,19 @@ def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
 
 @cache
 def _objects_of(version: int) -> list[tuple[bytes, ...]]:
-    """Return the objects of a database after `version` steps."""
+    """Return the result of `objects` for an undamaged database that has had `version` migration steps."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         make(connection, version)
         return objects(connection)
 
 
 def index_words(connection: sqlite3.Connection) -> None:
-    """Rebuild the word index from all texts, in a database at the last step, whatever the index contains.
+    """Rebuild the word index from all texts, even if the index is damaged; the caller holds a transaction.
+
+    The database must have had all migration steps.
 
     Raises:
-        sqlite3.Error: it failed.
+        sqlite3.Error: a statement failed.
     """
     _add_functions(connection)
     for statement in (_SEARCH_TEXTS, *_NO_WORDS, _INDEX_WORDS):
@@ -257,20 +268,26 @@ def index_words(connection: sqlite3.Connection) -> None:
 
 
 def _add_functions(connection: sqlite3.Connection) -> None:
-    """Add the SQL functions that the steps use; triggers use none, so that any SQLite can write to the database."""
+    """Add the SQL function `search_text_of`, which the steps use, to a connection.
+
+    Triggers use no such function, so that a connection of any SQLite program can write to the database.
+    """
     connection.create_function("search_text_of", 1, _search_text_of, deterministic=True)
 
 
 def add_checksum_function(connection: sqlite3.Connection) -> None:
-    """Add the SQL function `text_checksum_of`, whose arguments are id, text, metadata and label as bytes."""
+    """Add the SQL function `text_checksum_of` to a connection.
+
+    The function takes id, text, metadata and label as bytes, and returns their CRC-32, or NULL if one of them is NULL.
+    """
     connection.create_function("text_checksum_of", 4, _checksum_of_bytes, deterministic=True)
 
 
 def _checksum_of_bytes(*texts: bytes) -> int | None:
-    """Return the checksum of a record's texts; None if a text is NULL."""
+    """Return the CRC-32 of the texts of a record: id, text, metadata and label. None if one of them is None."""
     return None if None in texts else checksum_of_bytes(texts)
 
 
 def _search_text_of(data: bytes) -> str | None:
-    # A damaged text must not prevent the collection from being opened.
+    # A text that is not UTF-8, as after damage, must not prevent the collection from being opened.
     return search_text(data.decode(errors="replace"))

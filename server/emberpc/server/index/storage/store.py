@@ -48,16 +48,22 @@ DATABASE_NAME = "records.db"
 
 
 class Store(StoreReader):
-    """One collection's database. Any number of threads may read; the caller serializes writes.
+    """The database of one collection. Any number of threads may read; the caller serializes writes.
+
+    Opening the database migrates tables of an older version, and logs lost writes and damaged counters.
 
     Args:
         folder: the collection's folder.
         spec: the spec of the collection.
         cache: cache of recently read records.
         reserve: disk space for deletions on a full disk.
+        on_shortage: called when no file descriptor is free for reading, before the second attempt to connect.
         max_response_bytes: limit of the bytes of the records that are read for one response.
-        on_shortage: called when no file descriptor is free for reading, before the second attempt.
-        create: create a new database.
+        create: whether to create the database; if not, a missing database is an error.
+
+    Raises:
+        ServiceError: INTERNAL if the database cannot be opened or is damaged, RESOURCE_EXHAUSTED if the disk is full or
+            no file descriptor is free.
     """
 
     def __init__(
@@ -99,17 +105,22 @@ class Store(StoreReader):
         vectors: Matrix,
         expected_revisions: Sequence[int] | None,
     ) -> Change:
-        """Insert or replace records, all or none.
+        """Insert records, or replace those with the same ids, in one transaction: all records or none.
 
         Args:
-            records: the records, with distinct ids.
+            records: the records, with distinct ids; a time to live counts from now.
             documents: the metadata of each record, as JSON.
             vectors: float32 (records, dimensions).
             expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
+        Returns:
+            The sequence of the write, the labels that were added and removed, and the number of inserted and of
+            replaced records.
+
         Raises:
-            ServiceError: ABORTED if a revision differs from the expected one, DATA_LOSS if a revision is expected of a
-                damaged record, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: INVALID_ARGUMENT if the number of expected revisions is wrong, ABORTED if a revision differs
+                from the expected revision, DATA_LOSS if a revision is expected of a damaged record, RESOURCE_EXHAUSTED
+                if the disk is full, INTERNAL if the database fails or a counter is damaged.
         """
         if expected_revisions is not None and len(expected_revisions) != len(records):
             message = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
@@ -152,12 +163,20 @@ class Store(StoreReader):
         return Change(sequence, added, removed, len(records) - updated, updated)
 
     def copy(self, records: Sequence[StoredRecord], documents: Sequence[str], vectors: Matrix) -> Change:
-        """Write records of another database unchanged, with their revisions and times; the sequence does not grow.
+        """Write records of another database with their revisions and times; replace records with the same ids.
+
+        All records are written in one transaction. The sequence does not grow.
 
         Args:
             records: the records, with distinct ids.
             documents: the metadata of each record, as JSON.
-            vectors: float32 (records, dimensions), which replace the records' own vectors.
+            vectors: float32 (records, dimensions), stored instead of the records' own vectors.
+
+        Returns:
+            The sequence of the last write, and the labels that were added and removed.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the database or a counter is damaged.
         """
         self._reserve.check(f"the request wrote nothing to {self._subject}")
         return self._write(lambda connection: self._copy(connection, records, documents, vectors))
@@ -192,7 +211,10 @@ class Store(StoreReader):
         vectors: Matrix,
         numbers: Sequence[tuple[int, float, float, float | None]],
     ) -> Labels:
-        """Insert rows and return their labels; `numbers` has revision, create, update and expire time of each."""
+        """Insert rows under new labels, and return these labels, int64 (records,), ascending.
+
+        `numbers` has the revision and the create, update and expire time of each record; times in seconds since 1970.
+        """
         first = counters.next_label(connection, self._subject)
         labels = np.arange(first, first + len(records), dtype=np.int64)
         for label, record, document, vector, its in zip(
@@ -202,17 +224,17 @@ class Store(StoreReader):
         return labels
 
     def identity(self) -> str:
-        """Return the identity of this database; a copy of it has the same until one of the two takes a new one."""
+        """Return the identity of this database. A copied database has an equal identity until it is given a new one."""
         return self._read_identity(self._connection())
 
     def take_new_identity(self) -> None:
-        """Set a new identity, which differs from that of all copies and of the original."""
+        """Give this database a new random identity, so that it differs from those of all copies of this database."""
         with self._writing() as connection:
             connection.execute(schema.NEW_IDENTITY)
         self._identity = self._read_identity(self._writer)
 
     def set_sequence(self, sequence: int) -> None:
-        """Set the sequence of the last write."""
+        """Set the sequence of the last write, in the database and in the file `acknowledged`."""
         with self._writing() as connection:
             connection.execute("UPDATE state SET sequence = ?", (sequence,))
         self._note_write(sequence)
@@ -220,14 +242,21 @@ class Store(StoreReader):
     def delete(self, ids: Sequence[str]) -> Change:
         """Delete records by id in one transaction; missing ids are ignored, and if all are missing nothing is written.
 
-        A record whose damaged id is not a string is deleted by its `printable_id`.
+        A record whose damaged id is not a string is deleted by the `printable_id` of its id.
+
+        Returns:
+            The sequence of the last write, and the labels that were removed.
+
+        Raises:
+            ServiceError: INTERNAL if the database fails, RESOURCE_EXHAUSTED if the disk and the reserve are full.
         """
         distinct = list(dict.fromkeys(ids))
         damaged_ids = [data for data in map(bytes_of_printable_id, distinct) if data is not None]
 
         def find(connection: sqlite3.Connection) -> set[int]:
             found = {row[0] for row in self._select_by(connection, "id", [*distinct, *damaged_ids], "label")}
-            # Bytes that are not UTF-8 can be the id of a damaged record only; SQLite compares other ids as bytes.
+            # A damaged id is a BLOB, which is found above, or a TEXT that is not UTF-8, which needs the cast. Bytes in
+            # UTF-8 are not cast: that would find the undamaged record whose id has these bytes.
             for data in damaged_ids:
                 if isinstance(lenient_text(data), bytes):
                     rows = connection.execute("SELECT label FROM records WHERE id = CAST(? AS TEXT)", (data,))
@@ -237,17 +266,34 @@ class Store(StoreReader):
         return self._delete(find)
 
     def delete_matching(self, condition: Clause) -> Change:
-        """Delete the records that meet a condition in one transaction; if there are none, nothing is written."""
+        """Delete the records that meet a condition in one transaction; if no record does, nothing is written.
+
+        Returns:
+            The sequence of the last write, and the labels that were removed.
+
+        Raises:
+            ServiceError: INTERNAL if the database fails, RESOURCE_EXHAUSTED if the disk and the reserve are full.
+        """
         return self._delete(lambda connection: set(self._matching(connection, condition).tolist()))
 
     def delete_expired(self, most: int | None = None) -> Change:
-        """Delete at most `most` expired records (None: all) in one transaction; if there are none, write nothing."""
+        """Delete expired records in one transaction, earliest expiry first; if there are none, nothing is written.
+
+        Args:
+            most: most records to delete; None: all that have expired.
+
+        Returns:
+            The sequence of the last write, and the labels that were removed.
+
+        Raises:
+            ServiceError: INTERNAL if the database fails, RESOURCE_EXHAUSTED if the disk and the reserve are full.
+        """
         now = datetime.now(timezone.utc).timestamp()
         due = Clause("expires <= ?", (now,))
         return self._delete(lambda connection: {row[0] for row in islice(self._expiring(connection, due), most)})
 
     def close(self) -> None:
-        """Close every connection; no call may be in progress or follow."""
+        """Close every connection. No other method may run now or later."""
         self._readers.close()
         self._writer.close()
 
@@ -258,7 +304,8 @@ class Store(StoreReader):
     def _delete(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
         change = self._reserve.run(lambda: self._delete_at_once(find))
         if not self._reserve.refill():
-            # Most of the space that the deletion used is in the log, whose pages fit into the database's free pages.
+            # The deletion used the reserve's space mostly for the write-ahead log. Merging the log into the database
+            # frees that space, since the log's pages fit into free pages of the database.
             with translated(self._subject):
                 empty_log(self._writer)
             self._reserve.refill()
@@ -275,8 +322,8 @@ class Store(StoreReader):
         return self._write(delete)
 
     def _remove(self, connection: sqlite3.Connection, labels: set[int]) -> None:
-        """Delete rows, damaged or not."""
-        # FTS5 removes the words of a text by that text. The words of a damaged text stay, without a record.
+        """Delete rows by label, damaged or not; if one of their texts is damaged, request a new word index."""
+        # FTS5 needs the text to remove its words. The words of a damaged text stay in the index, without a record.
         damaged_texts = (
             "SELECT EXISTS (SELECT 1 FROM records WHERE label IN (SELECT value FROM json_each(?)) AND text_checksum "
             "IS NOT text_checksum_of("
@@ -287,7 +334,9 @@ class Store(StoreReader):
         delete_rows(connection, self._spec, labels)
 
     def build_words(self) -> None:
-        """Rebuild the word index from the texts, as a write; the caller's cancellation does not stop it.
+        """Rebuild the word index from the texts, even if the call of this thread is cancelled; counts as a write.
+
+        If the rebuild fails because of damage, `words_beyond_repair` becomes true, and no rebuild is attempted again.
 
         Raises:
             ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
@@ -303,13 +352,16 @@ class Store(StoreReader):
         log.warning("%s: the word index was rebuilt from the texts", self._subject)
 
     def _write(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
-        """Run `work` in a transaction and note its sequence as acknowledged."""
+        """Run `work` in a transaction, note its sequence in the file `acknowledged`, and return its change."""
         change = self._run_transaction(work)
         self._note_write(change.sequence)
         return change
 
     def _run_transaction(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
-        """Run `work` in a transaction; if a damaged word index makes it fail, rebuild that index and retry once."""
+        """Run `work` in a transaction and return its change.
+
+        If a damaged word index may be why `work` failed, rebuild the word index and run `work` once more.
+        """
         with translated(self._subject):
             try:
                 with transaction(self._writer):

@@ -46,7 +46,7 @@ from emberpc.server.index.storage.rows import (
 log = logging.getLogger(__name__)
 
 _MAX_VARIABLES = 900
-#: Bytes of metadata that are read to explain why a filter matches nothing: 0.2 s.
+#: Most bytes of metadata that are read to explain why a filter matches nothing; reading them takes 0.2 s.
 _MOST_METADATA = 4 * 2**20
 
 
@@ -61,7 +61,7 @@ class StoreReader:
         spec: the spec of the collection.
         cache: cache of recently read records.
         response_bytes: limit of the bytes of the records that are read for one response.
-        on_shortage: called when no file descriptor is free, before the second attempt.
+        on_shortage: called when no file descriptor is free, before the second attempt to connect.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class StoreReader:
         self._path = path
         self._spec = spec
         self._damage = DamageFilter(spec)
-        #: Called with the labels of records that a search read and found to be damaged.
+        #: Called with the labels of damaged records that a read found.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
-        #: Whether the word index must be rebuilt, and whether rebuilding failed.
+        #: Whether the word index must be rebuilt; and whether that failed because of damage, so it is not tried again.
         self.words_suspect = False
         self.words_beyond_repair = False
         #: Called when `words_suspect` becomes true.
@@ -90,7 +90,7 @@ class StoreReader:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Let all reads of this thread in the block see the same state. Blocks must not be nested."""
+        """Let all reads of this thread in the block see one state of the database. Blocks must not be nested."""
         connection = self._connection()
         with translated(self._subject):
             connection.execute("BEGIN")
@@ -100,10 +100,10 @@ class StoreReader:
             connection.rollback()
 
     def get(self, ids: Sequence[str], *, with_vectors: bool) -> dict[str, StoredRecord]:
-        """Return the existing records among the ids, read in one snapshot, with at least the response's parts.
+        """Return the existing records by id, of one state of the database, with at least `response_bytes.parts`.
 
         Raises:
-            ServiceError: besides the usual, DATA_LOSS if a record is damaged.
+            ServiceError: DATA_LOSS if a record is damaged, RESOURCE_EXHAUSTED if they have too many bytes.
         """
         with self.snapshot():
             distinct = list(dict.fromkeys(ids))
@@ -115,14 +115,14 @@ class StoreReader:
         return found
 
     def _spend(self, column: str, keys: Sequence[object]) -> bool:
-        """Count records against the response's limit before they are read; return whether all may be kept whole."""
+        """Count the bytes of records before they are read; see `ResponseBytes.spend` for arguments and result."""
         with translated(self._subject):
             return self.response_bytes.spend(self._connection(), column, keys)
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Return the existing records among the labels, from the cache or the database.
+        """Return the existing, undamaged records by label, from the cache or the database, and cache whole ones.
 
-        They have at least the response's parts.
+        The records have at least `response_bytes.parts`. RESOURCE_EXHAUSTED if they have too many bytes.
         """
         found = {} if with_vectors else self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
@@ -142,10 +142,8 @@ class StoreReader:
         return found
 
     def _read_plain(self, labels: Sequence[int]) -> dict[int, StoredRecord]:
-        """Read the existing records among the labels, without vectors.
-
-        All in one row: sqlite3 releases the interpreter's lock for every row and waits for it again.
-        """
+        """Return the existing, undamaged records by label, without vectors, from the database."""
+        # One row holds all records: for each row, sqlite3 releases the interpreter's lock and waits for the lock again.
         with translated(self._subject):
             try:
                 return records_of_one_row(self._connection().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()[0])
@@ -154,7 +152,7 @@ class StoreReader:
         return self._read(labels, with_vectors=False)
 
     def _read(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Read the existing records among the labels row by row, and report damaged ones to `on_damage`."""
+        """Return the existing, undamaged records by label, read row by row; report damaged ones to `on_damage`."""
         rows = list(self._select_by(self._connection(), "label", labels, columns_of(with_vectors)))
         found = dict(self._damage.records(rows, with_vectors=with_vectors))
         if len(found) < len(rows):
@@ -164,10 +162,10 @@ class StoreReader:
     def page(
         self, after: str, count: int, *, with_vectors: bool, condition: Clause = EVERYTHING
     ) -> tuple[list[StoredRecord], bool]:
-        """Return records that meet a condition, in byte order of their ids, starting after the id `after`.
+        """Return the first `count` undamaged records that meet a condition, of those with ids greater than `after`.
 
         Returns:
-            At most `count` records, and whether the limit of the response's bytes left out some of them.
+            The records in byte order of ids, and whether some are left out because of the response's limit of bytes.
         """
         found: list[StoredRecord] = []
         seen = size = 0
@@ -194,7 +192,7 @@ class StoreReader:
         return found, False
 
     def metadata(self, count: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the metadata of the first undamaged records: at most `count`, and at most 4 MiB as JSON."""
+        """Yield the metadata of the first `count` records that are readable, at most 4 MiB of JSON in all."""
         size = 0
         with translated(self._subject):
             rows = self._connection().execute(
@@ -208,7 +206,7 @@ class StoreReader:
                     yield json.loads(document)
 
     def compile(self, condition: Filter | None) -> Clause | None:
-        """Compile a filter to SQL over the present records."""
+        """Compile a validated filter to SQL that is valid for the present records; None if there is no filter."""
         with translated(self._subject):
             return None if condition is None else nul_metadata.compiled(self._connection(), condition)
 
@@ -219,22 +217,22 @@ class StoreReader:
             return int(self._damage.select(self._connection(), statement, condition.parameters)[0][0])
 
     def matching(self, condition: Clause, after: int | None = None) -> Labels:
-        """Return the labels of the records that meet a condition, int64, ascending; only labels above `after`."""
+        """Return the labels of the undamaged records that meet a condition, int64, ascending; only those > `after`."""
         with translated(self._subject):
             return self._damage.undamaged(self._matching(self._connection(), condition, after))
 
     def lexical_matches(self, expression: str, count: int, condition: Clause) -> list[tuple[int, float]]:
-        """Search the word index; return labels of the best matches that meet a condition, with their BM25 scores.
+        """Search the word index; return labels of the best matches with BM25 scores (greater is better), best first.
 
         Args:
             expression: a valid query in FTS5's syntax.
             count: limit of the number of labels.
-            condition: condition on the records.
+            condition: condition that the records must meet.
 
         Raises:
-            ServiceError: besides the usual, DATA_LOSS if the word index is damaged.
+            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if the database fails.
         """
-        # Joined only for a condition, since a join doubles the time; from `words`, which has fewer rows.
+        # A join doubles the time, so only a condition uses it. CROSS JOIN reads `words` first, which has fewer rows.
         joined = "" if condition is EVERYTHING else "CROSS JOIN records ON label = words.rowid"
         statement = (
             f"SELECT words.rowid, -bm25(words) AS score FROM words {joined} "  # noqa: S608 - our own conditions
@@ -244,37 +242,37 @@ class StoreReader:
             return self._damage.select(self._connection(), statement, (expression, *condition.parameters, count))
 
     def count_lexical_matches(self, expression: str) -> int:
-        """Return the number of texts that match an FTS5 query; raises as `lexical_matches`."""
+        """Return the number of texts that match an FTS5 query; raise DATA_LOSS if the word index is damaged."""
         with translated(self._subject), self._reading_words():
             found = self._connection().execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,))
             return int(found.fetchone()[0])
 
     def newest_label(self) -> int:
-        """Return the greatest label that was ever assigned; 0 if there was no record yet."""
+        """Return the greatest label that was ever assigned, 0 if none was; raise INTERNAL if the counter is damaged."""
         with translated(self._subject):
             return self._newest_label(self._connection())
 
     def sequence(self) -> int:
-        """Return the sequence of the last write."""
+        """Return the sequence of the last write; raise INTERNAL if the counter is damaged."""
         return self._sequence(self._connection())
 
     def labels(self) -> Labels:
-        """Return the labels of all records, int64, ascending, without impossible ones, which the graph cannot hold."""
+        """Return the labels of all records, int64, ascending. Labels outside 1 to 2**62 are damaged and left out."""
         with translated(self._subject):
             rows = self._connection().execute(counters.SELECT_LABELS).fetchall()
         return np.array([row[0] for row in rows], dtype=np.int64)
 
     def ids(self, labels: Sequence[int]) -> dict[int, str]:
-        """Return the ids of the existing records among the labels."""
+        """Return the ids of the existing, undamaged records, by label."""
         return {label: record.id for label, record in self._read(labels, with_vectors=False).items()}
 
     def vectors(self, labels: Sequence[int], *, checked: bool = True) -> tuple[Labels, Matrix]:
-        """Return the vectors of existing records, labels ascending: int64 (n,) and float32 (n, dimensions).
+        """Return labels and vectors of the existing records among the labels: int64 (n,), float32 (n, dimensions).
 
         Args:
-            labels: the labels.
-            checked: whether to verify the vectors' checksums. If not, damaged vectors may be among them, and the caller
-                must check those that it returns.
+            labels: the labels, ascending.
+            checked: whether to verify checksums and leave out damaged vectors. If not, damaged vectors may be among the
+                result, and the caller must verify those that it uses.
         """
         columns = VECTOR_COLUMNS if checked else UNCHECKED_COLUMNS
         return self._damage.vectors(
@@ -284,7 +282,10 @@ class StoreReader:
     def scan(
         self, batch: int, condition: Clause = EVERYTHING, *, checked: bool = True
     ) -> Iterator[tuple[Labels, Matrix]]:
-        """Yield the vectors of all records that meet a condition, `batch` at a time; to be used within a `snapshot`."""
+        """Yield labels and vectors of all records that meet a condition, `batch` at a time, as `vectors` returns them.
+
+        Use it within a block of `snapshot`, so that all batches are of one state. `checked` is as in `vectors`.
+        """
         if condition is not EVERYTHING:
             labels = self.matching(condition).tolist()
             for start in range(0, len(labels), batch):
@@ -298,10 +299,9 @@ class StoreReader:
                 yield self._damage.vectors(rows, checked=checked)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
-        """Return at most `count` pairs of label and record with labels above `label`, in the order of writing.
+        """Return label and record of the first `count` records with labels above `label`, in the order of writing.
 
-        Raises:
-            ServiceError: besides the usual, DATA_LOSS if a record is damaged.
+        Raise DATA_LOSS if one of these records is damaged.
         """
         with translated(self._subject):
             found = self._damage.select(
@@ -312,19 +312,19 @@ class StoreReader:
         return [(row[0], record_of(row, self._spec, with_vectors=False)) for row in found]
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the revisions of the existing records among the ids."""
+        """Return the revisions of the existing records, by id, without a check for damage."""
         return dict(self._select_by(self._connection(), "id", ids, "id, revision"))
 
     def next_expiry(self) -> float | None:
-        """Return when the next record expires, in seconds since 1970; None if no record has an expiry."""
+        """Return when the next undamaged record expires, in seconds since 1970; None if no record expires."""
         with translated(self._subject):
             row = next(self._expiring(self._connection(), Clause("expires IS NOT NULL")), None)
         return None if row is None else float(row[4])
 
     def _expiring(self, connection: sqlite3.Connection, condition: Clause) -> Iterator[tuple[Any, ...]]:
-        """Yield rows of `NUMBER_COLUMNS` of records that meet a condition, by expiry, earliest first.
+        """Yield rows of `NUMBER_COLUMNS` of the records that meet a condition, earliest expiry first.
 
-        Rows whose numbers do not match their checksum are left out: a damaged time must not delete a record.
+        Rows whose numbers are damaged are marked and left out: a damaged time must not cause a record's deletion.
         """
         statement = f"SELECT {NUMBER_COLUMNS} FROM records WHERE {condition.sql} ORDER BY expires"  # noqa: S608 - ours
         for row in connection.execute(statement, condition.parameters):
@@ -336,7 +336,7 @@ class StoreReader:
                 self._damage.note_record(label, found[0][0])
 
     def rows(self, first: int, count: int) -> list[Row]:
-        """Return at most `count` rows with labels from `first`, by label, damaged or not."""
+        """Return the first `count` rows with labels from `first` on, in the order of labels, damaged or not."""
         with translated(self._subject):
             found = self._damage.select(
                 self._connection(),
@@ -346,24 +346,24 @@ class StoreReader:
             return [Row(*row) for row in found]
 
     def integrity_errors(self) -> list[str]:
-        """Run SQLite's integrity check; return its findings, empty if there are none."""
+        """Run SQLite's integrity check; return its messages of damage, without those on the word index."""
         with translated(self._subject):
             found = [row[0] for row in self._connection().execute("PRAGMA integrity_check")]
-        # Later versions of SQLite check the word index too; here `words_are_intact` checks it against the texts.
+        # Later versions of SQLite check the word index too, but `words_are_intact` also compares it with the texts.
         return [each for each in found if each != "ok" and "FTS5" not in each]
 
     def counter_problem(self, newest_label: int, newest_revision: int) -> str:
-        """Return what is wrong with the counters, or ""; see `counters.problem`."""
+        """Return what is wrong with the counters, or ""; see `counters.problem` for the arguments."""
         with translated(self._subject):
             return counters.problem(self._connection(), newest_label, newest_revision)
 
     def words_are_intact(self) -> bool:
-        """Return whether the word index holds exactly the words of the texts; reads both completely."""
+        """Return whether the word index holds exactly the words of the texts; reads all texts and the whole index."""
         with translated(self._subject):
             return word_index.is_intact(self._path)
 
     def suspect_words(self) -> None:
-        """Mark the word index as possibly damaged, so that it is rebuilt."""
+        """Mark the word index as possibly damaged, and call `on_suspect_words`, so that the index is rebuilt."""
         self.words_suspect = True
         self.on_suspect_words()
 
@@ -379,7 +379,7 @@ class StoreReader:
             raise word_index.damaged(self._subject) from error
 
     def release(self) -> None:
-        """Return this thread's connection to the pool; to be called at the end of each call."""
+        """Give this thread's connection back to the pool; to be called at the end of each call."""
         self._readers.release()
 
     def _connection(self) -> sqlite3.Connection:
@@ -389,7 +389,7 @@ class StoreReader:
     def _select_by(
         self, connection: sqlite3.Connection, column: str, keys: Sequence[object], columns: str
     ) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows with one of many keys, as many keys in each statement as SQLite accepts."""
+        """Yield `columns` of the rows whose `column` is one of `keys`; each statement has at most 900 of the keys."""
         with translated(self._subject):
             for start in range(0, len(keys), _MAX_VARIABLES):
                 cancellation.check()
@@ -402,7 +402,7 @@ class StoreReader:
                 )
 
     def _matching(self, connection: sqlite3.Connection, condition: Clause, after: int | None = None) -> Labels:
-        # Sorted here: with ORDER BY, SQLite would scan all records instead of using a metadata index.
+        # Python sorts: with ORDER BY, SQLite would scan all records instead of using a metadata index.
         newer, parameters = ("", ()) if after is None else ("label > ? AND ", (after,))
         rows = self._damage.select(
             connection,

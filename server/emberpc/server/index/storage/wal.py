@@ -1,8 +1,8 @@
 """Detection of commits in a write-ahead log that SQLite does not apply after a crash.
 
-SQLite applies the log up to the first frame whose checksum is wrong. It reports nothing about later frames, since they
-may be stale, or cut off by the crash. Later frames of the same generation that end a transaction are lost writes. Only
-frame headers are read here, and only of a log that exists when a database is opened, so no write is slower.
+SQLite applies the frames of the log before the first frame with a wrong checksum. SQLite reports nothing about later
+frames, since they may be stale, or cut off by the crash. Later frames of the same generation that end a transaction are
+lost writes. This module reads only frame headers, and only when a database with a log is opened, so no write is slower.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-# https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+# Layouts of the log's header and of a frame's header: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 _HEADER = struct.Struct(">8I")
 _FRAME = struct.Struct(">6I")
 _MAGIC = 0x377F0682
@@ -23,12 +23,12 @@ _MASK = 2**32 - 1
 
 
 class LogContents(NamedTuple):
-    """Contents of a write-ahead log.
+    """Contents of a write-ahead log. SQLite begins a new generation when it overwrites the log from its start.
 
     Attributes:
-        readable: whether the checksum of its header is right.
-        commits: numbers, from 1, of the frames that end a transaction of the log's present generation.
-        frames: number of the last frame of this generation.
+        readable: whether the checksum of the log's header is right.
+        commits: numbers, from 1, of the frames of the present generation that end a transaction.
+        frames: number of the last frame of the present generation; 0 if there is none.
     """
 
     readable: bool
@@ -37,7 +37,15 @@ class LogContents(NamedTuple):
 
 
 def inspect(database: Path) -> LogContents | None:
-    """Return the contents of a database's log, None if there is no log; to be called before a connection is opened."""
+    """Read the headers in the write-ahead log of a database, before any connection to the database is opened.
+
+    Returns:
+        The contents of the log. None if there is no log, it cannot be opened, its header is incomplete, or its header
+        is damaged and no frame follows.
+
+    Raises:
+        OSError: the log cannot be read.
+    """
     path = database.with_name(f"{database.name}-wal")
     try:
         file = path.open("rb", buffering=0)
@@ -63,12 +71,15 @@ def inspect(database: Path) -> LogContents | None:
 
 
 def report_lost_commits(connection: sqlite3.Connection, found: LogContents | None, subject: str) -> None:
-    """Log which commits of a write-ahead log SQLite did not apply.
+    """Log how many commits of a write-ahead log SQLite did not apply; merges the applied ones into the database.
 
     Args:
         connection: the first connection that was opened after `inspect`.
-        found: the result of `inspect`.
+        found: the result of `inspect`; None: there is nothing to report.
         subject: name of the database in messages.
+
+    Raises:
+        sqlite3.DatabaseError: the database is damaged.
     """
     if found is None:
         return
@@ -100,7 +111,7 @@ def report_lost_commits(connection: sqlite3.Connection, found: LogContents | Non
 
 
 def _checksum(header: bytes) -> tuple[int, int]:
-    """Compute the checksum of a log's header."""
+    """Compute the checksum of a log's header, two 32-bit numbers, from its first 24 bytes."""
     order = ">" if header[3] & 1 else "<"
     words = struct.unpack(f"{order}6I", header[:24])
     first = second = 0

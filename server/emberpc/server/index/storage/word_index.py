@@ -1,7 +1,7 @@
-"""Check and rebuilding of a collection's word index, which is derived from its texts.
+"""Check and rebuilding of a collection's word index, which is derived from the collection's texts.
 
-SQLite's pages have no checksums, so FTS5 may read past damage and miss texts. The check compares the whole index with
-the texts, by FTS5's own integrity check.
+SQLite's pages have no checksums, so FTS5 may not notice damage in the index, and miss texts. The check compares the
+whole index with the texts, by FTS5's own integrity check.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import schema
 from emberpc.server.index.storage.database import connect, transaction
 
-# A copy of the index that is declared with its texts as content, so that FTS5 compares both. FTS5 does so only in a
-# statement that writes. A copy among the temporary tables of a connection does not block other connections' writes.
+# Statements that copy the index and check the copy. The copy declares the texts as its content, so that FTS5's
+# integrity check compares both. The check is a statement that writes. The copy is a temporary table of the connection,
+# so other connections can write meanwhile.
 _COPY = (
     "CREATE TEMP VIEW texts_of_words AS "
     "SELECT label, coalesce(search_text, text) AS text FROM main.records WHERE text <> ''",
@@ -34,12 +35,12 @@ _COPY = (
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether the word index of a database holds exactly the words of its texts and can be read.
+    """Return whether the word index of a database can be read and holds exactly the words of the database's texts.
 
-    Reads and tokenizes all texts, and needs temporary space for a copy of the index.
+    Reads and tokenizes all texts, and needs temporary disk space for a copy of the index.
 
     Raises:
-        sqlite3.Error: the check failed.
+        sqlite3.Error: the check failed for another reason than a damaged index.
     """
     with closing(connect(path)) as connection:
         connection.execute("BEGIN")
@@ -60,21 +61,24 @@ def build(connection: sqlite3.Connection) -> None:
     """Rebuild the word index from the texts in one transaction.
 
     Raises:
-        sqlite3.Error: it failed.
+        sqlite3.Error: the index cannot be rebuilt; nothing has changed.
     """
     with transaction(connection):
         schema.index_words(connection)
 
 
 def may_be_damage(error: sqlite3.DatabaseError) -> bool:
-    """Return whether a damaged word index can be the cause of an error; damaged records can be the cause too."""
+    """Return whether a damaged word index can be the cause of an error; damaged records can cause such an error too."""
     if isinstance(error, sqlite3.OperationalError):
         return "fts5" in str(error)
     return type(error) is sqlite3.DatabaseError
 
 
 def damaged(subject: str) -> ServiceError:
-    """Return the error of a lexical search for a damaged word index; `subject` is such as "collection 'c'"."""
+    """Return the error DATA_LOSS of a lexical search that found the word index damaged.
+
+    `subject` is the name of the database in messages, such as "collection 'c'".
+    """
     return ServiceError(
         Code.DATA_LOSS,
         f"the word index of {subject} is damaged; the server builds it again from the texts, which takes about 15 s "
