@@ -1,4 +1,4 @@
-"""A gate that counts calls in progress: the first call opens a resource, which is closed while there are none."""
+"""A gate that counts calls in progress: the first call opens a resource, which may be closed while no call runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ def _nothing() -> None:
 
 
 class CallGate:
-    """Counts calls in progress and admits them until the end. Safe to use from several threads.
+    """Counts calls in progress, and opens the resource that they use. Safe to use from several threads.
+
+    `begin_end` or `end` begins the end of the gate: from then on no call is admitted, for good.
 
     Args:
         subject: name of the resource that the calls use, for messages.
-        open_it: opens the resource; the call that needs it raises what this raises.
-        release: called at the end of each call, on its thread, before the resource can be closed.
+        open_it: opens the resource; its errors are raised by the call that needs the resource.
+        release: called at the end of each call, on the call's thread, before the resource can be closed.
     """
 
     def __init__(
@@ -37,33 +39,35 @@ class CallGate:
         #: Held while the resource is opened or closed.
         self._opening = threading.Lock()
         self._is_open = False
-        #: Number of calls so far, without maintenance.
+        #: Number of calls that have begun so far, without maintenance calls.
         self.begun = 0
-        #: When the last call, other than maintenance, ended, by the monotonic clock.
+        #: When the last call, other than a maintenance call, ended, in seconds of `time.monotonic`.
         self.last_used = monotonic()
 
     def ending(self) -> bool:
-        """Return whether the end has begun."""
+        """Return whether the end of the gate has begun, so that no call is admitted."""
         return self._ending.is_set()
 
     def enter(self, stop: Callable[[], bool] | None = None) -> _Call:
-        """Return a context for a call: it keeps the resource open and delays the end.
+        """Return a context manager for a call, which keeps the resource open until the call ends.
 
-        Entering the context returns a function that tells a long call whether to stop: because `stop` returns true, or
-        the end has begun. In the latter case the call fails with UNAVAILABLE.
+        Entering the context manager opens the resource if it is closed. It returns a function that a long call must
+        call regularly: the call must stop if the function returns True, because `stop` returns True or the end of the
+        gate has begun.
 
         Raises:
-            ServiceError: on entering, UNAVAILABLE after the end has begun, and errors of `open_it`.
+            ServiceError: on entering, UNAVAILABLE if the end of the gate has begun, and errors of opening the resource.
+                On leaving, UNAVAILABLE if the call was stopped because the end began.
         """
         return _Call(self, stop)
 
     def check(self) -> None:
-        """Raise UNAVAILABLE if the end has begun."""
+        """Raise the error UNAVAILABLE if the end of the gate has begun, so that no call is admitted."""
         if self._ending.is_set():
             raise self.over()
 
     def begin_end(self) -> bool:
-        """Admit no more calls; return False if that was done before."""
+        """Admit no more calls, for good; return False if the end of the gate had begun before."""
         with self._mutex:
             first = not self._ending.is_set()
             self._ending.set()
@@ -74,10 +78,10 @@ class CallGate:
 
         Args:
             close: closes the resource.
-            deadline: until when to wait; None: without limit.
+            deadline: until when to wait for calls; None: without limit.
 
         Returns:
-            Whether the calls ended by the deadline; otherwise the resource stays open.
+            Whether the calls ended by the deadline. If not, the resource stays open.
         """
         deadline = deadline or Deadline()
         self.begin_end()
@@ -92,13 +96,16 @@ class CallGate:
         return True
 
     def suspend(self, begun: int, close: Callable[[], None]) -> bool:
-        """Close the resource, unless a call is in progress or has begun since; return whether it was closed.
+        """Close the resource, unless a call is in progress, or has begun since the caller read `self.begun`.
 
-        A call that begins meanwhile waits and opens it again.
+        A call that begins meanwhile waits, and opens the resource again.
 
         Args:
-            begun: the value of `begun` that the caller has seen.
+            begun: the value of `self.begun` that the caller read.
             close: closes the resource.
+
+        Returns:
+            Whether this closed the resource.
         """
         if not self._opening.acquire(blocking=False):
             return False
@@ -113,12 +120,16 @@ class CallGate:
         return True
 
     def wait(self, deadline: Deadline) -> bool:
-        """Wait for the calls in progress; return whether they ended by the deadline."""
+        """Wait until no call is in progress; return False if the deadline passes before."""
         with self._mutex:
             return self._idle.wait_for(lambda: not self._count, deadline.seconds_left)
 
     def begin(self) -> None:
-        """Count the beginning of a call; for `enter`."""
+        """Count the beginning of a call, and open the resource if it is closed; only for the result of `enter`.
+
+        Raises:
+            ServiceError: UNAVAILABLE if the end of the gate has begun, and errors of opening the resource.
+        """
         with self._mutex:
             self.check()
             self._count += 1
@@ -135,19 +146,21 @@ class CallGate:
             raise
 
     def finish(self) -> None:
-        """Count the end of a call; for `enter`."""
+        """Run `release` and count the end of a call; only for the result of `enter`."""
         self._release()
         self.last_used = monotonic()
         self._leave()
 
     def begin_maintenance(self, *, idle: bool = False) -> bool:
-        """Begin a call for maintenance, which does not count as use; return False if the resource is closed.
+        """Begin a call for maintenance, unless the resource is closed; return whether the call began.
+
+        The call delays closing, but changes neither `begun` nor `last_used`. `finish_maintenance` must end it.
 
         Args:
-            idle: return False also while other calls are in progress.
+            idle: whether to begin only if no other call is in progress.
 
         Raises:
-            ServiceError: UNAVAILABLE after the end has begun.
+            ServiceError: UNAVAILABLE if the end of the gate has begun.
         """
         with self._mutex:
             self.check()
@@ -157,7 +170,7 @@ class CallGate:
         return True
 
     def finish_maintenance(self) -> None:
-        """End a call that `begin_maintenance` began."""
+        """Run `release` and end a call that `begin_maintenance` began."""
         self._release()
         self._leave()
 
@@ -168,14 +181,15 @@ class CallGate:
                 self._idle.notify_all()
 
     def over(self) -> ServiceError:
-        """Return the error for a call after the end, or one that the end stopped."""
+        """Return the error UNAVAILABLE for a call that the end of the gate prevents or stops."""
         return ServiceError(Code.UNAVAILABLE, f"{self._subject} is closed or deleted; try again", reason="CLOSED")
 
 
 class _Call:
-    """Context manager of one call.
+    """Context manager of one call of a `CallGate`.
 
-    A class, since each search enters one: a generator with `contextmanager` takes four times as long.
+    It is a class, since each search enters a context manager, and a generator with `contextmanager` takes four times as
+    long.
     """
 
     __slots__ = ("_calls", "_cut_short", "_stop")

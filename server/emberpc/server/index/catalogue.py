@@ -1,4 +1,4 @@
-"""The catalogue of all collections in a data directory."""
+"""The embedded index backend: all collections in a data directory, by name."""
 
 from __future__ import annotations
 
@@ -48,19 +48,18 @@ class Index:
     RESOURCE_EXHAUSTED if no file descriptor is free.
 
     Args:
-        data_dir: the directory; created if it is missing.
-        buffer_limit: vectors of a collection that may be in its buffer before its graph is filled.
-        snapshot_every: least number of vectors that are inserted into a graph between snapshots.
+        data_dir: the data directory; created if it is missing.
+        buffer_limit: number of vectors in a collection's buffer from which they are moved to the collection's graph.
+        snapshot_every: least number of vectors that are inserted into a graph between two of its snapshots.
         record_cache_bytes: approximate limit of the bytes of the record cache; 0: no cache.
-        probe_share: share of the searches that are repeated exactly to measure recall; 0: none.
+        probe_share: share of the searches that are repeated exactly to measure recall, 0 to 1; 0: none.
         max_response_bytes: limit of the bytes of the records in one response.
-        max_collections: limit of the collections, which `create` and `restore` check.
-        max_open: collections that stay open without calls; 0: derived from the limit of file descriptors.
-        idle_seconds: a collection without a call for this long is closed until its next call; 0: never.
+        max_collections: limit of the number of collections, which `create` and `restore` check.
+        max_open: most collections that stay open while no calls use them; 0: derived from the file descriptors' limit.
+        idle_seconds: a collection without a call for this many seconds is closed until its next call; 0: never.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the directory cannot be used, another server uses it, or its format is
-            newer.
+        ServiceError: FAILED_PRECONDITION if the directory cannot be used, is in use, or is of a newer version.
     """
 
     def __init__(
@@ -83,9 +82,9 @@ class Index:
         self._cache = RecordCache(record_cache_bytes)
         self._lock = threading.RLock()
         self._closed = False
-        #: Collections that were opened, even if closed between calls, or are being opened outside of the lock.
+        #: Collections by name that were opened, even if idle and closed, or that a thread opens now without the lock.
         self._open: dict[str, Future[Collection]] = {}
-        #: Those of them that were opened; read without a lock.
+        #: Collections by name that were opened, even if idle and closed; read without the lock.
         self._at_hand: dict[str, Collection] = {}
         self._reembeddings: dict[str, Reembedding] = {}
         self._open_collections = OpenCollections(max_open or derived_limit(), idle_seconds)
@@ -94,10 +93,10 @@ class Index:
         self._directory = DataDirectory(Path(data_dir))
 
     def create(self, spec: CollectionSpec) -> Collection:
-        """Create a collection.
+        """Create an empty collection and return it.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the spec is invalid, ALREADY_EXISTS if the name exists,
+            ServiceError: INVALID_ARGUMENT if the spec is invalid, ALREADY_EXISTS if a collection has the name,
                 RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
         """
         spec.check()
@@ -108,16 +107,16 @@ class Index:
         return collection
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> Restoration:
-        """Begin to restore a backup as a new collection; see `Restoration`.
+        """Begin to restore a backup as a new collection; the result receives the bytes of the backup.
 
         Args:
             name: the name of the new collection; the name in the backup is ignored.
             total: bytes of the backup; 0: not known.
-            accept: raises ValueError or ServiceError if a collection cannot be served.
+            accept: raises ValueError or ServiceError if a collection with the given spec cannot be served.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the name is invalid, ALREADY_EXISTS if it exists, RESOURCE_EXHAUSTED if
-                there is not enough disk space or there are too many collections.
+            ServiceError: INVALID_ARGUMENT if the name is invalid, ALREADY_EXISTS if a collection has it, and
+                RESOURCE_EXHAUSTED if there is not enough disk space or there are too many collections.
         """
         check_name(name, "name")
         with self._use():
@@ -125,10 +124,10 @@ class Index:
             return Restoration(self._directory.collections, name, total, accept, self._adopt)
 
     def get(self, name: str) -> Collection:
-        """Return a collection. The first call for it loads its graph; only calls for the same collection wait for that.
+        """Return a collection; open it if it was not opened before. Calls for other collections do not wait for that.
 
         Raises:
-            ServiceError: NOT_FOUND if the name does not exist, INTERNAL if the collection is damaged.
+            ServiceError: NOT_FOUND if no collection has the name, INTERNAL if the collection is damaged.
         """
         with self._use():
             opened = self._open.get(name)
@@ -152,15 +151,18 @@ class Index:
         return collection
 
     def opened(self, name: str) -> Collection | None:
-        """Return a collection if it was opened before; never waits."""
+        """Return a collection if it was opened before, else None; never wait."""
         return self._at_hand.get(name)
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return the figures of the probes of each collection that was opened and probed, by name."""
+        """Return the measured recall of searches of each collection that was opened and has been measured, by name."""
         return {name: each.probed for name, each in list(self._at_hand.items()) if each.probed.count}
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
-        """Return a page of specs, sorted by name, and the token of the next page, empty after the last."""
+        """Return at most `page_size` specs, sorted by name, and the token of the next page, empty after the last page.
+
+        INVALID_ARGUMENT if `page_size` or `page_token` is invalid; an empty token is that of the first page.
+        """
         check_page_size(page_size)
         after = decode_token(page_token)
         with self._use():
@@ -169,10 +171,10 @@ class Index:
         return specs[:page_size], token
 
     def update(self, name: str, truncation: str) -> None:
-        """Set how a collection truncates over-long texts, and also its re-embedding if there is one.
+        """Set the truncation of a collection, "refuse", "end" or "start", and that of its reembedding if there is one.
 
         Raises:
-            ServiceError: NOT_FOUND if the name does not exist, INVALID_ARGUMENT if the truncation is invalid,
+            ServiceError: NOT_FOUND if no collection has the name, INVALID_ARGUMENT if the truncation is invalid,
                 RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
@@ -185,7 +187,7 @@ class Index:
                 reembedding.target.spec = replace(reembedding.target.spec, truncation=truncation)
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> Collection:
-        """Bind a collection to another fingerprint of its model.
+        """Bind a collection to another fingerprint of its model, and return the collection.
 
         Args:
             name: the name of the collection.
@@ -193,7 +195,7 @@ class Index:
             fingerprint: the new fingerprint.
 
         Raises:
-            ServiceError: NOT_FOUND if the name does not exist, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: NOT_FOUND if no collection has the name, RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
         with self._use(), translated_os_errors("the collection stays bound as it was"):
@@ -207,10 +209,10 @@ class Index:
         return collection
 
     def delete(self, name: str) -> None:
-        """Delete a collection after the calls in progress have finished.
+        """Delete a collection and its reembedding, and their files after the calls in progress on them have ended.
 
         Raises:
-            ServiceError: NOT_FOUND if the name does not exist.
+            ServiceError: NOT_FOUND if no collection has the name.
         """
         with self._use():
             folder = self._directory.folder(name)
@@ -227,16 +229,17 @@ class Index:
         self._directory.reserve.refill()
 
     def reembed(self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int) -> Reembedding:
-        """Begin to re-embed a collection's records with another model.
+        """Begin to reembed a collection's records with another model.
 
         Args:
-            source: the collection. A collection that got its name meanwhile is not changed.
+            source: the collection, as `get` returned it.
             model: name of the new model.
             fingerprint: fingerprint of the new model.
             dimensions: dimensions of the new vectors.
 
         Raises:
-            ServiceError: as `unreplaced` does; FAILED_PRECONDITION for records without text or a second re-embedding.
+            ServiceError: UNAVAILABLE if the collection was deleted or replaced, FAILED_PRECONDITION if a record has no
+                text or the collection is being reembedded, RESOURCE_EXHAUSTED if the disk is full.
         """
         if without := unreplaced(self._open, source).count_without_text():
             raise records_without_text(source.spec.name, without)
@@ -244,7 +247,7 @@ class Index:
             present = unreplaced(self._open, source)
             if (name := present.spec.name) in self._reembeddings:
                 raise already_reembedding(name)
-            # The present spec: what UpdateCollection changed while the call waited stays changed.
+            # The present spec is copied, since UpdateCollection may have changed it while this call waited.
             spec = replace(present.spec, model=model, model_fingerprint=fingerprint, dimensions=dimensions)
             entry, target = self._new(spec)
             with ExitStack() as undo:
@@ -255,7 +258,7 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Return the re-embeddings to resume after a restart; one whose files cannot be opened is dropped."""
+        """Return the unfinished reembeddings, to resume them after a restart; drop those that cannot be opened."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
@@ -269,12 +272,10 @@ class Index:
             return list(self._reembeddings.values())
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Replace a collection by its re-embedded copy, atomically and durably, if the copy has all records.
+        """Replace a collection by its reembedded copy, atomically and durably, if the copy has all records.
 
-        Calls in progress finish on the old collection.
-
-        Returns:
-            Whether it was replaced; otherwise there are more records to re-embed.
+        Calls in progress finish on the old collection, whose files are then deleted. Return whether the collection was
+        replaced; if not, records must still be reembedded, or the reembedding was cancelled.
         """
         name = reembedding.spec.name
         own = self._reembeddings.get(name)
@@ -296,7 +297,7 @@ class Index:
         return True
 
     def cancel_reembedding(self, name: str) -> None:
-        """Drop the re-embedding of a collection; does nothing if there is none."""
+        """Drop the reembedding of a collection, with its files; do nothing if there is none."""
         with self._use():
             reembedding = self._reembeddings.pop(name, None)
             if reembedding is not None:
@@ -309,7 +310,7 @@ class Index:
 
         Args:
             deadline: until when to wait for calls; None: without limit. Collections whose calls continue stay open, and
-                then the directory stays locked. Acknowledged writes are not lost by that.
+                then the directory stays locked. No acknowledged write is lost then.
 
         Returns:
             Whether everything is closed.
@@ -352,7 +353,7 @@ class Index:
 
     @contextmanager
     def _use(self) -> Iterator[None]:
-        """Hold the lock for a call; raises UNAVAILABLE if the index is closed."""
+        """Hold the lock during the block; raise UNAVAILABLE if the index is closed."""
         with self._lock:
             if self._closed:
                 raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
@@ -365,19 +366,19 @@ class Index:
         return entry
 
     def _check_free(self, name: str) -> None:
-        """Raise ServiceError unless a collection with this name may be created."""
+        """Raise ALREADY_EXISTS if a collection has the name, RESOURCE_EXHAUSTED if there are too many collections."""
         if self._directory.folder(name) is not None:
             raise collection_exists(name)
         self._directory.check_count(self._max_collections)
 
     def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
-        """Check a spec, and create an empty collection in a new folder; the catalogue does not name it yet."""
+        """Check a spec, and create an empty collection in a new folder, which the catalogue does not name yet."""
         spec.check()
         entry = Entry(spec, new_folder(self._directory.collections), datetime.now(timezone.utc))
         return entry, self._collection(entry, create=True)
 
     def _adopt(self, entry: Entry) -> Collection:
-        """Open a restored collection, which may take long, and add it to the catalogue."""
+        """Open a restored collection, which may take long, add it to the catalogue, and return it."""
         collection = self._collection(entry)
         self._enter(entry, collection)
         return collection
@@ -385,8 +386,7 @@ class Index:
     def _enter(self, entry: Entry, collection: Collection) -> None:
         """Add a new collection to the catalogue; if that fails, drop the collection.
 
-        Raises:
-            OSError: its folder cannot be synchronised to disk.
+        ServiceError or OSError if the name exists by now, there are too many collections, or the disk fails.
         """
         with ExitStack() as undo:
             undo.callback(collection.drop)

@@ -1,4 +1,4 @@
-"""A collection of the embedded index: records in the store, and their vectors in memory for searches."""
+"""A collection of the embedded index: records in SQLite, and their vectors also in memory for searches."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
-#: Expired records that are deleted in one write; other writes can run between two.
+#: Most expired records that one write deletes. It is limited, so that other writes can run in between.
 _EXPIRED_AT_ONCE = 1000
 
 
 class Collection(Lifecycle, SearchMethods):
     """A set of records with comparable vectors. Safe to use from several threads.
 
-    While there are no calls, `close_idle` can free its files and memory; the next call opens it again.
+    While there are no calls, `close_idle` can free files and memory of the collection; the next call opens it again.
 
     Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails or the
     collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, UNAVAILABLE after the
@@ -65,18 +65,23 @@ class Collection(Lifecycle, SearchMethods):
 
     Args:
         spec: the spec of the collection.
-        folder: the folder with its data.
-        created: when it was created.
-        wake: called when maintenance is due.
-        wake_at_rest: called when maintenance will be due after this many seconds without another such call.
-        expire_at: called with the time of the next expiry, in seconds since 1970.
+        folder: the folder with the collection's data.
+        created: when the collection was created.
+        wake: called with this collection when maintenance is due.
+        wake_at_rest: called with this collection and a number of seconds: maintenance is due after these, unless this
+            function is called again before.
+        expire_at: called with this collection and the time of the next expiry, in seconds since 1970.
         cache: cache of recently returned records.
         reserve: disk space for deletions on a full disk.
-        open_collections: all open collections; it may close this one by `close_idle`.
+        open_collections: all open collections, which may close this collection by `close_idle`.
         maintenance_limits: limits that decide when graph maintenance is due.
-        probe_share: share of the searches that are repeated exactly to measure recall.
+        probe_share: share of the searches that are repeated exactly to measure recall, 0 to 1.
         max_response_bytes: limit of the bytes of the records in one response.
-        create: create its files; the folder must exist and be empty.
+        create: whether to create the database; the folder must exist and be empty.
+
+    Raises:
+        ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if no file descriptor is free. On a
+            full disk an existing collection stays closed, without an error.
     """
 
     def __init__(
@@ -109,21 +114,27 @@ class Collection(Lifecycle, SearchMethods):
         self._maintenance_limits = maintenance_limits
         self._create = create
         self._calls = CallGate(f"collection {spec.name!r}", self._open, self._release)
-        #: Held during a write and its application to memory, so that memory sees the writes in the store's order.
+        #: Held during a write to the store and its application to the vectors in memory, so that both have one order.
         self._write_lock = threading.Lock()
         self._probe = Probe(probe_share)
-        #: The last `info` while the collection is closed.
+        #: Result of `info` while the collection is closed; None while it is open.
         self._closed_info: CollectionInfo | None = None
         try:
             with self._calls.enter():
                 pass
         except ServiceError as error:
-            # It stays closed. Only a deletion may use the reserve to open it.
+            # On a full disk the collection stays closed. A deletion can open it later, with the reserve of disk space.
             if create or error.reason != DISK_FULL:
                 raise
 
     def info(self) -> CollectionInfo:
-        """Return record count, sequence, creation time and size; does not open a closed collection."""
+        """Return record count, sequence of the last write, creation time and bytes on disk of the collection.
+
+        A closed collection stays closed: the values are those at its closing.
+
+        Raises:
+            ServiceError: UNAVAILABLE after the collection is closed for good or deleted.
+        """
         self._calls.check()
         info = self._closed_info
         if info is None:
@@ -134,15 +145,20 @@ class Collection(Lifecycle, SearchMethods):
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
     ) -> WriteResult:
-        """Insert records or replace those with the same ids; all or none, and on disk when this returns.
+        """Insert records, or replace those with the same ids: all records or none, on disk when this returns.
 
         Args:
             records: the records, at least one, with distinct ids.
             vectors: float32 (records, dimensions).
             expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
+        Returns:
+            The sequence of the write, and the number of inserted and of replaced records.
+
         Raises:
-            ServiceError: besides the usual, ABORTED if a revision differs, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: INVALID_ARGUMENT if a record or vector is invalid, ABORTED if a revision differs from the
+                expected revision, DATA_LOSS if a revision is expected of a damaged record, RESOURCE_EXHAUSTED if the
+                disk is full, UNAVAILABLE after the collection is closed for good or deleted.
         """
         documents = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -160,11 +176,15 @@ class Collection(Lifecycle, SearchMethods):
         return WriteResult(change.sequence, change.inserted, change.updated)
 
     def copy(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
-        """Write records of another collection unchanged, with their revisions and times.
+        """Write records of another collection with their revisions and times; replace records with the same ids.
 
         Args:
             records: the records, with distinct ids.
-            vectors: float32 (records, dimensions), which replace the records' own vectors.
+            vectors: float32 (records, dimensions), stored instead of the records' own vectors.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if a vector is invalid, RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE
+                after the collection is closed for good or deleted.
         """
         documents = [record.document for record in records]
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -179,53 +199,69 @@ class Collection(Lifecycle, SearchMethods):
             self._expire_at(min(expiries))
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
-        """Return at most `count` pairs of label and record with labels above `label`, in the order of writing."""
+        """Return label and record of the first `count` records with labels above `label`, in the order of writing.
+
+        Raises:
+            ServiceError: DATA_LOSS if one of these records is damaged.
+        """
         with self._calls.enter():
             return self._store.written_after(label, count)
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the revisions of the existing records among the ids."""
+        """Return the revisions of the existing records, by id."""
         with self._calls.enter():
             return self._store.revisions(ids)
 
     def count_without_text(self) -> int:
-        """Return the number of records without text."""
+        """Return the number of records whose text is empty."""
         with self._calls.enter():
             return self._store.count(Clause("text = ''"))
 
     @contextmanager
     def frozen(self) -> Iterator[int]:
-        """Block writes during the block; yields the sequence of the last write."""
+        """Block all writes to the collection during the `with` block; yield the sequence of the last write."""
         with self._writing():
             yield self._store.sequence()
 
     def replace(self, sequence: int) -> None:
-        """Continue the sequence of a collection that this one replaces, given by its last write."""
+        """Set the sequence of the last write to that of the collection that this collection replaces."""
         with self._writing():
             self._store.set_sequence(sequence)
             self._selector.note(sequence, ())
 
     def end_calls(self) -> None:
-        """Admit no more calls, and make long calls stop. Calls in progress can still read."""
+        """Admit no more calls, for good, and make long calls stop early. Calls in progress can still read."""
         self._calls.begin_end()
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id in one write, on disk when this returns; missing ids are ignored."""
+        """Delete records by id in one write, on disk when this returns; missing ids are ignored.
+
+        The result has the sequence of the last write, and the number of deleted records. RESOURCE_EXHAUSTED if the disk
+        and the reserve are full, UNAVAILABLE after the collection is closed for good or deleted.
+        """
         return self._delete(lambda: self._store.delete(ids))
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a filter in one write, on disk when this returns."""
+        """Delete the records that meet a validated filter in one write, on disk when this returns.
+
+        The result has the sequence of the last write, and the number of deleted records. RESOURCE_EXHAUSTED if the disk
+        and the reserve are full, UNAVAILABLE after the collection is closed for good or deleted.
+        """
         return self._delete(lambda: self._store.delete_matching(self._store.compile(condition) or EVERYTHING))
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in their order; vectors as they were given.
+        """Return the existing records among the ids, in the order of `ids`.
 
         Args:
-            ids: the ids.
-            with_vectors: whether the records contain their vectors.
-            parts: parts of a record that they must contain; they may contain more.
+            ids: ids of records; missing ids are ignored.
+            with_vectors: whether the records contain their vectors, as these were upserted.
+            parts: parts that each returned record must contain; it may contain more.
+
+        Raises:
+            ServiceError: DATA_LOSS if one of the records is damaged, RESOURCE_EXHAUSTED if they have too many bytes for
+                one response, UNAVAILABLE after the collection is closed for good or deleted.
         """
         with self._calls.enter(), self._store.response_bytes.limited(parts):
             found = self._store.get(ids, with_vectors=with_vectors)
@@ -240,10 +276,18 @@ class Collection(Lifecycle, SearchMethods):
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of records in byte order of ids, and the token of the next page, empty after the last.
+        """Return undamaged records in byte order of ids, and the token of the next page, empty after the last page.
 
-        With a filter, only records that meet it. A page has fewer records if these reach the limit of the response's
-        bytes.
+        Args:
+            page_size: most records of the page; there are fewer if these reach the limit of a response's bytes.
+            page_token: token that the page before was returned with; empty: the first page.
+            with_vectors: whether the records contain their vectors.
+            condition: validated filter that the records must meet; None: all records.
+            parts: parts that each returned record must contain; it may contain more.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the size or the token is invalid, UNAVAILABLE after the collection is
+                closed for good or deleted.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
@@ -255,25 +299,31 @@ class Collection(Lifecycle, SearchMethods):
         return records, encode_token(records[-1].id) if more else ""
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return why a filter without matches probably matches nothing, by the metadata of the first records."""
+        """Return sentences on why no record meets a filter, by metadata of the first records; empty if unknown."""
         with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
             return mismatches(condition, documents)
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records, or of those that meet a filter."""
+        """Return the number of records that meet a validated filter, or of all records if `condition` is None."""
         with self._calls.enter():
             return self._store.count(self._store.compile(condition) or EVERYTHING)
 
     @property
     def probed(self) -> ProbeFigures:
-        """Figures of the probes of its searches."""
+        """Measured recall of the collection's searches, and the number of measurements."""
         return self._probe.figures
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Check every record while calls continue: it exists, is undamaged and is found; some hundred records a step.
+        """Check every record in steps of some hundred records, between which other calls may run.
+
+        Each record must be undamaged and in memory, and searches for its own vector must find it. A wrong word index is
+        rebuilt, and searches find a record that they missed from now on.
 
         Args:
-            full: whether to search for every record by its own vector; otherwise for a random sample.
+            full: whether to search for every record by its own vector; if not, only for a random sample.
+
+        Yields:
+            After each step, the number of checked records and the problems that the step found.
         """
         with self._calls.enter():
             verifier = Verifier(self._store, self._neighbours, self._write_lock, self.spec, full)
@@ -288,26 +338,46 @@ class Collection(Lifecycle, SearchMethods):
             yield step
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Yield a copy of one state of the collection, piece by piece; errors come before the first piece."""
+        """Yield the bytes of a backup of one state of the collection, piece by piece; nothing if stopped.
+
+        Args:
+            stop: whether to give up; called often until the first piece.
+
+        Raises:
+            ServiceError: before the first piece, RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the
+                database fails, DATA_LOSS if a record is damaged.
+        """
         with self._calls.enter(stop) as ends:
             copy = copy_of(self._folder, self.spec, self.created, ends)
         yield from pieces(copy)
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Find pairs of duplicate records; see `find_duplicates`."""
+        """Return the pairs of records whose score is at least `min_score`, greatest first, at most 100,000.
+
+        If `stop` returns True, return the pairs found so far.
+        """
         with self._calls.enter(stop) as ends:
             return find_duplicates(self.spec, self._store, self._neighbours, min_score, ends)
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Cluster the records by similarity; see `cluster_records`."""
+        """Cluster the records by their vectors; return the clusters, largest first.
+
+        Args:
+            count: number of clusters; fewer are returned if some are empty.
+            examples: number of records to return of each cluster.
+            stop: whether to give up and return no clusters.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the examples have too many bytes for one response.
+        """
         with self._calls.enter(stop) as ends, self._store.response_bytes.limited():
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:
-        """Move vectors from the buffer to the graph, and rebuild the graph or the word index if needed.
+        """Run all maintenance that is due: fill, check, rebuild, save and measure the graph; rebuild the word index.
 
-        Takes long; searches and writes continue meanwhile. Ends early when the collection is about to be closed. A
-        closed collection stays closed: it requests the maintenance that is due when it is opened.
+        Takes long; other calls may run meanwhile. Ends early when the collection is about to be closed. Does nothing
+        for a closed collection, which requests maintenance when it is opened. UNAVAILABLE after it is closed for good.
         """
         if not self._calls.begin_maintenance():
             return
@@ -323,7 +393,10 @@ class Collection(Lifecycle, SearchMethods):
             self._calls.finish_maintenance()
 
     def expire(self) -> float | None:
-        """Delete expired records; return when the next one expires, in seconds since 1970, or None."""
+        """Delete all expired records; return when the next record expires, in seconds since 1970, None if none will.
+
+        RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after the collection is closed for good.
+        """
         while self._delete(lambda: self._store.delete_expired(_EXPIRED_AT_ONCE)).deleted == _EXPIRED_AT_ONCE:
             pass
         with self._calls.enter():
@@ -340,6 +413,6 @@ class Collection(Lifecycle, SearchMethods):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with self._calls.enter(), self._write_lock:
-            # The collection may have been replaced while this thread waited; writes to the old one would be lost.
+            # The collection may have been replaced while this thread waited: writes to the old one would be lost.
             self._calls.check()
             yield

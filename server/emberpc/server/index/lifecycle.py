@@ -1,4 +1,4 @@
-"""Opening and closing of a collection: its database and vectors are loaded by a call, and freed when it is idle."""
+"""Opening and closing of a collection: a call opens the database and loads the vectors; idle time frees both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """Mixin of `Collection` that opens and closes it. Attributes that `_open` sets exist during calls only."""
+    """Mixin of `Collection` that opens and closes it.
+
+    The attributes that `_open` sets, such as `_store`, exist only while the collection is open, so only during calls.
+    """
 
     spec: CollectionSpec
     created: datetime
@@ -43,11 +46,12 @@ class Lifecycle:
     _maintenance_limits: MaintenanceLimits
     _calls: CallGate
     _write_lock: threading.Lock
-    #: Whether to create the files.
+    #: Whether the next opening must create the database.
     _create: bool
-    #: The last `info` while the collection is closed.
+    #: Result of `info` while the collection is closed; None while it is open.
     _closed_info: CollectionInfo | None
-    #: Request maintenance, maintenance after some seconds without a write, and `expire` at a time.
+    #: Functions that request maintenance now, maintenance after some seconds without a write, and `expire` at a time in
+    #: seconds since 1970.
     _wake: Callable[[], None]
     _wake_at_rest: Callable[[float], None]
     _expire_at: Callable[[float], None]
@@ -59,10 +63,13 @@ class Lifecycle:
     _graph_maintenance: GraphMaintenance
 
     def _open(self) -> None:
-        """Open the database, and load the graph.
+        """Open the database, delete expired records, load the graph, and request maintenance if it is due.
+
+        Other collections may be closed to keep the limit of open collections or to free file descriptors.
 
         Raises:
-            ServiceError: INTERNAL if it is damaged, RESOURCE_EXHAUSTED if no file descriptor is free.
+            ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if no file descriptor is free or the
+                disk is full.
         """
         self._open_collections.admit(self)
         try:
@@ -119,23 +126,24 @@ class Lifecycle:
 
     @property
     def last_used(self) -> float:
-        """When its last call ended, by the monotonic clock."""
+        """When the last call of the collection ended, in seconds of `time.monotonic`."""
         return self._calls.last_used
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing it has no snapshot to write."""
-        # Another thread may close the collection now.
+        """Whether closing the collection has no snapshot to write."""
+        # The attribute may be missing, since another thread may close the collection now.
         maintenance: GraphMaintenance | None = self.__dict__.get("_graph_maintenance")
         return maintenance is None or maintenance.is_saved
 
     def close_idle(self) -> bool:
-        """Save a snapshot if the graph changed, and close the database, if no call is in progress; `_open` reopens it.
+        """Close the database if no call is in progress, after saving a snapshot if the graph changed.
 
-        If calls begin while the snapshot is written, they run, and the collection stays open.
+        The next call opens the collection again. If a call begins while the snapshot is written, or the snapshot cannot
+        be written, the collection stays open.
 
         Returns:
-            Whether it was closed.
+            Whether this closed the collection.
         """
         try:
             if not self._calls.begin_maintenance(idle=True):
@@ -161,8 +169,9 @@ class Lifecycle:
         """Wait for the calls in progress, save a snapshot if the graph changed, and close the database for good.
 
         Args:
-            deadline: until when to wait for the calls; None: without limit. If they do not end in time, the database
-                stays open. If it has passed, no snapshot is saved: the next start then takes longer.
+            deadline: until when to wait for the calls; None: without limit. If the calls do not end in time, the
+                database stays open. If the deadline has passed when they end, no snapshot is saved, and the next
+                opening takes longer.
 
         Returns:
             Whether the database is closed.
@@ -180,16 +189,16 @@ class Lifecycle:
         return closed
 
     def drop(self) -> None:
-        """Wait for the calls in progress, close the database, and delete all files of the collection."""
+        """Admit no more calls, wait for those in progress, close the database, and delete the collection's folder."""
         self._calls.end(self._close_files)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _release(self) -> None:
-        """Return the connection that a call used for reading."""
+        """Give the connection that this thread's call used for reading back to the pool."""
         self._store.release()
 
     def _close_files(self) -> None:
-        """Close the database, and free all memory; no call may be in progress."""
+        """Close the database, free all memory, and leave the set of open collections; no call may be in progress."""
         self._store.close()
         del self._store, self._neighbours, self._selector, self._searcher, self._hybrid, self._graph_maintenance
         self._open_collections.discard(self)
@@ -200,7 +209,10 @@ class Lifecycle:
         return CollectionInfo(count, sequence, self.created, self._size())
 
     def _snapshot(self) -> PersistentGraph | None:
-        """Return the graph of the newest snapshot that belongs to this collection, or None."""
+        """Return the graph of the newest usable snapshot of this collection's database, or None.
+
+        If the snapshot is newer than the database, which is then an old copy, give the database a new identity.
+        """
         try:
             return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
         except snapshots.AheadError:
@@ -213,7 +225,7 @@ class Lifecycle:
         try:
             self._store.delete_expired()
         except ServiceError as error:
-            # The records can still be read; the deletion is retried.
+            # The disk is full. The records can still be read, and the deletion is retried later.
             if error.code is not Code.RESOURCE_EXHAUSTED:
                 raise
             log.warning("expired records are not deleted yet: %s", error.message)
@@ -245,6 +257,6 @@ class Lifecycle:
             self._wake_at_rest(seconds)
 
     def _forget_damaged(self, labels: set[int]) -> None:
-        """Exclude damaged records from searches."""
+        """Exclude damaged records, given by their labels, from searches: remove their vectors and forget selections."""
         self._neighbours.remove(labels)
         self._selector.forget()

@@ -1,4 +1,4 @@
-"""Limit of the open collections: the least recently used are closed, and their next call opens them again."""
+"""Limit of the number of open collections: the least recently used are closed, and their next calls open them again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
 
-#: Descriptors that are left for connections, models, the log and calls in progress, but at most half of all.
+#: Number of file descriptors that are not for collections, but for connections, models, the log and calls in progress;
+#: at most half of all.
 _RESERVED = 256
-#: Limits of the derived limit. An open collection of one record takes about 0.5 MB.
+#: Least and greatest result of `derived_limit`. An open collection of one record takes about 0.5 MB of memory.
 _FEWEST, _MOST = 4, 500
-#: Limit of the seconds until another attempt to close a collection that could not be closed.
+#: Most seconds until another attempt to close a collection that could not be closed.
 _RETRY = 60.0
-#: Freed memory is returned to the system this many seconds after the last collection was closed, or after the first;
-#: and not before this many seconds since the last return, because models must then allocate theirs again.
+#: Freed memory is returned to the system `_AFTER_LAST` seconds after the last collection was closed, but at most
+#: `_AFTER_FIRST` seconds after the first. At least `_BETWEEN` seconds lie between two returns, since models must
+#: allocate their memory again after each return.
 _AFTER_LAST, _AFTER_FIRST, _BETWEEN = 1.0, 10.0, 30.0
 
 
@@ -34,14 +36,17 @@ class Closable(Protocol):
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing it has no snapshot to write."""
+        """Whether the collection has no unsaved snapshot, so that closing it is quick."""
 
     def close_idle(self) -> bool:
-        """Close it unless a call is in progress, and `discard` it; return whether this call closed it."""
+        """Close the collection unless a call is in progress; return whether this closed it.
+
+        A collection that is closed calls `OpenCollections.discard` with itself.
+        """
 
 
 def derived_limit() -> int:
-    """Return how many collections may be open, derived from the limit of file descriptors."""
+    """Return how many collections may be open, 4 to 500, derived from the process's limit of file descriptors."""
     limit = descriptors.limit()
     return max(_FEWEST, min(_MOST, (limit - min(_RESERVED, limit // 2)) // MOST_DESCRIPTORS))
 
@@ -49,12 +54,12 @@ def derived_limit() -> int:
 class OpenCollections:
     """The set of open collections. Safe to use from several threads.
 
-    A thread closes idle collections. It starts with the first collection.
+    A background thread closes idle collections. It starts when the first collection is opened.
 
     Args:
-        most: limit of the open collections. More are open only while all of them have calls in progress, or snapshots
-            that cannot be written.
-        idle_seconds: a collection without a call for this long is closed; 0: never.
+        most: limit of the number of open collections. More are open only while all of them have calls in progress, or
+            snapshots that are not written yet.
+        idle_seconds: a collection without a call for this many seconds is closed; 0: never.
     """
 
     def __init__(self, most: int, idle_seconds: float) -> None:
@@ -62,9 +67,9 @@ class OpenCollections:
         self._idle_seconds = idle_seconds or float("inf")
         self._changed = threading.Condition()
         self._open: set[Closable] = set()
-        #: Collections for the thread to close, since closing them takes long.
+        #: Collections that the background thread closes next, since they must save a snapshot, which takes long.
         self._soon: set[Closable] = set()
-        #: When to retry closing a collection, by the monotonic clock.
+        #: When to retry closing a collection that could not be closed, in seconds of `time.monotonic`.
         self._retry: dict[Closable, float] = {}
         self._first_freed = self._last_freed = self._last_trim = float("-inf")
         self._thread: threading.Thread | None = None
@@ -74,7 +79,7 @@ class OpenCollections:
         return len(self._open)
 
     def admit(self, collection: Closable) -> None:
-        """Add a collection that is about to be opened; close others to make room for it."""
+        """Add a collection that is about to be opened. If there are more than `most` then, close idle collections."""
         with self._changed:
             self._open.add(collection)
             if self._thread is None and not self._closed:
@@ -85,11 +90,11 @@ class OpenCollections:
         self._close_until(self.most)
 
     def shrink(self) -> None:
-        """Close a quarter of the collections, since no file descriptor is free."""
+        """Close idle collections until a quarter fewer collections are open, to free file descriptors."""
         self._close_until(3 * len(self._open) // 4)
 
     def discard(self, collection: Closable) -> None:
-        """Remove a collection that was closed."""
+        """Remove a collection that was closed, and plan the return of its memory to the system."""
         with self._changed:
             if collection not in self._open:
                 return
@@ -102,14 +107,19 @@ class OpenCollections:
                 self._changed.notify()
 
     def close(self, deadline: Deadline) -> bool:
-        """Stop the thread after the present collection; return whether it ended by the deadline."""
+        """Stop the background thread; return whether it ended by the deadline. The open collections stay open."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         return self._thread is None or deadline.join(self._thread)
 
     def _close_until(self, most: int) -> None:
-        """Close the least recently used collections that are idle, until `most` are open or all others are in use."""
+        """Close the least recently used idle collections until `most` are open, or all open ones are in use.
+
+        Collections without an unsaved snapshot are closed first. If closing these is not enough, the other collections
+        are saved and closed too. If it is enough, the background thread closes those of the others that were used less
+        recently.
+        """
         with self._changed:
             in_order = sorted(self._open, key=lambda each: each.last_used)
         unsaved = []
@@ -127,7 +137,8 @@ class OpenCollections:
                 _close(each)
             return
         if unsaved:
-            # They were used before the collections that are closed now. The thread writes their snapshots meanwhile.
+            # Collections in `unsaved` were used less recently than some that were closed, so the background thread
+            # saves and closes them.
             with self._changed:
                 self._soon.update(self._open.intersection(unsaved))
                 self._changed.notify()
@@ -144,7 +155,11 @@ class OpenCollections:
                             self._retry[each] = time.monotonic() + min(_RETRY, self._idle_seconds)
 
     def _next(self) -> list[Closable] | None:
-        """Wait; return the collections to close now, an empty list to return memory, None at the end."""
+        """Wait until there is work for the background thread.
+
+        Returns:
+            The collections to close now; an empty list if memory is to be returned; None if the thread must end.
+        """
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
@@ -172,9 +187,9 @@ class OpenCollections:
 
 
 def _close(collection: Closable) -> bool:
-    """Close a collection unless it is in use; return whether it was closed. If it fails, the collection stays open."""
+    """Close a collection unless it is in use; return whether it was closed. An error is logged, and returns False."""
     try:
-        # The call that this thread serves may be cancelled, but it belongs to another collection.
+        # The call of this thread, if it is cancelled, must not stop this: the call belongs to another collection.
         with cancellation.cancelled_when(lambda: False):
             return collection.close_idle()
     except Exception:  # the call that opens another collection must not fail

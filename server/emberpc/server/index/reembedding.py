@@ -1,4 +1,4 @@
-"""Re-embedding of a collection with another model."""
+"""Reembedding: replacing the vectors of a collection by those of another model."""
 
 from __future__ import annotations
 
@@ -11,56 +11,62 @@ from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecor
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
 
-#: Label before those of all records; damaged ones may be negative.
+#: Label below those of all records; a damaged label may be negative.
 _BEFORE_ALL = -(2**63)
 _PAGE = 1000
 
 
 class Reembedding:
-    """Copies the records of a collection to a second one with vectors of another model, which then replaces the first.
+    """Copies the records of a collection, the source, with vectors of another model to a second collection, the target.
 
-    Meanwhile the first collection serves searches and writes; later writes are copied too. The caller embeds: it calls
-    `next` and `take` until there are no more records, and then calls `switch` of the index. Use from one thread at a
-    time.
+    The target then replaces the source. Meanwhile the source serves searches and writes; later writes are copied too.
+    The caller embeds the records: it calls `next` and `take` until there are no more records, and then `Index.switch`.
+    Use from one thread at a time.
 
     Args:
-        source: the collection.
-        target: the collection that will replace it.
-        started: when the re-embedding began.
+        source: the collection whose records are copied.
+        target: the collection that will replace the source.
+        started: when the reembedding began.
     """
 
     def __init__(self, source: Collection, target: Collection, started: datetime) -> None:
         self.source = source
         self.target = target
         self.started = started
-        #: All records of the source up to this label were returned by `next`, or are in the target.
+        #: Records of the source with labels of at most this number were returned by `next`, or are in the target.
         self._label = _BEFORE_ALL
 
     @property
     def spec(self) -> CollectionSpec:
-        """Spec that the collection will have."""
+        """Spec that the collection will have after the reembedding."""
         return self.target.spec
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of records that were copied, and of all records."""
+        """Return the number of records in the target, which were copied, and the number of records in the source."""
         return self.target.count(), self.source.count()
 
     def next(self, count: int) -> list[StoredRecord]:
-        """Return at most `count` records to embed; an empty list if all present records were returned."""
+        """Return at most `count` further records to embed, in the order of writing.
+
+        Records that the target has with the same revision are left out. The list is empty if there are no more records.
+
+        Raises:
+            ServiceError: DATA_LOSS if a record of the source is damaged.
+        """
         while found := self.source.written_after(self._label, count):
             self._label = found[-1][0]
-            # After a restart most records are in the target already.
+            # After a restart of the server, the first records are in the target already.
             present = self.target.revisions([record.id for _, record in found])
             if new := [record for _, record in found if present.get(record.id) != record.revision]:
                 return new
         return []
 
     def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the present revisions of records of the source, by id."""
+        """Return the present revisions of those records that are in the source, by id."""
         return self.source.revisions(ids)
 
     def rewind(self) -> None:
-        """Start again at the first record; `next` then returns records that the target lacks."""
+        """Start again at the first record: `next` then returns all records that the target lacks."""
         self._label = _BEFORE_ALL
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
@@ -78,13 +84,13 @@ class Reembedding:
             more = bool(token)
 
     def is_complete(self) -> bool:
-        """Return whether the target has exactly the source's records; to be called while the source is frozen."""
+        """Return whether the target has all records of the source, and no others; the source must be frozen."""
         taken, total = self.counts()
         return taken == total and not self.source.written_after(self._label, 1)
 
 
 def records_without_text(name: str, count: int) -> ServiceError:
-    """Return the error for re-embedding a collection with `count` records that have no text."""
+    """Return the error for reembedding the collection `name`, of whose records `count` have no text."""
     return ServiceError(
         Code.FAILED_PRECONDITION,
         f"{count} record{' of' if count == 1 else 's of'} collection {name!r} "
@@ -96,7 +102,7 @@ def records_without_text(name: str, count: int) -> ServiceError:
 
 
 def already_reembedding(name: str) -> ServiceError:
-    """Return the error for re-embedding a collection that is being re-embedded."""
+    """Return the error for reembedding the collection `name` while another reembedding of it is in progress."""
     return ServiceError(
         Code.FAILED_PRECONDITION,
         f"collection {name!r} is on its way to another model already; wait, or cancel that",
@@ -106,14 +112,14 @@ def already_reembedding(name: str) -> ServiceError:
 
 
 def unreplaced(open_collections: Mapping[str, Future[Collection]], source: CollectionBackend) -> Collection:
-    """Return the open collection `source`.
+    """Return `source` if it is still the open collection of its name.
 
     Args:
         open_collections: the collections that are open or being opened, by name.
-        source: the collection.
+        source: the collection that the caller got before.
 
     Raises:
-        ServiceError: UNAVAILABLE if the collection was deleted, or another one has its name now.
+        ServiceError: UNAVAILABLE if the collection was deleted, or another collection has its name now.
     """
     opened = open_collections.get(source.spec.name)
     present = opened.result() if opened is not None and opened.done() and not opened.exception() else None

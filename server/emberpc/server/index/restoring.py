@@ -1,8 +1,8 @@
 """Restoring of a collection from a backup that arrives piece by piece.
 
-Until the check is complete, the data is in a folder that the catalogue does not name. If the caller leaves, the folder
-is removed; if the server is killed, the next start removes it. The catalogue's entry turns it into a collection, in one
-step.
+Until the backup is checked, its data is in a folder that the catalogue does not name. If the caller leaves, the folder
+is removed; if the server is killed, the next start removes the folder. A new entry in the catalogue turns the folder
+into a collection, in one step.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _NOTHING_RESTORED = "nothing was restored"
 
 
 class Restoration:
-    """Receives a backup and creates a collection from it. Calls must be sequential, except `close`.
+    """Receives a backup and creates a collection from it.
 
-    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after it is closed.
+    Only `close` may be called while another method runs. Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if
+    the disk is full, UNAVAILABLE after `close`.
 
     Args:
         collections: the parent of the collections' folders.
         name: the new collection's name.
         total: bytes of the backup; 0: not known.
-        accept: raises ValueError or ServiceError if a collection cannot be served.
-        adopt: opens the folder as a collection and adds it to the catalogue.
+        accept: raises ValueError or ServiceError if a collection with the given spec cannot be served.
+        adopt: opens a folder as a collection and adds the collection to the catalogue.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Restoration:
         self._adopt = adopt
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        #: Digest of all bytes except the last ones, which may be the last line and are held back.
+        #: Digest of all bytes so far, without those in `_held_back`, which may be the last line of the backup.
         self._digest = hashlib.sha256()
         self._held_back = b""
         with ExitStack() as stack, translated_os_errors(_NOTHING_RESTORED):
@@ -68,21 +69,26 @@ class Restoration:
             self._resources = stack.pop_all()
 
     def write(self, data: bytes) -> None:
-        """Write the next bytes of the backup."""
+        """Write the next bytes of the backup to the new collection's folder.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after `close`.
+        """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
             backup.check_room(self._folder, len(data), "what is still to come of the backup")
             self._write(data)
 
     def finish(self, sha256: str) -> Collection:
-        """Check the backup and create the collection.
+        """Check the backup, create the collection, and return it.
 
         Args:
-            sha256: SHA-256 of all bytes, in hexadecimal.
+            sha256: SHA-256 of all bytes of the backup, in hexadecimal.
 
         Raises:
-            ServiceError: besides the usual, INVALID_ARGUMENT if the bytes are not an intact backup or their SHA-256
-                differs, FAILED_PRECONDITION if a newer version wrote it, ALREADY_EXISTS if the name exists by now.
+            ServiceError: INVALID_ARGUMENT if the bytes are not an undamaged backup or their SHA-256 differs,
+                FAILED_PRECONDITION if a newer version wrote the backup, ALREADY_EXISTS if another collection has the
+                name by now, RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after `close`.
         """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
@@ -98,7 +104,7 @@ class Restoration:
         return collection
 
     def close(self) -> None:
-        """Remove all files, unless they became a collection; stops the call in progress and waits for it."""
+        """Stop the call in progress, wait for its end, and remove all files, unless they became a collection."""
         self._closed.set()
         with self._lock:
             self._resources.close()
@@ -111,7 +117,11 @@ class Restoration:
         self._file.write(body)
 
     def _check_digests(self, sha256: str) -> None:
-        """Check the SHA-256 that the caller gave, and that in the last line."""
+        """Check the SHA-256 of all bytes against `sha256`, and the SHA-256 in the last line of the backup.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if `sha256` is empty or one of the two differs.
+        """
         if not sha256:
             raise invalid("sha256", "is missing; the last message must have the SHA-256 of the whole")
         whole = self._digest.copy()
@@ -126,9 +136,12 @@ class Restoration:
             raise damaged("it was cut off or changed, or is none, since its last line is not the SHA-256 of the rest")
 
     def _make_ours(self) -> None:
-        """Turn the file into a collection's database: migrate it, rebuild its word index and set a new identity.
+        """Turn the backup's file into a database: migrate its tables, rebuild its word index, set a new identity.
 
-        With the new identity, snapshots of the collection that was backed up do not belong to it.
+        With the new identity, snapshots of the collection that was backed up do not belong to the new database.
+
+        Raises:
+            sqlite3.Error: the database fails.
         """
         with closing(connect(self._path)) as connection:
             with transaction(connection):

@@ -1,4 +1,4 @@
-"""The search methods of a collection: validate the arguments and pass requests to the searchers."""
+"""The search methods of a collection: validate the arguments, and pass requests to the searchers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.server.index.search.hybrid import HybridSearcher, LexicalRequest, f
 from emberpc.server.index.search.probe import Probe
 from emberpc.server.index.storage.store import Store
 
-#: Name of the vector of query i in error messages.
+#: Function that returns the name of the vector of query i in error messages.
 _VECTOR = items_of("queries", "vector")
 
 
@@ -30,7 +30,7 @@ class SearchMethods:
     _hybrid: HybridSearcher
     _graph_maintenance: GraphMaintenance
     _probe: Probe
-    #: Requests maintenance.
+    #: Requests maintenance of the collection as soon as possible.
     _wake: Callable[[], None]
 
     def search(
@@ -49,15 +49,23 @@ class SearchMethods:
 
         Args:
             queries: float32 (queries, dimensions).
-            top_k: limit of the hits, 1 to 10,000; one for all queries, or one for each.
-            ef: candidates that the graph search keeps, up to 1,000,000; 0: chosen by `top_k` and `min_recall`.
-            min_recall: share of the true nearest to be found, in (0, 1], as measured on this collection; 0: no target.
-                If it is not measured yet, or the graph cannot reach it, every vector is compared. Must not be combined
-                with `ef`.
+            top_k: most hits of a query, 1 to 10,000: a number for all queries, or a sequence with a number for each.
+            ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by `top_k` and
+                `min_recall`.
+            min_recall: share of the true nearest records to be found, in (0, 1], as measured on this collection; 0: no
+                target. If recall is not measured yet, or the graph cannot reach this recall, every vector is compared.
+                Must not be combined with `ef`.
             exclude_ids: for each query an id to leave out of its hits, or None; empty: no ids.
             with_vectors: whether the hits contain their vectors.
             conditions: for each query the filter that its hits must meet, or None; empty: no filters.
             parts: parts of a record that the hits must contain; they may contain more.
+
+        Returns:
+            The hits of each query, best first, and the plan of the search.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if an argument is invalid, RESOURCE_EXHAUSTED if the hits have too many bytes
+                for one response, DEADLINE_EXCEEDED if the call is cancelled, UNAVAILABLE if the collection is closed.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -84,7 +92,23 @@ class SearchMethods:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Search for records with words of each text, best first by BM25; for other arguments see `search`."""
+        """Search for records whose text contains words of a query, best first by BM25.
+
+        Args:
+            texts: the text of each query.
+            top_k: most hits of each query.
+            with_vectors: whether the hits contain their vectors.
+            conditions: for each query the filter that its hits must meet, or None; empty: no filters.
+            parts: parts of a record that the hits must contain; they may contain more.
+
+        Returns:
+            The hits of each query, best first, and the plan of the search.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged,
+                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, UNAVAILABLE if the collection is
+                closed.
+        """
         check_search(len(texts), top_k, len(texts), 0)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
             clauses = [self._store.compile(condition) for condition in conditions] or [None] * len(texts)
@@ -104,19 +128,27 @@ class SearchMethods:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Search for records by vectors and by words, with both rankings fused.
+        """Search for records by vectors and by words, and fuse both rankings.
 
         Args:
-            queries: float32 (queries, dimensions).
-            texts: the text of each query.
-            top_k: limit of the hits of each query.
-            dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has the rest.
-            fusion: the fusion rule.
+            queries: vector of each query, float32 (queries, dimensions).
+            texts: text of each query.
+            top_k: most hits of each query.
+            dense_weight: weight of the dense ranking, 0 to 1; the weight of the lexical ranking is 1 minus this.
+            fusion: the rule that joins the rankings.
             ef: as in `search`.
             min_recall: as in `search`, for the dense ranking.
             with_vectors: as in `search`.
             conditions: as in `search`.
             parts: as in `search`.
+
+        Returns:
+            The hits of each query, best first, and the plan of the search.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged,
+                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, UNAVAILABLE if the collection is
+                closed.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         if len(texts) != len(queries):

@@ -1,4 +1,4 @@
-"""The buffer of the newest vectors, which searches compare until the graph holds them."""
+"""The buffer of the newest vectors, which are not in the graph yet: a search compares the query with all of them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import numpy as np
 from emberpc.server.collections.metric import best_of, nearest
 from emberpc.server.collections.types import Distance, Labels, Matrix
 
-#: Values in a full chunk (2 MB), and the smallest number of vectors in a chunk.
+#: Number of float32 values in a full chunk (2 MiB), and the least number of vectors that a chunk has room for.
 _CHUNK, _FEWEST = 2**19, 16
 
 
 class Buffer:
     """Prepared vectors by label, in ascending order of labels.
 
-    They are stored in chunks of one size. Only the last chunk may be smaller; it grows to that size by doubling. The
-    cost of adding and removing is proportional to the vectors that are added or removed, whatever the size of the
+    The vectors are stored in chunks of one size. Only the last chunk may be smaller; it grows to that size by doubling.
+    The cost of adding and removing is proportional to the vectors that are added or removed, whatever the size of the
     buffer: a removed vector is only marked, and a chunk is freed when it is empty.
 
     Not safe to use from several threads; `Neighbours` holds the lock.
+
+    Args:
+        dimensions: dimensions of the vectors.
+        distance: the measure by which `search` compares vectors.
     """
 
     def __init__(self, dimensions: int, distance: Distance) -> None:
@@ -46,7 +50,7 @@ class Buffer:
         self._count += len(labels)
 
     def remove(self, labels: set[int]) -> None:
-        """Remove those of the labels that exist."""
+        """Remove labels with their vectors; missing labels are ignored."""
         if not self._count:
             return
         wanted = np.sort(np.fromiter(labels, dtype=np.int64, count=len(labels)))
@@ -55,7 +59,7 @@ class Buffer:
         self._chunks = [chunk for chunk in self._chunks if chunk.count]
 
     def oldest(self, count: int) -> tuple[Labels, Matrix]:
-        """Return labels and vectors of the oldest entries, at most `count`."""
+        """Return the `count` smallest labels, or all if there are fewer: int64 (n,), and vectors, float32 (n, d)."""
         parts: list[tuple[Labels, Matrix]] = []
         for chunk in self._chunks:
             if count <= 0:
@@ -67,18 +71,18 @@ class Buffer:
         return np.concatenate([labels for labels, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors, float32 (dimensions,), of those labels that exist."""
+        """Return the vectors, float32 (dimensions,), of those labels that are in the buffer, by label."""
         found: dict[int, Matrix] = {}
         for chunk in self._chunks:
             found.update(chunk.held(labels))
         return found
 
     def labels(self) -> set[int]:
-        """Return all labels."""
+        """Return all labels in the buffer."""
         return {label for chunk in self._chunks for label in chunk.present_labels().tolist()}
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Compare prepared queries, float32 (queries, dimensions), with every vector.
+        """Compare prepared queries, float32 (queries, dimensions), with every vector, and find the `k` nearest.
 
         Returns:
             Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
@@ -90,7 +94,10 @@ class Buffer:
 
 
 class _Chunk:
-    """Vectors in one array: rows from `first` to before `end` are in use, and `count` of them are present."""
+    """Vectors with their labels, ascending, in an array with a fixed number of rows, some of which are still free.
+
+    Rows from `_first` to before `_end` hold vectors: `count` of these are present, the others were removed.
+    """
 
     def __init__(self, rows: int, dimensions: int) -> None:
         self._labels: Labels = np.empty(rows, dtype=np.int64)
@@ -100,11 +107,11 @@ class _Chunk:
 
     @property
     def rows(self) -> int:
-        """Rows in use or free."""
+        """Number of rows, used or free."""
         return len(self._labels)
 
     def grow(self, rows: int) -> None:
-        """Increase the capacity to `rows`, which must not be less than now."""
+        """Increase the number of rows to `rows`, which must not be less than now."""
         more = rows - self.rows
         self._labels = np.pad(self._labels, (0, more))
         self._vectors = np.pad(self._vectors, ((0, more), (0, 0)))
@@ -116,16 +123,16 @@ class _Chunk:
         return len(self._labels) - self._end
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
-        """Append vectors; there must be room for them."""
+        """Append vectors, float32 (n, dimensions), under labels, int64 (n,); there must be `n` free rows."""
         new = slice(self._end, self._end + len(labels))
         self._labels[new], self._vectors[new], self._present[new] = labels, vectors, True
         self._end += len(labels)
         self.count += len(labels)
 
     def remove(self, wanted: Labels) -> int:
-        """Remove those of the labels, ascending, that are present; return their number."""
+        """Remove those of the `wanted` labels, int64 (n,) ascending, that are present; return how many were present."""
         here = self._labels[self._first : self._end]
-        # Of many removed labels, search each chunk only for those in its range.
+        # Of many wanted labels, search this chunk only for those between its first and its last label.
         low, high = np.searchsorted(wanted, here[[0, -1]])
         mine = wanted[low : high + 1]
         rows = np.searchsorted(here, mine)
@@ -139,23 +146,27 @@ class _Chunk:
         return gone
 
     def oldest(self, count: int) -> tuple[Labels, Matrix]:
-        """Return the first labels and vectors, at most `count`."""
+        """Return the `count` smallest present labels, or all if there are fewer, with their vectors."""
         rows = self._first + np.flatnonzero(self._present[self._first : self._end])[:count]
         return self._labels[rows], self._vectors[rows]
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors of those labels that are present."""
+        """Return the vectors, float32 (dimensions,), of those labels that are present, by label."""
         here = slice(self._first, self._end)
         rows = self._first + np.flatnonzero(np.isin(self._labels[here], labels) & self._present[here])
         return dict(zip(self._labels[rows].tolist(), self._vectors[rows], strict=True))
 
     def present_labels(self) -> Labels:
-        """Return the labels that are present."""
+        """Return the labels that are present, int64 (count,), ascending."""
         here = slice(self._first, self._end)
         return self._labels[here][self._present[here]]
 
     def search(self, queries: Matrix, k: int, distance: Distance) -> tuple[Labels, Matrix]:
-        """Compare queries with every vector, as `Buffer.search`."""
+        """Compare prepared queries, float32 (queries, dimensions), with every present vector.
+
+        Returns:
+            Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+        """
         here = slice(self._first, self._end)
         present = self._present[here] if self.count < self._end - self._first else None
         rows, scores = nearest(queries, self._vectors[here], k, distance, present)

@@ -1,4 +1,4 @@
-"""Work that would hold the GIL for long, in a forked child process with a copy of this process's memory."""
+"""Running of work that would hold the GIL for long: in a forked child process, which has a copy of the memory."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from collections.abc import Callable
 import numpy as np  # noqa: F401 - threadpool_limits finds only libraries that are loaded
 from threadpoolctl import threadpool_limits
 
-# Before a fork OpenBLAS ends its threads, also those that another thread's call waits for: that call then hangs for
-# ever, and so does the fork. Limited to one thread OpenBLAS has none; the server's callers run in parallel instead.
+# Before a fork, OpenBLAS ends its threads, even if a call in another thread waits for one of them: that call and the
+# fork then hang forever. With a limit of one thread, OpenBLAS starts no threads. The server runs calls in parallel.
 threadpool_limits(1, user_api="blas")
 
 _PR_SET_PDEATHSIG = 1
-#: On other systems a process with several threads should not be forked.
+#: Whether work runs in a child process. On systems other than Linux, a process with several threads must not be forked.
 _FORKS = sys.platform == "linux"
-# Loaded here and not in the child, which should do as little as possible.
+# The C library, for `prctl`. It is loaded here and not in the child, which must do as little as possible.
 _LIBRARY = ctypes.CDLL(None) if _FORKS else None
 _MAX_FILES = 1 << 20
 
 
 class ChildKilledError(OSError):
-    """A signal ended the child; another attempt may succeed."""
+    """A signal ended the child process; another attempt may succeed."""
 
 
 def in_child(work: Callable[[], object]) -> Callable[[], None]:
-    """Start work that is one call into a library and writes files, in a child process; without fork, run it here.
+    """Start `work`, one call into a library that writes files, in a child process; except on Linux, run it here.
 
-    The child has only this thread. So the work may take no lock that another thread might hold: it must not log, and
-    must use only data that the index's own lock protects. The C library handles its own locks at a fork, and BLAS has
-    no threads here.
+    The child has only the calling thread. So `work` must take no lock that another thread may hold: it must not log,
+    and must use only data that the index's own lock protects. The C library handles its own locks at a fork, and BLAS
+    has no threads in this process.
 
     Returns:
         A function to be called once, by the same thread. It waits for the child, and raises OSError if the child
-        failed, ChildKilledError if a signal ended it.
+        failed, ChildKilledError if a signal ended the child.
 
     Raises:
-        OSError: the child cannot be started.
+        OSError: the child cannot be started. Where `work` runs here, its errors are raised too.
     """
     if _LIBRARY is None:
         work()
@@ -61,7 +61,7 @@ def in_child(work: Callable[[], object]) -> Callable[[], None]:
 def _work_and_exit(work: Callable[[], object]) -> None:
     code = 1
     try:
-        # The child must not outlive this server, nor keep its port or its data directory from the next server.
+        # The child must not outlive this server, and must not keep the port or the data directory from the next server.
         if _LIBRARY is not None:
             _LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.closerange(3, _MAX_FILES)

@@ -12,27 +12,36 @@ from emberpc.server.index.graph.grouped_graph_reader import SHORT, STRAY, Group,
 from emberpc.server.index.graph.pool import Pool
 from emberpc.server.index.graph.shells import MAIN
 
-#: Vectors are nearly equal if their distance is at most this share of their length: a cosine of 0.9998.
+#: Two vectors are nearly equal if their distance is at most this share of their length: a cosine of 0.9998.
 _NEAR = 0.02
-#: Candidates of the search for a nearly equal vector: a twentieth of an insert. Nearly equal vectors are easy to find.
+#: ef of the search for a node that is nearly equal to a new vector. Such nodes are easy to find, so the search takes
+#: only a twentieth of the time of an insert.
 _LEADER_EF = 2
-#: A larger group has an HNSW graph of its own. Inserting 128 vectors takes some 10 ms.
+#: Most vectors of a group that a search compares one by one. A larger group gets an HNSW graph of its own: inserting
+#: 128 vectors takes some 10 ms.
 _MAX_COMPARED_GROUP = 128
-#: Up to this many strays are compared with every query, in less time than a graph search takes; more have a graph.
+#: Most strays that a search compares one by one, in less time than a search of a graph takes. More strays get a graph
+#: of their own.
 _MAX_COMPARED_STRAYS = 500
-#: Capacity of the graph of a group.
+#: Number of nodes for which the graph of a group allocates room at first.
 _GROUP_CAPACITY = 2 * _MAX_COMPARED_GROUP
 
 
 class GroupedGraph(GroupedGraphReader):
-    """Grouped vectors that can be added and removed; see `GroupedGraphReader`."""
+    """Adds, checks and removes labelled vectors of an HNSW graph with groups and strays; see `GroupedGraphReader`."""
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
-        """Add vectors, float32 (n, dimensions), under new labels, int64 (n,); about 0.5 ms each."""
+        """Add prepared vectors, float32 (n, dimensions), under new labels, int64 (n,); takes about 0.5 ms per vector.
+
+        Then check the new nodes, and the nodes of equal vectors that were added before, as `check` does.
+
+        Raises:
+            ValueError: the shape or type of the vectors is wrong.
+        """
         # A wrong shape would corrupt hnswlib's heap.
         if vectors.shape != (len(labels), self._spec.dimensions) or vectors.dtype != np.float32:
             raise ValueError(f"vectors are {vectors.dtype} {vectors.shape}")
-        # Nothing changes here until hnswlib has the new nodes, so a failed add can be repeated.
+        # No attribute changes until hnswlib has the new nodes, so a failed add can be repeated.
         vector_ids, row_of, hashes = self._find_equal(labels, vectors)
         rows = np.array(list(row_of.values()), dtype=np.int64)
         leaders = self._find_leaders(labels[rows], vectors[rows])
@@ -42,13 +51,17 @@ class GroupedGraph(GroupedGraphReader):
         self._added += len(rows)
         self._register(labels, vector_ids, hashes)
         self._check_nodes(labels[new], vectors[new])
-        # A user upserts a record again that searches miss, and it must be found then. If its vector was known, searches
-        # may miss its node or its leader.
+        # A user may upsert a record again because searches miss it, and then searches must find it. If its vector was
+        # added before, this adds no node, so check the node that searches may miss: that of the vector or its leader.
         known = set(vector_ids) - set(labels[rows].tolist())
         self.check(known | {self._leader_of.get(vector_id, vector_id) for vector_id in known})
 
     def check(self, vector_ids: Iterable[int]) -> None:
-        """Search for nodes, of this graph or a group's, by their own vectors; make strays of missed nodes."""
+        """Search for nodes by their own vectors, and make strays of the nodes that the searches miss.
+
+        Args:
+            vector_ids: ids of vectors. Those that are nodes, of this graph or of the graph of a group, are checked.
+        """
         here: list[int] = []
         by_leader: dict[int, list[int]] = {}
         for vector_id in vector_ids:
@@ -65,11 +78,14 @@ class GroupedGraph(GroupedGraphReader):
                 group.check(its)
 
     def check_labels(self, labels: Iterable[int]) -> None:
-        """Check the vectors of those labels that exist, as `check`."""
+        """Check the vectors of those labels that exist, as `check` does."""
         self.check({self._vector_of[label] for label in labels if label in self._vector_of})
 
     def compare_always(self, labels: Iterable[int]) -> None:
-        """Compare the vectors of those labels that exist with every query, since searches miss them."""
+        """Make strays of the vectors of those labels that exist, since searches miss them.
+
+        From now on these vectors are compared with every query.
+        """
         for vector_id in {self._vector_of[label] for label in labels if label in self._vector_of}:
             leader = self._leader_of.get(vector_id)
             if leader is None:
@@ -82,22 +98,22 @@ class GroupedGraph(GroupedGraphReader):
                 group.compare_always([vector_id])
 
     def _make_stray_of_member(self, vector_id: int, leader: int, group: Group) -> None:
-        """Make a stray of a member of a group."""
+        """Remove a vector from the group of its leader, and make it a stray."""
         vector = group.held([vector_id])[vector_id][None]
         self._leave_group(vector_id, leader)
         self._add_strays(np.array([vector_id], dtype=np.int64), vector)
 
     def begin_check(self) -> list[int]:
-        """Begin a complete check; return the ids of the vectors to check."""
+        """Begin a complete check: count added vectors from 0, and return the ids of all vectors, for `check`."""
         self._added = 0
         return [*dict.fromkeys(self._vector_of.values()), *self._ghosts]
 
     def end_check(self) -> None:
-        """End a complete check: all vectors were checked."""
+        """End a complete check, after the caller has checked all vectors: note `to_check` in `checked`."""
         self._checked = self.to_check
 
     def remove(self, labels: set[int]) -> None:
-        """Delete those of the labels that exist."""
+        """Remove labels; missing labels are ignored. A vector is deleted with its last label."""
         for label in labels & self._vector_of.keys():
             vector_id = self._vector_of.pop(label)
             members = self._members.get(vector_id)
@@ -109,11 +125,20 @@ class GroupedGraph(GroupedGraphReader):
             self._delete_vector(vector_id)
 
     def _find_equal(self, labels: Labels, vectors: Matrix) -> tuple[list[int], dict[int, int], dict[int, int]]:
-        """Return the vector id of each row, the rows of new vectors by id, and ids by hash of new vectors."""
+        """Find for each vector the equal vector that exists already, here or in an earlier row.
+
+        Args:
+            labels: new labels, int64 (n,).
+            vectors: their vectors, float32 (n, dimensions).
+
+        Returns:
+            The vector id of each row: that of the equal vector, or the row's label if the vector is new; the row of
+            each new vector, by its id; the id of each new vector, by its hash.
+        """
         row_of: dict[int, int] = {}
         hashes: dict[int, int] = {}
         vector_ids: list[int] = []
-        # Reading a vector from hnswlib takes 20 µs, and many rows may be equal to one vector.
+        # Vectors by id. Reading a vector from hnswlib takes 20 µs, and many rows may be equal to one vector.
         known: dict[int, Matrix] = {}
         for row, (label, key) in enumerate(zip(labels.tolist(), hashes_of(vectors), strict=True)):
             vector_id = hashes.get(key, self._by_hash.get(key))
@@ -126,7 +151,15 @@ class GroupedGraph(GroupedGraphReader):
         return vector_ids, row_of, hashes
 
     def _find_leaders(self, labels: Labels, vectors: Matrix) -> Labels:
-        """Return the leader of each new vector, int64 (n,): a node, a new vector, or itself if it becomes a node."""
+        """Return the leader of each new vector, int64 (n,).
+
+        The leader is `SHORT`, `STRAY`, the number of a shell, or the label of a nearly equal vector: a node, or another
+        new vector. The leader of a vector that becomes a node is its own label.
+
+        Args:
+            labels: labels of the new vectors, int64 (n,).
+            vectors: the new vectors, float32 (n, dimensions), no two of them equal.
+        """
         leaders = labels.copy()
         if not len(labels):
             return leaders
@@ -156,7 +189,7 @@ class GroupedGraph(GroupedGraphReader):
         return leaders
 
     def _join_groups(self, leaders: Labels, labels: Labels, vectors: Matrix) -> None:
-        """Add vectors that have leaders to the groups of those."""
+        """Add each vector whose leader is not its own label to the group of its leader; arrays of `n` rows each."""
         for leader in dict.fromkeys(leaders[leaders != labels].tolist()):
             rows = np.flatnonzero((leaders == leader) & (labels != leader))
             if leader == STRAY:
@@ -168,13 +201,13 @@ class GroupedGraph(GroupedGraphReader):
                 if leader < STRAY:
                     self._searched_always.add(leader)
             elif leader != SHORT and isinstance(group, Pool) and len(group) + len(rows) > _MAX_COMPARED_GROUP:
-                # Vectors of a shell may be nearly equal; the members of any other group all are.
+                # Only the graph of a shell has groups: members of any other group are all nearly equal to their leader.
                 group = self._groups[leader] = self._graph_of(group, groups=leader < SHORT)
             group.add(labels[rows], vectors[rows])
             self._leader_of.update((label, leader) for label in labels[rows].tolist())
 
     def _register(self, labels: Labels, vector_ids: list[int], hashes: dict[int, int]) -> None:
-        """Register the vector ids of new labels, and the hashes of new vectors."""
+        """Note the vector ids of new labels, and the hashes of new vectors; arguments as `_find_equal` returns them."""
         self._by_hash.update(hashes)
         for label, vector_id in zip(labels.tolist(), vector_ids, strict=True):
             if vector_id != label:
@@ -182,13 +215,21 @@ class GroupedGraph(GroupedGraphReader):
             self._vector_of[label] = vector_id
 
     def _check_nodes(self, nodes: Labels, vectors: Matrix) -> None:
-        """Check nodes as `check` does, with their vectors given."""
+        """Search for nodes by their own vectors, and make strays of missed nodes.
+
+        Args:
+            nodes: ids of nodes of this graph, int64 (n,).
+            vectors: their vectors, float32 (n, dimensions).
+        """
         missed = self._hnsw.missed(nodes, vectors)
         for row in np.flatnonzero(np.isin(nodes, missed)) if len(missed) else ():
             self._make_stray(int(nodes[row]), vectors[row : row + 1])
 
     def _make_stray(self, node: int, vector: Matrix) -> None:
-        """Delete a node from the graph, and compare its vector, (1, dimensions), with every query."""
+        """Delete a node from the graph, and make a stray of its vector, float32 (1, dimensions), unless it is a ghost.
+
+        From now on every search searches the group of the node, if it has one.
+        """
         self._has_missed = True
         self._hnsw.delete(node)
         if node in self._groups:
@@ -199,24 +240,24 @@ class GroupedGraph(GroupedGraphReader):
             self._add_strays(np.array([node], dtype=np.int64), vector)
 
     def _add_strays(self, vector_ids: Labels, vectors: Matrix) -> None:
-        """Make strays of vectors, (n, dimensions), that are in no graph and no group."""
+        """Make strays of vectors, float32 (n, dimensions), that are in no graph and no group; ids are int64 (n,)."""
         self._has_missed |= bool(len(vector_ids))
         if isinstance(self._strays, Pool) and len(self._strays) + len(vector_ids) > _MAX_COMPARED_STRAYS:
-            # Without the vectors that took their links, most strays find each other.
+            # In a graph of strays, searches find most of them: vectors that took their links are not in that graph.
             self._strays = self._graph_of(self._strays, groups=False)
         self._leader_of.update(dict.fromkeys(vector_ids.tolist(), STRAY))
         self._strays.add(vector_ids, vectors)
         self._stray_hashes.update(hashes_of(vectors))
 
     def _graph_of(self, pool: Pool, *, groups: bool) -> GroupedGraph:
-        """Return a graph with the vectors of a pool."""
+        """Return a new graph with the vectors of a pool; `groups` is whether the graph groups nearly equal vectors."""
         graph = GroupedGraph(self._spec, _GROUP_CAPACITY, groups=groups)
         graph.set_ef(max(1, self.ef))
         graph.add(*pool.all())
         return graph
 
     def _delete_vector(self, vector_id: int) -> None:
-        """Delete a vector that has no labels any more."""
+        """Delete a vector that has no labels any more; a node that has a group becomes a ghost instead."""
         (key,) = hashes_of(self._vectors([vector_id]))
         if self._by_hash.get(key) == vector_id:
             del self._by_hash[key]
@@ -232,7 +273,10 @@ class GroupedGraph(GroupedGraphReader):
             self._leave_group(vector_id, leader)
 
     def _leave_group(self, vector_id: int, leader: int) -> None:
-        """Remove a vector from the group of its leader, and the group if it is empty then."""
+        """Remove a vector from the group of its leader.
+
+        If the group becomes empty, delete the group, and also the leader if it is a ghost.
+        """
         group = self._groups[leader]
         group.remove({vector_id})
         if not len(group):
@@ -253,6 +297,6 @@ class GroupedGraph(GroupedGraphReader):
 
 
 def hashes_of(vectors: Matrix) -> list[int]:
-    """Return hashes, valid in this process, of vectors, float32 (n, dimensions); equal vectors have equal hashes."""
-    # -0.0 equals 0.0 but has other bytes.
+    """Return a hash of each vector, float32 (n, dimensions), valid in this process. Equal vectors have equal hashes."""
+    # Adding 0 turns -0.0 into 0.0, which is equal but has other bytes.
     return [hash(row.tobytes()) for row in vectors + np.float32(0)]

@@ -1,4 +1,4 @@
-"""Searches of vectors in an HNSW graph and in groups of nearly equal vectors, so that none hides another."""
+"""Searches of an HNSW graph with groups, so that nearly equal vectors do not hide other vectors from a search."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from emberpc.server.index.graph.hnsw import FIRST_CAPACITY, GraphError, Hnsw
 from emberpc.server.index.graph.pool import Pool
 from emberpc.server.index.graph.shells import Shells
 
-#: Nodes that a search reads for each hit if there are groups, since a leader may be less near than its group.
+#: Number of nodes that a search finds for each hit if there are groups, since a leader may be less near to the query
+#: than its group.
 _LEADERS_PER_HIT = 5
 
-#: Stands for the leader of a stray: a vector that is compared with every query.
+#: Value in place of a leader for a stray: a vector that is compared with every query.
 STRAY = -1
-#: As `STRAY`, for a vector that is too short for the graph.
+#: Value in place of a leader for a vector that is too short for the graph: every search compares these vectors too.
 SHORT = -2
 
 
 class Group(Protocol):
-    """Vectors outside the graph, by label: a `Pool`, or a graph of their own."""
+    """Vectors that are not nodes of the main graph, by label: a `Pool`, or a graph of their own."""
 
     def __len__(self) -> int: ...
 
@@ -32,37 +33,43 @@ class Group(Protocol):
         """Add vectors, float32 (n, dimensions), under new labels, int64 (n,)."""
 
     def remove(self, labels: set[int]) -> None:
-        """Remove those of the labels that exist."""
+        """Remove labels with their vectors; missing labels are ignored."""
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors, float32 (dimensions,), of those labels that exist."""
+        """Return the vectors, float32 (dimensions,), of those labels that exist, by label."""
 
     def search_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Return the `k` nearest labels for each query, or all if there are fewer, and their scores."""
+        """Return the `k` nearest labels for each prepared query, float32 (queries, dimensions), or all if fewer exist.
+
+        Returns:
+            Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+        """
 
 
 class GroupedGraphReader:
     """Searches labelled vectors, most of which are nodes of an HNSW graph; `GroupedGraph` adds and removes them.
 
-    A label is added once and never changed. Labels with equal vectors share one vector. Its id is the label that it was
-    added for, and it stays until its last label is removed.
+    A label is added once and never changed. Labels with equal vectors share one vector. The id of a vector is the label
+    for which the vector was added. A vector stays until its last label is removed.
 
     Many nearly equal nodes would fill the candidates of a search, and the links that lead to other nodes. So a vector
     that is nearly equal to a node joins the group of that node, its leader, and is no node itself. A search that finds
-    a leader searches its group too. A leader whose own labels are removed is a ghost: it stays while it has a group.
+    a leader searches the leader's group too. A leader whose own labels are removed is a ghost: it stays while it has a
+    group.
 
-    A stray is a node that searches for its own vector did not find. It is deleted from the graph, and its vector is
-    compared with every query. If there are many strays, they are nodes of a graph of strays, which every search
-    searches.
+    A stray is a node that searches for its own vector did not find. The node is deleted from the graph, and its vector
+    is compared with every query. If there are many strays, they are nodes of a graph of strays, which is part of every
+    search.
 
-    With shells, the graph holds the vectors of the main shell. Each other shell is a group without a leader, which
-    every search searches.
+    With shells, the graph holds the vectors of the main shell. Each other shell is a group without a leader, which is
+    part of every search.
 
-    `Neighbours` holds the lock: `search` and `save` need its read side, all other methods its write side.
+    `Neighbours` holds the lock: methods that change vectors or ef, and `check`, which may make strays, need the write
+    side of the lock, other methods its read side.
 
     Args:
-        spec: dimensions, distance and parameters.
-        capacity: nodes to allocate; the capacity grows by itself.
+        spec: dimensions, distance and parameters of the graph.
+        capacity: number of nodes to allocate memory for; the capacity grows by itself.
         groups: whether nearly equal vectors are grouped.
         shells: shells with graphs of their own; None: all vectors are in one graph.
     """
@@ -81,27 +88,28 @@ class GroupedGraphReader:
         self._hnsw = Hnsw(spec, max(capacity, FIRST_CAPACITY if groups else 1))
         #: Vector id of each label.
         self._vector_of: dict[int, int] = {}
-        #: Labels of each vector that has other labels than its id. A dict keeps the order and removes in constant time.
+        #: All labels of each vector that has labels besides its id. A dict keeps order and removes in constant time.
         self._members: dict[int, dict[int, None]] = {}
-        #: Vector ids by hash. Of two vectors with one hash, only the later is here.
+        #: Vector ids by hash. Of different vectors with equal hashes, only the vector that was added last is here.
         self._by_hash: dict[int, int] = {}
-        #: Leader of each vector that is not a node, or `STRAY`, `SHORT` or a shell.
+        #: Leader of each vector that is not a node: a node, `STRAY`, `SHORT` or the number of a shell.
         self._leader_of: dict[int, int] = {}
         self._groups: dict[int, Group] = {}
-        #: Vectors that no search of the graph found.
+        #: Strays: vectors that searches of the graph miss.
         self._strays: Group = Pool(spec.dimensions, spec.distance)
-        #: Whether a search for a node did not find it.
+        #: Whether a search for a node by its own vector has missed the node since this graph was created.
         self._has_missed = False
-        #: Hashes of vectors that were strays. Added again they become strays again: as nodes they would cut off others.
+        #: Hashes of vectors that are or were strays. Such a vector becomes a stray again if it is added again: as a
+        #: node it would take links of other nodes, so that searches miss these.
         self._stray_hashes: set[int] = set()
-        #: Leaders whose groups every search searches: leaders that no search found, shells, and `SHORT`.
+        #: Leaders whose groups are part of every search: leaders that became strays, shells, and `SHORT`.
         self._searched_always: set[int] = set()
-        #: Leaders whose own labels are removed.
+        #: Ghosts: leaders whose own labels are removed.
         self._ghosts: set[int] = set()
-        #: Leaders of labels in a snapshot whose vectors must still be read from the store.
+        #: Leader of each label in a loaded snapshot whose vector must still be read from the store.
         self._awaited: dict[int, int] = {}
         self._checked = 0
-        #: Vectors that were added since the last complete check began.
+        #: Number of vectors that were added since the last complete check began.
         self._added = 0
 
     def __len__(self) -> int:
@@ -114,45 +122,45 @@ class GroupedGraphReader:
 
     @property
     def dead_share(self) -> float:
-        """Share of the nodes that are deleted; they slow down every insert and search."""
+        """Share of deleted nodes, in this graph and those of groups and strays. They slow down inserts and searches."""
         graphs = [self, *self._graphs()]
         dead = sum(graph._hnsw.dead for graph in graphs)
         return dead / max(1, dead + sum(graph._hnsw.count for graph in graphs))
 
     @property
     def stray_share(self) -> float:
-        """Share of strays in the vectors that are or were nodes."""
+        """Number of strays, divided by the number of strays and nodes."""
         strays = self.strays
         return strays / max(1, strays + self._nodes_in_all)
 
     @property
     def _nodes_in_all(self) -> int:
-        """Number of nodes that are not deleted, in this graph and in those of groups."""
+        """Number of nodes that are not deleted, in this graph and in the graphs of groups, without that of strays."""
         return self._hnsw.count + sum(graph._nodes_in_all for graph in _graphs_of(self._groups.values()))
 
     @property
     def strays(self) -> int:
-        """Number of vectors that no search of a graph found, so that they are compared with every query."""
+        """Number of strays in this graph and in the graphs of groups: vectors that searches of the graphs miss."""
         return len(self._strays) + sum(graph.strays for graph in _graphs_of(self._groups.values()))
 
     @property
     def has_misses(self) -> bool:
-        """Whether a search of a graph missed a node since the graphs were created."""
+        """Whether a check has missed a node, of this graph or of the graph of a group, since the graph was created."""
         return self._has_missed or any(graph.has_misses for graph in _graphs_of(self._groups.values()))
 
     @property
     def shells(self) -> Shells | None:
-        """Shells that have graphs of their own."""
+        """Shells that have graphs of their own; None: all vectors are in one graph."""
         return self._shells
 
     @property
     def nodes(self) -> int:
-        """Number of nodes that are not deleted."""
+        """Number of nodes of this graph that are not deleted, without those in the graphs of groups."""
         return self._hnsw.count
 
     @property
     def to_check(self) -> int:
-        """Number of nodes and of vectors in groups, which a complete check covers."""
+        """Number of vectors that a complete check covers: nodes, members of groups, and strays."""
         return self._hnsw.count + len(self._leader_of)
 
     @property
@@ -162,16 +170,19 @@ class GroupedGraphReader:
 
     @property
     def added(self) -> int:
-        """Number of vectors, without copies, that were added since the last complete check began."""
+        """Number of different vectors that were added since the last complete check began."""
         return self._added
 
     @property
     def ef(self) -> int:
-        """Candidates that a search keeps."""
+        """Number of candidates that a search of the graph keeps; 0 before `set_ef` is called."""
         return self._hnsw.ef
 
     def set_ef(self, ef: int) -> None:
-        """Set how many candidates a search keeps; at least the `k` of the following searches."""
+        """Set the number of candidates that a search keeps, in this graph and in those of groups and strays.
+
+        `ef` must be at least the `k` of the following searches.
+        """
         self._hnsw.set_ef(ef)
         for graph in _graphs_of((*self._groups.values(), self._strays)):
             graph.set_ef(ef)
@@ -181,12 +192,15 @@ class GroupedGraphReader:
         return set(self._vector_of)
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors, float32 (dimensions,), of those labels that exist."""
+        """Return the vectors, float32 (dimensions,), of those labels that exist, by label."""
         here = [label for label in labels if label in self._vector_of]
         return dict(zip(here, self._vectors([self._vector_of[label] for label in here]), strict=True))
 
     def representatives(self) -> list[int]:
-        """Return one label of each node, and of each vector in a shell's pool; none of strays or short vectors."""
+        """Return one label of each node, and of each vector in the pool of a shell.
+
+        Labels of strays, of short vectors, and of other members of groups are left out.
+        """
         vector_ids = self._node_ids()
         for leader, group in self._groups.items():
             if leader < SHORT:
@@ -194,33 +208,41 @@ class GroupedGraphReader:
         return [next(iter(self._members.get(vector_id, (vector_id,)))) for vector_id in vector_ids]
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search for prepared queries, float32 (queries, dimensions).
+        """Search for the labels nearest to each prepared query, by the graph, its groups and the strays.
 
         Args:
-            queries: the queries.
-            k: labels to find for each query; at most the number of labels counts.
+            queries: float32 (queries, dimensions).
+            k: number of labels to find for each query.
 
         Returns:
-            Labels, int64 (queries, found), nearest first, and their scores, float32 of the same shape.
+            Labels, int64 (queries, k), nearest first, and their scores, float32 of the same shape. If there are no
+            labels, both have the shape (queries, 0).
 
         Raises:
-            GraphError: links lead to too few nodes, or k is at least half of the labels.
+            GraphError: links lead to too few nodes, or `k` is at least half of the labels. The caller must then compare
+                all vectors.
         """
-        # For half of all labels, comparing all vectors is as quick.
+        # To find half of all labels, comparing all vectors is as quick as a search of the graph.
         live = len(self._vector_of)
         if 2 * min(k, live) >= live > 0:
             raise GraphError
         if not live:
             return np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
-        # A leader may be less near than its group, so with groups more nodes must be found than hits are wanted.
-        # Records with equal vectors share a node. If there are few nodes for that, all vectors are compared.
+        # A leader may be less near to the query than its group, so with groups more than `k` nodes must be found.
+        # Labels with equal vectors share a node, so there may be few nodes: then all vectors are compared.
         wide = _LEADERS_PER_HIT * k if self._groups else k
         if 2 * wide >= self._hnsw.count:
             return self._expand(*self._compare_all(queries, k), k)
         return self._expand(*self._search_graph(queries, k, max(k, min(wide, self.ef))), k)
 
     def search_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search as `search`; compare all vectors if the graph fails. Finds `k` labels, or all if there are fewer."""
+        """Search for the `k` labels nearest to each query, or all if there are fewer; arguments as for `search`.
+
+        If the graph cannot answer, compare the queries with all vectors.
+
+        Returns:
+            Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+        """
         try:
             return self.search(queries, k)
         except GraphError:
@@ -232,7 +254,7 @@ class GroupedGraphReader:
         return self._strays if leader == STRAY else self._groups[leader]
 
     def _graphs(self) -> list[GroupedGraphReader]:
-        """Return the graphs of groups, and of groups within those."""
+        """Return the graphs of groups and of strays, and the graphs of groups and strays within these graphs."""
         graphs = _graphs_of((*self._groups.values(), self._strays))
         return [each for graph in graphs for each in (graph, *graph._graphs())]
 
@@ -241,7 +263,7 @@ class GroupedGraphReader:
         return [vector_id for vector_id in dict.fromkeys(self._vector_of.values()) if vector_id not in self._leader_of]
 
     def _vectors(self, vector_ids: list[int]) -> Matrix:
-        """Return vectors by id, float32 (ids, dimensions)."""
+        """Return the vectors with the given ids, in that order, float32 (ids, dimensions)."""
         if self._leader_of.keys().isdisjoint(vector_ids):
             return self._hnsw.vectors(vector_ids)
         by_leader: dict[int | None, list[int]] = {}
@@ -254,11 +276,11 @@ class GroupedGraphReader:
         return np.stack([held[vector_id] for vector_id in vector_ids])
 
     def _search_graph(self, queries: Matrix, k: int, wide: int) -> tuple[Labels, Matrix]:
-        """Search the graph for `wide` nodes per query, then their groups and the strays.
+        """Search the graph for `wide` nodes for each query, then the groups of these nodes, and the strays.
 
         Returns:
-            The ids of the nearest vectors and their scores, best first. Shape (queries, k) if the graph has groups or
-            strays, else (queries, wide).
+            The ids of the nearest vectors and their scores, best first: (queries, k), or (queries, wide) if the graph
+            has neither groups nor strays.
         """
         nodes, scores = self._hnsw.search(queries, wide)
         if self._groups:
@@ -268,10 +290,16 @@ class GroupedGraphReader:
         return nodes, scores
 
     def _search_groups(self, queries: Matrix, nodes: Labels, scores: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search the groups of the nodes that were found for each query.
+        """Search the groups of the nodes that were found for each query, and the groups that belong to every search.
+
+        Args:
+            queries: prepared queries, float32 (queries, dimensions).
+            nodes: the nodes found for each query, best first, int64 (queries, n).
+            scores: the nodes' scores, float32 (queries, n).
+            k: number of vectors to find for each query, at most `n`.
 
         Returns:
-            The ids of the `k` best nodes and group members, and their scores, (queries, k).
+            The ids of the `k` best nodes and group members for each query, best first, and their scores: (queries, k).
         """
         rows_of = {leader: list(range(len(queries))) for leader in self._searched_always}
         for row, found in enumerate(nodes.tolist()):
@@ -293,14 +321,27 @@ class GroupedGraphReader:
         return best
 
     def _compare_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Compare the queries with all vectors; return ids and scores of the nearest, (queries, at most k) each."""
+        """Compare the queries with all vectors, strays and groups included.
+
+        Returns:
+            Ids of the nearest vectors, best first, and their scores: (queries, at most k).
+        """
         every = self._node_ids() if self._hnsw.count else []
         rows, scores = nearest(queries, self._hnsw.vectors(every), k, self._spec.distance)
         parts = [(np.array(every, dtype=np.int64)[rows], scores), self._strays.search_all(queries, k)]
         return best_of([*parts, *(group.search_all(queries, k) for group in self._groups.values())], k)
 
     def _expand(self, vector_ids: Labels, scores: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Replace at least `k` vector ids for each query by their first `k` labels; return these with their scores."""
+        """Replace the ids of vectors by labels: a vector may have several labels.
+
+        Args:
+            vector_ids: for each query ids of vectors that have at least `k` labels in all, best first.
+            scores: the scores of these vectors, of the same shape.
+            k: number of labels to return for each query.
+
+        Returns:
+            The first `k` labels for each query, best first, and their scores: (queries, k).
+        """
         if not self._members:
             return vector_ids, scores
         labels = np.empty((len(vector_ids), k), dtype=np.int64)

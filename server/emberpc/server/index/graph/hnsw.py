@@ -1,4 +1,4 @@
-"""A wrapper of hnswlib that passes it no arguments that could crash it."""
+"""A wrapper of hnswlib that never passes hnswlib arguments that could crash the process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Labels, M
 from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 FIRST_CAPACITY = 1024
-#: Queries for which a worker thread pays off: some milliseconds of work.
+#: Least number of queries that are given to a worker thread: some milliseconds of work.
 _PART = 8
-#: Hits and candidates of the searches that check whether a node is found; each search checks the nodes that the search
-#: before missed. The first finds 99 % of clustered vectors and costs a twentieth of an insert. The second finds most of
-#: the others. The third keeps as few candidates as any search does by default.
+#: `k` and ef of the searches that check whether a node is found. Each search checks the nodes that the search before it
+#: missed. The first search finds 99 % of clustered vectors and takes a twentieth of the time of an insert. The second
+#: search finds most of the others. The third search has ef 100, the least default ef.
 _CHECKS = ((1, 3), (1, 16), (10, 100))
-#: Relative difference of a distance in float32 that is computed in two ways.
+#: Greatest relative difference between two float32 results for one distance that are computed in different ways.
 ROUNDING = 1e-5
 _helpers: WorkerThreads[Matrix, tuple[npt.NDArray[np.uint64], Matrix]] = WorkerThreads()
 
@@ -31,25 +31,25 @@ class GraphError(Exception):
 class Hnsw:
     """An HNSW graph of vectors, each under a label of its own.
 
-    A label is added once and never changed: an in-place update costs 27 times an insert. Vectors must be prepared and
-    checked (`metric`).
+    A label is added once and never changed: an in-place update takes 27 times as long as an insert. Vectors must be
+    prepared and checked by `metric.prepare` and `metric.check_vectors`.
 
     hnswlib must not be searched while vectors are added, and crashes if it is resized meanwhile: `search`, `vectors`
     and `every` may run concurrently, and all other methods must run alone.
 
-    hnswlib's index is created with the first vector: its locks alone take 2.6 MB, and a small collection is searched
+    hnswlib's index is created on first use: the locks of an empty index take 2.6 MB, and a small collection is searched
     without a graph.
 
     Args:
-        spec: dimensions, distance and parameters.
-        capacity: nodes to allocate; the capacity grows by itself.
+        spec: dimensions, distance and parameters of the graph.
+        capacity: number of nodes to allocate memory for; the capacity grows by itself.
     """
 
     def __init__(self, spec: CollectionSpec, capacity: int) -> None:
         self._spec = spec
-        #: Nodes that are not deleted, and those that are; hnswlib's get_current_count returns the sum.
+        #: Number of nodes that are not deleted, and number of deleted nodes; hnswlib's get_current_count is the sum.
         self.count = self.dead = 0
-        #: Candidates that a search keeps.
+        #: Number of candidates that a search keeps; 0: not set yet.
         self.ef = 0
         self._capacity = capacity
         self._made: hnswlib.Index | None = None
@@ -60,7 +60,7 @@ class Hnsw:
         if self._made is None:
             index = hnswlib.Index(space=SPACES[self._spec.distance], dim=self._spec.dimensions)
             index.init_index(self._capacity, ef_construction=self._spec.ef_construction, M=self._spec.m)
-            # Searches already run on several threads.
+            # One thread for each call of hnswlib, since the server already runs searches on several threads.
             index.set_num_threads(1)
             self._made = index
         return self._made
@@ -71,16 +71,19 @@ class Hnsw:
         return int(self._index.index_file_size())
 
     def set_ef(self, ef: int) -> None:
-        """Set how many candidates a search keeps; at least the `k` of the following searches."""
+        """Set the number of candidates that a search keeps; it must be at least the `k` of the following searches."""
         self._index.set_ef(ef)
         self.ef = ef
 
     def every(self) -> Labels:
-        """Return all nodes, deleted or not, int64 (nodes,)."""
+        """Return the labels of all nodes, deleted or not, int64 (nodes,)."""
         return np.array(self._index.get_ids_list(), dtype=np.int64)
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
-        """Add nodes, int64 (n,), for vectors, float32 (n, dimensions); about 0.5 ms each."""
+        """Add nodes with new labels, int64 (n,), for prepared vectors, float32 (n, dimensions).
+
+        Takes about 0.5 ms per vector. If the capacity is used up, it at least doubles.
+        """
         if not len(labels):
             return
         need = self.count + self.dead + len(labels)
@@ -96,25 +99,25 @@ class Hnsw:
         self.dead += 1
 
     def vectors(self, nodes: list[int]) -> Matrix:
-        """Return the vectors of nodes that are not deleted, float32 (nodes, dimensions)."""
+        """Return the prepared vectors of nodes, none of them deleted, in the order of `nodes`: float32 (n, d)."""
         if not nodes:
             return np.empty((0, self._spec.dimensions), dtype=np.float32)
         vectors: Matrix = np.asarray(self._index.get_items(nodes), dtype=np.float32)
         return vectors
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search for queries, float32 (queries, dimensions); many queries are divided among all cores.
+        """Search for the nodes nearest to each prepared query. Many queries are divided among all cores.
 
         Args:
-            queries: the queries.
-            k: nodes to find for each query, at most half of the nodes. If links lead to fewer than k, hnswlib raises
-                and leaks its result.
+            queries: float32 (queries, dimensions).
+            k: number of nodes to find for each query, at most half of the nodes. If links lead to fewer nodes, hnswlib
+                raises an error and leaks the memory of its result.
 
         Returns:
             Nodes, int64 (queries, k), nearest first, and their scores, float32 of the same shape.
 
         Raises:
-            GraphError: links lead to fewer nodes.
+            GraphError: links lead to fewer than `k` nodes.
         """
         scales = None
         if self._spec.distance is Distance.DOT_PRODUCT:
@@ -127,15 +130,16 @@ class Hnsw:
         return nodes.view(np.int64), scores if scales is None else scores / scales
 
     def near(self, vectors: Matrix, share: float, ef: int) -> tuple[npt.NDArray[np.bool_], Labels]:
-        """Search for nodes that are nearly equal to vectors, float32 (vectors, dimensions).
+        """Search for a node that is nearly equal to each prepared vector.
 
         Args:
-            vectors: the vectors.
-            share: greatest distance, as a share of a vector's length.
-            ef: candidates of the search.
+            vectors: float32 (vectors, dimensions).
+            share: greatest distance of nearly equal vectors, as a share of the vector's length.
+            ef: number of candidates that this search keeps.
 
         Returns:
-            Whether each vector has such a node, bool (vectors,), and the nearest node that was found, int64 (vectors,).
+            Whether a nearly equal node was found for each vector, bool (vectors,); and the nearest node that was found,
+            int64 (vectors,), valid only where the first is true.
         """
         none = np.zeros(len(vectors), dtype=bool), np.zeros(len(vectors), dtype=np.int64)
         if not self.count:
@@ -161,13 +165,15 @@ class Hnsw:
         return near, nodes
 
     def missed(self, nodes: Labels, vectors: Matrix) -> Labels:
-        """Return the nodes that searches for their own vectors do not find, int64 (m,).
+        """Return those of `nodes` that searches for their own vectors do not find, int64 (m,).
+
+        A node also counts as found if no hit is farther away than the node, as among nodes at equal distances.
 
         Args:
             nodes: the nodes to check, int64 (n,).
             vectors: their vectors, float32 (n, dimensions).
         """
-        # A search compares every node of a smaller graph.
+        # The only node of a graph is always found.
         suspects = np.arange(len(nodes) if self.count > 1 else 0)
         try:
             for most, ef in _CHECKS:
@@ -182,7 +188,11 @@ class Hnsw:
         return nodes[suspects]
 
     def _not_found(self, nodes: Labels, vectors: Matrix, k: int) -> npt.NDArray[np.bool_]:
-        """Return which nodes are not hits although some hit is farther away: bool (nodes,)."""
+        """Search for `nodes`, int64 (n,), by their own `vectors`, with `k` hits for each vector.
+
+        Returns:
+            Whether each node is not among its hits although a hit is farther away than the node: bool (n,).
+        """
         found, distances = self._index.knn_query(vectors, k=k, num_threads=1)
         missed: npt.NDArray[np.bool_] = (found.view(np.int64) != nodes[:, None]).all(axis=1)
         if not missed.any():
@@ -207,18 +217,27 @@ class Hnsw:
         return np.concatenate(labels), np.concatenate(distances)
 
     def write(self, path: Path) -> None:
-        """Write the graph to a file. hnswlib holds the GIL meanwhile, 0.7 s at 100,000 vectors."""
+        """Write the graph to a file. hnswlib holds the GIL meanwhile: 0.7 s for 100,000 vectors.
+
+        hnswlib reports no error on a full disk; the caller must compare the bytes of the file with `size`.
+        """
         self._index.save_index(str(path))
 
     @classmethod
     def read(cls, spec: CollectionSpec, path: Path, dead: int) -> Hnsw:
-        """Read a file of `write` with `dead` deleted nodes; the file must be unchanged and of this spec.
+        """Read a graph from a file that `write` wrote; the file must be unchanged.
+
+        Args:
+            spec: the spec of the collection of which the file was written.
+            path: the file.
+            dead: number of deleted nodes in the file.
 
         Raises:
-            GraphError: hnswlib cannot read it.
+            GraphError: hnswlib cannot read the file.
         """
         graph = cls(spec, 1)
-        # A new index, since hnswlib cannot load into an initialised one; its ef is 10, so `ef` stays unset.
+        # hnswlib cannot load a file into an initialised index, so this index is not. hnswlib sets its ef to 10, so `ef`
+        # of the graph stays unset.
         graph._made = hnswlib.Index(space=SPACES[spec.distance], dim=spec.dimensions)
         try:
             graph._index.load_index(str(path), allow_replace_deleted=False)

@@ -1,4 +1,4 @@
-"""All vectors of a collection in memory: the graph, and the buffer of newer vectors; derived from the store."""
+"""All vectors of a collection in memory, read from the store: the graph, and the buffer of newer vectors."""
 
 from __future__ import annotations
 
@@ -17,29 +17,35 @@ from emberpc.server.index.graph.persistent_graph import PendingSave, PersistentG
 from emberpc.server.index.graph.read_write_lock import ReadWriteLock
 from emberpc.server.index.graph.shells import Shells, fitted
 
-#: Vectors that are inserted into the graph while searches wait; some 5 to 15 ms.
+#: Number of vectors that are inserted into the graph at a time, while searches wait: some 5 to 15 ms for all of them.
 _SLICE = 16
-#: Computed once, since it is read from files of the operating system.
+#: Number of cores that the server may use; computed once, since it is read from files of the operating system.
 _CORES = usable_cores()
-#: Queries that run before a writer gets its turn, some 32 on each core.
+#: Number of queries that a search runs before it gives the lock to a waiting writer: 32 for each core.
 _QUERIES_PER_TURN = 32 * _CORES
-#: A query with up to this many candidates counts as one; with more it counts in proportion, since it takes longer.
+#: A query with at most this ef counts as one query in `_QUERIES_PER_TURN`. A query with a greater ef takes longer, and
+#: counts in proportion to ef.
 _EF_PER_QUERY = 1000
+#: Number of labels whose vectors are read from the store at a time.
 _READ_BATCH = 2000
-#: Nodes that are checked at a time, while searches wait: about 1 ms for all of them.
+#: Number of nodes that are checked at a time, while searches wait: about 1 ms for all of them.
 _CHECKED_AT_ONCE = 32
-#: Nodes that are checked as a sample, to estimate how many the graph cuts off; some 15 ms.
+#: Number of nodes in a sample, which is checked to estimate how many nodes searches miss: some 15 ms for all of them.
 _PROBED = 256
-#: A complete check is due when there are 1.5 times as many nodes as at the last one: later nodes may take the links of
-#: earlier ones. While no search has missed a node, a sample is checked at that growth, and all nodes at the second.
+#: A complete check is due when the number of vectors in the graph is this many times that at the last complete check,
+#: since later nodes may take links of earlier nodes. The second factor holds while no check has missed a node.
 _CHECK_GROWTH, _SOUND_CHECK_GROWTH = 1.5, 4.0
 
-#: Returns the prepared vectors of those labels that still exist: int64 (n,) and float32 (n, dimensions).
+#: Function that reads vectors from the store: takes labels, and returns those that still exist, int64 (n,), with their
+#: prepared vectors, float32 (n, dimensions).
 ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
 
 
 class Candidates(NamedTuple):
-    """Labels near a query with their scores, nearest first; `complete` if they are all labels of the collection."""
+    """Labels near a query with their scores, nearest first, and the plan of the search.
+
+    `complete` is whether these are all labels of the collection.
+    """
 
     labels: list[int]
     scores: list[float]
@@ -48,13 +54,14 @@ class Candidates(NamedTuple):
 
 
 class Neighbours:
-    """Searches for the labels nearest to a query. Safe to use from several threads.
+    """Holds the vectors of a collection, and searches for the labels nearest to a query.
 
-    A search sees every write completely or not at all: graph and buffer change under one lock.
+    Safe to use from several threads. A search sees every write completely or not at all: graph and buffer change under
+    one lock.
 
     Args:
         spec: the spec of the collection.
-        graph: the graph of a snapshot, or an empty one.
+        graph: the graph of a snapshot, or an empty graph.
     """
 
     def __init__(self, spec: CollectionSpec, graph: PersistentGraph) -> None:
@@ -62,7 +69,7 @@ class Neighbours:
         self._graph = graph
         self._buffer = Buffer(spec.dimensions, spec.distance)
         self._lock = ReadWriteLock()
-        #: Labels that the complete check in progress has still to check. It searches for each node by its own vector.
+        #: Ids of the vectors that the complete check in progress has still to check; empty if no check is in progress.
         self._unchecked: list[int] = []
 
     @property
@@ -77,7 +84,7 @@ class Neighbours:
 
     @property
     def graph_size(self) -> int:
-        """Number of labels that the graph finds."""
+        """Number of labels in the graph."""
         return self._graph.live
 
     @property
@@ -87,23 +94,33 @@ class Neighbours:
 
     @property
     def stray_share(self) -> float:
-        """Share of strays: vectors that searches of the graph miss, so that they are compared with every query."""
+        """Number of strays, vectors that searches of the graph miss, divided by the number of strays and nodes."""
         return self._graph.stray_share
 
     @property
     def needs_check(self) -> bool:
-        """Whether vectors were added since the last complete check, so that nodes may be cut off."""
+        """Whether vectors were added to the graph since the last complete check, so that searches may miss nodes."""
         return bool(self._graph.added or self._unchecked)
 
     def representatives(self) -> list[int]:
-        """Return labels of the graph: one of each set of equal or nearly equal vectors."""
+        """Return one label of each set of equal or nearly equal vectors in the graph.
+
+        Strays and vectors too short for the graph are left out.
+        """
         with self._lock.read():
             return self._graph.representatives()
 
     def catch_up(self, stored: Labels, read: ReadVectors) -> None:
-        """Make the labels equal to the stored ones, ascending; stored labels that a snapshot lacks go to the buffer."""
+        """Bring the graph of a snapshot to the state of the store.
+
+        Labels that the store lacks are removed, and stored labels that the graph lacks are added to the buffer.
+
+        Args:
+            stored: all labels in the store, int64 (n,), ascending.
+            read: reads vectors from the store.
+        """
         with self._lock.write():
-            # Before the removal, since removing the last vector of a group may delete its leader.
+            # This precedes the removal, since removing the last vector of a group may delete the group's leader.
             awaited = sorted(self._graph.awaited & set(stored.tolist()))
             for start in range(0, len(awaited), _READ_BATCH):
                 self._graph.restore(*read(awaited[start : start + _READ_BATCH]))
@@ -127,20 +144,23 @@ class Neighbours:
             self._forget(removed)
 
     def remove(self, labels: set[int]) -> None:
-        """Remove labels that the store no longer has."""
+        """Remove labels that the store no longer has; missing labels are ignored."""
         with self._lock.write():
             self._forget(labels)
 
     def search(self, queries: Matrix, k: int, ef: int) -> list[Candidates | None]:
-        """Search for prepared queries, float32 (queries, dimensions).
+        """Search graph and buffer for the labels nearest to each prepared query.
 
         Args:
-            queries: the queries.
-            k: labels to find for each query.
-            ef: candidates that the graph search keeps, at least k.
+            queries: float32 (queries, dimensions).
+            k: number of labels to find for each query.
+            ef: number of candidates that the search of the graph keeps, at least `k`.
 
         Returns:
-            Candidates for each query; None if the graph failed, so that all vectors must be compared.
+            Candidates for each query; None if the graph cannot answer, so that the caller must compare all vectors.
+
+        Raises:
+            ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled.
         """
         found: list[Candidates | None] = []
         turn = max(_CORES, _QUERIES_PER_TURN * _EF_PER_QUERY // max(ef, _EF_PER_QUERY))
@@ -159,12 +179,20 @@ class Neighbours:
             return self._graph.labels() | self._buffer.labels()
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the prepared vectors, float32 (dimensions,), of those labels that searches can find."""
+        """Return the prepared vectors, float32 (dimensions,), of those labels that searches can find, by label."""
         with self._lock.read():
             return self._graph.held(labels) | self._buffer.held(labels)
 
     def drain(self, most: int, stop: Callable[[], bool]) -> int:
-        """Move up to `most` of the vectors now in the buffer to the graph, slice by slice; return their number."""
+        """Move the oldest vectors from the buffer to the graph, in small steps between which searches run.
+
+        Args:
+            most: most vectors to move; vectors that are added to the buffer meanwhile do not count.
+            stop: whether to end before the next step.
+
+        Returns:
+            The number of vectors that were moved.
+        """
         moved, goal = 0, min(most, len(self._buffer))
         while moved < goal and not stop():
             with self._lock.write():
@@ -177,11 +205,14 @@ class Neighbours:
         return moved
 
     def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
-        """Run a complete check if the graph grew enough: search for every vector of the graph by itself.
+        """Run a complete check if the graph grew enough: search for every node of the graph by its own vector.
 
-        With `at_rest`, any growth is enough. Vectors that are not found become strays, which are compared with every
-        query. Searches and writes continue meanwhile. A check that was stopped continues at the next call. Must not run
-        concurrently with `drain`.
+        Nodes that the searches miss become strays, which are compared with every query. Searches and writes may run
+        meanwhile, but not `drain`.
+
+        Args:
+            stop: whether to end early; the next call continues the check.
+            at_rest: whether any growth of the graph is enough.
         """
         if not self._unchecked:
             with self._lock.read():
@@ -200,9 +231,12 @@ class Neighbours:
             self._graph.end_check()
 
     def probe(self) -> float:
-        """Check a sample of the nodes by searching for their own vectors; return the share that was not found.
+        """Check a random sample of 256 labels of the graph: search for each by its own vector.
 
-        As with `check`, missed nodes become strays.
+        Nodes that the searches miss become strays, which are compared with every query.
+
+        Returns:
+            The share of the sample that the searches missed, 0 to 1.
         """
         with self._lock.read():
             labels = sorted(self._graph.labels())
@@ -216,32 +250,35 @@ class Neighbours:
         return missed / max(1, len(chosen))
 
     def compare_always(self, labels: list[int]) -> None:
-        """Make strays of the vectors of labels, since searches of the graph miss them."""
+        """Make strays of the vectors of labels that searches of the graph miss; other labels are ignored.
+
+        From now on these vectors are compared with every query.
+        """
         with self._lock.write():
             self._graph.compare_always(labels)
 
     def rebuild(
         self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
     ) -> bool:
-        """Build a new graph of all live vectors beside the present one, and replace the latter.
+        """Build a new graph of all vectors in the graph, check the new graph, and replace the old graph by it.
 
-        Must not run concurrently with `drain`.
+        Searches and writes may run meanwhile, but no other call of `drain` and no `check`.
 
         Args:
-            read: reads the vectors.
-            stop: whether to give up.
-            most_waiting: if the buffer grows beyond this, the old graph is filled from it meanwhile, so that searches
-                stay fast.
-            shuffled: whether to insert in random order instead of the order of labels, and to build a graph for each
-                shell; used if many nodes were cut off.
+            read: reads vectors from the store.
+            stop: whether to give up; the old graph then stays.
+            most_waiting: if the buffer has more vectors than this meanwhile, some are moved to the old graph, so that
+                searches stay fast.
+            shuffled: whether to insert vectors in random order instead of the order of labels, and to build a graph for
+                each shell. Used if searches of the old graph miss many nodes.
 
         Returns:
-            Whether it was finished.
+            Whether the old graph was replaced.
         """
         shells = self._fitted_shells(read) if shuffled else self._graph.shells
         graph = PersistentGraph(self._spec, self._graph.live, shells=shells)
         taken: set[int] = set()
-        # Vectors that the old graph received meanwhile must be in the new one too; each round has fewer.
+        # Vectors that the old graph received meanwhile must be in the new graph too. Each round has fewer of them.
         while labels := sorted(self._graph_labels() - taken):
             first_round = not taken
             taken.update(labels)
@@ -255,7 +292,7 @@ class Neighbours:
                     graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
                     if self.waiting > most_waiting:
                         self.drain(_READ_BATCH, stop)
-            # Later nodes took the links of some earlier nodes, and the next complete check may be far off.
+            # Later nodes took links of some earlier nodes, and the next complete check may be far off, so check now.
             if first_round and not self._check_new(graph, stop, most_waiting):
                 return False
         with self._lock.write():
@@ -271,7 +308,10 @@ class Neighbours:
         return fitted(vectors) if len(vectors) else None
 
     def _check_new(self, graph: PersistentGraph, stop: Callable[[], bool], most_waiting: int) -> bool:
-        """Run a complete check of a graph that no other thread uses; return whether it was finished."""
+        """Run a complete check of a new graph, which no other thread uses; return False if `stop` ended it early.
+
+        If the buffer has more than `most_waiting` vectors meanwhile, some are moved to the old graph.
+        """
         names = graph.begin_check()
         for start in range(0, len(names), _CHECKED_AT_ONCE):
             if stop():
@@ -283,7 +323,11 @@ class Neighbours:
         return True
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file; searches and writes continue meanwhile."""
+        """Begin to write the present graph to a file, and return at once; `PendingSave.wait` waits for the end.
+
+        Raises:
+            OSError: writing cannot begin.
+        """
         with self._lock.read():
             return self._graph.save(path)
 
@@ -298,16 +342,21 @@ class Neighbours:
 
     def _search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         with self._lock.read():
-            # An empty graph needs no ef; without this check its first search would take the write lock to set it.
+            # An empty graph needs no ef. Without this check, its first search would take the write lock to set ef.
             if not self._graph.live or self._graph.ef == ef:
                 return self._search_both(queries, k, ef)
-        # ef belongs to the whole graph. Under the write lock, no concurrent search runs with another search's ef.
+        # hnswlib has one ef for the whole graph, not for each search. Under the write lock, no other search runs with
+        # the ef of this search.
         with self._lock.write():
             self._graph.set_ef(ef)
             return self._search_both(queries, k, ef)
 
     def _search_both(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
-        """Search graph and buffer, and merge the candidates; the caller holds the lock."""
+        """Search graph and buffer with prepared queries, and merge the candidates. The caller holds the lock.
+
+        Raises:
+            GraphError: the graph cannot answer, so all vectors must be compared.
+        """
         found = [self._graph.search(queries, k)] if self._graph.live else []
         if len(self._buffer) or not found:
             found.append(self._buffer.search(queries, k))

@@ -15,10 +15,10 @@ from emberpc.server.index.graph.grouped_graph_reader import STRAY
 from emberpc.server.index.graph.hnsw import Hnsw
 from emberpc.server.index.graph.shells import Shells
 
-#: Larger groups are not in snapshots; their vectors are grouped again in the background. Inserting 2,000 vectors takes
-#: some 0.5 s when a collection is opened.
+#: Most vectors of a group in a snapshot: inserting them takes some 0.5 s when a collection is opened. Vectors of larger
+#: groups are left out, and are inserted again in the background after the collection is opened.
 _MAX_SAVED_GROUP = 2000
-#: Node vectors that are read at a time when a snapshot is loaded.
+#: Number of nodes whose vectors are read from hnswlib at a time when a snapshot is loaded.
 _READ_BATCH = 2000
 
 
@@ -28,11 +28,11 @@ class GraphContents:
 
     Attributes:
         dead: nodes that are deleted, int64 (n,).
-        members: labels of each node that has other labels than its id.
+        members: all labels of each node that has labels besides its id, by id.
         outside: labels of the vectors that are not nodes, by leader; the leader of strays is -1.
         ghosts: leaders whose own labels are removed.
         checked: value of `PersistentGraph.to_check` when the last complete check ended.
-        shells: shells that have graphs of their own.
+        shells: shells that have graphs of their own; None: all vectors are in one graph.
     """
 
     dead: Labels = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -48,10 +48,10 @@ class PendingSave:
     """The state of a graph when writing it to a file began.
 
     Attributes:
-        size: bytes of the file.
+        size: bytes of the complete file.
         live: number of labels in the snapshot.
         contents: the part of the snapshot that is not in the file.
-        newest: the greatest label or node, 0 if there is none.
+        newest: the greatest label or node, 0 if the graph is empty.
         wait: waits until the file is written.
     """
 
@@ -64,10 +64,13 @@ class PendingSave:
 
 
 class PersistentGraph(GroupedGraph):
-    """Grouped vectors that can be written to a file and read from it; for the arguments see `GroupedGraphReader`."""
+    """A `GroupedGraph` that can be written to a file and read from it; for the arguments see `GroupedGraphReader`."""
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file; later changes do not affect the file.
+        """Begin to write the present graph to a file, in a child process; later changes do not affect the file.
+
+        Returns:
+            The contents of the snapshot that are not in the file, and a function that waits for the file.
 
         Raises:
             OSError: writing cannot begin.
@@ -78,7 +81,7 @@ class PersistentGraph(GroupedGraph):
         for vector_id, leader in self._leader_of.items():
             if leader == STRAY or len(self._groups[leader]) <= _MAX_SAVED_GROUP:
                 outside.setdefault(leader, []).extend(self._members.get(vector_id, (vector_id,)))
-        # Labels whose vectors are still to be read keep their leader in the new snapshot.
+        # Labels of a loaded snapshot whose vectors were not read yet keep their leader in the new snapshot.
         for label, leader in self._awaited.items():
             outside.setdefault(leader, []).append(label)
         members = {vector_id: list(its) for vector_id, its in self._members.items() if vector_id not in self._leader_of}
@@ -88,15 +91,21 @@ class PersistentGraph(GroupedGraph):
         nodes = sum(len(members.get(vector_id, (vector_id,))) for vector_id in self._node_ids())
         live = nodes + sum(len(labels) for labels in outside.values())
         newest = max(int(every.max(initial=0)), max(self._vector_of, default=0))
-        # In a child process: hnswlib holds the GIL meanwhile, which would block every call.
+        # A child process writes the file, since hnswlib holds the GIL meanwhile, which would block every call.
         wait = in_child(lambda: self._hnsw.write(path))
         return PendingSave(self._hnsw.size, live, contents, newest, wait)
 
     @classmethod
     def load(cls, spec: CollectionSpec, path: Path, contents: GraphContents) -> PersistentGraph:
-        """Read a file of `save`; the caller has checked that it is unchanged and of this spec.
+        """Read a graph from a file that `save` wrote; the caller has checked that the file is unchanged.
 
-        Vectors that are not nodes are not in the file: `awaited` names their labels, and `restore` adds them.
+        Vectors that are not nodes are not in the file: `awaited` returns their labels. The caller must read these
+        vectors from the store, pass them to `restore`, and then call `restored`.
+
+        Args:
+            spec: the spec of the collection of which the file was written.
+            path: the file.
+            contents: the part of the snapshot that is not in the file.
 
         Raises:
             GraphError: hnswlib cannot read the file.
@@ -118,11 +127,11 @@ class PersistentGraph(GroupedGraph):
 
     @property
     def awaited(self) -> set[int]:
-        """Labels of the loaded snapshot whose vectors are not in its file."""
+        """Labels of a loaded snapshot whose vectors are not in the snapshot's file; empty after `restored`."""
         return set(self._awaited)
 
     def restore(self, labels: Labels, vectors: Matrix) -> None:
-        """Add the vectors, float32 (n, dimensions), of awaited labels, int64 (n,)."""
+        """Add the prepared vectors, float32 (n, dimensions), of labels in `awaited`, int64 (n,), to their groups."""
         vector_ids, row_of, hashes = self._find_equal(labels, vectors)
         rows = np.array(list(row_of.values()), dtype=np.int64)
         leaders = np.array([self._awaited[label] for label in labels[rows].tolist()], dtype=np.int64)
@@ -133,7 +142,7 @@ class PersistentGraph(GroupedGraph):
         self._register(labels, vector_ids, hashes)
 
     def restored(self) -> None:
-        """End the restoring: forget labels that are still awaited, and delete ghosts without a group."""
+        """Finish loading: ignore labels that `restore` did not add, and delete ghosts that have no group."""
         self._awaited = {}
         self._searched_always = {leader for leader in self._groups if not self._is_node(leader)}
         for node in [node for node in self._ghosts if node not in self._groups]:

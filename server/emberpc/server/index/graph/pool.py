@@ -1,4 +1,4 @@
-"""A small set of vectors that searches compare exhaustively."""
+"""A small set of vectors: a search compares the query with all of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class Pool:
     """Prepared vectors by label, unordered.
 
     Not safe to use from several threads; `Neighbours` holds the lock.
+
+    Args:
+        dimensions: dimensions of the vectors.
+        distance: the measure by which `search_all` compares vectors.
     """
 
     def __init__(self, dimensions: int, distance: Distance) -> None:
@@ -37,7 +41,7 @@ class Pool:
         self._row_of.update(zip(labels.tolist(), range(first, count), strict=True))
 
     def remove(self, labels: set[int]) -> None:
-        """Remove those of the labels that exist."""
+        """Remove labels with their vectors; missing labels are ignored."""
         for label in labels & self._row_of.keys():
             row, last = self._row_of.pop(label), len(self._row_of)
             if row < last:
@@ -49,11 +53,11 @@ class Pool:
         return self._labels[: len(self)], self._vectors[: len(self)]
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the vectors, float32 (dimensions,), of those labels that exist."""
+        """Return copies of the vectors, float32 (dimensions,), of those labels that exist, by label."""
         return {label: self._vectors[self._row_of[label]].copy() for label in labels if label in self._row_of}
 
     def search_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Compare prepared queries, float32 (queries, dimensions), with every vector.
+        """Compare prepared queries, float32 (queries, dimensions), with every vector, and find the `k` nearest.
 
         Returns:
             Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.

@@ -12,9 +12,9 @@ from types import TracebackType
 class ReadWriteLock:
     """Admits any number of readers, or one writer alone; no thread can starve another.
 
-    A waiting writer goes before new readers, and before later writers. When a writer leaves, the readers that waited
-    meanwhile go before the next writer. So a thread that locks again at once, such as one that fills a graph slice by
-    slice, delays others by at most one of its turns.
+    A waiting writer enters before new readers, and before later writers. When a writer leaves, the readers that waited
+    meanwhile enter before the next writer. So a thread that locks again at once, such as a thread that fills a graph in
+    small steps, delays other threads by at most one step.
     """
 
     def __init__(self) -> None:
@@ -23,9 +23,9 @@ class ReadWriteLock:
         self._readers = 0
         self._writing = False
         self._waiting_readers = 0
-        #: In the order of their arrival.
+        #: Writers that wait, each as an object of its own, in the order in which they came.
         self._waiting_writers: deque[object] = deque()
-        #: Readers that may enter although a writer waits.
+        #: Number of waiting readers that may enter although a writer waits.
         self._admitted = 0
         self._reading_side = _Side(self._begin_to_read, self._end_reading)
         self._writing_side = _Side(self._begin_to_write, self._end_writing)
@@ -41,11 +41,14 @@ class ReadWriteLock:
         return len(self._waiting_writers)
 
     def read(self) -> AbstractContextManager[None]:
-        """Hold the lock with other readers. Not reentrant: a waiting writer would block the second entry."""
+        """Return a context manager that holds the lock together with other readers.
+
+        Not reentrant: a writer that waits would block the second entry of the thread.
+        """
         return self._reading_side
 
     def write(self) -> AbstractContextManager[None]:
-        """Hold the lock alone. Not reentrant."""
+        """Return a context manager that holds the lock alone. Not reentrant."""
         return self._writing_side
 
     def _begin_to_read(self) -> None:
@@ -60,7 +63,7 @@ class ReadWriteLock:
     def _end_reading(self) -> None:
         with self._mutex:
             self._readers -= 1
-            # Only writers wait for readers to leave.
+            # Readers need no notice: only writers wait until readers leave.
             if not self._readers and self._waiting_writers:
                 self._changed.notify_all()
 
@@ -89,7 +92,10 @@ class ReadWriteLock:
 
 
 class _Side:
-    """One way to hold the lock; created once, since a generator for each search would take as long as the locking."""
+    """Context manager for one side of a lock, read or write, that calls `begin` on entry and `end` on exit.
+
+    It is created once for each lock: a generator for each search would take as long as the locking itself.
+    """
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
         self._begin, self._end = begin, end

@@ -1,4 +1,7 @@
-"""Shells: ranges of the distance from a centre. Each has its own graph, so that dense and distant vectors are apart."""
+"""Shells: ranges of the distance from the centre of a collection's vectors, each with a graph of its own.
+
+In one graph, the vectors near the centre would take the links of distant vectors.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import numpy.typing as npt
 
 from emberpc.server.collections.types import Labels, Matrix
 
-#: Outer radius of a shell divided by its inner radius. If vectors are no nearer to each other than to a vector in their
-#: centre, all of them link to the centre only. With a greater ratio, some vectors of a shell are such centres.
+#: Outer radius of a shell divided by its inner radius. With a greater ratio, some vectors of a shell are so central
+#: that the other vectors are no nearer to each other than to these. HNSW then links the others to central vectors only.
 _RATIO = 1.5
 #: Number of shells inside the main shell, and number of shells outside it. Together they cover distances from 1/130 of
 #: the main shell's distance to 130 times that distance.
@@ -23,26 +26,29 @@ MAIN = 0
 
 @dataclass(frozen=True)
 class Shells:
-    """Ranges of the distance from a centre.
+    """Ranges of the distance from a centre; see the comments on the constants of this module for their radii.
 
     Attributes:
         centre: float32 (dimensions,).
-        radius: distance in the middle of the main shell; positive.
+        radius: distance from the centre to the middle of the main shell; positive.
     """
 
     centre: Matrix
     radius: float
 
     def of(self, vectors: Matrix) -> Labels:
-        """Return the shell of each vector, float32 (n, dimensions): int64 (n,), `MAIN` or at most -3."""
+        """Return the number of the shell of each vector, float32 (n, dimensions): int64 (n,), `MAIN` or -3 to -27."""
         levels = _levels(_distances(vectors, self.centre) / self.radius)
         shells: Labels = np.where(levels == 0, MAIN, _INNERMOST - (levels + _MOST))
         return shells
 
 
 def fitted(vectors: Matrix) -> Shells | None:
-    """Fit shells to vectors, float32 (n, dimensions); the main shell has the most vectors. None if all are equal."""
-    # Unlike the mean, the median does not follow a few long vectors.
+    """Return shells around the centre of vectors, float32 (n, dimensions), n > 0; None if all vectors are equal.
+
+    The main shell is that with the most vectors.
+    """
+    # The centre is the median, which a few long vectors do not move, unlike the mean.
     centre = np.median(vectors, axis=0).astype(np.float32)
     distances = _distances(vectors, centre)
     distances = distances[distances > 0]
@@ -54,17 +60,17 @@ def fitted(vectors: Matrix) -> Shells | None:
 
 
 def _distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float64]:
-    """Return the distance of each vector, (n, dimensions), from the centre, (dimensions,): (n,)."""
+    """Return the Euclidean distance of each vector, (n, dimensions), from the centre, (dimensions,): float64 (n,)."""
     differences = vectors.astype(np.float64) - centre
     distances: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", differences, differences))
     return distances
 
 
 def _levels(ratios: npt.NDArray[np.float64]) -> Labels:
-    """Return the level of each distance: 0 in the main shell, 1 to 12 outside it, -1 to -12 inside it.
+    """Return the level of each distance: 0 in the main shell, 1 to 12 outside it, -1 to -12 inside it; int64 (n,).
 
     Args:
-        ratios: distances from the centre, divided by the distance in the middle of the main shell.
+        ratios: distances from the centre, divided by the distance to the middle of the main shell, float64 (n,).
     """
     exponents = np.log(np.maximum(ratios, np.finfo(np.float64).tiny)) / np.log(_RATIO)
     levels: Labels = np.clip(np.floor(exponents + 0.5), -_MOST, _MOST).astype(np.int64)

@@ -1,8 +1,8 @@
 """Snapshots of a graph, which are used only if they are complete and their checksums are right.
 
-A graph can always be rebuilt from the store; a snapshot saves the time. Each snapshot is a file of hnswlib and a
-sidecar with the file's hash and the rest of the contents. The sidecar is written last, so a file without one was never
-finished.
+A graph can always be rebuilt from the store; a snapshot saves the time. Each snapshot is a file of hnswlib and a JSON
+file beside it, the sidecar, with the SHA-256 of the first file and the other contents of the graph. The sidecar is
+written last, so a file of hnswlib without a sidecar was never finished.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from emberpc.server.index.storage.files import sha256_of, sync_to_disk
 
 log = logging.getLogger(__name__)
 
-#: 3: equal vectors are one node. 4: nearly equal vectors are grouped under one node, and strays are no nodes.
+#: Format of snapshots. Since format 3 equal vectors are one node. Since format 4 nearly equal vectors are grouped under
+#: one node, and strays are no nodes.
 _FORMAT = 4
+#: Number of the newest snapshots that are kept.
 _KEPT = 2
 
 
 class AheadError(Exception):
-    """A snapshot has labels that the database never assigned: the database is an older copy of the snapshot's."""
+    """A snapshot has labels that the database never assigned: the database is older than the snapshot."""
 
 
 def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: str, folder: Path) -> None:
-    """Write a snapshot, and delete the oldest ones.
+    """Write a snapshot to disk, and delete all but the two newest snapshots of the folder.
 
     Args:
         begin: begins to write the graph to a path.
         spec: the spec of the collection.
-        identity: the identity of its database.
-        folder: the folder of its snapshots.
+        identity: the identity of the collection's database.
+        folder: the folder of the collection's snapshots.
 
     Raises:
-        OSError: it cannot be written; existing snapshots stay.
+        OSError: the snapshot cannot be written; existing snapshots stay.
     """
     number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
     path = folder / f"graph-{number:08}.bin"
@@ -51,7 +53,7 @@ def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: s
         saving = begin(path)
         saving.wait()
         size = path.stat().st_size
-        # hnswlib reports success on a full disk, too.
+        # The size is checked, since hnswlib reports success on a full disk too.
         if size != saving.size:
             raise OSError(f"{path.name} has {size} of {saving.size} bytes")
         sync_to_disk(path)
@@ -73,17 +75,19 @@ def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: s
 
 
 def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> PersistentGraph | None:
-    """Return the graph of the newest snapshot that is intact and belongs to the collection, or None.
+    """Return the graph of the newest snapshot that is undamaged and belongs to a collection's database, or None.
+
+    A newer snapshot that cannot be used is logged.
 
     Args:
         spec: the spec of the collection.
-        identity: the identity of its database.
+        identity: the identity of the collection's database.
         newest: the greatest label that the database ever assigned.
-        folder: the folder of its snapshots.
+        folder: the folder of the collection's snapshots.
 
     Raises:
-        AheadError: the newest snapshot of the collection has greater labels. The database will assign those labels to
-            other vectors, so it must take a new identity.
+        AheadError: the newest undamaged snapshot of the database has labels greater than `newest`. The database will
+            assign those labels to other vectors, so it must take a new identity.
     """
     for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
         try:
@@ -94,7 +98,12 @@ def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Pers
 
 
 def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> PersistentGraph:
-    """Read one snapshot; raises one of several errors if any part of it is wrong."""
+    """Read the snapshot with the given sidecar, for a collection as described in `load`.
+
+    Raises:
+        AheadError: the snapshot has labels greater than `newest`.
+        OSError, ValueError, KeyError, TypeError, GraphError: the snapshot is damaged or of another database.
+    """
     path = sidecar.with_suffix(".bin")
     document = json.loads(sidecar.read_text(encoding="utf-8"))
     facts = document["facts"]
@@ -115,7 +124,7 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Pe
 
 
 def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
-    """Return the values that must be equal for a snapshot to belong to a collection."""
+    """Return the values that a snapshot must have in its sidecar to belong to a collection's database."""
     return {
         "format": _FORMAT,
         "identity": identity,
@@ -161,7 +170,7 @@ def _digest(facts: dict[str, object]) -> str:
 
 
 def _clean(folder: Path) -> None:
-    """Delete all but the newest snapshots, and unfinished ones."""
+    """Delete the files of unfinished snapshots, and those of finished snapshots except the newest `_KEPT`."""
     kept = {path.stem for path in sorted(folder.glob("graph-*.json"))[-_KEPT:]}
     for path in folder.glob("graph-*"):
         if path.stem not in kept:

@@ -1,8 +1,8 @@
 """Threads that run parts of a search, so that a search with many queries uses all cores.
 
-hnswlib's own threads are not used: they end the process if the system cannot start another thread. Nor is
-`ThreadPoolExecutor`: if it cannot start a thread, it has already accepted the work and runs it later, when the graph
-may be about to change.
+hnswlib's own threads are not used: they end the process if the system cannot start another thread.
+`ThreadPoolExecutor` is not used either: if it cannot start a thread, it has already accepted the work and runs it
+later, when the graph may change at the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WorkerThreads(Generic[Part, Outcome]):
     """Runs the parts of some work in parallel. Safe to use from several threads.
 
     Args:
-        most: limit of worker threads, besides the calling threads; they start when there is work for them.
+        most: limit of worker threads, besides the calling threads. The threads start when there is work for them.
     """
 
     def __init__(self, most: int = usable_cores() - 1) -> None:
@@ -33,9 +33,10 @@ class WorkerThreads(Generic[Part, Outcome]):
         self._tasks: SimpleQueue[tuple[Future[Outcome], Callable[[Part], Outcome], Part]] = SimpleQueue()
 
     def each(self, work: Callable[[Part], Outcome], parts: Sequence[Part]) -> list[Outcome]:
-        """Return the result of each part, at least one; no thread works on a part when this returns or raises.
+        """Run `work` for each part, and return the results in the order of `parts`, which must not be empty.
 
-        The caller runs the first part, and then the parts that no worker thread has begun.
+        The calling thread runs the first part, and then the parts that no worker thread has begun. An error of `work`
+        is raised here. When this returns or raises, no thread works on a part any more.
         """
         helped = [self._submit(work, part) for part in parts[1:]] if self._start(len(parts) - 1) else []
         try:
@@ -54,7 +55,7 @@ class WorkerThreads(Generic[Part, Outcome]):
         return outcome
 
     def _start(self, wanted: int) -> bool:
-        """Start threads up to `wanted`, the limit and what the system allows; return whether there is any thread."""
+        """Start threads until there are `wanted` or `most`, or the system allows no more; return whether to use any."""
         with self._lock:
             try:
                 while self._count < min(wanted, self.most):
