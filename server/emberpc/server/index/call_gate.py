@@ -51,8 +51,8 @@ class CallGate:
     def enter(self, stop: Callable[[], bool] | None = None) -> _Call:
         """Return a context manager for a call, which keeps the resource open until the call ends.
 
-        Entering the context manager opens the resource if it is closed. It returns a function that a long call must
-        call regularly: the call must stop if the function returns True, because `stop` returns True or the end of the
+        Entering the context manager opens the resource if it is closed, and returns a function that a long call must
+        use regularly. The call must stop when that function returns True, because `stop` returns True or the end of the
         gate has begun.
 
         Raises:
@@ -105,7 +105,7 @@ class CallGate:
             close: closes the resource.
 
         Returns:
-            Whether this closed the resource.
+            Whether the resource was closed here.
         """
         if not self._opening.acquire(blocking=False):
             return False
@@ -125,7 +125,7 @@ class CallGate:
             return self._idle.wait_for(lambda: not self._count, deadline.seconds_left)
 
     def begin(self) -> None:
-        """Count the beginning of a call, and open the resource if it is closed; only for the result of `enter`.
+        """Count the beginning of a call, and open the resource if it is closed; used by the result of `enter`.
 
         Raises:
             ServiceError: UNAVAILABLE if the end of the gate has begun, and errors of opening the resource.
@@ -146,7 +146,7 @@ class CallGate:
             raise
 
     def finish(self) -> None:
-        """Run `release` and count the end of a call; only for the result of `enter`."""
+        """Run `release`, note the time, and count the end of a call; used by the result of `enter`."""
         self._release()
         self.last_used = monotonic()
         self._leave()

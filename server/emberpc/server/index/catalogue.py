@@ -161,7 +161,7 @@ class Index:
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return at most `page_size` specs, sorted by name, and the token of the next page, empty after the last page.
 
-        INVALID_ARGUMENT if `page_size` or `page_token` is invalid; an empty token is that of the first page.
+        An empty `page_token` gives the first page. Raise INVALID_ARGUMENT if the size or the token is invalid.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
@@ -386,7 +386,7 @@ class Index:
     def _enter(self, entry: Entry, collection: Collection) -> None:
         """Add a new collection to the catalogue; if that fails, drop the collection.
 
-        ServiceError or OSError if the name exists by now, there are too many collections, or the disk fails.
+        Raise ServiceError or OSError if the name exists by now, there are too many collections, or the disk fails.
         """
         with ExitStack() as undo:
             undo.callback(collection.drop)

@@ -60,8 +60,8 @@ class Collection(Lifecycle, SearchMethods):
     While there are no calls, `close_idle` can free files and memory of the collection; the next call opens it again.
 
     Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails or the
-    collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, UNAVAILABLE after the
-    collection is closed for good or deleted.
+    collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, DEADLINE_EXCEEDED if the call
+    of the thread is cancelled, UNAVAILABLE after the collection is closed for good or deleted.
 
     Args:
         spec: the spec of the collection.
@@ -236,16 +236,16 @@ class Collection(Lifecycle, SearchMethods):
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete records by id in one write, on disk when this returns; missing ids are ignored.
 
-        The result has the sequence of the last write, and the number of deleted records. RESOURCE_EXHAUSTED if the disk
-        and the reserve are full, UNAVAILABLE after the collection is closed for good or deleted.
+        Return the sequence of the last write, and the number of deleted records. Raise RESOURCE_EXHAUSTED if the disk
+        and the reserve for deletions are full, UNAVAILABLE after the collection is closed for good or deleted.
         """
         return self._delete(lambda: self._store.delete(ids))
 
     def delete_matching(self, condition: Filter) -> WriteResult:
         """Delete the records that meet a validated filter in one write, on disk when this returns.
 
-        The result has the sequence of the last write, and the number of deleted records. RESOURCE_EXHAUSTED if the disk
-        and the reserve are full, UNAVAILABLE after the collection is closed for good or deleted.
+        Return the sequence of the last write, and the number of deleted records. Raise RESOURCE_EXHAUSTED if the disk
+        and the reserve for deletions are full, UNAVAILABLE after the collection is closed for good or deleted.
         """
         return self._delete(lambda: self._store.delete_matching(self._store.compile(condition) or EVERYTHING))
 
@@ -376,8 +376,8 @@ class Collection(Lifecycle, SearchMethods):
     def maintain(self) -> None:
         """Run all maintenance that is due: fill, check, rebuild, save and measure the graph; rebuild the word index.
 
-        Takes long; other calls may run meanwhile. Ends early when the collection is about to be closed. Does nothing
-        for a closed collection, which requests maintenance when it is opened. UNAVAILABLE after it is closed for good.
+        Takes long; other calls may run meanwhile. Ends early if the collection is about to be closed. Does nothing for
+        a closed collection. Raises UNAVAILABLE after the collection is closed for good or deleted.
         """
         if not self._calls.begin_maintenance():
             return
@@ -395,7 +395,8 @@ class Collection(Lifecycle, SearchMethods):
     def expire(self) -> float | None:
         """Delete all expired records; return when the next record expires, in seconds since 1970, None if none will.
 
-        RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after the collection is closed for good.
+        Raise RESOURCE_EXHAUSTED if the disk and the reserve for deletions are full, UNAVAILABLE after the collection is
+        closed for good or deleted.
         """
         while self._delete(lambda: self._store.delete_expired(_EXPIRED_AT_ONCE)).deleted == _EXPIRED_AT_ONCE:
             pass

@@ -1,4 +1,4 @@
-"""Opening and closing of a collection: a call opens the database and loads the vectors; idle time frees both."""
+"""Opening and closing of a collection: opening loads the database and the vectors, closing frees them between calls."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class OpenCollections:
 
     Args:
         most: limit of the number of open collections. More are open only while all of them have calls in progress, or
-            snapshots that are not written yet.
+            snapshots that cannot be written.
         idle_seconds: a collection without a call for this many seconds is closed; 0: never.
     """
 
@@ -187,9 +187,9 @@ class OpenCollections:
 
 
 def _close(collection: Closable) -> bool:
-    """Close a collection unless it is in use; return whether it was closed. An error is logged, and returns False."""
+    """Close a collection unless it is in use; return whether it was closed. If closing fails, log the error."""
     try:
-        # The call of this thread, if it is cancelled, must not stop this: the call belongs to another collection.
+        # The thread may run a call that is cancelled. That call is for another collection, so closing must not stop.
         with cancellation.cancelled_when(lambda: False):
             return collection.close_idle()
     except Exception:  # the call that opens another collection must not fail

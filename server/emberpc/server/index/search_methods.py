@@ -21,7 +21,7 @@ _VECTOR = items_of("queries", "vector")
 
 
 class SearchMethods:
-    """Mixin of `Collection` with its search methods."""
+    """Mixin of `Collection` with the methods for dense, lexical and hybrid search."""
 
     spec: CollectionSpec
     _calls: CallGate
@@ -75,7 +75,7 @@ class SearchMethods:
             return []
         with self._calls.enter(), self._store.response_bytes.limited(parts):
             request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
-            # Only unfiltered searches are probed: filtered ones are exact in other cases.
+            # Only searches without filters are probed, since searches with filters compare all vectors in other cases.
             probed = not any(request.conditions) and self._probe.should_sample()
             sequence = self._store.sequence() if probed else 0
             outcomes = self._searcher.search(request)

@@ -51,8 +51,8 @@ class GroupedGraph(GroupedGraphReader):
         self._added += len(rows)
         self._register(labels, vector_ids, hashes)
         self._check_nodes(labels[new], vectors[new])
-        # A user may upsert a record again because searches miss it, and then searches must find it. If its vector was
-        # added before, this adds no node, so check the node that searches may miss: that of the vector or its leader.
+        # A user may upsert a record again because searches miss it, and then searches must find it. If the record's
+        # vector was added before, no node was added now, so check the old node of the vector or of its leader.
         known = set(vector_ids) - set(labels[rows].tolist())
         self.check(known | {self._leader_of.get(vector_id, vector_id) for vector_id in known})
 
@@ -125,7 +125,7 @@ class GroupedGraph(GroupedGraphReader):
             self._delete_vector(vector_id)
 
     def _find_equal(self, labels: Labels, vectors: Matrix) -> tuple[list[int], dict[int, int], dict[int, int]]:
-        """Find for each vector the equal vector that exists already, here or in an earlier row.
+        """Find for each vector the equal vector that exists already, in this graph and its groups or in an earlier row.
 
         Args:
             labels: new labels, int64 (n,).
@@ -226,7 +226,7 @@ class GroupedGraph(GroupedGraphReader):
             self._make_stray(int(nodes[row]), vectors[row : row + 1])
 
     def _make_stray(self, node: int, vector: Matrix) -> None:
-        """Delete a node from the graph, and make a stray of its vector, float32 (1, dimensions), unless it is a ghost.
+        """Delete a node from the graph, and make a stray of its vector, float32 (1, d), unless the node is a ghost.
 
         From now on every search searches the group of the node, if it has one.
         """

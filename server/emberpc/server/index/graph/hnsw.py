@@ -67,7 +67,7 @@ class Hnsw:
 
     @property
     def size(self) -> int:
-        """Bytes of the file that `write` writes."""
+        """Number of bytes of the file that `write` writes."""
         return int(self._index.index_file_size())
 
     def set_ef(self, ef: int) -> None:
@@ -157,7 +157,8 @@ class Hnsw:
         squares = np.einsum("ij,ij->i", vectors, vectors)
         if self._spec.distance is Distance.EUCLIDEAN:
             return distance <= share**2 * squares, nodes
-        # hnswlib returns 1 - product. The length of the node is not known, and reading its vector is slow.
+        # hnswlib returns 1 minus the inner product, from which the distance does not follow without the length of the
+        # node's vector. Reading that vector is slow, so it is read only where the inner product is great enough.
         near = 1 - distance >= (1 - share) * squares
         rows = np.flatnonzero(near)
         differences = vectors[rows] - self.vectors(nodes[rows].tolist())

@@ -205,7 +205,7 @@ class Neighbours:
         return moved
 
     def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
-        """Run a complete check if the graph grew enough: search for every node of the graph by its own vector.
+        """Run a complete check if the graph grew enough since the last: search for every node by its own vector.
 
         Nodes that the searches miss become strays, which are compared with every query. Searches and writes may run
         meanwhile, but not `drain`.

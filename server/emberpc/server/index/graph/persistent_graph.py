@@ -131,7 +131,7 @@ class PersistentGraph(GroupedGraph):
         return set(self._awaited)
 
     def restore(self, labels: Labels, vectors: Matrix) -> None:
-        """Add the prepared vectors, float32 (n, dimensions), of labels in `awaited`, int64 (n,), to their groups."""
+        """Add prepared vectors, float32 (n, dimensions), of labels in `awaited`, int64 (n,), to groups and strays."""
         vector_ids, row_of, hashes = self._find_equal(labels, vectors)
         rows = np.array(list(row_of.values()), dtype=np.int64)
         leaders = np.array([self._awaited[label] for label in labels[rows].tolist()], dtype=np.int64)

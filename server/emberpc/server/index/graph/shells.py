@@ -26,7 +26,7 @@ MAIN = 0
 
 @dataclass(frozen=True)
 class Shells:
-    """Ranges of the distance from a centre; see the comments on the constants of this module for their radii.
+    """Ranges of the distance from a centre. The outer radius of each shell is 1.5 times its inner radius.
 
     Attributes:
         centre: float32 (dimensions,).

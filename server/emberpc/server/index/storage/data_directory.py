@@ -381,7 +381,7 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             raise _unusable(
                 data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
             ) from error
-        # UnicodeDecodeError: Python decodes SQLite's names and messages, which may hold damaged bytes of the schema.
+        # UnicodeDecodeError: Python decodes names and messages of SQLite, which may have damaged bytes of the schema.
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             log.exception("%s cannot be read", path)
             raise _unusable(data_dir, f"has a damaged {_DATABASE}; restore it from a copy") from error

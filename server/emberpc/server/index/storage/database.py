@@ -137,7 +137,7 @@ def translated(subject: str) -> Iterator[None]:
             raise descriptors.shortage() from error
         log.exception("%s: the database failed", subject)
         raise ServiceError(Code.INTERNAL, f"the database of {subject} failed", reason="DATABASE_FAILED") from error
-    # UnicodeDecodeError: Python decodes SQLite's names and messages, which may hold damaged bytes of the schema.
+    # UnicodeDecodeError: Python decodes names and messages of SQLite, which may have damaged bytes of the schema.
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         log.exception("%s: the database is damaged", subject)
         raise ServiceError(

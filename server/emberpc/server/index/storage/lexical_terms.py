@@ -189,6 +189,6 @@ def _characters_and_pairs(run: str) -> Iterator[str]:
 
 
 def _pairs(run: str) -> list[str]:
-    """Return the pairs of adjacent characters of a word in a script without spaces; the character of a word of one."""
+    """Return the pairs of adjacent characters of a word in a script without spaces; a single character as it is."""
     characters = _CHARACTER.findall(run)
     return [a + b for a, b in pairwise(characters)] or characters

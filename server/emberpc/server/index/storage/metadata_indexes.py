@@ -1,4 +1,4 @@
-"""Creation of indexes on metadata fields, and deletion of rows in spite of them."""
+"""Creation of indexes on metadata fields, and deletion of rows even if these indexes fail because of damage."""
 
 from __future__ import annotations
 

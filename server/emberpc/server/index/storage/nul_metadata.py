@@ -39,7 +39,7 @@ def make_index(connection: sqlite3.Connection, subject: str) -> None:
 def compiled(connection: sqlite3.Connection, condition: Filter) -> Clause:
     """Compile a filter to a clause that is right also for records whose metadata contains NUL.
 
-    The clause names those of them that meet the filter by label, so it is valid only for the present records.
+    The clause lists the labels of such records that meet the filter, so it is valid only for the present records.
 
     Args:
         connection: a connection to the database, from which records with NUL are read.

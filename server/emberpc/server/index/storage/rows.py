@@ -65,12 +65,12 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The id, or a printable form of it if it is damaged."""
+        """The id; if the id is damaged and not a string, a printable form of its value."""
         return printable_id(self.id)
 
     @property
     def is_intact(self) -> bool:
-        """Whether all checksums match the values."""
+        """Whether the row has all three checksums, and they match its values."""
         try:
             return (self.text_checksum, self.checksum, self.row_checksum) == self.checksums()
         except DAMAGE_ERRORS:

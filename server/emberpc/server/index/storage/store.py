@@ -248,7 +248,8 @@ class Store(StoreReader):
             The sequence of the last write, and the labels that were removed.
 
         Raises:
-            ServiceError: INTERNAL if the database fails, RESOURCE_EXHAUSTED if the disk and the reserve are full.
+            ServiceError: INTERNAL if the database fails, DEADLINE_EXCEEDED if the call is cancelled, RESOURCE_EXHAUSTED
+                if the disk and the reserve are full.
         """
         distinct = list(dict.fromkeys(ids))
         damaged_ids = [data for data in map(bytes_of_printable_id, distinct) if data is not None]
@@ -272,7 +273,8 @@ class Store(StoreReader):
             The sequence of the last write, and the labels that were removed.
 
         Raises:
-            ServiceError: INTERNAL if the database fails, RESOURCE_EXHAUSTED if the disk and the reserve are full.
+            ServiceError: INTERNAL if the database fails, DEADLINE_EXCEEDED if the call is cancelled, RESOURCE_EXHAUSTED
+                if the disk and the reserve are full.
         """
         return self._delete(lambda connection: set(self._matching(connection, condition).tolist()))
 
@@ -336,7 +338,7 @@ class Store(StoreReader):
     def build_words(self) -> None:
         """Rebuild the word index from the texts, even if the call of this thread is cancelled; counts as a write.
 
-        If the rebuild fails because of damage, `words_beyond_repair` becomes true, and no rebuild is attempted again.
+        If the rebuild fails because of damage, `words_beyond_repair` becomes true, and only `verify` tries again.
 
         Raises:
             ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
@@ -352,7 +354,7 @@ class Store(StoreReader):
         log.warning("%s: the word index was rebuilt from the texts", self._subject)
 
     def _write(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
-        """Run `work` in a transaction, note its sequence in the file `acknowledged`, and return its change."""
+        """Run `work` in a transaction and return its change; write the sequence of the change to `acknowledged`."""
         change = self._run_transaction(work)
         self._note_write(change.sequence)
         return change

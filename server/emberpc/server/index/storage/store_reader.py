@@ -78,7 +78,7 @@ class StoreReader:
         self._damage = DamageFilter(spec)
         #: Called with the labels of damaged records that a read found.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
-        #: Whether the word index must be rebuilt; and whether that failed because of damage, so it is not tried again.
+        #: Whether the word index must be rebuilt; and whether that failed for damage, so that only `verify` tries again.
         self.words_suspect = False
         self.words_beyond_repair = False
         #: Called when `words_suspect` becomes true.
@@ -192,7 +192,7 @@ class StoreReader:
         return found, False
 
     def metadata(self, count: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the metadata of the first `count` records that are readable, at most 4 MiB of JSON in all."""
+        """Yield the metadata of the first `count` records, without damaged metadata, at most 4 MiB of JSON in all."""
         size = 0
         with translated(self._subject):
             rows = self._connection().execute(
@@ -217,7 +217,7 @@ class StoreReader:
             return int(self._damage.select(self._connection(), statement, condition.parameters)[0][0])
 
     def matching(self, condition: Clause, after: int | None = None) -> Labels:
-        """Return the labels of the undamaged records that meet a condition, int64, ascending; only those > `after`."""
+        """Return the labels, int64, ascending, of undamaged records that meet a condition; above `after` if given."""
         with translated(self._subject):
             return self._damage.undamaged(self._matching(self._connection(), condition, after))
 
@@ -324,7 +324,7 @@ class StoreReader:
     def _expiring(self, connection: sqlite3.Connection, condition: Clause) -> Iterator[tuple[Any, ...]]:
         """Yield rows of `NUMBER_COLUMNS` of the records that meet a condition, earliest expiry first.
 
-        Rows whose numbers are damaged are marked and left out: a damaged time must not cause a record's deletion.
+        Rows with damaged numbers are marked as damaged and left out: a damaged time must not cause a deletion.
         """
         statement = f"SELECT {NUMBER_COLUMNS} FROM records WHERE {condition.sql} ORDER BY expires"  # noqa: S608 - ours
         for row in connection.execute(statement, condition.parameters):
