@@ -209,7 +209,7 @@ class Index:
         return collection
 
     def delete(self, name: str) -> None:
-        """Delete a collection and its reembedding, and their files after the calls in progress on them have ended.
+        """Delete a collection and its reembedding; wait for the calls in progress on both, and delete their files.
 
         Raises:
             ServiceError: NOT_FOUND if no collection has the name.

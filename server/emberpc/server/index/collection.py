@@ -50,7 +50,7 @@ from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
-#: Most expired records that one write deletes. It is limited, so that other writes can run in between.
+#: Most expired records that one write deletes. Their number is limited, so that other writes can run in between.
 _EXPIRED_AT_ONCE = 1000
 
 

@@ -131,7 +131,7 @@ class Lifecycle:
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing the collection has no snapshot to write."""
+        """Whether the last snapshot has the present graph, so that closing the collection writes no snapshot."""
         # The attribute may be missing, since another thread may close the collection now.
         maintenance: GraphMaintenance | None = self.__dict__.get("_graph_maintenance")
         return maintenance is None or maintenance.is_saved

@@ -36,7 +36,7 @@ class Closable(Protocol):
 
     @property
     def is_saved(self) -> bool:
-        """Whether the collection has no unsaved snapshot, so that closing it is quick."""
+        """Whether the last snapshot has the present graph, so that closing the collection writes no snapshot."""
 
     def close_idle(self) -> bool:
         """Close the collection unless a call is in progress; return whether this closed it.
@@ -116,9 +116,9 @@ class OpenCollections:
     def _close_until(self, most: int) -> None:
         """Close the least recently used idle collections until `most` are open, or all open ones are in use.
 
-        Collections without an unsaved snapshot are closed first. If closing these is not enough, the other collections
-        are saved and closed too. If it is enough, the background thread closes those of the others that were used less
-        recently.
+        Collections whose graph is saved are closed first. If there are not enough, collections with an unsaved graph
+        are saved and closed here too. If there are enough, the background thread saves and closes the unsaved
+        collections that were used less recently.
         """
         with self._changed:
             in_order = sorted(self._open, key=lambda each: each.last_used)

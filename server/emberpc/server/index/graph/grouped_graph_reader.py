@@ -122,7 +122,7 @@ class GroupedGraphReader:
 
     @property
     def dead_share(self) -> float:
-        """Share of deleted nodes, in this graph and those of groups and strays. They slow down inserts and searches."""
+        """Share of deleted nodes, which slow down inserts and searches, in all graphs: also of groups and strays."""
         graphs = [self, *self._graphs()]
         dead = sum(graph._hnsw.dead for graph in graphs)
         return dead / max(1, dead + sum(graph._hnsw.count for graph in graphs))

@@ -120,7 +120,7 @@ class Neighbours:
             read: reads vectors from the store.
         """
         with self._lock.write():
-            # This precedes the removal, since removing the last vector of a group may delete the group's leader.
+            # Vectors are restored before labels are removed: removing the last vector of a group may delete its leader.
             awaited = sorted(self._graph.awaited & set(stored.tolist()))
             for start in range(0, len(awaited), _READ_BATCH):
                 self._graph.restore(*read(awaited[start : start + _READ_BATCH]))

@@ -49,7 +49,7 @@ class Pool:
                 self._row_of[int(self._labels[row])] = row
 
     def all(self) -> tuple[Labels, Matrix]:
-        """Return all labels, int64 (n,), and their vectors, float32 (n, dimensions)."""
+        """Return all labels, int64 (n,), and their vectors, float32 (n, d): views, valid until the pool changes."""
         return self._labels[: len(self)], self._vectors[: len(self)]
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:

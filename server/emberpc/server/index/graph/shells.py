@@ -13,7 +13,7 @@ import numpy.typing as npt
 from emberpc.server.collections.types import Labels, Matrix
 
 #: Outer radius of a shell divided by its inner radius. With a greater ratio, some vectors of a shell are so central
-#: that the other vectors are no nearer to each other than to these. HNSW then links the others to central vectors only.
+#: that other vectors are no nearer to each other than to the central ones. HNSW then links them to these only.
 _RATIO = 1.5
 #: Number of shells inside the main shell, and number of shells outside it. Together they cover distances from 1/130 of
 #: the main shell's distance to 130 times that distance.

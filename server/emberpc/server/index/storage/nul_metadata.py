@@ -32,7 +32,7 @@ def make_index(connection: sqlite3.Connection, subject: str) -> None:
     try:
         connection.execute(_INDEX)
     except sqlite3.OperationalError:
-        # Such as on a full disk. Without the index, every search with a filter reads all metadata once more.
+        # The cause may be a full disk. Without the index, every search with a filter reads all metadata once more.
         log.warning("%s: no index of metadata with NUL characters", subject, exc_info=True)
 
 

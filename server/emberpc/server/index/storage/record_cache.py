@@ -18,8 +18,8 @@ from emberpc.server.lru import LruCache
 #: serialized form in a response.
 _OVERHEAD = 1200
 
-#: Bytes of metadata in a protobuf message for each byte of the metadata as JSON. This is the usual factor; for lists of
-#: short numbers the factor reaches 3.7.
+#: Usual number of bytes of metadata in a protobuf message for each byte of the metadata as JSON. For lists of short
+#: numbers it reaches 3.7.
 _METADATA_FACTOR = 2
 
 _Key = tuple[int, int]

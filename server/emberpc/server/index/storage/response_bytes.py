@@ -11,8 +11,8 @@ from typing import Any
 from emberpc.server.collections.types import NO_METADATA, WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
-#: Number of records whose bytes one statement adds up. It is small, since SQLite reads the texts of these records, and
-#: the limit is checked after each statement.
+#: Number of records whose bytes one statement adds up. The number is small, since SQLite reads the texts of these
+#: records, and the limit is checked only after each statement.
 SIZES_AT_ONCE = 32
 #: The bytes of at most this many records are counted after the records are read, which saves a statement. Records that
 #: are too large to be kept whole are read this many at a time.
@@ -135,7 +135,7 @@ class ResponseBytes:
 
 
 def select_parts(parts: RecordParts, record: StoredRecord) -> StoredRecord:
-    """Return a copy of a record, without the text and the metadata if `parts` excludes them."""
+    """Return a copy of a record, with empty text and empty metadata in place of those that `parts` excludes."""
     text = record.text if parts.text else ""
     return record._replace(text=text, document=record.document if parts.metadata else NO_METADATA)
 

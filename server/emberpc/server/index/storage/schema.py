@@ -123,7 +123,7 @@ _FORMLESS_WORDS = (
 )
 
 # Adds the checksum of a row's texts and numbers, see `rows.row_checksum_of`. From this step on, a row with a missing
-# checksum is damaged. `_convert` computes the checksums of existing rows, those with labels up to `unconverted`.
+# checksum is damaged. `_convert` computes the checksums of existing rows; their labels are at most `unconverted`.
 _ROW_CHECKSUM = (
     "ALTER TABLE records ADD COLUMN row_checksum INTEGER",
     "ALTER TABLE state ADD COLUMN unconverted INTEGER NOT NULL DEFAULT 0",
@@ -143,8 +143,8 @@ STEPS: tuple[tuple[str, ...], ...] = (
 )
 #: Number of steps from which each undamaged row has all three checksums.
 CHECKED_VERSION = len(STEPS)
-#: Number of rows that get checksums in one transaction. It is small, so that the write-ahead log stays small and an
-#: interrupted conversion keeps its progress.
+#: Number of rows that get checksums in one transaction. The number is small, so that the write-ahead log stays small
+#: and an interrupted conversion keeps its progress.
 _CONVERTED_AT_ONCE = 500
 
 

@@ -78,7 +78,7 @@ class StoreReader:
         self._damage = DamageFilter(spec)
         #: Called with the labels of damaged records that a read found.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
-        #: Whether the word index must be rebuilt; and whether that failed for damage, so that only `verify` tries again.
+        #: Whether the word index must be rebuilt; and whether a rebuild failed for damage: only `verify` retries then.
         self.words_suspect = False
         self.words_beyond_repair = False
         #: Called when `words_suspect` becomes true.

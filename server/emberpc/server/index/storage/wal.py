@@ -2,7 +2,7 @@
 
 SQLite applies the frames of the log before the first frame with a wrong checksum. SQLite reports nothing about later
 frames, since they may be stale, or cut off by the crash. Later frames of the same generation that end a transaction are
-lost writes. This module reads only frame headers, and only when a database with a log is opened, so no write is slower.
+lost writes. Only frame headers are read here, and only when a database with a log is opened, so no write is slower.
 """
 
 from __future__ import annotations
