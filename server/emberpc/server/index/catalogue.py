@@ -107,7 +107,7 @@ class Index:
         return collection
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> Restoration:
-        """Begin to restore a backup as a new collection; the result receives the bytes of the backup.
+        """Begin to restore a backup as a new collection; the returned object receives the bytes of the backup.
 
         Args:
             name: the name of the new collection; the name in the backup is ignored.

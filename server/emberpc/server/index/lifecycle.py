@@ -221,7 +221,7 @@ class Lifecycle:
             return None
 
     def _delete_expired_before_use(self) -> None:
-        """Delete records that expired while the collection was closed, before any search."""
+        """Delete records that expired while the collection was closed. If the disk is full, only log a warning."""
         try:
             self._store.delete_expired()
         except ServiceError as error:

@@ -25,7 +25,7 @@ _helpers: WorkerThreads[Matrix, tuple[npt.NDArray[np.uint64], Matrix]] = WorkerT
 
 
 class GraphError(Exception):
-    """The graph cannot answer, or a file holds no graph; all vectors can still be compared."""
+    """The graph cannot answer a search, or a file holds no graph; the caller can still compare all vectors."""
 
 
 class Hnsw:

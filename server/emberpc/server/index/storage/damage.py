@@ -108,7 +108,7 @@ class DamageFilter:
         return (labels, matrix) if sound.all() else (labels[sound], matrix[sound])
 
     def note_record(self, label: int, record_id: object) -> None:
-        """Mark a record as damaged: log it once, and leave its vector out of the results of `vectors` from now on."""
+        """Mark the record with a label as damaged: log its id once, and leave it out of later results of `vectors`."""
         self._note(label, f"record {record_id!r}")
 
     def undamaged(self, labels: Labels) -> Labels:

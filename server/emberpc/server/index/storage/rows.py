@@ -111,9 +111,10 @@ _INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row
 
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
-    """Return the CRC-32 of a record's texts in UTF-8, each followed by the byte 0xFF, which UTF-8 never contains.
+    """Return the CRC-32 of id, text, metadata and label of a record.
 
-    `metadata` is JSON, and `label` is the record's label as a string.
+    Each is encoded as UTF-8 and followed by the byte 0xFF, which UTF-8 never contains. `metadata` is JSON, and `label`
+    is the record's label as a string.
     """
     return checksum_of_bytes((record_id.encode(), text.encode(), metadata.encode(), label.encode()))
 

@@ -213,7 +213,8 @@ class Store(StoreReader):
     ) -> Labels:
         """Insert rows under new labels, and return these labels, int64 (records,), ascending.
 
-        `numbers` has the revision and the create, update and expire time of each record; times in seconds since 1970.
+        `documents` has the metadata of each record as JSON. `numbers` has the revision and the create, update and
+        expire time of each record; times in seconds since 1970, None: never expires.
         """
         first = counters.next_label(connection, self._subject)
         labels = np.arange(first, first + len(records), dtype=np.int64)
