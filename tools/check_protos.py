@@ -1,7 +1,8 @@
-"""Check the protos: generated code is current, `buf lint` passes, and old clients still work.
+"""Check the protos: the generated code is current, `buf lint` passes, and clients of earlier protos still work.
 
-`buf breaking` compares with the state of main before this change: the merge base
-with main or, on main itself, the parent commit.
+The last check is `buf breaking`. It compares the protos with those of main before this change: of the merge base with
+main or, on main itself, of the parent commit. It is left out if there is no such commit. The exit code is 0 if all
+checks pass.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ BIN = Path(sys.executable).parent
 
 
 def git(*arguments: str) -> str:
-    """Return the output of a git command; empty if it fails."""
+    """Run git in the checkout with these arguments; return its stripped stdout, or an empty string if git fails."""
     run = subprocess.run(["git", *arguments], check=False, cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def base() -> str:
-    """Return the commit to compare with; empty if there is none (no git, first commit, shallow clone)."""
+    """Return the hash of the commit whose protos these protos are compared with.
+
+    It is empty if there is no such commit: without git, at the first commit, or in a shallow clone.
+    """
     head = git("rev-parse", "HEAD")
     for main in ("origin/main", "main"):
         found = git("merge-base", main, "HEAD")

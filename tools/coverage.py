@@ -12,7 +12,7 @@ MINIMUM = 90
 
 
 def main() -> int:
-    # coverage's .pth file starts coverage in child processes if this variable is set.
+    # The package coverage installs a .pth file, which starts coverage in each child process that has this variable.
     env = dict(os.environ, COVERAGE_PROCESS_START=str(ROOT / "pyproject.toml"))
     coverage = [sys.executable, "-m", "coverage"]
     subprocess.run([*coverage, "erase"], check=True, cwd=ROOT)

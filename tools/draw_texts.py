@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-#: Rooms by name: the folders or files of each. A file belongs to the first room that has it.
+#: Folders and files of each room, by the room's name. A file that is in several rooms counts for the first of them.
 ROOMS = {
     "protos": ("protos",),
     "engine": ("server/emberpc/server/engine",),
@@ -36,15 +36,19 @@ ROOMS = {
     "tools": ("tools", "examples"),
     "docs": ("docs", "README.md", "CONTRIBUTING.md"),
 }
-#: Generated files. Their texts are those of the files that they are made from.
+#: Paths of generated files, which are left out: their texts are copies of texts in other files.
 _GENERATED = re.compile(r"_pb2(_grpc)?\.py|/_aio/|^docs/reports/|\.pyi$")
-#: Fewest words of a drawn text. Shorter texts are titles and names.
+#: Fewest words of a text that can be drawn, its signature or line of code included. Shorter texts are titles and names.
 _LEAST_WORDS = 4
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Text(NamedTuple):
-    """A text to read: its file, the line where it starts, and the text with its signature, if it has one."""
+    """A text to read, with its place.
+
+    `path` is relative to the root of the repository. `line` is the line where the text starts; for a docstring, the
+    line of its class or function. `text` is the text with the signature, or with the line of code after a comment.
+    """
 
     path: str
     line: int
@@ -62,7 +66,7 @@ def main() -> None:
 
 
 def collect() -> dict[str, list[Text]]:
-    """Return the texts of each room, in the order of their files and lines."""
+    """Return the texts of each room, file by file; in a Python file, the docstrings before the comments."""
     rooms: dict[str, list[Text]] = {}
     seen: set[Path] = set()
     for room, places in ROOMS.items():
@@ -81,7 +85,7 @@ def draw(rooms: dict[str, list[Text]], seed: int, count: int) -> list[Text]:
         count: number of texts to draw.
 
     Returns:
-        The texts in the order of rooms, files and lines; all texts if there are fewer than `count`.
+        The texts in the order of `rooms`; all texts if there are fewer than `count`.
     """
     chance = random.Random(seed)  # noqa: S311 - no secret
     total = sum(len(texts) for texts in rooms.values())
@@ -94,14 +98,14 @@ def draw(rooms: dict[str, list[Text]], seed: int, count: int) -> list[Text]:
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """Yield the files with texts at a place: a folder or a file."""
+    """Yield the .py, .proto and .md files at a place, a folder or a file, except generated ones."""
     for file in [place] if place.is_file() else place.rglob("*"):
         if file.suffix in (".py", ".proto", ".md") and not _GENERATED.search(file.relative_to(ROOT).as_posix()):
             yield file
 
 
 def _texts(file: Path) -> Iterator[Text]:
-    """Yield the texts of a file."""
+    """Yield the texts of a file: docstrings and comments of Python, comments of .proto, paragraphs of Markdown."""
     source, path = file.read_text(encoding="utf-8"), file.relative_to(ROOT).as_posix()
     if file.suffix == ".md":
         yield from _paragraphs(source, path)
@@ -113,7 +117,7 @@ def _texts(file: Path) -> Iterator[Text]:
 
 
 def _docstrings(source: str, path: str) -> Iterator[Text]:
-    """Yield the docstrings of a module, its classes and its functions, each with its signature."""
+    """Yield the docstrings of a module, and of its classes and functions, each after its signature."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Module | ast.ClassDef | _Function):
             continue
@@ -125,7 +129,7 @@ def _docstrings(source: str, path: str) -> Iterator[Text]:
 
 
 def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
-    """Return the line that declares a class or function, without decorators; empty for a module."""
+    """Return the declaration of a class or function as one line, without decorators; empty for a module."""
     if isinstance(node, ast.Module):
         return ""
     if isinstance(node, ast.ClassDef):
@@ -136,7 +140,7 @@ def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
 
 
 def _python_comments(source: str) -> dict[int, str]:
-    """Return the comments of a Python file that have a line of their own, by line."""
+    """Return the comments of a Python file that have a line of their own, by their line numbers from 1."""
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
@@ -145,13 +149,19 @@ def _python_comments(source: str) -> dict[int, str]:
 
 
 def _proto_comments(source: str) -> dict[int, str]:
-    """Return the comments of a .proto file that have a line of their own, by line."""
+    """Return the comments of a .proto file that have a line of their own, by their line numbers from 1."""
     lines = enumerate(source.splitlines(), start=1)
     return {number: line.strip() for number, line in lines if line.strip().startswith("//")}
 
 
 def _blocks(comments: dict[int, str], lines: list[str], path: str) -> Iterator[Text]:
-    """Join comments on consecutive lines to blocks, each with the line of code that follows it."""
+    """Yield blocks of comments on consecutive lines, each block with the line of code after it.
+
+    Args:
+        comments: comments by line number, from 1.
+        lines: all lines of the file.
+        path: path of the file.
+    """
     for start in comments:
         if start - 1 in comments:
             continue
@@ -163,7 +173,7 @@ def _blocks(comments: dict[int, str], lines: list[str], path: str) -> Iterator[T
 
 
 def _paragraphs(source: str, path: str) -> Iterator[Text]:
-    """Yield the paragraphs of a document: no headings, tables, pictures or code."""
+    """Yield the paragraphs of a Markdown document, without headings, tables, pictures and code blocks."""
     line, fenced = 1, False
     for part in re.split(r"(\n\s*\n)", source):
         inside, fenced = fenced, fenced ^ bool(part.count("```") % 2)

@@ -1,9 +1,10 @@
-"""Generate client/emberpc/client/_aio from _sync; with --check only tell whether it is current.
+"""Generate the asynchronous client (client/emberpc/client/_aio) from the sync client (_sync).
 
-The sync client is the source. This script adds `async` and `await` where a function of AWAITED is called or an
-iterator of ITERATED is read, renames the names of NAMES, and replaces the sentences of SENTENCES. The modules in
-HANDWRITTEN differ in more than that and are written by hand on both sides, with the same names and parameters.
-A missing `await` is a type error, which mypy reports.
+This script adds `async` and `await` where a function of AWAITED is called or an iterator of ITERATED is read, renames
+the names of NAMES, and replaces the sentences of SENTENCES. The modules in HANDWRITTEN are not generated, since they
+differ in more than these changes. They are written by hand in both folders, with the same names and parameters. A
+missing `await` is a type error, which mypy reports. With --check, the script writes nothing, and exits with 1 if a
+module of _aio is not what it would generate.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ AWAITED = {
 }  # fmt: skip
 #: Methods and functions that return asynchronous iterators in the asynchronous client.
 ITERATED = {"pages", "responses"}
-#: Parameters that also accept an asynchronous iterable, by function.
+#: Parameters that accept an asynchronous iterable too in the asynchronous client, by the name of the function.
 ITERABLES = {"embed_stream": "items", "upsert_stream": "records", "stream": "items"}
-#: Names in the sync client, and the names that replace them. In docstrings and comments, only names after a backtick
-#: are replaced.
+#: Names in the sync client, and the names that replace them in the asynchronous one. In strings and comments, only a
+#: name directly after a backtick is replaced.
 NAMES = {
     "_sync": "_aio",
     "__enter__": "__aenter__",
@@ -50,7 +51,8 @@ NAMES = {
         )
     },
 }  # fmt: skip
-#: Sentences of the sync client, and the sentences that replace them. Each must occur in a module.
+#: Texts of the sync client, and the texts that replace them in the asynchronous client. Each must occur in at least one
+#: module, so that none is out of date.
 SENTENCES = {
     "import grpc\n": "import grpc.aio\n",
     "grpc.Channel": "grpc.aio.Channel",
@@ -73,7 +75,13 @@ SENTENCES = {
 
 
 class _Edits(ast.NodeVisitor):
-    """Collects the `async` and `await` to insert into a module, as pairs (byte offset in the module, text)."""
+    """Collects the edits that make a module of the sync client asynchronous, such as an `await` to insert.
+
+    An edit is a triple: byte offsets in the module of the start and the end of the replaced text, and the new text.
+
+    Args:
+        source: the module, as text.
+    """
 
     def __init__(self, source: str) -> None:
         self.edits: list[tuple[int, int, str]] = []
@@ -116,7 +124,7 @@ class _Edits(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
-        # An asynchronous generator cannot delegate.
+        # An asynchronous generator cannot use `yield from`, so a loop replaces the statement.
         if isinstance(node.value, ast.YieldFrom):
             indent = " " * (node.col_offset + 4)
             loop = f"for each in {ast.unparse(node.value.value)}:\n{indent}yield each"
@@ -124,7 +132,7 @@ class _Edits(ast.NodeVisitor):
         self.generic_visit(node)
 
     def result(self) -> str:
-        """Return the module with all edits."""
+        """Return the source of the module with all edits applied."""
         text = self._source
         for start, end, replacement in sorted(self.edits, reverse=True):
             text = text[:start] + replacement.encode() + text[end:]
@@ -141,7 +149,7 @@ class _Edits(ast.NodeVisitor):
         return self._lines[node.lineno - 1] + node.col_offset
 
     def _end(self, node: ast.stmt | ast.expr) -> int:
-        # Only nodes that were made by hand have no end.
+        # The end is None only for nodes that are not made by the parser.
         return self._lines[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
 
 
@@ -154,12 +162,15 @@ def _name(call: ast.expr) -> str:
 
 
 def _suspends(node: ast.AST) -> bool:
-    """Return whether a node, without its children, awaits something in the asynchronous client."""
+    """Return whether a node itself becomes an `await`, an `async for` or an `async with` in the asynchronous client.
+
+    Nodes inside the body of the node do not count.
+    """
     if isinstance(node, ast.Call):
         return _name(node) in AWAITED
     if isinstance(node, ast.For):
-        # A loop over a variable: `with closing(self._runner.responses(…)) as responses` names its variable after the
-        # method, so the variable's name tells that the loop is over an asynchronous iterator.
+        # The loop may be over a variable with the name of the method: the client writes
+        # `with closing(self._runner.responses(…)) as responses`, and then loops over `responses`.
         return _name(node.iter) in ITERATED or (isinstance(node.iter, ast.Name) and node.iter.id in ITERATED)
     if isinstance(node, ast.With):
         return any(_name(item.context_expr) == "closing" for item in node.items)
@@ -167,7 +178,7 @@ def _suspends(node: ast.AST) -> bool:
 
 
 def _own_nodes(function: ast.FunctionDef) -> list[ast.AST]:
-    """Return the nodes of a function, without those of functions inside it."""
+    """Return all nodes of a function's body, at any depth, but not those inside nested functions and lambdas."""
     found: list[ast.AST] = []
     waiting: list[ast.AST] = list(function.body)
     while waiting:
@@ -179,7 +190,10 @@ def _own_nodes(function: ast.FunctionDef) -> list[ast.AST]:
 
 
 def _renamed(source: str) -> str:
-    """Return a module with the names of NAMES replaced; in strings and comments, only names after a backtick."""
+    """Return the source of a module with the names of NAMES replaced.
+
+    In strings and comments, only a name directly after a backtick is replaced.
+    """
     pieces, end = list[str](), (1, 0)
     lines = source.splitlines(keepends=True)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -202,7 +216,10 @@ def generate(name: str, used: set[str]) -> str:
 
     Args:
         name: file name of the module in `_sync`.
-        used: receives the keys of `SENTENCES` that the module contains.
+        used: set to which the keys of `SENTENCES` that the module contains are added.
+
+    Raises:
+        SystemExit: the module uses a part of an awaited result without a name for the result.
     """
     source = (CLIENT / "_sync" / name).read_text()
     for sentence, other in SENTENCES.items():
@@ -220,7 +237,7 @@ def generate(name: str, used: set[str]) -> str:
 
 
 def _formatted(text: str, path: Path) -> str:
-    """Return a module with sorted imports and the project's line breaks."""
+    """Return the source of a module after `ruff` has sorted its imports and formatted it, as for the file `path`."""
     for command in (("check", "--fix-only", "--quiet", "--select=I"), ("format",)):
         run = subprocess.run(
             [RUFF, *command, f"--stdin-filename={path}", "-"],

@@ -1,8 +1,7 @@
 """Generate the Python code of protos/emberpc/v1, or check that it is current.
 
-The script runs the generator pinned in tools/requirements-protos.txt in its own
-environment: in the development environment, the generator would force older
-versions of grpcio and protobuf.
+The script runs the generator in the version of tools/requirements-protos.txt, in an environment of its own: in the
+development environment, the generator would force older versions of grpcio and protobuf.
 """
 
 from __future__ import annotations
@@ -23,7 +22,13 @@ ENVIRONMENT = ROOT / ".venv-protos"
 
 
 def generator() -> Path:
-    """Return the Python of the generator's environment; create the environment if it is missing or outdated."""
+    """Return the Python of the generator's environment, `.venv-protos`.
+
+    The environment is created first if it is missing, or if the pinned versions have changed.
+
+    Raises:
+        CalledProcessError: the packages cannot be installed.
+    """
     python = ENVIRONMENT / "bin" / "python"
     stamp = ENVIRONMENT / "requirements.txt"
     wanted = REQUIREMENTS.read_text()
@@ -35,7 +40,11 @@ def generator() -> Path:
 
 
 def generate(target: Path) -> None:
-    """Write the generated modules and their type stubs under `target`."""
+    """Generate Python modules and type stubs from all protos, in the folder emberpc/v1 of `target`.
+
+    Raises:
+        SystemExit: the generator failed; the message is its output.
+    """
     python = generator()
     files = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / PACKAGE).glob("*.proto"))
     command = [
@@ -46,7 +55,8 @@ def generate(target: Path) -> None:
         f"--plugin=protoc-gen-mypy_grpc={python.parent / 'protoc-gen-mypy_grpc'}",
         "--proto_path=.",
         *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy")),
-        # Servicers are not abstract: a method that is not overridden answers UNIMPLEMENTED.
+        # This option makes stubs in which servicers are not abstract classes. At run time they are not either: a method
+        # that a servicer does not override answers UNIMPLEMENTED.
         f"--mypy_grpc_out=generate_concrete_servicer_stubs:{target}",
         *files,
     ]
@@ -54,7 +64,7 @@ def generate(target: Path) -> None:
     if run.returncode:
         raise SystemExit(run.stdout)
     for path in (target / PACKAGE).glob("*_pb2_grpc.py*"):
-        # Files without a service, such as types.proto, would only get empty *_grpc modules.
+        # Delete the modules for services of a proto without a service, such as types.proto: they are empty.
         source = PROTOS / PACKAGE / path.name.replace("_pb2_grpc.pyi", ".proto").replace("_pb2_grpc.py", ".proto")
         if "\nservice " not in source.read_text():
             path.unlink()
@@ -65,7 +75,11 @@ def generated(folder: Path) -> set[str]:
 
 
 def drift(fresh: Path) -> list[str]:
-    """Return the names of generated files that are missing, stale or no longer generated."""
+    """Compare the committed generated files with freshly generated ones under `fresh`.
+
+    Returns:
+        Names of the committed files that are missing, differ, or are no longer generated, sorted.
+    """
     names = generated(PROTOS) | generated(fresh)
     _, changed, missing = filecmp.cmpfiles(PROTOS / PACKAGE, fresh / PACKAGE, names, shallow=False)
     return sorted(changed + missing)

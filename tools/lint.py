@@ -1,4 +1,4 @@
-"""Run every check of style, types and imports. A failed check does not stop the others."""
+"""Run all checks of style, types and imports, also after one failed; the exit code is the number of failed checks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Make the committed bundles of tests/data/bundles again, or compare them with what the export writes today.
+"""Export the committed bundles of tests/data/bundles again, or compare them with what the export writes today.
 
-    make_test_bundles.py            write them (with the versions of constraints.txt)
-    make_test_bundles.py --check    name the differences; exit 1 if there are any
+    make_test_bundles.py            replace the bundles (install the versions of constraints.txt before)
+    make_test_bundles.py --check    print the differences; exit with 1 if there are any
 
-They have tiny encoders with random weights, so that tests of the server need no PyTorch.
+The bundles have tiny encoders with random weights. They are committed so that tests of the server need no PyTorch.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ if str(ROOT / "tests") not in sys.path:
 from fixtures_bundles import BUNDLES, write_tiny  # noqa: E402 - from the folder of tests
 
 NAMES = ("tiny", "other-tiny", "tiny-classifier")
-#: Of the manifest, what differs between two exports of the same model: the time, and versions.
+#: Keys of the manifest whose values may differ between two exports of the same model: the time of the export, and the
+#: versions of packages.
 VOLATILE = ("created", "tools")
-#: Objects of the manifest whose values are measurements, or hashes of files that contain measurements: only the names
+#: Objects of the manifest whose values are measurements, or hashes of files that contain measurements. Only their keys
 #: are compared.
 MEASURED = ("files", "quality", "parity", "measured")
-#: Of other JSON files.
+#: Keys of other JSON files whose values are versions of packages. They are not compared.
 VERSIONS = ("transformers_version",)
-#: Greatest difference between numbers of the same model on two processors.
+#: Greatest difference, absolute and relative, between two numbers that count as the same. The same model gives slightly
+#: different numbers on two processors.
 TOLERANCE = 1e-3
 
 
 def make(folder: Path, names: Sequence[str] = NAMES) -> None:
-    """Write bundles into a folder that has none of them."""
+    """Export the bundles with these names to `folder`, an existing folder that has none of them.
+
+    A classifier needs PyTorch for the training; encoders need it for the export.
+    """
     from emberpc.export.classifier import ClassifierData, export_classifier
     from emberpc.export.embedding import export_embedding
 
@@ -56,7 +61,10 @@ def make(folder: Path, names: Sequence[str] = NAMES) -> None:
 
 
 def differences(committed: Path, fresh: Path) -> list[str]:
-    """Return what differs between two bundles, one line each."""
+    """Return a line for each file that differs between two bundles, apart from versions and measurements.
+
+    Only JSON and .npz files are compared. Of other files only the names are.
+    """
     old, new = (
         {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
         for folder in (committed, fresh)
@@ -68,7 +76,8 @@ def differences(committed: Path, fresh: Path) -> list[str]:
         elif name.endswith(".npz"):
             same = _same_arrays(old[name], new[name])
         else:
-            # The README has measurements; the bytes of a graph depend on the exporter. Its outputs are in the arrays.
+            # The README contains measurements, and the bytes of an ONNX file depend on the version of the exporter. The
+            # outputs of the ONNX file are compared: the bundle has them in reference.npz.
             continue
         if not same:
             found.append(f"{fresh.name}/{name}: another content")
@@ -76,7 +85,10 @@ def differences(committed: Path, fresh: Path) -> list[str]:
 
 
 def _same(left: object, right: object, key: str = "") -> bool:
-    """Are two JSON values the same, apart from versions and measurements?"""
+    """Return whether two JSON values are the same, apart from versions and measurements.
+
+    Numbers may differ by `TOLERANCE`. `key` is the key of the object that contains the values.
+    """
     if isinstance(left, dict) and isinstance(right, dict):
         if left.keys() != right.keys():
             return False

@@ -5,10 +5,10 @@
     make_venv.py client   .venv-client: the client, the command line and pytest
     make_venv.py matrix   .venv-matrix: nox, which makes an environment for each set of versions
 
-PyTorch is installed first, in the version of constraints.txt, so that no later
-package can install another build of it. hnswlib has no wheel and by default
-compiles for the processor of this host; here it is built for x86-64-v3, so that
-the environment, or pip's cache, also works on another machine.
+PyTorch is installed first, in the version of constraints.txt, so that no later package installs another build of
+PyTorch. hnswlib has no wheel, and is compiled. By default it is compiled for the processor of this host. This script
+compiles it for x86-64-v3, so that the environment, or pip's cache, also works on another machine. An environment is
+only changed if pyproject.toml, constraints.txt or this script changed since it was made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).reso
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment: its folder, how long it takes to make, and arguments of `pip install` with a text each."""
+    """A virtual environment.
+
+    Attributes:
+        folder: name of its folder in the checkout.
+        effort: text for the user about the time and the download that it takes.
+        steps: for each call of `pip install`, the arguments, and a text for the user about what is installed.
+    """
 
     folder: str
     effort: str
@@ -78,11 +84,11 @@ def main() -> int:
         return 0
     print(f"making {environment.folder}, or bringing it up to date: {environment.effort}", flush=True)
     python = folder / "bin" / "python"
-    # Do not create it again if it exists: it may be in use, and then its executable cannot be overwritten.
+    # An existing environment is not created again: a process may use its Python, which cannot be overwritten then.
     if not python.exists():
         venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "-c", "constraints.txt"]
-    # Without --quiet, since the steps take minutes.
+    # pip runs without --quiet, since the steps take minutes, and the user should see progress.
     for number, (arguments, what) in enumerate(environment.steps, 1):
         print(f"step {number} of {len(environment.steps)}: {what} …", flush=True)
         subprocess.run(pip + arguments.split(), check=True, cwd=ROOT, env=build_environment())

@@ -1,9 +1,9 @@
 """Measure how many searches a second the checksums of records cost, through gRPC, in alternating rounds of one run.
 
-Two servers hold the same collection. One checks each record that it reads from SQLite; the other one does not, and does
-not select the columns of the checksums. A search returns hits with their texts and metadata. It is measured with the
-default record cache, which holds all records; with a cache of one byte, so that every hit is read from SQLite; and with
-the vectors of the hits, which no cache holds.
+Two servers hold the same collection. The first server checks each record that it reads from SQLite. The second server
+does not, and does not select the columns of the checksums. A search returns hits with their texts and metadata. There
+are three cases: the default record cache, which holds all records; a cache of one byte, so that every hit is read from
+SQLite; and hits with their vectors, which no cache holds.
 
 Run with `--unchecked`, this script is the second server; the other arguments are those of `emberpc`.
 """
@@ -35,13 +35,13 @@ from examples.server_process import ServerProcess
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, DIMENSIONS = "c", 384
 CALLERS, CALLS = 4, 300
-#: The records of a JSON list of labels as one JSON value, without their checksums.
+#: SQL that selects the records of a JSON list of labels as one JSON value, without their checksums.
 _UNCHECKED = """
 SELECT json_group_array(json_array(label, id, text, metadata, class_label, revision, created, updated, expires))
 FROM records WHERE label IN (SELECT value FROM json_each(?))
 """
 _ALL_PARTS = [pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR]
-#: Name of each case: flags of the server, and fields of the requests.
+#: The measured cases by name: further flags of both servers, and fields of the search requests.
 CASES: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     "10 hits from the cache": ((), {"top_k": 10}),
     "10 hits from SQLite": (("--record-cache-bytes", "1"), {"top_k": 10}),
@@ -58,7 +58,17 @@ def main() -> None:
 
 
 def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Return medians of both servers, and the median and the quartiles of the ratios of the rounds."""
+    """Measure both servers in alternating rounds.
+
+    Args:
+        flags: further flags of both servers.
+        fields: fields of the search requests.
+        rounds: number of rounds that count.
+
+    Returns:
+        For searches per second and for the server's CPU milliseconds of a search: the median of each server, and median
+        and quartiles of the rounds' ratios (checked divided by unchecked).
+    """
     programs = {"checked": ("-m", "emberpc.cli.main"), "unchecked": ("-m", __spec__.name, "--unchecked")}
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     with ExitStack() as stack:
@@ -67,7 +77,7 @@ def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> di
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             servers[name] = stack.enter_context(ServerProcess({}, folder, *flags, program=program))
             requests = _fill(servers[name].address, fields)
-        # The first round is not counted: its searches fill the caches.
+        # The first round does not count: its searches fill the caches.
         for number in range(rounds + 1):
             for name in sorted(servers, reverse=bool(number % 2)):
                 figures[name].append(_round(servers[name], requests))
@@ -85,7 +95,12 @@ def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> di
 
 
 def _fill(address: str, fields: Mapping[str, Any]) -> Sequence[pb.SearchRequest]:
-    """Insert 5,000 docstrings with clustered vectors; return one request for each caller."""
+    """Create a collection of 5,000 docstrings with clustered vectors; return one search request for each caller.
+
+    Args:
+        address: address of the server, as host:port.
+        fields: fields of the requests besides collection and query.
+    """
     generator = np.random.default_rng(0)
     texts = [doc.text for doc in read_stdlib()][:5000]
     centres = generator.standard_normal((250, DIMENSIONS))
@@ -108,7 +123,11 @@ def _fill(address: str, fields: Mapping[str, Any]) -> Sequence[pb.SearchRequest]
 
 
 def _round(server: ServerProcess, requests: Sequence[pb.SearchRequest]) -> tuple[float, float]:
-    """Return searches a second, and the server's CPU milliseconds a search."""
+    """Send each request 300 times, with one caller for each request.
+
+    Returns:
+        Searches per second, and the server's CPU milliseconds of a search.
+    """
     before = cpu_seconds(server.process.pid)
     seconds = capacity(server.address, SEARCH, requests, CALLS)
     count = CALLS * len(requests)
@@ -116,12 +135,12 @@ def _round(server: ServerProcess, requests: Sequence[pb.SearchRequest]) -> tuple
 
 
 def _unchecked_records(document: str) -> dict[int, StoredRecord]:
-    """Convert the records that `_UNCHECKED` selects, without checks."""
+    """Return the records by label of the JSON value that `_UNCHECKED` selects, without a check of the checksums."""
     return {row[0]: _record(*row[1:]) for row in json.loads(document)}
 
 
 def _unchecked_record(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
-    """Convert a row as `rows.record_of` does, without checks."""
+    """Convert a row to a record as `rows.record_of` does, but without a check of the checksums."""
     vector = np.frombuffer(row[12], dtype="<f4") if with_vectors else None
     record_id, text, metadata, label, revision, created, updated, expires = row[1:9]
     expiry = None if expires is None else expires / 1e6
@@ -139,7 +158,7 @@ def _record(
     expires: float | None,
     vector: np.ndarray | None = None,
 ) -> StoredRecord:
-    """Make a record of the values of a row."""
+    """Return a record with these values; the times are in seconds since 1970."""
     return StoredRecord(
         record_id,
         text,
@@ -154,7 +173,11 @@ def _record(
 
 
 def serve_unchecked(arguments: Sequence[str]) -> None:
-    """Run `emberpc` with these arguments, and read records without checks."""
+    """Run `emberpc` with these arguments and with readers of records that check no checksums; then exit the process.
+
+    Raises:
+        RuntimeError: the server has no longer a function or constant that this benchmark replaces.
+    """
     replaced = (
         (store_reader, "AS_ONE_ROW", _UNCHECKED),
         (store_reader, "records_of_one_row", _unchecked_records),

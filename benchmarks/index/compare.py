@@ -1,14 +1,14 @@
 """Compare the index with raw hnswlib, with a bare RPC server, and with its peers.
 
-All get the same vectors, one after the other: raw hnswlib in this process;
-emberpc through gRPC, from upsert to restart; and each peer for which a Python
-with its packages is given (`benchmarks/index/peer_process.py`). Recall is measured
-against a comparison with every vector. Targets: building takes at most 1.15
-times raw hnswlib's add_items with the same parameters and threads; searches by
-one vector reach 0.6 of the calls per second of a server with an empty handler;
-searches by 64 vectors reach 0.8 of raw hnswlib's queries per second with the
-same ef (`benchmarks/index/rpc.py`, in alternating rounds); recall@10 is 0.98 by
-default.
+All systems get the same vectors, and are measured one after the other: raw hnswlib in this process; emberpc through
+gRPC, from upsert to restart; and each peer for which a Python with its packages is given
+(`benchmarks/index/peer_process.py`). Recall is measured against a comparison with every vector. Targets:
+
+- Building the graph takes at most 1.15 times as long as raw hnswlib's add_items, with the same parameters and one
+  thread.
+- Calls with one vector reach 0.6 of the calls per second of a server with an empty handler, and calls with 64 vectors
+  reach 0.8 of raw hnswlib's queries per second with the same ef (`benchmarks/index/rpc.py`, in alternating rounds).
+- recall@10 is 0.98 by default.
 
     python -m benchmarks.index.compare VECTORS.npy [--peer chromadb=/path/bin/python] ... [--records N] [-o RESULT.json]
 
@@ -42,16 +42,19 @@ QUERIES = 1000
 K, BATCH, COLLECTION = rpc.K, rpc.BATCH, rpc.COLLECTION
 M, EF_CONSTRUCTION = 16, 200
 EFS = (10, 20, 50, 100, 200, 400)
-#: Number of rounds in which the server and the systems it is compared with are measured alternately.
+#: Number of rounds of `rpc.measure`. In each round the server and the systems that it is compared with are measured.
 ROUNDS = 5
-#: Number of records that are in no snapshot when the server is killed.
+#: Number of records that are written after the last snapshot, before the server is killed.
 UNSAVED = 3000
 
 Figures = dict[str, Any]
 
 
 def truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return the indexes of the true nearest vectors, int64 (queries, K); all vectors have length 1."""
+    """Return the row numbers of the 10 nearest vectors of each query, nearest first, int64 (queries, 10).
+
+    Vectors and queries are float32 matrices with rows of length 1.
+    """
     rows = []
     for first in range(0, len(queries), 100):
         rows.append(np.argsort(-(queries[first : first + 100] @ vectors.T), axis=1)[:, :K])
@@ -59,7 +62,12 @@ def truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def recall(found: Any, true: np.ndarray) -> float:
-    """Return the share of the true nearest vectors that were found, in [0, 1]."""
+    """Return the share of the true nearest vectors that were found, in [0, 1].
+
+    Args:
+        found: ids that were found for each query, as numbers or strings of numbers.
+        true: ids of the true nearest vectors, int64 (queries, K).
+    """
     hits = sum(len(set(map(int, ids)) & set(row.tolist())) for ids, row in zip(found, true, strict=True))
     return hits / true.size
 
@@ -67,7 +75,17 @@ def recall(found: Any, true: np.ndarray) -> float:
 def raw_hnswlib(
     vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path
 ) -> tuple[hnswlib.Index, Figures]:
-    """Measure hnswlib alone with one thread; return the graph and the figures."""
+    """Measure hnswlib alone with one thread: building, searching at several ef, saving and loading.
+
+    Args:
+        vectors: vectors to add, float32 (n, dimensions), of length 1.
+        queries: vectors to search for, float32 (queries, dimensions).
+        true: row numbers of the true nearest vectors, int64 (queries, K).
+        folder: folder for the saved graph.
+
+    Returns:
+        The graph, and the figures; `curve` has queries per second and recall for each ef.
+    """
     graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
     graph.init_index(len(vectors), ef_construction=EF_CONSTRUCTION, M=M)
     start, cpu = perf_counter(), process_time()
@@ -99,7 +117,18 @@ def raw_hnswlib(
 def emberpc(
     vectors: np.ndarray, queries: np.ndarray, true: np.ndarray, folder: Path, graph: hnswlib.Index
 ) -> tuple[Figures, Figures]:
-    """Measure the server from the first record to restarts; return its figures, and those of `rpc.measure`."""
+    """Measure an emberpc server: upserts, building of the graph, searches at several ef, memory, disk and restarts.
+
+    Args:
+        vectors: vectors to store, float32 (n, dimensions), of length 1.
+        queries: vectors to search for, float32 (queries, dimensions).
+        true: row numbers of the true nearest vectors, int64 (queries, K).
+        folder: data directory of the server, empty.
+        graph: hnswlib's graph of the same vectors, for `rpc.measure`.
+
+    Returns:
+        The figures of the server, and the result of `rpc.measure`.
+    """
     figures: Figures = {}
     with ServerProcess({}, folder) as server, Client(server.address) as client:
         pid = server.process.pid
@@ -123,7 +152,11 @@ def emberpc(
 
 
 def restarts(vectors: np.ndarray, queries: np.ndarray, folder: Path) -> Figures:
-    """Return the seconds from the server's start to its first answer: after a stop, after a kill, without a graph."""
+    """Return the seconds from the server's start to its first response: after a stop, after a kill, without a snapshot.
+
+    The kill comes after 3,000 records were written again, so that no snapshot has them. The snapshots in the data
+    directory `folder` are deleted.
+    """
     figures: Figures = {}
     with _restarted(folder, queries[0], figures, "restart_seconds") as server, Client(server.address) as client:
         again = (Record(id=str(i), metadata={"n": i}) for i in range(UNSAVED))
@@ -149,16 +182,17 @@ def _restarted(folder: Path, query: np.ndarray, figures: Figures, key: str) -> I
 
 
 def graph_seconds(vectors: np.ndarray, folder: Path) -> float:
-    """Return the seconds to build the graph of vectors that are all stored already."""
+    """Store the vectors in a collection of a new index in `folder`; then return the seconds to build the graph."""
     index = Index(folder, snapshot_every=2 * len(vectors))
     collection = index.create(CollectionSpec(COLLECTION, vectors.shape[1], m=M, ef_construction=EF_CONSTRUCTION))
-    # The vectors are written in parts. The maintenance thread is not woken, since it would start beside the writes.
+    # The vectors are written in parts. The maintenance thread is not woken, since it would start to build the graph
+    # during the writes.
     collection._wake = lambda: None
     for first in range(0, len(vectors), 5000):
         part = vectors[first : first + 5000]
         collection.upsert([NewRecord(str(first + i)) for i in range(len(part))], part)
     start = perf_counter()
-    # Call only the part that builds the graph: maintenance also writes snapshots and measures recall.
+    # Only the building is timed. So `maintain` is not called, which also writes snapshots and measures recall.
     collection._neighbours.drain(len(vectors), lambda: False)
     seconds = perf_counter() - start
     index.close()
@@ -166,7 +200,11 @@ def graph_seconds(vectors: np.ndarray, folder: Path) -> float:
 
 
 def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) -> Figures:
-    """Search for all queries, 64 in a call, one call at a time; return queries per second and recall."""
+    """Search for all queries, 64 in a call, one call at a time, with `ef` (0: the server's default).
+
+    Returns:
+        `ef`, the ef that the server used (`plan_ef`), queries per second, and recall@10.
+    """
     found: list[list[str]] = []
     start = perf_counter()
     plans = []
@@ -184,7 +222,10 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
 
 
 def _await_graph(client: Client, query: np.ndarray) -> None:
-    """Wait until the graph has all vectors; a collection too small for a graph is ready at once."""
+    """Wait until the graph has all vectors: a search compares no vectors of the buffer any more.
+
+    A collection that is too small for a graph needs no wait.
+    """
     while True:
         plan = client.search_batch(COLLECTION, [query])[0].plan
         if not plan.compared_count or not plan.ef:
@@ -193,7 +234,10 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
 
 
 def _await_measured(folder: Path, count: int) -> None:
-    """Wait until recall was measured on the whole graph: the default ef depends on it."""
+    """Wait until the server has saved a measurement of recall on a graph of about `count` vectors.
+
+    The default ef depends on this measurement. Too small a graph is not measured, and needs no wait.
+    """
     while count >= MIN_SIZE:
         measured = [load(path.parent) for path in folder.rglob("recall.json")]
         if any(each is not None and not each.outgrown(count) for each in measured):
@@ -206,10 +250,21 @@ def _starts(count: int) -> range:
 
 
 def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray) -> Figures:
-    """Run one peer in its environment, and reopen its data in a second process.
+    """Measure one peer in its environment, and reopen its data in a second process.
+
+    Args:
+        name: name of the peer, as in `peer_process.py`.
+        python: Python of the environment where the peer is installed.
+        vectors: .npy file of the vectors to store.
+        queries: .npy file of the queries.
+        true: row numbers of the true nearest vectors, int64 (queries, K).
+
+    Returns:
+        The figures that `peer_process.py` prints, and `recall`.
 
     Raises:
         RuntimeError: the peer failed; the message is the last line of its stderr.
+        TimeoutExpired: one of the two processes took more than an hour.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [python, str(Path(__file__).with_name("peer_process.py")), name, str(vectors), str(queries), folder]
@@ -226,7 +281,11 @@ def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray)
 
 
 def report(found: Figures) -> None:
-    """Print the figures, and the ratios that have a target."""
+    """Print the figures of each system, and emberpc's time of building and recall beside their targets.
+
+    Args:
+        found: figures by the name of the system; `hnswlib` and `emberpc` must be among them.
+    """
     raw, ours = found["hnswlib"], found["emberpc"]
     for name, figures in found.items():
         for point in figures.get("curve", ()):
@@ -237,7 +296,7 @@ def report(found: Figures) -> None:
 
 
 def report_beside(beside: Figures) -> None:
-    """Print the figures of searches through gRPC as shares of the systems that they are compared with."""
+    """Print the result of `rpc.measure`: the figures of each system, and emberpc's shares beside their targets."""
     for name, figures in beside["servers"].items():
         print(name, *(f"{key} {value:.4g}" for key, value in figures.items()), sep="  ")
     for what, share in beside["shares"].items():

@@ -1,9 +1,8 @@
 """Write vectors for the benchmarks of the index: embeddings of sentences from real texts.
 
-The texts are the docstrings of Python's standard library and, with a folder of
-data sets, those of banking77, clinc150 and scifact. They are split into
-sentences; if these are too few, pairs of consecutive sentences are added. All
-are distinct and in random order.
+The texts are the docstrings of Python's standard library and, with a folder of data sets, the texts of banking77,
+clinc150 and scifact. The texts are split into sentences. If there are too few sentences, pairs of consecutive sentences
+are added. No sentence or pair is repeated, and their order is random.
 
     python -m benchmarks.index.corpus BUNDLE -o VECTORS.npy [--data FOLDER] [--count 100000]
 """
@@ -30,10 +29,12 @@ _SHORTEST, _LONGEST = 20, 400
 
 
 def texts(data: Path | None) -> Iterator[str]:
-    """Yield all texts before they are split: docstrings and, with a folder `data`, the texts of its data sets.
+    """Yield docstrings of Python's standard library and, with a folder `data`, the texts of its data sets.
+
+    The data sets are CSV files in the folders `banking77` and `clinc150`, and the corpus of `scifact`.
 
     Raises:
-        OSError: a file of a data set is missing.
+        OSError: the corpus of scifact is missing, or a file cannot be read.
     """
     for doc in read_stdlib():
         yield doc.text
@@ -50,7 +51,15 @@ def texts(data: Path | None) -> Iterator[str]:
 
 
 def sentences(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return `count` distinct sentences and pairs of sentences in random order, or fewer if there are fewer."""
+    """Return `count` distinct sentences in random order; fewer if there are not enough.
+
+    If there are too few sentences, pairs of consecutive sentences are added. Each text has 20 to 400 characters.
+
+    Args:
+        data: folder of data sets; None: only docstrings.
+        count: number of texts.
+        seed: seed of the draw and of the order.
+    """
     single: dict[str, None] = {}
     pairs: dict[str, None] = {}
     for text in texts(data):

@@ -2,13 +2,13 @@
 
     python -m benchmarks.index.equal_vectors
 
-Each corpus goes into a collection of an index in a temporary folder, in random
-order, and is searched at the default `ef` of the server, as measured of that
-collection. Self-recall is the share of the vectors that are found by a search
-for the same vector. In both recalls, a hit with an equal score counts as found.
-"alike" is a sample of the vectors that are equal or nearly equal, and "others"
-are the remaining vectors. Uneven vectors have different densities: around one
-mean, with a single vector in the middle, or of many lengths.
+Each corpus is inserted into a collection in random order, and searched with the server's default `ef` for that
+collection. Self-recall is the share of the vectors that are found by a search for the same vector. In self-recall and
+in recall@10, a hit with a score equal to that of a true nearest vector counts as found.
+
+A line has figures for "alike", a sample of the vectors that are equal or nearly equal, and for "others", a sample of
+the remaining vectors. Uneven vectors have different densities: around one mean, with a single vector in the middle, or
+of many lengths.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ _QUERIES = 1000
 
 
 def backgrounds(count: int) -> dict[str, Matrix]:
-    """Return vectors by name: in clusters, without clusters, and distributed like an encoder's, float32 (n, 384)."""
+    """Return `count` vectors of each of three kinds by name, float32 (count, 384), not normalized.
+
+    `clustered` vectors are in clusters of about 30, `unclustered` ones are not, and `real` ones are distributed like
+    those of an encoder.
+    """
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, count // 30), _DIMENSIONS), dtype=np.float32)
     noise = rng.standard_normal((count, _DIMENSIONS), dtype=np.float32)
-    # Vectors of an encoder have a non-zero mean, a falling spectrum, and topics of different sizes.
+    # Vectors of encoders have a mean that is not zero, components of different variance (a falling spectrum), and
+    # topics of different sizes.
     spectrum = (np.arange(1, _DIMENSIONS + 1) ** -0.5).astype(np.float32)
     topics = rng.standard_normal((max(1, count // 50), _DIMENSIONS), dtype=np.float32)
     topic = (rng.pareto(1.0, count) * 3).astype(np.int64) % len(topics)
@@ -51,7 +56,10 @@ def backgrounds(count: int) -> dict[str, Matrix]:
 
 
 def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
-    """Return corpora by name: the vectors, with the background first, and the number of background vectors."""
+    """Return corpora of 3 * `count` vectors by name, each with the number of its background vectors, which come first.
+
+    A corpus has background vectors only, or `count` of them, and then vectors that are equal or nearly equal.
+    """
     rng = np.random.default_rng(1)
     found = {f"{name} only": (others, 3 * count) for name, others in backgrounds(3 * count).items()}
     for name, others in backgrounds(count).items():
@@ -65,9 +73,9 @@ def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
 
 
 def uneven(count: int) -> dict[str, tuple[Matrix, Distance]]:
-    """Return corpora by name, each with its distance.
+    """Return corpora of 4 or 6 times `count` vectors of different densities by name, each with its distance.
 
-    Searches of a plain HNSW graph cannot reach many of these vectors.
+    Searches of a plain HNSW graph, without shells, cannot reach many of these vectors.
     """
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((6 * count, _UNEVEN_DIMENSIONS), dtype=np.float32)
@@ -85,7 +93,7 @@ def uneven(count: int) -> dict[str, tuple[Matrix, Distance]]:
 
 
 def build_seconds(vectors: Matrix, distance: Distance) -> float:
-    """Build a graph of the vectors, without a collection; return the CPU seconds."""
+    """Build a graph of the vectors in memory, without a collection; return the CPU seconds of this process."""
     prepared = prepare(vectors, distance)
     graph = PersistentGraph(CollectionSpec("c", vectors.shape[1], distance=distance))
     labels = np.arange(1, len(vectors) + 1, dtype=np.int64)
@@ -100,7 +108,7 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
 
     Args:
         collection: the collection.
-        vectors: its vectors, float32 (records, dimensions).
+        vectors: the vectors of the collection, float32 (records, dimensions).
         queries: the queries, float32 (queries, dimensions).
         ef: the `ef` of the searches; 0: the server's default.
 
@@ -114,7 +122,8 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
     outcomes = [collection.search(query[None], 10, ef=ef)[0] for query in queries]
     seconds = process_time() - start
     scores = np.array([[score for _, score in outcome.hits] for outcome in outcomes])
-    # The last digits of a score depend on how it is computed.
+    # A hit counts if its score is lower by at most 1e-5 of the query's greatest score: the last digits of a score
+    # depend on how the score is computed.
     bounds = truth - 1e-5 * np.abs(truth).max(axis=1, keepdims=True)
     own = float(np.mean(scores[:, 0] >= bounds[:, 0]))
     at_ten = float(np.mean(scores >= bounds[:, 9:]))
@@ -122,7 +131,15 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
 
 
 def measure(name: str, vectors: Matrix, others: int, ef: int, distance: Distance = Distance.COSINE) -> None:
-    """Measure one corpus and print its figures."""
+    """Measure one corpus, and print a line with its figures.
+
+    Args:
+        name: name of the corpus.
+        vectors: vectors of the corpus, float32 (n, dimensions).
+        others: number of background vectors, which come first; the other vectors are alike.
+        ef: the `ef` of the searches; 0: the server's default.
+        distance: distance of the collection.
+    """
     order = np.random.default_rng(2).permutation(len(vectors))
     shuffled = np.ascontiguousarray(vectors[order])
     print(f"{name}: build {build_seconds(shuffled, distance):.2f} CPU s", end="", flush=True)
@@ -132,7 +149,8 @@ def measure(name: str, vectors: Matrix, others: int, ef: int, distance: Distance
         for first in range(0, len(vectors), _WRITE):
             part = shuffled[first : first + _WRITE]
             collection.upsert([NewRecord(f"r{first + i}") for i in range(len(part))], part)
-        # The maintenance thread of the index may be doing the same work: wait for it, and do the rest.
+        # The maintenance thread of the index may be at work already. This call waits for the thread, and then does the
+        # remaining work.
         collection.maintain()
         every = {"others": vectors[:others], "alike": vectors[others:]}
         for what, queries in every.items():
@@ -145,7 +163,7 @@ def measure(name: str, vectors: Matrix, others: int, ef: int, distance: Distance
 
 
 def main() -> None:
-    """Measure all corpora, and print a line for each."""
+    """Measure the corpora that `--only` selects, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1500, help="background vectors; twice as many are alike")
     parser.add_argument("--ef", type=int, default=0, help="candidates of a search; 0: the default of the server")

@@ -1,10 +1,9 @@
 """Measure whether hybrid search is better than dense and lexical search.
 
-A corpus in BEIR's format (such as SciFact) is stored in a collection. Its test
-queries are searched dense, lexical, and hybrid with fusion by scores and by
-ranks. The script measures nDCG@10 and the time of a query over gRPC. Target:
-hybrid search with default settings beats dense and lexical search; otherwise
-the exit code is 1.
+A corpus in BEIR's format (such as SciFact) is stored in a collection. The script searches for the queries of a split by
+dense, lexical and hybrid search, the latter with fusion by scores and by ranks. It measures nDCG@10 and the time of a
+query over gRPC. Target: hybrid search with default settings has a greater nDCG@10 than dense and lexical search;
+otherwise the exit code is 1.
 
     python -m benchmarks.index.hybrid FOLDER --model BUNDLE [--split test] [--data-dir FOLDER] [-o RESULT.json]
 
@@ -28,7 +27,7 @@ from emberpc.client.types import Fusion, SearchMode
 from examples.server_process import ServerProcess
 
 K = 10
-#: Mode, fusion, and weight of the dense ranking of each run; None: the default.
+#: Search mode, fusion rule and weight of the dense ranking of each measured run; None: the server's default.
 RUNS: tuple[tuple[SearchMode, Fusion | None, float | None], ...] = (
     ("dense", None, None),
     ("lexical", None, None),
@@ -38,14 +37,29 @@ RUNS: tuple[tuple[SearchMode, Fusion | None, float | None], ...] = (
 
 
 def ndcg(ids: list[str], relevant: set[str]) -> float:
-    """Return nDCG of the first K ids; each id is relevant (gain 1) or not."""
+    """Return nDCG@10 of a ranking: a relevant id has gain 1, any other id has gain 0.
+
+    Args:
+        ids: ids of the hits, best first.
+        relevant: ids that are relevant, at least one.
+    """
     gains = [1 / math.log2(rank + 2) for rank in range(K)]
     found = sum(gain for gain, key in zip(gains, ids, strict=False) if key in relevant)
     return found / sum(gains[: len(relevant)])
 
 
 def measure(client: Client, name: str, queries: dict[str, str], judged: dict[str, set[str]]) -> list[dict[str, Any]]:
-    """Search for every judged query with the settings of each run; return nDCG@10 and milliseconds of a query."""
+    """Search for every judged query with the settings of each run of `RUNS`, one query at a time.
+
+    Args:
+        client: client of the server.
+        name: name of the collection.
+        queries: texts of the queries by id.
+        judged: ids of the relevant records by the id of the query.
+
+    Returns:
+        For each run its settings, the mean nDCG@10 (`ndcg`), and the mean milliseconds of a query (`query_ms`).
+    """
     rows = []
     for mode, fusion, weight in RUNS:
         total, start = 0.0, perf_counter()
@@ -59,7 +73,7 @@ def measure(client: Client, name: str, queries: dict[str, str], judged: dict[str
 
 
 def main() -> None:
-    """Measure and print all figures."""
+    """Measure, print all figures, and write them to a JSON file if `--output` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, required=True)

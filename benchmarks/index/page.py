@@ -2,8 +2,8 @@
 
     python -m benchmarks.index.page RESULT.json --vectors "description" [--filters FILTERS.json] [--churn RECALL.json]
 
-FILTERS.json is written by `benchmarks/index/filters.py`, RECALL.json by `benchmarks/index/recall.py`. Text on the page
-after its marker is kept: it has figures of other runs.
+FILTERS.json is written by `benchmarks/index/filters.py`, RECALL.json by `benchmarks/index/recall.py`. The text of the
+page after the marker "figures of other runs" is kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BESIDE = {
     "ms per call, one at a time": "latency_ms",
     "queries/s, 64 per call": "queries_per_second_64",
 }
-#: Comparison servers that store nothing.
+#: Names of the comparison servers that store no vectors. They have no row in the first table of the page.
 RPC_ONLY = ("empty handler", "ten ready hits")
 MILLION = 1_000_000
 KEPT = "<!-- figures of other runs -->\n"
@@ -80,7 +80,11 @@ SHARES = """
 
 
 def figures_of(name: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures for a row; recall is that of the last point of the curve, for hnswlib that at ef 200."""
+    """Return the figures of one system with the `recall` for its row of the table.
+
+    Of hnswlib, this is the recall at ef 200; of another system with a curve, that of the last point: emberpc's
+    default ef. Figures without a curve are returned unchanged.
+    """
     if name == "hnswlib":
         at_200 = next(point for point in figures["curve"] if point["ef"] == 200)
         return {**figures, "recall": at_200["recall"]}
@@ -99,7 +103,11 @@ def table(results: dict[str, dict[str, Any]], columns: dict[str, str]) -> list[s
 
 
 def path(beside: dict[str, Any]) -> list[str]:
-    """Return the section that compares a search through gRPC with gRPC alone and with the graph alone."""
+    """Return the lines of the section that compares a search through gRPC with gRPC alone and with hnswlib alone.
+
+    Args:
+        beside: the result of `rpc.measure`.
+    """
     shares = {name: f"{share:.2f}" for name, share in beside["shares"].items()}
     tail = SHARES.format(
         calls=shares["calls, of an empty handler"],
@@ -112,7 +120,11 @@ def path(beside: dict[str, Any]) -> list[str]:
 
 
 def filtered(found: dict[str, Any]) -> list[str]:
-    """Return the section on filtered searches: with filters used before, and with new filters."""
+    """Return the lines of the section on filtered searches: with filters used before, and with new filters.
+
+    Args:
+        found: the result of `benchmarks/index/filters.py`.
+    """
     rows = [
         f"| {row['share']:.2%} | {'yes' if row['field'] == 'indexed' else 'no'} | {row['recall']:.3f} "
         f"| {row['known']['p50_ms']:.2f} | {row['known']['p99_ms']:.2f} "
@@ -130,7 +142,11 @@ def filtered(found: dict[str, Any]) -> list[str]:
 
 
 def churned(found: dict[str, Any]) -> list[str]:
-    """Return the section on recall after many replacements, and on searches during them."""
+    """Return the section on recall after many replacements of records, and on searches during the replacements.
+
+    Args:
+        found: the result of `benchmarks/index/recall.py`.
+    """
     after, meanwhile = found["after"], found["meanwhile"]
     return [
         f"\n## After many writes\n\n{found['records']:,} vectors ({found['vectors']}), half of them replaced "

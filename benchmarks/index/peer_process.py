@@ -1,11 +1,12 @@
-"""Measure one peer of the index in its own environment: fill it, search it, stop it, open it again.
+"""Measure one peer of the index, another vector database, in an environment of its own.
 
-    python -m benchmarks.index.peer_process PEER VECTORS.npy QUERIES.npy FOLDER
+    python -m benchmarks.index.peer_process PEER VECTORS.npy QUERIES.npy FOLDER [reopen]
 
-PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs that package and
-numpy only. A peer with an HNSW index gets M 16, efConstruction 200 and ef 200, like
-emberpc. The last line printed is JSON: seconds, queries per second, megabytes, and the
-ids found.
+PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs the package of that peer and numpy only. It
+stores the vectors in FOLDER and searches for the queries. A peer with an HNSW index gets M 16, efConstruction 200 and
+ef 200, like emberpc. The last line printed is JSON: seconds to store the vectors, queries per second, megabytes in
+memory and on disk, and the ids found. With `reopen`, the script opens the data of an earlier run instead, and prints
+the seconds to the first answer.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def lancedb(vectors: Any, folder: Path) -> tuple[Callable[[], None], Callable[[]
             column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), width)
             ids = pa.array(np.arange(start, start + len(part)))
             table.add(pa.table({"id": ids, "vector": column}))
-        # LanceDB builds one HNSW graph per partition, of quantized vectors.
+        # LanceDB builds an HNSW graph of quantized vectors for each partition. With one partition, there is one graph
+        # of all vectors, as in emberpc.
         table.create_index(
             metric="cosine",
             vector_column_name="vector",
@@ -148,7 +150,10 @@ PEERS = {"chromadb": chromadb, "lancedb": lancedb, "milvus-lite": milvus_lite, "
 
 
 def rate(search: Search, queries: Any, batch: int, seconds: float) -> float:
-    """Search for `seconds` with `batch` queries in a call; return queries per second."""
+    """Search repeatedly for `seconds`, one call after the other; return queries per second.
+
+    A call has `batch` queries. The first call does not count, since a peer may load data then.
+    """
     search(queries[:batch])
     start, done = perf_counter(), 0
     while perf_counter() - start < seconds:

@@ -2,12 +2,10 @@
 
 The script also measures the time of searches while records are replaced and graphs are rebuilt.
 
-One collection in this process is filled with vectors of a file, whose last ones
-are the queries and are not stored. Without a file, the vectors are clustered
-Gaussians (one centre for 100 vectors, sigma 0.6, length 1), which are synthetic
-and easy. Recall is measured against a comparison with every vector. Targets:
-recall@10 is 0.98 by default, and 0.95 after half of the records were replaced
-ten times.
+One collection in this process is filled with the vectors of a file. 500 random vectors of the file are the queries, and
+are not stored. Without a file, the vectors are synthetic: clustered Gaussians (one centre for 100 vectors, sigma 0.6,
+length 1), which are easier to search than embeddings. Recall is measured against a comparison with every vector.
+Targets: recall@10 is 0.98 by default, and 0.95 after half of the records were replaced ten times.
 
     python -m benchmarks.index.recall [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
 
@@ -35,7 +33,7 @@ DIMENSIONS, PER_CLUSTER, SIGMA = 384, 100, 0.6
 
 
 def clustered(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return random vectors of length 1 around random centres, float32 (count, 384)."""
+    """Return random vectors of length 1, about 100 around each of several random centres, float32 (count, 384)."""
     centres = rng.standard_normal((max(1, count // PER_CLUSTER), DIMENSIONS), dtype=np.float32)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     noise = rng.standard_normal((count, DIMENSIONS), dtype=np.float32) * np.float32(SIGMA / DIMENSIONS**0.5)
@@ -43,12 +41,18 @@ def clustered(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def unit(matrix: np.ndarray) -> np.ndarray:
-    """Normalize the rows of a matrix to length 1, as float32."""
+    """Return a matrix with its rows normalized, as contiguous float32; no row may be zero."""
     return np.ascontiguousarray(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), dtype=np.float32)
 
 
 def upsert(collection: Collection, rows: np.ndarray, matrix: np.ndarray) -> None:
-    """Write records whose ids are the row numbers, and wait until the graph has them."""
+    """Upsert records without texts, then run the maintenance, which moves the vectors to the graph.
+
+    Args:
+        collection: the collection.
+        rows: numbers of the records, which are their ids, int64 (n,).
+        matrix: vector of each record, float32 (n, dimensions).
+    """
     for first in range(0, len(rows), WRITE):
         part = rows[first : first + WRITE]
         collection.upsert([NewRecord(str(row)) for row in part], matrix[first : first + WRITE])
@@ -58,12 +62,19 @@ def upsert(collection: Collection, rows: np.ndarray, matrix: np.ndarray) -> None
 def replace_half(
     collection: Collection, stored: np.ndarray, queries: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, list[float]]:
-    """Replace half of the records, and search meanwhile, one query after the other.
+    """Replace the vectors of a random half of the records, and search meanwhile, one query after the other.
+
+    Args:
+        collection: the collection.
+        stored: the stored vectors, float32 (records, dimensions); changed in place like the records.
+        queries: vectors to search for, float32 (queries, dimensions).
+        rng: draws the records and their new vectors.
 
     Returns:
-        Seconds of the writes and of the graph's work for them; milliseconds of each search.
+        Seconds of the writes and of the maintenance after them; milliseconds of each search.
     """
-    # Each record gets the vector of another record with a little noise, so the distribution of the vectors is the same.
+    # Each record gets the vector of another record with a little noise, so that the distribution of the vectors does
+    # not change.
     rows = rng.permutation(len(stored))[: len(stored) // 2]
     noise = rng.standard_normal((len(rows), stored.shape[1]), dtype=np.float32) * np.float32(0.1 / DIMENSIONS**0.5)
     stored[rows] = unit(stored[rng.permutation(rows)] + noise)
@@ -80,7 +91,18 @@ def replace_half(
 
 
 def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **options: float) -> dict[str, Any]:
-    """Return recall@10, times of a query in milliseconds, and strategy and ef from the plans."""
+    """Search for each query with the search options `options`, one call after the other, and return the figures.
+
+    Args:
+        collection: the collection.
+        stored: all vectors of the collection, float32 (records, dimensions).
+        queries: vectors to search for, float32 (queries, dimensions).
+        options: arguments of `Collection.search`, such as `min_recall`.
+
+    Returns:
+        The options, recall@10, median and 99th percentile of the milliseconds of a search, and strategy and ef of the
+        first search.
+    """
     bounds = []
     for first in range(0, len(queries), 100):
         scores = queries[first : first + 100] @ stored.T
@@ -103,7 +125,17 @@ def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **o
 
 
 def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
-    """Measure one collection of all vectors but the last 500, which are the queries."""
+    """Fill a collection with all vectors but 500 random ones, which are the queries, and return its measurements.
+
+    Args:
+        vectors: float32 (n, dimensions), of length 1; n must be greater than 500.
+        rounds: number of times that half of the records are replaced.
+        folder: empty folder for the index.
+
+    Returns:
+        Seconds to build the collection; recall and times by default, for each target of recall, during the
+        replacements, and after them.
+    """
     rng = np.random.default_rng(1)
     vectors = vectors[rng.permutation(len(vectors))]
     stored, queries = vectors[:-QUERIES].copy(), vectors[-QUERIES:]
@@ -135,7 +167,7 @@ def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print the result as JSON."""
+    """Measure, print the result as JSON, and write it to a file if `--output` is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("vectors", nargs="?", type=Path, help="a .npy file; default: clustered gaussians")
     parser.add_argument("--records", type=int, default=100_000, help="the most vectors to read")

@@ -1,15 +1,14 @@
 """Compare a search by vector through gRPC with gRPC alone and with hnswlib alone, in alternating rounds of one run.
 
-The emberpc server is compared with three systems: a server whose handler does
-nothing; a server whose handler returns ten prepared hits, so that gRPC carries
-the same bytes; and hnswlib in this process, with the ef that the emberpc server
-reports, on as many threads as there are cores. Each server has its own process.
+The emberpc server is compared with three systems: a server whose handler returns an empty response; a server whose
+handler returns ten prepared hits, so that gRPC carries the same bytes; and hnswlib in this process, with the ef that
+the emberpc server reports, on as many threads as there are cores. Each server has its own process.
 
-Run as a program, this script is one of the first two servers:
+Run as a program, this script is one of the first two of these systems:
 
     python -m benchmarks.index.rpc ADDRESS_FILE [ANSWER]
 
-It writes its address to ADDRESS_FILE. It returns the SearchResponse in the file ANSWER, or an empty one.
+The server writes its address to ADDRESS_FILE. It returns the SearchResponse in the file ANSWER, or an empty response.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ from emberpc.wire import vectors as wire
 
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, K, BATCH = "c", 10, 64
-#: To measure calls per second: number of concurrent callers, and of calls by each. For latency: number of calls.
+#: To measure calls per second: number of concurrent callers, and number of calls by each caller. To measure latency:
+#: number of calls, one after the other.
 CALLERS, CALLS, ONE_BY_ONE = 8, 500, 1000
 CORES = usable_cores()
 
@@ -46,18 +46,19 @@ Figures = dict[str, Any]
 
 
 def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int) -> Figures:
-    """Measure a server and the systems that it is compared with, and the ratios of each round.
+    """Measure an emberpc server, two comparison servers and hnswlib in alternating rounds.
 
     Args:
-        address: address of the emberpc server; it has the collection.
-        graph: graph of the same vectors.
+        address: address of the emberpc server, which has the collection `COLLECTION`.
+        graph: hnswlib's graph of the vectors in the collection; its ef is changed.
         queries: float32 (at least 128, dimensions).
         rounds: number of rounds; the figures are their medians.
 
     Returns:
-        `servers`: for each server, calls per second (`queries_per_second_1`) and milliseconds of a call without other
-        calls (`latency_ms`); `hnswlib` and `emberpc` also have `queries_per_second_64`. `shares`: emberpc's figures as
-        shares of the others'.
+        `ef`: the ef that the emberpc server used. `rounds`: number of rounds. `servers`: for each server, calls per
+        second with one query each (`queries_per_second_1`) and milliseconds of a call without other calls
+        (`latency_ms`); for `hnswlib` and `emberpc`, queries per second with 64 in a call (`queries_per_second_64`).
+        `shares`: emberpc's speed as a share of another system's.
     """
     found: dict[str, list[Figures]] = {"emberpc": [], "empty handler": [], "ten ready hits": [], "hnswlib": []}
     with grpc.insecure_channel(address) as channel:
@@ -69,7 +70,7 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
             "empty handler": stack.enter_context(_comparison_server(b"")),
             "ten ready hits": stack.enter_context(_comparison_server(answer.SerializeToString())),
         }
-        # The first round is not counted: its searches read data from disk.
+        # The first round does not count: its searches read data from disk.
         for _ in range(rounds + 1):
             for name, each in addresses.items():
                 calls = _calls_per_second(each, queries)
@@ -84,7 +85,10 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
 
 
 def _shares(found: dict[str, list[Figures]]) -> Figures:
-    """Return emberpc's figures as shares of the others': the medians of the ratios of the rounds."""
+    """Return emberpc's speed divided by that of another system: for each pair, the median over the rounds.
+
+    For latency this is the other system's time divided by emberpc's, so that a greater share is better here too.
+    """
 
     def share(name: str, key: str, *, of_time: bool = False) -> float:
         ratios = [ours[key] / theirs[key] for ours, theirs in zip(found["emberpc"], found[name], strict=True)]
@@ -108,17 +112,24 @@ def _requests(queries: np.ndarray, calls: int, each: int) -> list[pb.SearchReque
 
 
 def _calls_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
-    """Return queries per second of concurrent callers; each caller sends the same `each` queries in every call."""
+    """Return queries per second of concurrent callers, measured with h2load.
+
+    Args:
+        address: address of the server, as host:port.
+        queries: vectors to search for, float32 (at least `callers` * `each`, dimensions).
+        callers: number of concurrent callers.
+        each: queries in a call; a caller sends the same queries in all its calls.
+    """
     calls = max(20, CALLS // each)
     return callers * calls * each / capacity(address, SEARCH, _requests(queries, callers, each), calls)
 
 
 def _latency(address: str, queries: np.ndarray) -> float:
-    """Return the median milliseconds of a call, for sequential calls by a client in Python."""
+    """Return the median milliseconds of a call with one query, for 1,000 sequential calls by a client in Python."""
     requests: Sequence[pb.SearchRequest] = _requests(queries, 100, 1)
     times = []
     with grpc.insecure_channel(address) as channel:
-        # Answers are not parsed: parsing would add the client's time.
+        # Responses are not decoded, since the time of decoding is the client's.
         search: Any = channel.unary_unary(SEARCH, request_serializer=pb.SearchRequest.SerializeToString)
         for i in range(ONE_BY_ONE):
             start = perf_counter()
@@ -128,7 +139,10 @@ def _latency(address: str, queries: np.ndarray) -> float:
 
 
 def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
-    """Return queries per second of hnswlib alone, with 64 queries in a call."""
+    """Search in this process for half a second; return queries per second of hnswlib, with 64 queries in a call.
+
+    The graph keeps the ef that is set here.
+    """
     graph.set_ef(ef)
     start, count = perf_counter(), 0
     while perf_counter() - start < 0.5:
@@ -140,7 +154,13 @@ def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
 
 @contextmanager
 def _comparison_server(answer: bytes) -> Iterator[str]:
-    """Run a server in a child process that always returns `answer`; yield its address."""
+    """Run a server in a child process that always returns the SearchResponse `answer`; yield its address.
+
+    The child is killed at the end of the block.
+
+    Raises:
+        RuntimeError: the server ended before it served.
+    """
     with tempfile.TemporaryDirectory() as folder:
         address_file, ready = Path(folder) / "address", Path(folder) / "answer"
         ready.write_bytes(answer)

@@ -1,12 +1,10 @@
 """Measure the accuracy of classifiers on a well-known data set with `emberpc compare`, and check the claims about it.
 
-FOLDER has `train.csv` and `test.csv` (columns text and label) and optionally
-`oos_test.csv`, texts that have none of the labels. For two data sets there are
-claims: least figures that emberpc must reach, as means of at least three seeds.
-They apply if FOLDER is named banking77
-(https://github.com/PolyAI-LDN/task-specific-datasets, folder banking_data) or
-clinc150 (https://github.com/clinc/oos-eval). The exit code is 1 if a claim is
-missed, or was measured with fewer seeds.
+FOLDER has `train.csv` and `test.csv` (columns text and label) and optionally `oos_test.csv`, texts that have none of
+the labels. For two data sets there are claims: figures that emberpc must reach, as means of at least three seeds. The
+claims are checked if FOLDER is named banking77 (https://github.com/PolyAI-LDN/task-specific-datasets, folder
+banking_data) or clinc150 (https://github.com/clinc/oos-eval). The exit code is 1 if a figure does not reach its claim,
+or was measured with fewer seeds.
 
     python -m benchmarks.models.classifiers FOLDER -o REPORT [any other option of `emberpc compare`]
 """
@@ -22,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 TUNED = ("top-layers", "contrastive", "full")
-#: Least number of seeds that a claim is checked with.
+#: Fewest seeds over which a figure must be measured to be checked against a claim.
 SEEDS = 3
 ANY = ("zero-shot", "nearest", "centroids", "linear", *TUNED)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim: the best of some strategies at a budget has a figure of at least `bound`, or with `at_most` at most."""
+    """A claim about a figure of the most accurate strategy at a budget, out of `strategies`.
+
+    The figure must be at least `bound`, or at most `bound` if `at_most`. `figure` and `budget` are named as in the
+    report of `emberpc compare`.
+    """
 
     figure: str
     bound: float
@@ -38,7 +40,10 @@ class Claim:
     at_most: bool = False
 
     def check(self, points: list[dict[str, Any]]) -> tuple[bool, str]:
-        """Return whether the points of a report meet the claim, and a line that states the measured value."""
+        """Return whether the points of a report meet the claim, and a line to print with the measured value.
+
+        A claim that was measured with too few seeds, or not at all, is not met.
+        """
         eligible = [p for p in points if p["budget"] == self.budget and p["strategy"] in self.strategies]
         measured = [p for p in eligible if p["seeds"] >= SEEDS or p["strategy"] == "zero-shot"]
         sign = "<=" if self.at_most else ">="

@@ -1,11 +1,10 @@
 """Measure what fine-tuning gains: run `emberpc export finetune-embedding` on queries with judged passages.
 
-FOLDER is in BEIR's format (corpus.jsonl, queries.jsonl, qrels/train.tsv and
-qrels/test.tsv), such as scifact (https://github.com/beir-cellar/beir). The
-command trains on the training queries, of which it holds some out to choose by.
-It measures the test queries among all passages once before and once after.
-Training queries that are equal to test queries (scifact has two) are left out.
-The exit code is 1 if nDCG@10 of the test queries did not grow, and 2 if no model was written.
+FOLDER is in BEIR's format (corpus.jsonl, queries.jsonl, qrels/train.tsv and qrels/test.tsv), such as scifact
+(https://github.com/beir-cellar/beir). The command trains on the training queries, except for held-out ones, by which it
+chooses among the trained models. It searches all passages for the test queries, once before training and once after.
+Training queries that are equal to test queries (scifact has two) are left out. The exit code is 1 if nDCG@10 of the
+test queries did not grow, and 2 if no model was written.
 
     python -m benchmarks.models.finetune_embedding FOLDER [-o BUNDLE] [any other option of the command]
 """

@@ -1,11 +1,13 @@
 """Compare methods to quantize a model to int8: build each candidate, and measure it against fp32.
 
-BUNDLE is an embedding model written by `emberpc export embedding`. For each
-candidate, the table has the mean cosine to fp32, the share of a text's 10
-nearest texts that are also nearest by fp32, and texts per CPU-second as a
-multiple of fp32's: inference only, one thread, alternating with fp32, median of
-the ratios. Ranges are calibrated, and outliers found, on other texts than those
-that are measured.
+BUNDLE is an embedding model written by `emberpc export embedding`. For each candidate, a method to quantize the model,
+the table has:
+
+- the mean and the least cosine of its vectors to those of fp32;
+- the share of a text's 10 nearest texts that are also nearest by fp32;
+- texts per CPU-second as a multiple of fp32's: inference only, one thread, median over alternating rounds.
+
+Ranges are calibrated, and outliers found, on other texts than those that are measured.
 
     python -m benchmarks.models.int8_candidates BUNDLE [--texts FILE] [--count 256] [--only NAME …]
 
@@ -44,8 +46,9 @@ from emberpc.export.variants.measurement import ROUNDS, neighbour_agreement
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers
 
-#: Number of texts for calibration and for finding outliers, and the interval between timed batches.
+#: Number of texts for calibration and for finding outliers.
 LOOKED_AT = 64
+#: Speed is measured on every fourth batch only, to save time.
 TIMED_EVERY = 4
 #: Number of tokens that texts for the calibration of static ranges are truncated to.
 CUT_AT = 32
@@ -53,7 +56,15 @@ OUTPUT = "sentence_embedding"
 
 
 def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProto] = ()) -> onnx.ModelProto:
-    """Make the products int8: weights per column, activations with one scale for each batch at run time."""
+    """Return the model with int8 matrix products whose activations are scaled at run time.
+
+    Each column of the weights has a scale of its own. The activations of a batch share one scale.
+
+    Args:
+        model: the fp32 graph.
+        bits: bits of a weight: 7 or 8. With 7, products cannot saturate on processors without VNNI.
+        without: matrix products that stay fp32.
+    """
     left = {node.name for node in without}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -71,9 +82,10 @@ def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProt
 
 
 class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Yields texts for a calibration, one at a time. Only texts of `CUT_AT` tokens or more are used, and truncated.
+    """Returns texts for a calibration by `get_next`, one at a time, as inputs of the model.
 
-    All inputs then have the same shape, which is needed because the calibration stacks their outputs.
+    Only texts of at least `CUT_AT` tokens are used, truncated to `CUT_AT` tokens. All inputs must have the same shape,
+    because the calibration stacks the outputs.
     """
 
     def __init__(self, feeds: Sequence[Feeds]) -> None:
@@ -85,7 +97,14 @@ class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no 
 
 
 def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | None) -> onnx.ModelProto:
-    """Make the products int8 with fixed ranges of activations: the extremes, or with a percentile a narrower range."""
+    """Return the model with int8 matrix products whose activations have fixed ranges, calibrated on texts.
+
+    Args:
+        model: the fp32 graph.
+        feeds: texts for the calibration, each as the inputs of a batch of its own.
+        percentile: percentile of the activations that limits the range; None: the range goes from the least to the
+            greatest activation.
+    """
     method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints its progress
         path = Path(folder) / "model.onnx"
@@ -106,13 +125,13 @@ def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | N
 
 
 def second(model: onnx.ModelProto) -> list[NodeProto]:
-    """Return the second product of each feed-forward block: the products whose weights have more rows than columns."""
+    """Return the second matrix product of each feed-forward block: those whose weights have more rows than columns."""
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     return [node for node in products(model) if dims[node.input[1]][0] > dims[node.input[1]][1]]
 
 
 def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
-    """Clip each column's weights, in place, at a percentile of their magnitudes."""
+    """Clip the weights of the matrix products, in place: in each column at a percentile of the weights' magnitudes."""
     wanted = {node.input[1] for node in products(model)}
     for tensor in model.graph.initializer:
         if tensor.name in wanted:
@@ -122,10 +141,13 @@ def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
 
 
 def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeProto], alpha: float = 0.5) -> None:
-    """Move range from activations to weights, in place: x @ W = (x / s) @ (s W), as in SmoothQuant.
+    """Scale activations down and weights up, so that activations have a smaller range, as in SmoothQuant.
+
+    The graph is changed in place, and gives the same outputs: x @ W = (x / s) @ (s W), with a scale s for each input
+    column.
 
     Args:
-        model: the graph.
+        model: the fp32 graph.
         feeds: texts to measure the range of activations with, each a batch of its own.
         nodes: the matrix products to change.
         alpha: share of the range that moves, in [0, 1].
@@ -154,7 +176,11 @@ def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeP
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method: `make` builds the graph from fp32's (which it may change) and texts; `exact`: see `session_of`."""
+    """A method to quantize a model.
+
+    `make` returns the graph, given the fp32 graph, which it may change, and texts for calibration. `exact` is passed
+    to `session_of`.
+    """
 
     name: str
     make: Callable[[onnx.ModelProto, Sequence[Feeds]], onnx.ModelProto]
@@ -200,7 +226,12 @@ CANDIDATES = (
 
 
 def session_of(model: onnx.ModelProto, *, exact: bool = False) -> ort.InferenceSession:
-    """Load a graph with one thread; `exact`: 8-bit products cannot saturate, where they otherwise could."""
+    """Load a graph into an inference session with one thread.
+
+    Args:
+        model: the graph.
+        exact: whether to use slower 8-bit kernels, whose sums cannot saturate, on processors without VNNI.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -1,14 +1,14 @@
 """Measure all variants of a model on this host.
 
-The script exports an encoder with every variant, whether or not `auto` would
-keep it, and prints the measurements: cosine to fp32 and agreement of the 10
-nearest neighbours on docstrings, texts per CPU-second on one thread
-(alternating with fp32, median of the ratios), size and load time. With
-`--retrieval`: nDCG@10 of each variant on a folder in BEIR's format
-(corpus.jsonl, queries.jsonl, qrels/test.tsv), such as scifact
-(https://github.com/beir-cellar/beir). With `--labelled`: the accuracy on
-test.csv of a linear head fitted to fp32's vectors of train.csv (columns text
-and label), such as banking77.
+The script exports an encoder with every variant, also those that `--variants auto` would not keep, and prints the
+measurements of each variant:
+
+- on docstrings, the cosine to the vectors of fp32, and the share of a text's 10 nearest texts that are the same;
+- texts per CPU-second on one thread, and their ratio to fp32 (median over alternating rounds), size and load time;
+- with `--retrieval`, nDCG@10 on the test queries of a folder in BEIR's format (corpus.jsonl, queries.jsonl, qrels with
+  train.tsv and test.tsv), such as scifact (https://github.com/beir-cellar/beir);
+- with `--labelled`, the accuracy on test.csv of a linear head that was fitted to fp32's vectors of train.csv (columns
+  text and label), such as banking77.
 
     python -m benchmarks.models.variants [--base SOURCE] [--retrieval FOLDER] [--labelled FOLDER]
         [--bundle FOLDER] [--only fp32 int8]
@@ -47,7 +47,13 @@ def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> OnnxRunner:
 
 
 def ndcg_at_10(runner: OnnxRunner, manifest: Manifest, judged: Judged) -> float:
-    """Return nDCG@10 of an exact search by cosine, the mean over the queries."""
+    """Search the passages exactly by cosine for each judged query, with a variant's vectors; return the mean nDCG@10.
+
+    Args:
+        runner: runs the variant.
+        manifest: manifest of the bundle, which has the prompts.
+        judged: queries, passages, and which passages are relevant.
+    """
     prompts = manifest.prompts
     passages = runner.run([prompts.passage + text for text in judged.passages], "sentence_embedding")
     queries = runner.run([prompts.query + text for text in judged.queries.texts], "sentence_embedding")
@@ -55,14 +61,20 @@ def ndcg_at_10(runner: OnnxRunner, manifest: Manifest, judged: Judged) -> float:
 
 
 def read_retrieval(folder: Path) -> Judged:
-    """Return the test queries of a folder, and all its passages."""
+    """Return the test queries of a folder in BEIR's format, with all its passages and their judgements."""
     with tempfile.TemporaryDirectory() as raw:
         _, test = write_pairs(folder, Path(raw))
         return read_judged(test, folder / "corpus.jsonl")
 
 
 class Labelled:
-    """A linear head fitted to fp32's vectors of the training texts, and labelled test texts to measure variants on."""
+    """A linear head that is fitted to fp32's vectors of training texts, and labelled test texts to measure variants on.
+
+    Args:
+        runner: runs fp32.
+        manifest: manifest of the bundle, which has the prompts.
+        folder: folder of train.csv and test.csv, with the columns text and label.
+    """
 
     def __init__(self, runner: OnnxRunner, manifest: Manifest, folder: Path) -> None:
         train, self._test = read_labelled(folder / "train.csv"), read_labelled(folder / "test.csv")

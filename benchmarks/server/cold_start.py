@@ -1,8 +1,8 @@
 """Measure the start-up time of a server, and its memory while idle.
 
-The script starts `emberpc serve` with one bundle several times. It measures the time from exec to
-the first SERVING of the health service, and the resident memory after the size of micro-batches was
-measured. It prints medians, and the slowest imports.
+The script starts `emberpc serve` with one bundle several times. It measures the time from the start of the process to
+the first SERVING of the health service. It measures the resident memory one second after the server has measured its
+best size of micro-batches. The script prints medians over the starts, and the slowest imports of the server's modules.
 
     python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [-o RESULT.json]
 """
@@ -23,12 +23,26 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.shared.load import host, middle, resident_megabytes
 
-#: Seconds to wait after the size of micro-batches was measured, which takes memory, too.
+#: Seconds to wait after the server has measured its best size of micro-batches, before its resident memory is read. The
+#: measurement takes memory too.
 SETTLED = 1.0
 
 
 def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
-    """Start a server once; return the seconds from exec to SERVING, and its resident megabytes while idle."""
+    """Start a server, measure it while it is idle, and stop it.
+
+    Args:
+        bundle: folder of the bundle.
+        variant: variant of the bundle to serve.
+        port: a free port.
+
+    Returns:
+        Seconds from the start of the process to SERVING, and resident MB while idle.
+
+    Raises:
+        SystemExit: the server is not serving.
+        grpc.RpcError: the server did not answer within 60 seconds.
+    """
     with tempfile.TemporaryDirectory() as data:
         address = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", address, "--data-dir", data]
@@ -51,7 +65,10 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
 
 
 def slowest_imports(count: int) -> list[tuple[str, float]]:
-    """Return the modules that take the longest to import, and their milliseconds, imports of theirs included."""
+    """Return the `count` modules of the server that take the longest to import, slowest first, with milliseconds.
+
+    The time of a module includes the modules that it imports.
+    """
     found = run(
         [sys.executable, "-X", "importtime", "-c", "import emberpc.server.app"], stderr=PIPE, check=True, text=True
     )

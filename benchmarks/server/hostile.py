@@ -1,10 +1,13 @@
 """Measure whether the most expensive requests delay other calls.
 
 The script sends the requests of `benchmarks/server/hostile_requests.py` in full size over two connections: first one at
-a time, then all of them, eight at a time, then eight of each request that took more than 0.2 s. Meanwhile another
-process calls the health service and embeds a short text, one call after the other. Finally the script sends SIGTERM
-while requests are in flight. It prints the slowest of the other calls for each request, the server's memory, and the
-seconds until its exit. Targets: 500 ms, idle memory + 600 MB, and the drain time + 2 s.
+a time, then all of them, eight at a time, then eight copies at once of each request that took more than 0.2 s.
+Meanwhile another process, the probe, calls the health service and embeds a short text, one call after the other.
+Finally the script sends SIGTERM while requests are in flight.
+
+For each request it prints the slowest calls of the probe, and the most memory of the server; at the end also the
+seconds from SIGTERM to the server's exit. Targets: a call of the probe takes at most 500 ms, memory is at most 600 MiB
+above that of the idle server, and the exit takes at most 2 s more than the drain time.
 
     python -m benchmarks.server.hostile BUNDLE [-o RESULT.json]
 """
@@ -35,13 +38,16 @@ from examples.server_process import ServerProcess
 
 DRAIN = 2.0
 TIMEOUT = 600
-#: Requests that take longer are also sent eight times at once.
+#: Seconds from which a request counts as long: it is also sent eight times at once.
 _LONG_SECONDS = 0.2
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 
 
 def _probe(address: str, stop: Event, results: Connection) -> None:
-    """Call health and embed a short text until `stop` is set; send the seconds of the slowest call of each."""
+    """Call the health service and embed a short text, in turn, until `stop` is set.
+
+    At the end, send a list through `results`: seconds of the slowest health check and of the slowest Embed.
+    """
     slowest = [0.0, 0.0]
     with grpc.insecure_channel(address) as channel:
         health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -78,7 +84,10 @@ def watched(address: str, found: list[float]) -> Iterator[None]:
 
 
 def send(channel: grpc.Channel, hostile: Hostile) -> str:
-    """Send a request and read its responses; return the name of the status code."""
+    """Send a request and read all its responses; return the name of the status code, such as OK.
+
+    "no code" is returned for an error without a status code.
+    """
     kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
     call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
     try:
@@ -92,14 +101,22 @@ def send(channel: grpc.Channel, hostile: Hostile) -> str:
 
 
 def megabytes(process: ServerProcess, field: str) -> int:
-    """Return VmRSS (the current memory of a server) or VmHWM (its highest), in MiB."""
+    """Return the memory of a server in MiB: now if `field` is VmRSS, or the greatest so far if it is VmHWM."""
     status = Path(f"/proc/{process.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith(f"{field}:")]
     return int(line.split()[1]) // 1024
 
 
 def measure(bundle: Path, data: Path) -> dict[str, Any]:
-    """Start a server with a bundle, send all requests, and return the figures."""
+    """Start a server with a bundle, send all hostile requests, stop the server, and return the figures.
+
+    Args:
+        bundle: folder of an embedding model.
+        data: data directory of the server, empty.
+
+    Returns:
+        Figures by name. Times are in seconds, memory is in MiB.
+    """
     size = Size(text=2 * 2**20 - 64, dimensions=read_bundle(bundle).manifest.dimensions)
     requests = hostile_requests.requests(size)
     process = ServerProcess({"tiny": bundle}, data, "--drain-seconds", str(DRAIN))
@@ -161,7 +178,7 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print the figures, and write the result."""
+    """Measure, print the figures, and write them to a JSON file if `--out` is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("-o", "--out", type=Path)

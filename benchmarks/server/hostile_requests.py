@@ -1,4 +1,4 @@
-"""The most expensive requests that each RPC accepts, and requests over its limits, for tests and a benchmark."""
+"""Build the most expensive requests that each RPC accepts, and requests over the limits, for tests and a benchmark."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from emberpc.v1 import (
 )
 from emberpc.wire import vectors
 
-#: Names of the collections: one with a model, and one with vectors only.
+#: Names of the collections that the requests use. `TEXTS` has the model `tiny`; the other two have no model. Requests
+#: with much metadata write to `METADATA`.
 TEXTS, POINTS, METADATA = "hostile-texts", "hostile-points", "hostile-metadata"
 _INDEX, _EMBEDDING = "/emberpc.v1.IndexService/", "/emberpc.v1.EmbeddingService/"
 
-#: Units that long texts are made of by repetition.
+#: The character or characters that are repeated to make a long text, by the name of the kind of text.
 KINDS = {
     "one letter": "a",
     "words": "word ",
@@ -41,13 +42,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Hostile:
-    """A request.
+    """A hostile request: one that is expensive, or that the server must refuse.
 
     Attributes:
         method: path of the RPC.
-        messages: the request, or several for a stream of requests; a message or its bytes.
-        streams: whether requests and responses are streams.
-        refused: whether the server must refuse it.
+        messages: the message of the request, or several messages of a stream. Each is a message or its bytes.
+        streams: whether the RPC has a stream of requests, and whether it has a stream of responses.
+        refused: whether the server must refuse the request.
     """
 
     method: str
@@ -57,20 +58,20 @@ class Hostile:
 
     @property
     def data(self) -> list[bytes]:
-        """The messages as bytes."""
+        """The messages in protobuf's wire format."""
         return [each if isinstance(each, bytes) else each.SerializeToString() for each in self.messages]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the requests.
+    """Sizes of the hostile requests.
 
     Attributes:
         text: bytes of a long text.
         message: bytes of a request with too many elements.
         records: number of records with much metadata in one request.
-        numbers: number of numbers in the metadata of each of these records; with `records` of them, nearly as many
-            elements as a request may have.
+        numbers: how many numbers the metadata of each of these records has. With the defaults, a request has nearly as
+            many elements as the server accepts.
         dimensions: dimensions of the model's vectors.
     """
 
@@ -91,13 +92,16 @@ def _record(record_id: str, text: str, metadata: dict[str, Any]) -> index_pb2.Re
 
 
 def text_of(kind: str, size: int) -> str:
-    """Return a text of at most `size` bytes."""
+    """Return a text of at most `size` bytes in UTF-8, which repeats the characters of a kind of `KINDS`."""
     unit = KINDS[kind]
     return unit * (size // len(unit.encode()))
 
 
 def preparation(size: Size) -> Iterator[tuple[str, Message]]:
-    """Yield the requests that create and fill the collections, each after the path of its method."""
+    """Yield the requests that create the three collections and fill each with 1,000 records.
+
+    Each request comes with the path of its RPC. They must be sent in this order, before the hostile requests.
+    """
     for name, model in ((TEXTS, "tiny"), (POINTS, ""), (METADATA, "")):
         collection = index_pb2.Collection(name=name, model=model, dimensions=size.dimensions)
         yield _INDEX + "CreateCollection", index_pb2.CreateCollectionRequest(collection=collection)
@@ -110,7 +114,7 @@ def preparation(size: Size) -> Iterator[tuple[str, Message]]:
 
 
 def requests(size: Size) -> dict[str, Hostile]:
-    """Return all hostile requests by name."""
+    """Return all hostile requests by name; they need the collections of `preparation(size)`."""
     found: dict[str, Hostile] = {}
     for kind in KINDS:
         text = text_of(kind, size.text)
@@ -120,7 +124,7 @@ def requests(size: Size) -> dict[str, Hostile]:
 
 
 def _of_text(text: str) -> dict[str, Hostile]:
-    """Return the requests that accept a long text, by name."""
+    """Return requests with a long text, by name: one for each RPC and option that handles texts in its own way."""
     search = _INDEX + "Search"
     query = index_pb2.SearchQuery(text=text)
     embed = embedding_pb2.EmbedRequest(model="tiny", texts=[text])
@@ -199,8 +203,8 @@ def _of_filters() -> dict[str, Hostile]:
     }
 
 
-#: Requests with many elements inside a nested message: name, path of the method, numbers of the fields around the
-#: elements, and one element in protobuf's wire format.
+#: Requests with many elements inside nested messages. Each has a name, the path of the RPC, the numbers of the fields
+#: that contain the elements (outermost first), and one element in protobuf's wire format.
 _NESTED = (
     ("empty conditions", _INDEX + "CountRecords", (2, 1), b"\x0a\x00"),
     ("empty values of a membership", _INDEX + "CountRecords", (2, 5), b"\x12\x00"),
@@ -215,7 +219,12 @@ _NESTED = (
 
 
 def _within(numbers: Sequence[int], data: bytes) -> bytes:
-    """Wrap bytes in nested length-delimited fields with these numbers, the outermost first; return the wire format."""
+    """Wrap bytes in nested length-delimited fields, and return the result in protobuf's wire format.
+
+    Args:
+        numbers: numbers of the fields, the outermost first; each below 16, so that its tag has one byte.
+        data: content of the innermost field.
+    """
     for number in reversed(numbers):
         length = bytearray()
         size = len(data)
@@ -227,7 +236,7 @@ def _within(numbers: Sequence[int], data: bytes) -> bytes:
 
 
 def _of_counts(size: Size) -> dict[str, Hostile]:
-    """Return requests that the server must refuse, by name: with too many small elements, or no protobuf message."""
+    """Return requests that the server must refuse, by name: too many small elements, or bytes that are no message."""
     record = index_pb2.UpsertRecordsRequest(records=[index_pb2.Record()]).SerializeToString()
     cases = {
         "empty texts": (_EMBEDDING + "Embed", embedding_pb2.EmbedRequest(texts=[""]).SerializeToString()),
@@ -254,7 +263,8 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
     }
     for name, method, within, one in _NESTED:
         found[name] = Hostile(method, [_within(within, one * (size.message // len(one)))], refused=True)
-    # The decoder skips this group; the elements that count come after it.
+    # A request that begins with a group, a deprecated kind of field. The server must skip the group, and count the
+    # elements after it.
     found["a group"] = Hostile(
         _INDEX + "UpsertRecords", [b"\xf3\x07\xf4\x07" + record * (size.message // len(record))], refused=True
     )
@@ -266,7 +276,7 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
 
 
 def _of_answers(size: Size) -> dict[str, Hostile]:
-    """Return the requests with a large request or response, by name."""
+    """Return the requests by name that are large, or have large responses or much work."""
     documents: dict[str, dict[str, Any]] = {
         "lists of numbers": {"n": [float(i) for i in range(size.numbers)]},
         "wide objects": {f"k{i}": i for i in range(7 * size.numbers // 8)},
@@ -327,7 +337,7 @@ def _of_answers(size: Size) -> dict[str, Hostile]:
 
 
 def _of_others(size: Size) -> dict[str, Hostile]:
-    """Return a request for each of the remaining RPCs, by name."""
+    """Return the other requests by name: forged or overlong values, and RPCs that no other group of requests calls."""
     forged = "WzFlOTk5LCAiYSIsICJiIl0="
     collection = index_pb2.Collection(name="x" * 10_000, dimensions=2**31 - 1)
     info = server_pb2.GetServerInfoRequest()

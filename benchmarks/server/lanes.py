@@ -1,9 +1,9 @@
 """Measure whether a short call waits behind a huge one.
 
-A text of about 8 tokens is embedded again and again, each time another text:
-first on an idle server, then during a request of 10,000 texts (repeated until
-enough calls were measured), then during a stream of 10,000 texts. Target: the
-99th percentile during them is at most 3 times that of the idle server + 20 ms.
+Texts of about 8 tokens are embedded one after the other, each another text: first on an idle server, then during a
+request of 10,000 texts, then during a stream of 10,000 texts. Request and stream are repeated until enough calls were
+measured. Target: the 99th percentile of the latency during request or stream is at most 20 ms more than 3 times the
+99th percentile on the idle server.
 
     python -m benchmarks.server.lanes BUNDLE [--calls 400] [-o RESULT.json]
 """
@@ -27,7 +27,12 @@ HUGE = 10_000
 
 
 class BackgroundLoad:
-    """Embeds many texts repeatedly in a child process while the context lasts."""
+    """Context manager in which a child process embeds 10,000 texts repeatedly; the child is killed at the end.
+
+    Args:
+        address: address of the server, as host:port.
+        way: `request` (one request at a time) or `stream`.
+    """
 
     def __init__(self, address: str, way: str) -> None:
         self._command = [sys.executable, "-m", "benchmarks.server.lanes", address, "--beside", way]
@@ -43,7 +48,7 @@ class BackgroundLoad:
 
 
 def huge(address: str, way: str) -> None:
-    """Embed 10,000 texts repeatedly until killed, in one request at a time or in streams."""
+    """Embed 10,000 texts repeatedly until the process is killed: by streams if `way` is `stream`, else by requests."""
     texts = [f"{text} {i}" for i in range(5) for text in mixed_texts(HUGE // 5, None, seed=i)]
     with Client(address, timeout=3600) as client:
         while True:
@@ -55,7 +60,7 @@ def huge(address: str, way: str) -> None:
 
 
 def wait_until_busy(pid: int) -> None:
-    """Wait until a process uses at least 0.8 of the cores, which means that the huge request has arrived."""
+    """Wait until a process uses more than 0.8 of the usable cores for half a second: it works on the huge request."""
     while True:
         before, began = cpu_seconds(pid), perf_counter()
         sleep(0.5)

@@ -1,10 +1,9 @@
 """Measure the time of a single text through the server, compared with its inference alone.
 
-Texts of several lengths are embedded one after another on an otherwise idle
-host, each time another text: through gRPC, and alternately in this process with
-the session that the server uses (one thread). The script prints medians over
-the texts, and the ratio. Long texts may be faster through the server, since it
-gives a single long text all cores. So may short texts that follow long ones.
+Texts of several lengths are embedded one after another on an otherwise idle host. Each text is embedded twice: in this
+process, with a session like the server's that has one thread, and through gRPC. The script prints medians over the
+texts, and the median ratio of the two times. Long texts may be faster through the server, since the server uses all
+cores for a single long text. Short texts after long ones may be faster through the server too.
 
     python -m benchmarks.server.latency BUNDLE [--rounds 200] [-o RESULT.json]
 """
@@ -26,7 +25,8 @@ from emberpc.server.memory import keep_freed_memory
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 
 SHORT, LONG = (8, 16, 32), (128, 256, 512)
-#: Number of tokens of each kind of text that is measured.
+#: Number of tokens by the name of each kind of text that is measured. Short texts are measured before the long texts,
+#: and again after them.
 KINDS = {
     **{str(tokens): tokens for tokens in (*SHORT, *LONG)},
     **{f"{tokens}, after long ones": tokens for tokens in SHORT},
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def texts_of(model: Model, tokens: int, count: int) -> list[str]:
-    """Return `count` distinct texts of about `tokens` tokens."""
+    """Return `count` texts of words from docstrings, each with about `tokens` tokens of the model, and not more."""
     words = [word for doc in read_stdlib()[:2000] for word in doc.text.split() if word.isalpha()]
     found: list[str] = []
     place = 0

@@ -1,10 +1,9 @@
 """Measure goodput and latency under overload.
 
-Calls arrive at fixed moments, whether or not earlier calls were answered (an
-open loop), at 1, 2 and 5 times the server's capacity, each with a deadline of
-one second: calls of one text, calls of 32 texts, and streams of 32 texts.
-Goodput is the number of texts answered in time per second. Target: goodput
-does not fall, and a refused call is refused at once.
+Calls arrive at fixed moments, whether or not earlier calls were answered (an open loop). Their rate is 1, 2 and 5 times
+the server's capacity, which the script measures first. Each call has a deadline of one second. There are calls of one
+text, calls of 32 texts, and streams of 32 texts. Goodput is the number of texts per second that are answered before the
+deadline. Targets: goodput does not fall when the rate grows, and a call that the server refuses is refused at once.
 
     python -m benchmarks.server.overload BUNDLE [--seconds 8] [-o RESULT.json]
 """
@@ -33,7 +32,19 @@ WAYS = {"calls of 1 text": 1, "calls of 32 texts": 32, "streams of 32 texts": 32
 
 
 async def arrivals(address: str, way: str, texts: list[str], rate: float, seconds: float) -> dict[str, float]:
-    """Send calls at a rate in texts per second; return goodput, numbers of calls by outcome, and median latencies."""
+    """Send calls at fixed moments, whether or not earlier calls were answered; return the figures.
+
+    Args:
+        address: address of the server, as host:port.
+        way: kind of the calls, a key of `WAYS`.
+        texts: texts to send, in turn, each time with another number behind the text.
+        rate: texts per second.
+        seconds: seconds in which calls are sent.
+
+    Returns:
+        Goodput in texts per second; numbers of calls that were answered, refused and late (or failed otherwise); median
+        milliseconds of answered and of refused calls, 0 if there are none.
+    """
     batch = WAYS[way]
     latencies: list[float] = []
     refusals: list[float] = []

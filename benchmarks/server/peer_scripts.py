@@ -1,8 +1,10 @@
-"""Scripts that `peers.py` runs in the environments of the peers, where no package of emberpc is installed."""
+"""Scripts that `peers.py` runs in the environments of other programs, where no package of emberpc is installed."""
 
 from __future__ import annotations
 
-#: Arguments: name of the peer, folder of the model, JSON file of texts. Prints figures as JSON.
+#: Script that embeds texts with fastembed or sentence-transformers in its own process: in batches of 32, then a quarter
+#: of the texts one at a time. Arguments: `fastembed`, `sentence-transformers onnx` or `sentence-transformers torch`;
+#: folder of the bundle; JSON file of texts. Prints figures as JSON.
 IN_PROCESS = r"""
 import json, os, sys, time
 peer, folder, texts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
@@ -45,7 +47,8 @@ found[f"{peer}, 1 × 1"] = {
 print(json.dumps(found))
 """
 
-#: Arguments: folder of the model, JSON file of texts, a free port. Prints figures as JSON.
+#: Script that serves a model with infinity and embeds texts over HTTP, with each kind of calls. Arguments: folder of
+#: the model, JSON file of texts, a free port. Prints figures as JSON.
 INFINITY = r"""
 import asyncio, json, os, subprocess, sys, time
 import httpx

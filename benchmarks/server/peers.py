@@ -1,7 +1,7 @@
 """Compare emberpc with other programs that serve the same weights.
 
-All get the same mixed texts (70 % short queries, 30 % passages of 40 to 180
-words), the same ONNX file and the same cores, one after the other in every round:
+All programs get the same mixed texts (70 % short queries, 30 % passages of 40 to 180 words), the same ONNX file and the
+same cores. They run one after the other in every round:
 
 - emberpc through gRPC: 64 concurrent calls of one text, 4 of 32 texts, 8 of one text, and 1 of one text;
 - sentence-transformers in process with its torch and its onnx backend: batches of 32, and one text at a time;
@@ -9,10 +9,10 @@ words), the same ONNX file and the same cores, one after the other in every roun
 - infinity-emb over HTTP with its optimum engine, with the same calls as emberpc. It cannot load a local ONNX folder,
   but it uses an optimized copy from its cache folder, so the same file is put there.
 
-Each peer is compared with emberpc at the same kind of calls. Peers in process
-are compared with emberpc at 64 × 1, or at 1 × 1 when they embed one text at a
-time. Peers with packages of their own run in environments of their own: give
-their Pythons. The output names peers that are not given or fail.
+Each of the other programs, the peers, is compared with emberpc at the same kind of calls. Peers in process are compared
+with emberpc at 64 concurrent calls of one text, or at one call of one text when they embed one text at a time.
+fastembed and infinity run in environments of their own: give the Python of each environment with `--python`. The output
+names the peers that were not given or failed.
 
     python -m benchmarks.server.peers BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
         [--queries FILE.csv] [--texts 600] [--rounds 3] [-o RESULT.json]
@@ -49,7 +49,11 @@ WAYS = (("64 × 1", 64, 1), ("4 × 32", 4, 32), ("8 × 1", 8, 1), ("1 × 1", 1, 
 
 
 def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
-    """Return emberpc's figures for each kind of calls: throughput, CPU time, memory and latency."""
+    """Serve a bundle with emberpc and embed the texts with each kind of calls of `WAYS`.
+
+    Returns:
+        Throughput, CPU time and memory of the server, and latency, by the kind of calls; the names have the units.
+    """
     found = {}
     with serving(bundle, "--cache-bytes", "0") as server:
         check_answers(server.address, bundle, texts[:100])
@@ -68,10 +72,17 @@ def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
 
 
 def child(python: str, script: str, *arguments: str, **environment: str) -> dict[str, Figures]:
-    """Run one of the scripts in an environment; return the figures that it prints as JSON in its last line.
+    """Run a script in the environment of a peer; return the figures that it prints as JSON in its last line.
+
+    Args:
+        python: Python of the environment.
+        script: source of the script.
+        arguments: arguments of the script.
+        environment: further variables of the environment.
 
     Raises:
         RuntimeError: the script failed; the message is the last line of its stderr.
+        TimeoutExpired: the script took more than 600 seconds.
     """
     run = subprocess.run(
         [python, "-c", script, *arguments],
@@ -88,17 +99,28 @@ def child(python: str, script: str, *arguments: str, **environment: str) -> dict
 
 
 def version_of(python: str, package: str) -> str:
-    """Return the version of a package in an environment."""
+    """Return the version of a package that is installed in the environment of the interpreter `python`."""
     script = f"from importlib.metadata import version; print(version({package!r}))"
     return subprocess.run([python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
-    """Serve the same ONNX file with infinity, as its optimized copy, and call it over HTTP; return its figures."""
+    """Serve the bundle's ONNX file with infinity, embed texts over HTTP, and return the figures by kind of calls.
+
+    Args:
+        python: Python of the environment where infinity is installed.
+        bundle: folder of the bundle.
+        texts: path of a JSON file with the texts.
+
+    Raises:
+        RuntimeError: infinity failed, or is not installed there.
+        TimeoutExpired: it took more than 600 seconds.
+    """
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
         shutil.copytree(bundle, model)
-        # infinity joins its cache folder with the model's absolute path, which gives the model's own folder.
+        # infinity looks for an optimized ONNX file in its cache folder joined with the model's path. The path is
+        # absolute, so the result is the model's own folder.
         shutil.copy(bundle / "onnx" / "model.onnx", model / "model_optimized.onnx")
         return child(
             python, INFINITY, str(model), texts, str(HTTP_PORT), HF_HOME=f"{home}/cache", HF_HUB_CACHE=f"{home}/cache"

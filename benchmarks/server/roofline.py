@@ -1,14 +1,16 @@
 """Compare the server's throughput with that of its model without a server.
 
-In every round, the same texts go through the same ONNX file twice: without a
-server in ideal micro-batches (tokenized before, sorted by length, at most 512
-tokens with padding, one thread for each core, sessions configured like the
-server's), and through the server over gRPC, with 64 concurrent calls of one
-text and 4 of 32 texts. 70 % of the texts are short queries, 30 % are passages
-of 40 to 180 words. If h2load is installed (Debian: nghttp2-client), it also
-calls the server with 64 of the texts, again and again: a Python client takes a
-share of the cores that a client in another language, or on another host, would
-not take. The script prints medians over the rounds, of figures and of ratios.
+In every round, the same texts go through the same ONNX file without and with a server:
+
+- without a server in ideal micro-batches, the roofline. The texts are tokenized before and sorted by length. A
+  micro-batch has at most 512 tokens, padding included. One thread for each core runs the model, with sessions
+  configured like the server's.
+- through the server over gRPC: with 64 concurrent calls of one text, and with 4 concurrent calls of 32 texts.
+
+70 % of the texts are short queries, 30 % are passages of 40 to 180 words. If h2load is installed (Debian:
+nghttp2-client), h2load also sends 64 of the texts to the server, each many times. A Python client takes a share of the
+cores that h2load does not take. The script prints medians over the rounds: of the figures, and of the server's figures
+divided by those of the roofline.
 
     python -m benchmarks.server.roofline BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
 """
@@ -47,7 +49,7 @@ from emberpc.server.memory import keep_freed_memory
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
-#: Number of h2load callers; each sends one text.
+#: Number of h2load processes. Each sends a text of its own in all its calls.
 CALLERS = 64
 CAPACITY = f"{CALLERS} × 1, h2load"
 FEW = f"bare, {CALLERS} texts"
@@ -55,7 +57,11 @@ TARGETS = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 
 def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
-    """Run texts in ideal micro-batches without a server; return texts per second and CPU seconds per text."""
+    """Run the bundle's model on texts in ideal micro-batches, with one thread for each core, without a server.
+
+    Returns:
+        `texts_per_second` and `cpu_seconds_per_text` of this process; tokenization is not measured.
+    """
     keep_freed_memory()
     model = Model.load("bare", bundle)
     tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
@@ -87,7 +93,11 @@ def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
 
 
 def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
-    """Run `bare` in a child process."""
+    """Run `bare` in a child process, and return its figures.
+
+    Raises:
+        CalledProcessError: the child process failed.
+    """
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
         file.flush()

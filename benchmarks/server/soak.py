@@ -1,12 +1,10 @@
 """Measure whether the server's memory stays constant under load.
 
-Distinct texts of 1 to 512 tokens, or up to the bundle's limit (`emberpc export
-embedding --max-tokens 512`), are embedded by 8 concurrent callers for some
-minutes. A call has 1, 8 or 32 texts; one of the callers uses streams. The
-server's resident memory is read every second. Target: after the first two
-minutes it grows by at most 2 % (median of the last minute against the third
-minute). To try another allocator, set it in the environment, for example
-LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
+8 concurrent callers embed distinct texts for some minutes. The texts have 1 to 512 tokens, or fewer if the bundle's
+limit is lower (export the bundle with `emberpc export embedding --max-tokens 512`). A call has 1, 8 or 32 texts. One of
+the callers uses streams. The script reads the server's resident memory every second. Target: memory grows by at most
+2 % after the first two minutes, from the median of the third minute to the median of the last one. To try another
+allocator, set it in the environment, for example LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
     python -m benchmarks.server.soak BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
 """
@@ -35,7 +33,14 @@ WARM_SECONDS = 120
 
 
 def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> None:
-    """Embed texts of all lengths until `stop` is set; count the texts in `done[seed]`."""
+    """Embed texts of random lengths until `stop` is set; count the embedded texts in `done[seed]`.
+
+    Args:
+        address: address of the server, as host:port.
+        seed: number of the caller and seed of its texts; caller 0 uses streams.
+        stop: set when the caller must stop.
+        done: number of embedded texts of each caller, changed in place.
+    """
     generator = random.Random(seed)
     words = [word for doc in read_stdlib()[:3000] for word in doc.text.split()]
     with Client(address, timeout=120) as client:
@@ -43,7 +48,8 @@ def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> N
             count = generator.choice((1, 1, 1, 8, 32))
             texts = []
             for _ in range(count):
-                # Lengths are uniform on a logarithmic scale, so short and long texts are equally frequent.
+                # Number of words, 1 to 362, uniform on a logarithmic scale: texts of 1 to 2 words are as frequent as
+                # texts of 128 to 256 words.
                 length = int(2 ** generator.uniform(0, 8.5))
                 start = generator.randrange(len(words) - length)
                 texts.append(" ".join([str(generator.random()), *words[start : start + length]]))

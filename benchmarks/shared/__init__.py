@@ -1,1 +1,1 @@
-"""What several benchmarks use: load and host measurements, BEIR data sets, a processor without AVX-512."""
+"""Modules that several benchmarks share: load and measurements, data in BEIR's format, a processor without AVX-512."""

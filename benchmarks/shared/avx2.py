@@ -1,9 +1,10 @@
 """Run a command as on a processor without AVX-512, and so without VNNI.
 
-Most hosts without a GPU have AVX2 at most, and there the kernels differ: int8 gains less. This script compiles a small
-library (`hide_avx512.c`, with cc) and preloads it into the command and all its child processes. The library answers the
-CPUID instruction. It needs Linux on x86-64 and a processor that can make CPUID fault (`cpuid_fault` among the flags in
-/proc/cpuinfo). The result shows AVX2's kernels, not the speed of an older processor.
+Most hosts without a GPU have AVX2 but not AVX-512. Their processors use other kernels, with which int8 gains less. This
+script compiles a small library (`hide_avx512.c`, with cc) and preloads the library into the command and all its child
+processes. The library answers the instruction CPUID, by which programs ask for the features of the processor. This
+needs Linux on x86-64 and a processor on which CPUID can be made to fault (`cpuid_fault` among the flags in
+/proc/cpuinfo). The figures show the kernels for AVX2, but not the speed of an older processor.
 
     python -m benchmarks.shared.avx2 python -m benchmarks.models.variants …
 """

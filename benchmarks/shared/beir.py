@@ -8,13 +8,21 @@ from pathlib import Path
 
 
 def texts(path: Path) -> dict[str, str]:
-    """Return the texts of a corpus or of queries by id; a title is put before its text, as emberpc's commands do."""
+    """Return the texts by id of a JSONL file in BEIR's format, such as corpus.jsonl or queries.jsonl.
+
+    The title of a text is put before the text, with a space, as emberpc's commands do.
+    """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
 
 
 def judgements(folder: Path, split: str) -> dict[str, set[str]]:
-    """Return the ids of the relevant passages by the id of each query of a split, such as `test`."""
+    """Return the ids of the relevant passages, those with a score above 0, by the id of the query.
+
+    Args:
+        folder: folder of the data set.
+        split: part of the judgements to read: `train` or `test`, the name of a file in `qrels`.
+    """
     found: dict[str, set[str]] = {}
     with (folder / "qrels" / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file, delimiter="\t"):
@@ -24,16 +32,16 @@ def judgements(folder: Path, split: str) -> dict[str, set[str]]:
 
 
 def write_pairs(folder: Path, target: Path) -> tuple[Path, Path]:
-    """Write the relevant pairs for training and for testing as JSONL files for emberpc's commands.
+    """Write pairs of a query and a relevant passage as `train.jsonl` and `test.jsonl`, for emberpc's commands.
 
-    Training queries that are also test queries are left out.
+    A line has the keys `query` and `passage`. Training queries with the text of a test query are left out.
 
     Args:
-        folder: folder of the data.
+        folder: folder of the data set.
         target: existing folder to write to.
 
     Returns:
-        The training file and the test file.
+        The paths of the training file and of the test file.
     """
     queries, passages = texts(folder / "queries.jsonl"), texts(folder / "corpus.jsonl")
 

@@ -1,6 +1,7 @@
 """Helpers of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
 
-Run as a program, this script is the callers, so that their CPU time is not part of the benchmark's or the server's:
+Run as a program, this script embeds texts with concurrent calls, and prints the measurements as JSON. The callers are a
+process of their own, so that their CPU time is not counted as that of the benchmark or of the server:
 
     python -m benchmarks.shared.load ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
 """
@@ -46,7 +47,15 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Measurements of callers: wall seconds, latency of each call and CPU seconds of the callers in seconds, errors."""
+    """Measurements of concurrent calls.
+
+    Attributes:
+        seconds: wall seconds from the first call to the end of the last one.
+        latencies: seconds of each call that succeeded, in the order of their ends.
+        cpu_seconds: CPU seconds of the callers.
+        texts: number of texts that were sent.
+        errors: number of calls that failed.
+    """
 
     seconds: float
     latencies: list[float]
@@ -55,7 +64,7 @@ class Outcome:
     errors: int
 
     def percentile(self, share: float) -> float:
-        """Return the latency in milliseconds that a share of the calls, in [0, 1], stayed below."""
+        """Return the latency in milliseconds below which the share `share`, in [0, 1], of the calls stayed."""
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -65,8 +74,12 @@ def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
 
     Args:
         count: number of texts.
-        queries: a CSV file with a column `text`; None: first sentences of docstrings of Python's standard library.
+        queries: CSV file whose column `text` has the short queries; None: the short queries are first sentences of
+            docstrings of Python's standard library. The passages are always words of such docstrings.
         seed: seed of the draw and of the order.
+
+    Raises:
+        ValueError: there are too few distinct short queries.
     """
     generator = random.Random(seed)
     words = [doc.text.split() for doc in read_stdlib()]
@@ -90,13 +103,20 @@ def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
 
 @contextmanager
 def serving(bundle: Path, *flags: str) -> Iterator[ServerProcess]:
-    """Serve a bundle under the name `model`, with data in a temporary folder; yield the server."""
+    """Start a server with a bundle under the name `model` and a temporary data directory; yield the server.
+
+    The server is stopped at the end of the block.
+
+    Args:
+        bundle: folder of the bundle.
+        flags: further flags of `emberpc serve`.
+    """
     with tempfile.TemporaryDirectory() as data, ServerProcess({"model": bundle}, Path(data), *flags) as process:
         yield process
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of all threads of a process."""
+    """Return the CPU seconds that all threads of a process have used since its start."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
@@ -107,16 +127,17 @@ def resident_megabytes(pid: int) -> float:
 
 
 def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) -> Outcome:
-    """Embed texts with concurrent calls from a child process.
+    """Embed texts with concurrent calls from a child process; return the measurements.
 
     Args:
-        address: address of the server.
-        texts: texts to embed.
+        address: address of the server, as host:port.
+        texts: texts to embed, each once; long texts are truncated.
         in_flight: number of concurrent calls.
         batch: number of texts in a call.
 
     Raises:
         RuntimeError: a call failed.
+        CalledProcessError: the child process failed.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
@@ -131,13 +152,16 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
 
 
 def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
-    """Compare the server's vectors with those of the model in this process, for calls of 1 and of 32 texts.
+    """Compare the server's vectors with those that the bundle's model gives in this process.
+
+    The texts are sent in calls of 1 text, and again in calls of 32 texts.
 
     Returns:
-        The least cosine of the calls of 32 texts.
+        The least cosine of a text's two vectors, for the calls of 32 texts.
 
     Raises:
         RuntimeError: a cosine is below 0.999.
+        grpc.RpcError: a call failed.
     """
     model = Model.load("bare", bundle)
     tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
@@ -158,17 +182,18 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
 def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:
     """Call a method with one h2load process for each request; return the seconds until the last process is done.
 
-    h2load (of nghttp2) uses a hundredth of the CPU time of a Python client, which would take cores from the server.
-    It cannot read answers; use `check_answers` to check them.
+    h2load (of nghttp2) uses a hundredth of the CPU time of a Python client. So it leaves the cores to the server. It
+    does not decode responses: check these with `check_answers`.
 
     Args:
-        address: address of the server.
+        address: address of the server, as host:port.
         method: path of the method, such as /emberpc.v1.EmbeddingService/Embed.
-        requests: the request of each caller.
-        each: number of times that a caller sends its request.
+        requests: the request of each h2load process.
+        each: number of times that each process sends its request, one call after the other.
 
     Raises:
         RuntimeError: not every call succeeded.
+        FileNotFoundError: h2load is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
         commands = []
@@ -189,7 +214,7 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
 
 
 def embed_requests(texts: Sequence[str]) -> list[Message]:
-    """Return one request for each text, to embed it."""
+    """Return an Embed request for each text; the server truncates a long text at its end."""
     return [embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END) for text in texts]
 
 
@@ -200,7 +225,8 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
     latencies: list[float] = []
     errors = 0
     async with grpc.aio.insecure_channel(address) as channel:
-        # Answers stay bytes: parsing them would take cores from the server. `check_answers` parses and checks some.
+        # Responses are not decoded, since this would take cores from the server. `check_answers` decodes and checks
+        # some of them before.
         embed: Any = channel.unary_unary(EMBED)
         await channel.channel_ready()
 
@@ -221,7 +247,7 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
 
 
 def host() -> dict[str, str]:
-    """Return processor, number of cores and versions of this host, without the host's name."""
+    """Return a description of this host without its name: processor, usable cores, versions of Python and packages."""
     cpu = next(
         (
             line.partition(":")[2].strip()

@@ -1,8 +1,8 @@
 """Embed a corpus that is too large for one host, with Ray Data: from Parquet to Parquet, with resumption.
 
-The corpus is divided into parts of a fixed number of rows. One actor reads, embeds and writes a part. The name of its
-file identifies the part, and the file gets this name only when it is complete. So parts with a file are done, and the
-same command continues a job that was killed.
+The corpus is divided into parts of a fixed number of rows. An actor reads a part, embeds its texts and writes a file
+with the vectors. The name of the file identifies the part, and the file gets this name only when it is complete. So a
+part with a file is done, and the same command continues a job that was killed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ from emberpc.server.engine import Caller, Engine, InferenceRequest, Lane, Regist
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
-#: Limit of the engine's queue, in tokens. One call to the engine has a whole part, so the queue must accept that.
+#: Limit of the engine's queue, in tokens. It is practically none, since a call to the engine has all texts of a part.
 _QUEUE_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of one file of the corpus, and the name of the file for their vectors."""
+    """A part of the corpus: the rows from `start` to below `stop` of the Parquet file `path`.
+
+    `name` is the name of the file for the vectors of these rows.
+    """
 
     name: str
     path: str
@@ -49,15 +52,15 @@ class Part:
 
 
 class JobError(Exception):
-    """The job cannot be done; the message has the reason and the remedy."""
+    """Raised when the job cannot be done; the message has the reason and the remedy."""
 
 
 class Embedder:
-    """An actor with one model and one core to run it.
+    """An actor, a worker process of Ray: loads a model and embeds parts with it on one core.
 
     Args:
         model: folder of the bundle.
-        out: folder of the vectors.
+        out: existing folder to which the vectors are written.
         id_column: name of the column of ids.
         text_column: name of the column of texts.
     """
@@ -71,7 +74,14 @@ class Embedder:
         self._model = self._engine.registry.load("model", Path(model))
 
     def __call__(self, parts: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[Any]]:
-        """Embed parts and write them; return name, number of rows and seconds of each part."""
+        """Embed parts, one after the other, and write a file for each.
+
+        Args:
+            parts: the fields of `Part` by name, each with one item per part.
+
+        Returns:
+            Name (`part`), number of rows and wall seconds of each part.
+        """
         results: dict[str, list[Any]] = {"part": [], "rows": [], "seconds": []}
         for name, path, start, stop in zip(parts["name"], parts["path"], parts["start"], parts["stop"], strict=True):
             begun = time.perf_counter()
@@ -83,7 +93,11 @@ class Embedder:
         return results
 
     def _embed(self, table: pa.Table) -> pa.Table:
-        """Return the table with a column of vectors (float32, null without a text) and one of truncation (bool)."""
+        """Embed the texts of a table; return the table with the columns `vector` and `truncated` added.
+
+        A row with an empty text, or only white space, has no vector (null). `truncated` says whether the text was
+        truncated to the model's limit.
+        """
         texts = table.column(self._columns[1]).to_pylist()
         rows = [i for i, text in enumerate(texts) if text and not text.isspace()]
         dimensions = self._model.manifest.dimensions
@@ -107,7 +121,10 @@ class Embedder:
 
 
 def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
-    """Return the rows from `start` to below `stop` of a Parquet file; only their row groups are read."""
+    """Return the given columns of the rows from `start` to below `stop` of a Parquet file.
+
+    Only the row groups that contain these rows are read.
+    """
     with pq.ParquetFile(path) as file:
         groups: list[int] = []
         first = before = 0
@@ -121,7 +138,7 @@ def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file atomically: it is complete or does not exist."""
+    """Write a table as a Parquet file atomically: after a crash, the file is complete or does not exist."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("wb") as file:
         pq.write_table(table, file)
@@ -131,7 +148,12 @@ def write_whole(table: pa.Table, path: Path) -> None:
 
 
 def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
-    """Divide a corpus into parts; the same corpus always gives the same parts.
+    """Yield the parts of a corpus, file by file; the same corpus always gives the same parts.
+
+    Args:
+        corpus: a Parquet file, or a folder of files `*.parquet`.
+        columns: columns that each file must have.
+        rows: most rows of a part.
 
     Raises:
         JobError: there are no files, or a file is not Parquet or lacks a column.
@@ -154,8 +176,12 @@ def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
 def prepare(out: Path, job: Mapping[str, object]) -> IO[bytes]:
     """Create the folder of the vectors, or check that it belongs to the same job, and remove unfinished files.
 
+    Args:
+        out: the folder.
+        job: values that identify the job, which are saved in the folder as `job.json`.
+
     Returns:
-        A locked file. The lock, which ends with the process, keeps other runs of the job out.
+        A locked file. The lock keeps other runs of the job out, until the file is closed or the process ends.
 
     Raises:
         JobError: the folder belongs to another job, or another run of the job holds the lock.
@@ -181,11 +207,14 @@ def prepare(out: Path, job: Mapping[str, object]) -> IO[bytes]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Embed the parts of a job that are not done yet.
+    """Embed the parts of a job that have no file of vectors yet.
+
+    Args:
+        options: the options of the command line; see `main`.
 
     Raises:
-        JobError: the job cannot be done.
-        BundleError: the model is not a bundle.
+        JobError: the model is not an embedding model, the corpus cannot be read, or the output folder cannot be used.
+        BundleError: the folder of the model is not a valid bundle.
     """
     bundle = read_bundle(options.model)
     manifest = bundle.manifest
@@ -204,8 +233,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def embed(left: list[Part], columns: list[str], options: argparse.Namespace) -> None:
-    """Embed parts with a pool of actors, and print the progress."""
-    # An existing cluster has its own number of cores.
+    """Embed parts with a pool of Ray actors, and print the progress and the total throughput.
+
+    Args:
+        left: the parts to embed.
+        columns: names of the column of ids and of the column of texts.
+        options: the options of the command line; see `main`.
+    """
+    # The number of cores is given only to a cluster that Ray starts on this host. An existing cluster has its own.
     local = {} if options.address else {"num_cpus": options.actors, "include_dashboard": False}
     ray.init(options.address, logging_level=logging.ERROR, log_to_driver=False, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,4 +1,7 @@
-"""Write real texts that every host has as Parquet files: the sentences of its Python's docstrings."""
+"""Write a corpus of real texts as Parquet files: sentences of docstrings of Python's standard library on this host.
+
+The files have a column `id` and a column `text`. Files of the same names in the folder are replaced.
+"""
 
 from __future__ import annotations
 

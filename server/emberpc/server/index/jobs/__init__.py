@@ -1,1 +1,1 @@
-"""Work on one collection outside of searches and writes: backup, verification, clusters, maintenance."""
+"""Work on one collection outside of searches and writes: backup, verification, duplicates, clusters, maintenance."""

@@ -1,4 +1,4 @@
-"""A thread that works on the items that become due, one after the other."""
+"""Base class of threads that work on items when they become due, one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Item = TypeVar("Item")
 
 
 class BackgroundThread(ABC, Generic[Item]):
-    """Handles items when they are due. The thread starts when it is first needed, and sleeps while nothing is due.
+    """Handles items when they are due, in a thread of its own.
+
+    A subclass says which item is due, and handles it. The thread starts at the first `_notify`, and sleeps while
+    nothing is due.
 
     Args:
         name: name of the thread.
@@ -20,19 +23,19 @@ class BackgroundThread(ABC, Generic[Item]):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        #: Held by all methods that read or change which items are due.
+        #: Held while a method reads or changes which items are due.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the thread after the present item.
+        """Stop the thread after the item that it handles now, and wait for its end; items that are due are dropped.
 
         Args:
-            deadline: until when to wait for the thread; None: without limit.
+            deadline: until when to wait; None: without limit.
 
         Returns:
-            Whether the thread has ended.
+            Whether the thread has ended, or never started.
         """
         with self._changed:
             self._closed = True
@@ -41,14 +44,18 @@ class BackgroundThread(ABC, Generic[Item]):
 
     @abstractmethod
     def _take(self) -> Item | float | None:
-        """Remove and return an item that is due, or return the seconds until one may be; None: until `_notify`."""
+        """Remove an item that is due, and return it; the caller holds `_changed`.
+
+        Returns:
+            If no item is due, the seconds until an item may be due; None if none will be before the next `_notify`.
+        """
 
     @abstractmethod
     def _handle(self, item: Item) -> None:
-        """Work on an item; must not raise."""
+        """Do the work for an item; must raise no exception, since it would end the thread."""
 
     def _notify(self) -> None:
-        """Have the thread call `_take` again; the caller holds `_changed`."""
+        """Start the thread if it has not started, and let it call `_take` again; the caller holds `_changed`."""
         self._changed.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)

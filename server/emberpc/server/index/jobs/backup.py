@@ -1,11 +1,12 @@
-"""Backup of a collection as one file, copied while it is read and written.
+"""Back up a collection as one file, while reads and writes of the collection continue.
 
-The file is an SQLite database: the records, and the spec of the collection (table `backup`). After it comes one line
-with the SHA-256 of all bytes before it, which SQLite ignores. So a file that was cut off or changed is detected,
-wherever it was kept.
+The file is an SQLite database with the records, and with the spec of the collection in the table `backup`. After the
+database comes one line with the SHA-256 of all bytes before the line. SQLite ignores the line. By the SHA-256 a restore
+detects a file that was cut off or changed.
 
-VACUUM INTO makes the copy. It reads in one transaction, so the copy has one state, and with a write-ahead log it blocks
-no writes. SQLite's online backup would start again at every write, and copy the pages of deleted rows.
+The copy is made by SQLite's VACUUM INTO. This statement reads in one transaction, so the copy has the state of one
+moment. It blocks no writes, since the database has a write-ahead log. SQLite's online backup would start again at every
+write, and would copy the pages of deleted rows.
 """
 
 from __future__ import annotations
@@ -33,28 +34,29 @@ from emberpc.server.index.storage.store import DATABASE_NAME
 FORMAT = 1
 #: SQLite's `application_id` of a backup: "Embr".
 APPLICATION_ID = 0x456D6272
-#: Table with one row: format, spec and creation time of the collection.
+#: Statement for the table with one row: format of the backup, spec of the collection as JSON, and when the collection
+#: was created, in seconds since 1970.
 TABLE = "CREATE TABLE backup (format INTEGER NOT NULL, spec TEXT NOT NULL, created REAL NOT NULL)"
 _LAST_LINE = b"emberpc-backup-sha256:%s\n"
 LAST_LINE_SIZE = len(_LAST_LINE % (b"0" * 64))
-#: Bytes of the disk that copies leave free for writes.
+#: Bytes of the disk that backups and restores leave free for writes.
 HEADROOM = 64 * 2**20
 _INDEXES = f"{INDEX_PREFIX}*"
 _PIECE_BYTES = 2**20
 
 
 def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callable[[], bool]) -> IO[bytes] | None:
-    """Copy a collection's database, and add the spec.
+    """Copy a collection's database to a temporary file on the same disk, verify the copy, and add the spec.
 
     Args:
         folder: the collection's folder.
         spec: the spec of the collection.
         created: when the collection was created.
-        stop: whether to give up.
+        stop: whether to stop; called every few milliseconds.
 
     Returns:
-        The copy, open for reading; None if stopped. The file has no name any more, so it disappears when it is closed
-        or the server ends.
+        The copy, open for reading; None if stopped. The file is deleted already, so its space is free when the caller
+        closes it or the server ends.
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the database fails or a counter
@@ -86,15 +88,15 @@ def _verify(copy: sqlite3.Connection, subject: str, stop: Callable[[], bool]) ->
     """Verify the checksums of every record, and the counters, so that damage is found before the backup is needed.
 
     Args:
-        copy: the copy.
+        copy: the copied database; its `text_factory` is changed, so that damaged texts can be read.
         subject: name of the copied database in messages.
-        stop: whether to give up.
+        stop: whether to stop; called for each record.
 
     Returns:
-        False if stopped.
+        False if stopped, else True.
 
     Raises:
-        ServiceError: a record or a counter is damaged.
+        ServiceError: DATA_LOSS if a record is damaged, INTERNAL if a counter is.
     """
     copy.text_factory = lenient_text
     newest_label = newest_revision = 0
@@ -110,9 +112,10 @@ def _verify(copy: sqlite3.Connection, subject: str, stop: Callable[[], bool]) ->
 
 
 def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime) -> None:
-    """Turn the copy of a database into a backup."""
+    """Turn the copy of a database into a backup: drop metadata indexes, add the spec, and mark the file as a backup."""
     copy.execute("PRAGMA journal_mode = OFF")
-    # Metadata indexes are created again on restoring; in a file from elsewhere they would be untrusted expressions.
+    # A restore creates the metadata indexes from the spec. It refuses files with indexes of metadata, since an index of
+    # an untrusted file contains an expression that SQLite would compute.
     indexes = copy.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND name GLOB ?", (_INDEXES,))
     for (name,) in indexes.fetchall():
         copy.execute(f"DROP INDEX {name}")
@@ -122,7 +125,10 @@ def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime)
 
 
 def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
-    """Yield pieces of a copy, of at most 1 MiB, and then the line with its SHA-256; nothing if there is no copy."""
+    """Yield the bytes of a copied database in pieces of at most 1 MiB, then the last line; close the copy at the end.
+
+    Yields nothing if `copy` is None. The last piece has the SHA-256 (hex) of all pieces, its own line included.
+    """
     if copy is None:
         return
     digest = hashlib.sha256()
@@ -137,17 +143,21 @@ def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
 
 
 def last_line(sha256: str) -> bytes:
-    """Return the line that follows the database; `sha256` (hex) is that of all bytes before it."""
+    """Return the last line of a backup; `sha256` is the SHA-256, in hexadecimal, of all bytes before the line."""
     return _LAST_LINE % sha256.encode()
 
 
 def check_room(folder: Path, size: int, what: str) -> None:
-    """Raise RESOURCE_EXHAUSTED unless the disk has room for `size` bytes and the headroom.
+    """Check that the disk of a folder has room for `size` bytes and for `HEADROOM`.
 
     Args:
         folder: the folder to write to.
-        size: the bytes to write.
-        what: name of the bytes in the message, such as "the backup".
+        size: number of bytes to write.
+        what: name of the data in the error message, such as "the backup".
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if the disk has less room.
+        OSError: the free space cannot be read.
     """
     free = shutil.disk_usage(folder).free
     if free < size + HEADROOM:

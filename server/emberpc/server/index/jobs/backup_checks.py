@@ -1,7 +1,7 @@
-"""Validation of a file that should be the backup of a collection; none of its contents is trusted before.
+"""Validate a file that should be the backup of a collection; before, none of the file's contents is trusted.
 
-A collection's database is opened for writing and used by SQLite as it is. So a database from elsewhere must have no
-tables, triggers or views but those of a collection, and no value that a server could not have written.
+A restored database is opened for writing, without changes. So the database of a backup must have no tables, triggers or
+views but those of a collection, and no values that a server could not have written.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from emberpc.server.index.storage.rows import Row
 log = logging.getLogger(__name__)
 
 _BATCH = 100
-#: Seconds from 1970 to the year 10,000.
+#: Seconds from the year 1970 to the year 10,000: Python's datetime has no later times.
 _END_OF_TIME = 253_402_300_800
-#: Condition on the values of a column, by its declared type.
+#: SQL conditions that the values of a column must meet, by the declared type of the column; {0} is the column's name.
 _CONDITIONS = {
     "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {counters.MOST}",
     "REAL": f"typeof({{0}}) = 'real' AND {{0}} >= 0 AND {{0}} < {_END_OF_TIME}",
@@ -41,14 +41,14 @@ _CONDITIONS = {
 
 
 def damaged(what: str) -> ServiceError:
-    """Return the error for a file that is not an intact backup; `what` says what is wrong."""
+    """Return the INVALID_ARGUMENT error for a damaged backup; `what` says what is wrong with the file."""
     return ServiceError(
         Code.INVALID_ARGUMENT, f"the backup cannot be restored: {what}; restore another copy", reason="BACKUP_DAMAGED"
     )
 
 
 def foreign(what: str) -> ServiceError:
-    """Return the error for a file that is not a backup of a collection; `what` says why."""
+    """Return the INVALID_ARGUMENT error for a file that is not a backup of a collection; `what` says why."""
     message = f"the file is no backup of a collection: {what}; restore one that `BackupCollection` gave"
     return ServiceError(Code.INVALID_ARGUMENT, message, reason="NOT_A_BACKUP")
 
@@ -56,12 +56,12 @@ def foreign(what: str) -> ServiceError:
 def check_backup(
     path: Path, accept: Callable[[CollectionSpec], None], stop: Callable[[], bool]
 ) -> tuple[CollectionSpec, datetime]:
-    """Check all of a backup, after its last line was removed.
+    """Check the database of a backup completely: tables, values, checksums, vectors and metadata.
 
     Args:
-        path: the file; it is only read.
-        accept: raises ValueError or ServiceError if the collection cannot be served.
-        stop: whether to give up.
+        path: the file of the backup without its last line; the file is only read.
+        accept: called with the spec; raises ValueError or ServiceError if the collection cannot be served.
+        stop: whether to stop; called every few milliseconds.
 
     Returns:
         The spec of the collection, and when it was created.
@@ -74,7 +74,8 @@ def check_backup(
         version = _version(theirs)
         schema.make(ours, version)
         ours.execute(backup.TABLE)
-        # The declarations are compared before any table is read.
+        # The declarations of the tables are compared before a table is read, since a malicious declaration could make
+        # SQLite compute an expression.
         if _objects(ours) != _objects(theirs):
             raise foreign("its tables are not those of a collection")
         spec, created = _spec(theirs, accept)
@@ -99,7 +100,7 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
         ServiceError: UNAVAILABLE if `stop` returned True, else the error for a damaged backup.
     """
     try:
-        # Immutable: SQLite neither looks for a log or journal beside it nor writes one.
+        # `immutable`: SQLite reads and writes no journal or write-ahead log beside the file.
         address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as connection:
             # SQLite recommends these settings for databases from untrusted sources.
@@ -107,7 +108,7 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
                 connection.execute(f"PRAGMA {pragma}")
             connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
             yield connection
-    # UnicodeDecodeError: Python decodes SQLite's names and messages, which hold bytes of the file.
+    # UnicodeDecodeError: Python decodes names and messages of SQLite, which may contain bytes of the file.
     except (sqlite3.Error, UnicodeDecodeError) as error:
         if stop():
             raise restore_cancelled() from error
@@ -116,18 +117,22 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
 
 
 def restore_cancelled() -> ServiceError:
-    """Return the error for a restore whose caller has left."""
+    """Return the UNAVAILABLE error for a restore that was stopped before its end."""
     return ServiceError(Code.UNAVAILABLE, "the restore was given up; begin again", reason="GIVEN_UP")
 
 
 def _version(theirs: sqlite3.Connection) -> int:
-    """Return the number of schema steps that the database has."""
+    """Return the number of schema steps that the database of a backup has.
+
+    Raises:
+        ServiceError: FAILED_PRECONDITION if a newer version wrote the backup; INVALID_ARGUMENT if it is no backup.
+    """
     if theirs.execute("PRAGMA application_id").fetchone()[0] != backup.APPLICATION_ID:
         raise foreign("it is a database of something else")
     version = int(theirs.execute("PRAGMA user_version").fetchone()[0])
     if version > len(schema.STEPS):
         raise _newer()
-    # Another encoding would sort ids in another order.
+    # Only UTF-8, since in another encoding SQLite would sort ids in another order.
     if version < 0 or theirs.execute("PRAGMA encoding").fetchone()[0] != "UTF-8":
         raise foreign("its version or its encoding is none of ours")
     return version
@@ -139,13 +144,18 @@ def _newer() -> ServiceError:
 
 
 def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
-    """Return the declarations of tables, indexes, triggers and views."""
+    """Return type, name, table and SQL of each table, index, trigger and view of a database, sorted."""
     statement = "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master ORDER BY type, name"
     return connection.execute(statement).fetchall()
 
 
 def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) -> tuple[CollectionSpec, datetime]:
-    """Return the spec of the collection, and when it was created."""
+    """Return the spec of the collection in a backup, and when the collection was created.
+
+    Raises:
+        ServiceError: FAILED_PRECONDITION if a newer version wrote the backup; INVALID_ARGUMENT if the spec or the time
+            is damaged, or `accept` raised an error.
+    """
     rows = theirs.execute("SELECT format, spec, created FROM backup LIMIT 2").fetchall()
     if rows and isinstance(rows[0][0], int) and rows[0][0] > backup.FORMAT:
         raise _newer()
@@ -160,7 +170,11 @@ def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) 
 
 
 def _typed_spec(text: str) -> CollectionSpec:
-    """Decode a spec as the catalogue does, and check the types of its values."""
+    """Decode a spec from JSON, and check the types of its values, which `CollectionSpec.from_json` does not check.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: the text is not a spec.
+    """
     spec = CollectionSpec.from_json(text)
     likeness = json.loads(CollectionSpec("any", 1).to_json())
     if any(not isinstance(value, type(likeness[name])) for name, value in json.loads(text).items()):
@@ -171,7 +185,15 @@ def _typed_spec(text: str) -> CollectionSpec:
 
 
 def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
-    """Check that every value has its column's type; SQLite stores values of any type in any column."""
+    """Check the types of all values in a backup, since SQLite stores any type in any column, and the counters.
+
+    Args:
+        theirs: the database of the backup.
+        ours: an empty database with the same tables.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if a value or a counter is wrong.
+    """
     tables = ours.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'words%'"
     ).fetchall()
@@ -194,7 +216,7 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
 
 
 def _columns(ours: sqlite3.Connection) -> str:
-    """Return the columns of a `Row`, with NULL for those that the backup's version does not have."""
+    """Return SQL for the columns of a `Row`, with NULL for those that the table `records` does not have."""
     present = {name for (name,) in ours.execute("SELECT name FROM pragma_table_info('records')")}
     return ", ".join(name if name in present else "NULL" for name in Row._fields)
 
@@ -202,14 +224,17 @@ def _columns(ours: sqlite3.Connection) -> str:
 def _check_records(
     theirs: sqlite3.Connection, columns: str, spec: CollectionSpec, stop: Callable[[], bool], *, older: bool
 ) -> None:
-    """Check that every record is valid and matches its checksums.
+    """Check that every record of a backup is valid and matches its checksums.
 
     Args:
-        theirs: the backup.
+        theirs: the database of the backup.
         columns: SQL for the columns of a `Row`.
         spec: the spec of the collection.
-        stop: whether to give up.
-        older: whether an older version wrote the backup, whose rows may lack checksums.
+        stop: whether to stop; called before each 100 records.
+        older: whether an older version wrote the backup, so that its rows may lack checksums.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if a record is damaged; UNAVAILABLE if stopped.
     """
     rows = theirs.execute(f"SELECT {columns} FROM records ORDER BY label")  # noqa: S608 - our own columns
     while batch := rows.fetchmany(_BATCH):

@@ -1,4 +1,4 @@
-"""Clusters of similar records: k-means over the vectors of a collection."""
+"""Cluster similar records by k-means over the vectors of a collection."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from emberpc.server.collections.metric import prepare
 from emberpc.server.collections.types import Cluster, CollectionSpec, Distance, Labels, Matrix
 from emberpc.server.index.storage.store import Store
 
-#: The centres are fitted to a random sample of this many vectors, and of at least this many for each cluster.
+#: Vectors in the random sample to which the centres are fitted: the greater of the first number and the second number
+#: times the number of clusters.
 _SAMPLE, _SAMPLE_PER_CLUSTER = 20_000, 50
 _ROUNDS = 25
 _SEED = 0
 _READ_BATCH = 4000
-#: Vectors that are compared with all centres at a time: 16 MB of products with 1,000 centres.
+#: Vectors that are compared with all centres at a time. With 1,000 centres the scores take 16 MB.
 _ASSIGNED_AT_ONCE = 4000
 
 Rows = npt.NDArray[np.int64]
@@ -25,27 +26,27 @@ Rows = npt.NDArray[np.int64]
 def cluster_records(
     spec: CollectionSpec, store: Store, count: int, examples: int, stop: Callable[[], bool]
 ) -> list[Cluster]:
-    """Cluster the records of a collection, as of one moment.
+    """Cluster the records of a collection, in the state of one moment.
 
-    The centres are fitted to a sample, with the same seed each time. Then every record joins the cluster with the
-    nearest centre; a few thousand records are in memory at a time.
+    The centres are fitted to a random sample, always with the same seed. Then every record joins the cluster with the
+    nearest centre. The vectors of the sample are in memory together, and of the other records 4,000 at a time.
 
     Args:
         spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
-        store: its records.
-        count: number of clusters; there are fewer if some stay empty, as among equal vectors.
-        examples: records to return of each cluster.
-        stop: whether to give up.
+        store: the records of the collection.
+        count: number of clusters. Fewer are returned if some stay empty, as among equal vectors.
+        examples: number of records to return of each cluster, those nearest to its centre.
+        stop: whether to stop; called before each batch of vectors.
 
     Returns:
-        The clusters, largest first; none if stopped.
+        The clusters, largest first; none if stopped, or if there are no records.
     """
     directions = spec.distance is not Distance.EUCLIDEAN
 
     def ready(matrix: Matrix) -> Matrix:
         if not directions:
             return prepare(matrix, Distance.EUCLIDEAN)
-        # A zero vector has no direction and is equally near to all centres.
+        # A zero vector has no direction. It stays zero, and is equally near to all centres.
         lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return np.asarray(matrix / lengths, dtype=np.float32)
 
@@ -78,11 +79,14 @@ def cluster_records(
 def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[], bool] = lambda: False) -> Matrix:
     """Return the centres of clusters, by k-means++ (Arthur and Vassilvitskii, 2007) and Lloyd's algorithm.
 
+    There are at most 25 rounds of Lloyd's algorithm. The seed is always the same.
+
     Args:
         vectors: float32 (n, dimensions), n at least 1; of length 1 if `directions`.
         count: number of clusters.
-        directions: whether to cluster by cosine, with centres of length 1, instead of by distance.
-        stop: whether to end at the next step: after the present centre, round, or some thousand vectors.
+        directions: whether to cluster by cosine, with centres of length 1, instead of by euclidean distance.
+        stop: whether to stop; called before each first centre, and before each 4,000 vectors of a round. The centres
+            found so far are returned then.
 
     Returns:
         float32 (at most count, dimensions): no more centres than distinct vectors.
@@ -112,10 +116,12 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
 
 
 def _spread(vectors: Matrix, count: int, generator: np.random.Generator, stop: Callable[[], bool]) -> Matrix:
-    """Draw the first centres among the vectors, with a probability that grows with the distance from those drawn.
+    """Draw the first centres among the vectors, by k-means++; return float32 (at most count, dimensions).
 
-    Each centre is the best of a few candidates: that which leaves the least total distance. With a single candidate,
-    two centres too often fall into one cluster. Fewer are drawn if stopped.
+    A vector is drawn with a probability in proportion to its squared distance from the nearest centre drawn before. For
+    each centre a few candidates are drawn, and the one is taken with which the sum of these squared distances is least:
+    with a single candidate, two centres too often fall into one cluster. There are fewer than `count` centres if all
+    vectors are equal to a centre, or if stopped.
     """
     tries = 2 + int(np.log(count))
     centres = [vectors[int(generator.integers(len(vectors)))]]
@@ -136,12 +142,14 @@ def _squared_distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float6
 
 
 def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Rows, Matrix]:
-    """Return the nearest centre of each vector, and its score; greater is nearer."""
+    """Return the row of each vector's nearest centre, int64 (n,), and the score with it, float32 (n,).
+
+    A greater score is nearer: the dot product if `directions`, else half of the squared distance, negated.
+    """
     scores = vectors @ centres.T
     if not directions:
-        # The squared distance is |v|² - 2 v·c + |c|². |v|² is the same for all centres c, so the score leaves it out.
-        # It is
-        # the rest, halved and negated: v·c - |c|²/2.
+        # The squared distance of vector v and centre c is |v|² - 2 v·c + |c|². To compare centres, |v|² is left out,
+        # since it is the same for all centres. Halved and negated, the other terms are v·c - |c|²/2.
         scores -= 0.5 * np.einsum("ij,ij->i", centres, centres)
     rows = np.argmax(scores, axis=1)
     nearest = scores[np.arange(len(rows)), rows]
@@ -153,7 +161,15 @@ def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Ro
 def _keep_nearest(
     best: Sequence[list[tuple[float, int]]], labels: Labels, rows: Rows, scores: Matrix, most: int
 ) -> None:
-    """Keep for each cluster the `most` records nearest to its centre."""
+    """Merge a batch of records into `best`, in place: for each cluster the `most` records nearest to its centre.
+
+    Args:
+        best: score and label of the nearest records of each cluster, best first.
+        labels: label of each record of the batch.
+        rows: cluster of each record of the batch.
+        scores: score of each record of the batch; greater is nearer.
+        most: records to keep of a cluster.
+    """
     for cluster in np.unique(rows).tolist():
         own = np.flatnonzero(rows == cluster)
         near = own[np.argsort(-scores[own], kind="stable")[:most]]

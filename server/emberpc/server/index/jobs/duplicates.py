@@ -1,4 +1,4 @@
-"""Pairs of duplicate records, by the cosine of their vectors."""
+"""Find pairs of duplicate records, by the cosine of their vectors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Duplicate
 from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.storage.store import Store
 
-#: Up to this many records, each is compared with every other: 3 seconds at 384 dimensions. Beyond that, each is
-#: searched for in the graph, if the graph's scores are cosines.
+#: Most records of which each is compared with every other: 3 seconds for this many at 384 dimensions. In a greater
+#: collection each record is searched for in the graph, if the graph's scores are cosines.
 EXACT_LIMIT = 20_000
-#: For the search of the graph: number of hits besides the record itself, and ef. If a record has more duplicates than
-#: that, only a part of them is found.
+#: For searches of the graph: number of hits besides the record itself, and ef. If a record has more duplicates than
+#: these hits, some may be missed.
 _NEIGHBOURS, _EF = 20, 200
-#: Limit of the pairs that are returned, those with the greatest scores.
+#: Most pairs that are returned: those with the greatest scores.
 MOST_PAIRS = 100_000
 _READ_BATCH = 4000
-#: Records that are searched for between two checks of `stop`.
+#: Records that the graph is searched for between two calls of `stop`.
 _SEARCHED_AT_ONCE = 256
-#: Products (float32) that are computed at a time: 8 MB.
+#: Cosines (float32) that are computed at a time: 8 MB.
 _BLOCK = 2**21
 
 _Pairs = tuple[Labels, Labels, Matrix]
@@ -31,12 +31,24 @@ _Pairs = tuple[Labels, Labels, Matrix]
 def find_duplicates(
     spec: CollectionSpec, store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]
 ) -> list[DuplicatePair]:
-    """Return the pairs with at least `min_score`, the greatest score first, at most 100,000.
+    """Find the pairs of records whose vectors have a cosine of at least `min_score`.
 
-    Holds no lock for longer than a search does. If stopped, returns the pairs found so far.
+    Up to 20,000 records, and in collections with another distance than COSINE, all pairs are compared. Otherwise each
+    record is searched for in the graph, which may miss pairs. No lock is held for longer than a search holds it.
+
+    Args:
+        spec: the spec of the collection.
+        store: the records of the collection.
+        neighbours: the vectors of the collection in memory.
+        min_score: least cosine of a pair.
+        stop: whether to stop; then the pairs found so far are returned.
+
+    Returns:
+        The pairs, greatest score first; the best 100,000 if there are more. Pairs with a record that was deleted
+        meanwhile are left out.
     """
     found = _BestPairs()
-    # Without cosines in the graph, the exact comparison is the only way.
+    # The graph's scores are cosines only in a COSINE collection.
     if store.count() <= EXACT_LIMIT or spec.distance is not Distance.COSINE:
         parts = _compare_all(*_directions(store), min_score, stop)
     else:
@@ -54,7 +66,7 @@ def find_duplicates(
 
 
 class _BestPairs:
-    """Keeps the pairs with the greatest scores."""
+    """Collects pairs of labels, and keeps the 100,000 with the greatest scores."""
 
     def __init__(self) -> None:
         self._parts: list[_Pairs] = []
@@ -72,7 +84,7 @@ class _BestPairs:
             none = np.empty(0, dtype=np.int64)
             return none, none, np.empty(0, dtype=np.float32)
         first, second, scores = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        # A search from each of both records may find the same pair.
+        # The searches for both records of a pair may each have found the pair.
         once = np.unique(np.stack([first, second]), axis=1, return_index=True)[1]
         first, second, scores = first[once], second[once], scores[once]
         if len(scores) > MOST_PAIRS:
@@ -82,7 +94,10 @@ class _BestPairs:
 
 
 def _directions(store: Store) -> tuple[Labels, Matrix]:
-    """Return all vectors that are not zero, scaled to length 1, with their labels."""
+    """Return the labels, int64 (n,), and vectors, float32 (n, dimensions), of all records without a zero vector.
+
+    The vectors are normalized.
+    """
     labels, vectors = [np.empty(0, dtype=np.int64)], []
     with store.snapshot():
         for batch, matrix in store.scan(_READ_BATCH):
@@ -93,7 +108,10 @@ def _directions(store: Store) -> tuple[Labels, Matrix]:
 
 
 def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
-    """Compare every vector with every later one."""
+    """Compare all normalized vectors, some at a time, until stopped; yield the pairs with at least `min_score`.
+
+    A part has the labels of the first vectors, the labels of the second vectors, and the cosines.
+    """
     step = max(1, _BLOCK // max(1, len(labels)))
     for start in range(0, len(labels), step):
         if stop():
@@ -106,7 +124,10 @@ def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callab
 
 
 def _search_graph(store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
-    """Search the graph for each vector."""
+    """Search the graph for the vector of each record; yield the pairs found with at least `min_score`, until stopped.
+
+    A part has the smaller labels of the pairs, the greater labels, and the cosines. A pair may be in two parts.
+    """
     labels = store.labels()
     for start in range(0, len(labels), _SEARCHED_AT_ONCE):
         if stop():

@@ -1,4 +1,4 @@
-"""The thread that deletes expired records."""
+"""Delete expired records in a background thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from emberpc.server.index.jobs.background_thread import BackgroundThread
 
 log = logging.getLogger(__name__)
 
-#: Seconds until a failed deletion is retried; also the longest sleep, since the clock may be adjusted.
+#: Seconds after which a failed deletion is retried. Also the most seconds that the thread sleeps, since somebody may
+#: adjust the system's clock meanwhile.
 _RETRY = 60.0
 
 
@@ -19,18 +20,31 @@ class Expiring(Protocol):
     """A collection with records that expire."""
 
     def expire(self) -> float | None:
-        """Delete expired records; return when the next record expires, in seconds since 1970, or None."""
+        """Delete expired records.
+
+        Returns:
+            When the next record expires, in seconds since 1970; None if no record will expire.
+
+        Raises:
+            ServiceError: UNAVAILABLE if the collection is closed or deleted; other codes if the deletion fails.
+        """
 
 
 class ExpiryThread(BackgroundThread[Expiring]):
-    """Calls `expire` of collections when their next record expires."""
+    """A thread that calls `expire` of each noted collection when the next record of the collection expires.
+
+    A failed deletion is logged and retried after a minute.
+    """
 
     def __init__(self) -> None:
         super().__init__("index-expiry")
         self._due: dict[Expiring, float] = {}
 
     def note(self, collection: Expiring, when: float) -> None:
-        """Call `expire` of a collection at `when`, in seconds since 1970, or earlier."""
+        """Let the thread call `expire` of a collection at `when`, in seconds since 1970.
+
+        If an earlier time was noted for the collection, the earlier time stays.
+        """
         with self._changed:
             if self._closed or self._due.get(collection, when + 1) <= when:
                 return

@@ -18,23 +18,28 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Once it has begun, the graph is filled from the buffer until the buffer has at most this share of its limit.
+#: Share of `buffer_limit`. Vectors that are moved from the buffer to the graph are moved until the buffer has at most
+#: this share.
 _REST_SHARE = 1 / 16
-#: A graph with a greater share of deleted nodes is rebuilt: inserts cost 1.5 times as much at a third.
+#: Greatest share of deleted nodes of a graph; with more the graph is rebuilt. With a third of deleted nodes, an insert
+#: takes 1.5 times as long.
 _MAX_DEAD_SHARE = 0.25
-#: A graph with a greater share of strays is rebuilt in another order: every search compares all strays.
+#: Greatest share of strays, vectors that searches of the graph miss; with more the graph is rebuilt in random order and
+#: in shells. Every search compares all strays.
 _MAX_STRAY_SHARE = 0.02
-#: This many strays cost a search less than 5 %.
+#: Number of strays that never cause a rebuild: comparing them makes a search less than 5 % slower.
 _FEW_STRAYS = 100
-#: A graph that cuts off a greater share of a sample is rebuilt in shells before more vectors are added.
+#: Greatest share of a sample of nodes that searches may miss. If they miss more, the graph is rebuilt in shells before
+#: more vectors are added.
 _MAX_MISSED_SHARE = 0.02
-#: Vectors in the graph at the first sample; the next sample follows at 1.5 times as many.
+#: Number of vectors in the graph at which a sample of its nodes is first checked, and the factor for the number at the
+#: next check.
 _FIRST_SAMPLE = 1000
 _SAMPLE_GROWTH = 1.5
-#: Share of the time that checks of a graph without writes may take: 100,000 nodes take some 5 s.
+#: Share of the time that complete checks may take while there are no writes. A check of 100,000 nodes takes some 5 s.
 _CHECK_SHARE = 0.01
 _SNAPSHOT_TRIES = 3
-#: A snapshot writes the whole graph, so a large graph is saved only when this share of it is new.
+#: Share of a graph that must be new before the graph is saved, since a snapshot writes the whole graph.
 _NEW_SHARE = 0.25
 
 
@@ -42,27 +47,27 @@ _NEW_SHARE = 0.25
 class MaintenanceLimits:
     """When vectors move from the buffer to the graph, and when the graph is saved."""
 
-    #: Number of vectors in the buffer from which they are moved to the graph. A collection with fewer vectors has no
-    #: graph, so its searches are exact. Comparing a full buffer takes four times as long as searching the graph, so
-    #: the buffer is full for a short time only.
+    #: Most vectors in the buffer; if there are more, they are moved to the graph. A collection with at most this many
+    #: vectors has no graph, so its searches are exact. Comparing a full buffer takes four times as long as searching
+    #: the graph, but the buffer is full for a short time only.
     buffer_limit: int = 4000
-    #: Least number of vectors that are inserted into the graph between snapshots: some 10 to 20 seconds' work.
+    #: Fewest vectors that are inserted into the graph between two snapshots. Inserting this many takes 10 to 20 s.
     snapshot_every: int = 20_000
-    #: Seconds without a write after which the graph is filled with the whole buffer.
+    #: Seconds without a write after which all vectors of the buffer are moved to the graph, if there is a graph.
     rest_seconds: float = 1.0
 
 
 class GraphMaintenance:
-    """Maintains a collection's graph; only one thread at a time may call `run`.
+    """Maintains a collection's graph.
 
     Args:
         spec: the spec of the collection.
-        folder: the folder of its snapshots.
-        store: its records.
-        neighbours: its vectors in memory.
-        read: reads vectors from the store.
+        folder: the folder of the collection, where snapshots and measurements of recall are saved.
+        store: the records of the collection.
+        neighbours: the vectors of the collection in memory.
+        read: reads prepared vectors from the store, by label.
         limits: limits that decide when each step is due.
-        stop: whether to end at the next slice, since the collection is about to be closed.
+        stop: whether to stop, since the collection is about to be closed; called every few milliseconds.
     """
 
     def __init__(
@@ -89,17 +94,17 @@ class GraphMaintenance:
         #: Vectors in the graph when a sample was last checked.
         self._size_sampled = 0
         self._last_write = time.monotonic()
-        #: When a graph without writes may be checked again.
+        #: When the graph may be checked again while there are no writes, in seconds of `time.monotonic`.
         self._next_check = 0.0
         self.ef_chooser = EfChooser(folder, neighbours)
 
     def note_write(self) -> None:
-        """Note the time of a write."""
+        """Note that the collection was written to now."""
         self._last_write = time.monotonic()
 
     @property
     def due(self) -> bool:
-        """Whether maintenance is due now."""
+        """Whether maintenance is due now: a full buffer, too many deleted nodes, or a measurement of recall."""
         return (
             self._neighbours.waiting > self._limits.buffer_limit
             or self._neighbours.dead_share > _MAX_DEAD_SHARE
@@ -108,7 +113,7 @@ class GraphMaintenance:
 
     @property
     def due_at_rest(self) -> float | None:
-        """Seconds without a write after which maintenance is due; None if it is not."""
+        """Seconds from now after which maintenance is due, if there is no write until then; None if none will be."""
         if self._neighbours.waiting and self._neighbours.graph_size:
             return self._limits.rest_seconds
         if self._neighbours.needs_check:
@@ -116,7 +121,10 @@ class GraphMaintenance:
         return None
 
     def run(self) -> None:
-        """Run all maintenance that is due; takes long, and searches and writes may run meanwhile."""
+        """Fill, check, rebuild, save and measure the graph, as far as each step is due.
+
+        This may take minutes; searches and writes continue meanwhile. A second thread that calls `run` waits.
+        """
         with self._lock:
             self._drain()
             limit = self._limits.buffer_limit
@@ -128,11 +136,11 @@ class GraphMaintenance:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the graph is unchanged since the last snapshot."""
+        """Whether no vectors were inserted into the graph since the last snapshot."""
         return not self._unsaved
 
     def save(self) -> None:
-        """Save a snapshot if the graph changed since the last; skipped while `run` runs, which takes long."""
+        """Save a snapshot if vectors were inserted since the last one; do nothing while `run` is in progress."""
         if self._unsaved and self._lock.acquire(blocking=False):
             try:
                 self.snapshot()
@@ -140,7 +148,10 @@ class GraphMaintenance:
                 self._lock.release()
 
     def snapshot(self) -> None:
-        """Save a snapshot; a failure is logged."""
+        """Save a snapshot of the graph in the collection's folder; the caller holds the lock of `run`.
+
+        If the process that writes the snapshot is killed, there are two more attempts. An error is only logged.
+        """
         for tries_left in reversed(range(_SNAPSHOT_TRIES)):
             try:
                 snapshots.save(self._neighbours.save, self._spec, self._store.identity(), self._folder)
@@ -148,12 +159,16 @@ class GraphMaintenance:
             except (OSError, RuntimeError) as error:
                 if tries_left and isinstance(error, ChildKilledError):
                     continue
-                # Nothing is lost: at the next start the graph is built from the store, which only takes longer.
+                # The store has all vectors: without a snapshot the next start builds the graph from them, and takes
+                # longer.
                 log.warning("collection %s: no snapshot: %s", self._spec.name, error)
             return
 
     def _drain(self) -> None:
-        """Move vectors from the buffer to the graph if the buffer is too full; if writes have stopped, all of them."""
+        """Move vectors from the buffer to the graph, if the buffer is over its limit or writes have stopped.
+
+        Saves snapshots that become due. Checks samples of the nodes, and rebuilds the graph if searches miss too many.
+        """
         if self._neighbours.waiting <= self._limits.buffer_limit and not self._rests():
             return
         least = self._limits.buffer_limit * _REST_SHARE
@@ -163,35 +178,44 @@ class GraphMaintenance:
             if self._neighbours.graph_size >= max(_FIRST_SAMPLE, _SAMPLE_GROWTH * self._size_sampled):
                 self._size_sampled = self._neighbours.graph_size
                 if self._neighbours.probe() > _MAX_MISSED_SHARE:
-                    # Searches miss many vectors of the sample. Rebuild now: more inserts into this graph are wasted
-                    # work.
+                    # Searches miss many vectors of the sample, so the graph must be rebuilt. It is rebuilt now, since
+                    # more inserts into the old graph would be wasted.
                     self._rebuild_if_due(misses=True)
             if self._neighbours.waiting <= least:
                 return
 
     @property
     def _until_sample(self) -> int:
-        """Vectors that may be inserted before the next sample."""
+        """Number of vectors to insert before the next sample of nodes is checked, at least 1000."""
         wanted = max(_FIRST_SAMPLE, int(_SAMPLE_GROWTH * self._size_sampled))
         return max(1000, wanted - self._neighbours.graph_size)
 
     def _rebuild_if_due(self, *, misses: bool = False) -> None:
-        """Rebuild the graph if many nodes are deleted or strays, or if searches miss many of a sample."""
+        """Rebuild the graph if too many nodes are deleted, or too many vectors are strays.
+
+        Args:
+            misses: whether searches missed too many nodes of a sample. Then the graph is rebuilt too, unless the last
+                attempt had nearly as many vectors.
+        """
         limit = self._limits.buffer_limit
         shuffled = self._has_many_strays() or (misses and self._may_get_better())
         if not shuffled and self._neighbours.dead_share <= _MAX_DEAD_SHARE:
             return
         if self._neighbours.rebuild(self._read, self._stop, limit, shuffled=shuffled):
-            # The whole graph is new.
+            # The whole graph is new, so a snapshot is due.
             self._unsaved = self._between_snapshots
             self.ef_chooser.forget()
         if shuffled:
             self._size_shuffled = self._neighbours.graph_size
 
     def _check(self, stop: Callable[[], bool]) -> None:
-        """Check all nodes if the graph grew much, or if it grew at all, no records are written and a check is due.
+        """Check that searches find all nodes of the graph, if the graph grew much since the last check.
 
-        Checks without writes are spaced so that they take at most `_CHECK_SHARE` of the time.
+        While there are no writes, any growth is enough. Checks are then spaced so that they take at most
+        `_CHECK_SHARE` of the time.
+
+        Args:
+            stop: whether to interrupt the check; the next call continues it.
         """
         start = time.monotonic()
         self._neighbours.check(stop, at_rest=self._no_writes() and start >= self._next_check)
@@ -199,12 +223,15 @@ class GraphMaintenance:
         self._next_check = max(self._next_check, end + (end - start) / _CHECK_SHARE)
 
     def _has_many_strays(self) -> bool:
-        """Return whether a rebuild may reduce strays; not if the last attempt had nearly the same vectors."""
+        """Return whether there are too many strays, and a rebuild may reduce their number."""
         share, size = self._neighbours.stray_share, self._neighbours.graph_size
         return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and self._may_get_better()
 
     def _may_get_better(self) -> bool:
-        """Return whether the graph has many more vectors than when it was last rebuilt because of strays."""
+        """Return whether the graph has 1.5 times the vectors that it had when it was last rebuilt because of strays.
+
+        With fewer vectors another rebuild would probably have as many strays.
+        """
         return self._neighbours.graph_size >= 1.5 * self._size_shuffled
 
     def _rests(self) -> bool:

@@ -1,4 +1,4 @@
-"""The thread that runs the maintenance of collections in the background."""
+"""Run the maintenance of collections in a background thread."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ class Maintained(Protocol):
     spec: CollectionSpec
 
     def maintain(self) -> None:
-        """Run the maintenance that is due."""
+        """Run the maintenance that is due.
+
+        Raises:
+            ServiceError: UNAVAILABLE or NOT_FOUND if the collection was closed or deleted; other codes if it failed.
+        """
 
 
 class MaintenanceThread(BackgroundThread[Maintained]):
-    """Calls `maintain` of the collections that request it.
+    """A thread that calls `maintain` of the collections that request maintenance, one after the other.
 
-    Close the collections first, so that `close` of the thread is quick.
+    Errors are logged. Close the collections before the thread: a closed collection ends its maintenance soon, and
+    `close` of the thread waits for this.
     """
 
     def __init__(self) -> None:
         super().__init__("index-maintenance")
-        #: Collections to be maintained soon, in order; many writes of a collection are one entry.
+        #: Collections to maintain as soon as possible, in the order of their requests. Several requests of a collection
+        #: are one entry.
         self._soon: dict[Maintained, None] = {}
-        #: When each of the other collections is due, by the monotonic clock, unless it is written to before.
+        #: When to maintain a collection that had no writes for some time, in seconds of `time.monotonic`.
         self._at_rest: dict[Maintained, float] = {}
 
     def wake(self, collection: Maintained) -> None:
@@ -43,11 +49,11 @@ class MaintenanceThread(BackgroundThread[Maintained]):
                 self._notify()
 
     def wake_at_rest(self, collection: Maintained, seconds: float) -> None:
-        """Request the maintenance of a collection after some seconds, unless this is called for it again before."""
+        """Request the maintenance of a collection `seconds` from now, in place of an earlier such request."""
         with self._changed:
             known = collection in self._at_rest
             self._at_rest[collection] = time.monotonic() + seconds
-            # If the time of a known collection moved, the thread notices when it wakes up at the old time.
+            # A known collection needs no `_notify`: the thread wakes up at the old time and reads the new one.
             if not self._closed and not known:
                 self._notify()
 

@@ -1,4 +1,4 @@
-"""Verification of a collection: all records exist, are undamaged and are found; store, memory and graph agree."""
+"""Verify a collection: all records are undamaged and found by searches, and store, memory and graph agree."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from emberpc.server.index.storage.rows import Row
 from emberpc.server.index.storage.store import Store
 
 _BATCH = 500
-#: Two attempts to find records by their own vectors: `ef`, and the number of records that are searched for at a time,
-#: while other searches wait. A record that the first attempt misses is searched for again with the second `ef`, the
-#: greatest default.
+#: The two attempts to find records by their own vectors: `ef`, and the number of records in one call of the graph
+#: search, while other searches wait. Only records that the first attempt misses are searched for again. The second `ef`
+#: is the greatest that searches use by default.
 _TRIES = ((200, 8), (800, 1))
-#: Records that are searched for by default.
+#: Number of records, on average, that a verification searches for unless it is full.
 _SAMPLE = 2000
 _HITS = 10
 _WRONG_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
@@ -32,17 +32,17 @@ _WRONG_WORDS = "the words that are searched were not those of the text; they wer
 
 @dataclass
 class Verifier:
-    """Checks a collection while it is read and written.
+    """Checks a collection while reads and writes continue.
 
-    `store` and `neighbours` may be replaced between two steps. A word index that does not match the texts is rebuilt,
-    since nothing else repairs it.
+    The caller may replace `store` and `neighbours` between two steps. The check repairs two things, since nothing else
+    would: a word index that does not match the texts is rebuilt, and vectors that searches miss become strays.
 
     Attributes:
-        store: the records, the source of truth.
+        store: the records, from which memory can be rebuilt.
         neighbours: the vectors in memory, which searches use.
         write_lock: held by every write, from before it changes the store until it has changed memory.
         spec: the spec of the collection.
-        full: whether to search for every record; otherwise for a random sample.
+        full: whether to search for every record by its own vector; otherwise for about 2,000 random ones.
     """
 
     store: Store
@@ -56,7 +56,13 @@ class Verifier:
     _newest_revision: int = 0
 
     def steps(self) -> Iterator[Verified]:
-        """Yield the progress after each step of some hundred records; the last step is `done`."""
+        """Check the collection; yield progress and problems after each step of at most 500 records.
+
+        The last step has `done`.
+
+        Raises:
+            ServiceError: the store cannot be read, or the call of this thread is cancelled.
+        """
         # A damaged label may be any integer of SQLite.
         total, checked, first = self.store.count(), 0, -(2**63)
         share = 1.0 if self.full else _SAMPLE / max(1, total)
@@ -69,7 +75,12 @@ class Verifier:
         yield Verified(checked, checked, self._unknown_vectors(), done=True)
 
     def _batch(self, rows: Sequence[Row], share: float) -> list[Problem]:
-        """Check some records, and search for a random share of them."""
+        """Return the problems of some records: damage, differences between store and memory, and missed searches.
+
+        Args:
+            rows: the records, damaged or not.
+            share: share of the records to search for, chosen at random.
+        """
         problems = []
         whole: list[tuple[Row, Matrix]] = []
         for row in rows:
@@ -91,16 +102,19 @@ class Verifier:
         return problems
 
     def _counters(self) -> list[Problem]:
-        """Check the counters, after all records, so that no later write has a greater revision."""
+        """Return a problem if the database's counters are damaged: they are smaller than those of a checked record.
+
+        Called after all records are checked, so that the greatest label and revision of them are known.
+        """
         found = self.store.counter_problem(self._newest_label, self._newest_revision)
         message = counters.damaged(f"collection {self.spec.name!r}", found).message
         return [Problem("", "DATABASE_DAMAGED", message)] if found else []
 
     def _decoded(self, row: Row) -> Matrix:
-        """Return the stored vector, float32 (1, dimensions).
+        """Return the vector of a stored record, not prepared: float32 (1, dimensions).
 
         Raises:
-            ServiceError: the vector or the metadata is damaged.
+            ServiceError: a part of the record is damaged; the message says which, and what to do.
         """
         try:
             metadata = json.loads(row.metadata)
@@ -119,7 +133,14 @@ class Verifier:
         return vector
 
     def _check_memory(self, rows: Sequence[Row], labels: Labels, vectors: Matrix, share: float) -> list[Problem]:
-        """Check that memory has the stored vectors, and that searches find a random share of them."""
+        """Return a problem for each record whose vector in memory is missing or differs, or that searches miss.
+
+        Args:
+            rows: the records.
+            labels: label of each record, int64 (n,).
+            vectors: prepared stored vector of each record, float32 (n, dimensions).
+            share: share of the records to search for, chosen at random.
+        """
         held = self.neighbours.held(labels.tolist())
         problems, there = [], []
         for i, row in enumerate(rows):
@@ -138,10 +159,13 @@ class Verifier:
         return problems
 
     def _unreachable(self, rows: Sequence[Row], labels: Labels, vectors: Matrix) -> list[Problem]:
-        """Search the graph for each record by its own vector; return a problem for each that it misses."""
+        """Search the graph for each record by its own vector; return a problem for each record that two searches miss.
+
+        The vectors of missed records become strays, so that later searches find them.
+        """
         suspects = list(range(len(rows)))
         for ef, turn in _TRIES:
-            # At most half of the graph: for more hits, searches compare every vector.
+            # Not more hits than half of the graph's vectors: for more, a search would compare every vector.
             k = min(_HITS, max(1, self.neighbours.graph_size // 2))
             found: list[Candidates | None] = []
             for start in range(0, len(suspects), turn):
@@ -166,19 +190,23 @@ class Verifier:
         ]
 
     def _missed(self, found: Candidates, label: int, vector: Matrix) -> bool:
-        """Return whether a search for a record's vector found farther records, and not the record itself."""
+        """Return whether a search for a record's vector found records farther away, but not the record itself."""
         if label in found.labels or not found.scores:
             return False
         (own,) = nearest(vector[None], vector[None], 1, self.spec.distance)[1][0]
         return bool(min(found.scores) < own - 1e-5 * max(abs(own), *map(abs, found.scores)))
 
     def _missing(self, label: int) -> bool:
-        """Return whether a record is in the store and not in memory, while no write runs."""
+        """Return whether a record is in the store but not in memory; takes the write lock to keep writes out."""
         with self.write_lock:
             return bool(len(self.store.vectors([label])[0])) and not self.neighbours.held([label])
 
     def _words(self) -> list[Problem]:
-        """Compare the word index with the texts, and rebuild it if they differ."""
+        """Compare the word index with the texts, and rebuild the index if they differ.
+
+        Returns:
+            A problem if they differ without a reason that was reported before, or the index cannot be rebuilt.
+        """
         suspect = self.store.words_suspect
         if not suspect and not self._found_wrong_words and self.store.words_are_intact():
             return []
@@ -188,14 +216,14 @@ class Verifier:
         except ServiceError as error:
             message = f"the word index does not match the texts, and it cannot be built again: {error.message}"
             return [Problem("", "WORDS_DAMAGED", message)]
-        # Wrong words are not reported if the damage was known before, or if a damaged record was reported: the index
-        # still has the words of a text from before its damage, so it differs from the damaged text.
+        # A difference is not reported if the index was suspected already, or wrong words or a damaged record were
+        # reported: the index still has the words that a text had before its damage.
         if suspect or self._found_wrong_words or self._found_damaged:
             return []
         return [Problem("", "WORDS_DAMAGED", f"the word index: {_WRONG_WORDS}")]
 
     def _unknown_vectors(self) -> list[Problem]:
-        """Find vectors in memory that belong to no record of the store."""
+        """Return a problem if memory has vectors of no record; checked a second time with the write lock held."""
         suspects = self.neighbours.labels() - set(self.store.labels().tolist())
         if suspects:
             with self.write_lock:

@@ -1,7 +1,7 @@
-"""Dense search in a collection: from prepared queries to existing records that meet a filter, if there is one.
+"""Dense search in a collection: find the records nearest to prepared queries, all of them or those that meet a filter.
 
 If few records meet the filter, all their vectors are compared. If many do, the graph is searched for more and more
-candidates until enough of them meet it.
+candidates until enough candidates meet the filter.
 """
 
 from __future__ import annotations
@@ -28,21 +28,27 @@ from emberpc.server.index.storage.store import Store
 log = logging.getLogger(__name__)
 
 _SCAN_BATCH = 4000
-#: For each candidate that a graph search would have to keep, this many matching vectors are rather compared one by one.
-#: Both take some 3 µs where the vectors must be read from the store.
+#: With a filter, all matching vectors are compared if there are at most this many for each candidate (ef) of a graph
+#: search. A vector that must be read from the store and a candidate take about 3 µs each.
 _VECTORS_PER_CANDIDATE = 2
-#: Up to this many matching vectors are always compared, and are cached for the next search.
+#: Number of vectors that meet a filter, up to which they are always compared, and are cached for the next search.
 _FEW = 1000
-#: A graph search that found too few matching records is repeated with this many times the candidates.
+#: Factor of ef for the next graph search, after one that found too few records that meet the filter.
 _WIDER = 4
-#: Verifying a vector after it was compared takes as long as verifying this many vectors while they are read.
+#: Cost of reading a hit's vector again to verify its checksum, in vectors whose checksums can be verified in that time
+#: when they are read for the comparison.
 _CHECKS_PER_HIT = 6
-#: Attempts of a search that concurrent writes disturb, before it blocks writes.
+#: Attempts of a search that concurrent writes disturb, before the search blocks writes.
 _TRIES = 8
 
 
 class DenseRequest(NamedTuple):
-    """Prepared queries, float32 (queries, dimensions), and for each its top_k and the id to leave out."""
+    """Queries of a dense search, with their options.
+
+    `queries` are prepared vectors, float32 (queries, dimensions). `top_k`, `exclude` (an id that must not be a hit, or
+    None) and `conditions` (a filter, or None) have one item for each query. `ef` (candidates that a graph search keeps)
+    and `with_vectors` (whether hits contain their vectors) are for all queries.
+    """
 
     queries: Matrix
     top_k: Sequence[int]
@@ -55,11 +61,11 @@ class DenseRequest(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """Candidates to find for each query: one more than top_k if a record may be left out."""
+        """Candidates to find for each query: the greatest top_k, and one more if a query leaves a record out."""
         return max(self.top_k) + any(each is not None for each in self.exclude)
 
     def subset(self, rows: Sequence[int]) -> DenseRequest:
-        """Return the request with only the queries of these rows."""
+        """Return a request with only the queries at the indexes `rows`, in their order; `self` if they are all."""
         if len(rows) == len(self.queries):
             return self
         return self._replace(
@@ -70,15 +76,15 @@ class DenseRequest(NamedTuple):
         )
 
 
-#: Answers each query of a request; None for a query that it cannot answer.
+#: A function that returns an outcome for each query of a request; None for a query that the function cannot answer.
 Answer = Callable[[DenseRequest], Sequence[SearchOutcome | None]]
 
 
 class DenseSearcher:
-    """Answers requests from memory, or from the store if memory cannot.
+    """Searches a collection's vectors in memory, or those in the store where memory and store disagree.
 
     Args:
-        store: the records, the source of truth.
+        store: the records, from which memory can be rebuilt.
         neighbours: the vectors in memory.
         selector: selects the records that meet a filter.
         write_lock: held by every write, from before it changes the store until it has changed memory.
@@ -100,11 +106,14 @@ class DenseSearcher:
         self._distance = distance
 
     def search(self, request: DenseRequest, *, settled: bool = False) -> list[SearchOutcome]:
-        """Answer every query of a request; queries with the same filter are answered together.
+        """Return the outcome of each query, in order; queries with the same filter are searched for together.
 
         Args:
             request: the queries.
-            settled: whether the caller holds `write_lock`.
+            settled: whether the caller holds the write lock, so that no write can disturb the search.
+
+        Raises:
+            ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
         """
         if not any(request.conditions):
             return self._search(request, None, settled=settled)
@@ -118,7 +127,7 @@ class DenseSearcher:
         return [outcomes[i] for i in range(len(request.queries))]
 
     def catch_up(self) -> int:
-        """Wait until memory has the store's present state, which takes a moment; return the last write's sequence."""
+        """Wait until memory has the store's last write, for at most a second; return the sequence of that write."""
         sequence = self._store.sequence()
         self._selector.wait_for(sequence)
         return sequence
@@ -131,7 +140,7 @@ class DenseSearcher:
             _fill(outcomes, request, partial(self._answer, condition, settled=False))
             if None not in outcomes:
                 break
-            # A write changed the store after memory was searched.
+            # A query without an outcome: a write changed the store after memory was searched.
             self.catch_up()
         else:
             # Writes follow each other too quickly. With writes blocked, memory and store stay consistent.
@@ -144,7 +153,7 @@ class DenseSearcher:
     def _from_store(
         self, outcomes: list[SearchOutcome | None], request: DenseRequest, condition: Clause | None
     ) -> list[SearchOutcome]:
-        """Return all outcomes; missing ones are computed from the store."""
+        """Return all outcomes, after computing those that are None in `outcomes` from the store, in place."""
         while None in outcomes:  # repeated if a record turned out to be damaged, which the store then leaves out
             _fill(outcomes, request, partial(self._scan, condition))
         return [outcome for outcome in outcomes if outcome is not None]
@@ -152,7 +161,10 @@ class DenseSearcher:
     def _answer(
         self, condition: Clause | None, request: DenseRequest, *, settled: bool
     ) -> Sequence[SearchOutcome | None]:
-        """Answer from memory; None where a concurrent write interfered, which cannot happen if `settled`."""
+        """Search in memory for the records that meet `condition` (None: all); None for a query that a write disturbed.
+
+        If `settled`, the write lock is held, and no write can do so.
+        """
         return (
             self._search_memory(request)
             if condition is None
@@ -160,7 +172,10 @@ class DenseSearcher:
         )
 
     def _search_memory(self, request: DenseRequest) -> Sequence[SearchOutcome | None]:
-        """Answer from memory; None for a query if the store no longer has a candidate's record."""
+        """Search the vectors in memory; None for a query if the store no longer has the record of a candidate.
+
+        If the graph fails, the vectors in the store are compared instead.
+        """
         found = self._neighbours.search(request.queries, request.candidates, request.ef)
         outcomes = self._outcomes(request, found)
         failed = [i for i, each in enumerate(found) if each is None]
@@ -172,13 +187,17 @@ class DenseSearcher:
     def _search_memory_filtered(
         self, condition: Clause, request: DenseRequest, *, settled: bool
     ) -> Sequence[SearchOutcome | None]:
-        """Answer with records that meet a filter; None if a write changed which records do."""
+        """Search for records that meet a filter, by graph or by comparing all their vectors.
+
+        None for a query that must be repeated: unless `settled`, a write changed which records meet the filter, or a
+        vector was deleted or turned out to be damaged.
+        """
         k, held = request.candidates, max(1, self._neighbours.count)
         few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
         selection = self._selector.select(condition, few)
         found: list[Candidates | None] = [None] * len(request.queries)
         count = len(selection.labels)
-        # The number of candidates that contain k matching records if those are spread evenly, doubled.
+        # Twice the number of candidates among which k records meet the filter, if these are spread evenly.
         ef = max(request.ef, 2 * -(-k * held // max(1, count)))
         if selection.vectors is None and count > _exact_up_to(ef):
             # While the graph is searched, memory must have exactly the records of the selection.
@@ -198,7 +217,11 @@ class DenseSearcher:
     def _search_graph_filtered(
         self, found: list[Candidates | None], queries: Matrix, ef: int, k: int, selection: Selection
     ) -> None:
-        """Search the graph with more and more candidates until k are selected or comparing the selection is cheaper."""
+        """Search the graph for labels of a selection, for the queries that have None in `found`, and set them there.
+
+        A query with fewer than `k` selected candidates is repeated with more candidates than `ef`. The search ends when
+        comparing all vectors of the selection is cheaper; then the queries that still have too few keep None.
+        """
         while None in found and len(selection.labels) > _exact_up_to(ef):
             rows = [i for i, each in enumerate(found) if each is None]
             for i, each in zip(rows, self._neighbours.search(queries[rows], ef, ef), strict=True):
@@ -206,7 +229,7 @@ class DenseSearcher:
             ef *= _WIDER
 
     def _still_holds(self, condition: Clause, selection: Selection) -> bool:
-        """Return whether no write since the selection changed which records meet the filter; few writes do."""
+        """Return whether the same records still meet the filter after the writes since the selection."""
         if self._store.sequence() == selection.sequence:
             return True
         return np.array_equal(self._selector.select(condition, 0).labels, selection.labels)
@@ -214,11 +237,13 @@ class DenseSearcher:
     def _outcomes(
         self, request: DenseRequest, found: Sequence[Candidates | None], matching: int | None = None
     ) -> list[SearchOutcome | None]:
-        """Convert candidates to hits; None for a query if the store no longer has a candidate's record.
+        """Read the records of candidates, and return the outcome of each query.
+
+        None for a query without candidates, or if the store no longer has the record of a candidate.
 
         Args:
             request: the queries.
-            found: candidates for each query.
+            found: candidates for each query; None: not found.
             matching: number of records that meet the filter; None: there is no filter.
         """
         labels = {label for each in found if each is not None for label in each.labels}
@@ -229,7 +254,11 @@ class DenseSearcher:
         ]
 
     def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates] | None:
-        """Compare the queries with all vectors of a selection; None if a hit's vector is damaged or was deleted."""
+        """Compare the queries with all vectors of a selection; return at most k candidates for each query.
+
+        None if the vector of a hit is damaged or was deleted. Checksums are verified of all vectors while they are
+        read, or of the hits only, which ever is faster.
+        """
         kept = selection.vectors
         checked = kept is None and _is_check_while_reading_faster(len(queries) * k, len(selection.labels))
         batches = self._read(selection.labels, checked=checked) if kept is None else [(selection.labels, kept)]
@@ -244,7 +273,10 @@ class DenseSearcher:
         return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
 
     def _are_undamaged(self, labels: set[int], selection: Selection) -> bool:
-        """Verify the checksums of hits; if one is wrong, verify the whole selection, so that all damage is noted."""
+        """Verify the checksums of the vectors with these labels; return whether all are right.
+
+        If not, verify all vectors of the selection, so that the store notes all damage, and clear the selector's cache.
+        """
         found, _ = self._store.vectors(sorted(labels))
         if len(found) == len(labels):
             return True
@@ -260,7 +292,12 @@ class DenseSearcher:
                 yield found, prepare(vectors, self._distance)
 
     def _nearest(self, batches: Iterable[tuple[Labels, Matrix]], queries: Matrix, k: int) -> tuple[Labels, Matrix, int]:
-        """Return the labels nearest to each query, their scores, (queries, at most k), and the number of vectors."""
+        """Compare the queries with batches of vectors, each with its labels.
+
+        Returns:
+            For each query the labels of the nearest vectors, int64 (queries, at most k), nearest first; their scores,
+            float32 of the same shape; and the number of vectors compared.
+        """
         labels = np.empty((len(queries), 0), dtype=np.int64)
         scores = np.empty((len(queries), 0), dtype=np.float32)
         total = 0
@@ -278,13 +315,17 @@ class DenseSearcher:
             yield labels, prepare(vectors, self._distance)
 
     def _scan(self, condition: Clause | None, request: DenseRequest) -> list[SearchOutcome | None]:
-        """Compare the queries with every vector in the store: slow, and independent of memory."""
+        """Compare the queries with all vectors in the store that meet a filter: slow, but without graph and buffer.
+
+        None for a query if a record turned out to be damaged; the store leaves it out the next time.
+        """
         k = request.candidates
         checked = _is_check_while_reading_faster(len(request.queries) * k, self._neighbours.count)
         with self._store.snapshot():
             labels, scores, total = self._nearest(self._scanned(condition, checked), request.queries, k)
             hits = np.unique(labels).tolist()
-            # Damaged vectors that are no hits do not matter: they would not be returned anyway.
+            # Only the vectors of hits must be undamaged. If one is not, all vectors are read again with their
+            # checksums, which leaves out the damaged ones.
             if not checked and len(self._store.vectors(hits)[0]) < len(hits):
                 labels, scores, total = self._nearest(self._scanned(condition, True), request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
@@ -297,17 +338,22 @@ class DenseSearcher:
 
 
 def _exact_up_to(ef: int) -> int:
-    """Return the number of vectors up to which comparing all is cheaper than a graph search with `ef` candidates."""
+    """Return the most vectors that are compared faster than the graph is searched with `ef` candidates."""
     return _VECTORS_PER_CANDIDATE * ef
 
 
 def _is_check_while_reading_faster(hits: int, count: int) -> bool:
-    """Return whether verifying `count` vectors while reading is faster than reading `hits` again to verify them."""
+    """Return whether to verify checksums while `count` vectors are read, or later, of the vectors of hits only.
+
+    Args:
+        hits: number of hits, whose vectors would be read a second time.
+        count: number of vectors that are read for the comparison.
+    """
     return _CHECKS_PER_HIT * hits > count
 
 
 def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
-    """Return the first k allowed candidates; None if there are fewer."""
+    """Return the nearest k candidates whose labels are in `allowed`, which is ascending; None if there are fewer."""
     labels = np.array(found.labels, dtype=np.int64)
     places = np.minimum(np.searchsorted(allowed, labels), len(allowed) - 1)
     chosen = np.flatnonzero(allowed[places] == labels)[:k]
@@ -319,13 +365,13 @@ def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
 
 
 def _holds(count: int, *, filtered: bool) -> str:
-    """Return the part of a shortfall reason that says how many records there are."""
+    """Return the part of a shortfall reason that states the number of records in the collection or of the filter."""
     records = f"{count} record{'' if count == 1 else 's'}"
     return f"{records} match{'es' if count == 1 else ''} the filter" if filtered else f"the collection holds {records}"
 
 
 def _fill(outcomes: list[SearchOutcome | None], request: DenseRequest, answer: Answer) -> None:
-    """Answer the queries that have no outcome yet."""
+    """Replace each None in `outcomes` by what `answer` returns for the query, which may be None again."""
     rows = [i for i, outcome in enumerate(outcomes) if outcome is None]
     if rows:
         for i, outcome in zip(rows, answer(request.subset(rows)), strict=True):
@@ -335,10 +381,18 @@ def _fill(outcomes: list[SearchOutcome | None], request: DenseRequest, answer: A
 def _outcome(
     found: Candidates, records: dict[int, StoredRecord], k: int, exclude: str | None, matching: int | None
 ) -> SearchOutcome | None:
-    """Convert candidates to hits.
+    """Return the outcome of a query: the best k candidates with their records, and the plan.
 
-    None if a record is missing, or there are fewer hits than k although there are more candidates. `matching` is the
-    number of records that meet the filter; None: there is no filter.
+    Args:
+        found: the candidates.
+        records: records by label.
+        k: limit of the hits. If there are fewer, the plan states the reason.
+        exclude: id that must not be a hit, or None.
+        matching: number of records that meet the filter; None: there is no filter.
+
+    Returns:
+        None if a record is missing in `records`, or if there are fewer than k hits although the collection may have
+        more.
     """
     try:
         here = [records[label] for label in found.labels]

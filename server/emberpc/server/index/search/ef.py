@@ -1,4 +1,4 @@
-"""Choice of `ef`, the number of candidates that a graph search keeps: by the caller, by min_recall, or by default."""
+"""Choose `ef`, the number of candidates that a graph search keeps: the caller's, one for min_recall, or a default."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.search import recall
 from emberpc.server.index.storage.store import Store
 
-#: The default ef is the one that finds this share of the true nearest, as measured on the collection, within the limits
-#: below. The share is above the promised 0.98, and ef is never very small, because queries may be unlike the records.
+#: Recall that the default ef must have, as measured on the collection. The documents promise 0.98. The reserve is for
+#: queries that are less like the records than the queries of the measurement.
 _RECALL = 0.99
+#: Limits of the default ef. The least is not smaller, since queries may be unlike the records. A value above the
+#: greatest is used only if it is needed for `_LEAST_RECALL`, or for twice top_k.
 _LEAST, _MOST = 100, 800
-#: Default ef before the graph is measured.
+#: Least default ef before the graph's recall is measured.
 _UNMEASURED = 200
-#: If no ef within the limits finds this share, a greater one is used; if none finds it, every vector is compared.
+#: Recall for which the default ef may be greater than `_MOST`. If no measured ef has this recall, every vector is
+#: compared.
 _LEAST_RECALL = 0.95
-#: Before the graph is measured, every vector is compared if the graph has more than this share of strays: the cause of
-#: strays makes searches miss other vectors too, and a better graph is being built.
+#: Greatest share of strays, vectors that graph searches miss, with which a graph is searched before its recall is
+#: measured. With more, every vector is compared: what causes strays makes searches miss other vectors too, and a better
+#: graph is being built.
 _MAX_STRAY_SHARE = 0.02
 #: The default ef is at least this many times top_k.
 _PER_HIT = 2
@@ -29,24 +33,25 @@ class EfChooser:
     """Chooses `ef` for the searches of a collection by measurements of its graph.
 
     Args:
-        folder: the folder of the collection, which holds the measurements.
-        neighbours: its vectors in memory.
+        folder: the folder of the collection, where the measurements are saved. Saved ones are loaded at once.
+        neighbours: the vectors of the collection in memory.
     """
 
     def __init__(self, folder: Path, neighbours: Neighbours) -> None:
         self._folder = folder
         self._neighbours = neighbours
         self._measured = recall.load(folder)
-        #: Default ef by `top_k`; reset at each measurement.
+        #: Cache of the default ef by `top_k`; cleared at each measurement. None: every vector must be compared.
         self._by_default: dict[int, int | None] = {}
 
     def ef(self, top_k: int, ef: int, min_recall: float) -> int | None:
-        """Return the ef of a search; None if every vector must be compared.
+        """Return the ef of a search; None if every vector must be compared instead of searching the graph.
 
         Args:
-            top_k: hits per query.
-            ef: the caller's ef; 0: none.
-            min_recall: share of the true nearest to be found; 0: no target.
+            top_k: hits to find for each query.
+            ef: the ef that the caller set, which is returned; 0: choose one.
+            min_recall: share of the true nearest records to find, in (0, 1]; 0: no target, so that the default ef is
+                returned.
         """
         if ef:
             return ef
@@ -65,16 +70,24 @@ class EfChooser:
 
     @property
     def due(self) -> bool:
-        """Whether the graph was never measured, or has grown by half since."""
+        """Whether a graph of at least `recall.MIN_SIZE` vectors is unmeasured, or has grown by half since then."""
         size = self._neighbours.graph_size
         return size >= recall.MIN_SIZE and (self._measured is None or self._measured.outgrown(size))
 
     def forget(self) -> None:
-        """Forget the measurements, since the graph was rebuilt."""
+        """Discard the measurements in memory, since the graph was rebuilt; those saved in the folder stay."""
         self._set(None)
 
     def measure(self, store: Store, distance: Distance, stop: Callable[[], bool]) -> None:
-        """Measure the graph and save the result, unless stopped."""
+        """Measure the recall of the graph, use the result from now on, and save it in the collection's folder.
+
+        Nothing changes if the measurement is stopped or the graph fails.
+
+        Args:
+            store: the records of the collection.
+            distance: the distance of the collection.
+            stop: whether to stop; called every few milliseconds.
+        """
         measured = recall.measure(store, self._neighbours, distance, stop)
         if measured:
             self._set(measured)
@@ -82,7 +95,8 @@ class EfChooser:
 
     def _set(self, measured: recall.RecallMap | None) -> None:
         self._measured = measured
-        # Reset after `_measured` is set: a thread that still computes from old values stores them in the old dict.
+        # Replaced after `_measured` is set. A thread that still computes a default ef from the old measurements stores
+        # it in the old dict.
         self._by_default = {}
 
     def _default(self, top_k: int) -> int | None:
@@ -100,5 +114,5 @@ class EfChooser:
         return max(least, chosen)
 
     def _is_poor(self) -> bool:
-        """Return whether a graph that must be measured has many strays."""
+        """Return whether the graph is large enough to be measured and has more strays than `_MAX_STRAY_SHARE`."""
         return self._neighbours.graph_size >= recall.MIN_SIZE and self._neighbours.stray_share > _MAX_STRAY_SHARE

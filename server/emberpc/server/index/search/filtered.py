@@ -1,4 +1,4 @@
-"""Selections: the labels that meet a filter, read from the store once and updated after later writes."""
+"""Select the labels of the records that meet a filter: read them from the store once, and update them after writes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from emberpc.server.collections.types import CollectionSpec, Labels, Matrix
 from emberpc.server.index.storage.filter_sql import Clause
 from emberpc.server.index.storage.store import Store
 
-#: Bytes of cached labels and vectors. Evaluating a filter on 100,000 records takes 0.1 s, a cached selection 20 µs.
+#: Most bytes of cached labels, vectors and filters of a collection. Evaluating a filter on 100,000 records takes 0.1 s,
+#: using a cached selection 20 µs.
 _MAX_BYTES = 64 * 2**20
-#: A cached selection can be updated over at most this many writes.
+#: Most writes over which a cached selection can be updated. After more, the filter is evaluated again.
 _MAX_WRITES = 1000
-#: Bytes of the object that holds a parameter, besides its characters.
+#: Bytes of the Python object that holds a parameter of a filter, without its characters.
 _VALUE_BYTES = 64
-#: Limit of the seconds between a write's commit and its `note`, while memory applies it.
+#: Most seconds that `wait_for` waits. Memory notes a write within milliseconds of its commit.
 _MOMENT = 1.0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The labels that meet a filter as of a write, int64 (n,), ascending, and their prepared vectors if requested.
+    """The labels of the records that meet a filter after the write `sequence`: int64 (n,), ascending.
 
-    With vectors, labels without a vector are left out. The vectors' checksums are not verified at first, which would
-    take longer than comparing the vectors with a query: `checked` is the growing set of labels that were verified.
+    `vectors` are the prepared vectors of the labels, float32 (n, dimensions); None: not read. With vectors, labels that
+    have no vector are left out. The checksums of the vectors are not verified when they are read: this would take
+    longer than comparing them with a query. `checked` is the growing set of labels whose vectors were verified later.
 
-    `newest` is the greatest label that had been assigned by that write.
+    `newest` is the greatest label that had been assigned when the write `sequence` was committed.
     """
 
     sequence: int
@@ -49,11 +51,11 @@ class Selection:
 class Selector:
     """Selects the records that meet a filter. Safe to use from several threads.
 
-    Labels are never reused and only grow. So labels that a write added are greater than all before, and only removed
-    labels change otherwise.
+    Labels are never reused and only grow. So a selection is updated after a write by removing the labels that the write
+    removed, and adding the labels of matching records that are greater than all labels before the write.
 
     Args:
-        store: the records, the source of truth.
+        store: the records of the collection.
         spec: the spec of the collection.
     """
 
@@ -68,7 +70,10 @@ class Selector:
         self._applied = store.sequence()
 
     def note(self, sequence: int, removed: Iterable[int]) -> None:
-        """Note the labels that a write removed, after memory has applied it; writes must come in the store's order."""
+        """Note the labels that a write removed, after graph and buffer have applied the write.
+
+        Writes must come in the order of their sequences.
+        """
         labels = np.fromiter(removed, dtype=np.int64)
         with self._lock:
             if sequence == self._applied:  # a delete that found nothing writes nothing
@@ -80,12 +85,18 @@ class Selector:
             self._lock.notify_all()
 
     def wait_for(self, sequence: int) -> None:
-        """Wait until the write of this sequence was noted, which takes a moment, at most `_MOMENT` seconds."""
+        """Wait until the write of this sequence was noted, for at most a second; then return in any case."""
         with self._lock:
             self._lock.wait_for(lambda: self._applied >= sequence, _MOMENT)
 
     def select(self, condition: Clause, vectors_up_to: int) -> Selection:
-        """Return the selection of a filter, with vectors if it has at most `vectors_up_to` and they can be cached."""
+        """Return the selection of a filter, for the store's last write; cache it.
+
+        Args:
+            condition: the filter.
+            vectors_up_to: read vectors of selections of at most this many labels, if the vectors take at most a quarter
+                of the cache. A cached selection may have vectors in any case.
+        """
         vectors_up_to = min(vectors_up_to, _MAX_BYTES // 4 // (4 * self._spec.dimensions))
         with self._lock:
             kept = self._kept.get(condition)
@@ -104,7 +115,7 @@ class Selector:
         return selection
 
     def _updated(self, kept: Selection, condition: Clause, sequence: int) -> Selection | None:
-        """Update a cached selection to a later write; None if the filter must be evaluated again."""
+        """Update a cached selection to the write `sequence`; None if too many writes came between."""
         if kept.sequence == sequence:
             return kept
         with self._lock:
@@ -122,12 +133,12 @@ class Selector:
         return Selection(sequence, self._store.newest_label(), labels, vectors, kept.checked)
 
     def _read(self, labels: Labels) -> tuple[Labels, Matrix]:
-        """Return those labels that have vectors, and the prepared vectors; checksums are not verified."""
+        """Return the labels that have vectors, and these vectors, prepared; checksums are not verified."""
         found, vectors = self._store.vectors(labels.tolist(), checked=False)
         return found, prepare(vectors, self._spec.distance)
 
     def forget(self) -> None:
-        """Clear the cache, since part of it turned out to be damaged."""
+        """Clear the cache; called when a cached vector turned out to be damaged."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0
@@ -142,6 +153,6 @@ class Selector:
 
 
 def _kept_bytes(condition: Clause, selection: Selection) -> int:
-    """Return the approximate bytes of a filter and its selection."""
+    """Return the approximate bytes that a cached filter and its selection take in memory."""
     parameters = sum(_VALUE_BYTES + (len(each) if isinstance(each, str) else 0) for each in condition.parameters)
     return selection.size + len(condition.sql) + parameters

@@ -13,15 +13,15 @@ from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
 from emberpc.server.index.storage.store import Store
 
-#: Number of dense hits, and of lexical hits, that are fused: at least the first value, and at least the second value
-#: times top_k.
+#: Number of dense hits, and of lexical hits, that are fused for a query: the greater of the first value and the second
+#: value times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
-#: A word in more than this share of the texts is left out of lexical queries: it hardly changes the score of BM25, but
-#: takes most of the time.
+#: Greatest share of the texts that may contain a word of a lexical query. More common words are left out: they hardly
+#: change the scores of BM25, but take most of the time.
 _COMMON = 0.5
-#: In collections with fewer records, lexical queries keep common words too, since there is little time to save.
+#: Fewest records of a collection whose lexical queries leave out common words. With fewer there is little time to save.
 _LARGE = 1000
-#: Attempts of a search that concurrent writes disturb, before it blocks writes.
+#: Attempts of a hybrid search that concurrent writes disturb, before the search blocks writes.
 _TRIES = 2
 
 #: Offset of reciprocal rank fusion, as in the original paper (Cormack, Clarke and Büttcher, 2009) and common since.
@@ -32,7 +32,7 @@ Hits = Sequence[tuple[StoredRecord, float]]
 
 @dataclass(frozen=True)
 class LexicalRequest:
-    """Texts to search for, and for each its top_k and filter."""
+    """Queries of a lexical search: for each its text, top_k, and filter or None; and whether hits contain vectors."""
 
     texts: Sequence[str]
     top_k: Sequence[int]
@@ -41,12 +41,12 @@ class LexicalRequest:
 
 
 class HybridSearcher:
-    """Answers lexical and hybrid requests.
+    """Searches a collection by words, and by words and vectors together.
 
     Args:
         store: the records and their word index.
-        searcher: the dense searcher.
-        write_lock: held by every write.
+        searcher: the dense searcher of the same collection.
+        write_lock: held by every write, from before it changes the store until it has changed memory.
     """
 
     def __init__(self, store: Store, searcher: DenseSearcher, write_lock: threading.Lock) -> None:
@@ -55,7 +55,15 @@ class HybridSearcher:
         self._write_lock = write_lock
 
     def by_words(self, request: LexicalRequest) -> list[SearchOutcome]:
-        """Search the records for the words of each text, ranked by BM25; all texts see one state of the store."""
+        """Return for each text the records that have a word of the text, best first by BM25.
+
+        All texts are searched for in one snapshot of the store. If a text has fewer hits than its top_k, the plan of
+        the outcome states why.
+
+        Raises:
+            ServiceError: DATA_LOSS if the word index is damaged; DEADLINE_EXCEEDED if the call of this thread is
+                cancelled.
+        """
         with self._store.snapshot():
             return [
                 self._by_words(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
@@ -65,16 +73,20 @@ class HybridSearcher:
     def by_both(
         self, request: DenseRequest, texts: Sequence[str], top_k: Sequence[int], dense_weight: float, fusion: Fusion
     ) -> list[SearchOutcome]:
-        """Search by vectors and by words, and fuse the two rankings.
+        """Search by vectors and by words, and fuse the two rankings; return an outcome for each query, in order.
 
         Args:
-            request: the queries' vectors; its top_k is `fusion_depths(top_k)`, and it leaves no id out.
+            request: the vectors of the queries. `request.top_k` must be `fusion_depths(top_k)`, and no id excluded.
             texts: the text of each query.
-            top_k: limit of the hits of each query.
-            dense_weight: weight of the dense ranking, 0 to 1.
+            top_k: limit of the hits of each query after fusion.
+            dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has 1 minus this weight.
             fusion: the fusion rule.
+
+        Raises:
+            ServiceError: the errors of `by_words` and of the dense search.
         """
-        # Both rankings must see the same state of the store.
+        # Both searches must see the same state of the store: they are repeated if a write came between, and the last
+        # time no write can come.
         for _ in range(_TRIES):
             sequence = self._searcher.catch_up()
             outcomes = self._by_both(request, texts, top_k, dense_weight, fusion)
@@ -122,7 +134,10 @@ class HybridSearcher:
     def _lexical_hits(
         self, query: str, k: int, condition: Clause, *, with_vectors: bool
     ) -> list[tuple[StoredRecord, float]]:
-        """Return the best hits of an FTS5 query: k, or all if there are fewer."""
+        """Return the best k records that match an FTS5 query, with their BM25 scores; all if there are fewer.
+
+        Damaged records are left out.
+        """
         most = k
         while True:
             found = self._store.lexical_matches(query, most, condition)
@@ -133,7 +148,10 @@ class HybridSearcher:
             most += k - len(hits)  # one more for each hit whose record turned out to be damaged
 
     def _distinctive_words(self, words: list[str]) -> list[str]:
-        """Drop words that most texts of a large collection contain, unless no other word is found."""
+        """Return the words of a query that are in at least one text and in at most half of the texts.
+
+        Returns all words if no word is so, and in a collection of fewer than `_LARGE` records.
+        """
         total = self._store.count()
         if total < _LARGE:
             return words
@@ -145,7 +163,7 @@ class HybridSearcher:
 
 
 def fusion_depths(top_k: Sequence[int]) -> list[int]:
-    """Return how many dense and lexical hits to fetch for each query so that top_k remain after fusion."""
+    """Return for each query how many dense hits, and lexical hits, to fetch so that its top_k remain after fusion."""
     return [max(_MIN_DEPTH, _DEPTH_PER_HIT * k) for k in top_k]
 
 
@@ -165,12 +183,13 @@ def fused(
         lexical: hits of the lexical search, best first.
         dense_weight: weight of `dense`, 0 to 1.
         fusion: by scores, scaled to 0 for the least and 1 for the best, or by reciprocal ranks. Measured on SciFact's
-            training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks at best.
-        all_lexical: whether `lexical` has all records with a word of the query. Then the least score is that of a
-            record without these words, 0.
+            training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks with the best of many settings.
+        all_lexical: whether `lexical` has all records with a word of the query. Then scaling turns a BM25 score of 0,
+            that of a record without a word of the query, into 0; else the score of the last hit.
 
     Returns:
-        The hits of both, best first, with the weighted sums of scaled scores or reciprocal ranks.
+        All records of both rankings, best first, then by id. The score is the weighted sum of a record's two scaled
+        scores or reciprocal ranks; a ranking without the record counts 0.
     """
     if fusion is Fusion.RANKS:
         worths = [_by_rank(dense), _by_rank(lexical)]
@@ -190,7 +209,10 @@ def _by_rank(hits: Hits) -> list[float]:
 
 
 def _scaled(hits: Hits, least: float | None = None) -> list[float]:
-    """Return the scores of hits scaled to 1 for the best, and to 0 for the last or for `least`."""
+    """Return the scores of hits, best first, scaled so that the best is 1, and `least` is 0 (None: the last hit is 0).
+
+    All are 1 if the best score is not greater than the least.
+    """
     if not hits:
         return []
     best, low = hits[0][1], hits[-1][1] if least is None else least

@@ -1,4 +1,4 @@
-"""Recall of live searches: a sample is repeated exactly by the maintenance thread, and the hits are compared."""
+"""Measure the recall of live searches: the maintenance thread repeats some of them exactly and compares the hits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from emberpc.server.collections.types import ProbeFigures, SearchOutcome, Stored
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.search.dense import DenseRequest
 
-#: Searches that may wait for their repetition; further ones are not probed.
+#: Most searches that wait for their exact repetition. Further searches are not probed until some are repeated.
 _MOST_WAITING = 8
-#: Limit of the top_k of a probed search.
+#: Greatest top_k of a search that is probed.
 _MOST_HITS = 100
-#: Share of the time that probes may take.
+#: Share of the time that exact repetitions may take.
 _TIME_SHARE = 0.01
-#: Latest probes whose mean is the recall.
+#: Number of latest probes of which the mean recall is reported.
 _LATEST = 256
 
 
 class _Sample(NamedTuple):
-    """A search of one query, its outcome, and the sequence of the last write before it."""
+    """A search of one query, its outcome, and the sequence of the last write before the search."""
 
     request: DenseRequest
     outcome: SearchOutcome
@@ -50,12 +50,16 @@ class Probe:
 
     @property
     def figures(self) -> ProbeFigures:
-        """Figures of the probes so far."""
+        """Number of probes so far, and the mean recall of the latest 256; NaN before the first."""
         with self._lock:
             return ProbeFigures(self._count, float(np.mean(self._latest)) if self._latest else float("nan"))
 
     def should_sample(self) -> bool:
-        """Return whether the search that begins now should be probed."""
+        """Return whether to probe the search that begins now.
+
+        This is random, with the probability `share`; never while too many searches wait, or after a repetition, until
+        the time share of repetitions has sunk enough.
+        """
         return (
             random.random() < self._share  # noqa: S311 - a sample, no secret
             and monotonic() >= self._rest_until
@@ -63,12 +67,15 @@ class Probe:
         )
 
     def offer(self, request: DenseRequest, outcomes: Sequence[SearchOutcome], sequence: int) -> bool:
-        """Queue a search for repetition; return whether it has a query that can be probed.
+        """Queue one query of a search for exact repetition: the first that the graph answered with at most 100 hits.
 
         Args:
-            request: the search.
-            outcomes: its outcomes.
-            sequence: sequence of the last write before it.
+            request: the search, without filters.
+            outcomes: the outcome of each query.
+            sequence: sequence of the last write before the search.
+
+        Returns:
+            Whether a query was queued.
         """
         for i, outcome in enumerate(outcomes):
             if outcome.plan.strategy is Strategy.HNSW and outcome.hits and request.top_k[i] <= _MOST_HITS:
@@ -82,11 +89,17 @@ class Probe:
         search: Callable[[DenseRequest], Sequence[SearchOutcome]],
         get: Callable[[Sequence[str]], dict[str, StoredRecord]],
     ) -> None:
-        """Repeat the queued searches exactly, then pause for a hundred times as long as that took.
+        """Repeat the queued searches exactly, and add their recall to the figures.
+
+        After that, no search is probed for a hundred times as long as the repetitions took. Hits that were written or
+        deleted since the search do not count; nor does a search with a hit that is damaged now.
 
         Args:
-            search: answers a request.
+            search: returns the outcome of each query of a request.
             get: returns the existing records among ids.
+
+        Raises:
+            ServiceError: an error of `search`, or an error of `get` other than DATA_LOSS.
         """
         with self._lock:
             samples = [*self._waiting]
@@ -94,7 +107,7 @@ class Probe:
             return
         start = monotonic()
         for sample in samples:
-            # More hits than the search had, so that later records do not displace the earlier ones.
+            # More hits than the search had, since records written after the search do not count, but may be hits.
             again = sample.request._replace(top_k=[2 * sample.request.top_k[0] + 10], exact=True, with_vectors=False)
             (truth,) = search(again)
             try:
@@ -112,7 +125,16 @@ class Probe:
 
 
 def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredRecord]) -> float | None:
-    """Return the share of unchanged hits that are among the exact ones; None if too few records are unchanged."""
+    """Return the share of the sample's unchanged hits that are as near as the exact hits.
+
+    Args:
+        sample: the search, with its hits.
+        truth: hits of the exact repetition.
+        present: the records of the sample's hits that still exist, by id.
+
+    Returns:
+        None if no hit is unchanged, or `truth` has fewer unchanged hits than the sample.
+    """
     still = [
         score
         for record, score in sample.outcome.hits
@@ -124,5 +146,5 @@ def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredReco
     if not still or len(best) < len(still):
         return None
     bound = best[len(still) - 1]
-    # The same distance computed in two ways may differ in the last digits.
+    # Graph and exact search compute the same score in two ways, which may differ in the last digits.
     return sum(score >= bound - 1e-5 * max(1e-3, abs(bound)) for score in still) / len(still)

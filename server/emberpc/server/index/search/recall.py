@@ -1,8 +1,8 @@
 """Measurement of the recall of graph searches at several values of ef.
 
-A sample of the distinct vectors, each moved by several lengths of noise, is searched for exactly and in the graph. For
-each ef the least recall over all lengths of noise is saved beside the collection. It is measured again when the graph
-has grown by half, or is new.
+A sample of the distinct vectors is moved by noise of several lengths. These queries are searched for in the graph, and
+compared with every vector. For each ef the least recall over all lengths of noise is saved in the collection's folder.
+The recall is measured again when the graph has grown by half, or is new.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: With fewer vectors in the graph, comparing all of them is as fast.
+#: Fewest vectors in a graph that is measured. Comparing fewer vectors than this is as fast as a graph search.
 MIN_SIZE = 1000
-#: The graph is measured again when it has this many times the vectors of the last measurement.
+#: A graph is measured again when its number of vectors is this many times the number at the last measurement.
 _GROWTH = 1.5
-#: Lengths of the noise as a multiple of the vector's length, and the number of queries for each. With the first,
-#: queries are as unlike the records as questions are unlike texts that answer them, with a cosine of 0.7. With the
-#: others they are like nearly equal texts, which are easier to find, except among vectors in a narrow cone.
+#: Pairs of the length of the noise, as a multiple of the vector's length, and the number of queries with this noise.
+#: Queries with the first noise have a cosine of 0.7 to the record, like questions to the texts that answer them. Those
+#: with the other two are like nearly equal texts, which are easier to find, except among vectors in a narrow cone.
 _NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
-#: Greater values of ef are not tried for queries that find this share. Callers who want more get an exact search.
+#: Recall from which greater values of ef are not tried. Callers who set a greater `min_recall` get an exact search.
 _ENOUGH = 0.9995
-#: Queries at one value of ef, while other searches wait: some milliseconds.
+#: Queries that a measurement searches for in one call, a few milliseconds. Searches of callers may wait meanwhile.
 _TURN = 4
-#: A sample has errors: this part of the tolerated loss of recall is kept as a reserve.
+#: Part of the tolerated loss of recall that is kept as a reserve, since a sample has errors: for a recall of 0.98 an ef
+#: is chosen with a measured recall of 0.985.
 _RESERVE = 0.25
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
 #: Format of `recall.json` that is written. From this format on the file has a checksum.
 _FORMAT = 2
 _UNCHECKED_FORMAT = 1
-#: Limits of the values of a file.
+#: Greatest k and ef that a valid `recall.json` may contain.
 _MOST_K, _MOST_EF = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: the share of the true `k` nearest that was found with `ef` candidates."""
+    """One measurement: the share of the true `k` nearest vectors that a graph search with `ef` candidates found."""
 
     k: int
     ef: int
@@ -61,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True)
 class RecallMap:
-    """Measurements of a graph that held `size` vectors."""
+    """Measurements of a graph that held `size` vectors; no points: the graph had too few vectors."""
 
     size: int
     points: tuple[Point, ...]
@@ -71,11 +72,15 @@ class RecallMap:
         return size >= _GROWTH * self.size
 
     def ef(self, k: int, recall: float) -> int | None:
-        """Return the least ef that finds the share `recall` of the true `k` nearest; None if no measured ef does."""
+        """Return the least ef that finds the share `recall` of the true `k` nearest vectors, with a reserve.
+
+        None if no measured ef does, or nothing was measured.
+        """
         measured = sorted({point.k for point in self.points})
         if not measured:
             return None
-        # Fewer hits are not harder to find; beyond the greatest measured k, ef grows in proportion.
+        # The next greater measured k is used: fewer hits are not harder to find. Beyond the greatest measured k, ef
+        # grows in proportion to k.
         nearest_size = next((size for size in measured if size >= k), measured[-1])
         wanted = recall + _RESERVE * (1 - recall)
         fitting = [point.ef for point in self.points if point.k == nearest_size and point.recall >= wanted]
@@ -83,9 +88,18 @@ class RecallMap:
 
 
 def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Callable[[], bool]) -> RecallMap | None:
-    """Measure a collection's graph while searches and writes continue; None if stopped.
+    """Measure the recall of a collection's graph while searches and writes continue.
 
-    Some two seconds at 100,000 vectors, most of it for reading them.
+    A measurement takes about two seconds at 100,000 vectors, most of them for reading the vectors.
+
+    Args:
+        store: the records of the collection.
+        neighbours: the graph, and the other vectors in memory.
+        distance: the distance of the collection.
+        stop: whether to stop; called before each batch of vectors or queries.
+
+    Returns:
+        The measurements; None if stopped, or if the graph fails.
     """
     size = neighbours.graph_size
     queries = _queries(store, neighbours, distance)
@@ -105,7 +119,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
             if len(recalls) < len(found):
                 return None
             points.append(Point(k, ef, min(recalls)))
-            # A greater ef finds no fewer.
+            # Queries that find enough are not tried with a greater ef, which finds at least as much.
             kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < _ENOUGH]
             if not kinds:
                 break
@@ -113,7 +127,10 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
 
 
 def save(measured: RecallMap, folder: Path) -> None:
-    """Save measurements; if the file cannot be written, they are only measured again later."""
+    """Save measurements in a collection's folder, as `recall.json`.
+
+    An error of the file system is only logged: without the file the graph is measured again later.
+    """
     temporary = folder / f"{_NAME}.tmp"
     try:
         values = {"format": _FORMAT, **asdict(measured)}
@@ -126,7 +143,7 @@ def save(measured: RecallMap, folder: Path) -> None:
 
 
 def load(folder: Path) -> RecallMap | None:
-    """Return the saved measurements, or None if there is no file with valid ones."""
+    """Return the measurements saved in a collection's folder; None if there are none, or they are damaged (logged)."""
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         if document["format"] not in (_FORMAT, _UNCHECKED_FORMAT):
@@ -143,7 +160,7 @@ def load(folder: Path) -> RecallMap | None:
 
 
 def _check(size: object, points: tuple[Point, ...]) -> None:
-    """Raise ValueError unless a measurement could give these values."""
+    """Raise ValueError unless a measurement could give this number of vectors and these points."""
     if type(size) is not int or size < 0:
         raise ValueError(f"its size is {size}, not a number of vectors")
     for k, ef, recall in map(astuple, points):
@@ -154,21 +171,24 @@ def _check(size: object, points: tuple[Point, ...]) -> None:
 
 
 def _check_sum(document: dict[str, Any]) -> None:
-    """Remove the checksum from a file's values; raise ValueError if it is wrong."""
+    """Remove the checksum from the values of `recall.json`; raise ValueError if the checksum is wrong.
+
+    A document of format 1 has no checksum.
+    """
     if document.pop("checksum", None) != _checksum(document) and document["format"] != _UNCHECKED_FORMAT:
         raise ValueError("its values are not those that were written")
 
 
 def _checksum(values: dict[str, Any]) -> int:
-    """Return the CRC-32 of values as JSON."""
+    """Return the CRC-32 of values as JSON with sorted keys."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
-    """Return prepared queries near the records for each length of noise: a sample of stored vectors moved by noise.
+    """Return prepared queries for each pair of `_NOISES`: a sample of the stored vectors, moved by noise of its length.
 
-    The sample has at most one of equal and nearly equal vectors: a graph may find many copies of one text with a small
-    ef, and other records with a large ef only.
+    The sample has at most one of several equal or nearly equal vectors: with a small ef a graph may find many copies of
+    one text, but other records only with a large ef.
     """
     labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
     rng = np.random.default_rng(0)
@@ -181,7 +201,10 @@ def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[M
 
 
 def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callable[[], bool]) -> Matrix | None:
-    """Return the scores of the truly nearest vectors, greatest first, float32 (queries, at most 100)."""
+    """Return each query's scores of its truly nearest vectors, greatest first, float32 (queries, at most 100).
+
+    None if stopped.
+    """
     best = np.empty((len(queries), 0), dtype=np.float32)
     with store.snapshot():
         for _, vectors in store.scan(_SCAN_BATCH):
@@ -195,10 +218,14 @@ def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callab
 def _recall(
     neighbours: Neighbours, queries: Matrix, truth: Matrix, k: int, ef: int, stop: Callable[[], bool]
 ) -> float | None:
-    """Return the share of hits that are as near as the k-th nearest; None if stopped or the graph fails."""
+    """Search the graph for k hits of each query; return the share that is as near as the truly k-th nearest vector.
+
+    None if stopped or the graph fails. `truth` has the scores of the truly nearest vectors, greatest first.
+    """
     k = min(k, truth.shape[1])
-    # A hit counts if it is as near as the k-th except for the last digits of the query's own scores. The scores of
-    # other queries may be greater by many powers of ten, so that by their digits every hit would count.
+    # A hit counts if its score is that of the k-th nearest or greater, apart from rounding: 1e-5 of the greatest score
+    # of the same query. The scores of other queries may be greater by many powers of ten; with a tolerance from those,
+    # every hit would count.
     bounds = (truth[:, k - 1] - 1e-5 * np.abs(truth).max(axis=1)).tolist()
     right = 0
     for rows in _turns(len(queries)):
