@@ -64,7 +64,7 @@ def generate(target: Path) -> None:
     if run.returncode:
         raise SystemExit(run.stdout)
     for path in (target / PACKAGE).glob("*_pb2_grpc.py*"):
-        # Delete the modules for services of a proto without a service, such as types.proto: they are empty.
+        # Delete the *_grpc modules of protos without a service, such as types.proto, since they are empty.
         source = PROTOS / PACKAGE / path.name.replace("_pb2_grpc.pyi", ".proto").replace("_pb2_grpc.py", ".proto")
         if "\nservice " not in source.read_text():
             path.unlink()

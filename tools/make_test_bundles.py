@@ -42,7 +42,7 @@ TOLERANCE = 1e-3
 def make(folder: Path, names: Sequence[str] = NAMES) -> None:
     """Export the bundles with these names to `folder`, an existing folder that has none of them.
 
-    A classifier needs PyTorch for the training; encoders need it for the export.
+    The export needs PyTorch.
     """
     from emberpc.export.classifier import ClassifierData, export_classifier
     from emberpc.export.embedding import export_embedding
@@ -63,7 +63,7 @@ def make(folder: Path, names: Sequence[str] = NAMES) -> None:
 def differences(committed: Path, fresh: Path) -> list[str]:
     """Return a line for each file that differs between two bundles, apart from versions and measurements.
 
-    Only JSON and .npz files are compared. Of other files only the names are.
+    JSON and .npz files are compared. Of other files, only the names are compared.
     """
     old, new = (
         {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
@@ -87,7 +87,7 @@ def differences(committed: Path, fresh: Path) -> list[str]:
 def _same(left: object, right: object, key: str = "") -> bool:
     """Return whether two JSON values are the same, apart from versions and measurements.
 
-    Numbers may differ by `TOLERANCE`. `key` is the key of the object that contains the values.
+    Numbers with a decimal point may differ by `TOLERANCE`. `key` is the key under which an object has the two values.
     """
     if isinstance(left, dict) and isinstance(right, dict):
         if left.keys() != right.keys():

@@ -32,8 +32,8 @@ class Environment:
     """A virtual environment.
 
     Attributes:
-        folder: name of its folder in the checkout.
-        effort: text for the user about the time and the download that it takes.
+        folder: name of the folder in the checkout.
+        effort: text for the user about the time that the installation takes, and the size of the download.
         steps: for each call of `pip install`, the arguments, and a text for the user about what is installed.
     """
 

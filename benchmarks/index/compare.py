@@ -236,7 +236,7 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
 def _await_measured(folder: Path, count: int) -> None:
     """Wait until the server has saved a measurement of recall on a graph of about `count` vectors.
 
-    The default ef depends on this measurement. Too small a graph is not measured, and needs no wait.
+    The default ef depends on this measurement. A graph of fewer than 1,000 vectors is not measured, and needs no wait.
     """
     while count >= MIN_SIZE:
         measured = [load(path.parent) for path in folder.rglob("recall.json")]

@@ -122,8 +122,8 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
     outcomes = [collection.search(query[None], 10, ef=ef)[0] for query in queries]
     seconds = process_time() - start
     scores = np.array([[score for _, score in outcome.hits] for outcome in outcomes])
-    # A hit counts if its score is lower by at most 1e-5 of the query's greatest score: the last digits of a score
-    # depend on how the score is computed.
+    # A hit may score lower than the true nearest vector by 1e-5 of the query's greatest score: the last digits of a
+    # score depend on how the score is computed.
     bounds = truth - 1e-5 * np.abs(truth).max(axis=1, keepdims=True)
     own = float(np.mean(scores[:, 0] >= bounds[:, 0]))
     at_ten = float(np.mean(scores >= bounds[:, 9:]))

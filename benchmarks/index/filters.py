@@ -53,7 +53,7 @@ def clustered(records: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]) -> Collection:
-    """Return the collection `name`; if it does not exist, create it with the vectors and build the graph before.
+    """Return the collection `name`. If it does not exist, create it, insert the vectors, and wait for the graph.
 
     Each record has the same number in two metadata fields, `plain` and `indexed`. `fields` are the fields that get an
     index.

@@ -82,8 +82,8 @@ SHARES = """
 def figures_of(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one system with the `recall` for its row of the table.
 
-    Of hnswlib, this is the recall at ef 200; of another system with a curve, that of the last point: emberpc's
-    default ef. Figures without a curve are returned unchanged.
+    For hnswlib this is the recall at ef 200. For emberpc it is the recall at the default ef, the last point of the
+    curve. Figures without a curve are returned unchanged.
     """
     if name == "hnswlib":
         at_200 = next(point for point in figures["curve"] if point["ef"] == 200)

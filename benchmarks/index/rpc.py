@@ -51,7 +51,7 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
     Args:
         address: address of the emberpc server, which has the collection `COLLECTION`.
         graph: hnswlib's graph of the vectors in the collection; its ef is changed.
-        queries: float32 (at least 128, dimensions).
+        queries: vectors to search for, float32 (n, dimensions); n is at least 100, and 64 for each usable core.
         rounds: number of rounds; the figures are their medians.
 
     Returns:
@@ -85,9 +85,12 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
 
 
 def _shares(found: dict[str, list[Figures]]) -> Figures:
-    """Return emberpc's speed divided by that of another system: for each pair, the median over the rounds.
+    """Return shares by name: emberpc's speed divided by the speed of another system, the median over the rounds.
 
-    For latency this is the other system's time divided by emberpc's, so that a greater share is better here too.
+    For latency, a share is the other system's time divided by emberpc's. So a greater share is better everywhere.
+
+    Args:
+        found: figures of each round, by the name of the system.
     """
 
     def share(name: str, key: str, *, of_time: bool = False) -> float:

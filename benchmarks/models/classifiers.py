@@ -42,7 +42,8 @@ class Claim:
     def check(self, points: list[dict[str, Any]]) -> tuple[bool, str]:
         """Return whether the points of a report meet the claim, and a line to print with the measured value.
 
-        A claim that was measured with too few seeds, or not at all, is not met.
+        A claim that was measured with fewer than `SEEDS` seeds, or not at all, is not met. The strategy zero-shot does
+        not depend on a seed, and needs one.
         """
         eligible = [p for p in points if p["budget"] == self.budget and p["strategy"] in self.strategies]
         measured = [p for p in eligible if p["seeds"] >= SEEDS or p["strategy"] == "zero-shot"]

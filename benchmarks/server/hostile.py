@@ -53,7 +53,7 @@ def _probe(address: str, stop: Event, results: Connection) -> None:
         health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
         embed: Any = channel.unary_unary("/emberpc.v1.EmbeddingService/Embed")
         while True:
-            # A new text each time, so that no cache has it.
+            # Each text is new, so that the server's cache does not have its vector.
             request = embedding_pb2.EmbedRequest(model="tiny", texts=[f"a short text {perf_counter_ns()}"])
             for i, (call, data) in enumerate(((health, b""), (embed, request.SerializeToString()))):
                 start = perf_counter()
@@ -69,7 +69,7 @@ def _probe(address: str, stop: Event, results: Connection) -> None:
 def watched(address: str, found: list[float]) -> Iterator[None]:
     """Probe a server from another process inside the block.
 
-    At the end, append the seconds of its slowest health check and of its slowest Embed to `found`.
+    At the end, append the seconds of the slowest health check and of the slowest Embed to `found`.
     """
     context = multiprocessing.get_context("spawn")
     stop, (ours, theirs) = context.Event(), context.Pipe()

@@ -1,4 +1,4 @@
-"""Build the most expensive requests that each RPC accepts, and requests over the limits, for tests and a benchmark."""
+"""Build the most expensive requests that a server accepts, and requests over its limits, for tests and a benchmark."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Hostile:
         method: path of the RPC.
         messages: the message of the request, or several messages of a stream. Each is a message or its bytes.
         streams: whether the RPC has a stream of requests, and whether it has a stream of responses.
-        refused: whether the server must refuse the request.
+        refused: whether the server must refuse the request. If not, it may answer or refuse.
     """
 
     method: str
@@ -176,7 +176,7 @@ def _not(condition: filter_pb2.Filter, times: int) -> filter_pb2.Filter:
 
 
 def _of_filters() -> dict[str, Hostile]:
-    """Return the requests with deep or wide filters, by name."""
+    """Return requests with deep or wide filters by name, some of them over the server's limits."""
     wide = _any([_any([_prefix(f"t{i}{j}") for j in range(80)]) for i in range(3)])
     odd = ".".join(['"'] * 40)
     values = [filter_pb2.FilterValue(string_value=f"v{i}") for i in range(10_000)]
@@ -276,7 +276,7 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
 
 
 def _of_answers(size: Size) -> dict[str, Hostile]:
-    """Return the requests by name that are large, or have large responses or much work."""
+    """Return requests, by name, that are large, have large responses, or need much work of the server."""
     documents: dict[str, dict[str, Any]] = {
         "lists of numbers": {"n": [float(i) for i in range(size.numbers)]},
         "wide objects": {f"k{i}": i for i in range(7 * size.numbers // 8)},

@@ -1,7 +1,7 @@
 """Measure whether a short call waits behind a huge one.
 
-Texts of about 8 tokens are embedded one after the other, each another text: first on an idle server, then during a
-request of 10,000 texts, then during a stream of 10,000 texts. Request and stream are repeated until enough calls were
+Different texts of about 8 tokens are embedded, one after the other: first on an idle server, then during a request of
+10,000 texts, then during a stream of 10,000 texts. Request and stream are repeated until enough calls were
 measured. Target: the 99th percentile of the latency during request or stream is at most 20 ms more than 3 times the
 99th percentile on the idle server.
 
@@ -60,7 +60,10 @@ def huge(address: str, way: str) -> None:
 
 
 def wait_until_busy(pid: int) -> None:
-    """Wait until a process uses more than 0.8 of the usable cores for half a second: it works on the huge request."""
+    """Wait until a process uses more than 0.8 of the usable cores for half a second.
+
+    A server that does so has received the huge request, and works on it.
+    """
     while True:
         before, began = cpu_seconds(pid), perf_counter()
         sleep(0.5)

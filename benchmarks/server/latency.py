@@ -1,9 +1,9 @@
 """Measure the time of a single text through the server, compared with its inference alone.
 
 Texts of several lengths are embedded one after another on an otherwise idle host. Each text is embedded twice: in this
-process, with a session like the server's that has one thread, and through gRPC. The script prints medians over the
-texts, and the median ratio of the two times. Long texts may be faster through the server, since the server uses all
-cores for a single long text. Short texts after long ones may be faster through the server too.
+process, with a session that has one thread and otherwise the server's settings, and through gRPC. The script prints
+medians over the texts, and the median ratio of the two times. Long texts may be faster through the server, since the
+server uses all cores for a single long text. Short texts after long ones may be faster through the server too.
 
     python -m benchmarks.server.latency BUNDLE [--rounds 200] [-o RESULT.json]
 """

@@ -64,7 +64,7 @@ class Outcome:
     errors: int
 
     def percentile(self, share: float) -> float:
-        """Return the latency in milliseconds below which the share `share`, in [0, 1], of the calls stayed."""
+        """Return the latency in milliseconds that the share `share` (0 to 1) of the successful calls did not exceed."""
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -266,7 +266,7 @@ def host() -> dict[str, str]:
 
 
 def middle(values: Sequence[float]) -> float:
-    """Return the median."""
+    """Return the median of at least one number."""
     return float(median(values))
 
 

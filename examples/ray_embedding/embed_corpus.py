@@ -34,7 +34,7 @@ from emberpc.server.engine import Caller, Engine, InferenceRequest, Lane, Regist
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
-#: Limit of the engine's queue, in tokens. It is practically none, since a call to the engine has all texts of a part.
+#: Limit of the engine's queue, in tokens: so great that no call is refused, since a call has all texts of a part.
 _QUEUE_TOKENS = 2**31
 
 

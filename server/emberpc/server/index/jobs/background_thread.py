@@ -23,7 +23,7 @@ class BackgroundThread(ABC, Generic[Item]):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        #: Held while a method reads or changes which items are due.
+        #: Held while a method reads or changes which items are due; notified after a change, to wake the thread.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False

@@ -1,7 +1,7 @@
-"""Validate a file that should be the backup of a collection; before, none of the file's contents is trusted.
+"""Validate a file that a caller sent as the backup of a collection; nothing in the file is trusted.
 
-A restored database is opened for writing, without changes. So the database of a backup must have no tables, triggers or
-views but those of a collection, and no values that a server could not have written.
+A restore makes the file the database of the new collection, and opens it for writing. So the file must have no tables,
+triggers or views but those of a collection, and no values that a server could not have written.
 """
 
 from __future__ import annotations
@@ -90,14 +90,15 @@ def check_backup(
 
 @contextmanager
 def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connection]:
-    """Open a database that may be malicious, for reading; translate SQLite's errors to `ServiceError`.
+    """Open a database that may be malicious, and yield a connection that can only read.
 
     Args:
         path: the database.
-        stop: returns whether to give up; SQLite calls it during each statement.
+        stop: whether to stop; SQLite calls it every few milliseconds during a statement.
 
     Raises:
-        ServiceError: UNAVAILABLE if `stop` returned True, else the error for a damaged backup.
+        ServiceError: an error of SQLite in the block: UNAVAILABLE if `stop` returned True, else the INVALID_ARGUMENT
+            error for a damaged backup.
     """
     try:
         # `immutable`: SQLite reads and writes no journal or write-ahead log beside the file.
@@ -216,7 +217,7 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
 
 
 def _columns(ours: sqlite3.Connection) -> str:
-    """Return SQL for the columns of a `Row`, with NULL for those that the table `records` does not have."""
+    """Return SQL for the columns of a `Row`; a column that the table `records` in `ours` does not have is NULL."""
     present = {name for (name,) in ours.execute("SELECT name FROM pragma_table_info('records')")}
     return ", ".join(name if name in present else "NULL" for name in Row._fields)
 

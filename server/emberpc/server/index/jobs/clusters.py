@@ -28,8 +28,8 @@ def cluster_records(
 ) -> list[Cluster]:
     """Cluster the records of a collection, in the state of one moment.
 
-    The centres are fitted to a random sample, always with the same seed. Then every record joins the cluster with the
-    nearest centre. The vectors of the sample are in memory together, and of the other records 4,000 at a time.
+    The centres are fitted to a random sample of vectors, always with the same seed. Then all vectors are read, 4,000 at
+    a time, and every record joins the cluster with the nearest centre.
 
     Args:
         spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
@@ -40,6 +40,9 @@ def cluster_records(
 
     Returns:
         The clusters, largest first; none if stopped, or if there are no records.
+
+    Raises:
+        ServiceError: the store cannot be read, or the response would have too many bytes.
     """
     directions = spec.distance is not Distance.EUCLIDEAN
 

@@ -34,7 +34,8 @@ def find_duplicates(
     """Find the pairs of records whose vectors have a cosine of at least `min_score`.
 
     Up to 20,000 records, and in collections with another distance than COSINE, all pairs are compared. Otherwise each
-    record is searched for in the graph, which may miss pairs. No lock is held for longer than a search holds it.
+    record is searched for in the graph, which may miss pairs. Zero vectors are in no pair. No lock is held for longer
+    than a search holds it.
 
     Args:
         spec: the spec of the collection.
@@ -110,7 +111,8 @@ def _directions(store: Store) -> tuple[Labels, Matrix]:
 def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
     """Compare all normalized vectors, some at a time, until stopped; yield the pairs with at least `min_score`.
 
-    A part has the labels of the first vectors, the labels of the second vectors, and the cosines.
+    Yields:
+        Some pairs: the label of the first record of each pair, the label of the second record, and the cosine.
     """
     step = max(1, _BLOCK // max(1, len(labels)))
     for start in range(0, len(labels), step):
@@ -126,7 +128,8 @@ def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callab
 def _search_graph(store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
     """Search the graph for the vector of each record; yield the pairs found with at least `min_score`, until stopped.
 
-    A part has the smaller labels of the pairs, the greater labels, and the cosines. A pair may be in two parts.
+    Yields:
+        Some pairs: the smaller label of each pair, the greater label, and the cosine. A pair may be yielded twice.
     """
     labels = store.labels()
     for start in range(0, len(labels), _SEARCHED_AT_ONCE):

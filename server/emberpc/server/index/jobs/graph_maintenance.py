@@ -39,13 +39,13 @@ _SAMPLE_GROWTH = 1.5
 #: Share of the time that complete checks may take while there are no writes. A check of 100,000 nodes takes some 5 s.
 _CHECK_SHARE = 0.01
 _SNAPSHOT_TRIES = 3
-#: Share of a graph that must be new before the graph is saved, since a snapshot writes the whole graph.
+#: Least share of a graph's vectors that are inserted between two snapshots, since a snapshot writes the whole graph.
 _NEW_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class MaintenanceLimits:
-    """When vectors move from the buffer to the graph, and when the graph is saved."""
+    """Limits that decide when vectors move from the buffer to the graph, and when a snapshot of the graph is saved."""
 
     #: Most vectors in the buffer; if there are more, they are moved to the graph. A collection with at most this many
     #: vectors has no graph, so its searches are exact. Comparing a full buffer takes four times as long as searching
@@ -89,9 +89,9 @@ class GraphMaintenance:
         self._stop = stop
         self._lock = threading.Lock()
         self._unsaved = 0
-        #: Vectors in the graph when it was last rebuilt because of strays.
+        #: Number of vectors in the graph when it was last rebuilt because of strays; 0: never.
         self._size_shuffled = 0
-        #: Vectors in the graph when a sample was last checked.
+        #: Number of vectors in the graph when a sample of its nodes was last checked; 0: never.
         self._size_sampled = 0
         self._last_write = time.monotonic()
         #: When the graph may be checked again while there are no writes, in seconds of `time.monotonic`.
@@ -113,7 +113,7 @@ class GraphMaintenance:
 
     @property
     def due_at_rest(self) -> float | None:
-        """Seconds from now after which maintenance is due, if there is no write until then; None if none will be."""
+        """Seconds from now until maintenance is due if there is no write before; None if no maintenance will be due."""
         if self._neighbours.waiting and self._neighbours.graph_size:
             return self._limits.rest_seconds
         if self._neighbours.needs_check:

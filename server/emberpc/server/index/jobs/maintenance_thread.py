@@ -38,7 +38,7 @@ class MaintenanceThread(BackgroundThread[Maintained]):
         #: Collections to maintain as soon as possible, in the order of their requests. Several requests of a collection
         #: are one entry.
         self._soon: dict[Maintained, None] = {}
-        #: When to maintain a collection that had no writes for some time, in seconds of `time.monotonic`.
+        #: When to maintain a collection for which `wake_at_rest` was called, in seconds of `time.monotonic`.
         self._at_rest: dict[Maintained, float] = {}
 
     def wake(self, collection: Maintained) -> None:
@@ -49,11 +49,15 @@ class MaintenanceThread(BackgroundThread[Maintained]):
                 self._notify()
 
     def wake_at_rest(self, collection: Maintained, seconds: float) -> None:
-        """Request the maintenance of a collection `seconds` from now, in place of an earlier such request."""
+        """Request the maintenance of a collection `seconds` from now.
+
+        A new request replaces the time of an earlier one, so a collection can be maintained when writes have stopped.
+        """
         with self._changed:
             known = collection in self._at_rest
             self._at_rest[collection] = time.monotonic() + seconds
-            # A known collection needs no `_notify`: the thread wakes up at the old time and reads the new one.
+            # For a collection with an earlier request, the thread wakes up at the old time, and reads the new time
+            # then.
             if not self._closed and not known:
                 self._notify()
 

@@ -56,14 +56,15 @@ class Verifier:
     _newest_revision: int = 0
 
     def steps(self) -> Iterator[Verified]:
-        """Check the collection; yield progress and problems after each step of at most 500 records.
+        """Check the collection; yield the number of checked records and the problems found after each step.
 
-        The last step has `done`.
+        The first step is SQLite's integrity check. Then each step checks at most 500 records. The last three steps
+        check the counters, the word index, and whether memory has vectors of no record; the last has `done` set.
 
         Raises:
             ServiceError: the store cannot be read, or the call of this thread is cancelled.
         """
-        # A damaged label may be any integer of SQLite.
+        # The records are read from SQLite's least integer on, since a damaged label may be any integer.
         total, checked, first = self.store.count(), 0, -(2**63)
         share = 1.0 if self.full else _SAMPLE / max(1, total)
         yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.integrity_errors()])
@@ -102,9 +103,9 @@ class Verifier:
         return problems
 
     def _counters(self) -> list[Problem]:
-        """Return a problem if the database's counters are damaged: they are smaller than those of a checked record.
+        """Return a problem if the database's counters are missing, out of range, or less than those of a record.
 
-        Called after all records are checked, so that the greatest label and revision of them are known.
+        Called after all records are checked, when their greatest label and revision are known.
         """
         found = self.store.counter_problem(self._newest_label, self._newest_revision)
         message = counters.damaged(f"collection {self.spec.name!r}", found).message

@@ -31,12 +31,12 @@ _SCAN_BATCH = 4000
 #: With a filter, all matching vectors are compared if there are at most this many for each candidate (ef) of a graph
 #: search. A vector that must be read from the store and a candidate take about 3 µs each.
 _VECTORS_PER_CANDIDATE = 2
-#: Number of vectors that meet a filter, up to which they are always compared, and are cached for the next search.
+#: If at most this many records meet a filter, their vectors are always compared, and are cached for the next search.
 _FEW = 1000
 #: Factor of ef for the next graph search, after one that found too few records that meet the filter.
 _WIDER = 4
-#: Cost of reading a hit's vector again to verify its checksum, in vectors whose checksums can be verified in that time
-#: when they are read for the comparison.
+#: Reading the vector of a hit again, to verify its checksum, takes as long as verifying the checksums of this many
+#: vectors while they are read for the comparison.
 _CHECKS_PER_HIT = 6
 #: Attempts of a search that concurrent writes disturb, before the search blocks writes.
 _TRIES = 8
@@ -163,7 +163,7 @@ class DenseSearcher:
     ) -> Sequence[SearchOutcome | None]:
         """Search in memory for the records that meet `condition` (None: all); None for a query that a write disturbed.
 
-        If `settled`, the write lock is held, and no write can do so.
+        If `settled`, the write lock is held, and no write can disturb the search.
         """
         return (
             self._search_memory(request)
@@ -189,15 +189,15 @@ class DenseSearcher:
     ) -> Sequence[SearchOutcome | None]:
         """Search for records that meet a filter, by graph or by comparing all their vectors.
 
-        None for a query that must be repeated: unless `settled`, a write changed which records meet the filter, or a
-        vector was deleted or turned out to be damaged.
+        None for the queries that must be repeated, since a write changed which records meet the filter, or the vector
+        of a hit is damaged. If `settled`, the write lock is held, and no write can disturb the search.
         """
         k, held = request.candidates, max(1, self._neighbours.count)
         few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
         selection = self._selector.select(condition, few)
         found: list[Candidates | None] = [None] * len(request.queries)
         count = len(selection.labels)
-        # Twice the number of candidates among which k records meet the filter, if these are spread evenly.
+        # Twice the number of candidates that contain k matching records, if matching records are spread evenly.
         ef = max(request.ef, 2 * -(-k * held // max(1, count)))
         if selection.vectors is None and count > _exact_up_to(ef):
             # While the graph is searched, memory must have exactly the records of the selection.
@@ -217,10 +217,11 @@ class DenseSearcher:
     def _search_graph_filtered(
         self, found: list[Candidates | None], queries: Matrix, ef: int, k: int, selection: Selection
     ) -> None:
-        """Search the graph for labels of a selection, for the queries that have None in `found`, and set them there.
+        """Search the graph for the `k` nearest labels of a selection; set the candidates of each query in `found`.
 
-        A query with fewer than `k` selected candidates is repeated with more candidates than `ef`. The search ends when
-        comparing all vectors of the selection is cheaper; then the queries that still have too few keep None.
+        Only the queries that have None in `found` are searched for. A query with fewer than `k` candidates in the
+        selection is repeated with four times the `ef`, until comparing all vectors of the selection is cheaper. Then it
+        keeps None.
         """
         while None in found and len(selection.labels) > _exact_up_to(ef):
             rows = [i for i, each in enumerate(found) if each is None]
@@ -257,7 +258,7 @@ class DenseSearcher:
         """Compare the queries with all vectors of a selection; return at most k candidates for each query.
 
         None if the vector of a hit is damaged or was deleted. Checksums are verified of all vectors while they are
-        read, or of the hits only, which ever is faster.
+        read, or of the hits only, whichever is faster.
         """
         kept = selection.vectors
         checked = kept is None and _is_check_while_reading_faster(len(queries) * k, len(selection.labels))

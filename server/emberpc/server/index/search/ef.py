@@ -33,7 +33,7 @@ class EfChooser:
     """Chooses `ef` for the searches of a collection by measurements of its graph.
 
     Args:
-        folder: the folder of the collection, where the measurements are saved. Saved ones are loaded at once.
+        folder: the folder of the collection, where measurements are saved. Saved measurements are loaded here.
         neighbours: the vectors of the collection in memory.
     """
 
@@ -70,7 +70,10 @@ class EfChooser:
 
     @property
     def due(self) -> bool:
-        """Whether a graph of at least `recall.MIN_SIZE` vectors is unmeasured, or has grown by half since then."""
+        """Whether the graph must be measured: it is large enough, and has grown by half since the last measurement.
+
+        `recall.MIN_SIZE` vectors are enough. A graph without a measurement must be measured.
+        """
         size = self._neighbours.graph_size
         return size >= recall.MIN_SIZE and (self._measured is None or self._measured.outgrown(size))
 

@@ -44,7 +44,7 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """Bytes of labels and vectors."""
+        """Bytes that labels and vectors take in memory."""
         return self.labels.nbytes + (0 if self.vectors is None else self.vectors.nbytes)
 
 
@@ -115,7 +115,11 @@ class Selector:
         return selection
 
     def _updated(self, kept: Selection, condition: Clause, sequence: int) -> Selection | None:
-        """Update a cached selection to the write `sequence`; None if too many writes came between."""
+        """Return a cached selection updated to the write `sequence`; `kept` itself if there was no write.
+
+        None if the labels that a write in between removed are not known: there were too many writes, or the last write
+        is not noted yet.
+        """
         if kept.sequence == sequence:
             return kept
         with self._lock:

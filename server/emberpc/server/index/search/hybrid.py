@@ -113,7 +113,8 @@ class HybridSearcher:
                 replace(
                     by_vector.plan,
                     lexical_count=len(by_words.hits),
-                    # There are at least as many hits as in the dense ranking.
+                    # The dense ranking has fewer than k hits only if there are fewer records. Then the fused ranking
+                    # has the same records. Otherwise it has k hits.
                     shortfall_reason=by_vector.plan.shortfall_reason if len(by_vector.hits) < k else "",
                 ),
             )
@@ -150,7 +151,7 @@ class HybridSearcher:
     def _distinctive_words(self, words: list[str]) -> list[str]:
         """Return the words of a query that are in at least one text and in at most half of the texts.
 
-        Returns all words if no word is so, and in a collection of fewer than `_LARGE` records.
+        Returns all words if none of them is, or if the collection has fewer than `_LARGE` records.
         """
         total = self._store.count()
         if total < _LARGE:
@@ -184,8 +185,8 @@ def fused(
         dense_weight: weight of `dense`, 0 to 1.
         fusion: by scores, scaled to 0 for the least and 1 for the best, or by reciprocal ranks. Measured on SciFact's
             training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks with the best of many settings.
-        all_lexical: whether `lexical` has all records with a word of the query. Then scaling turns a BM25 score of 0,
-            that of a record without a word of the query, into 0; else the score of the last hit.
+        all_lexical: whether `lexical` has all records with a word of the query. If so, the BM25 score 0 is scaled to 0:
+            the other records have this score. If not, the score of the last lexical hit is scaled to 0.
 
     Returns:
         All records of both rankings, best first, then by id. The score is the weighted sum of a record's two scaled

@@ -57,8 +57,8 @@ class Probe:
     def should_sample(self) -> bool:
         """Return whether to probe the search that begins now.
 
-        This is random, with the probability `share`; never while too many searches wait, or after a repetition, until
-        the time share of repetitions has sunk enough.
+        The choice is random, with the probability that was given as `share`. No search is chosen while eight wait for
+        their repetition, or for a hundred times as long as the last repetitions took.
         """
         return (
             random.random() < self._share  # noqa: S311 - a sample, no secret
@@ -67,7 +67,9 @@ class Probe:
         )
 
     def offer(self, request: DenseRequest, outcomes: Sequence[SearchOutcome], sequence: int) -> bool:
-        """Queue one query of a search for exact repetition: the first that the graph answered with at most 100 hits.
+        """Queue a query of a search for exact repetition: the first that the graph answered, with a hit.
+
+        Queries with a top_k above 100 are left out.
 
         Args:
             request: the search, without filters.
@@ -125,7 +127,9 @@ class Probe:
 
 
 def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredRecord]) -> float | None:
-    """Return the share of the sample's unchanged hits that are as near as the exact hits.
+    """Return the recall of a sample: the share of its n unchanged hits that score as high as the n-th exact hit.
+
+    Hits that were written or deleted after the search do not count, in the sample and in the exact repetition.
 
     Args:
         sample: the search, with its hits.
@@ -133,7 +137,7 @@ def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredReco
         present: the records of the sample's hits that still exist, by id.
 
     Returns:
-        None if no hit is unchanged, or `truth` has fewer unchanged hits than the sample.
+        The share, 0 to 1; None if no hit is unchanged, or `truth` has fewer unchanged hits than the sample.
     """
     still = [
         score

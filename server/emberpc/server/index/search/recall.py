@@ -1,8 +1,8 @@
 """Measurement of the recall of graph searches at several values of ef.
 
-A sample of the distinct vectors is moved by noise of several lengths. These queries are searched for in the graph, and
-compared with every vector. For each ef the least recall over all lengths of noise is saved in the collection's folder.
-The recall is measured again when the graph has grown by half, or is new.
+The queries are a sample of the distinct vectors, each moved by noise of several lengths. They are searched for in the
+graph, and compared with every vector. For each ef the least recall over all lengths of noise is saved in the
+collection's folder. The recall is measured again when the graph has grown by half, or is new.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RecallMap:
     points: tuple[Point, ...]
 
     def outgrown(self, size: int) -> bool:
-        """Return whether a graph of `size` vectors must be measured again."""
+        """Return whether a graph that now has `size` vectors must be measured again: it has grown by half or more."""
         return size >= _GROWTH * self.size
 
     def ef(self, k: int, recall: float) -> int | None:
