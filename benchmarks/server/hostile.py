@@ -38,7 +38,7 @@ from examples.server_process import ServerProcess
 
 DRAIN = 2.0
 TIMEOUT = 600
-#: Seconds from which a request counts as long: it is also sent eight times at once.
+#: A request that took more than this many seconds when it was sent alone is also sent eight times at once.
 _LONG_SECONDS = 0.2
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 

@@ -1,13 +1,14 @@
 """Compare emberpc with other programs that serve the same weights.
 
-All programs get the same mixed texts (70 % short queries, 30 % passages of 40 to 180 words), the same ONNX file and the
-same cores. They run one after the other in every round:
+All programs get the same mixed texts (70 % short queries, 30 % passages of 40 to 180 words), the same cores and the
+same ONNX file; only the torch backend reads the weights from which the file was exported. The programs run one after
+the other in every round:
 
 - emberpc through gRPC: 64 concurrent calls of one text, 4 of 32 texts, 8 of one text, and 1 of one text;
 - sentence-transformers in process with its torch and its onnx backend: batches of 32, and one text at a time;
 - fastembed in process with the local model;
-- infinity-emb over HTTP with its optimum engine, with the same calls as emberpc. It cannot load a local ONNX folder,
-  but it uses an optimized copy from its cache folder, so the same file is put there.
+- infinity-emb over HTTP with its optimum engine, with the same calls as emberpc. infinity cannot load a local ONNX
+  folder, but uses an optimized ONNX file in its cache folder. So the script puts the same file there.
 
 Each of the other programs, the peers, is compared with emberpc at the same kind of calls. Peers in process are compared
 with emberpc at 64 concurrent calls of one text, or at one call of one text when they embed one text at a time.

@@ -121,10 +121,10 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
 def _spread(vectors: Matrix, count: int, generator: np.random.Generator, stop: Callable[[], bool]) -> Matrix:
     """Draw the first centres among the vectors, by k-means++; return float32 (at most count, dimensions).
 
-    A vector is drawn with a probability in proportion to its squared distance from the nearest centre drawn before. For
-    each centre a few candidates are drawn, and the one is taken with which the sum of these squared distances is least:
-    with a single candidate, two centres too often fall into one cluster. There are fewer than `count` centres if all
-    vectors are equal to a centre, or if stopped.
+    A vector is drawn with a probability in proportion to its squared distance from the nearest centre drawn before. A
+    few candidates are drawn for each centre. The candidate that makes the sum of the vectors' squared distances least
+    becomes the centre: with a single candidate, two centres too often fall into one cluster. There are fewer than
+    `count` centres if all vectors are equal to a centre, or if stopped.
     """
     tries = 2 + int(np.log(count))
     centres = [vectors[int(generator.integers(len(vectors)))]]

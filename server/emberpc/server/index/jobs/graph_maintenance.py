@@ -18,8 +18,8 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Share of `buffer_limit`. Vectors that are moved from the buffer to the graph are moved until the buffer has at most
-#: this share.
+#: When the buffer has more than `buffer_limit` vectors, they are moved to the graph until the buffer has at most this
+#: share of `buffer_limit`.
 _REST_SHARE = 1 / 16
 #: Greatest share of deleted nodes of a graph; with more the graph is rebuilt. With a third of deleted nodes, an insert
 #: takes 1.5 times as long.

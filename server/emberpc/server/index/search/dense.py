@@ -81,7 +81,9 @@ Answer = Callable[[DenseRequest], Sequence[SearchOutcome | None]]
 
 
 class DenseSearcher:
-    """Searches a collection's vectors in memory, or those in the store where memory and store disagree.
+    """Searches a collection's vectors in memory, or all vectors in the store if a request asks for that.
+
+    The store is also searched for a query that memory cannot answer, such as after a failure of the graph.
 
     Args:
         store: the records, from which memory can be rebuilt.
@@ -220,8 +222,8 @@ class DenseSearcher:
         """Search the graph for the `k` nearest labels of a selection; set the candidates of each query in `found`.
 
         Only the queries that have None in `found` are searched for. A query with fewer than `k` candidates in the
-        selection is repeated with four times the `ef`, until comparing all vectors of the selection is cheaper. Then it
-        keeps None.
+        selection is repeated with four times the `ef`, until comparing all vectors of the selection is cheaper. Then
+        the query keeps None.
         """
         while None in found and len(selection.labels) > _exact_up_to(ef):
             rows = [i for i, each in enumerate(found) if each is None]

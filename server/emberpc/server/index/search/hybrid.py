@@ -76,7 +76,8 @@ class HybridSearcher:
         """Search by vectors and by words, and fuse the two rankings; return an outcome for each query, in order.
 
         Args:
-            request: the vectors of the queries. `request.top_k` must be `fusion_depths(top_k)`, and no id excluded.
+            request: the vectors of the queries; `request.top_k` must be `fusion_depths(top_k)`, and `request.exclude`
+                have no ids.
             texts: the text of each query.
             top_k: limit of the hits of each query after fusion.
             dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has 1 minus this weight.
@@ -85,8 +86,8 @@ class HybridSearcher:
         Raises:
             ServiceError: the errors of `by_words` and of the dense search.
         """
-        # Both searches must see the same state of the store: they are repeated if a write came between, and the last
-        # time no write can come.
+        # Dense and lexical search must see the same state of the store. If a write came between, both are repeated. The
+        # last attempt holds the write lock.
         for _ in range(_TRIES):
             sequence = self._searcher.catch_up()
             outcomes = self._by_both(request, texts, top_k, dense_weight, fusion)
