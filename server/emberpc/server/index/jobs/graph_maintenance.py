@@ -27,7 +27,7 @@ _MAX_DEAD_SHARE = 0.25
 #: Greatest share of strays, vectors that searches of the graph miss; with more the graph is rebuilt in random order and
 #: in shells. Every search compares all strays.
 _MAX_STRAY_SHARE = 0.02
-#: Number of strays that never cause a rebuild: comparing them makes a search less than 5 % slower.
+#: Most strays that never cause a rebuild: comparing this many makes a search less than 5 % slower.
 _FEW_STRAYS = 100
 #: Greatest share of a sample of nodes that searches may miss. If they miss more, the graph is rebuilt in shells before
 #: more vectors are added.
@@ -211,8 +211,8 @@ class GraphMaintenance:
     def _check(self, stop: Callable[[], bool]) -> None:
         """Check that searches find all nodes of the graph, if the graph grew much since the last check.
 
-        While there are no writes, any growth is enough. Checks are then spaced so that they take at most
-        `_CHECK_SHARE` of the time.
+        Nodes that searches miss become strays. While there are no writes, any growth is enough for a check, but checks
+        take at most `_CHECK_SHARE` of the time.
 
         Args:
             stop: whether to interrupt the check; the next call continues it.
@@ -228,7 +228,7 @@ class GraphMaintenance:
         return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and self._may_get_better()
 
     def _may_get_better(self) -> bool:
-        """Return whether the graph has 1.5 times the vectors that it had when it was last rebuilt because of strays.
+        """Return whether the graph has at least 1.5 times the vectors of its last rebuild because of strays.
 
         With fewer vectors another rebuild would probably have as many strays.
         """

@@ -368,7 +368,7 @@ def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
 
 
 def _holds(count: int, *, filtered: bool) -> str:
-    """Return the part of a shortfall reason that states the number of records in the collection or of the filter."""
+    """Return the part of a shortfall reason that says how many records the collection has, or match the filter."""
     records = f"{count} record{'' if count == 1 else 's'}"
     return f"{records} match{'es' if count == 1 else ''} the filter" if filtered else f"the collection holds {records}"
 

@@ -57,7 +57,7 @@ class Probe:
     def should_sample(self) -> bool:
         """Return whether to probe the search that begins now.
 
-        The choice is random, with the probability that was given as `share`. No search is chosen while eight wait for
+        The choice is random, with the probability that the constructor got. No search is chosen while eight wait for
         their repetition, or for a hundred times as long as the last repetitions took.
         """
         return (
