@@ -2,12 +2,13 @@
 
 A CPU is fastest with small batches of texts of similar length. Padding is wasted work, and a batch of more than some
 hundred tokens does not fit into the processor's cache. So the texts that wait for a model are sorted by length. A
-micro-batch is a run of neighbours in that order whose padded size stays within the budget.
+micro-batch is a run of neighbours in that order. Its padded size, which is the number of texts times the tokens of the
+longest text, stays within a limit.
 
 A micro-batch is built around one text, the anchor. Callers take turns to give the anchor. The calls of one caller are
-run in the order of their arrival: if they took turns too, all of them would end late under load. Bulk work waits in its
-own lane, and so does each call that is so large that others would wait for it. A batch holds texts of one lane only:
-otherwise a short call would take as long as the bulk texts in its batch.
+run in the order of their arrival: if they took turns too, all of them would end late under load. Bulk calls wait in a
+lane of their own. A large call waits there too, whatever lane its caller chose, so that short calls need not wait for
+it. A batch holds texts of one lane only: otherwise a short call would take as long as the bulk texts in its batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
-#: A call of more micro-batches than this goes into the bulk lane, whatever priority its caller asked for.
+#: Number of micro-batches. A call with more tokens than they can have waits in the bulk lane, whatever lane its caller
+#: chose.
 _LARGE = 2
 
 #: Fixed cost of a batch, in tokens. Measured with MiniLM on one core: batches of 128, 256 and 512 tokens took 16.4,
@@ -36,10 +38,13 @@ _numbers = count()
 
 
 class BatchRunner(Protocol):
-    """Runs a batch; an `Encoder`."""
+    """Protocol of an object that runs batches, such as an `Encoder`."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
-        """Run the token ids of some texts on at most `threads` threads; return float32, shape (texts, width)."""
+        """Run the token ids of some texts on at most `threads` threads; return float32, shape (texts, width).
+
+        The width is the number of values that the model gives for a text. Errors of the model pass through.
+        """
         ...
 
 
@@ -48,9 +53,9 @@ class JobResult:
     """Outputs and times of a finished job.
 
     Attributes:
-        rows: the output for each text, float32 (width,).
-        queue_seconds: wall time from the submission to the start of the first batch.
-        infer_seconds: wall time from the start of the first batch to the end of the last one.
+        rows: the output for each text, in the order of the job's texts; each is float32 (width,).
+        queue_seconds: wall time from the submission to the start of the job's first batch.
+        infer_seconds: wall time from the start of the job's first batch to the end of its last batch.
     """
 
     rows: list[Output]
@@ -66,13 +71,13 @@ class Job:
         runner: runs the batches.
         texts: token ids of each text.
         caller: who sent the call, its lane and its deadline.
-        future: set on the caller's event loop when the job ends.
-        over: whether the job ended: its result was sent, or its caller left.
+        future: receives the result or the error, on the event loop of the caller.
+        over: whether the job ended: its result or error was sent, or its caller left.
         tokens: number of tokens of all texts.
-        rows: the output of each text so far.
+        rows: the output of each text, float32 (width,); None as long as the text was not run.
         remaining: number of texts without an output.
-        submitted: when the job was submitted, as `perf_counter` gives it.
-        started: when its first batch started; 0 before that.
+        submitted: when the job was submitted, in seconds of `time.perf_counter`.
+        started: when the first batch of the job started, in the same seconds; 0 before that.
     """
 
     runner: BatchRunner
@@ -93,12 +98,19 @@ class Job:
 
     @property
     def tokens_left(self) -> int:
-        """Estimated number of tokens that are still to be run."""
+        """Estimated number of tokens of the texts without an output, if all texts of the job had equal lengths."""
         return self.tokens * self.remaining // len(self.texts)
 
 
 class Item(NamedTuple):
-    """One text of a job. Items are sorted by length, then by arrival; `number` is unique."""
+    """One waiting text of a job. Items are sorted by `length`, then by `number`.
+
+    Attributes:
+        length: number of tokens of the text.
+        number: unique number, which grows in the order of arrival.
+        job: the job.
+        row: index of the text in the job.
+    """
 
     length: int
     number: int
@@ -107,16 +119,21 @@ class Item(NamedTuple):
 
 
 class Queue:
-    """The texts that wait in one lane. Not thread-safe: the scheduler holds its lock around every call."""
+    """The texts that wait in one lane. Not thread-safe: the scheduler holds a lock around every change.
+
+    Args:
+        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
+    """
 
     def __init__(self, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
         self._pools: dict[BatchRunner, list[Item]] = {}
-        #: Callers, in the order of their turns.
+        #: Names of callers, in the order of their turns to give the anchor.
         self._turns: deque[str] = deque()
-        #: Waiting texts of each caller, call by call. Texts in `_taken` are skipped.
+        #: By the name of a caller: an iterator over the texts of each of its calls, in the order of arrival. Texts with
+        #: a number in `_taken` are not waiting any more; they are skipped.
         self._texts: dict[str, deque[Iterator[Item]]] = {}
-        #: Number of waiting tokens of each caller.
+        #: Number of waiting tokens, by the name of the caller.
         self._tokens: Counter[str] = Counter()
         self._taken: set[int] = set()
         self.tokens = 0
@@ -142,9 +159,10 @@ class Queue:
         self.tokens += job.tokens
 
     def ahead(self, name: str, tokens: int) -> int:
-        """Return how many waiting tokens are run before a new call ends, without the tokens of that call.
+        """Return an estimate of the number of waiting tokens that are run before a new call of a caller ends.
 
-        Between two turns of this caller, each other caller has one turn. The result is at most all waiting tokens.
+        The tokens of the new call itself are not counted. Callers take turns. So while all tokens of this caller run,
+        the waiting ones and the new ones, each other caller runs as many. The result is at most all waiting tokens.
 
         Args:
             name: the caller of the new call.
@@ -154,9 +172,10 @@ class Queue:
         return min(self.tokens, self._tokens.get(name, 0) * callers + tokens * (callers - 1))
 
     def take(self) -> list[Item]:
-        """Remove and return the next micro-batch.
+        """Remove and return the next micro-batch. At least one text must wait.
 
-        The batch has at least one text. All its texts are for one model, and its padded size is within the budget.
+        All texts of the batch are for one model. The batch stays within the limit of tokens, padding included, unless
+        it is a single text that alone exceeds the limit.
         """
         anchor = self._next_anchor()
         pool = self._pools[anchor.job.runner]
@@ -165,8 +184,8 @@ class Queue:
         del pool[low:high]
         if not pool:
             del self._pools[anchor.job.runner]
-        # The anchor's call has an iterator over its texts that has passed the anchor already. The iterators of the
-        # other calls have not passed their texts of this batch yet, so these are noted, to be skipped later.
+        # The iterator over the texts of the anchor's call has passed the anchor. No iterator has passed the other texts
+        # of this batch yet, so their numbers are noted: the iterators must skip them later.
         self._taken.update(item.number for item in batch if item is not anchor)
         for item in batch:
             self._count_out(item)
@@ -197,7 +216,7 @@ class Queue:
             del self._tokens[name]
 
     def drain(self) -> set[Job]:
-        """Remove everything; return the jobs that waited."""
+        """Remove all waiting texts; return their jobs."""
         jobs = {item.job for pool in self._pools.values() for item in pool}
         self._pools.clear()
         self._forget()
@@ -205,7 +224,7 @@ class Queue:
         return jobs
 
     def _forget(self) -> None:
-        """Remove the turns of callers: nothing waits."""
+        """Clear the turns, texts and token counts of all callers. To be called when no text waits."""
         self._turns.clear()
         self._texts.clear()
         self._taken.clear()
@@ -227,17 +246,17 @@ class Queue:
             del self._texts[name]
 
     def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
-        """Return the bounds of the best run of neighbours around an anchor, within the budget.
+        """Return the bounds of the best run of neighbours around an anchor, within the limit of tokens of a batch.
 
-        The run grows by one text, on the better side, as long as that raises the share of the batch's time that is
-        spent on tokens and not on padding or the fixed cost.
+        The run begins with the anchor alone. It grows by one text, on the better side, as long as that raises the share
+        of the batch's time that is spent on tokens and not on padding or the fixed cost.
 
         Args:
             pool: waiting texts of one model, sorted by length.
-            anchor: place of the anchor in `pool`.
+            anchor: index of the anchor in `pool`.
 
         Returns:
-            First place of the run, and the place after its last.
+            Index of the first text of the run, and the index after that of its last text.
         """
         low, high, longest = anchor, anchor + 1, pool[anchor].length
         tokens, best = longest, _worth(longest, longest)
@@ -259,11 +278,11 @@ class Queue:
 
 
 def _worth(tokens: int, padded: int) -> float:
-    """Return the share of a batch's time that is spent on its tokens.
+    """Return the share (0 to 1) of a batch's time that is spent on its tokens, not on padding or the fixed cost.
 
     Args:
-        tokens: number of tokens of the batch.
-        padded: number of tokens with padding.
+        tokens: number of tokens of the batch, without padding.
+        padded: number of tokens of the batch, padding included.
     """
     return tokens / (padded + _BATCH_COST)
 
@@ -273,14 +292,15 @@ class Backlog:
 
     Args:
         batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
-        bulk_seconds: longest time between two turns of the bulk lane, however much interactive work waits.
+        bulk_seconds: seconds without a turn of the bulk lane, after which it has the next turn, however much
+            interactive work waits.
     """
 
     def __init__(self, batch_tokens: int, bulk_seconds: float) -> None:
         self._batch_tokens = batch_tokens
         self._bulk_seconds = bulk_seconds
         self._queues = {lane: Queue(batch_tokens) for lane in Lane}
-        #: When the bulk lane last had a turn, or bulk work began to wait.
+        #: When the bulk lane last had a turn, or bulk texts began to wait, in seconds of `perf_counter`.
         self._bulk_turn = 0.0
 
     def __bool__(self) -> bool:
@@ -288,38 +308,51 @@ class Backlog:
 
     @property
     def tokens(self) -> int:
-        """Number of waiting tokens."""
+        """Number of waiting tokens of all lanes, without padding."""
         return sum(queue.tokens for queue in self._queues.values())
 
     def waits(self, lane: Lane) -> bool:
-        """Return whether anything waits in a lane."""
+        """Return whether a text waits in a lane."""
         return bool(self._queues[lane])
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Set the most tokens of the micro-batches that follow."""
+        """Set the most tokens, padding included, of the micro-batches that follow."""
         self._batch_tokens = tokens
         for queue in self._queues.values():
             queue.batch_tokens = tokens
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
-        """Return the lane of a call with `tokens` tokens."""
+        """Return the lane of a call with `tokens` tokens: BULK for a large call, else the lane of its caller.
+
+        A call is large if it has more tokens than two full micro-batches.
+        """
         return Lane.BULK if tokens > _LARGE * self._batch_tokens else caller.lane
 
     def ahead(self, tokens: int, caller: Caller) -> int:
-        """Return how many waiting tokens are run before a new call of `tokens` tokens ends, without its own."""
+        """Return an estimate of the number of waiting tokens that are run before a new call ends.
+
+        The tokens of the new call itself are not counted.
+
+        Args:
+            tokens: number of tokens of the new call.
+            caller: the caller of the new call.
+        """
         own = self.lane(tokens, caller)
         precedence = sum(queue.tokens for lane, queue in self._queues.items() if lane < own)
         return precedence + self._queues[own].ahead(caller.name, tokens)
 
     def add(self, job: Job) -> None:
-        """Add the texts of a job."""
+        """Add the texts of a job to its lane."""
         lane = self.lane(job.tokens, job.caller)
         if lane is Lane.BULK and not self._queues[lane]:
             self._bulk_turn = perf_counter()
         self._queues[lane].add(job)
 
     def next_lane(self) -> Lane:
-        """Return the lane whose turn it is. At least one text must wait."""
+        """Return the lane of the next micro-batch. At least one text must wait.
+
+        This is the interactive lane, unless no text waits there, or the bulk lane has waited too long for a turn.
+        """
         if not self._queues[Lane.BULK]:
             return Lane.INTERACTIVE
         if not self._queues[Lane.INTERACTIVE] or perf_counter() - self._bulk_turn > self._bulk_seconds:
@@ -337,5 +370,5 @@ class Backlog:
         self._queues[self.lane(job.tokens, job.caller)].discard(job)
 
     def drain(self) -> set[Job]:
-        """Remove everything; return the jobs that waited."""
+        """Remove all waiting texts; return their jobs."""
         return {job for queue in self._queues.values() for job in queue.drain()}

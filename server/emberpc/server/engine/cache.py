@@ -1,6 +1,6 @@
-"""Cache the encoder outputs of texts, and share the runs of texts that several calls send at the same time.
+"""Cache the encoder outputs of texts, and share a run of the model among calls that send the same text meanwhile.
 
-Both classes are used from the thread of the event loop only, so they need no locks.
+`Cache` and `Flights` are used from the thread of the event loop only, so they need no locks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.lru import LruCache
 
-#: Bytes of an entry without its text and its numbers: tuples, array header, slot of the dictionary.
+#: Estimated bytes of an entry beside its text and the values of its row: tuples, array header, slot of the dictionary.
 _OVERHEAD = 600
 
 
 class Key(NamedTuple):
-    """Everything that determines an output. `encoder` is the number of a loaded encoder; a reload has a new number."""
+    """Everything that determines an encoder's output for a text.
+
+    `encoder` is `Encoder.number`: an encoder that is loaded again has a new number, so it finds no old outputs.
+    """
 
     encoder: int
     prompt: str
@@ -31,7 +34,13 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Output of an encoder for a text: `row` is float32 (width,), not writable."""
+    """Output of an encoder for a text.
+
+    Attributes:
+        row: float32 (width,). The cache and several calls share it, so it must not be changed.
+        tokens: number of tokens of the text, after truncation.
+        truncated: whether the text was truncated.
+    """
 
     row: Output
     tokens: int
@@ -39,15 +48,22 @@ class Entry(NamedTuple):
 
 
 class Cache(LruCache[Key, Entry]):
-    """Outputs by key, least recently used first out, in at most `max_bytes` bytes; 0 keeps none."""
+    """Cache of encoder outputs by key, which evicts the least recently used outputs first.
+
+    Args:
+        max_bytes: most bytes of all entries; 0: nothing is cached.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes, _size)
 
     def add(self, entries: Mapping[Key, Entry]) -> None:
-        """Store copies of entries; remove the least recently used entries if there is no room."""
-        # The rows lie in the heaps of the workers. If they stayed there, those heaps could not shrink after a batch of
-        # long texts. A copy lies in the heap of the calling thread.
+        """Add copies of entries, and evict the least recently used entries if the cache has more bytes than it may.
+
+        A cached key keeps its entry. An entry of more than an eighth of the allowed bytes is not cached.
+        """
+        # A worker's thread allocated the memory of each row, in a heap of its own. If the cache kept the row, that heap
+        # could not shrink after a batch of long texts. A copy lies in the heap of the calling thread.
         super().add({key: entry._replace(row=entry.row.copy()) for key, entry in entries.items()})
 
 
@@ -66,18 +82,30 @@ class Flight:
 
 
 class Flights:
-    """The runs in progress, by text."""
+    """The runs of the model that are in progress, by the key of each of their texts."""
 
     def __init__(self) -> None:
         self._flying: dict[Key, Flight] = {}
 
     def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, Flight]:
-        """Return the runs in progress for keys, without runs in a slower lane than `lane`."""
+        """Return the run in progress of each key that has one.
+
+        Args:
+            keys: the keys.
+            lane: lane of the call that asks. Runs in a slower lane are left out, so that it need not wait for them.
+        """
         return {key: flight for key in keys if (flight := self._flying.get(key)) is not None and flight.lane <= lane}
 
     @contextmanager
     def lead(self, keys: Iterable[Key], lane: Lane) -> Iterator[Flight]:
-        """Register the texts that a block runs, so that other calls can share them; `landed` is set at its end."""
+        """Register a run of the model for the time of the block, so that other calls can share it.
+
+        The block runs the texts and sets `entries` of the flight that is yielded. When the block ends, `landed` is set.
+
+        Args:
+            keys: keys of the texts that the block runs. A key that already has a run in progress keeps that run.
+            lane: the lane of the run.
+        """
         flight = Flight(lane)
         own = [key for key in keys if self._flying.setdefault(key, flight) is flight]
         try:

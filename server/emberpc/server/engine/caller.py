@@ -1,4 +1,4 @@
-"""The caller of a request: name, priority and deadline, which the scheduler reads."""
+"""The caller of a call: name, lane and deadline. The scheduler decides by them which texts run first."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ class Caller:
 
     @property
     def seconds_left(self) -> float:
-        """Return the seconds until the deadline; infinite if there is none."""
+        """Return the seconds until the deadline; negative after it, infinite if there is no deadline."""
         return self.deadline - perf_counter()

@@ -19,16 +19,19 @@ from emberpc.server.memory import return_memory
 
 
 class Engine:
-    """Serves models. `inferrer` runs texts through a model.
+    """The models that a server serves, and the threads that run them. `inferrer` runs texts through a model.
 
     Args:
         registry: the models.
-        pool: runs the tokenizer.
-        workers: threads that run models.
-        batch_tokens: tokens of a micro-batch at most, with padding; 0: 512, until `calibrate` finds a better size.
-        max_queue_tokens: tokens that may wait at most.
-        cache_bytes: bytes of outputs that the cache keeps at most; 0: none.
-        on_failure: called, on any thread, when a worker died and could not be replaced; see `revive`.
+        pool: thread pool that runs the tokenizer.
+        workers: number of threads that run models.
+        batch_tokens: most tokens of a micro-batch, padding included; 0: 512, until `calibrate` finds a better size.
+        max_queue_tokens: most tokens that may wait for a worker.
+        cache_bytes: most bytes of the cache of outputs; 0: nothing is cached.
+        on_failure: called on a worker's thread when a worker died and could not be replaced; see `revive`.
+
+    Raises:
+        RuntimeError: the system gives no thread for a worker.
     """
 
     def __init__(
@@ -47,14 +50,17 @@ class Engine:
         self.inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
     def calibrate(self, record: Path, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Measure the best size of micro-batches on this host, and use it from now on. Takes a second.
+        """Measure the best size of micro-batches on this host, and use it from now on.
+
+        Takes a second with a small model, or no time if `record` holds a measurement of the last 30 days. Without a
+        model, or if `stop` ends the measurement, the size stays as it is.
 
         Args:
             record: the JSON file that keeps the measurement.
             stop: returns whether to stop; called between batches.
 
         Returns:
-            False if the host was busy, so that the measurement should be repeated later.
+            False if the host was busy, so that the measurement should be repeated later; otherwise True.
         """
         models = self.models()
         found = calibrated_batch_tokens(models[0], record, stop) if models else None
@@ -73,9 +79,16 @@ class Engine:
         return self.registry.models()
 
     def model(self, name: str, task: Task | None = None, field: str = "model") -> Model:
-        """Return a model for a call. The call keeps this version of the model until its asyncio task is done.
+        """Return a model for a call. The call keeps this version of the model until the call's asyncio task is done.
 
-        The arguments and errors are those of `Registry.find`.
+        Args:
+            name: name of the model; empty: the only served model for the task.
+            task: task that the model must have; None: any task.
+            field: request field that holds the name, for errors.
+
+        Raises:
+            ServiceError: NOT_FOUND if no model has that name, FAILED_PRECONDITION if the model has another task or no
+                model has the task, INVALID_ARGUMENT if the name is empty and several models have the task.
         """
         return self.registry.find(name, task, field)
 
@@ -85,7 +98,7 @@ class Engine:
 
     @property
     def counts(self) -> Counts:
-        """Return the totals of the workers' runs."""
+        """Return the counts of batches, texts, tokens and failures since the start."""
         return self._scheduler.counts
 
     @property
@@ -95,7 +108,7 @@ class Engine:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the tokens that one worker runs in a second, as measured lately."""
+        """Return the tokens that one worker runs in a second: the median of the last measured batches."""
         return self._scheduler.tokens_per_second
 
     @property
@@ -104,10 +117,10 @@ class Engine:
         return self.inferrer.cache
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the workers and all other threads that run models. Calls that wait fail with UNAVAILABLE.
+        """Stop the workers and the threads that load models for several threads. Waiting calls fail with UNAVAILABLE.
 
         Args:
-            deadline: how long to wait for the threads; None: without limit.
+            deadline: until when to wait for the threads to end; None: without limit.
 
         Returns:
             Whether all threads have ended.

@@ -1,4 +1,4 @@
-"""Infer the texts of a call: from the cache, from another call that runs the same text, or with the workers."""
+"""Return the model's outputs for the texts of a call: from the cache, from a call that runs them, or by the workers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath, ServiceError, Violation, invalid_fields
 
-#: Texts with at most this many characters together are tokenized on the event loop: a change of threads takes longer.
+#: Texts with at most this many characters together are tokenized on the event loop: to hand them to a thread of the
+#: pool would take longer than to tokenize them.
 _FEW_CHARACTERS = 2000
-#: A text with more characters takes memory, and a thread of the pool for long. Calls with such texts are tokenized one
-#: at a time.
+#: A text with more characters than this takes much memory, and occupies a thread of the pool for long. So calls with
+#: such a text are tokenized one at a time.
 _MANY_CHARACTERS = 2**16
-#: Calls whose texts have more characters together take turns, too, a few at a time: the tokenizer holds the interpreter
-#: most of the time, and many threads of the pool would compete with the event loop for it.
+#: Calls whose texts have more characters than this together also take turns, a few calls at a time. The tokenizer holds
+#: the interpreter lock most of the time, so many threads of the pool would compete with the event loop for it.
 _TURN_CHARACTERS = 2**14
 
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ class InferenceRequest:
         prompt: the prompt before each text.
         truncation: the truncation of long texts.
         path: returns the path of text i in the request, for errors.
-        caller: the caller, with priority and deadline.
+        caller: the caller, with lane and deadline.
     """
 
     model: Model
@@ -58,13 +59,13 @@ class InferenceRequest:
 
 @dataclass(frozen=True)
 class Inference:
-    """The output of a model for the texts of a request.
+    """The output of a model for the texts of a request. All three times are 0 if the cache had all texts.
 
     Attributes:
         output: float32 (texts, width): vectors or logits, one row for each text.
-        tokens: the number of tokens of each text.
+        tokens: the number of tokens of each text, after truncation.
         truncated: whether each text was truncated.
-        tokenize_seconds: wall time of tokenizing; like the others, 0 if the cache had all texts.
+        tokenize_seconds: wall time of tokenizing.
         queue_seconds: wall time in the queue, and of waiting for other calls that ran the same texts.
         infer_seconds: wall time of the model's runs.
     """
@@ -90,9 +91,9 @@ class Inferrer:
     """Runs texts through models. Use from one event loop only.
 
     Args:
-        pool: runs the tokenizer.
-        scheduler: the workers.
-        cache_bytes: bytes of outputs that the cache keeps at most; 0: none.
+        pool: thread pool that runs the tokenizer.
+        scheduler: runs the models.
+        cache_bytes: most bytes of the cache of outputs; 0: nothing is cached.
     """
 
     def __init__(self, pool: Executor, scheduler: Scheduler, cache_bytes: int) -> None:
@@ -101,14 +102,18 @@ class Inferrer:
         self.cache = Cache(cache_bytes)
         self.flights = Flights()
         self._long_turn = asyncio.Semaphore(1)
-        #: For each lane, so that no interactive call waits for the texts of many streams.
+        #: Turns of calls with many characters. Each lane has its own, so that no interactive call waits for the texts
+        #: of many streams.
         self._turns = {lane: asyncio.Semaphore(max(1, usable_cores() // 4)) for lane in Lane}
 
     async def infer(self, request: InferenceRequest) -> Inference:
-        """Run texts through a model.
+        """Return the output of a model for each text of a request; equal texts are run once.
 
         Raises:
-            ServiceError: as `TextTokenizer.tokenize` and `Scheduler.run` do.
+            ServiceError: INVALID_ARGUMENT for texts that cannot be tokenized or are too long (see
+                `TextTokenizer.tokenize`), or if the call has more tokens than may wait; RESOURCE_EXHAUSTED if too many
+                tokens wait or the deadline cannot be met; DEADLINE_EXCEEDED if the call waited too long to meet it;
+                INTERNAL if the model failed; UNAVAILABLE if the server is stopping or has no worker.
         """
         number, prompt, truncation = request.model.encoder.number, request.prompt, request.truncation
         keys = [Key(number, prompt, truncation, text) for text in request.texts]
@@ -131,11 +136,20 @@ class Inferrer:
         )
 
     async def count_tokens(self, model: Model, texts: Sequence[str], prompt: str) -> list[int]:
-        """Return the number of tokens of each text with its prompt, before truncation."""
+        """Return the number of tokens of each text, with prompt and special tokens, before truncation.
+
+        Args:
+            model: the model whose tokenizer counts.
+            texts: the texts.
+            prompt: the prompt before each text.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for each text that is too long for a tokenizer that cannot read it in pieces.
+        """
         return await self._in_pool(texts, lambda stop: model.tokenizer.count(texts, prompt, stop))
 
     def _turn(self, texts: Sequence[str], lane: Lane) -> asyncio.Semaphore | None:
-        """Return the turn that a call must have before its texts are tokenized; None: no turn."""
+        """Return the semaphore that a call must hold while its texts are tokenized; None if they are few and short."""
         if any(len(text) > _MANY_CHARACTERS for text in texts):
             return self._long_turn
         return self._turns[lane] if sum(map(len, texts)) > _TURN_CHARACTERS else None
@@ -146,12 +160,17 @@ class Inferrer:
         tokenize: Callable[[Callable[[], bool]], Result],
         lane: Lane = Lane.INTERACTIVE,
     ) -> Result:
-        """Tokenize texts in the pool. If the caller leaves, it stops after the present piece of text.
+        """Tokenize texts on a thread of the pool, and return the result; large texts first wait for their turn.
+
+        If the caller leaves, tokenizing stops after the current piece of text.
 
         Args:
             texts: the texts.
-            tokenize: tokenizes them; its argument returns whether to stop.
+            tokenize: tokenizes the texts. Its argument is a function that returns whether to stop.
             lane: the lane of the call.
+
+        Raises:
+            ServiceError: any error of `tokenize`.
         """
         stop, loop = threading.Event(), asyncio.get_running_loop()
         turn = self._turn(texts, lane)
@@ -164,7 +183,7 @@ class Inferrer:
                 turn.release()
             raise
         if turn is not None:
-            # Not already when the caller leaves: the piece takes memory until it is done.
+            # The turn ends with the work, not when the caller leaves: until then the work takes memory.
             work.add_done_callback(partial(_end_turn, loop, turn))
         try:
             return await asyncio.wrap_future(work)
@@ -174,7 +193,16 @@ class Inferrer:
     async def _compute(
         self, request: InferenceRequest, places: Mapping[Key, Sequence[int]], times: _Times
     ) -> dict[Key, Entry]:
-        """Run each text that the cache does not have once; `places` has its indexes in the request."""
+        """Return an entry for each key of `places`: from this call's run, or from another call's run of the same text.
+
+        Args:
+            request: the request.
+            places: the keys that the cache does not have, each with the indexes of its text in the request.
+            times: the times of the call; the times of the steps are added.
+
+        Raises:
+            ServiceError: as `infer` does.
+        """
         caller = request.caller
         self._scheduler.check_room(caller)
         missing = await self._tokenize(request, places, times)
@@ -201,7 +229,12 @@ class Inferrer:
     async def _tokenize(
         self, request: InferenceRequest, places: Mapping[Key, Sequence[int]], times: _Times
     ) -> dict[Key, TokenizedText]:
-        """Tokenize each text once.
+        """Tokenize the text of each key of `places` once, and set `times.tokenize`.
+
+        Args:
+            request: the request.
+            places: the keys, each with the indexes of its text in the request.
+            times: the times of the call.
 
         Raises:
             ServiceError: as `TextTokenizer.tokenize` does. The error names all places of an invalid text.
@@ -237,18 +270,21 @@ class Inferrer:
 
 
 def _at_all_places(error: ServiceError, places: Sequence[Sequence[int]], path: FieldPath) -> ServiceError:
-    """Return an error about distinct texts as an error that names each text of the request, in its order.
+    """Convert an error about the distinct texts of a request to an error that names each invalid text of the request.
 
     Args:
-        error: the error; the field of a violation is the index of a distinct text.
-        places: the indexes in the request of each distinct text.
-        path: returns the path of a text of the request.
+        error: the error; the field of each violation is the index of a distinct text.
+        places: for each distinct text, its indexes in the request.
+        path: returns the path of text i of the request.
+
+    Returns:
+        An INVALID_ARGUMENT error with a violation for each invalid text, in the order of the request.
     """
     found = [(i, violation.description) for violation in error.violations for i in places[int(violation.field)]]
     return invalid_fields([Violation(path(i), description) for i, description in sorted(found)])
 
 
 def _end_turn(loop: asyncio.AbstractEventLoop, turn: asyncio.Semaphore, _: Future[Any]) -> None:
-    """End the turn of a call, from any thread."""
+    """Release the semaphore `turn`, which belongs to the event loop `loop`. May be called from any thread."""
     with suppress(RuntimeError):  # the loop is closed, so no call waits for a turn
         loop.call_soon_threadsafe(turn.release)

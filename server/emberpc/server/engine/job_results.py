@@ -14,25 +14,31 @@ log = logging.getLogger(__name__)
 
 
 def failure() -> ServiceError:
-    """Return the error of a call on whose texts the model failed."""
+    """Return the INTERNAL error of a call on whose texts the model failed."""
     return ServiceError(Code.INTERNAL, "the model failed on this call")
 
 
 def result_of(job: Job, end: float) -> JobResult:
-    """Return the result of a job that has all rows; its last batch ended at `end` (`perf_counter`)."""
+    """Return the result of a job that has all rows.
+
+    Args:
+        job: the job.
+        end: when the last batch of the job ended, in seconds of `perf_counter`.
+    """
     rows = [row for row in job.rows if row is not None]
     return JobResult(rows, job.started - job.submitted, end - job.started)
 
 
 def fail(jobs: Iterable[Job], error: ServiceError) -> None:
-    """Send an error to the callers of jobs."""
+    """Send an error to the callers of the jobs that are not over, and mark these jobs as over."""
     send([(job, error) for job in jobs])
 
 
 def send(outcomes: Sequence[tuple[Job, JobResult | ServiceError]]) -> None:
-    """Send results and errors to callers, with one wake-up for each event loop.
+    """Send results and errors to the callers of the jobs that are not over, and mark these jobs as over.
 
-    A wake-up of an event loop is a system call, and makes the thread of the loop run.
+    May be called from any thread. Each event loop is woken once for all of its jobs: to wake an event loop takes a
+    system call, and makes the thread of the loop run.
     """
     loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[Job, JobResult | ServiceError]]] = defaultdict(list)
     for job, outcome in outcomes:

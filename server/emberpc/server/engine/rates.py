@@ -1,4 +1,4 @@
-"""Measure the throughput of the workers: the usual rate, and the best rate."""
+"""Measure the throughput of a worker in tokens per second: the usual rate, and the best rate."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections import deque
 from math import inf
 from statistics import median
 
-#: Number of last batches whose median is the usual rate. A median does not follow one slow or fast batch.
+#: Number of the last measured batches; the usual rate is the median of their rates. One slow or fast batch does not
+#: change a median much.
 _RATE_BATCHES = 9
-#: Number of measured batches before a call is refused because of its deadline.
+#: Number of batches that must be measured before a call may be refused because of its deadline.
 _LEAST_BATCHES = 3
-#: Number of batches whose fastest gives the best rate. Older batches do not count: a host may become permanently
-#: slower.
+#: Number of batches of a period. The best rate is that of the fastest batch of the current and the previous period.
+#: Older batches do not count: a host may become permanently slower.
 _BEST_BATCHES = 1000
 #: Assumed tokens per second of one worker before the first measurement; no call is refused because of it.
 _FIRST_RATE = 2000.0
 
 
 class Rates:
-    """Measured tokens per second of one worker. Not thread-safe."""
+    """Measured tokens per second of one worker. `usual` is the median of the last 9 batches. Not thread-safe."""
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_RATE_BATCHES)
-        #: Fastest rate of the present period of `_BEST_BATCHES` batches, and of the period before; batches so far.
+        #: Fastest rates, in tokens per second, of the current and the previous period of `_BEST_BATCHES` batches, and
+        #: the number of batches of the current period so far.
         self._fastest, self._fastest_before, self._counted = 0.0, 0.0, 0
         self.usual = _FIRST_RATE
 
@@ -33,11 +35,11 @@ class Rates:
 
     @property
     def best(self) -> float:
-        """Rate of the fastest batch; infinite before enough batches were measured."""
+        """Tokens per second of the fastest of the last 1000 to 2000 batches; infinite before 3 were measured."""
         return max(self._fastest, self._fastest_before) if self.measured else inf
 
     def add(self, rate: float) -> None:
-        """Add the tokens per second of a batch."""
+        """Add the rate of a batch, in tokens per second, to both measurements."""
         self._latest.append(rate)
         self.usual = median(self._latest)
         if self._counted >= _BEST_BATCHES:

@@ -1,4 +1,4 @@
-"""Run micro-batches on a fixed number of threads, from a bounded queue."""
+"""Run micro-batches on a fixed number of threads. The texts wait in a queue with a limit of tokens."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 #: Least size of a batch whose rate is measured, as a share of the size of a micro-batch. The rates of smaller batches
 #: say nothing about the throughput of a full queue.
 _LEAST_MEASURED_SHARE = 0.25
-#: Longest time between two turns of bulk work: it gets slower under interactive load, but never stops.
+#: Longest time in seconds between two turns of bulk work: it gets slower under interactive load, but never stops.
 _BULK_SECONDS = 0.25
-#: Factor for the error of time estimates. A call that starts and misses its deadline is wasted work.
+#: Factor for the error of an estimated time. The work of a call that starts and then misses its deadline is wasted.
 _MARGIN = 1.25
 _LATE = (
     "the rest of the call cannot be done before its deadline; give it a longer timeout, send fewer texts, or try again "
@@ -47,33 +47,33 @@ _ANYBODY = Caller()
 
 @dataclass
 class Counts:
-    """Numbers of the work that was done since the start."""
+    """Counts since the start of the server: of batches, of the texts and tokens that were run, and of failures."""
 
     batches: int = 0
     texts: int = 0
     tokens: int = 0
-    #: Padding tokens.
+    #: Padding tokens, which are not counted in `tokens`.
     padding: int = 0
-    #: Calls that were refused, since too many tokens waited or the deadline was too soon.
+    #: Calls that were refused before they waited, since too many tokens waited or the deadline was too soon.
     refused: int = 0
-    #: Calls that were dropped from the queue, since their deadline could not be met.
+    #: Calls that failed while they waited, since their deadline could not be met any more.
     expired: int = 0
     failed_batches: int = 0
     lost_workers: int = 0
 
 
 class Scheduler:
-    """Runs jobs on a fixed number of threads.
+    """Runs jobs on a fixed number of threads, the workers.
 
-    One more thread, the express worker, runs interactive work while all other workers run bulk work. A short call then
+    One more thread, the express worker, runs interactive texts while all workers run bulk texts. A short call then
     shares a core for some milliseconds and does not wait for the end of a bulk batch, which takes some 100 ms. If only
-    one text is in the queue, its run may use all cores.
+    one text is in the queue and no worker is busy, its run may use as many threads as there are workers.
 
     Args:
-        workers: number of threads; each runs one micro-batch at a time on one core.
+        workers: number of workers; each runs one micro-batch at a time on one core. RuntimeError if none can start.
         batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
         max_queue_tokens: most tokens that may wait.
-        on_failure: called on a worker's thread when a worker died and could not be replaced; see `revive`.
+        on_failure: called on the thread of a worker that died and could not be replaced; see `revive`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Scheduler:
             raise RuntimeError("the system gives no thread for a worker")
 
     async def run(self, runner: BatchRunner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
-        """Run the texts of one call. If the caller leaves, the texts that still wait are dropped.
+        """Run the texts of one call; return their outputs. If the caller leaves, texts that still wait are dropped.
 
         Args:
             runner: runs the batches.
@@ -109,8 +109,8 @@ class Scheduler:
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if too many tokens wait or the deadline cannot be met, INVALID_ARGUMENT if
-                the call has more tokens than may wait, DEADLINE_EXCEEDED if it was not started in time, INTERNAL if
-                the model failed, UNAVAILABLE if the server is stopping.
+                the call has more tokens than may wait, DEADLINE_EXCEEDED if the call waited too long to meet its
+                deadline, INTERNAL if the model failed, UNAVAILABLE if the server is stopping or has no worker.
         """
         job = Job(runner, texts, caller, asyncio.get_running_loop().create_future())
         self._submit(job)
@@ -120,18 +120,14 @@ class Scheduler:
             self._end(job)
 
     def check_room(self, caller: Caller) -> None:
-        """Check, before a call is tokenized, that the queue has room for it.
-
-        Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the queue is full or the deadline cannot be met.
-        """
+        """Raise RESOURCE_EXHAUSTED if the queue is full, or if its texts alone make a new call miss its deadline."""
         with self._lock:
             if self._backlog.tokens >= self._max_queue_tokens:
                 raise self._full(0)
             self._check_time(0, caller)
 
     def revive(self) -> int:
-        """Start the missing threads, as far as the system allows; return the number of live workers."""
+        """Start the missing threads, as far as the system allows; return the number of live workers (not express)."""
         with self._lock:
             for name in (*(f"worker-{i}" for i in range(self._workers)), "express"):
                 if name not in self._threads and not self._closing:
@@ -142,39 +138,39 @@ class Scheduler:
             return self._alive
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Set the most tokens of the micro-batches that follow."""
+        """Set the most tokens, padding included, of the micro-batches that follow."""
         with self._lock:
             self._batch_tokens = tokens
             self._backlog.set_batch_tokens(tokens)
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
-        """Return the lane of a call: a large call is bulk work, whatever its caller asked for."""
+        """Return the lane of a call: BULK if it has more tokens than two full micro-batches, else the caller's lane."""
         return self._backlog.lane(tokens, caller)
 
     @property
     def waiting_tokens(self) -> int:
-        """Number of waiting tokens."""
+        """Number of tokens that wait for a worker, in all lanes."""
         return self._backlog.tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of one worker, the median of the last batches."""
+        """Tokens per second of one worker: the median of the last 9 measured batches; 2000 before the first."""
         return self._rates.usual
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop each worker after its present batch, and wait for it; waiting calls fail with UNAVAILABLE.
+        """Stop each thread after its current batch, and wait for all threads. Waiting calls fail with UNAVAILABLE.
 
         Args:
-            deadline: how long to wait; None: without limit.
+            deadline: until when to wait; None: without limit.
 
         Returns:
-            Whether all workers have ended.
+            Whether all threads have ended.
         """
         threads, deadline = self.stop(), deadline or Deadline()
         return all(deadline.join(thread) for thread in threads)
 
     def stop(self) -> list[threading.Thread]:
-        """Tell each worker to stop after its present batch; return the threads. Waiting calls fail with UNAVAILABLE."""
+        """Make each thread end after its current batch, and return the threads. Waiting calls fail with UNAVAILABLE."""
         with self._lock:
             self._closing = True
             waiting = self._backlog.drain()
@@ -204,7 +200,7 @@ class Scheduler:
                 self._express_waits.notify()
 
     def _end(self, job: Job) -> None:
-        """Remove a call that ended. If its caller left, its waiting texts are removed from the queue."""
+        """Mark a job as over. If its caller left before it was done, remove its waiting texts from the queue."""
         job.over = True
         with self._lock:
             self._live.discard(job)
@@ -212,12 +208,12 @@ class Scheduler:
                 self._backlog.discard(job)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED if a call of `tokens` tokens cannot meet its deadline."""
+        """Raise RESOURCE_EXHAUSTED, and count a refusal, if a call of `tokens` tokens cannot meet its deadline."""
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
-        # The calls before this call, its own tokens, and, if it must wait, a whole batch on one worker: the batch in
-        # progress takes no longer than that.
+        # The time of the texts that run before this call, the time of its own tokens, and, if it must wait, the time of
+        # a full batch on one worker: the batch in progress takes no longer than that.
         needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
         left = caller.deadline - perf_counter()
         if _MARGIN * needed > left:
@@ -243,19 +239,19 @@ class Scheduler:
         )
 
     def _seconds(self, tokens: int) -> float:
-        """Return the estimated seconds that all workers need for `tokens` tokens."""
+        """Return the estimated seconds that all live workers together need for `tokens` tokens."""
         return tokens / (self._rates.usual * max(1, self._alive))
 
     def _least_seconds(self, job: Job) -> float:
-        """Return the least seconds that the rest of a job needs, at the best rate; 0 before rates are measured."""
+        """Return the least seconds that a job still needs, at the workers' best rate; 0 before rates are measured."""
         return job.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
-        """Return whether interactive work waits while all workers run bulk work."""
+        """Return whether interactive texts wait while all live workers run bulk batches; False if none is alive."""
         return self._at_bulk >= self._alive > 0 and self._backlog.waits(Lane.INTERACTIVE)
 
     def _start(self, name: str) -> None:
-        """Start a thread. The express worker does not count as alive, since it runs no bulk work.
+        """Start a thread, named `express` or `worker-N`. `express` is not counted as alive, since it runs no bulk work.
 
         Raises:
             RuntimeError: the system gives no thread.
@@ -277,7 +273,7 @@ class Scheduler:
     def _work_once(self, express: bool) -> bool:
         """Wait for a batch and run it; return False when the server is stopping.
 
-        A function of its own, so that its locals, and with them the batch, are released before the next wait.
+        In a function of its own, the local variables, and so the batch, are freed before the next wait.
         """
         batch = self._express_batch() if express else self._next_batch()
         if batch:
@@ -305,12 +301,15 @@ class Scheduler:
                     return wanted
 
     def _take(self, lane: Lane) -> list[Item]:
-        """Return a batch of a lane without the texts of calls that ended or cannot meet their deadline."""
+        """Take a batch from a lane with waiting texts. Return its texts of calls that wait and can meet their deadline.
+
+        Calls that cannot meet their deadline fail with DEADLINE_EXCEEDED. The result may be empty. Needs the lock.
+        """
         now = perf_counter()
         try:
             batch = self._backlog.take(lane)
         except BaseException:
-            # The queue is inconsistent: which texts were removed is unknown. No caller may hang.
+            # The queue is inconsistent: which texts were removed is unknown. So all calls fail, since none may hang.
             self._backlog.drain()
             fail(self._live, failure())
             raise
@@ -342,7 +341,7 @@ class Scheduler:
                 self._at_bulk -= bulk
 
     def _run_and_finish(self, batch: list[Item], threads: int = 1) -> None:
-        """Run a batch. If it fails, run its calls one by one, so that only the calls fail whose own texts fail."""
+        """Run a batch. If it fails, run its calls one by one, so that only calls whose own texts fail get INTERNAL."""
         start = perf_counter()
         try:
             output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch], threads)
@@ -361,13 +360,13 @@ class Scheduler:
             self._run_and_finish(own)
 
     def _finish(self, batch: list[Item], output: Output, start: float, end: float, threads: int) -> None:
-        """Give each text of a batch its output row, and finish the jobs that have all rows."""
+        """Store the output of a batch, run from `start` to `end` (`perf_counter`); send results of complete jobs."""
         tokens = sum(item.length for item in batch)
         finished = []
-        # Copies: a row alone would keep the whole batch's output in memory.
+        # Copies, since a row that is a view would keep the output of the whole batch in memory.
         rows = [np.array(row) for row in output]
         with self._lock:
-            # The rate is that of one worker, so runs on several threads do not count.
+            # The measured rate is that of one thread, so runs on several threads do not count.
             if threads == 1 and tokens >= self._batch_tokens * _LEAST_MEASURED_SHARE:
                 self._rates.add(tokens / (end - start))
             self.counts.batches += 1
@@ -384,7 +383,10 @@ class Scheduler:
         send([(job, result_of(job, end)) for job in finished])
 
     def _leave(self, name: str) -> None:
-        """Remove a thread that ends. If it died, replace it; if no worker is left, fail the waiting calls."""
+        """Remove a thread that ends. Unless the server is stopping, the thread died: start another one in its place.
+
+        If that fails, call `on_failure`; if no worker is left, too, the waiting calls fail with UNAVAILABLE.
+        """
         with self._lock:
             self._alive -= name != "express"
             del self._threads[name]
@@ -406,9 +408,9 @@ class Scheduler:
 
 
 def _lower_priority() -> None:
-    """Lower the priority of this thread below the threads that accept and refuse calls.
+    """Lower the priority of this thread below the threads that accept and refuse calls, if the system allows it.
 
-    Those threads need little time of a core, but need it at once.
+    Threads that accept and refuse calls need little time of a core, but need it at once.
     """
     if sys.platform == "linux":  # on other systems a thread has no priority of its own
         with suppress(OSError):  # some containers forbid it; the work is done without it

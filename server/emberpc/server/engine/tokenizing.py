@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-# The server's own threads are the parallelism; the library's would compete with them for the same cores.
+# The server runs the tokenizer on several threads of its own. Threads of the library would compete with them for the
+# same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import Encoding, Tokenizer
@@ -23,26 +24,27 @@ from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 
 TokenIds = npt.NDArray[np.int64]
 
-#: A text is long if it has more characters than this for each token of the model's length limit. A long text is
-#: tokenized alone, in pieces of that size, until it is known to exceed the limit. In one piece, 2 MB of punctuation
-#: would take 325 MB.
+#: A text is long if it has more characters than this number times the model's length limit in tokens. A long text is
+#: tokenized alone, in pieces of about that many characters, until it is known to exceed the length limit. In one piece,
+#: 2 MB of punctuation would take 325 MB of memory.
 _CHARACTERS_PER_TOKEN = 32
-#: If texts cannot be cut into pieces, longer and longer heads are tokenized; each is this factor longer than the last.
+#: Factor by which the tokenized head of a long text grows from one try to the next, for texts that cannot be cut into
+#: pieces. The head is the first part of the text.
 _GROWTH = 4
 #: Most characters of short texts that are tokenized together in one call of the tokenizer. A single short text may have
 #: more.
 _TOGETHER = 2**17
 #: Most characters that are tokenized in one call if a text cannot be cut into pieces; more only if the model's length
-#: limit needs more. Byte-level BPE takes 0.6 s and 60 MB for them, and cannot be stopped meanwhile.
+#: limit needs more. A byte-level BPE tokenizer takes 0.6 s and 60 MB for this number, and cannot be stopped meanwhile.
 _MOST_AT_ONCE = 2**18
 
 
-#: Path of text i in most requests.
+#: Returns the path of text i in most requests: `texts[i]`.
 _TEXTS = items_of("texts")
 
 
 class Truncation(str, Enum):
-    """Handling of a text that has more tokens than the model's length limit."""
+    """Handling of a text with more tokens than the model reads: refuse it, keep its start (END), or its end (START)."""
 
     REFUSE = "refuse"
     END = "end"
@@ -50,17 +52,17 @@ class Truncation(str, Enum):
 
 
 class AbandonedError(Exception):
-    """Tokenizing was stopped, since its caller left."""
+    """Tokenizing was stopped, since the caller of the call left."""
 
 
 def never() -> bool:
-    """Return False; a `stop` for work that is never stopped."""
+    """Return False. To be passed as `stop` for work that is never stopped."""
     return False
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Token ids of one text, with special tokens and prompt, and whether the text was truncated."""
+    """Token ids of one text, int64 (tokens,), with special tokens and prompt, and whether the text was truncated."""
 
     ids: TokenIds
     truncated: bool = False
@@ -70,14 +72,19 @@ class TextTokenizer:
     """The tokenizer of a bundle. Thread-safe.
 
     Args:
-        path: its `tokenizer.json`.
+        path: the `tokenizer.json` of the bundle.
         max_tokens: length limit of a text, in tokens, with prompt and special tokens.
-        contents: reads the file; None: read it from disk.
+        contents: reads the file, and keeps its bytes; None: the file is read from disk.
+
+    Raises:
+        BundleError: the file cannot be read.
+        Exception: the file is no tokenizer; the library has no narrower error.
     """
 
     def __init__(self, path: Path, max_tokens: int, contents: Contents | None = None) -> None:
         self._tokenizer = Tokenizer.from_buffer((contents or Contents()).read(path))
-        # Foreign files may set truncation and padding. Here a text is truncated on request, and a batch pads its texts.
+        # The tokenizer.json of a foreign folder may truncate and pad. Here the call decides about truncation, and each
+        # batch pads its own texts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
@@ -86,7 +93,7 @@ class TextTokenizer:
 
     @property
     def _long(self) -> int:
-        """Most characters of a text that is never cut into pieces; longer texts are cut if the tokenizer allows it."""
+        """Most characters of a short text, prompt included. Longer texts are cut into pieces if that is possible."""
         return _CHARACTERS_PER_TOKEN * self.max_tokens
 
     @property
@@ -101,13 +108,13 @@ class TextTokenizer:
         stop: Callable[[], bool] = never,
         path: FieldPath = _TEXTS,
     ) -> list[int]:
-        """Count the tokens of each text with its prompt, before any truncation.
+        """Return the number of tokens of each text, with prompt and special tokens, before any truncation.
 
         Args:
             texts: the texts.
-            prompt: prompt of each text.
-            stop: whether to stop, since the caller left; called between pieces.
-            path: path of text i in the request, for errors.
+            prompt: the prompt before each text.
+            stop: returns whether to stop, since the caller left; called between pieces.
+            path: returns the path of text i in the request, for errors.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for each text that is too long for a tokenizer that cannot read it in pieces.
@@ -132,14 +139,14 @@ class TextTokenizer:
         path: FieldPath,
         stop: Callable[[], bool] = never,
     ) -> list[TokenizedText]:
-        """Tokenize texts.
+        """Return the token ids of each text, in the order of the texts.
 
         Args:
             texts: the texts.
-            prompt: prompt of each text.
-            truncation: handling of texts of more than `max_tokens` tokens.
-            path: path of text i in the request, for errors.
-            stop: whether to stop, since the caller left; called between pieces.
+            prompt: the prompt before each text.
+            truncation: handling of a text that has more tokens than the model reads.
+            path: returns the path of text i in the request, for errors.
+            stop: returns whether to stop, since the caller left; called between pieces.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for each text that has no token, that has too many tokens under REFUSE, or
@@ -172,7 +179,11 @@ class TextTokenizer:
         return result
 
     def _short(self, texts: Sequence[str], stop: Callable[[], bool]) -> Iterator[list[int]]:
-        """Yield the token ids of each text, with special tokens; tokenize groups of texts in one call."""
+        """Yield the token ids of each text, with special tokens. Groups of texts are tokenized in one call.
+
+        Raises:
+            AbandonedError: `stop` returned True before a group.
+        """
         together: list[str] = []
         characters = 0
         for text in texts:
@@ -184,7 +195,7 @@ class TextTokenizer:
         yield from self._ids(together, stop)
 
     def _ids(self, texts: Sequence[str], stop: Callable[[], bool]) -> list[list[int]]:
-        """Return the token ids of each text, with special tokens."""
+        """Return the token ids of each text, with special tokens; raise AbandonedError if `stop` returns True."""
         if stop():
             raise AbandonedError
         found = [None if self._words is None else self._words.ids(text) for text in texts]
@@ -195,7 +206,7 @@ class TextTokenizer:
         return [next(encodings).ids if ids is None else ids for ids in found]
 
     def _bare(self, piece: str, stop: Callable[[], bool]) -> list[int]:
-        """Return the token ids of a piece of a text, without special tokens."""
+        """Return the token ids of a piece without special tokens; raise AbandonedError if `stop` returns True."""
         if stop():
             raise AbandonedError
         ids = None if self._words is None else self._words.bare(piece)
@@ -204,13 +215,21 @@ class TextTokenizer:
         return ids
 
     def _read(self, whole: str, truncation: Truncation, stop: Callable[[], bool]) -> tuple[list[int], str]:
-        """Tokenize the head of a long text.
+        """Tokenize a part of a long text that is enough to know whether the text exceeds the length limit.
 
-        The head is the whole text, or exceeds the length limit, or has as many characters as are tokenized in one call.
-        With Truncation.START it is the end of the text instead.
+        The part is the head of the text; with Truncation.START it is the end of the text. It is the whole text, or has
+        more tokens than the length limit, or has the most characters that are tokenized in one call.
+
+        Args:
+            whole: prompt and text.
+            truncation: decides at which end the part lies.
+            stop: returns whether to stop, since the caller left.
 
         Returns:
-            The token ids of the head, with special tokens, and the head.
+            The token ids of the part, with special tokens, and the part.
+
+        Raises:
+            AbandonedError: `stop` returned True.
         """
         if self._words is not None:
             backwards = truncation is Truncation.START
@@ -231,7 +250,10 @@ class TextTokenizer:
             length = min(length * _GROWTH, self._most_at_once)
 
     def _tail(self, text: str) -> str:
-        """Return the end of a text that is tokenized in one call; it starts at white space if there is any."""
+        """Return the end of a text, as long as one call of the tokenizer may read; the whole text if it is that short.
+
+        The end starts at white space if its first half has any.
+        """
         if len(text) <= self._most_at_once:
             return text
         tail = text[-self._most_at_once :]
@@ -241,9 +263,20 @@ class TextTokenizer:
     def _read_pieces(
         self, words: WordCache, text: str, enough: int, stop: Callable[[], bool], *, backwards: bool = False
     ) -> tuple[list[int], str]:
-        """Return the first token ids of a text (the last ones with `backwards`), and the part of the text they cover.
+        """Tokenize a text piece by piece, from its start, or with `backwards` from its end, until there are enough ids.
 
-        At least `enough` ids are returned if the text has as many; special tokens are not included.
+        Args:
+            words: cuts the text.
+            text: the text.
+            enough: number of token ids after which no further piece is tokenized.
+            stop: returns whether to stop, since the caller left; called before each piece.
+            backwards: whether to begin with the last piece.
+
+        Returns:
+            The token ids in the order of the text, without special tokens, and the part of the text that was tokenized.
+
+        Raises:
+            AbandonedError: `stop` returned True.
         """
         pieces: deque[str] = deque(words.pieces(text, self._long))
         read: list[str] = []
@@ -270,18 +303,21 @@ class TextTokenizer:
     def _truncate(
         self, prompt: str, text: str, head: str, ids: list[int], truncation: Truncation, stop: Callable[[], bool]
     ) -> list[int]:
-        """Return the token ids of a truncated text, with prompt and special tokens: `max_tokens` ids.
+        """Return the token ids of a truncated text, with prompt and special tokens: as many as the model reads.
 
         Args:
-            prompt: prompt of the text.
+            prompt: the prompt before the text.
             text: the text.
-            head: the start of prompt and text, which exceeds the length limit.
-            ids: token ids of the head, with special tokens.
+            head: the start of prompt and text, which exceeds the length limit; not used with START.
+            ids: token ids of the head, with special tokens; not used with START.
             truncation: END or START.
-            stop: whether to stop, since the caller left.
+            stop: returns whether to stop, since the caller left.
+
+        Raises:
+            AbandonedError: `stop` returned True.
         """
         if truncation is Truncation.START:
-            # The prompt stays at the start: only the text after it is truncated.
+            # The prompt is kept whole. Only the text after it is truncated.
             if self._words is not None:
                 before = self._bare(prompt, stop)
                 room = max(self._room - len(before), 0)

@@ -1,9 +1,9 @@
 """Cache the token ids of words.
 
-Most words of a text occurred in earlier texts. A BERT tokenizer splits at white space and at ASCII punctuation,
-whatever is around them. So the ids of a text are the ids of its words, one after the other. To look a word up takes a
-hundredth of the time that the tokenizer takes for it. Words that are not in the cache are given to the tokenizer, so
-the tokenizer defines every id.
+Most words of a text occurred in earlier texts. A BERT tokenizer always splits a text at white space and at ASCII
+punctuation, whatever the surrounding characters are. So the ids of a text are the ids of its words, one after the
+other. To look up a word takes a hundredth of the time that the tokenizer takes for the word. Words that are not in the
+cache are given to the tokenizer, so the tokenizer defines every id.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from tokenizers import Tokenizer
 Ids = tuple[int, ...]
 
 _PUNCTUATION = r"!-/:-@\[-`{-~"
-#: Runs of punctuation, in which the tokenizer makes each sign a word, and runs of other characters without white space.
-#: The latter may hold control characters: BERT's normalizer removes them and joins the characters around them.
+#: Matches a unit of the cache: a run of punctuation, in which each sign is a word of the tokenizer, or a run of other
+#: characters without white space. A run of other characters may hold control characters: BERT's normalizer removes them
+#: and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
-#: Places at which a text may be cut so that the ids of the parts, one after the other, are those of the text: after
-#: white space, since no added token contains any. Texts without added tokens may also be cut after
-#: punctuation, and between ideographs if the normalizer separates them.
+#: The end of a match is a place where a text may be cut: the ids of the parts, one after the other, are the ids of the
+#: text. Every text may be cut after white space (`_BLANK`), since no added token contains white space. A text without
+#: added tokens may also be cut after punctuation (`_SIGN`), and, if the normalizer separates ideographs, between two of
+#: them (`_SIGN_OR_IDEOGRAPH`).
 _BLANK = re.compile(r"[ \t\n\r]")
 _SIGN = re.compile(rf"[ \t\n\r{_PUNCTUATION}]")
 _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u4e00-\u9fff])")
-#: Characters of one call of a regular expression, which holds the interpreter lock.
+#: Most characters that one call searches for added tokens. The call holds the interpreter lock, so other threads wait.
 _SEARCHED = 2**16
-#: Longer words are not cached: most of them occur once.
+#: Most characters of a cached word. Longer words are not cached, since most of them occur only once.
 _MAX_CHARACTERS = 32
-#: Words of one generation of the cache. Two generations take at most 5 MB.
+#: Number of words at which a generation of the cache is full. The two generations together take at most 5 MB.
 _GENERATION = 12_000
 
 
@@ -41,11 +43,11 @@ class WordCache:
 
     Args:
         tokenizer: splits words at white space and punctuation only; neither truncates nor pads.
-        special: finds text that may be an added token; None: there are no added tokens.
-        ascii_only: whether texts with other characters may hold an added token that `special` does not find.
-        longest: characters of the longest added token.
-        before: ids before every text.
-        after: ids after every text.
+        special: matches where a text may hold an added token; None: there are no added tokens.
+        ascii_only: whether a text with characters outside of ASCII may hold an added token that `special` misses.
+        longest: number of characters of the longest added token.
+        before: ids of the special tokens before every text.
+        after: ids of the special tokens after every text.
         ideographs: whether the tokenizer makes each ideograph a word.
     """
 
@@ -67,7 +69,8 @@ class WordCache:
         self._before = before
         self._after = after
         self._cut_plain = _SIGN_OR_IDEOGRAPH if ideographs else _SIGN
-        #: Two generations. A word that occurs moves to the first. When the first is full, it becomes the second.
+        #: Ids by word, in two generations. A word that occurs is put into the new generation (`_lately`). When that is
+        #: full, it replaces the old generation (`_earlier`). So words that have not occurred lately are dropped.
         self._lately: dict[str, Ids] = {}
         self._earlier: dict[str, Ids] = {}
 
@@ -99,12 +102,18 @@ class WordCache:
         )
 
     def ids(self, text: str) -> list[int] | None:
-        """Return the token ids of a text, with special tokens; None if only the tokenizer can give them."""
+        """Return the token ids of a text, with special tokens; None if the text may hold an added token.
+
+        Only the tokenizer itself finds added tokens.
+        """
         bare = self.bare(text)
         return None if bare is None else self.framed(bare)
 
     def bare(self, text: str) -> list[int] | None:
-        """Return the token ids of a text without special tokens; None if only the tokenizer can give them."""
+        """Return the token ids of a text, without special tokens; None if the text may hold an added token.
+
+        Only the tokenizer itself finds added tokens.
+        """
         if not self._is_plain(text):
             return None
         words = _WORD.findall(text)
@@ -114,7 +123,7 @@ class WordCache:
         return list(chain.from_iterable(filter(None, found)))
 
     def framed(self, ids: Sequence[int]) -> list[int]:
-        """Return token ids with the special tokens of a text around them."""
+        """Return the token ids of a text with the special tokens before and after them."""
         return [*self._before, *ids, *self._after]
 
     def pieces(self, text: str, characters: int) -> list[str]:
@@ -122,7 +131,8 @@ class WordCache:
 
         Args:
             text: the text.
-            characters: least characters of a piece but the last. A piece is longer where the text cannot be cut.
+            characters: least number of characters of each piece except the last. A piece ends at the first place from
+                there on where the text may be cut.
         """
         cut, start, pieces = (self._cut_plain if self._is_plain(text) else _BLANK), 0, []
         while len(text) - start > characters and (found := cut.search(text, start + characters - 1)):
@@ -140,11 +150,17 @@ class WordCache:
         return not any(self._special.search(text, i * _SEARCHED, end) for i, end in enumerate(ends))
 
     def cut(self, ids: list[int], max_tokens: int) -> list[int]:
-        """Truncate the result of `ids` at the end of the text to `max_tokens` ids with special tokens."""
+        """Return the start of `ids`, and after it the special tokens of the end, together `max_tokens` ids.
+
+        `ids` are more than `max_tokens` token ids of a text, with special tokens.
+        """
         return [*ids[: max_tokens - len(self._after)], *self._after]
 
     def _find(self, words: Sequence[str], found: list[Ids | None]) -> None:
-        """Fill in the ids of words that the newest generation does not hold."""
+        """Replace each None in `found` by the ids of the word at the same index, and cache these ids.
+
+        The ids come from the old generation of the cache, or else from the tokenizer.
+        """
         missing = {word for word, ids in zip(words, found, strict=True) if ids is None}
         learnt = {word: self._earlier[word] for word in missing & self._earlier.keys()}
         if new := [*missing - learnt.keys()]:
@@ -159,9 +175,10 @@ class WordCache:
 
 
 def _may_hold(token: dict[str, Any]) -> str:
-    """Return a pattern that matches in every text that holds an added token.
+    """Return a regular expression that matches in every text that holds an added token of `tokenizer.json`.
 
-    A token that is searched for in normalised text can be written in several ways; all begin with the same character.
+    A token with `normalized` can be written in several ways, which all begin with the same character. The expression
+    then is that character, else the whole token.
     """
     content: str = token["content"]
     return re.escape(content[0] if token["normalized"] else content)

@@ -20,20 +20,24 @@ from emberpc.server.errors import items_of
 
 log = logging.getLogger(__name__)
 
-#: Size before the measurement, and on hosts where it fails.
+#: Most tokens of a micro-batch, padding included, before the measurement, and on hosts where the measurement fails.
 DEFAULT_BATCH_TOKENS = 512
-#: Measured sizes. Smaller batches do not keep the arithmetic units of a core busy; larger ones fit into no cache.
+#: Measured sizes of micro-batches, in tokens. Smaller batches do not keep the arithmetic units of a core busy. Larger
+#: batches do not fit into the caches of a processor.
 _CANDIDATES = (128, 256, 512, 1024)
+#: Tokens of each text of the measured batches.
 _TEXT_TOKENS = 32
-#: Runs of each size, in turns. The fastest run counts, since other work on the host only makes runs slower.
+#: Runs of each size. The sizes take turns. The fastest run counts, since other work on the host only makes runs slower.
 _ROUNDS = 3
-#: Share of the best throughput that suffices. The smallest size that reaches it is chosen: a call that comes next waits
-#: for a shorter batch.
+#: Share of the best throughput that suffices. The smallest size that reaches this share is chosen: during a smaller
+#: batch, a new call waits less.
 _NEAR = 0.98
-#: Least share of a core that the measuring thread has on an idle host; with less, the host was busy.
+#: Least CPU time of the measuring thread on an idle host, as a share of the wall time. With less, the host was busy.
 _IDLE_SHARE = 0.9
-#: Seconds after which a measurement is done again at the next start: hosts and neighbours change.
+#: Seconds (30 days) after which a measurement is repeated at the next start of the server: hosts and the other work on
+#: them change.
 _MAX_AGE = 30 * 24 * 3600.0
+#: The text whose token ids are repeated or cut to `_TEXT_TOKENS` ids.
 _SOME_TEXT = "what a text is about does not matter here, only how many tokens it has when it is cut to measure"
 
 
@@ -47,20 +51,28 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Tokens per second of one thread, by the tokens of a batch; and the share of a core that the thread had."""
+    """A measurement of all sizes.
+
+    Attributes:
+        rates: tokens per second of one thread, by the size of a micro-batch in tokens.
+        share: CPU time of the thread as a share of the wall time (0 to 1).
+    """
 
     rates: dict[int, float]
     share: float
 
 
 def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool] = lambda: False) -> Calibration | None:
-    """Return the best size of a micro-batch in tokens, from the record if it was measured before.
+    """Return the best size of a micro-batch in tokens, from a file if it was measured before, else by measuring it.
+
+    A result of a busy host is returned, but not written to the file: the caller should measure again later. A file that
+    cannot be written is logged.
 
     Args:
-        model: what to measure with.
-        record: JSON file with the result. It is written if it is missing, older than 30 days, or of another model,
-            processor, number of cores or ONNX Runtime. It is not written if the host is busy: measure again later.
-        stop: whether to stop measuring; called between batches.
+        model: the model that is run to measure.
+        record: JSON file with the last measurement. If it is missing, damaged, older than 30 days, or of another model,
+            processor, number of cores or ONNX Runtime, the size is measured and the file is written.
+        stop: returns whether to stop measuring; called between batches.
 
     Returns:
         The best size; None if `stop` ended the measurement.
@@ -107,7 +119,7 @@ def choose(rates: Mapping[int, float]) -> int:
 
 
 def _circumstances(model: Model) -> str:
-    """Return a text of everything that a measurement depends on."""
+    """Return a text that names all that a measurement depends on: model, processor, number of cores, ONNX Runtime."""
     cores = f"{usable_cores()} cores (quota {quota():g})"
     return f"{model.fingerprint} {platform.machine()} {_processor()} {cores} onnxruntime {ort.__version__}"
 
@@ -119,7 +131,10 @@ def _is_recent(known: Mapping[str, object]) -> bool:
 
 
 def _measure(model: Model, stop: Callable[[], bool]) -> _Measured | None:
-    """Measure each size; return None if `stop` ended the measurement."""
+    """Measure the throughput of each size by running a model on this thread; return None if `stop` returns True.
+
+    `stop` is called before each of the 12 runs.
+    """
     (text,) = model.tokenizer.tokenize([_SOME_TEXT], "", Truncation.END, items_of("texts"))
     ids = np.resize(text.ids, min(_TEXT_TOKENS, model.tokenizer.max_tokens))
     seconds = dict.fromkeys(_CANDIDATES, np.inf)

@@ -1,4 +1,7 @@
-"""Encoders: ONNX models that compute vectors or logits from token ids. Models that differ by their heads share one."""
+"""Encoders: ONNX models that compute vectors or logits from token ids.
+
+Models that have the same weights, and differ only in their heads, share one encoder.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
 
-#: Before a session with several threads is used, its speed is compared with the session with a single thread. First
-#: value: tokens of the text of this measurement. Second value: runs with each session.
+#: A session with several threads is used only if it runs a short text faster than the session with one thread: the
+#: number of tokens of that text, and the number of runs with each session.
 _PROBE_TOKENS, _PROBES = 32, 5
 _numbers = count()
 
@@ -29,22 +32,23 @@ class Encoder:
     """An ONNX model with its interface.
 
     Args:
-        session: the model, with one thread for a run.
-        interface: roles of the model's inputs and outputs.
+        session: the loaded ONNX file, with one thread for a run.
+        interface: roles of the inputs and outputs of the ONNX file.
         pad_token_id: token id that fills up the shorter texts of a batch.
-        sha256: SHA-256 (hex) of the ONNX file that was loaded.
+        sha256: SHA-256 (hex) of the ONNX file.
     """
 
     def __init__(self, session: OnnxSession, interface: Interface, pad_token_id: int, sha256: str = "") -> None:
         self.interface = interface
         self.sha256 = sha256
-        #: Number of this loaded encoder. Cached outputs of an encoder that was loaded before do not match it.
+        #: Unique number of this object. Outputs are cached by it, so those of an encoder that was loaded earlier are
+        #: not found.
         self.number = next(_numbers)
         self._session = session
         self._pad_token_id = pad_token_id
         self._wide: OnnxSession | None = None
         self._lock = threading.Lock()
-        #: Thread that loads the session with several threads; started once.
+        #: Thread that loads the session with several threads; started once, and None before that.
         self._widener: threading.Thread | None = None
         self._closing = LoadCancellation()
 
@@ -58,9 +62,13 @@ class Encoder:
 
         Args:
             batch: token ids of each text.
-            threads: number of threads that the run may use. More than one need a second session, which takes the
-                memory of the model again, without the large tables. The first run that could use the second session
-                starts to load it in the background.
+            threads: number of threads that the run may use. Several threads need a second session, which takes the
+                memory of the model again, without the large tables. The first run with several threads starts to load
+                the second session in the background. Runs use one thread until the second session is loaded, and always
+                if it is no faster.
+
+        Raises:
+            Exception: ONNX Runtime failed; its exceptions have no common base class.
         """
         if threads > 1 and self._widener is None:
             self._start_widening(threads)
@@ -68,15 +76,16 @@ class Encoder:
         return self._run_on(session, batch)
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Cancel the loading of the session with several threads. `run` still works, on the first session.
+        """Cancel the loading of the session with several threads, and wait for the thread that loads it.
 
-        A thread that is inside ONNX Runtime at the end of the interpreter would abort the process.
+        `run` still works. The wait is needed since a thread that is inside ONNX Runtime when the interpreter ends would
+        abort the process.
 
         Args:
-            deadline: how long to wait for the thread; None: without limit.
+            deadline: until when to wait for the thread; None: without limit.
 
         Returns:
-            Whether the thread has ended.
+            Whether no such thread is running any more.
         """
         with self._lock:
             self._closing.cancel()
@@ -99,7 +108,10 @@ class Encoder:
         return session.run(batch, self.interface, self._pad_token_id)
 
     def _widen(self, threads: int) -> None:
-        """Load a session with several threads, and keep it if it is faster."""
+        """Load a session with several threads, and keep it if it is faster than the session with one thread.
+
+        Runs on a thread of its own. If loading fails, that is logged, and the session with one thread is used further.
+        """
         try:
             wide = self._session.with_threads(threads, self._closing)
         except SessionError as error:  # the session with one thread goes on
@@ -112,14 +124,14 @@ class Encoder:
         elif not self._closing.cancelled:
             log.info("%s is no faster on %d threads", self._session.path, threads)
         del wide
-        # Loading takes twice the memory of the weights for a moment; and a session that is not kept takes none.
+        # Loading needed twice the memory of the weights for a moment, and a session that is not kept is freed.
         return_memory()
 
     def _is_faster(self, wide: OnnxSession) -> bool:
-        """Return whether a session runs a short text faster than the session with one thread.
+        """Return whether the session `wide` runs a short text faster than the session with one thread.
 
-        The sessions run in turns, so that other work on the host slows both. The fastest run of each counts. False as
-        soon as the encoder is closed.
+        The two sessions take turns, so that other work on the host slows both. The fastest run of each session counts.
+        If the encoder is closed meanwhile, the result is False.
         """
         probe = [np.full(_PROBE_TOKENS, self._pad_token_id, dtype=np.int64)]
         times = []
@@ -136,7 +148,10 @@ class Encoder:
 
 
 class Encoders:
-    """The encoders in use, by fingerprint and length limit. Thread-safe."""
+    """The encoders in use, by fingerprint and length limit. Thread-safe.
+
+    An encoder is in use as long as any object refers to it. After that it is removed here by itself.
+    """
 
     def __init__(self) -> None:
         self._known: WeakValueDictionary[tuple[str, int], Encoder] = WeakValueDictionary()
@@ -144,17 +159,17 @@ class Encoders:
 
     @property
     def is_empty(self) -> bool:
-        """Whether none is in use."""
+        """Whether no encoder is in use."""
         return not self._known
 
     def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder], *, fresh: bool = False) -> Encoder:
-        """Return an encoder that is in use, or load it.
+        """Return the encoder in use with a fingerprint and a length limit, or load it. Meanwhile other calls wait.
 
         Args:
-            fingerprint: fingerprint of its models.
-            max_tokens: length limit of texts, in tokens; with another limit a long text has another vector.
-            load: loads the encoder.
-            fresh: whether to load it even if one is in use; later calls get the new one.
+            fingerprint: fingerprint of the models that share the encoder.
+            max_tokens: length limit of texts, in tokens. With another limit a long text has another vector.
+            load: loads the encoder; its errors pass through.
+            fresh: whether to load the encoder even if it is in use. Later calls get the encoder loaded last.
         """
         with self._lock:
             key = (fingerprint, max_tokens)

@@ -21,15 +21,15 @@ Result = TypeVar("Result")
 
 
 class Loader:
-    """Changes the models of a registry.
+    """Loads, reloads and unloads the models of a registry.
 
-    Changes run through `submit`, one after the other, on one thread. So two changes of one model never overlap, and
-    loading takes no thread that calls need.
+    Callers pass these changes to `submit`, which runs them one after the other on one thread. So two changes of one
+    model never overlap, and loading takes no thread that calls need.
 
     Args:
         registry: the models.
         models_dir: folder that models may be loaded from by path; None: models cannot be loaded by path.
-        variants: variant to serve, by the name of the model; default: the first.
+        variants: name of the variant to serve, by the name of the model; other models serve their first variant.
         options: options of foreign models, by the name of the model.
     """
 
@@ -45,41 +45,44 @@ class Loader:
         self._variants = variants or {}
         self._options = options or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        #: Changes that are not done.
+        #: Changes that wait or run.
         self._submitted: set[Future[Any]] = set()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run work after all work that was submitted before; it runs to its end even if its caller leaves."""
+        """Run `work` on the loader's thread after all work that was submitted before; return its future.
+
+        The work runs to its end even if the caller leaves. The future has its result or its error.
+        """
         future = self._thread.submit(work)
         self._submitted.add(future)
         future.add_done_callback(self._submitted.discard)
         return future
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Drop the waiting changes, and wait for the running one.
+        """Cancel the waiting changes, and wait for the running change. Nothing can be submitted after that.
 
         Args:
-            deadline: how long to wait; None: without limit.
+            deadline: until when to wait; None: without limit.
 
         Returns:
-            Whether no change is running.
+            Whether no change is running any more.
         """
         self._thread.shutdown(wait=False, cancel_futures=True)
         return not wait(list(self._submitted), (deadline or Deadline()).seconds_left).not_done
 
     def load(self, name: str, path: str, variant: str = "", on_stage: OnStage = lambda stage: None) -> Model:
-        """Serve a bundle under a new name. Takes seconds.
+        """Load a bundle, serve it under a new name, and return the model. Takes seconds.
 
         Args:
             name: the name.
             path: the folder, relative to the models directory.
-            variant: name of the variant; empty: the one of the server's settings, else the first.
+            variant: name of the variant; empty: the variant of the server's settings, else the first of the bundle.
             on_stage: receives the name of each stage as it begins.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the name is malformed, or the path names no folder or leads out of the
-                directory; ALREADY_EXISTS if the name is taken; FAILED_PRECONDITION if there is no models directory or
-                the bundle cannot be served.
+                models directory; ALREADY_EXISTS if a model has the name; FAILED_PRECONDITION if there is no models
+                directory or the bundle cannot be served.
         """
         if not NAME.fullmatch(name):
             raise invalid("name", f"is {name!r}; it must be 1 to 128 letters, digits, '.', '_' and '-'")
@@ -95,18 +98,23 @@ class Loader:
         )
 
     def reload(self, name: str, path: str = "", variant: str = "", on_stage: OnStage = lambda stage: None) -> Model:
-        """Load a model's folder again, or another bundle, and serve it under the model's name. Takes seconds.
+        """Load a model's folder again, or another bundle, and serve the result under the model's name. Takes seconds.
 
-        Calls that use the old version finish on it. The old version stays if the new one cannot be served.
+        Calls that use the old version finish with it. If the new version cannot be served, the old version stays.
 
         Args:
-            name: the model.
-            path: another folder, relative to the models directory; empty: the folder that it was loaded from.
+            name: name of the model.
+            path: another folder, relative to the models directory; empty: the folder that the model was loaded from.
             variant: name of the variant; empty: the variant that is served now.
             on_stage: receives the name of each stage as it begins.
 
+        Returns:
+            The new version.
+
         Raises:
-            ServiceError: NOT_FOUND if no model has that name, else the errors of `load`.
+            ServiceError: NOT_FOUND if no model has that name; INVALID_ARGUMENT if the path names no folder or leads out
+                of the models directory; FAILED_PRECONDITION if there is a path but no models directory, or the bundle
+                cannot be served.
         """
         served = self._registry.get(name)
         folder = self._folder(path) if path else served.folder
@@ -145,11 +153,11 @@ class Loader:
         return model
 
     def _folder(self, path: str) -> Path:
-        """Return a folder inside the models directory.
+        """Return the folder inside the models directory that a relative path names.
 
         Raises:
-            ServiceError: FAILED_PRECONDITION if there is no models directory, INVALID_ARGUMENT if the path names no
-                folder, leads out of the directory, or contains a symbolic link.
+            ServiceError: FAILED_PRECONDITION if there is no models directory; INVALID_ARGUMENT if the path names no
+                folder, leads out of the directory, contains a symbolic link, or has a part that starts with a dot.
         """
         if self._models_dir is None:
             raise ServiceError(
@@ -158,7 +166,7 @@ class Loader:
                 reason="NO_MODELS_DIR",
             )
         pure = PurePosixPath(path)
-        # Hidden names are refused too: an export writes to a hidden folder until it is complete.
+        # Names that start with a dot are refused too: an export writes to such a folder until the bundle is complete.
         if not pure.parts or pure.is_absolute() or "\0" in path or any(part.startswith(".") for part in pure.parts):
             raise invalid(
                 "path",

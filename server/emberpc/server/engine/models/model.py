@@ -28,11 +28,12 @@ from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, Output, Ses
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
 
-#: Bound of the difference between the outputs of fp32 and those of PyTorch, for the bundle's reference texts.
-#: Processors round differently; a wrong tokenizer or graph differs by far more. The manifest holds the bounds
-#: of other variants.
+#: Allowed difference between the outputs of the variant fp32 and those of PyTorch, for the bundle's reference texts.
+#: Processors round differently. A wrong tokenizer or graph makes a far greater difference. The manifest holds the
+#: bounds of other variants.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
-#: Reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a quick start.
+#: Number of reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a
+#: quick start.
 _REFERENCE_TEXTS = 4
 
 #: Receives the name of each stage of loading as it begins.
@@ -49,18 +50,18 @@ class Model:
 
     Attributes:
         name: the name.
-        folder: folder that it was loaded from.
-        options: options that the server was given for a foreign model.
+        folder: folder that the model was loaded from.
+        options: options of a foreign model, as the server's settings give them; empty for a bundle.
         manifest: manifest of the bundle.
         variant: ONNX file of the bundle that is served.
-        tokenizer: its tokenizer.
-        encoder: its encoder, which it may share with other models.
+        tokenizer: tokenizer of the model.
+        encoder: encoder of the model, which other models may share.
         head: head of a classifier if the encoder does not compute the logits itself, else None.
         size_bytes: bytes of the ONNX file.
-        loaded: when it was loaded.
-        fingerprint: SHA-256 (hex) of all bytes that determine its vectors.
+        loaded: when the model was loaded, in UTC.
+        fingerprint: SHA-256 (hex) of all bytes that determine the model's vectors.
         classifier_fingerprint: SHA-256 (hex) of all that determines a classifier's labels; empty for other models.
-        legacy_fingerprint: fingerprint under the old scheme; empty if that does not cover all weights.
+        legacy_fingerprint: fingerprint by the rule of older versions; empty if that rule does not cover all weights.
     """
 
     name: str
@@ -78,7 +79,11 @@ class Model:
     legacy_fingerprint: str
 
     def finish(self, output: Output) -> Output:
-        """Convert encoder output to this model's embeddings or logits: float32 (texts, dimensions or labels)."""
+        """Convert the encoder's output, float32 (texts, width), to vectors or logits of this model.
+
+        Returns:
+            float32 (texts, dimensions or labels); `output` itself if the model has no head.
+        """
         return output if self.head is None else self.head.logits(output)
 
     @classmethod
@@ -93,14 +98,14 @@ class Model:
         fresh: bool = False,
         on_stage: OnStage = lambda stage: None,
     ) -> Model:
-        """Read, check and load a bundle, and compare its outputs with those at export.
+        """Read, check and load a bundle or a foreign folder, and compare the model's outputs with those at export.
 
-        A foreign folder, which emberpc did not write, has no outputs to compare with. It must give a text the same
-        output alone and in a batch.
+        A foreign folder, which emberpc did not write, has no outputs to compare with. Its model must give a text the
+        same output alone and in a batch.
 
         Args:
-            name: the name to serve it under.
-            folder: the bundle.
+            name: the name under which the model is served.
+            folder: the bundle or foreign folder.
             variant_name: name of the variant; empty: the first.
             options: options of a foreign model; see `emberpc.bundle.Stated`.
             encoders: encoders in use, which the model may share; None: the model gets its own.
@@ -109,7 +114,8 @@ class Model:
             on_stage: receives the name of each stage as it begins.
 
         Raises:
-            ModelLoadError: the bundle is damaged, its outputs differ from those at export, or an option is missing.
+            ModelLoadError: a file is missing, damaged or cannot be loaded by ONNX Runtime; the outputs differ from
+                those at export; or an option is missing or wrong.
         """
         loading = _Loading()
         try:
@@ -122,7 +128,7 @@ class Model:
                 contents=loading.contents,
             )
             loading.contents.read(bundle.model_path(bundle.manifest.variant(variant_name)))
-            # On other threads: hashing the weights takes about as long as loading them.
+            # Other threads hash the weights meanwhile, since hashing takes about as long as loading.
             with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
                 hashes = beside.submit(bundle.check_hashes, loading.contents)
                 on_stage("loading the weights")
@@ -159,7 +165,15 @@ class Model:
         *,
         fresh: bool,
     ) -> Model:
-        """Load the files of a bundle; `beside` hashes the weights meanwhile."""
+        """Load the files of a bundle, and return the model. The outputs are not compared here.
+
+        The arguments are those of `load`, and the bundle, the files read so far (`loading`), and an executor that
+        hashes the weights meanwhile (`beside`).
+
+        Raises:
+            BundleError: a file is missing, damaged or outside of the folder.
+            SessionError: ONNX Runtime cannot load the ONNX file.
+        """
         manifest = bundle.manifest
         variant = manifest.variant(variant_name)
         head = bundle.head()
@@ -172,11 +186,11 @@ class Model:
             interface = bundle.interface(session.graph, headless=head is not None)
             return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
 
-        # An encoder that gives logits cannot be shared.
+        # Only an encoder that gives vectors can be shared, not one that gives logits.
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
         fresh = fresh and head is None
-        # Before the ONNX file is loaded: its external files must lie inside the folder.
+        # Raises BundleError if an external file of the ONNX file lies outside of the folder, before that file is read.
         bundle.external_files(variant.name, loading.contents)
         fingerprinting = beside.submit(
             bundle.fingerprint, variant.name, headless=head is not None, contents=loading.contents
@@ -209,11 +223,12 @@ class Model:
         )
 
     def _check(self, bundle: Bundle) -> None:
-        """Run some texts and compare the outputs; this also warms the model up.
+        """Run some texts and compare the outputs with those at export; this also warms the model up.
+
+        For a foreign folder, the outputs of a batch are compared with those of each text alone.
 
         Raises:
-            ModelLoadError: the outputs differ from those at export; those of a foreign model differ from those of
-                other batches.
+            ModelLoadError: the model does not run, or the outputs differ.
             BundleError: the output has a shape that cannot be served.
         """
         reference = None if bundle.foreign else bundle.reference()
@@ -247,7 +262,7 @@ class Model:
 
 
 class _Loading:
-    """The files and sessions of a model while it is loaded; the files are in memory until then."""
+    """The files and sessions of a model that is being loaded. The bytes of the files are freed with this object."""
 
     def __init__(self) -> None:
         self.contents = Contents()

@@ -1,4 +1,4 @@
-"""Served models by name. Calls hold the version of a model that they use; unused versions are freed."""
+"""Hold the served models by name. A call holds the version of a model that it uses; unused versions are freed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ log = logging.getLogger(__name__)
 
 
 class _Version:
-    """A loaded model and the calls that use it."""
+    """A loaded model, and the calls that use the model.
+
+    A version is retired when another version replaces it or the model is unloaded. After that it is freed as soon as no
+    call uses it, and `model` is None.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model: Model | None = model
         self.calls: set[asyncio.Task[Any]] = set()
         self.retired = False
-        #: Done when the version is retired, no call uses it, and its memory was returned to the system.
+        #: Done when the version is retired, no call uses it, and its memory was returned to the system. The result is
+        #: None.
         self.gone: Future[None] = Future()
 
 
@@ -42,13 +47,14 @@ class Registry:
     freed when the last call that uses it ends.
 
     Args:
-        pool: runs the freeing of memory, which takes some milliseconds.
+        pool: thread pool that frees memory, which takes some milliseconds.
     """
 
     def __init__(self, pool: Executor) -> None:
         #: Encoders that models share.
         self.encoders = Encoders()
-        #: Encoders of all versions, retired ones included: a thread may still load a session for one.
+        #: Encoders of all versions that are in memory. Retired versions are included, since a thread may still load a
+        #: session for their encoder.
         self._served: weakref.WeakSet[Encoder] = weakref.WeakSet()
         self._pool = pool
         self._lock = threading.RLock()
@@ -65,9 +71,21 @@ class Registry:
         fresh: bool = False,
         on_stage: OnStage = lambda stage: None,
     ) -> Model:
-        """Load a bundle and serve it under a name; it replaces a model of that name. Takes seconds.
+        """Load a bundle or a foreign folder, serve its model under a name, and return the model. Takes seconds.
 
-        The arguments and errors are those of `Model.load`.
+        A served model of that name is replaced.
+
+        Args:
+            name: the name.
+            folder: the folder.
+            variant: name of the variant; empty: the first.
+            options: options of a foreign model; see `emberpc.bundle.Stated`.
+            fresh: whether to load the files even if another model with the same weights is served.
+            on_stage: receives the name of each stage of loading as it begins.
+
+        Raises:
+            ModelLoadError: the model cannot be loaded, or does not give the outputs that it gave at export. Nothing is
+                replaced then.
         """
         model = Model.load(name, folder, variant, options, self.encoders, fresh=fresh, on_stage=on_stage)
         self.put(model)
@@ -75,9 +93,10 @@ class Registry:
         return model
 
     def put(self, model: Model) -> None:
-        """Serve a model under its name; it replaces a model of that name.
+        """Serve a model under its name. A served model of that name is replaced.
 
-        Other models with the same weights get its encoder, so that the weights are in memory once.
+        Other models with the same fingerprint and length limit get the encoder of `model`, so that the weights are in
+        memory once.
         """
         with self._lock:
             self._replace(model)
@@ -109,13 +128,13 @@ class Registry:
         return version.gone
 
     def models(self) -> list[Model]:
-        """Return the models, sorted by name, without holding them for a call."""
+        """Return the served models, sorted by name. They are not held for a call."""
         with self._lock:
             found = [self._versions[name].model for name in sorted(self._versions)]
         return [model for model in found if model is not None]
 
     def get(self, name: str) -> Model:
-        """Return a model without holding it for a call.
+        """Return the served model with a name. It is not held for a call.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name.
@@ -126,7 +145,7 @@ class Registry:
         return model
 
     def served(self, name: str) -> Model | None:
-        """Return a model without holding it for a call; None if no model has that name."""
+        """Return the served model with a name; None if no model has that name. It is not held for a call."""
         version = self._versions.get(name)
         return None if version is None else version.model
 
@@ -136,16 +155,16 @@ class Registry:
             return len(self._versions[name].calls) if name in self._versions else 0
 
     def find(self, name: str, task: Task | None = None, field: str = "model") -> Model:
-        """Return a model for a call; the running asyncio task holds this version until the task ends.
+        """Return a model for a call; the running asyncio task holds this version of the model until the task ends.
 
         Args:
-            name: its name; empty: the only served model for the task.
-            task: task that it must have; None: any.
+            name: name of the model; empty: the only served model for the task.
+            task: task that the model must have; None: any task.
             field: request field that holds the name, for errors.
 
         Raises:
-            ServiceError: NOT_FOUND if no model has that name, FAILED_PRECONDITION if it has another task or no model
-                has the task, INVALID_ARGUMENT if the name is empty and several models have the task.
+            ServiceError: NOT_FOUND if no model has that name, FAILED_PRECONDITION if the model has another task or no
+                model has the task, INVALID_ARGUMENT if the name is empty and several models have the task.
         """
         with self._lock:
             model = self._named(name, task) if name else self._only(task, field)
@@ -153,13 +172,15 @@ class Registry:
         return model
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Close the encoders. From now on no memory is returned, since the process ends.
+        """Stop the threads that load sessions for encoders, and wait for them. The models can still run.
+
+        From now on, the memory of unused versions is not returned to the system, since the process ends.
 
         Args:
-            deadline: how long to wait for the encoders' threads; None: without limit.
+            deadline: until when to wait for the threads; None: without limit.
 
         Returns:
-            Whether all threads of encoders have ended.
+            Whether all these threads have ended.
         """
         with self._lock:
             self._closed = True
@@ -197,7 +218,7 @@ class Registry:
         return not_found("model", name, f"served are: {', '.join(sorted(self._versions)) or 'none'}")
 
     def _hold(self, version: _Version) -> None:
-        """Add the running asyncio task, which is the call, to those that use a version."""
+        """Add the running asyncio task, which is the call, to the calls that use a version, until the task ends."""
         try:
             call = asyncio.current_task()
         except RuntimeError:  # no event loop runs in this thread, so this is no call
@@ -224,7 +245,7 @@ class Registry:
             self._pool.submit(self._free, version)
 
     def _free(self, version: _Version) -> None:
-        """Drop the last reference to the model of a version, and return its memory to the system."""
+        """Drop the last reference to the model of a version, return the memory to the system, and complete `gone`."""
         model, version.model = version.model, None
         if model is not None:
             rest = weakref.ref(model)
@@ -232,7 +253,7 @@ class Registry:
             if rest() is not None:
                 gc.collect()  # a failed call may have left a cycle of an exception and its frames
             if (lingering := rest()) is not None:
-                # For example, a worker that has had no job since still refers to its last one.
+                # For example, a worker refers to its last job until it has another job.
                 log.debug("an old version of model %s is still referred to after its last call", lingering.name)
                 weakref.finalize(lingering, self._return_late).atexit = False
                 del lingering
@@ -240,11 +261,11 @@ class Registry:
         version.gone.set_result(None)
 
     def _return_late(self) -> None:
-        """Return the memory of a model that was still referred to after its last call."""
+        """Return free memory to the system, on the pool, after a model was freed later than its last call ended."""
         with suppress(RuntimeError):  # the pool is shut down, and the process ends
             self._pool.submit(return_memory)
 
 
 def _alike(one: Model, other: Model) -> bool:
-    """Return whether two models can share an encoder."""
+    """Return whether two models can share an encoder: they have the same fingerprint and length limit."""
     return (one.fingerprint, one.manifest.max_tokens) == (other.fingerprint, other.manifest.max_tokens)

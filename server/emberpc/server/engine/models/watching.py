@@ -1,4 +1,4 @@
-"""Serve the subfolders of a directory under their names, and follow their changes."""
+"""Serve the models in the subfolders of a directory under the names of the subfolders, and follow changes on disk."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from emberpc.server.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Path, size, time of change (ns) and inode of each file of a folder.
+#: For each file of a folder: path, size in bytes, time of the last change (ns since 1970) and inode number.
 _State: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 
 
 class _Outcome(Enum):
     DEALT_WITH = auto()
     FAILED = auto()
-    #: It failed, and the folder changed since the poll before: a program may still write it.
+    #: Loading failed, and the folder differed from its state at the previous poll: a program may still be writing it.
     MOVING = auto()
 
 
@@ -37,11 +37,12 @@ class _Look:
 
 
 class ModelsDirectory:
-    """Serves each subfolder that holds a manifest, under the name of the subfolder.
+    """Serves each subfolder of a directory that holds a manifest, under the name of the subfolder.
 
-    Hidden subfolders, for example unfinished exports, are skipped. A folder that cannot be served is logged once, and
-    tried again when it has changed and two polls find it unchanged; the version that was served before stays. A model
-    that was loaded from another place under the name of a subfolder, or that a call unloaded, is left as it is.
+    Subfolders whose name starts with a dot, for example unfinished exports, are skipped. If a folder cannot be served,
+    the reason is logged once, and the version that was served before stays. The folder is tried again when it has
+    changed and two polls in a row find the same state. If a model of that name was loaded from another place, that
+    model stays. If a call unloaded the model, it is loaded again only when the folder changes.
 
     Args:
         folder: the directory.
@@ -56,13 +57,16 @@ class ModelsDirectory:
         self._loader = loader
         self._reserved = frozenset(reserved)
         self._looks: dict[str, _Look] = {}
-        #: SHA-256 of the manifests last loaded.
+        #: SHA-256 of the manifest that was loaded last, by the name of the model.
         self._loaded: dict[str, bytes] = {}
         self._missing: set[str] = set()
         self._readable = True
 
     def poll(self) -> None:
-        """Load new subfolders, reload those with another manifest, and unload models whose subfolder is gone."""
+        """Load new subfolders, reload those whose manifest changed, and unload models whose subfolder is gone.
+
+        Errors are logged, not raised. If the directory cannot be read, all models stay.
+        """
         try:
             names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
             self._unload_missing()
@@ -77,9 +81,10 @@ class ModelsDirectory:
         self._looks = {name: look for name, look in self._looks.items() if name in names}
 
     def _unload_missing(self) -> None:
-        """Unload models whose folder is missing in two polls; a folder that is replaced is missing for a moment.
+        """Unload the models whose folder is missing in two polls in a row.
 
-        A folder without a manifest is being written, so its model stays.
+        One poll is not enough, since a folder that is replaced is missing for a moment. The model of a folder without a
+        manifest stays, since a program is writing that folder.
         """
         missing = {model.name for model in self._registry.models() if self._owns(model) and not model.folder.is_dir()}
         for name in sorted(missing & self._missing):
@@ -108,7 +113,13 @@ class ModelsDirectory:
             self._looks[name] = _Look((), _Outcome.FAILED)
 
     def _deal_with(self, name: str) -> _Outcome:
-        """Load or reload a folder that is new or has changed."""
+        """Load or reload the model of a subfolder that is new or has changed; return whether that succeeded or failed.
+
+        A model that was loaded from another place, or whose manifest is the same, stays as it is. A failure is logged.
+
+        Raises:
+            OSError: the manifest cannot be read.
+        """
         served = next((model for model in self._registry.models() if model.name == name), None)
         if name in self._reserved or (served is not None and not self._owns(served)):
             log.warning("%s is not served: model %s was loaded from another place", self._folder / name, name)

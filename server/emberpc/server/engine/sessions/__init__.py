@@ -1,1 +1,1 @@
-"""Inference engines, one module for each."""
+"""Inference engines that run ONNX models. ONNX Runtime is the only one so far."""

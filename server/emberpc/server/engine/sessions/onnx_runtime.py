@@ -21,13 +21,13 @@ Output = npt.NDArray[np.float32]
 
 
 class SessionError(Exception):
-    """An ONNX file cannot be loaded; the message names it."""
+    """An ONNX file cannot be loaded; the message names the file and the cause."""
 
 
 class LoadCancellation:
-    """Cancels the loading of sessions, from another thread. Thread-safe.
+    """Cancels the loading of ONNX Runtime sessions from another thread. Thread-safe.
 
-    ONNX Runtime before 1.22 cannot cancel: a session that is being loaded is loaded to its end.
+    ONNX Runtime before 1.22 cannot cancel. With it, a session that is being loaded is loaded to its end.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,17 @@ class LoadCancellation:
         return self._cancelled
 
     def cancel(self) -> None:
-        """Cancel the session that is being loaded, and those that are loaded later."""
+        """Make the session that is being loaded fail, and all sessions that are loaded later with this object."""
         with self._lock:
             self._cancelled = True
             if self._loading is not None:
                 _set_cancelled(self._loading)
 
     def begin(self, options: ort.SessionOptions) -> None:
-        """Note the options of the session that is loaded next, so that `cancel` can cancel it."""
+        """Note the options of the session that is loaded next, so that `cancel` can make its loading fail.
+
+        If `cancel` was called before, the loading fails at once.
+        """
         with self._lock:
             self._loading = options
             if self._cancelled:
@@ -61,20 +64,21 @@ def _set_cancelled(options: ort.SessionOptions) -> None:
 
 
 class OnnxSession:
-    """An ONNX model that runs on token ids. Several threads may run it at the same time.
+    """An ONNX model, loaded by ONNX Runtime, that runs on token ids. Several threads may run it at the same time.
 
     All weights are copied into memory, so later changes of the files have no effect.
 
     Args:
         path: the ONNX file.
         threads: number of threads that one run may use.
-        tables: shared tables of the file if another session has read them; None: read them.
+        tables: large lookup tables of the file, which another session has read; None: they are read from the file.
         cancellation: cancels the loading; None: loading cannot be cancelled.
-        contents: reads the ONNX file and its external weight files.
-        hashes: SHA-256 (hex) that each file must have, by path; None: not checked.
+        contents: reads the ONNX file and its external weight files; None: they are read from disk.
+        hashes: SHA-256 (hex) that each of these files must have, by path; None: not checked.
 
     Raises:
-        SessionError: the file cannot be loaded, has another hash, or loading was cancelled.
+        SessionError: a file cannot be read or loaded or has another hash, or loading was cancelled.
+        BundleError: hashing was stopped, which `contents` can do.
     """
 
     def __init__(
@@ -118,7 +122,9 @@ class OnnxSession:
         )
 
     def with_threads(self, threads: int, cancellation: LoadCancellation | None = None) -> OnnxSession:
-        """Load a second session of the same model, with `threads` threads; both share the large tables.
+        """Load and return a second session of the same model, for runs on `threads` threads.
+
+        Both sessions share the large lookup tables.
 
         Args:
             threads: number of threads that one run may use.
@@ -134,15 +140,19 @@ class OnnxSession:
             raise SessionError(f"{self.path} could not be loaded again for several threads") from error
 
     def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
-        """Run texts as one batch, padded to the longest.
+        """Run texts as one batch, padded to the length of the longest text.
 
         Args:
             batch: token ids of each text, at least one text.
-            interface: roles of the model's inputs and outputs.
+            interface: roles of the model's inputs and outputs, and the pooling.
             pad_token_id: token id that fills up the shorter texts.
 
         Returns:
-            float32, shape (texts, width of the output).
+            float32, shape (texts, width): a vector, or logits, for each text.
+
+        Raises:
+            BundleError: the output has another number of axes than `interface` expects.
+            Exception: ONNX Runtime failed; its exceptions have no common base class.
         """
         longest = max(len(ids) for ids in batch)
         input_ids = np.full((len(batch), longest), pad_token_id, dtype=np.int64)
@@ -155,10 +165,11 @@ class OnnxSession:
 
 
 def _read(path: Path, contents: Contents) -> tuple[bytes, dict[str, bytes]]:
-    """Return the bytes of an ONNX file, and those of its external weight files by their names in the file.
+    """Return the bytes of an ONNX file, and the bytes of each external weight file, by the name in the ONNX file.
 
     Raises:
-        SessionError: a file cannot be read, or ONNX Runtime cannot take weights from memory.
+        SessionError: a file cannot be read, or there are external files and this version of ONNX Runtime cannot take
+            weights from memory.
     """
     try:
         model = contents.read(path)
@@ -177,11 +188,12 @@ def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait for the next operation of a run must not sleep: to wake them takes as long as an operation on a
-    # short text. Between runs no thread spins: it would take a core from the server's workers.
+    # During a run on several threads, a thread that waits for the next operation spins and does not sleep: to wake it
+    # would take as long as an operation on a short text. Between runs no thread spins, since it would take a core from
+    # the server's workers.
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads > 1)))
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Both would keep memory for every input shape, and a server sees all shapes.
+    # The memory arena and the memory patterns would keep memory for every input shape, and a server sees many shapes.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 3

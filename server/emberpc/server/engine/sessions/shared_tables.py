@@ -1,7 +1,7 @@
-"""Read the lookup tables of an ONNX file, which all sessions of the file can share.
+"""Read the large lookup tables of an ONNX file, so that all sessions of the file can share them.
 
-ONNX Runtime copies matrices into its own layout for each session. It reads the rows of a lookup table in place. In a
-small model the table of word embeddings is half of the weights.
+ONNX Runtime copies other matrices into its own layout, once for each session. It reads the rows of a lookup table in
+place, so one copy is enough. In a small model, the table of word embeddings is half of the weights.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from emberpc.bundle.protobuf import Message
 
 Tables = dict[str, npt.NDArray[np.generic]]
 
-#: Smaller tables are not shared: it would save too little.
+#: Least bytes of a table that is shared. To share smaller tables would save too little memory.
 _MIN_BYTES = 1 << 20
-#: NumPy type of each supported tensor type (onnx.proto, TensorProto.DataType).
+#: NumPy type of each supported tensor type, by its number in onnx.proto (TensorProto.DataType).
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 10: np.float16}
-#: Numbers of fields (onnx.proto).
+#: Numbers of the fields of messages in onnx.proto.
 _MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER = 7, 1, 5
 _NODE_INPUT, _NODE_OPERATOR = 1, 4
 _TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_BYTES = 1, 2, 8, 9
 
 
 def read_tables(path: Path, contents: Contents) -> Tables:
-    """Return copies of the large tables of an ONNX file that only `Gather` nodes use, by name.
+    """Return copies of the large lookup tables of an ONNX file, by name, in their own shapes and types.
 
-    If the file cannot be read, the result is empty: the session then reports the error.
+    A lookup table is a tensor of at least 1 MiB that only `Gather` nodes use, as their first input. If the file cannot
+    be read, the result is empty, since the session that is loaded next reports the error.
 
     Args:
-        path: the file.
-        contents: reads the file and its external weight files.
+        path: the ONNX file.
+        contents: reads the ONNX file and its external weight files.
     """
     try:
         data = contents.read(path)
@@ -62,7 +63,19 @@ def _tables_of(model: Message, folder: Path, contents: Contents) -> Tables:
 
 
 def _table(tensor: Message, folder: Path, contents: Contents) -> tuple[bytes, npt.NDArray[np.generic] | None]:
-    """Return the name and the read-only values of a tensor; no values if it is small or of an unsupported type."""
+    """Return the name of a tensor and a read-only view of its values.
+
+    The view is None if the tensor has less than 1 MiB, an unsupported type, or values that are stored otherwise.
+
+    Args:
+        tensor: the tensor, a message of the ONNX file.
+        folder: folder of the ONNX file.
+        contents: reads external weight files.
+
+    Raises:
+        BundleError: an external file cannot be read.
+        ValueError: the values do not fit into the file.
+    """
     shape: list[int] = []
     name, kind, content = b"", 0, None
     for number, value in tensor.fields():
