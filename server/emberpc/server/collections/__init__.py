@@ -1,4 +1,4 @@
-"""The contract that every index backend fulfils. Imports no backend, no gRPC and no engine."""
+"""Protocols, types and validation rules that every index backend shares. Imports no backend, no gRPC and no engine."""
 
 from __future__ import annotations
 

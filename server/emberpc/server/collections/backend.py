@@ -1,4 +1,4 @@
-"""Protocols of an index backend, which the services call; the embedded backend and Milvus implement them."""
+"""Protocols of an index backend. The pipelines use them; the embedded index and the Milvus backend implement them."""
 
 from __future__ import annotations
 
@@ -29,30 +29,50 @@ from emberpc.server.errors import Code, ServiceError, not_found
 
 
 class CollectionBackend(Protocol):
-    """A collection; `Collection` documents arguments, results and errors. Safe to use from several threads."""
+    """A collection of an index backend. Its calls block. Safe to use from several threads.
+
+    Every method may raise `ServiceError`: INVALID_ARGUMENT for a wrong argument, INTERNAL if the database fails,
+    UNAVAILABLE after the collection was closed or deleted, and UNIMPLEMENTED if the backend has no such operation.
+    """
 
     @property
     def spec(self) -> CollectionSpec:
         """Spec of the collection."""
 
     def info(self) -> CollectionInfo:
-        """Return record count, sequence, creation time and size."""
+        """Return record count, sequence of the last write, creation time, and bytes on disk."""
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
     ) -> WriteResult:
-        """Insert records or replace those with the same ids; vectors are float32 (records, dimensions)."""
+        """Insert records, or replace those with the same ids, in one write.
+
+        Args:
+            records: the records, at least one, with distinct ids.
+            vectors: float32 (records, dimensions).
+            expected_revisions: the revision that each record must have now, 0 for a missing record; None: no check.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for records or vectors that cannot be stored; ABORTED if a revision differs;
+                RESOURCE_EXHAUSTED if the disk is full.
+        """
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id; missing ids are ignored."""
+        """Delete records by id in one write; missing ids are ignored."""
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in their order."""
+        """Return the existing records among the ids, in the order of the ids.
+
+        Args:
+            ids: the ids.
+            with_vectors: whether the records contain their vectors.
+            parts: parts that the records must contain; they may contain more.
+        """
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a filter."""
+        """Delete the records that meet a filter, in one write."""
 
     def page(
         self,
@@ -63,10 +83,21 @@ class CollectionBackend(Protocol):
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of records in byte order of ids, and the token of the next page, empty after the last."""
+        """Return a page of records in byte order of ids, and the token of the next page, empty after the last.
+
+        Args:
+            page_size: most records of the page, 1 to 1000. The limit of a response in bytes may allow fewer.
+            page_token: token of the page; empty: the first page.
+            with_vectors: whether the records contain their vectors.
+            condition: the filter that the records must meet; None: all records.
+            parts: parts that the records must contain; they may contain more.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong page size, token or filter.
+        """
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records, or of those that meet a filter."""
+        """Return the number of records that meet a filter; without a filter, the number of all records."""
 
     def search(
         self,
@@ -80,26 +111,60 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Search for the records nearest to each query; queries are float32 (queries, dimensions)."""
+        """Return the records nearest to each query, in the order of the queries.
+
+        Args:
+            queries: float32 (queries, dimensions).
+            top_k: most hits of each query, 1 to 10,000: one number for all queries, or one for each.
+            ef: candidates that the search of the graph keeps, at most 1,000,000; 0: the backend chooses.
+            min_recall: least recall, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
+            exclude_ids: for each query an id that its hits must not have, or None; empty: no ids.
+            with_vectors: whether the hits contain their vectors.
+            conditions: for each query the filter that its hits must meet, or None; empty: no filters.
+            parts: parts that the hits must contain; they may contain more.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong argument or a vector that cannot be searched for.
+        """
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return why a filter without matches probably matches nothing; see `filters.mismatches`."""
+        """Return sentences that say why a filter without matches probably matches no record; empty: unknown.
+
+        The metadata of the first 1000 records is read for this; see `filters.mismatches`.
+        """
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Check that every record exists, is undamaged and is found; yields progress every few hundred records.
+        """Check that every record exists, is undamaged and is found; yield the progress every few hundred records.
+
+        A failed check is no error, but a problem of the yielded progress.
 
         Args:
             full: whether to search for every record by its own vector; otherwise for a random sample.
         """
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Yield a copy of one state of the collection, piece by piece; ends early if stopped or closed."""
+        """Yield a copy of one state of the collection, piece by piece.
+
+        The copy ends early when `stop` returns True or the collection is closed.
+
+        Raises:
+            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for the copy.
+        """
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Find pairs of records with a score of at least `min_score`; ends early if stopped."""
+        """Return the pairs of records whose vectors have a cosine of at least `min_score`, the greatest cosine first.
+
+        When `stop` returns True, the pairs found so far are returned.
+        """
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Cluster the records by similarity; ends early if stopped."""
+        """Cluster the records by their vectors.
+
+        Args:
+            count: most clusters; there are fewer if some would be empty.
+            examples: most records that are returned of each cluster.
+            stop: returns whether to end early; the result then covers only some of the records.
+        """
 
     def search_words(
         self,
@@ -110,7 +175,18 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Search for records with words of each text."""
+        """Return the records that best match the words of each text, in the order of the texts, ranked by BM25.
+
+        Args:
+            texts: at least one text.
+            top_k: most hits of each text, 1 to 10,000.
+            with_vectors: whether the hits contain their vectors.
+            conditions: for each text the filter that its hits must meet, or None; empty: no filters.
+            parts: parts that the hits must contain; they may contain more.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong argument; UNIMPLEMENTED if the backend indexes no words.
+        """
 
     def search_both(
         self,
@@ -126,104 +202,189 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Search for records by vectors and by words, with both rankings fused."""
+        """Return the records that are best by a dense and a lexical ranking together, for each query in order.
+
+        Args:
+            queries: float32 (queries, dimensions).
+            texts: the text of each query.
+            top_k: most hits of each query, 1 to 10,000.
+            dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has 1 - `dense_weight`.
+            fusion: the rule that joins the two rankings.
+            ef: candidates that the search of the graph keeps, at most 1,000,000; 0: the backend chooses.
+            min_recall: least recall of the dense ranking, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
+            with_vectors: whether the hits contain their vectors.
+            conditions: for each query the filter that its hits must meet, or None; empty: no filters.
+            parts: parts that the hits must contain; they may contain more.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong argument or a vector that cannot be searched for; UNIMPLEMENTED
+                if the backend indexes no words.
+        """
 
 
 class RestorationBackend(Protocol):
-    """Receives a backup, as `Restoration` documents; `close` may be called at any time."""
+    """Receives a backup and creates a collection from it. Calls must be sequential, except `close`.
+
+    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after it was closed.
+    """
 
     def write(self, data: bytes) -> None:
-        """Write the next bytes of the backup."""
+        """Write the next bytes of the backup to the disk."""
 
     def finish(self, sha256: str) -> CollectionBackend:
-        """Check the bytes against their SHA-256 (hex), and create the collection."""
+        """Check the bytes that were written against their SHA-256 (hex), and create and return the collection.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the bytes are no intact backup or have another SHA-256;
+                FAILED_PRECONDITION if a newer version wrote the backup; ALREADY_EXISTS if a collection has the name.
+        """
 
     def close(self) -> None:
-        """Remove all files, unless they became a collection."""
+        """Remove all files of the restoration, unless they became a collection. May be called at any time."""
 
 
 class ReembeddingBackend(Protocol):
-    """Replaces the vectors of a collection by those of another model, as `Reembedding` documents."""
+    """Replaces the vectors of a collection, the source, by those of another model. Use from one thread at a time.
+
+    The records are copied to a new collection. The caller embeds: it calls `next` and `take` until no record remains,
+    and then `IndexBackend.switch`. Meanwhile the source serves searches and writes.
+    """
 
     @property
     def started(self) -> datetime:
-        """Return when it began."""
+        """Return when the reembedding began."""
 
     @property
     def spec(self) -> CollectionSpec:
-        """Return the spec that the collection will have."""
+        """Return the spec that the collection will have after the reembedding."""
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of records with new vectors, and of all records."""
+        """Return the number of records with new vectors, and the number of all records."""
 
     def next(self, count: int) -> list[StoredRecord]:
-        """Return at most `count` records to embed; an empty list when all present records were returned."""
+        """Return at most `count` further records to embed, in the order of their writes; empty: there are none now."""
 
     def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the present revisions of records of the source, by id."""
+        """Return the present revisions of records of the source, by id; missing ids are left out."""
 
     def rewind(self) -> None:
-        """Start again at the first record; `next` then returns those without a new vector."""
+        """Start again at the first record: `next` then returns the records without a new vector."""
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
-        """Store records with their new vectors, float32 (records, dimensions)."""
+        """Store records with their new vectors, float32 (records, dimensions), in the new collection."""
 
     def prune(self) -> None:
-        """Delete the records of the new collection that the reembedded collection no longer has."""
+        """Delete the records of the new collection that the source no longer has."""
 
     def is_complete(self) -> bool:
-        """Return whether the new collection has exactly the records of the source."""
+        """Return whether the new collection has exactly the records of the source. No write may run meanwhile."""
 
 
 class IndexBackend(Protocol):
-    """Collections by name, as `Index` documents them. Safe to use from several threads."""
+    """All collections of an index backend, by name. Its calls block. Safe to use from several threads.
+
+    Every method may raise `ServiceError`: INTERNAL if a database fails, UNAVAILABLE after the index was closed, and
+    UNIMPLEMENTED if the backend has no such operation.
+    """
 
     def create(self, spec: CollectionSpec) -> CollectionBackend:
-        """Create a collection."""
+        """Create and return an empty collection.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong spec; ALREADY_EXISTS if a collection has the name;
+                RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
+        """
 
     def get(self, name: str) -> CollectionBackend:
-        """Return a collection."""
+        """Return the collection with a name. The first call may take long, since it loads the collection.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged.
+        """
 
     def opened(self, name: str) -> CollectionBackend | None:
-        """Return a collection if it is open, without waiting; None: call `get`."""
+        """Return the collection with a name if it was opened before, without waiting; None: call `get`."""
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
-        """Return a page of specs, sorted by name, and the token of the next page, empty after the last."""
+        """Return a page of specs, sorted by name, and the token of the next page, empty after the last.
+
+        A page has at most `page_size` specs (1 to 1000). An empty `page_token` means the first page.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong page size or token.
+        """
 
     def update(self, name: str, truncation: str) -> None:
-        """Set how a collection truncates over-long texts."""
+        """Change how a collection truncates texts that are too long for its model: `refuse`, `end` or `start`.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for another truncation.
+        """
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
-        """Bind a collection to another fingerprint of its model if it has the fingerprint `legacy`; return it."""
+        """Bind a collection to another fingerprint of its model, and return the collection.
+
+        Args:
+            name: name of the collection.
+            legacy: the fingerprint that is replaced. A collection with another fingerprint stays as it is.
+            fingerprint: the new fingerprint.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if the disk is full.
+        """
 
     def delete(self, name: str) -> None:
-        """Delete a collection."""
+        """Delete a collection with its files; NOT_FOUND if there is no such collection."""
 
     def reembed(
         self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int
     ) -> ReembeddingBackend:
-        """Begin to re-embed a collection's records with another model; UNAVAILABLE if the collection was deleted."""
+        """Begin to reembed the records of a collection with another model.
+
+        Args:
+            source: the collection.
+            model: name of the new model.
+            fingerprint: fingerprint of the new model.
+            dimensions: dimensions of the new vectors.
+
+        Raises:
+            ServiceError: UNAVAILABLE if the collection was deleted or replaced; FAILED_PRECONDITION if a record has no
+                text, or the collection is being reembedded already.
+        """
 
     def reembeddings(self) -> Sequence[ReembeddingBackend]:
-        """Return the re-embeddings that were unfinished when the index was last closed."""
+        """Return the reembeddings that were unfinished when the index was last closed, to be continued."""
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Replace the collection by its re-embedded copy if that has all records; return whether it was replaced."""
+        """Replace the source of a reembedding by the new collection, if the new collection has all records.
+
+        Returns whether the source was replaced. If not, there are further records to embed.
+        """
 
     def cancel_reembedding(self, name: str) -> None:
-        """Drop the re-embedding of a collection; does nothing if there is none."""
+        """Delete the new collection of a collection's reembedding; do nothing if there is no reembedding."""
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
-        """Begin to restore a backup of `total` bytes (0: not known) as a new collection.
+        """Begin to restore a backup as a new collection.
 
-        `accept` raises ValueError or ServiceError if the collection cannot be served.
+        Args:
+            name: name of the new collection.
+            total: bytes of the backup; 0: not known.
+            accept: receives the spec in the backup; raises ValueError or ServiceError if it cannot be served.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong name; ALREADY_EXISTS if a collection has the name;
+                RESOURCE_EXHAUSTED if the disk has no room or there are too many collections.
         """
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return the figures of search probes by collection; empty if there are none."""
+        """Return the figures of probed searches by the name of the collection; without collections that have none."""
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for calls in progress and close all collections; return whether that was done by the deadline."""
+        """Wait for calls in progress until `deadline` (None: without limit), and close all collections.
+
+        Returns whether all collections are closed.
+        """
 
 
 def no_collection(name: str) -> ServiceError:
@@ -232,7 +393,7 @@ def no_collection(name: str) -> ServiceError:
 
 
 def collection_exists(name: str) -> ServiceError:
-    """Return the ALREADY_EXISTS error for creating a collection whose name exists."""
+    """Return the ALREADY_EXISTS error for a new collection whose name another collection has."""
     return ServiceError(
         Code.ALREADY_EXISTS,
         f"there is a collection {name!r} already; use it, delete it, or choose another name",

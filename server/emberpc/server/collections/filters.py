@@ -1,6 +1,7 @@
-"""Filters: conditions on the metadata of records, and their meaning.
+"""Filters: conditions on the metadata of records.
 
-`matches` defines the meaning; `filter_sql` and other backends must agree with it.
+`matches` defines which records meet a filter. `filter_sql`, which translates filters to SQL, and other index backends
+must select the same records.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from emberpc.server import cancellation
 #: A string, a number (a double), a boolean or null.
 Value = str | float | bool | None
 
-#: Limits of the nesting of conditions, and of their number in a filter. SQLite takes expressions of depth 1000.
+#: Limits of a filter: levels of nested conditions, conditions in all, conditions in one list, and values in one
+#: membership. They keep the SQL expression far below SQLite's limit of 1000 nested levels.
 MAX_DEPTH = 32
 MAX_CONDITIONS = 256
 MAX_LIST = 100
 MAX_VALUES = 10_000
-#: Limit of the characters of a field.
+#: Most characters of a field.
 MAX_FIELD = 1000
-#: Limit of the nested keys in a field. Metadata of a request cannot be nested deeper: a message may have 100 levels,
-#: and each level of metadata takes three. SQLite joins at most 64 tables, and an unusual key takes one.
+#: Most nested keys in a field. The metadata of a request cannot be nested deeper, since a protobuf message may have 100
+#: levels and each level of metadata takes three of them. SQLite joins at most 64 tables, and each key without a path
+#: (see `sqlite_path`) takes a table.
 MAX_KEYS = 40
 
 _FIELD = re.compile(r"(?:[^\\]|\\[.\\])*", re.DOTALL)
@@ -33,7 +36,7 @@ _PART = re.compile(r"\\([.\\])|(\.)", re.DOTALL)
 
 
 class Operator(str, Enum):
-    """Comparison of a field with a value."""
+    """How a field is compared with a value."""
 
     EQUAL = "="
     NOT_EQUAL = "!="
@@ -45,28 +48,31 @@ class Operator(str, Enum):
 
 @dataclass(frozen=True)
 class AllOf:
-    """Matches if all conditions match."""
+    """A filter that a record meets if it meets all conditions; with no condition, every record meets it."""
 
     conditions: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Matches if at least one condition matches."""
+    """A filter that a record meets if it meets at least one of the conditions."""
 
     conditions: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class Not:
-    """Matches if the condition does not."""
+    """A filter that a record meets if it does not meet the condition."""
 
     condition: Filter
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Compares the field with a value; NOT_EQUAL is the negation of EQUAL."""
+    """A filter that compares a field with a value.
+
+    A record without the field, or with a value of another type, meets it only with NOT_EQUAL, the negation of EQUAL.
+    """
 
     field: str
     operator: Operator
@@ -75,7 +81,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Membership:
-    """Matches if the field equals one of several values."""
+    """A filter that a record meets if the field equals one of the values."""
 
     field: str
     values: tuple[Value, ...]
@@ -83,7 +89,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Matches if the field is a string with this prefix."""
+    """A filter that a record meets if the field is a string that starts with the prefix."""
 
     field: str
     prefix: str
@@ -91,7 +97,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Existence:
-    """Matches if the field exists, even if it is null."""
+    """A filter that a record meets if it has the field, even with the value null."""
 
     field: str
 
@@ -100,13 +106,16 @@ Filter = AllOf | AnyOf | Not | Comparison | Membership | Prefix | Existence
 
 
 def is_field(field: str) -> bool:
-    """Return whether the syntax of a field is valid: a backslash must precede a dot or a backslash."""
+    """Return whether the syntax of a field is valid: after each backslash comes a dot or a second backslash."""
     return bool(_FIELD.fullmatch(field))
 
 
 @lru_cache(maxsize=1024)
 def keys(field: str) -> tuple[str, ...]:
-    """Return the nested keys of a field, which dots separate; an escaped dot or backslash belongs to the key."""
+    """Return the nested keys that a valid field names, the outermost first.
+
+    Dots separate the keys. A backslash before a dot or a backslash makes that character a part of the key.
+    """
     found = [""]
     end = 0
     for part in _PART.finditer(field):
@@ -119,10 +128,11 @@ def keys(field: str) -> tuple[str, ...]:
 
 
 def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
-    """Return whether a record's metadata meets a condition.
+    """Return whether the metadata of a record meets a filter.
 
-    A comparison with a field that is missing or of another type is false. A list meets a comparison if one of its items
-    does; items that are lists or objects do not.
+    A field that is missing, or of another type than the value, meets no comparison except NOT_EQUAL. A list meets a
+    comparison if at least one of its items does, and NOT_EQUAL if no item is equal. Items that are lists or objects are
+    equal to no value.
     """
     if isinstance(condition, AllOf):
         return all(matches(each, metadata) for each in condition.conditions)
@@ -150,14 +160,18 @@ _RECORD_FIELDS = ("id", "text", "label")
 
 
 def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each field of a filter without matches that probably explains why nothing matches.
+    """Return sentences that say why a filter that no record meets probably has no matches; empty: no reason was found.
 
-    Such a field is in no record, or it is compared with a number and has only strings, or the other way round. A field
-    below a negation may be missing: that meets the negation.
+    There is a sentence for each field that no record has, and for each field that is compared with a number and has
+    only strings, or is compared with a string and has only numbers. A field below a negation may be missing, since
+    records without the field meet the negation.
 
     Args:
-        condition: the condition.
-        documents: the metadata of some records; read until all fields are found as the condition compares them.
+        condition: the filter.
+        documents: the metadata of some records. It is read only until each field has a value that the filter can match.
+
+    Raises:
+        ServiceError: DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
     """
     compared = dict.fromkeys(_compared(condition))
     found: dict[str, set[str]] = {field: set() for field, _, _ in compared}
@@ -176,14 +190,14 @@ def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> lis
 
 
 def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: bool) -> str:
-    """Return why a comparison matches no record; empty: its field has values that it could match.
+    """Return a sentence that says why a comparison matches no record; empty: the field has values that it could match.
 
     Args:
-        field: the field.
-        kind: the kind of the values that it is compared with; empty: several kinds, or none.
-        found: the kinds of its values in `count` records; empty: no record has it.
+        field: the field that is compared.
+        kind: the kind (see `kind_of`) of the values that the field is compared with; empty: several kinds, or none.
+        found: the kinds of the field's values in `count` records; empty: no record has the field.
         count: number of records that were examined.
-        needed: whether the comparison cannot match without the field.
+        needed: whether a record without the field cannot meet the filter.
     """
     shown = repr(field[:100])
     if not found and needed:
@@ -205,9 +219,14 @@ def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: boo
 
 
 def _compared(condition: Filter, *, needed: bool = True) -> Iterator[tuple[str, str, bool]]:
-    """Yield each comparison: its field, the kind of its values (empty: several kinds, or none), whether it is needed.
+    """Yield for each comparison in a filter its field, the kind of its values, and whether the field is needed.
 
-    A field is needed if the comparison matches no record without it. Below a negation, or with NOT_EQUAL, it is not.
+    The kind is a result of `kind_of`, or empty if the values have several kinds or there are none. A field is needed if
+    a record without the field does not meet the comparison. It is not needed below a negation or with NOT_EQUAL.
+
+    Args:
+        condition: the filter.
+        needed: whether fields are needed in the place where `condition` stands; False below a negation.
     """
     if isinstance(condition, (AllOf, AnyOf)):
         for each in condition.conditions:
@@ -232,7 +251,10 @@ def _look_up(metadata: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
 
 
 def _meets(value: Any, condition: Comparison | Membership | Prefix) -> bool:
-    """Return whether a value that is not a list meets a condition; for NOT_EQUAL, whether it is equal."""
+    """Return whether a value that is not a list meets a condition.
+
+    For NOT_EQUAL, return whether the value is equal: the caller negates the result.
+    """
     if isinstance(condition, Membership):
         return any(_equal(value, each) for each in condition.values)
     if isinstance(condition, Prefix):
@@ -266,14 +288,18 @@ def kind_of(value: Any) -> str:
 
 
 def can_be_indexed(field: str) -> bool:
-    """Return whether SQLite can index a field: its paths cannot name every key."""
+    """Return whether SQLite can index a metadata field: the field is valid, and SQLite has a path to its keys."""
     return is_field(field) and sqlite_path(keys(field)) is not None
 
 
 def sqlite_path(path: tuple[str, ...]) -> str | None:
-    """Return SQLite's path to nested keys as an SQL literal, or None if a key has no path.
+    """Return SQLite's path to nested keys as an SQL literal; None if SQLite's paths cannot name a key.
 
-    A literal instead of a parameter: SQLite uses an expression index only for an identical expression.
+    They cannot name a key that is empty or contains a quote, a backslash or a control character. The path is a literal
+    and no parameter, since SQLite uses an index of an expression only for the identical expression.
+
+    Args:
+        path: the keys, the outermost first.
     """
     if any(not key or any(c in '"\\' or ord(c) < 32 for c in key) for key in path):
         return None

@@ -1,4 +1,4 @@
-"""Distances: preparation, validation, comparison and scores of vectors."""
+"""Validate and prepare vectors, compare them, and compute their scores under each distance."""
 
 from __future__ import annotations
 
@@ -10,38 +10,44 @@ import numpy.typing as npt
 from emberpc.server.collections.types import Distance, Labels, Matrix
 from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
 
-#: hnswlib's names of the spaces. Cosine is an inner product too, since vectors are normalized here.
+#: hnswlib's name of the space for each distance. The cosine is an inner product too, since this module normalizes the
+#: vectors.
 SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
-#: Limit of a vector's length: the square of a distance between two such vectors, scaled, is still a float32.
+#: Greatest length of a vector. The square of the distance between two vectors of this length, and their product with
+#: the scale of DOT_PRODUCT, is still finite in float32.
 _MAX_LENGTH = 1e14
-#: Squared lengths in float32 within these limits are valid in spite of rounding: neither zero nor too long.
+#: Lower and upper limit of a squared length in float32. A vector within the limits is surely neither zero nor too long,
+#: in spite of rounding.
 _PLAIN = (1e-30, 1e27)
-#: hnswlib computes 1 - product in float32, which loses small products. Under DOT_PRODUCT both sides are scaled by this
-#: power of two, which changes no digit, so that vectors much shorter than 1 can be distinguished.
+#: Factor of queries and stored vectors under DOT_PRODUCT. hnswlib computes 1 - product in float32, which loses small
+#: products. With the factor, vectors much shorter than 1 can be distinguished. A power of two changes no digit.
 _DOT_SCALE = np.float32(2**14)
-#: Under DOT_PRODUCT, the least length of a prepared vector that hnswlib distinguishes from vectors of similar length:
-#: 1e-5 of the product with a query of length 1, scaled, is more than the last digit of 1.
+#: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib cannot distinguish shorter vectors from
+#: vectors of similar length: 1e-5 of the scaled product with a query of length 1 must be more than the last digit of 1.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
-#: Under EUCLIDEAN, the least length of a vector in a graph: squares of shorter distances vanish in hnswlib's float32.
+#: Under EUCLIDEAN, the least length of a vector in a graph: hnswlib's float32 rounds squares of shorter distances to 0.
 _LEAST_LENGTH = np.float32(1e-15)
-#: Under DOT_PRODUCT, the least length of a vector other than zero: products of shorter ones vanish in float32.
+#: Under DOT_PRODUCT, the least length of a vector that is not zero: float32 rounds products of shorter vectors to 0.
 _LEAST_DOT_LENGTH = 1e-16
-#: Scores computed at a time, so that a full buffer and many queries do not fill the memory (16 MB).
+#: Most numbers that are computed at a time (16 MB as float32), so that a full buffer and many queries do not fill the
+#: memory.
 _BLOCK = 4 * 2**20
-#: Up to this many queries are multiplied as columns: with thousands of vectors, four queries take half the time then.
+#: Most queries for which vectors are multiplied by the queries as columns, and not the queries by the vectors. With
+#: thousands of vectors, four queries take half the time that way.
 _FEW_QUERIES = 8
 
 
 def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
     """Raise INVALID_ARGUMENT, naming each vector that cannot be stored or searched for.
 
-    hnswlib corrupts the heap if a vector is too short, and returns nonsense for NaN.
+    hnswlib would corrupt the heap for a vector with too few dimensions, and return nonsense for NaN.
 
     Args:
-        matrix: float32, shape (vectors, any).
-        dimensions: required size of the second axis.
-        distance: under COSINE, a vector must not be zero; under DOT_PRODUCT it must be zero or not too short.
-        path: returns the name of vector i in the request.
+        matrix: the vectors; must be float32 (vectors, dimensions).
+        dimensions: required number of dimensions.
+        distance: the distance. COSINE refuses a vector of zeros. DOT_PRODUCT refuses a vector of length 1e-16 or less
+            that is not zero. Each distance refuses a vector longer than 1e14, or with NaN or infinity.
+        path: returns the path of vector i in the request.
     """
     if matrix.dtype != np.float32:
         raise invalid(path(0), f"is of type {matrix.dtype}; it must be float32")
@@ -52,7 +58,10 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
 
 
 def prepare(matrix: Matrix, distance: Distance) -> Matrix:
-    """Return vectors as graph and buffer hold them: of length 1 under COSINE; float32, contiguous."""
+    """Return vectors, float32 (vectors, dimensions), as graph and buffer hold them, in a contiguous array.
+
+    They have length 1 under COSINE, are multiplied by 2**14 under DOT_PRODUCT, and are unchanged under EUCLIDEAN.
+    """
     if distance is Distance.COSINE:
         matrix = (matrix / _lengths(matrix)[:, None]).astype(np.float32)
     elif distance is Distance.DOT_PRODUCT:
@@ -63,7 +72,19 @@ def prepare(matrix: Matrix, distance: Distance) -> Matrix:
 def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> Matrix:
     """Check and prepare query vectors, in half the time of `check_vectors` and `prepare`.
 
-    Stored vectors are always prepared to the same bits; for queries the last bit does not matter.
+    The result may differ from that of `prepare` in the last bit, which does not matter for queries.
+
+    Args:
+        matrix: the queries; must be float32 (queries, dimensions).
+        dimensions: required number of dimensions.
+        distance: the distance of the collection.
+        path: returns the path of query i in the request.
+
+    Returns:
+        float32 (queries, dimensions).
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, naming each query that cannot be searched for.
     """
     if matrix.dtype != np.float32 or matrix.ndim != 2 or matrix.shape[1] != dimensions:
         check_vectors(matrix, dimensions, distance, path)
@@ -79,7 +100,7 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
 
 
 def _least_length(distance: Distance) -> float:
-    """Return the length that a vector other than zero must exceed."""
+    """Return the length that a vector other than the zero vector must exceed to be valid."""
     return _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0.0
 
 
@@ -103,7 +124,8 @@ def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: F
 def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
     """Return which vectors, float32 (vectors, dimensions), can be compared: bool (vectors,).
 
-    These are the vectors that `check_vectors` accepts, and short ones under DOT_PRODUCT, which older versions stored.
+    These are the vectors that `check_vectors` accepts, and under DOT_PRODUCT also vectors that are too short for
+    `check_vectors`, since older versions stored them.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", matrix, matrix)
@@ -116,7 +138,10 @@ def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 
 
 def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
-    """Return which prepared vectors, float32 (vectors, dimensions), are too short for hnswlib: bool (vectors,)."""
+    """Return which prepared vectors, float32 (vectors, dimensions), are too short for a graph: bool (vectors,).
+
+    hnswlib computes in float32, and cannot compare such vectors. Under COSINE no vector is too short.
+    """
     if distance is Distance.COSINE:
         return np.zeros(len(prepared), dtype=bool)
     least = _LEAST_IN_GRAPH if distance is Distance.DOT_PRODUCT else _LEAST_LENGTH
@@ -125,13 +150,14 @@ def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 
 
 def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
-    """Scale short queries of inner products up by powers of two, which change no digit; hnswlib rounds less then.
+    """Scale short queries up by powers of two, which change no digit, so that hnswlib rounds their products less.
 
     Args:
-        queries: prepared queries, float32 (queries, dimensions).
+        queries: prepared queries, float32 (queries, dimensions), for a graph of inner products.
 
     Returns:
-        The queries, of length at least 2**14 except zero vectors, and the scale of each, float32 (queries, 1).
+        The scaled queries, and the factor of each query, float32 (queries, 1). All queries except zero vectors have a
+        length of at least 2**14. The factor of a query that is so long already is 1.
     """
     lengths = np.maximum(_lengths(queries), np.finfo(np.float64).tiny)
     powers = np.clip(np.ceil(np.log2(float(_DOT_SCALE) / lengths)), 0, 120)
@@ -142,17 +168,18 @@ def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
 def nearest(
     queries: Matrix, vectors: Matrix, k: int, distance: Distance, among: npt.NDArray[np.bool_] | None = None
 ) -> tuple[Labels, Matrix]:
-    """Compare prepared queries with prepared vectors exhaustively.
+    """Return the vectors nearest to each query, by comparing every query with every vector.
 
     Args:
-        queries: float32 (queries, dimensions).
-        vectors: float32 (vectors, dimensions).
-        k: limit of the vectors to return for each query.
+        queries: prepared queries, float32 (queries, dimensions).
+        vectors: prepared vectors, float32 (vectors, dimensions).
+        k: most vectors to return for each query.
         distance: the distance.
         among: bool (vectors,), which of the vectors to compare; None: all.
 
     Returns:
-        Rows of `vectors`, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+        Rows of `vectors`, int64 (queries, k), nearest first, and their scores, float32 of the same shape; fewer columns
+        than `k` if fewer vectors are compared.
     """
     k = min(k, len(vectors) if among is None else int(np.count_nonzero(among)))
     rows = np.empty((len(queries), k), dtype=np.int64)
@@ -164,7 +191,7 @@ def nearest(
         if among is not None:
             found[:, ~among] = -np.inf
         chosen = np.argpartition(-found, k - 1, axis=1)[:, :k]
-        # For a small group, np.take_along_axis takes longer than the comparison.
+        # For few queries, np.take_along_axis would take longer than the comparison itself.
         across = np.arange(len(chosen))[:, None]
         chosen_scores = found[across, chosen]
         order = np.argsort(-chosen_scores, axis=1, kind="stable")
@@ -174,15 +201,15 @@ def nearest(
 
 
 def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Matrix]:
-    """Merge the results of the same queries from several searches.
+    """Merge the results of several searches for the same queries.
 
     Args:
-        found: from each search labels, int64 (queries, any), nearest first, and scores, float32 of the same shape.
-        k: limit of the labels to return for each query.
+        found: from each search the labels, int64 (queries, any), nearest first, and scores, float32 of the same shape.
+        k: most labels to return for each query.
 
     Returns:
-        Labels, int64 (queries, at most k), nearest first, and their scores; of equal scores, those of earlier searches
-        come first.
+        Labels, int64 (queries, at most k), nearest first, and their scores. Labels with equal scores are in the order
+        of the searches. The result of a single search is returned as it is, even with more than `k` labels.
     """
     if len(found) == 1:
         return found[0]
@@ -194,14 +221,18 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
 
 
 def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
-    """Convert hnswlib's distances to scores; greater is nearer."""
+    """Convert distances that hnswlib returned to scores, float32 of the same shape; a greater score is nearer.
+
+    The score is the cosine, the dot product, or the negative Euclidean distance. hnswlib's distance is 1 - product, or
+    the squared Euclidean distance.
+    """
     if distance is Distance.EUCLIDEAN:
         return -np.sqrt(np.maximum(distances, 0))
     return _unscaled(1 - distances, distance)
 
 
 def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
-    """Score prepared vectors against prepared queries: float32 (queries, vectors); greater is nearer."""
+    """Return the scores of prepared vectors for prepared queries, float32 (queries, vectors); greater is nearer."""
     if distance is not Distance.EUCLIDEAN:
         products = (vectors @ queries.T).T if len(queries) <= _FEW_QUERIES else queries @ vectors.T
         return _unscaled(products, distance)
@@ -224,6 +255,6 @@ def _unscaled(products: Matrix, distance: Distance) -> Matrix:
 
 
 def _lengths(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """Return the vectors' lengths in float64, where the square of a float32 neither overflows nor vanishes."""
+    """Return the lengths of vectors, float64 (vectors,), since squares of float32 numbers may overflow in float32."""
     lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
     return lengths

@@ -21,13 +21,14 @@ from emberpc.server.paging import MAX_PAGE_SIZE
 Matrix = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-#: `json.loads` first detects encodings and skips blanks, which takes as long again.
+#: Decodes a JSON text without white space at its start. `json.loads` takes twice the time, since it first skips white
+#: space and checks the type of the text.
 _DECODE = json.JSONDecoder().raw_decode
-#: The document of a record without metadata.
+#: The metadata of a record without metadata, as JSON.
 NO_METADATA = "{}"
 
 MAX_DIMENSIONS = 16_000
-#: Default limit of the bytes of the records in one response.
+#: Most bytes of the records in one response, by default.
 MAX_RESPONSE_BYTES = 32 * 2**20
 #: Values of the engine's `Truncation`.
 _TRUNCATIONS = ("refuse", "end", "start")
@@ -58,21 +59,32 @@ class Fusion(str, Enum):
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """The properties of a collection; fixed at its creation except truncation and model binding."""
+    """The properties of a collection. They are fixed at its creation, except the truncation and the model.
+
+    Attributes:
+        name: name of the collection.
+        dimensions: dimensions of the vectors.
+        model: name of the model that embeds the texts; empty: the collection has no model.
+        model_fingerprint: fingerprint of that model; empty without a model.
+        distance: the measure that compares vectors.
+        truncation: how texts that are too long for the model are truncated: the name of an engine's `Truncation`.
+        m: number of neighbours of a node of the graph.
+        ef_construction: candidates that are kept when a node is inserted into the graph.
+        indexed_fields: metadata fields with an index in the database.
+    """
 
     name: str
     dimensions: int
     model: str = ""
     model_fingerprint: str = ""
     distance: Distance = Distance.COSINE
-    #: How over-long texts are truncated, as the name of an engine's `Truncation`.
     truncation: str = "refuse"
     m: int = 16
     ef_construction: int = 200
     indexed_fields: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise INVALID_ARGUMENT, naming the field, unless all values are valid."""
+        """Raise INVALID_ARGUMENT, naming the first wrong field, unless name, numbers and truncation are valid."""
         check_name(self.name, "collection.name")
         bounds = {
             "dimensions": (self.dimensions, 1, MAX_DIMENSIONS),
@@ -90,12 +102,12 @@ class CollectionSpec:
             raise invalid("collection.truncation", f"is {self.truncation!r}; it must be one of {_TRUNCATIONS}")
 
     def to_json(self) -> str:
-        """Encode the spec as JSON, as the catalogue stores it."""
+        """Return the spec as a JSON object, as the catalogue stores it."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> CollectionSpec:
-        """Decode the result of `to_json`.
+        """Return the spec that `to_json` encoded.
 
         Raises:
             ValueError, TypeError, KeyError, AttributeError: the text is damaged.
@@ -108,7 +120,14 @@ class CollectionSpec:
 
 @dataclass(frozen=True)
 class CollectionInfo:
-    """State of a collection: number of records, sequence of its last write, creation time, and bytes on disk."""
+    """State of a collection.
+
+    Attributes:
+        record_count: number of records.
+        sequence: sequence of the last write.
+        create_time: when the collection was created.
+        size_bytes: bytes on disk; 0: not known.
+    """
 
     record_count: int
     sequence: int
@@ -118,13 +137,13 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class NewRecord:
-    """A record to be written; its vector is passed separately."""
+    """A record to be written. Its vector is not part of this object."""
 
     id: str
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    #: Seconds until it expires; None: never.
+    #: Seconds from the write until the record is deleted; None: it is kept.
     time_to_live: float | None = None
 
 
@@ -137,14 +156,17 @@ class _RecordFields(NamedTuple):
     revision: int
     create_time: datetime
     update_time: datetime
-    #: float32 (dimensions,) as it was given, or None if it was not requested.
+    #: The vector as the caller gave it, float32 (dimensions,); None if it was not requested.
     vector: Matrix | None = None
-    #: When it expires; None: never.
+    #: When the record is deleted, since its time to live ends; None: never.
     expire_time: datetime | None = None
 
 
 class RecordParts(NamedTuple):
-    """The parts of a record that a response contains besides id, label and times; vectors are requested separately."""
+    """Whether a response contains the text and the metadata of a record.
+
+    It always contains id, label, revision and times. Vectors are requested otherwise.
+    """
 
     text: bool = True
     metadata: bool = True
@@ -156,23 +178,34 @@ WHOLE_RECORD = RecordParts()
 class StoredRecord(_RecordFields):
     """A record as it is stored.
 
-    A tuple, since a response may have thousands, and creating a dataclass takes four times as long.
+    It is a tuple, since a response may have thousands of records, and a dataclass takes four times as long to create.
     """
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata, decoded each time, so that it takes memory only while it is used."""
+        """The metadata as Python objects. They are decoded at each access, so that they take memory only while in use.
+
+        Raises `TypeError`, `ValueError` or `RecursionError` if the stored metadata is damaged.
+        """
         return decode_document(self.document)
 
     @cached_property
     def serialized(self) -> dict[Hashable, bytes]:
-        """Serialized forms of the record by requested parts, so that a repeated hit is not serialized again."""
+        """Cache for callers: the serialized record by its requested parts, so that no record is serialized twice."""
         return {}
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """Result of a write; `synced` is whether this server knows it to be on disk."""
+    """Result of a write.
+
+    Attributes:
+        sequence: sequence of the write.
+        inserted: number of new records.
+        updated: number of replaced records.
+        deleted: number of deleted records.
+        synced: whether this server knows that the write is on disk.
+    """
 
     sequence: int
     inserted: int = 0
@@ -183,9 +216,14 @@ class WriteResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a search was carried out .
+    """How a query was answered.
 
-    `ef` is 0 if the graph was not used; `lexical_count` is the number of hits of the lexical search.
+    Attributes:
+        strategy: the kind of search.
+        ef: candidates that the search of the graph kept; 0: the graph was not used.
+        compared_count: number of vectors that were compared one by one.
+        shortfall_reason: why there are fewer than `top_k` hits; empty: there are `top_k` hits.
+        lexical_count: number of lexical hits of a lexical or hybrid search.
     """
 
     strategy: Strategy
@@ -203,10 +241,10 @@ class SearchOutcome(NamedTuple):
 
 
 def decode_document(document: str) -> dict[str, Any]:
-    """Decode stored metadata.
+    """Decode the metadata of a record from its JSON text `document`.
 
     Raises:
-        TypeError, ValueError, RecursionError: it is no JSON object.
+        TypeError, ValueError, RecursionError: the text is no JSON object, so it is damaged.
     """
     if document == NO_METADATA:
         return {}
@@ -217,7 +255,7 @@ def decode_document(document: str) -> dict[str, Any]:
 
 
 def check_name(name: str, field: str) -> None:
-    """Raise INVALID_ARGUMENT, naming the field, unless `name` is a valid name of a collection."""
+    """Raise INVALID_ARGUMENT, naming the request field `field`, unless `name` is a valid name of a collection."""
     if not NAME.fullmatch(name):
         raise invalid(
             field, f"is {name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -225,14 +263,22 @@ def check_name(name: str, field: str) -> None:
 
 
 def check_page_size(page_size: int) -> None:
-    """Raise INVALID_ARGUMENT unless the page size is within the limits."""
+    """Raise INVALID_ARGUMENT, naming the field `page_size`, unless a page may have that many items: 1 to 1000."""
     if not 1 <= page_size <= MAX_PAGE_SIZE:
         raise invalid("page_size", f"is {page_size}; it must be 1 to {MAX_PAGE_SIZE}")
 
 
 @dataclass(frozen=True)
 class Change:
-    """Effect of a write: its sequence, added and removed labels, and how many ids were new or replaced."""
+    """Effect of a write. A label is here the number of a record's version in the database and the graph.
+
+    Attributes:
+        sequence: sequence of the write.
+        added: labels of the records that were written, int64 (records,).
+        removed: labels of the records that were replaced or deleted.
+        inserted: number of ids that were new.
+        updated: number of ids whose records were replaced.
+    """
 
     sequence: int
     added: Labels
@@ -243,7 +289,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next bytes of a backup, and its total size; the last piece has the SHA-256 (hex) of the whole."""
+    """A piece of a backup.
+
+    Attributes:
+        data: the next bytes.
+        total: bytes of the whole backup.
+        sha256: SHA-256 (hex) of the whole backup in the last piece; empty in the other pieces.
+    """
 
     data: bytes
     total: int
@@ -274,7 +326,12 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class ProbeFigures:
-    """The number of probed searches, and the mean recall of the latest of them; NaN if there are none."""
+    """Measured recall of a collection's searches. A probed search is repeated exactly, and the hits are compared.
+
+    Attributes:
+        count: number of probed searches.
+        recall: mean recall (0 to 1) of the latest probed searches; NaN if there are none.
+    """
 
     count: int
     recall: float
@@ -282,7 +339,10 @@ class ProbeFigures:
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of a record; of the whole collection if `id` is empty."""
+    """A problem that a verification found, with a reason for programs and a message for people.
+
+    `id` is the record's id. It is empty if the problem is that of the whole collection.
+    """
 
     id: str
     reason: str
@@ -291,7 +351,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verified:
-    """Progress of a verification, and the problems found since the last step."""
+    """Progress of a verification.
+
+    Attributes:
+        checked: number of records that were checked so far.
+        total: number of all records.
+        problems: problems that were found since the previous progress.
+        done: whether the verification is complete.
+    """
 
     checked: int
     total: int

@@ -18,18 +18,19 @@ _MAX_EF = 1_000_000
 
 
 def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> list[str]:
-    """Check the records of one write.
+    """Check that the records of one write can be stored, and encode their metadata.
 
     Args:
         records: the records.
-        restored: whether they come from a backup. Older versions had no limit of a label's size,
-            and accepted NUL characters in metadata.
+        restored: whether the records come from a backup. Then labels may be longer than the limit, and metadata may
+            contain NUL characters, since older versions accepted both.
 
     Returns:
         The metadata of each record, as JSON.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming every record that cannot be stored.
+        ServiceError: INVALID_ARGUMENT if there are no records; INVALID_ARGUMENT, naming every wrong field, if ids,
+            texts, labels or metadata are malformed or too long, or two records have the same id.
     """
     if not records:
         raise invalid("records", "is empty; give at least one record")
@@ -55,7 +56,15 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
 
 
 def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float = 0) -> None:
-    """Raise INVALID_ARGUMENT unless the options of a search are valid for its queries."""
+    """Raise INVALID_ARGUMENT unless the options of a search are valid for its queries.
+
+    Args:
+        queries: number of queries.
+        top_k: `top_k` of each query; must be 1 to 10,000.
+        excluded: number of values of the option that excludes an id for each query; must be the number of queries.
+        ef: candidates of a search of the graph; must be 0 to 1,000,000. 0: the server chooses.
+        min_recall: least recall; must be 0 to 1, and 0 if `ef` is given. 0: no target.
+    """
     if len(top_k) != queries:
         raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")
     if excluded != queries:
@@ -72,7 +81,7 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
 
 
 def check_revision(record_id: str, expected: int, present: int) -> None:
-    """Raise ABORTED unless the present revision of a record is the expected one; 0 stands for a missing record."""
+    """Raise ABORTED if the `present` revision of a record is not the `expected` one; 0 means a missing record."""
     if expected != present:
         raise ServiceError(
             Code.ABORTED,
@@ -84,7 +93,7 @@ def check_revision(record_id: str, expected: int, present: int) -> None:
 
 
 def _wrong_id(record_id: str) -> str:
-    """Return what is wrong with an id; empty if it is valid."""
+    """Return what is wrong with an id, as a part of an error message; empty if the id is valid."""
     size = _size(record_id)
     if size is None:
         return "has half a surrogate pair; send Unicode text"
@@ -98,7 +107,11 @@ def _wrong_id(record_id: str) -> str:
 
 
 def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
-    """Return metadata as JSON, and what is wrong with it; empty if it is valid."""
+    """Return the metadata of a record as JSON, and what is wrong with it, as a part of an error message.
+
+    The message is empty if the metadata is valid; otherwise the JSON is empty. With `restored`, NUL characters are
+    accepted.
+    """
     if not isinstance(record.metadata, Mapping):
         return "", "is no JSON object; give one"
     try:
@@ -108,7 +121,8 @@ def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
         return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
     if size > MAX_METADATA_BYTES:
         return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
-    # JSON holds NUL as an escape only; a backslash before `u0000` gives the same characters.
+    # JSON contains NUL only as the escape \u0000. These characters are found in metadata without NUL too, after an
+    # escaped backslash, so the metadata itself is searched as well.
     if not restored and "\\u0000" in document and (field := _field_with_nul(dict(record.metadata))) is not None:
         what = f"a NUL character (U+0000) in field {field[:100]!r}"
         return "", f"holds {what}, which filters cannot compare; leave it out"
@@ -116,7 +130,12 @@ def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
 
 
 def _field_with_nul(value: Any, path: tuple[str, ...] = ()) -> str | None:
-    """Return the field of a value or key with a NUL character in metadata; None if there is none."""
+    """Return the first metadata field with a NUL character in its value or its last key; None if there is none.
+
+    Args:
+        value: the metadata, or a part of it.
+        path: the keys that lead to that part.
+    """
     if isinstance(value, str):
         return ".".join(path) if "\0" in value else None
     parts: Iterable[tuple[tuple[str, ...], Any]] = ()
@@ -133,7 +152,7 @@ def _field_with_nul(value: Any, path: tuple[str, ...] = ()) -> str | None:
 
 
 def _size(text: str) -> int | None:
-    """Return the number of bytes as UTF-8, or None if the text cannot be encoded."""
+    """Return the number of bytes of a text as UTF-8; None if the text has half a surrogate pair, so no UTF-8."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:
