@@ -1,1 +1,1 @@
-"""Work that joins models and collections, such as embed-and-search. Knows no protobuf, no gRPC and no index backend."""
+"""Work that joins models and collections, such as embed-and-search. Imports no protobuf, gRPC or index backend."""

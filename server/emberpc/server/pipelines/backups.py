@@ -1,4 +1,4 @@
-"""Back up a collection to one file, and restore a collection from it, in pieces and a few at a time."""
+"""Back up collections to files, and restore collections from them. The bytes are sent in pieces."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.slots import Slots
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: Backups, and restores, at a time. Each holds a thread at times, and as much disk as the collection.
+#: Most backups at a time, and most restores at a time. Each of them needs a thread at times, and as many bytes of disk
+#: as the collection.
 _AT_ONCE = 2
-#: Callers that may wait for a slot, and the seconds after which a refused caller may retry.
+#: Most callers that wait for a slot, and the seconds after which a refused caller may retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 5.0
-#: Seconds after which a caller that reads or sends nothing is ended; and the same while others wait for its slot.
+#: Seconds after which a call is ended if its caller reads or sends nothing: while no other caller waits for a slot, and
+#: while another caller waits.
 _STALL_SECONDS, _CONTENDED_SECONDS = 60.0, 15.0
 
 Message = TypeVar("Message")
@@ -51,8 +53,8 @@ class CollectionBackups:
     Args:
         index: the collections.
         pool: runs the blocking calls of the index.
-        stall_seconds: a caller that reads or sends nothing for this long is ended.
-        contended_seconds: the same while others wait for its slot.
+        stall_seconds: seconds without reading or sending after which a caller's call is ended.
+        contended_seconds: the same while other callers wait for a slot; at most `stall_seconds` are used.
     """
 
     def __init__(
@@ -71,19 +73,22 @@ class CollectionBackups:
 
     @property
     def backups_wait(self) -> bool:
-        """Return whether a caller waits for the slot of a backup."""
+        """Return whether a caller waits for a backup, since the most backups are under way."""
         return self._backups.waiting > 0
 
     async def backup(self, collection: CollectionBackend, caller: Caller) -> AsyncGenerator[Piece, None]:
-        """Yield the pieces of a backup. It holds its slot while the caller reads, and ends when the caller leaves.
+        """Yield the pieces of a backup of a collection. The backup ends when the caller leaves.
+
+        While the caller reads, the backup counts among the most backups at a time.
 
         Raises:
-            ServiceError: as `CollectionBackend.backup` does; RESOURCE_EXHAUSTED if too many callers wait.
+            ServiceError: RESOURCE_EXHAUSTED if too many callers wait or the disk is full; DEADLINE_EXCEEDED if the
+                deadline passed; any other error of `CollectionBackend.backup`.
         """
         async with self._backups.hold():
             stop = Cancellation(caller.seconds_left)
             pieces = collection.backup(stop)
-            # Heavy: the index copies the whole collection before the first piece.
+            # A heavy call, since the index copies the whole collection before the first piece.
             job = await self._pool.submit(lambda: next(pieces, None), heavy=True)
             try:
                 while (piece := await asyncio.wrap_future(job)) is not None:
@@ -91,24 +96,27 @@ class CollectionBackups:
                     job = self._pool.start(lambda: next(pieces, None))
             finally:
                 stop.cancel()
-                # Runs when no thread is in the generator: now, or when the copy has noticed the cancellation.
+                # The generator can be closed only while no thread runs it: now, or when the thread has noticed the
+                # cancellation.
                 job.add_done_callback(lambda _: self._pool.start(pieces.close))
 
     async def restore(
         self, messages: AsyncIterator[Message], read: Callable[[Message], RestoreMessage]
     ) -> CollectionBackend:
-        """Create a collection from the pieces of a backup. If the caller leaves or stalls, nothing remains.
+        """Create and return a collection from the pieces of a backup. If the caller leaves or stalls, nothing remains.
 
-        A caller waits for its slot after its first message, so a silent caller holds no slot.
+        Only two restores run at a time. A further caller waits after its first message, so a caller that sends nothing
+        blocks no other.
 
         Args:
-            messages: the messages.
-            read: reads a message.
+            messages: the messages of the caller.
+            read: returns the content of a message.
 
         Raises:
-            ServiceError: as `IndexBackend.restore` and `RestorationBackend` do; INVALID_ARGUMENT if the messages are
-                out of order; DEADLINE_EXCEEDED if no message comes for `stall_seconds`; RESOURCE_EXHAUSTED if too many
-                callers wait.
+            ServiceError: INVALID_ARGUMENT if a message is wrong or out of order, or the bytes are no intact backup;
+                ALREADY_EXISTS if a collection has the name; FAILED_PRECONDITION if a newer version wrote the backup;
+                DEADLINE_EXCEEDED if no message comes for 60 s, or 15 s while others wait; RESOURCE_EXHAUSTED if too
+                many callers wait, the disk is full, or there are too many collections.
         """
         message = await self._next(messages, lambda: False)
         first = None if message is None else read(message)
@@ -135,13 +143,22 @@ class CollectionBackups:
                 sha256 = piece.sha256
                 message = await self._next(messages, lambda: self._restores.waiting > 0)
                 piece = None if message is None else read(message)
-            # Never refused, since the caller would have to send all again; there are at most two.
+            # Not refused if many heavy calls wait, since the caller would have to send all bytes again. At most two
+            # restores run at a time.
             return await self._pool.run(partial(restoration.finish, sha256), heavy=True, refuse=False)
         finally:
             opening.add_done_callback(self._close)
 
     async def _next(self, messages: AsyncIterator[Message], contended: Callable[[], bool]) -> Message | None:
-        """Return the next message; None at the end. `contended` returns whether others wait for the slot."""
+        """Return the next message; None at the end of the stream.
+
+        Args:
+            messages: the messages of the caller.
+            contended: returns whether another caller waits, so that the wait for the message must be shorter.
+
+        Raises:
+            ServiceError: DEADLINE_EXCEEDED if no message came in time.
+        """
         reading = asyncio.create_task(next_message(messages))
         waited = 0.0
         try:
@@ -157,15 +174,17 @@ class CollectionBackups:
             await cancel_tasks([reading])
 
     def _close(self, opening: Future[RestorationBackend]) -> None:
-        """Close a restoration, if it was opened."""
+        """Close the restoration that `opening` gave, in the pool; do nothing if `opening` failed or was cancelled."""
         if not opening.cancelled() and opening.exception() is None:
             self._pool.start(opening.result().close)
 
 
 def _check_servable(spec: CollectionSpec) -> None:
-    """Raise ValueError or ServiceError for a collection that this server could not have created.
+    """Check that this server could have created a collection with a spec. Its model need not be served.
 
-    Its model need not be served, as for any collection: its vectors can be searched without the model.
+    Raises:
+        ValueError: the truncation is unknown.
+        ServiceError: INVALID_ARGUMENT for fields that cannot be indexed.
     """
     Truncation(spec.truncation)
     check_indexed_fields(spec.indexed_fields, "indexed_fields")

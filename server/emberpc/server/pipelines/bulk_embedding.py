@@ -1,4 +1,4 @@
-"""Embed groups of texts for streams and jobs: a wrong text fails alone, and a full queue causes a retry."""
+"""Embed groups of texts for streams and jobs. A wrong text fails alone, and a group waits while the queue is full."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from emberpc.server.pipelines.limits import Limits
 
 log = logging.getLogger(__name__)
 
-#: Texts of a group, and the characters of its texts unless one text alone has more: several micro-batches, and a small
-#: response.
+#: Most texts of a group, and most characters of all its texts; a single text may have more. These are enough texts for
+#: several micro-batches, and their vectors make a small response.
 GROUP_TEXTS = 64
 GROUP_CHARACTERS = 2**16
-#: Groups of a stream under way at a time: enough for a few workers to find texts of similar length, and a small part
-#: of the queue.
+#: Most groups of a stream that are embedded at a time. They are enough for a few workers to find texts of similar
+#: length, and fill only a small part of the queue.
 GROUPS = 8
-#: Codes of errors that are the server's, not a text's, for work that writes what it embedded.
+#: Codes of errors that are not the fault of a text, so that work that stores the vectors must end or be retried.
 SERVER_ERRORS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED})
-#: Seconds for which a group retries while the queue is full, and the shortest and longest pause between two tries.
+#: Seconds for which a group retries while the queue is full; and the shortest and the longest pause between two tries,
+#: in seconds.
 _RETRY_SECONDS = 20.0
 _PAUSES = (0.05, 2.0)
 
@@ -32,11 +33,11 @@ _PATH = items_of("items", "text")
 
 @dataclass
 class EmbeddedGroup:
-    """The inferences and the failures of a group of texts. Each text is in one of the two.
+    """The inferences and the failures of a group of texts. Each text has either an inference or a failure.
 
     Attributes:
-        parts: the inferences, each with the indexes of its texts in their order.
-        failures: the error of each text that has no vector, by its index.
+        parts: the inferences, each with the indexes of its texts in the group: row k belongs to the k-th index.
+        failures: the error of each text that has no vector, by the index of the text.
     """
 
     parts: list[tuple[list[int], Inference]] = field(default_factory=list)
@@ -53,9 +54,9 @@ class BulkEmbedder:
         model: the model.
         prompt: the prompt before each text.
         truncation: the truncation of long texts.
-        caller: the caller of the stream.
-        request_id: the request id of the stream, for the log.
-        ending: codes of the errors that end the stream. Errors with other codes fail their texts only.
+        caller: the caller of the stream or job.
+        request_id: the request id of the stream, or the name of the job, for the log.
+        ending: codes of the errors that `embed` raises. Errors with other codes fail single texts.
     """
 
     engine: Engine
@@ -68,10 +69,12 @@ class BulkEmbedder:
     ending: frozenset[Code]
 
     async def embed(self, texts: Sequence[str]) -> EmbeddedGroup:
-        """Embed texts. Texts that cannot be embedded fail alone.
+        """Embed texts, and return their inferences and failures. A text that cannot be embedded fails alone.
+
+        While the queue is full, this waits and retries for up to 20 seconds.
 
         Raises:
-            ServiceError: an error with a code of `ending`.
+            ServiceError: an error whose code is among those that end the stream (`self.ending`).
         """
         group = EmbeddedGroup()
         valid = []
@@ -86,7 +89,14 @@ class BulkEmbedder:
         return group
 
     async def _embed(self, texts: Sequence[str], indexes: list[int], group: EmbeddedGroup) -> None:
-        """Embed the texts at some indexes; on errors, without the texts that the error names, or in halves."""
+        """Embed the texts at some indexes, and add their inferences and failures to `group`.
+
+        If an error names texts, these fail, and the others are embedded again. If it names none, each half of the texts
+        is embedded by itself, until the texts that cause the error are found.
+
+        Raises:
+            ServiceError: an error with a code of `self.ending`.
+        """
         if not indexes:
             return
         try:
@@ -100,7 +110,7 @@ class BulkEmbedder:
                 group.failures |= {i: invalid("text", description) for i, description in wrong.items()}
                 await self._embed(texts, [i for i in indexes if i not in wrong], group)
             elif error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL) and len(indexes) > 1:
-                # Together they have more tokens than the queue may ever hold, or the model fails on one of them.
+                # The texts have more tokens together than may ever wait in the queue, or the model fails on a text.
                 half = len(indexes) // 2
                 await self._embed(texts, indexes[:half], group)
                 await self._embed(texts, indexes[half:], group)
@@ -109,7 +119,11 @@ class BulkEmbedder:
                 group.failures |= dict.fromkeys(indexes, error)
 
     async def _infer(self, texts: Sequence[str]) -> Inference:
-        """Run texts through the model. Retry while the queue is full: a stream that was accepted can wait."""
+        """Run texts through the model. While the queue is full, retry for up to 20 seconds or until the deadline.
+
+        Raises:
+            ServiceError: any error of `Inferrer.infer`; QUEUE_FULL only after the last retry.
+        """
         request = InferenceRequest(self.model, texts, self.prompt, self.truncation, _PATH, self.caller)
         until = min(perf_counter() + _RETRY_SECONDS, self.caller.deadline)
         while True:

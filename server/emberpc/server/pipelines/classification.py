@@ -11,7 +11,7 @@ from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, M
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.pipelines.limits import Limits
 
-#: Bytes of a label's score in the response, beside the label.
+#: Estimated bytes in the response of a label's score, without the label itself.
 _SCORE_BYTES = 10
 
 
@@ -20,10 +20,10 @@ class ClassificationRequest:
     """Texts to classify.
 
     Attributes:
-        classifier: name of the model.
+        classifier: name of the model; empty: the only classifier.
         texts: the texts.
-        top_k: labels to list for each text; 0: all.
-        nearest_examples: training examples to list for each text; classifiers of this version have none.
+        top_k: most labels to return for each text; 0: all.
+        nearest_examples: number of training examples to return for each text. It must be 0: classifiers keep none.
         truncation: the truncation of long texts.
     """
 
@@ -35,7 +35,13 @@ class ClassificationRequest:
 
 
 class ClassifiedTexts(NamedTuple):
-    """The classifier, the inference (its output is the logits, float32 (texts, labels)), and the decided labels."""
+    """The result of a classification.
+
+    Attributes:
+        model: the classifier.
+        inference: the logits, float32 (texts, labels), with token counts and times.
+        decisions: the labels of the texts, with probabilities.
+    """
 
     model: Model
     inference: Inference
@@ -58,9 +64,10 @@ class TextClassifier:
         """Return the labels of texts with their probabilities.
 
         Raises:
-            ServiceError: as `Engine.model` and `Inferrer.infer` do; INVALID_ARGUMENT for wrong texts or a negative
-                `top_k`; FAILED_PRECONDITION if examples are requested; RESOURCE_EXHAUSTED if the response would be too
-                large.
+            ServiceError: NOT_FOUND if the classifier is not served; INVALID_ARGUMENT for wrong texts or a negative
+                `top_k`; FAILED_PRECONDITION if the model is no classifier, or examples are requested;
+                RESOURCE_EXHAUSTED if the response would be too large, or the queue is full; any other error of
+                `Inferrer.infer`.
         """
         model = self._engine.model(request.classifier, Task.CLASSIFICATION, "classifier")
         texts = request.texts

@@ -1,4 +1,4 @@
-"""Open collections by name, and run work on them."""
+"""Open collections by name, and run blocking calls on them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from emberpc.server.pipelines.slots import Slots
 
 log = logging.getLogger(__name__)
 
-#: Collections that are opened at a time, and calls that may wait for a collection to be opened.
+#: Most collections that are being opened at a time, and most collections that wait to be opened.
 _OPENED_AT_ONCE, _MAX_WAITING = 2, 1024
 
 Result = TypeVar("Result")
 
 
 class CollectionAccess:
-    """Opens collections in the pool and binds them to their models. Use from one event loop only.
+    """Opens collections in the pool, and binds them to the fingerprints of their models. Use from one event loop only.
 
     Args:
         engine: the models.
@@ -36,19 +36,25 @@ class CollectionAccess:
         self._index = index
         self._pool = pool
         self._openings = Slots(_OPENED_AT_ONCE, _MAX_WAITING, "collections that are being opened")
-        #: The opening of a collection by its name. All its callers wait for one thread.
+        #: The task that opens a collection, by the collection's name. All calls for a collection wait for one task.
         self._opening: dict[str, asyncio.Task[CollectionBackend]] = {}
 
     def opened(self, name: str) -> CollectionBackend | None:
-        """Return a collection without waiting; None if it is not open or is bound by a legacy fingerprint."""
+        """Return the collection with a name without waiting; None: call `open`.
+
+        None is returned if the collection is not open, or is bound by a legacy fingerprint of its model.
+        """
         opened = self._index.opened(name)
         return None if opened is None or fingerprint_to_rebind(self._engine, opened.spec) else opened
 
     async def open(self, name: str) -> CollectionBackend:
-        """Return a collection. If it is bound by a legacy fingerprint, bind it by the present one.
+        """Return the collection with a name; open the collection if needed.
+
+        A collection that is bound by a legacy fingerprint of its model is bound by the present fingerprint.
 
         Raises:
-            ServiceError: as `IndexBackend.get` does; RESOURCE_EXHAUSTED if too many calls wait.
+            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged;
+                RESOURCE_EXHAUSTED if too many collections wait to be opened.
         """
         opened = self.opened(name)
         if opened is not None:
@@ -56,17 +62,18 @@ class CollectionAccess:
         opening = self._opening.get(name)
         if opening is None:
             opening = self._opening[name] = asyncio.create_task(self._open(name))
-            # Reads the exception, since all callers may have left: asyncio logs an exception that is never read.
+            # The callback reads the exception, since asyncio logs one that is never read, and all callers may have
+            # left.
             opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(opening)
 
     async def use(
         self, name: str, work: Callable[[CollectionBackend], Awaitable[Result]], *, has_vectors: bool = False
     ) -> Result:
-        """Run work on a collection and return its result.
+        """Run work on a collection, and return the result of the work.
 
-        Runs the work a second time if the collection was closed meanwhile and another one has its name, as after a
-        reembedding.
+        If the collection is closed meanwhile and another collection has its name, as after a reembedding, the work runs
+        a second time, on the other collection.
 
         Args:
             name: name of the collection.
@@ -75,7 +82,8 @@ class CollectionAccess:
                 at the start of the call, so the work is not run on a collection with another model.
 
         Raises:
-            ServiceError: as `open` and the work do; as `check_same_model` does if the work has vectors.
+            ServiceError: NOT_FOUND if there is no such collection; FAILED_PRECONDITION if the other collection has
+                another model and `has_vectors` is set; any other error of `open` or of the work.
         """
         collection = await self.open(name)
         try:
@@ -99,7 +107,19 @@ class CollectionAccess:
         heavy: bool = False,
         within: Slots | None = None,
     ) -> Result:
-        """Run a blocking call on a collection in the pool; arguments and errors are those of `IndexPool.run`."""
+        """Run a blocking call on a collection in the pool, and return the result of the call.
+
+        Args:
+            name: name of the collection.
+            work: the blocking call.
+            caller: the caller; the call is cancelled when the caller leaves or the deadline passes.
+            heavy: whether the call may take long.
+            within: slots of which the call holds one while it waits and runs; None: none.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many calls wait;
+                DEADLINE_EXCEEDED if the deadline passed; any other error of `open` or of the work.
+        """
         return await self.use(
             name,
             lambda collection: self._pool.run(lambda: work(collection), caller, heavy=heavy, within=within),
@@ -114,7 +134,10 @@ class CollectionAccess:
             del self._opening[name]
 
     async def _rebind(self, collection: CollectionBackend, fingerprint: str) -> CollectionBackend:
-        """Bind a collection to its model by another fingerprint. If that fails, return it as it was."""
+        """Bind a collection to its model by another fingerprint, and return the collection.
+
+        If that fails, the failure is logged, and the collection is returned as it was.
+        """
         name, legacy = collection.spec.name, collection.spec.model_fingerprint
         try:
             return await self._pool.run(lambda: self._index.rebind(name, legacy, fingerprint))

@@ -21,10 +21,10 @@ from emberpc.server.pipelines.slots import Slots
 _DEFAULT_MIN_SCORE = 0.95
 _MAX_CLUSTERS = 1000
 _DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
-#: Calls that may wait for the running one, and the seconds after which a refused caller may retry.
+#: Most calls that wait for the running call, and the seconds after which a refused caller may retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 10.0
 
-#: The collection's sequence at which the pairs were found, the least score, and the pairs.
+#: Duplicate pairs of a collection: the collection's sequence when they were found, their least score, and the pairs.
 _FoundPairs: TypeAlias = tuple[int, float, list[DuplicatePair]]
 
 Result = TypeVar("Result")
@@ -39,9 +39,9 @@ class DuplicatePage:
 
 
 class CollectionAnalysis:
-    """Runs calls that read all records of a collection, one at a time: each may take minutes.
+    """Runs calls that read all records of a collection. Each call may take minutes, so only one runs at a time.
 
-    Verifications are an exception: they run in short steps.
+    Several verifications may run at a time, since they run in short steps.
 
     Args:
         pool: runs the blocking calls of the index.
@@ -50,7 +50,7 @@ class CollectionAnalysis:
     def __init__(self, pool: IndexPool) -> None:
         self._pool = pool
         self._slot = Slots(1, _MAX_WAITING, "calls that look at all records of a collection", _RETRY_SECONDS)
-        #: The last pairs of each collection, for the calls for further pages.
+        #: The duplicate pairs of each collection that were found last. Calls for further pages use them.
         self._duplicates: WeakKeyDictionary[CollectionBackend, _FoundPairs] = WeakKeyDictionary()
 
     async def find_duplicates(
@@ -60,14 +60,14 @@ class CollectionAnalysis:
 
         Args:
             collection: the collection.
-            min_score: the least cosine of a pair; 0: 0.95.
-            page_size: pairs of the page at most.
+            min_score: the least cosine of a pair, in (0, 1]; 0: 0.95.
+            page_size: most pairs of the page.
             page_token: token of the page; empty: the first page.
             caller: the caller.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a score outside (0, 1] or a wrong token; RESOURCE_EXHAUSTED if too many
-                calls wait.
+            ServiceError: INVALID_ARGUMENT for a wrong score or token; RESOURCE_EXHAUSTED if too many calls wait;
+                DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if the index backend finds no duplicates.
         """
         least = min_score or _DEFAULT_MIN_SCORE
         if not 0 < least <= 1:
@@ -83,16 +83,17 @@ class CollectionAnalysis:
     async def clusters(
         self, collection: CollectionBackend, count: int, examples: int, caller: Caller
     ) -> Sequence[Cluster]:
-        """Cluster the records by their vectors.
+        """Cluster the records of a collection by their vectors.
 
         Args:
             collection: the collection.
-            count: number of clusters.
-            examples: examples of each cluster; 0: 5.
+            count: most clusters, 2 to 1000; there are fewer if some would be empty.
+            examples: most records that are returned of each cluster, at most 100; 0: 5.
             caller: the caller.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a number out of range; RESOURCE_EXHAUSTED if too many calls wait.
+            ServiceError: INVALID_ARGUMENT for a number out of range; RESOURCE_EXHAUSTED if too many calls wait;
+                DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if the index backend finds no clusters.
         """
         if not 2 <= count <= _MAX_CLUSTERS:
             raise invalid("cluster_count", f"is {count}; it must be 2 to {_MAX_CLUSTERS}")
@@ -108,11 +109,16 @@ class CollectionAnalysis:
     async def verify(
         self, collection: CollectionBackend, caller: Caller, *, full: bool
     ) -> AsyncGenerator[Verified, None]:
-        """Verify a collection, and yield the progress of each step. If the caller leaves, the step is cancelled.
+        """Verify a collection, and yield the progress after each step. If the caller leaves, the step is cancelled.
+
+        Args:
+            collection: the collection.
+            caller: the caller.
+            full: whether to search for every record by its own vector; otherwise for a random sample.
 
         Raises:
-            ServiceError: as `CollectionBackend.verify` does; RESOURCE_EXHAUSTED if too many heavy calls wait at the
-                first step.
+            ServiceError: RESOURCE_EXHAUSTED if too many calls that may take long wait before the first step;
+                DEADLINE_EXCEEDED if the deadline passed; any other error of `CollectionBackend.verify`.
         """
         steps = collection.verify(full=full)
         first = True
@@ -121,19 +127,29 @@ class CollectionAnalysis:
             yield step
 
     def _pairs(self, collection: CollectionBackend, min_score: float) -> list[DuplicatePair]:
-        """Return all pairs: those of the last call if nothing was written since. Runs in the pool."""
+        """Return all pairs of a collection with at least `min_score`. Blocks, so it runs in the pool.
+
+        The pairs of the last call are returned if that had the same score and nothing was written since.
+        """
         sequence = collection.info().sequence
         found = self._duplicates.get(collection)
         if found is None or found[:2] != (sequence, min_score):
             pairs = collection.duplicates(min_score, cancellation.cancelled)
-            # A cancelled call has found some of the pairs only, which must not be kept.
+            # Raises if the call was cancelled: then only some of the pairs were found, and they must not be kept.
             cancellation.check()
             found = self._duplicates[collection] = (sequence, min_score, pairs)
         return found[2]
 
 
 def _read_token(token: str) -> tuple[float, str, str] | None:
-    """Return the order of the last pair of the page before; None for the first page."""
+    """Return the sort key that a page token encodes: that of the last pair of the previous page.
+
+    Returns:
+        The negative score and the two ids; None for an empty token, which means the first page.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if the token is no page token of this server.
+    """
     if not token:
         return None
     try:

@@ -24,9 +24,9 @@ class CollectionDescription:
 
     Attributes:
         spec: the spec.
-        info: counts and times; None if the collection cannot be opened.
-        reembedding: progress of its reembedding; None if there is none.
-        problem: why the collection cannot be opened; empty: it can.
+        info: record count, sequence, creation time and size; None if the collection cannot be opened.
+        reembedding: progress of the collection's reembedding; None if there is none.
+        problem: why the collection cannot be opened; empty if it can be opened.
     """
 
     spec: CollectionSpec
@@ -61,14 +61,15 @@ class CollectionManagement:
         self._reembedding = reembedding
 
     async def create(self, spec: CollectionSpec) -> CollectionDescription:
-        """Create a collection, bound to the model that is served under the name in its spec.
+        """Create and describe a collection. If its spec names a model, it is bound to the served model of that name.
 
         Args:
-            spec: the spec, without the fingerprint; dimensions 0: all that the model has.
+            spec: the spec, without the fingerprint; dimensions 0: all dimensions of the model.
 
         Raises:
-            ServiceError: as `Engine.model` and `IndexBackend.create` do; INVALID_ARGUMENT for wrong dimensions or
-                indexed fields.
+            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
+                INVALID_ARGUMENT for a wrong value of the spec; ALREADY_EXISTS if a collection has the name;
+                RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
         """
         if spec.model:
             model = self._engine.model(spec.model, Task.EMBEDDING, "collection.model")
@@ -80,53 +81,80 @@ class CollectionManagement:
         return await self.get(spec.name)
 
     async def get(self, name: str) -> CollectionDescription:
-        """Describe a collection; NOT_FOUND if it does not exist."""
+        """Describe the collection with a name; NOT_FOUND if there is none, INTERNAL if its files are damaged."""
         return await self._access.use(name, self.describe)
 
     async def page(self, size: int, token: str) -> tuple[Sequence[CollectionDescription], str]:
-        """Return a page of the collections in the order of their names, and the token of the next page.
+        """Return a page of collections in the order of their names, and the token of the next page.
+
+        The token is empty after the last page. A damaged collection is described by its spec and the problem.
 
         Args:
-            size: collections of the page at most.
+            size: most collections of the page.
             token: token of the page; empty: the first page.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong size or token; any error of `get` except NOT_FOUND and INTERNAL.
         """
         specs, next_token = await self._pool.run(lambda: self._index.page(size, token))
         found = [await self._describe_or_problem(spec) for spec in specs]
         return [description for description in found if description is not None], next_token
 
     async def set_truncation(self, name: str, truncation: Truncation) -> CollectionDescription:
-        """Change the truncation of a collection."""
+        """Change the truncation of the collection with a name, and describe the collection.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many writes wait or the
+                disk is full.
+        """
         writers = self._pool.writers(name)
         await self._pool.run(lambda: self._index.update(name, truncation.value), within=writers)
         return await self.get(name)
 
     async def delete(self, name: str) -> None:
-        """Delete a collection, and cancel its reembedding."""
+        """Delete the collection with a name, and cancel its reembedding; NOT_FOUND if there is no such collection."""
         await self._reembedding.cancel(name)
         await self._pool.run(lambda: self._index.delete(name))
 
     async def reembed(self, name: str, model_name: str, dimensions: int) -> CollectionDescription:
-        """Start to reembed a collection; arguments and errors are those of `ReembeddingJobs.start`."""
+        """Start to reembed the collection with a name, and describe the collection.
+
+        Args:
+            name: name of the collection.
+            model_name: name of the new model.
+            dimensions: dimensions of the new vectors; 0: all dimensions of the model.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection or model; INVALID_ARGUMENT for dimensions that the
+                model does not support; FAILED_PRECONDITION if the vectors would stay the same, the collection is being
+                reembedded, or a record has no text; UNAVAILABLE if the collection was deleted meanwhile.
+        """
         collection = await self._access.open(name)
         await self._reembedding.start(collection, model_name, dimensions)
         return await self.describe(collection)
 
     async def cancel_reembedding(self, name: str) -> CollectionDescription:
-        """Cancel the reembedding of a collection, which keeps its model; NOT_FOUND if there is no such collection."""
+        """Cancel the reembedding of the collection with a name, and describe the collection, which keeps its old model.
+
+        Nothing is cancelled if there is no reembedding.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection.
+        """
         await self._access.open(name)
         await self._reembedding.cancel(name)
         return await self.describe(await self._access.open(name))
 
     async def describe(self, collection: CollectionBackend) -> CollectionDescription:
-        """Describe an open collection."""
+        """Return the spec, the state and the reembedding of an open collection; UNAVAILABLE if it was closed."""
         info = await self._pool.run(collection.info)
         spec = collection.spec
         return CollectionDescription(spec, info, await self._reembedding.status(spec.name))
 
     async def _describe_or_problem(self, spec: CollectionSpec) -> CollectionDescription | None:
-        """Describe a collection; if it is damaged, only its spec and the problem, so that the others can be listed.
+        """Describe the collection with a spec; None if the collection was deleted meanwhile.
 
-        Returns None if the collection does not exist any more.
+        A damaged collection is described by its spec and the problem, so that a list can contain it.
         """
         try:
             return await self.get(spec.name)

@@ -1,4 +1,4 @@
-"""Embed the texts of one call, compare texts, and count tokens."""
+"""Embed, compare, and count the tokens of the texts of one call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from emberpc.server.pipelines.limits import Limits
 
 Matrix = npt.NDArray[np.float32]
 
-#: Bytes of a similarity score in the response: a packed float.
+#: Bytes of a similarity score in the response: a float in a packed field.
 _SCORE_BYTES = 4
 
 
 class InputKind(Enum):
-    """Which of a model's prompts goes before a text."""
+    """What a text is used as. It decides which of the model's prompts is put before the text."""
 
     QUERY = "query"
     PASSAGE = "passage"
@@ -30,12 +30,12 @@ class InputKind(Enum):
 
 @dataclass(frozen=True)
 class EmbeddingOptions:
-    """How to embed texts, as a request says it.
+    """The options of a request to embed texts.
 
     Attributes:
-        input_kind: which prompt goes before each text.
+        input_kind: decides which prompt is put before each text.
         truncation: the truncation of long texts.
-        dimensions: dimensions of the vectors; 0: all that the model has.
+        dimensions: dimensions of the vectors; 0: all dimensions of the model.
         normalize: whether to scale the vectors to length 1; None: as the model's manifest says.
     """
 
@@ -50,9 +50,9 @@ class EmbeddedTexts:
     """The vectors of texts.
 
     Attributes:
-        model: the model that made them.
-        vectors: float32 (texts, dimensions), as the options say.
-        inference: token counts and timings; its output has all dimensions of the model.
+        model: the model that embedded the texts.
+        vectors: float32 (texts, dimensions), with the dimensions and the length that the options demand.
+        inference: token counts and times, and the unchanged output of the model with all dimensions.
     """
 
     model: Model
@@ -62,7 +62,16 @@ class EmbeddedTexts:
 
 @dataclass(frozen=True)
 class SimilarityRequest:
-    """Texts to compare: each source with each target."""
+    """Texts to compare: each source with each target.
+
+    Attributes:
+        model: name of the model; empty: the only embedding model.
+        sources: the sources.
+        targets: the targets.
+        source_kind: decides which prompt is put before each source.
+        target_kind: decides which prompt is put before each target.
+        truncation: the truncation of long texts.
+    """
 
     model: str
     sources: Sequence[str]
@@ -77,7 +86,7 @@ class Similarities:
     """The similarity of texts.
 
     Attributes:
-        model: the model that embedded them.
+        model: the model that embedded the texts.
         scores: float32 (sources, targets): cosines, in [-1, 1].
         sources: the inference of the sources.
         targets: the inference of the targets.
@@ -114,9 +123,16 @@ class TextEmbedder:
     ) -> EmbeddedTexts:
         """Return the vectors of texts.
 
+        Args:
+            model_name: name of the model; empty: the only embedding model.
+            texts: the texts.
+            options: how to embed the texts.
+            caller: the caller.
+
         Raises:
-            ServiceError: as `Engine.model` and `Inferrer.infer` do; INVALID_ARGUMENT for wrong texts, or for options
-                that the model does not support; RESOURCE_EXHAUSTED if the response would be too large.
+            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
+                INVALID_ARGUMENT for wrong texts, or for options that the model does not support; RESOURCE_EXHAUSTED if
+                the response would be too large or the queue is full; any other error of `Inferrer.infer`.
         """
         model = self._engine.model(model_name, Task.EMBEDDING)
         self._check_texts(texts, "texts")
@@ -130,10 +146,12 @@ class TextEmbedder:
         return EmbeddedTexts(model, checked.shape(inference.output), inference)
 
     async def similarities(self, request: SimilarityRequest, caller: Caller) -> Similarities:
-        """Compare each source with each target; the sources and targets are embedded concurrently.
+        """Return the cosine of each source with each target. Sources and targets are embedded concurrently.
 
         Raises:
-            ServiceError: as `embed` does.
+            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
+                INVALID_ARGUMENT for wrong texts; RESOURCE_EXHAUSTED if the response would be too large or the queue is
+                full; any other error of `Inferrer.infer`.
         """
         model = self._engine.model(request.model, Task.EMBEDDING)
         sources, targets = request.sources, request.targets
@@ -155,12 +173,17 @@ class TextEmbedder:
         return Similarities(model, np.clip(scores, -1, 1), source_inference, target_inference)
 
     async def count_tokens(self, model_name: str, texts: Sequence[str], kind: InputKind) -> TokenCounts:
-        """Count the tokens of texts; a text may be empty.
+        """Return the number of tokens of each text, with the prompt and before truncation; a text may be empty.
 
-        An empty name is the only embedding model, as in `embed`, or the only model if no model embeds texts.
+        Args:
+            model_name: name of the model, which may be a classifier. Empty: the only embedding model, or the only model
+                if the server has no embedding model.
+            texts: the texts.
+            kind: decides which prompt is put before each text.
 
         Raises:
-            ServiceError: as `Engine.model` does; INVALID_ARGUMENT for too many or too long texts.
+            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if no model is served;
+                INVALID_ARGUMENT if the name is empty and there are several models, or texts are too many or too long.
         """
         embeds = any(model.manifest.task is Task.EMBEDDING for model in self._engine.models())
         model = self._engine.model(model_name, Task.EMBEDDING if embeds and not model_name else None)
@@ -174,13 +197,13 @@ class TextEmbedder:
 
 @dataclass(frozen=True)
 class CheckedOptions:
-    """Options that a model supports.
+    """Options that were checked against a model.
 
     Attributes:
         prompt: the prompt before each text.
         truncation: the truncation of long texts.
-        dimensions: dimensions to keep; 0: all.
-        unit: whether the vectors still have to be scaled to length 1.
+        dimensions: number of first dimensions to keep; 0: all.
+        unit: whether the model's output must be scaled to length 1. False if that is not wanted or not needed.
     """
 
     prompt: str
@@ -190,12 +213,12 @@ class CheckedOptions:
 
     @classmethod
     def of(cls, model: Model, options: EmbeddingOptions, path: str = "") -> CheckedOptions:
-        """Check the options of a request.
+        """Return the options of a request, after a check that the model supports them.
 
         Args:
             model: the model.
             options: the options.
-            path: prefix of the names of the options in the request, for errors.
+            path: text before the names of the options in the request, such as `config.`, for errors.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the model does not support the dimensions, or cannot return vectors that
@@ -217,18 +240,21 @@ class CheckedOptions:
         )
 
     def shape(self, output: Matrix) -> Matrix:
-        """Return a model's output, float32 (texts, all dimensions), with the dimensions and length of the options."""
+        """Return a model's output, float32 (texts, all dimensions), cut and scaled to length 1 as these options say."""
         return shape(output, self.dimensions, unit=self.unit)
 
 
 def prompt(model: Model, kind: InputKind) -> str:
-    """Return a model's prompt for a kind of input."""
+    """Return the prompt that a model expects before a text of a kind; empty if it expects none."""
     prompts = model.manifest.prompts
     return prompts.query if kind is InputKind.QUERY else prompts.passage
 
 
 def check_dimensions(model: Model, dimensions: int, field: str = "dimensions") -> None:
-    """Raise INVALID_ARGUMENT unless a model supports vectors with `dimensions`; 0 stands for all its dimensions."""
+    """Raise INVALID_ARGUMENT, naming `field`, unless a model can give vectors of `dimensions` dimensions.
+
+    0 is always valid: it means all dimensions of the model.
+    """
     supported = {model.manifest.dimensions, *model.manifest.matryoshka_dimensions} if dimensions else set()
     if dimensions and dimensions not in supported:
         listed = ", ".join(map(str, sorted(supported)))
@@ -236,11 +262,11 @@ def check_dimensions(model: Model, dimensions: int, field: str = "dimensions") -
 
 
 def shape(matrix: Matrix, dimensions: int, *, unit: bool) -> Matrix:
-    """Cut vectors to their first dimensions and scale them to length 1.
+    """Cut vectors to their first dimensions, and then scale them to length 1 if `unit` is set.
 
     Args:
         matrix: float32, shape (rows, all dimensions).
-        dimensions: dimensions to keep; 0: all.
+        dimensions: number of first dimensions to keep; 0: all.
         unit: whether to scale the vectors to length 1. A vector of zeros stays as it is.
 
     Returns:

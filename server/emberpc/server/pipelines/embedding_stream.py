@@ -1,11 +1,11 @@
-"""Embed a stream of texts of any size in pipelined groups.
+"""Embed a stream of texts of any size, in groups that run concurrently.
 
-One loop reads messages, starts groups and returns results, so that each step limits the one before it. The loop reads
-no message while enough texts or characters wait. It starts no group while enough groups or characters run. It does
-nothing else while the caller receives a result. A text that is refused is not kept. A stream thus holds at most the
-groups that run, one group that waits, and the message of that group, whatever the size of the corpus and however slow
-the reader. Texts never wait for a group to fill: a group starts as soon as there is room, so a client may wait for a
-result before it sends more texts.
+One loop reads messages, starts groups and returns results, so that a slow step stops the steps before it. The loop
+reads no message while enough texts or characters wait. It starts no group while enough groups or characters run. It
+does nothing else while the caller receives a result. A text that is refused is not kept. So a stream holds at most the
+groups that run, one group that waits, and the message of that group. This is true for any number of texts, and however
+slowly the caller reads. Texts never wait for a group to fill: a group starts as soon as there is room, so a client may
+wait for a result before it sends more texts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from emberpc.server.pipelines.embedding import CheckedOptions, EmbeddingOptions,
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: Start another group only while those that run have fewer characters, unless none runs. A group may be one long text.
+#: Another group is started only while the running groups together have fewer characters than this, or no group runs. A
+#: limit of groups alone would not suffice, since a group may be one long text.
 _RUNNING_CHARACTERS = GROUPS * GROUP_CHARACTERS
 
 Message = TypeVar("Message")
 
 
 class StreamText(NamedTuple):
-    """A text of a stream with its id. A tuple, since a stream has millions."""
+    """A text of a stream with its id. It is a tuple, which is quick to create, since a stream may have millions."""
 
     id: str
     text: str
@@ -44,8 +45,9 @@ class TextMessage:
     """The texts of one message.
 
     Attributes:
-        texts: the texts.
-        release: called when fewer than `GROUP_CHARACTERS` characters of the message wait.
+        texts: the texts; may be empty.
+        release: called when the stream keeps nothing large of the message any more: at once if its accepted texts have
+            fewer than 65,536 characters together, otherwise when the last text of the message stops waiting.
     """
 
     texts: Sequence[StreamText]
@@ -56,10 +58,10 @@ class _WaitingText(NamedTuple):
     """A text that waits for a group.
 
     Attributes:
-        id: its id.
-        text: the text; empty if it was refused.
-        error: the reason for which it was refused.
-        release: called when it waits no longer; the last text of a message has it.
+        id: id of the text.
+        text: the text; empty if the text was refused.
+        error: the error of a text that was refused; None for other texts.
+        release: called when the text stops waiting; None except for the last text of a large message.
     """
 
     id: str
@@ -69,7 +71,7 @@ class _WaitingText(NamedTuple):
 
     @property
     def characters(self) -> int:
-        """Return the characters that the stream holds. Ids count, since they have no limit of their own."""
+        """Return the number of characters of id and text. Ids are counted, since the length of an id has no limit."""
         return len(self.id) + len(self.text)
 
 
@@ -79,9 +81,9 @@ class EmbeddedTextGroup:
 
     Attributes:
         ids: ids of the texts with vectors.
-        vectors: float32 (ids, dimensions); None if there are no ids.
-        inferences: the inferences of these texts; together they have the order of `ids`.
-        failures: ids and errors of the other texts.
+        vectors: float32 (ids, dimensions): row i belongs to `ids[i]`; None if there are no ids.
+        inferences: the inferences of these texts; their rows, one inference after the other, are in the order of `ids`.
+        failures: the id and the error of each text without a vector.
     """
 
     ids: Sequence[str]
@@ -96,14 +98,15 @@ class EmbeddingStream:
     Args:
         engine: the models.
         limits: limits of a message and a text.
-        model_name: name of the model.
+        model_name: name of the model; empty: the only embedding model.
         options: the options of the stream.
         caller: the caller.
         request_id: the request id, for the log.
 
     Raises:
-        ServiceError: as `Engine.model` does; INVALID_ARGUMENT for options that the model does not support;
-            RESOURCE_EXHAUSTED if the queue is full.
+        ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
+            INVALID_ARGUMENT for options that the model does not support; RESOURCE_EXHAUSTED if the queue is full or the
+            deadline cannot be met.
     """
 
     def __init__(
@@ -133,12 +136,16 @@ class EmbeddingStream:
         engine.check_room(caller)
 
     def add(self, message: TextMessage) -> None:
-        """Add the texts of a message to those that wait; INVALID_ARGUMENT if there are too many."""
+        """Add the texts of a message to the waiting texts; INVALID_ARGUMENT if the message has too many texts.
+
+        A text without an id, or one that is empty or too long, is added without its content and fails alone.
+        """
         if message.texts:
             self._limits.check_count(len(message.texts), "items", "text")
         added = [self._checked(text) for text in message.texts]
         characters = sum(text.characters for text in added)
-        # Refused texts are not kept: then the message is held no longer, and what is kept of it is not large.
+        # The content of refused texts is not kept. With few characters, the rest of the message is small, so the
+        # message need not count as held any longer.
         if characters < GROUP_CHARACTERS:
             message.release()
         else:
@@ -147,12 +154,15 @@ class EmbeddingStream:
         self._waiting_characters += characters
 
     def _checked(self, text: StreamText) -> _WaitingText:
-        """Return a text with the reason for which it is refused. A text that is refused is not kept."""
+        """Return a waiting text for a text of the stream. If the text is refused, it has an error and no content."""
         error = self._refusal(text)
         return _WaitingText(text.id, text.text if error is None else "", error, None)
 
     def _refusal(self, text: StreamText) -> ServiceError | None:
-        """Return the error of a text that is refused. It is not raised, since its traceback would keep the text."""
+        """Return the error of a text without an id, or one that is empty or too long; None for other texts.
+
+        The error is not raised, since its traceback would keep the text in memory.
+        """
         if not text.id:
             return invalid("id", "is empty; give each text an id, since results come in any order")
         problem = self._limits.text_problem(text.text)
@@ -161,18 +171,18 @@ class EmbeddingStream:
     async def run(
         self, messages: AsyncIterator[Message], read: Callable[[Message], TextMessage]
     ) -> AsyncGenerator[EmbeddedTextGroup, None]:
-        """Embed the texts that wait and those of all messages; yield groups in the order in which they are ready.
+        """Embed the waiting texts and the texts of all messages; yield groups of results in the order of their ends.
 
         Args:
-            messages: the messages.
+            messages: the further messages of the stream.
             read: returns the texts of a message.
 
         Raises:
-            ServiceError: as `read` and `add` do; UNAVAILABLE if the server stops or has no workers. All other errors
-                fail single texts.
+            ServiceError: INVALID_ARGUMENT if a message has too many texts; UNAVAILABLE if the server stops or has no
+                workers; any error of `read`. All other errors fail single texts.
         """
         reading: asyncio.Task[Message | None] | None = None
-        #: The groups that run, with their characters.
+        #: The tasks of the running groups, each with the number of its characters.
         running: dict[asyncio.Task[EmbeddedTextGroup], int] = {}
         ended = False
         try:
@@ -202,11 +212,14 @@ class EmbeddingStream:
 
     @property
     def _has_room(self) -> bool:
-        """Return whether to read another message."""
+        """Return whether to read another message: the waiting texts do not fill a group yet."""
         return len(self._waiting) < GROUP_TEXTS and self._waiting_characters < GROUP_CHARACTERS
 
     def _take_group(self) -> list[_WaitingText]:
-        """Remove and return a group of the texts that wait; at least one text."""
+        """Remove and return the next group of the waiting texts, the oldest first. At least one text must wait.
+
+        A group has at most `GROUP_TEXTS` texts and `GROUP_CHARACTERS` characters, or is a single longer text.
+        """
         group = [self._take()]
         characters = group[0].characters
         while self._waiting and len(group) < GROUP_TEXTS:
@@ -217,7 +230,7 @@ class EmbeddingStream:
         return group
 
     def _take(self) -> _WaitingText:
-        """Remove and return the text that waits longest."""
+        """Remove and return the text that has waited longest; call its `release` if it is the last of a message."""
         text = self._waiting.popleft()
         self._waiting_characters -= text.characters
         if text.release is not None:

@@ -1,4 +1,4 @@
-"""Validate the metadata fields that filters name, and those that a collection indexes."""
+"""Validate the names of metadata fields in filters and in the list of fields that a collection indexes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ _MAX_INDEXED_FIELDS = 16
 
 
 def check_field(field: str, path: str) -> str:
-    """Return a metadata field, such as `author.name`; raise INVALID_ARGUMENT, naming `path`, if it is wrong."""
+    """Return `field`, such as `author.name`, after a check that it is a valid name of a metadata field.
+
+    Args:
+        field: keys of the metadata, separated by dots.
+        path: path of the field in the request, for errors.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if the name is empty, too long, too deep, malformed, or has a NUL character.
+    """
     if not field:
         raise invalid(path, "is empty; name a key of the metadata")
     if len(field) > filters.MAX_FIELD:
@@ -24,7 +32,7 @@ def check_field(field: str, path: str) -> str:
 
 
 def check_string(value: str, path: str) -> str:
-    """Return a string of a filter; raise INVALID_ARGUMENT, naming `path`, if it holds a NUL character."""
+    """Return `value`, a string of a filter; raise INVALID_ARGUMENT, naming `path`, if it contains a NUL character."""
     # SQLite's JSON functions end a string at NUL.
     if "\0" in value:
         raise invalid(path, "holds a NUL character, which filters cannot compare; leave it out")
@@ -32,7 +40,16 @@ def check_string(value: str, path: str) -> str:
 
 
 def check_indexed_fields(fields: Sequence[str], path: str) -> None:
-    """Raise INVALID_ARGUMENT, naming `path`, if there are too many fields or one that cannot be indexed."""
+    """Check the list of metadata fields that a collection indexes.
+
+    Args:
+        fields: names of metadata fields.
+        path: path of the list in the request, for errors.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if there are more than 16 fields, or the name of a field is wrong or has a key
+            that SQLite cannot index.
+    """
     if len(fields) > _MAX_INDEXED_FIELDS:
         raise invalid(path, f"has {len(fields)} fields, it may have {_MAX_INDEXED_FIELDS}; each slows down every write")
     for i, field in enumerate(fields):

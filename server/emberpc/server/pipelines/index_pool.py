@@ -1,8 +1,8 @@
-"""Run the blocking calls of the index in a thread pool, and cancel those whose callers left.
+"""Run the blocking calls of the index in a thread pool, and cancel calls whose callers left.
 
-A heavy call is one that may take long. Heavy calls get some of the threads only, so that an upsert, a get or a plain
-search always finds a thread. Writes of one collection exclude each other, and each would hold a thread while it waits
-for the lock, so each collection has two threads for its writes.
+A heavy call is a call that may take long. Heavy calls may use only some of the threads, so that an upsert, a get or a
+plain search always finds a thread. Writes of one collection exclude each other, and each would hold a thread while it
+waits for the lock of the collection. So at most two writes of a collection have a thread at a time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from emberpc.server.cancellation import Cancellation
 from emberpc.server.engine import Caller
 from emberpc.server.pipelines.slots import Slots
 
-#: Most calls that wait for a thread: of all heavy calls together, and of the writes of one collection. A waiting call
-#: keeps its request in memory.
+#: Most heavy calls that wait for a thread, and most writes of one collection that wait. A waiting call keeps its
+#: request in memory.
 _MAX_HEAVY_WAITING = 256
 _MAX_WRITES_WAITING = 1024
-#: Writes of a collection at a time: one holds the collection's lock, and the records of the next one are checked.
+#: Most writes of a collection at a time: while the first holds the collection's lock, the second checks its records.
 _WRITERS = 2
 
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ class IndexPool:
 
     Args:
         executor: the thread pool.
-        heavy: heavy calls at a time; fewer than the pool's threads.
+        heavy: most heavy calls at a time; must be fewer than the threads of the pool.
     """
 
     def __init__(self, executor: Executor, heavy: int) -> None:
@@ -55,19 +55,19 @@ class IndexPool:
         refuse: bool = True,
         within: Slots | None = None,
     ) -> Result:
-        """Run a blocking call and return its result. If the caller leaves before the call begins, it does not run.
+        """Run a blocking call in the pool and return its result. If the caller leaves before it begins, it is not run.
 
         Args:
             work: the blocking call.
-            caller: its caller; the running call is cancelled when the caller leaves or its deadline passes. None: a
+            caller: the caller. The running call is cancelled when the caller leaves or the deadline passes. None: a
                 call that has begun runs to its end.
-            heavy: whether the call may take long.
-            refuse: whether to refuse a heavy call if too many wait.
-            within: slots of which the call holds one until its thread is free, besides the slot of a heavy call.
+            heavy: whether the call may take long; then it waits for a slot of heavy calls first.
+            refuse: whether to refuse a heavy call if too many heavy calls wait.
+            within: further slots; the call holds one of them until its thread is free. None: no further slot.
 
         Raises:
-            ServiceError: as `work` does; RESOURCE_EXHAUSTED if too many calls wait; DEADLINE_EXCEEDED if the deadline
-                passed.
+            ServiceError: RESOURCE_EXHAUSTED if too many calls wait for a slot; DEADLINE_EXCEEDED if the deadline passed
+                or the pool was closed; any error of `work`.
         """
         if within is not None:
             await within.take()
@@ -93,16 +93,16 @@ class IndexPool:
         heavy: bool = False,
         refuse: bool = True,
     ) -> Future[Result]:
-        """Submit a blocking call to the pool. A heavy call first waits for a slot.
+        """Submit a blocking call to the pool, and return its future. A heavy call first waits for a slot.
 
         Args:
             work: the blocking call.
-            stop: returns whether to cancel the call; None: never.
+            stop: returns whether to cancel the call; None: the call is never cancelled.
             heavy: whether the call may take long.
-            refuse: whether to refuse a heavy call if too many wait.
+            refuse: whether to refuse a heavy call if too many heavy calls wait.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the call is refused.
+            ServiceError: RESOURCE_EXHAUSTED if the call is refused. Errors of `work` are in the future.
         """
         if heavy:
             await self.heavy.take(refuse=refuse)
@@ -111,9 +111,13 @@ class IndexPool:
     def start(
         self, work: Callable[[], Result], stop: Callable[[], bool] | None = None, *, heavy: bool = False
     ) -> Future[Result]:
-        """Submit a blocking call to the pool without waiting.
+        """Submit a blocking call to the pool without waiting, and return its future.
 
-        The caller has taken the slot of a heavy call before; it is released when the thread is free.
+        Args:
+            work: the blocking call.
+            stop: returns whether to cancel the call; None: the call is never cancelled.
+            heavy: whether this function's caller has taken a slot of heavy calls for `work`. The slot is released when
+                the thread is free.
         """
         try:
             job = self._executor.submit(self._run, work, stop)
@@ -128,22 +132,25 @@ class IndexPool:
         return job
 
     def cancelled_when(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        """Cancel the work of this thread in the block when `stop` returns True or the pool is closed."""
+        """Return a context manager that cancels the work of this thread when `stop` returns True or the pool is closed.
+
+        The cancelled work raises DEADLINE_EXCEEDED.
+        """
         return cancellation.cancelled_when(lambda: stop() or self._closing.is_set())
 
     async def close(self) -> None:
-        """Cancel all calls that can be cancelled, and wait until all have ended. The executor stays open."""
+        """Cancel the running calls that can be cancelled, and wait until no call runs. The executor stays open."""
         self._closing.set()
         while self._jobs:
-            # Does not block the event loop: cancelled handlers still have to clean up.
+            # The wait must not block the event loop, since cancelled handlers still have to clean up.
             await asyncio.gather(*(asyncio.wrap_future(job) for job in tuple(self._jobs)), return_exceptions=True)
             await asyncio.sleep(0)
 
     def writers(self, collection: str) -> Slots:
-        """Return the slots of the writes of a collection."""
+        """Return the slots that writes of the collection with a name must hold: two at a time."""
         writers = self._writers.get(collection)
         if writers is None:
-            # Drop idle slots, so that the names of deleted collections do not accumulate.
+            # Remove unused slots, so that the names of deleted collections do not accumulate.
             self._writers = {name: each for name, each in self._writers.items() if not each.idle}
             holders = f"writes of collection {collection!r}"
             writers = self._writers[collection] = Slots(_WRITERS, _MAX_WRITES_WAITING, holders)
@@ -157,7 +164,7 @@ class IndexPool:
 
 
 def _call_when_done(job: Future[Result], call: Callable[[], None]) -> None:
-    """Call a function in the running event loop when a job has ended, which is when its thread is free."""
+    """Call `call` in the running event loop as soon as a job of the pool has ended and its thread is free."""
     loop = asyncio.get_running_loop()
 
     def ended(_: Future[Result]) -> None:

@@ -1,4 +1,4 @@
-"""Limits of a call: how many items, how long texts, how large a response."""
+"""Limits of a call: the number of items, the bytes of a text, and the bytes of a response."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields, response_too_large
 
-#: Queries of one Search, and hits of all its queries together.
+#: Most queries of one Search, and most hits of all its queries together.
 MAX_QUERIES = 1000
 MAX_HITS = 100_000
-#: Ids of one BatchGetRecords or DeleteRecords.
+#: Most ids of one BatchGetRecords or DeleteRecords.
 MAX_IDS = 10_000
-#: Items of the field `parts` of a request. Only three values exist.
+#: Most items of the field `parts` of a request. Only three values exist, so a larger list is an error or an attack.
 MAX_PARTS = 100
-#: Conditions and values of memberships of all filters of a request. `collections.filters` has the limits of a filter.
+#: Most conditions, and most values of memberships, of all filters of a request together. The limits of a single filter
+#: are in `collections.filters`.
 MAX_REQUEST_CONDITIONS = 2_000
 MAX_REQUEST_VALUES = 50_000
 
@@ -24,12 +25,12 @@ class Limits:
     """Limits of a call that the server's settings set.
 
     Attributes:
-        max_texts: texts or records of a call.
-        max_text_bytes: bytes (UTF-8) of a text.
-        max_message_bytes: bytes of a request.
-        max_response_bytes: bytes of a response.
-        max_queue_tokens: tokens that may wait for inference.
-        max_collections: collections of the server.
+        max_texts: most texts or records of a call, or of a message of a stream.
+        max_text_bytes: most bytes (UTF-8) of a text.
+        max_message_bytes: most bytes of a request, or of a message of a stream.
+        max_response_bytes: most bytes of a response.
+        max_queue_tokens: most tokens that may wait for a worker.
+        max_collections: most collections of the server.
     """
 
     max_texts: int
@@ -41,7 +42,7 @@ class Limits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return the limit of the elements of each repeated field of a request, by the field's name."""
+        """Return the most elements of each repeated field of a request, by the name of the field."""
         return {
             **dict.fromkeys(("texts", "records", "items", "sources", "targets", "expected_revisions"), self.max_texts),
             "ids": MAX_IDS,
@@ -50,7 +51,7 @@ class Limits:
         }
 
     def check_response(self, size: int, remedy: str) -> None:
-        """Raise RESOURCE_EXHAUSTED if a response of `size` bytes is over the limit; the error names the remedy."""
+        """Raise RESOURCE_EXHAUSTED if a response of `size` bytes is over the limit; the message ends with `remedy`."""
         if size > self.max_response_bytes:
             raise response_too_large(self.max_response_bytes, remedy)
 
@@ -73,12 +74,12 @@ class Limits:
             raise invalid("ids", f"has {count} ids; it must have 1 to {MAX_IDS}")
 
     def check_texts(self, texts: Sequence[str], path: FieldPath, *, allow_empty: bool = False) -> None:
-        """Raise INVALID_ARGUMENT, naming each text that is empty or too long.
+        """Raise INVALID_ARGUMENT, naming each text that is empty or too long, if there is such a text.
 
         Args:
             texts: the texts.
             path: returns the path of text i in the request.
-            allow_empty: whether a text may be empty.
+            allow_empty: whether a text may be empty. Otherwise it needs a character other than white space.
         """
         violations = [
             Violation(path(i), problem)
@@ -89,10 +90,15 @@ class Limits:
             raise invalid_fields(violations)
 
     def text_problem(self, text: str, *, allow_empty: bool = False) -> str:
-        """Return why a text is refused, for an error: it is empty or too long. Empty: it is not refused."""
+        """Return the end of an error message for a text that is empty or too long; an empty string for other texts.
+
+        Args:
+            text: the text.
+            allow_empty: whether a text may be empty. Otherwise it needs a character other than white space.
+        """
         if not allow_empty and (not text or text.isspace()):
             return "is empty; leave it out or give it some text"
-        # A character has at most four bytes (UTF-8), so most texts are short enough without being encoded.
+        # A character has at most four bytes in UTF-8, so most texts need not be encoded to know that they fit.
         if len(text) * 4 > self.max_text_bytes and (size := len(text.encode())) > self.max_text_bytes:
             return f"has {size} bytes, a text may have at most {self.max_text_bytes}; split it"
         return ""

@@ -1,4 +1,4 @@
-"""Check that a collection's vectors were made by the model that is served under the name of its model."""
+"""Check that the model that is served under the name in a collection's spec is the model that made the vectors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from emberpc.server.errors import Code, ServiceError
 
 
 def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
-    """Return the present fingerprint of the model of a collection that is bound by its legacy fingerprint.
+    """Return the fingerprint that must replace a collection's fingerprint, which is a legacy fingerprint of its model.
 
     Returns:
-        The fingerprint (hex) of the served model. Empty if the collection must not be bound again: it has no model, it
-        is bound by the present fingerprint already, another model is served under the name, or the served model has no
-        legacy fingerprint that covers all its weights.
+        The present fingerprint (hex) of the served model. Empty if nothing must be replaced: the collection has no
+        model, it has the present fingerprint already, no model or another model is served under the name, or the served
+        model has no legacy fingerprint, since that would not cover all weights.
     """
     model = engine.registry.served(spec.model) if spec.model else None
     if model is None or spec.model_fingerprint == model.fingerprint:
@@ -23,15 +23,22 @@ def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
 
 
 def is_bound_to(spec: CollectionSpec, model: Model) -> bool:
-    """Return whether a model made a collection's vectors, by its present or its legacy fingerprint."""
+    """Return whether a model made the vectors of a collection with a spec.
+
+    This is the case if the fingerprint in the spec is the present or the legacy fingerprint of the model.
+    """
     return spec.model_fingerprint in filter(None, (model.fingerprint, model.legacy_fingerprint))
 
 
 def check_same_model(before: CollectionSpec, now: CollectionSpec) -> None:
-    """Check that a collection has the model that it had when a call with vectors began.
+    """Check that the collection of a call with vectors still has the model that it had when the call began.
+
+    Args:
+        before: spec of the collection when the call began.
+        now: present spec of the collection.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if it has another one.
+        ServiceError: FAILED_PRECONDITION if the fingerprints of the model differ.
     """
     if before.model_fingerprint == now.model_fingerprint:
         return
@@ -45,11 +52,11 @@ def check_same_model(before: CollectionSpec, now: CollectionSpec) -> None:
 
 
 def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
-    """Return the model that embeds a collection's texts.
+    """Return the served model that embeds a collection's texts. The call holds the model until its task ends.
 
     Raises:
         ServiceError: FAILED_PRECONDITION if the collection has no model, or another model made its vectors; NOT_FOUND
-            if its model is not served.
+            if no model of that name is served.
     """
     spec = collection.spec
     if not spec.model:

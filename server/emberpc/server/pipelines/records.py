@@ -1,4 +1,4 @@
-"""Upsert records, which embeds their texts, and delete records."""
+"""Upsert records, with an embedding of their texts if the caller gives no vectors, and delete records."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class UpsertRequest:
         record_count: number of records.
         read_records: returns the records; runs in the pool, since metadata may take seconds to read.
         read_vectors: returns the records' vectors, float32 (records, dimensions). None: their texts are embedded.
-        truncation: the truncation of long texts; None: as the collection says.
-        expected_revisions: the revision that each record must have now; None: any.
+        truncation: the truncation of long texts; None: that of the collection.
+        expected_revisions: the revision that each record must have now, 0 for a missing record; None: no check.
     """
 
     collection: str
@@ -49,7 +49,7 @@ class UpsertedRecords:
 
 @dataclass(frozen=True)
 class DeletedRecords:
-    """The result of a delete, and sentences that say why its filter probably matches no record."""
+    """The result of a delete. If the filter matched no record, `warnings` are sentences that say why, probably."""
 
     result: WriteResult
     warnings: Sequence[str]
@@ -76,12 +76,14 @@ class RecordWriter:
         self._reembedding = reembedding
 
     async def upsert(self, request: UpsertRequest, caller: Caller) -> UpsertedRecords:
-        """Insert or replace records.
+        """Insert or replace records, in one write. A write that has begun runs to its end even if the caller leaves.
 
         Raises:
-            ServiceError: as `CollectionBackend.upsert` does, and as `collection_model` and `Inferrer.infer` do if the
-                texts are embedded; INVALID_ARGUMENT for wrong records or vectors; FAILED_PRECONDITION for vectors if
-                the collection changes its model meanwhile; RESOURCE_EXHAUSTED if too many writes of it wait.
+            ServiceError: NOT_FOUND if the collection, or its model for texts, does not exist; INVALID_ARGUMENT for
+                wrong records or vectors; ABORTED if an expected revision differs; FAILED_PRECONDITION if the texts must
+                be embedded and the collection has no model or another one is served, or if there are vectors and the
+                collection changes its model meanwhile; RESOURCE_EXHAUSTED if too many writes or tokens wait, or the
+                disk is full; any other error of `Inferrer.infer`.
         """
         self._limits.check_count(request.record_count, "records", "record")
         return await self._access.use(
@@ -91,7 +93,7 @@ class RecordWriter:
         )
 
     async def _upsert(self, collection: CollectionBackend, request: UpsertRequest, caller: Caller) -> UpsertedRecords:
-        # The collection was opened before: vectors of the request belong to the model that it had then.
+        # The collection must be opened before this wait: vectors of the request belong to the model of that moment.
         await self._reembedding.wait_writable(request.collection)
         writers = self._pool.writers(request.collection)
         records = await self._pool.run(request.read_records, caller, within=writers)
@@ -109,22 +111,23 @@ class RecordWriter:
                 InferenceRequest(model, texts, prompt, truncation, path, caller)
             )
             matrix = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
-        # Not cancelled when the caller leaves: a write that has begun runs to its end.
+        # Without the caller, so that a write that has begun runs to its end if the caller leaves.
         upsert = partial(collection.upsert, records, matrix, request.expected_revisions)
         return UpsertedRecords(await self._pool.run(upsert, within=writers), inference)
 
     async def delete(self, name: str, ids: Sequence[str], condition: Filter | None, caller: Caller) -> DeletedRecords:
-        """Delete the records with some ids, or those that match a filter.
+        """Delete the records with some ids, or the records that meet a filter.
 
         Args:
             name: name of the collection.
-            ids: the ids; empty if there is a filter.
+            ids: the ids, at most 10,000; must be empty if there is a filter.
             condition: the filter; None if there are ids.
             caller: the caller.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if there are both, neither or too many ids; as `CollectionBackend.delete` and
-                `CollectionBackend.delete_matching` do; DEADLINE_EXCEEDED if the deadline passed.
+            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT if there are both ids and a filter,
+                neither, or too many ids; RESOURCE_EXHAUSTED if too many writes wait; DEADLINE_EXCEEDED if the deadline
+                passed; any other error of `CollectionBackend.delete` and `CollectionBackend.delete_matching`.
         """
         if condition is None:
             self._limits.check_ids(len(ids))
@@ -139,16 +142,17 @@ class RecordWriter:
 
         await self._reembedding.wait_writable(name)
         writers = self._pool.writers(name)
-        # The search for the records that match can be cancelled, and then no record is deleted.
+        # With the caller: if the caller leaves while the records that meet the filter are searched for, no record is
+        # deleted.
         return await self._access.call(name, delete, caller, heavy=condition is not None, within=writers)
 
 
 def filter_warnings(collection: CollectionBackend, condition: Filter | None, found: int) -> list[str]:
-    """Return sentences that say why a filter without matches probably matches no record. Blocks.
+    """Return sentences that say why a filter probably matches no record of a collection. Blocks.
 
     Args:
         collection: the collection.
-        condition: the filter; None: no warnings.
-        found: number of records that match the filter.
+        condition: the filter; None: there are no sentences.
+        found: number of records that matched the filter; with more than 0, there are no sentences.
     """
     return [] if condition is None or found else collection.mismatches(condition)

@@ -1,10 +1,10 @@
 """Reembed collections in the background: replace the vectors of all records by those of another model.
 
-A job for each collection reads its records in the order in which they were written, embeds their texts with the new
-model, and stores the vectors in the index, until no record is left. Then the index switches to the new vectors. Records
-that are written meanwhile are embedded too. When only the last writes are left, further writes wait until these are
-embedded, so the job ends however busy the collection is. While a record cannot be embedded, the collection keeps its
-old model, until that record is changed or deleted; the job continues with the other records.
+A collection that is reembedded has a job. The job reads the records in the order in which they were written, embeds
+their texts with the new model, and stores the vectors in the index. When all records have new vectors, the index
+switches to them. Records that are written meanwhile are embedded too. When only the latest writes remain, further
+writes wait until those are embedded, so the job ends however busy the collection is. If a record cannot be embedded,
+the job continues with the other records, but the collection keeps its old model until the record is changed or deleted.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from emberpc.server.pipelines.stream_tasks import cancel_tasks
 
 log = logging.getLogger(__name__)
 
-#: Records that are embedded and stored together: a few groups, so that every worker has one.
+#: Most records that are embedded at a time: a few groups, so that several workers have texts.
 _RECORDS = 4 * GROUP_TEXTS
-#: Seconds between retries while nothing can change: the first pause, doubled after each try, and the longest.
+#: Seconds before a failed step is tried again: the first pause, which is doubled after each failure, and the longest.
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0
-#: Tries to switch the collection before the job looks through all records again.
+#: Number of failed tries to switch the collection after which the job looks through all records again.
 _SWITCH_TRIES = 10
 
 Result = TypeVar("Result")
@@ -47,9 +47,9 @@ class ReembeddingStatus:
 
     Attributes:
         model: name of the new model.
-        done: records with new vectors.
-        total: all records.
-        problem: why the job does not continue; empty: it does.
+        done: number of records with new vectors.
+        total: number of all records.
+        problem: why the collection keeps its old model for now; empty: there is no problem.
         started: when the job began.
     """
 
@@ -61,7 +61,7 @@ class ReembeddingStatus:
 
 
 class ReembeddingJobs:
-    """Runs the reembedding jobs of all collections.
+    """Runs the reembedding jobs of all collections, at most one for each collection. Use from one event loop only.
 
     Args:
         engine: the models.
@@ -76,21 +76,22 @@ class ReembeddingJobs:
         self._pool = pool
         self._limits = limits
         self._jobs: dict[str, _Job] = {}
-        #: Starts and cancellations of jobs that have not ended.
+        #: Tasks that start or cancel a job, as long as they run.
         self._changes: set[asyncio.Task[None]] = set()
 
     async def start(self, collection: CollectionBackend, model_name: str, dimensions: int) -> None:
-        """Start to reembed a collection with another model.
+        """Start the job that reembeds a collection with another model.
 
         Args:
             collection: the collection.
             model_name: name of the new model.
-            dimensions: dimensions of the new vectors; 0: all that the model has.
+            dimensions: dimensions of the new vectors; 0: all dimensions of the model.
 
         Raises:
-            ServiceError: NOT_FOUND if the model is not served; INVALID_ARGUMENT for dimensions that it does not
-                support; UNAVAILABLE if the collection was deleted meanwhile; FAILED_PRECONDITION if nothing would
-                change, a job is under way, or records have no text.
+            ServiceError: NOT_FOUND if the model is not served; INVALID_ARGUMENT for dimensions that the model does not
+                support; UNAVAILABLE if the collection was deleted meanwhile; FAILED_PRECONDITION if the model is no
+                embedding model, the vectors would stay the same, a job is under way, or a record has no text;
+                RESOURCE_EXHAUSTED if too many heavy calls wait; UNIMPLEMENTED if the index backend cannot reembed.
         """
         model = self._engine.model(model_name, Task.EMBEDDING, "model")
         check_dimensions(model, dimensions, "dimensions")
@@ -105,18 +106,18 @@ class ReembeddingJobs:
                 metadata={"collection": spec.name, "model": model_name},
             )
         begin = partial(self._index.reembed, collection, model=model_name, fingerprint=fingerprint, dimensions=wanted)
-        # Heavy: it checks that every record has a text.
+        # A heavy call, since it checks that every record has a text.
         begun = await self._pool.submit(begin, heavy=True)
         await self._to_its_end(self._run_begun(begun))
 
     async def resume(self) -> None:
-        """Resume the jobs that were under way when the server stopped."""
+        """Continue the jobs that were under way when the server stopped."""
         for reembedding in await self._pool.run(self._index.reembeddings):
             log.info("collection %s: resuming the reembedding with %s", reembedding.spec.name, reembedding.spec.model)
             self._run(reembedding)
 
     async def cancel(self, name: str) -> None:
-        """Cancel a collection's job and delete its new vectors; do nothing if there is no job."""
+        """Cancel the job of the collection with a name, and delete the new vectors; do nothing if there is no job."""
         await self._to_its_end(self._cancel(name))
 
     async def _cancel(self, name: str) -> None:
@@ -126,18 +127,21 @@ class ReembeddingJobs:
         await self._pool.run(lambda: self._index.cancel_reembedding(name))
 
     async def close(self) -> None:
-        """Stop all jobs. They are resumed when the server starts again."""
+        """Stop all jobs and wait for their ends. `resume` continues them when the server starts again."""
         await asyncio.gather(*self._changes, return_exceptions=True)
         await cancel_tasks([job.task for job in self._jobs.values()])
 
     async def wait_writable(self, name: str) -> None:
-        """Wait until a collection accepts writes: not while its job is about to switch to the new vectors."""
+        """Wait until the collection with a name accepts writes.
+
+        It accepts no writes while its job embeds the latest writes and switches to the new vectors.
+        """
         job = self._jobs.get(name)
         if job is not None:
             await job.writable.wait()
 
     async def status(self, name: str) -> ReembeddingStatus | None:
-        """Return the progress of a collection's job; None if there is no job."""
+        """Return the progress of the job of the collection with a name; None if there is no job."""
         job = self._jobs.get(name)
         if job is None:
             return None
@@ -149,7 +153,10 @@ class ReembeddingJobs:
         return ReembeddingStatus(reembedding.spec.model, min(done, total), total, job.problem, reembedding.started)
 
     async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
-        """Await a change that runs to its end if the caller leaves, so that the index and the jobs stay consistent."""
+        """Await a start or cancellation of a job. It runs to its end even if the caller leaves.
+
+        Otherwise the index and `self._jobs` could disagree about the job.
+        """
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
@@ -170,7 +177,7 @@ class ReembeddingJobs:
 
 
 class _Job:
-    """The reembedding of one collection; it starts at once."""
+    """The job that reembeds one collection. It starts at once and runs in `task`, until it is cancelled or done."""
 
     def __init__(
         self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits, reembedding: ReembeddingBackend
@@ -180,11 +187,11 @@ class _Job:
         self._pool = pool
         self._limits = limits
         self.reembedding = reembedding
-        #: Why the job does not continue; empty: it does.
+        #: Why the collection keeps its old model for now; empty: there is no problem.
         self.problem = ""
         self.writable = asyncio.Event()
         self.writable.set()
-        #: Records that could not be embedded: their revisions and error messages, by id.
+        #: Records that could not be embedded: their revision and the error message, by id.
         self._failed: dict[str, tuple[int, str]] = {}
         self._switch_tries = 0
         self.task = asyncio.create_task(self._run())
@@ -206,7 +213,7 @@ class _Job:
                 except Exception:
                     log.exception("collection %s: a step of the reembedding failed", name)
                     self._set_problem("the server made an error; its log says which")
-                # Records may have been read and not stored.
+                # The failed step may have read records that it did not store, so the job reads again from the start.
                 self.reembedding.rewind()
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -215,7 +222,16 @@ class _Job:
             self.writable.set()
 
     async def _step(self) -> bool:
-        """Reembed some records, or switch; return whether the collection has switched to the new vectors."""
+        """Do the next step of the job: embed and store some records, or try to switch to the new vectors.
+
+        The step waits a second if no record remains but some could not be embedded.
+
+        Returns:
+            Whether the collection has switched, so that the job is done.
+
+        Raises:
+            ServiceError: any error of the model or the index; the step can be tried again.
+        """
         records = await self._in_pool(self.reembedding.next, _RECORDS)
         if records:
             if len(records) == _RECORDS:
@@ -229,7 +245,7 @@ class _Job:
             return False
         if await self._in_pool(self._index.switch, self.reembedding):
             return True
-        # A record was written meanwhile: let writes wait during the next try.
+        # A record was written meanwhile. Writes wait during the next step, so that it can succeed.
         self.writable.clear()
         self._switch_tries += 1
         if self._switch_tries % _SWITCH_TRIES == 0:
@@ -239,7 +255,13 @@ class _Job:
         return False
 
     async def _embed_and_store(self, records: Sequence[StoredRecord]) -> None:
-        """Embed the texts of records and store their vectors."""
+        """Embed the texts of records, and store the records with their new vectors.
+
+        A record that cannot be embedded is noted in `self._failed` instead.
+
+        Raises:
+            ServiceError: any error of the index, or an error of the engine with a code of `SERVER_ERRORS`.
+        """
         embedder = self._embedder()
         groups = [records[i : i + GROUP_TEXTS] for i in range(0, len(records), GROUP_TEXTS)]
         tasks = [asyncio.create_task(embedder.embed([record.text for record in group])) for group in groups]
@@ -271,7 +293,8 @@ class _Job:
     def _embedder(self) -> BulkEmbedder:
         spec = self.reembedding.spec
         model: Model = self._engine.model(spec.model, Task.EMBEDDING)
-        # A job of a model's legacy fingerprint continues; the collection is bound by the present one later.
+        # A job may have begun with a legacy fingerprint of the model. It continues, and the collection is bound by the
+        # present fingerprint later.
         if not is_bound_to(spec, model):
             message = f"model {spec.model!r} is another one than when this began; serve that, or cancel and begin again"
             raise ServiceError(Code.UNAVAILABLE, message, reason="MODEL_MISMATCH")
@@ -287,7 +310,7 @@ class _Job:
         )
 
     async def _update_failed(self) -> None:
-        """Forget failed records that were changed or deleted since; set the problem of the others."""
+        """Forget the failed records that were changed or deleted since, and set or clear the problem of the job."""
         if not self._failed:
             return
         revisions = await self._in_pool(self.reembedding.source_revisions, list(self._failed))

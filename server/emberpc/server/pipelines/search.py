@@ -1,4 +1,4 @@
-"""Embed the queries of a search that are texts, and search a collection."""
+"""Search a collection, after embedding the queries that are texts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.search_groups import SearchGroups, VectorSearch
 
-#: What to do about a response over the limit.
+#: End of the error message for a response over the limit: what the caller can do.
 RESPONSE_REMEDY = "ask for fewer hits, or fewer parts of the records"
 
 T = TypeVar("T")
 
 
 class SearchMode(Enum):
-    """By what a search ranks records."""
+    """How a search ranks records: by vectors, by words, or by both."""
 
     DENSE = "dense"
     LEXICAL = "lexical"
@@ -38,9 +38,16 @@ class SearchMode(Enum):
 
 
 class Query(NamedTuple):
-    """A query of a search: a text, a vector or the id of a record; the two others are None.
+    """A query of a search. One of text, vector and record id is set; the two others are None.
 
-    A tuple, since a search may have a thousand. `vector` is float32 (1, dimensions); `ef` is 0 if the index chooses it.
+    It is a tuple, which is quick to create, since a search may have a thousand queries.
+
+    Attributes:
+        text: the text to embed, or to search for by its words.
+        vector: the vector, float32 (1, dimensions).
+        record_id: id of the record whose vector is searched for; this record is no hit.
+        top_k: most hits.
+        ef: candidates that the search of the graph keeps; 0: the index chooses.
     """
 
     text: str | None
@@ -56,14 +63,14 @@ class SearchRequest:
 
     Attributes:
         queries: at least one query. In LEXICAL and HYBRID mode each is a text.
-        mode: by what the search ranks records.
-        conditions: the filter of each query, None for a query without; empty if no query has a filter.
+        mode: how the search ranks records.
+        conditions: the filter of each query, or None for a query without a filter; empty if no query has a filter.
         truncation: the truncation of long texts.
-        min_recall: the least recall of the results; 0: as the index chooses.
+        min_recall: least recall of the dense ranking, at most 1; 0: no target.
         dense_weight: weight of the dense ranking in HYBRID mode, 0 to 1.
         fusion: how HYBRID mode joins the two rankings.
-        with_vectors: whether hits have their vectors.
-        parts: other parts that hits have.
+        with_vectors: whether hits contain their vectors.
+        parts: other parts that hits contain.
     """
 
     queries: Sequence[Query]
@@ -82,10 +89,10 @@ class SearchResults:
     """The outcome of each query of a search.
 
     Attributes:
-        outcomes: hits and plan of each query.
-        embedded: the model, the inference and the indexes of the queries that were embedded; None if none was.
-        warnings: sentences that say why a filter probably matches no record.
-        lookup_seconds: wall time of the search in the collection.
+        outcomes: hits and plan of each query, in the order of the queries.
+        embedded: the queries that were embedded; None if no query was embedded.
+        warnings: sentences that say why the filter of a query without hits probably matches no record.
+        lookup_seconds: wall time of the search in the collection, without the embedding of queries.
     """
 
     outcomes: Sequence[SearchOutcome]
@@ -96,7 +103,13 @@ class SearchResults:
 
 @dataclass(frozen=True)
 class EmbeddedQueries:
-    """The model and the inference of the queries that are texts; `rows[i]` is the index of the query of text i."""
+    """The queries of a search that were embedded.
+
+    Attributes:
+        model: the model.
+        inference: the inference of their texts.
+        rows: `rows[i]` is the index of the query whose text is text i of the inference.
+    """
 
     model: Model
     inference: Inference
@@ -110,7 +123,7 @@ class CollectionSearch:
         engine: embeds queries that are texts.
         limits: limits of a call.
         pool: runs the blocking calls of the index.
-        groups: runs the vector searches.
+        groups: runs the dense searches.
         access: opens collections.
     """
 
@@ -127,10 +140,11 @@ class CollectionSearch:
         """Search the collection with a name.
 
         Raises:
-            ServiceError: NOT_FOUND if the collection or a record of a query does not exist; INVALID_ARGUMENT for a
-                wrong text or vector; FAILED_PRECONDITION if a query is a vector and the collection changed its model
-                meanwhile; as `collection_model` and `Inferrer.infer` do if a query is a text;
-                RESOURCE_EXHAUSTED if too many heavy calls wait or the response would be too large.
+            ServiceError: NOT_FOUND if the collection, a record of a query, or the model for a text does not exist;
+                INVALID_ARGUMENT for a wrong text, vector or option; FAILED_PRECONDITION if a text must be embedded and
+                the collection has no model or another one is served, or if a query is a vector and the collection
+                changed its model meanwhile; RESOURCE_EXHAUSTED if too many heavy calls or tokens wait, or the response
+                would be too large; DEADLINE_EXCEEDED if the deadline passed; any other error of `Inferrer.infer`.
         """
         return await self._access.use(
             name,
@@ -167,7 +181,10 @@ class CollectionSearch:
     def _search_words(
         self, collection: CollectionBackend, request: SearchRequest, texts: Sequence[str], caller: Caller
     ) -> Awaitable[list[SearchOutcome]]:
-        """Search by the words of texts."""
+        """Return the lexical hits of each text, from the pool.
+
+        `texts` are the texts of the queries; the other options come from `request`.
+        """
         search = partial(
             collection.search_words,
             texts,
@@ -186,7 +203,15 @@ class CollectionSearch:
         texts: Sequence[str],
         caller: Caller,
     ) -> Awaitable[list[SearchOutcome]]:
-        """Search by vectors, float32 (queries, dimensions), and in HYBRID mode by texts too."""
+        """Return the outcome of each query: of a dense search, or in HYBRID mode of a hybrid search.
+
+        Args:
+            collection: the collection.
+            request: the options of the search.
+            matrix: vectors of the queries, float32 (queries, dimensions).
+            texts: texts of the queries in HYBRID mode; empty in DENSE mode.
+            caller: the caller.
+        """
         queries = request.queries
         sizes = [query.top_k for query in queries]
         excluded = [query.record_id or None for query in queries]
@@ -232,10 +257,13 @@ class CollectionSearch:
         outcomes: Sequence[SearchOutcome],
         caller: Caller,
     ) -> list[str]:
-        """Return why the filter of the first query without hits probably matches no record."""
+        """Return sentences that say why the filter of the first query without hits probably matches no record.
+
+        The list is empty if each query with a filter has hits, or no reason was found.
+        """
         for condition, outcome in zip(request.conditions, outcomes, strict=True):
             if condition is not None and not outcome.hits:
-                # Not refused: a search with a filter has already waited among the heavy calls.
+                # Not refused if many heavy calls wait, since the search itself has already waited as a heavy call.
                 mismatches = partial(collection.mismatches, condition)
                 return await self._pool.run(mismatches, caller, heavy=True, refuse=False)
         return []
@@ -248,14 +276,18 @@ class CollectionSearch:
         request: SearchRequest,
         caller: Caller,
     ) -> EmbeddedQueries:
-        """Embed the texts of the queries `rows`, and write their vectors into the same rows of the matrix.
+        """Embed the texts of some queries, and write their vectors into the matrix.
 
-        Returns:
-            The model, the inference and the query numbers.
+        Args:
+            matrix: vectors of all queries, float32 (queries, dimensions); the rows in `rows` are set.
+            rows: indexes of the queries that are texts.
+            collection: the collection, whose model embeds the texts.
+            request: the search.
+            caller: the caller.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if a text is too long or empty, NOT_FOUND if the collection's model is not
-                served, or an error of `Inferrer.infer`.
+            ServiceError: INVALID_ARGUMENT if a text is too long or empty; NOT_FOUND or FAILED_PRECONDITION if the model
+                of the collection is not served; any error of `Inferrer.infer`.
         """
         model = collection_model(self._engine, collection)
         texts = [request.queries[row].text or "" for row in rows]
@@ -273,7 +305,17 @@ class CollectionSearch:
     async def _fill_record_vectors(
         self, matrix: Matrix, queries: Sequence[Query], collection: CollectionBackend, caller: Caller
     ) -> None:
-        """Write the vectors of the queries that are records into the rows of the matrix."""
+        """Read the vectors of the records that queries name, and write each into the row of its query.
+
+        Args:
+            matrix: vectors of all queries, float32 (queries, dimensions).
+            queries: all queries.
+            collection: the collection with the records.
+            caller: the caller.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such record.
+        """
         record_ids = {i: query.record_id for i, query in enumerate(queries) if query.record_id is not None}
         ids = sorted(set(record_ids.values()))
         records = await self._pool.run(lambda: collection.get(ids, with_vectors=True), caller)
@@ -285,7 +327,13 @@ class CollectionSearch:
 
 
 def _given_vectors(queries: Sequence[Query], collection: CollectionBackend) -> Matrix:
-    """Return float32 (queries, dimensions) with the vectors of the queries that are vectors; other rows are not set."""
+    """Return a matrix for the vectors of all queries, float32 (queries, dimensions).
+
+    The rows of queries with a vector are set. The other rows have any values.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if a vector has other dimensions than the collection.
+    """
     dimensions = collection.spec.dimensions
     matrix = np.empty((len(queries), dimensions), dtype=np.float32)
     for i, query in enumerate(queries):
@@ -302,11 +350,11 @@ def _given_vectors(queries: Sequence[Query], collection: CollectionBackend) -> M
 async def _search_by_ef(
     efs: Sequence[int], search: Callable[[int, Sequence[int]], Awaitable[list[SearchOutcome]]]
 ) -> list[SearchOutcome]:
-    """Return the outcome of each query; queries with equal `ef` are searched together.
+    """Return the outcome of each query, in order. Queries with equal ef are searched together, all groups concurrently.
 
     Args:
-        efs: the `ef` of each query.
-        search: searches for the queries at some indexes with an `ef`.
+        efs: the ef of each query.
+        search: receives an ef and the indexes of queries; returns the outcomes of these queries.
     """
     rows_of: dict[int, list[int]] = {}
     for i, ef in enumerate(efs):
@@ -323,5 +371,8 @@ async def _search_by_ef(
 
 
 def _select(values: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
-    """Return the values of some queries; `values` itself if it is empty or these are all queries."""
+    """Return the values at the indexes `rows`; `values` itself if it has no more items than `rows`.
+
+    `values` has an item for each query, or none at all.
+    """
     return [values[i] for i in rows] if len(rows) < len(values) else values

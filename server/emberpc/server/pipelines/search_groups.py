@@ -1,7 +1,8 @@
-"""Group concurrent vector searches, so that each group needs one thread and one look-up of records.
+"""Group concurrent dense searches, so that each group needs one thread and one look-up of records.
 
-A vector search takes 0.1 ms in the graph and 0.5 ms around it: the change of threads, the look-up of the hits, many
-small calls. A group pays these costs once. No search waits while there is room for it.
+A dense search takes 0.1 ms in the graph and 0.5 ms outside of it: for the change of threads, the look-up of the hits,
+and many small calls. A group takes the 0.5 ms only once. A search that is not heavy waits only while other searches
+with the same group key run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import ServiceError
 from emberpc.server.pipelines.index_pool import IndexPool
 
-#: Queries of a group, unless one search alone has more, and the seconds that a group may take.
+#: Most queries of a group, and the seconds that a group should take at most. A single search may have more queries.
 _MAX_QUERIES = 64
 _GROUP_SECONDS = 0.01
-#: Seconds of a query. If queries are slower, several small groups use the cores better than one large group.
+#: Seconds for one query. If queries take longer, several small groups use the cores better than one large group.
 _SLOW_QUERY_SECONDS = 0.001
-#: Candidates of all queries of a graph search. A search with more is heavy: a candidate takes 3 µs.
+#: Number of candidates of all queries of a search. A search with more candidates is heavy: a candidate takes 3 µs.
 _MANY_CANDIDATES = 100_000
 
 T = TypeVar("T")
@@ -37,9 +38,10 @@ Outcomes = list[SearchOutcome]
 
 
 class VectorSearch(NamedTuple):
-    """The arguments of `CollectionBackend.search`, and the deadline of the caller in seconds of `perf_counter`.
+    """A dense search: the arguments of `CollectionBackend.search`, and the caller's deadline.
 
-    A tuple, since it is made for every search and a frozen dataclass takes longer to make.
+    The deadline is in seconds of `perf_counter`; infinite: none. This is a tuple, since a frozen dataclass takes longer
+    to create, and each search creates one.
     """
 
     collection: CollectionBackend
@@ -61,10 +63,11 @@ class VectorSearch(NamedTuple):
 
     @property
     def group_key(self) -> Hashable:
-        """Return a key that is equal for searches that may be grouped. `ef` follows from its parts.
+        """Return a key that is equal for searches that may be grouped.
 
-        Searches with a filter have another key than those without: the first search with a filter may take a thousand
-        times as long, and the others must not wait for it.
+        The ef that the index chooses for a search depends only on values in the key. Searches with a filter have
+        another key than searches without: the first search with a filter may take a thousand times as long as others,
+        which must not wait for it.
         """
         return (
             self.collection,
@@ -78,7 +81,7 @@ class VectorSearch(NamedTuple):
         )
 
     def run(self) -> Outcomes:
-        """Search the collection."""
+        """Search the collection, and return the outcome of each query. Blocks; errors of the search pass through."""
         return self.collection.search(
             self.queries,
             self.top_k,
@@ -96,24 +99,32 @@ _Group: TypeAlias = list[tuple[VectorSearch, "asyncio.Future[Outcomes]"]]
 
 @dataclass
 class _Queue:
-    """The searches of one group key: those that wait, and the number of groups that run."""
+    """The waiting searches of one group key, and the number of the key's groups that run."""
 
     heavy: bool
     waiting: deque[tuple[VectorSearch, asyncio.Future[Outcomes]]] = field(default_factory=deque)
     running: int = 0
     #: Whether one of the running groups still waits for the slot of a heavy call.
     queued: bool = False
-    #: As measured in the last group; 0 before the first.
+    #: Seconds of the last group, divided by the number of its queries; 0 before the first group has ended.
     seconds_per_query: float = 0.0
 
     @property
     def worth_another(self) -> bool:
-        """Return whether a further group gains more than a change of threads costs, which is some 0.1 ms."""
+        """Return whether to run a further group beside those that run.
+
+        This needs slow queries or many waiting queries: the gain must exceed the cost of a change of threads, some
+        0.1 ms.
+        """
         queries = sum(len(search.queries) for search, _ in self.waiting)
         return self.seconds_per_query > _SLOW_QUERY_SECONDS or queries >= _MAX_QUERIES
 
     def take(self) -> _Group:
-        """Remove and return a group of the waiting searches whose callers still wait."""
+        """Remove and return the next group of the waiting searches; searches whose callers left are dropped.
+
+        The group may be empty. It has as many queries as are expected to take 10 ms, at most 64, or is a single search.
+        Before the first measurement it is a single search.
+        """
         seconds = self.seconds_per_query
         limit = min(_MAX_QUERIES, max(1, int(_GROUP_SECONDS / seconds)) if seconds else 1)
         group: _Group = []
@@ -127,26 +138,28 @@ class _Queue:
 
 
 class SearchGroups:
-    """Runs vector searches in a pool, those with equal group keys together. Use from one event loop only.
+    """Runs dense searches in a pool, those with equal group keys together. Use from one event loop only.
 
     Args:
         pool: runs the groups.
-        at_once: groups of one key that run at a time, where more than one is worth it.
+        at_once: most groups of one key that run at a time.
     """
 
     def __init__(self, pool: IndexPool, at_once: int) -> None:
         self._pool = pool
         self._at_once = at_once
         self._queues: dict[Hashable, _Queue] = {}
-        #: Holds references to tasks: the event loop holds none.
+        #: Keeps the running tasks alive, since the event loop itself holds only weak references to them.
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def search(self, search: VectorSearch) -> Outcomes:
-        """Return the outcome of each query. If the caller leaves while the search waits, it does not run.
+        """Run a search, possibly in a group with others, and return the outcome of each of its queries.
+
+        If the caller leaves while the search waits, the search does not run.
 
         Raises:
-            ServiceError: as `CollectionBackend.search` does, for this search alone; RESOURCE_EXHAUSTED if the search is
-                heavy and too many heavy ones wait; DEADLINE_EXCEEDED if the deadline passed.
+            ServiceError: RESOURCE_EXHAUSTED if the search is heavy and too many heavy calls wait; DEADLINE_EXCEEDED if
+                the deadline passed; any error of `CollectionBackend.search` that this search alone causes.
         """
         if search.heavy:
             self._pool.heavy.check_room(sum(len(each.waiting) for each in self._queues.values() if each.heavy))
@@ -156,7 +169,8 @@ class SearchGroups:
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue(search.heavy)
-            # Calls that arrive together get here in the same iteration of the event loop: they make one group.
+            # Calls that arrive together get here in the same iteration of the event loop. The group starts in the next
+            # iteration, so it contains all of them.
             loop.call_soon(self._start, loop, key, queue)
         queue.waiting.append((search, outcome))
         if queue.running and queue.running < self._at_once:
@@ -168,7 +182,10 @@ class SearchGroups:
             raise
 
     def _start(self, loop: asyncio.AbstractEventLoop, key: Hashable, queue: _Queue) -> None:
-        """Start groups of the waiting searches, as many as are worth it."""
+        """Start groups of the waiting searches of a key: one if none runs, further ones if the gain exceeds the cost.
+
+        The queue is removed when no search waits or runs.
+        """
         while queue.waiting and (not queue.running or (queue.running < self._at_once and queue.worth_another)):
             if queue.heavy:
                 if not queue.queued:
@@ -179,14 +196,15 @@ class SearchGroups:
                 return
             if group := queue.take():
                 queue.running += 1
-                # Not with run_in_executor: its second future and callbacks cost as much as a search of the graph.
+                # Not with asyncio's run_in_executor: its second future and its callbacks take as long as a search of
+                # the graph.
                 self._pool.start(partial(self._run, loop, key, queue, group))
         if not queue.waiting and not queue.running and self._queues.get(key) is queue:
             del self._queues[key]
 
     async def _start_heavy(self, loop: asyncio.AbstractEventLoop, key: Hashable, queue: _Queue) -> None:
-        """Wait for the slot of a heavy call, and start a group of the searches that wait by then."""
-        # Never refused: each key has one such group, and the waiting heavy searches of all keys are bounded.
+        """Wait for a slot of heavy calls, and start a group of the searches of the queue that wait by then."""
+        # Not refused: at most one group of each key waits here, and the number of waiting heavy searches has a limit.
         await self._pool.heavy.take(refuse=False)
         queue.queued = False
         if group := queue.take():
@@ -197,7 +215,10 @@ class SearchGroups:
         self._start(loop, key, queue)
 
     def _run(self, loop: asyncio.AbstractEventLoop, key: Hashable, queue: _Queue, group: _Group) -> None:
-        """Search for a group, in a thread of the pool."""
+        """Run the searches of a group in a thread of the pool, and pass the outcomes or errors to the event loop.
+
+        The searches are cancelled when each caller has left or its deadline has passed.
+        """
         outcomes: Sequence[Outcomes | BaseException]
         start = perf_counter()
         try:
@@ -218,7 +239,16 @@ class SearchGroups:
         outcomes: Sequence[Outcomes | BaseException],
         seconds_per_query: float,
     ) -> None:
-        """Start the next group, and give each caller its outcome."""
+        """Start the next groups of the key, and give each caller of a finished group its outcomes or its error.
+
+        Args:
+            loop: the event loop.
+            key: the group key.
+            queue: the searches of the key.
+            group: the searches of the finished group.
+            outcomes: the outcomes or the error of each search of the group.
+            seconds_per_query: seconds of the group, divided by the number of its queries.
+        """
         queue.running -= 1
         queue.seconds_per_query = seconds_per_query
         self._start(loop, key, queue)
@@ -232,12 +262,15 @@ class SearchGroups:
 
 
 def _all_left(group: _Group) -> bool:
-    """Return whether each caller of a group has left or its deadline has passed."""
+    """Return whether no caller of a group waits any more: each has left, or its deadline has passed."""
     return all(outcome.done() or search.deadline <= perf_counter() for search, outcome in group)
 
 
 def _group_outcomes(searches: Sequence[VectorSearch]) -> Sequence[Outcomes | ServiceError]:
-    """Return the outcomes or the error of each search."""
+    """Run the searches of a group as one search, and return the outcomes or the error of each. Blocks.
+
+    If the joint search fails, each search is run alone. Errors other than `ServiceError` pass through.
+    """
     first = searches[0]
     if len(searches) == 1:
         return [_search(first)]
@@ -249,14 +282,21 @@ def _group_outcomes(searches: Sequence[VectorSearch]) -> Sequence[Outcomes | Ser
     )
     outcomes = _search(joined)
     if isinstance(outcomes, ServiceError):
-        # Search each alone, so that only the search with the error fails.
+        # Run each search alone, so that only the search that causes the error fails.
         return [_search(search) for search in searches]
     remaining = iter(outcomes)
     return [[next(remaining) for _ in search.top_k] for search in searches]
 
 
 def _joined(options: Sequence[tuple[VectorSearch, Sequence[T | None]]]) -> Sequence[T | None]:
-    """Join an option of several searches; each search has one value for each of its queries, or none at all."""
+    """Return the values of an option for the queries of all searches, one after the other.
+
+    Args:
+        options: each search with its values: one for each of its queries, or none at all, which means None for each.
+
+    Returns:
+        The values; empty if no search has any.
+    """
     if not any(values for _, values in options):
         return ()
     return [each for search, values in options for each in values or [None] * len(search.top_k)]

@@ -1,4 +1,4 @@
-"""Limit how many tasks use a scarce resource at a time, and how many wait for it."""
+"""Limit the number of tasks that use a scarce resource at a time, and the number of tasks that wait for it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from emberpc.server.errors import Code, ServiceError
 
 
 class Slots:
-    """A semaphore with a bounded first-in-first-out queue. Use from one event loop only.
+    """A semaphore with a first-in-first-out queue of limited length. Use from one event loop only.
 
     Args:
-        count: slots, so holders at a time.
-        max_waiting: tasks that may wait for a slot; a further one is refused.
-        holders: name of the holders for the error message, in the plural, such as `backups`.
+        count: number of slots, which is the most tasks that hold one at a time.
+        max_waiting: most tasks that wait for a slot; a further task is refused.
+        holders: name of the tasks for the error message, in the plural, such as `backups`.
         retry_seconds: seconds after which a refused caller may retry.
     """
 
@@ -39,13 +39,14 @@ class Slots:
         return self._free == self._count and not self._waiting
 
     async def take(self, *, refuse: bool = True) -> None:
-        """Wait for a slot and take it; `release` gives it back. A cancelled task leaves the queue.
+        """Wait for a slot and take it; `release` gives the slot back. A cancelled task leaves the queue.
 
         Args:
-            refuse: whether to refuse the slot if the queue is full. False for callers whose number has another bound.
+            refuse: whether to raise an error if the queue is full. False is for callers whose number has a limit
+                otherwise.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the queue is full.
+            ServiceError: RESOURCE_EXHAUSTED if the queue is full and `refuse` is set.
         """
         if self._free:
             self._free -= 1
@@ -64,7 +65,7 @@ class Slots:
             raise
 
     def check_room(self, waiting: int) -> None:
-        """Raise RESOURCE_EXHAUSTED if `waiting` tasks, those that wait now, fill the queue."""
+        """Raise RESOURCE_EXHAUSTED if `waiting`, the number of tasks that wait now, fills the queue."""
         if waiting >= self._max_waiting:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
@@ -75,7 +76,7 @@ class Slots:
             )
 
     def release(self) -> None:
-        """Give a slot back. The task that has waited longest gets it."""
+        """Give a slot back. The task that has waited longest gets the slot."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -85,7 +86,7 @@ class Slots:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
-        """Hold a slot while the block runs; raises as `take` does."""
+        """Wait for a slot, and hold it while the block runs; RESOURCE_EXHAUSTED if the queue is full."""
         await self.take()
         try:
             yield

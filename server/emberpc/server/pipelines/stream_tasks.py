@@ -1,4 +1,4 @@
-"""Read a stream's next message as a task, and cancel a stream's tasks."""
+"""Read the next message of a stream in a task, and cancel the tasks of a stream."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Message = TypeVar("Message")
 
 
 async def next_message(messages: AsyncIterator[Message]) -> Message | None:
-    """Return the next message; None at the end of the stream.
+    """Return the next message; None at the end of the stream. Errors of the stream pass through.
 
-    A coroutine can become a task. `anext` may return another kind of awaitable, which cannot.
+    This function exists since only a coroutine can become a task, and `anext` may return another kind of awaitable.
     """
     return await anext(messages, None)
 
 
 async def cancel_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
-    """Cancel the tasks that have not ended, and wait until all have ended. None is skipped."""
+    """Cancel the tasks that have not ended, and wait until all have ended; ignore their errors, and skip None."""
     present = [task for task in tasks if task is not None]
     for task in present:
         task.cancel()

@@ -1,11 +1,11 @@
 """Upsert a stream of records of any size, message by message.
 
 One loop reads messages, embeds texts, writes records and returns results. Messages are embedded concurrently and
-written in their order, so the model works on the next messages while one goes to disk. A message is written whole,
-without the records that fail, and its result is a checkpoint: all records up to it are on disk. The loop reads no
-message while enough records or bytes are in flight, and it does nothing else while the caller receives a result. A
-stream thus holds a few hundred records of a few MiB and the message that came last, whatever the size of the corpus and
-however slow the reader.
+written in their order, so the model works on the next messages while a message is written to disk. The records of a
+message are written together, without those that fail. The result of a message is a checkpoint: the written records of
+this message and of all messages before it are on disk. The loop reads no message while enough records or bytes are in
+flight, and it does nothing else while the caller receives a result. So a stream holds a few hundred records of a few
+MiB, and the latest message, for any number of records, and however slowly the caller reads.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: Stop reading while this many records or messages are in flight, unless it is a single message.
+#: No message is read while this many records, or this many messages, are in flight. Two messages may always be in
+#: flight.
 _MAX_RECORDS = GROUP_TEXTS * GROUPS
 _MAX_MESSAGES = 64
-#: Read another message only while those in flight have fewer bytes, unless none is in flight. Messages with vectors are
-#: ready long before the texts of one before them: 4 streams with messages of 16 MB held 1.3 GB.
+#: Another message is read only while the messages in flight have fewer bytes than this, or no message is in flight.
+#: Messages with vectors are ready long before the embedding of an earlier message ends: without this limit, 4 streams
+#: with messages of 16 MB held 1.3 GB.
 _MAX_BYTES = 4 * 2**20
-#: Paths of a record's fields in the index's errors, such as `records[3].id` or `vectors[3]`.
+#: Matches the path of a record's field in an error of the index, such as `records[3].id` or `vectors[3]`.
 _RECORD_PATH = re.compile(r"(?:records|(vectors?))\[(\d+)\]\.?(.*)")
 
 Message = TypeVar("Message")
@@ -58,13 +60,13 @@ class UpsertMessage:
 
     Attributes:
         collection: name of the collection; may be empty after the first message.
-        batch_number: number of the message; the numbers grow.
+        batch_number: number of the message; it must be greater than that of the message before.
         record_count: number of records.
         read_records: yields each record or its error; runs in the pool, since metadata may take seconds to read.
         read_vectors: returns the records' vectors, float32 (records, dimensions). None: their texts are embedded.
-        truncation: the truncation of long texts; None: as the collection says.
+        truncation: the truncation of long texts; None: that of the collection.
         size: bytes of the message.
-        release: called when the message was answered, and the stream holds it no longer.
+        release: called when the message was answered, so that the stream does not hold it any more.
     """
 
     collection: str
@@ -79,7 +81,13 @@ class UpsertMessage:
 
 @dataclass(frozen=True)
 class UpsertedBatch:
-    """The result of one message: its number, the write (None if all records failed), and the records that failed."""
+    """The result of one message.
+
+    Attributes:
+        batch_number: number of the message.
+        result: the result of the write; None if no record was written.
+        failures: the records that were not written, with their errors.
+    """
 
     batch_number: int
     result: WriteResult | None
@@ -88,7 +96,14 @@ class UpsertedBatch:
 
 @dataclass
 class _Batch:
-    """The records of one message that have not failed so far; row i of `matrix` is the vector of `records[i]`."""
+    """The records of one message on their way to the index.
+
+    Attributes:
+        number: number of the message.
+        records: the records that have not failed so far.
+        matrix: float32 (records, dimensions): row i is the vector of `records[i]`; empty until there are vectors.
+        failures: the records that failed.
+    """
 
     number: int
     records: list[NewRecord] = field(default_factory=list)
@@ -96,19 +111,20 @@ class _Batch:
     failures: list[FailedRecord] = field(default_factory=list)
 
     def fail(self, i: int, error: ServiceError) -> None:
-        """Add a failure of record i; `keep` removes the record."""
+        """Note that record i failed. The record stays in `records` until `keep` removes it."""
         self.failures.append(FailedRecord(self.records[i].id, error))
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Remove all records but those at some indexes."""
+        """Remove all records, with their vectors, except those at the indexes `kept`."""
         self.records = [self.records[i] for i in kept]
-        # There are no vectors yet if those of the message cannot be read; then no record is kept.
+        # The matrix is still empty if the vectors of the message cannot be read. Then no record is kept, so no index is
+        # out of range.
         self.matrix = self.matrix[np.array(kept, dtype=np.intp)]
 
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A message that was not answered, and the task that embeds it."""
+    """A message that was not answered yet, and the task that reads and embeds its records."""
 
     task: asyncio.Task[_Batch]
     record_count: int
@@ -154,12 +170,13 @@ class UpsertStream:
         self._groups = asyncio.Semaphore(GROUPS)
 
     def add(self, message: UpsertMessage) -> None:
-        """Start to embed a message.
+        """Start to read and embed the records of a message, in a task.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the message names another collection, has a number that does not grow, or
-                too many records; as `collection_model` does if its texts are embedded; RESOURCE_EXHAUSTED if the queue
-                is full and these are the first texts of the stream.
+            ServiceError: INVALID_ARGUMENT if the message names another collection, has a number that is not greater
+                than the last, or has too many records. If its texts must be embedded: NOT_FOUND if the collection's
+                model is not served; FAILED_PRECONDITION if the collection has no model or another model made its
+                vectors; RESOURCE_EXHAUSTED if the queue is full and these are the first texts of the stream.
         """
         name = self._collection.spec.name
         if message.collection not in ("", name):
@@ -178,15 +195,18 @@ class UpsertStream:
     async def run(
         self, messages: AsyncIterator[Message], read: Callable[[Message], UpsertMessage]
     ) -> AsyncGenerator[UpsertedBatch, None]:
-        """Write the messages that were added and all further ones; yield the result of each in its order.
+        """Write the records of the messages that were added and of all further messages; yield each message's result.
+
+        The results are in the order of the messages. The stream ends with the first error that is raised.
 
         Args:
             messages: the further messages.
-            read: reads a message.
+            read: returns the content of a message.
 
         Raises:
-            ServiceError: as `read` and `add` do; RESOURCE_EXHAUSTED if the queue stays full or the disk is full;
-                UNAVAILABLE if the server stops. All other errors fail single records.
+            ServiceError: any error of `read` and `add`; RESOURCE_EXHAUSTED if the queue stays full, too many writes
+                wait, or the disk is full; DEADLINE_EXCEEDED if the deadline passed; UNAVAILABLE if the server stops or
+                the collection is closed; INTERNAL if the database fails. Wrong records fail alone, without an error.
         """
         reading: asyncio.Task[Message | None] | None = None
         ended = False
@@ -214,9 +234,10 @@ class UpsertStream:
 
     @property
     def _has_room(self) -> bool:
-        """Return whether to read another message.
+        """Return whether to read another message: few enough bytes, records and messages are in flight.
 
-        However many records they have, two small messages are in flight: one is embedded, one is written.
+        Two messages may be in flight however many records they have, so that one can be embedded while the other is
+        written, unless they have too many bytes.
         """
         count = len(self._in_flight)
         if count and sum(message.size for message in self._in_flight) >= _MAX_BYTES:
@@ -225,7 +246,11 @@ class UpsertStream:
         return count < 2 or (count < _MAX_MESSAGES and records < _MAX_RECORDS)
 
     async def _write(self, batch: _Batch) -> UpsertedBatch:
-        """Write the records of a message; those that the index refuses fail."""
+        """Write the records of a message, and return its result. Records that the index refuses fail.
+
+        Raises:
+            ServiceError: any error of the index except INVALID_ARGUMENT.
+        """
         name = self._collection.spec.name
         result = None
         while batch.records and result is None:
@@ -239,7 +264,13 @@ class UpsertStream:
         return UpsertedBatch(batch.number, result, batch.failures)
 
     def _embedder(self, message: UpsertMessage) -> BulkEmbedder:
-        """Return the embedder of a message; each truncation has one."""
+        """Return the embedder for the texts of a message. The stream has one embedder for each truncation.
+
+        Raises:
+            ServiceError: NOT_FOUND if the collection's model is not served; FAILED_PRECONDITION if the collection has
+                no model or another model made its vectors; RESOURCE_EXHAUSTED, for the first embedder of the stream, if
+                the queue is full.
+        """
         truncation = message.truncation or Truncation(self._collection.spec.truncation)
         embedder = self._embedders.get(truncation)
         if embedder is None:
@@ -259,7 +290,14 @@ class UpsertStream:
         return embedder
 
     async def _embed(self, message: UpsertMessage, embedder: BulkEmbedder | None) -> _Batch:
-        """Read the records of a message, and read or embed their vectors."""
+        """Read the records of a message, and read their vectors or embed their texts.
+
+        Returns:
+            The records with their vectors, and the records that failed.
+
+        Raises:
+            ServiceError: an error with a code of `SERVER_ERRORS`, which is no record's fault.
+        """
         batch = _Batch(message.batch_number)
         indexes = await self._pool.run(partial(_read, batch, message), self._caller)
         if message.read_vectors is not None:
@@ -273,15 +311,20 @@ class UpsertStream:
         return batch
 
     def _checked(self, matrix: Matrix) -> Matrix:
-        """Return the vectors of a message; INVALID_ARGUMENT if they have wrong dimensions."""
+        """Return the vectors of a message unchanged; INVALID_ARGUMENT unless they have the collection's dimensions."""
         dimensions = self._collection.spec.dimensions
         if matrix.shape[1] != dimensions:
-            # The index would name the first vector only, and then the others one by one.
+            # The index would name only the first vector in its error. The other records would then be tried, and fail,
+            # one after the other.
             raise invalid("vectors", f"has {matrix.shape[1]} dimensions, the collection has {dimensions}")
         return matrix
 
     async def _embed_texts(self, batch: _Batch, embedder: BulkEmbedder) -> None:
-        """Embed the texts of a message in groups, and remove the records that have no vector."""
+        """Embed the texts of a message in groups, set the vectors of the batch, and remove the records that fail.
+
+        Raises:
+            ServiceError: an error with a code of `SERVER_ERRORS`, which is no record's fault.
+        """
         texts = [record.text for record in batch.records]
 
         async def embed(first: int) -> EmbeddedGroup:
@@ -308,7 +351,13 @@ class UpsertStream:
 
 
 def _read(batch: _Batch, message: UpsertMessage) -> list[int]:
-    """Add the records of a message to its batch; return the indexes of those that do not fail. Runs in the pool."""
+    """Read the records of a message into its batch, and return the indexes in the message of those that do not fail.
+
+    Runs in the pool.
+
+    Raises:
+        ServiceError: DEADLINE_EXCEEDED if the caller left or the deadline passed.
+    """
     indexes = []
     for i, record in enumerate(message.read_records()):
         cancellation.check()
@@ -321,7 +370,10 @@ def _read(batch: _Batch, message: UpsertMessage) -> list[int]:
 
 
 def _fail_named(batch: _Batch, error: ServiceError) -> None:
-    """Fail the records that an error names, each with its own violations; all records if it names none."""
+    """Fail the records that an error names, each with its own violations, and remove them from the batch.
+
+    If the error names no record of the batch, all records fail with all violations.
+    """
     wrong: dict[int, list[Violation]] = {}
     for violation in error.violations:
         if found := _RECORD_PATH.fullmatch(violation.field):
