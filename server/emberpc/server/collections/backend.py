@@ -63,7 +63,7 @@ class CollectionBackend(Protocol):
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in the order of the ids.
+        """Return the existing records among the ids, in their order; RESOURCE_EXHAUSTED if they have too many bytes.
 
         Args:
             ids: the ids.
@@ -362,7 +362,7 @@ class IndexBackend(Protocol):
         """
 
     def cancel_reembedding(self, name: str) -> None:
-        """Delete the new collection of a collection's reembedding; do nothing if there is no reembedding."""
+        """Cancel a collection's reembedding, and delete the new vectors; do nothing if there is no reembedding."""
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
         """Begin to restore a backup as a new collection.

@@ -277,7 +277,7 @@ def _equal(value: Any, other: Value) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """Return the kind of a value: `string`, `number`, `boolean`, `null`, or `other`."""
+    """Return the kind of a value: `string`, `number`, `boolean`, `null`, or `other` for lists and objects."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -13,8 +13,8 @@ from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
 #: hnswlib's name of the space for each distance. The cosine is an inner product too, since this module normalizes the
 #: vectors.
 SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
-#: Greatest length of a vector. The square of the distance between two vectors of this length, and their product with
-#: the scale of DOT_PRODUCT, is still finite in float32.
+#: Greatest length of a vector. The square of the distance between two vectors of this length, and their scaled product
+#: under DOT_PRODUCT, are still finite in float32.
 _MAX_LENGTH = 1e14
 #: Lower and upper limit of a squared length in float32. A vector within the limits is surely neither zero nor too long,
 #: in spite of rounding.
@@ -22,8 +22,8 @@ _PLAIN = (1e-30, 1e27)
 #: Factor of queries and stored vectors under DOT_PRODUCT. hnswlib computes 1 - product in float32, which loses small
 #: products. With the factor, vectors much shorter than 1 can be distinguished. A power of two changes no digit.
 _DOT_SCALE = np.float32(2**14)
-#: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib cannot distinguish shorter vectors from
-#: vectors of similar length: 1e-5 of the scaled product with a query of length 1 must be more than the last digit of 1.
+#: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib computes 1 - product in float32. For
+#: shorter vectors and a query of length 1, it could not distinguish two products that differ by a share of 1e-5.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
 #: Under EUCLIDEAN, the least length of a vector in a graph: hnswlib's float32 rounds squares of shorter distances to 0.
 _LEAST_LENGTH = np.float32(1e-15)
@@ -40,7 +40,8 @@ _FEW_QUERIES = 8
 def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
     """Raise INVALID_ARGUMENT, naming each vector that cannot be stored or searched for.
 
-    hnswlib would corrupt the heap for a vector with too few dimensions, and return nonsense for NaN.
+    A wrong type, or wrong dimensions, are those of all vectors, so only the first vector is named. hnswlib would corrupt
+    the heap for a vector with too few dimensions, and return nonsense for NaN.
 
     Args:
         matrix: the vectors; must be float32 (vectors, dimensions).

@@ -43,7 +43,7 @@ class Distance(str, Enum):
 
 
 class Strategy(str, Enum):
-    """The kind of search that found a result."""
+    """The kind of search that found the hits of a query."""
 
     EXACT = "exact"
     HNSW = "hnsw"
@@ -67,8 +67,8 @@ class CollectionSpec:
         model: name of the model that embeds the texts; empty: the collection has no model.
         model_fingerprint: fingerprint of that model; empty without a model.
         distance: the measure that compares vectors.
-        truncation: how texts that are too long for the model are truncated: the name of an engine's `Truncation`.
-        m: number of neighbours of a node of the graph.
+        truncation: how texts that are too long for the model are truncated: `refuse`, `end` or `start`.
+        m: number of neighbours to which a node of the graph is linked.
         ef_construction: candidates that are kept when a node is inserted into the graph.
         indexed_fields: metadata fields with an index in the database.
     """
@@ -165,7 +165,7 @@ class _RecordFields(NamedTuple):
 class RecordParts(NamedTuple):
     """Whether a response contains the text and the metadata of a record.
 
-    It always contains id, label, revision and times. Vectors are requested otherwise.
+    A response always contains id, label, revision and times. Vectors are requested by a parameter of their own.
     """
 
     text: bool = True
@@ -255,7 +255,10 @@ def decode_document(document: str) -> dict[str, Any]:
 
 
 def check_name(name: str, field: str) -> None:
-    """Raise INVALID_ARGUMENT, naming the request field `field`, unless `name` is a valid name of a collection."""
+    """Raise INVALID_ARGUMENT, naming the request field `field`, unless `name` is a valid name of a collection.
+
+    A name has 1 to 128 letters, digits, '.', '_' and '-', and starts with a letter or digit.
+    """
     if not NAME.fullmatch(name):
         raise invalid(
             field, f"is {name!r}; use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
@@ -320,7 +323,7 @@ class DuplicatePair:
 
     @property
     def order(self) -> tuple[float, str, str]:
-        """Sort key: greatest score first."""
+        """Sort key of a pair: the negative score, so that the greatest score comes first, and then the two ids."""
         return -self.score, self.first_id, self.second_id
 
 

@@ -121,8 +121,8 @@ def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
         return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
     if size > MAX_METADATA_BYTES:
         return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
-    # JSON contains NUL only as the escape \u0000. These characters are found in metadata without NUL too, after an
-    # escaped backslash, so the metadata itself is searched as well.
+    # JSON contains NUL only as the escape \u0000. After an escaped backslash, metadata without NUL can contain the same
+    # characters. So the metadata itself is searched as well.
     if not restored and "\\u0000" in document and (field := _field_with_nul(dict(record.metadata))) is not None:
         what = f"a NUL character (U+0000) in field {field[:100]!r}"
         return "", f"holds {what}, which filters cannot compare; leave it out"

@@ -142,7 +142,7 @@ class Queue:
         return bool(self._pools)
 
     def add(self, job: Job) -> None:
-        """Add the texts of a job."""
+        """Add the texts of a job to the queue, and the name of its caller to the turns."""
         items = [Item(len(ids), next(_numbers), job, row) for row, ids in enumerate(job.texts)]
         pool = self._pools.setdefault(job.runner, [])
         if len(items) == 1:
@@ -165,7 +165,7 @@ class Queue:
         the waiting ones and the new ones, each other caller runs as many. The result is at most all waiting tokens.
 
         Args:
-            name: the caller of the new call.
+            name: name of the caller of the new call.
             tokens: number of tokens of the new call.
         """
         callers = len(self._tokens) + (name not in self._tokens)
@@ -194,7 +194,7 @@ class Queue:
         return batch
 
     def discard(self, job: Job) -> None:
-        """Remove the waiting texts of a job."""
+        """Remove the waiting texts of a job from the queue; do nothing if none waits."""
         pool = self._pools.get(job.runner, [])
         gone = [item for item in pool if item.job is job]
         if not gone:
@@ -366,7 +366,7 @@ class Backlog:
         return self._queues[lane].take()
 
     def discard(self, job: Job) -> None:
-        """Remove the waiting texts of a job."""
+        """Remove the waiting texts of a job from its lane; do nothing if none waits."""
         self._queues[self.lane(job.tokens, job.caller)].discard(job)
 
     def drain(self) -> set[Job]:

@@ -1,4 +1,4 @@
-"""Cache the encoder outputs of texts, and share a run of the model among calls that send the same text meanwhile.
+"""Cache the encoder outputs of texts, and share one run of the model among calls that send the same text meanwhile.
 
 `Cache` and `Flights` are used from the thread of the event loop only, so they need no locks.
 """
@@ -58,7 +58,7 @@ class Cache(LruCache[Key, Entry]):
         super().__init__(max_bytes, _size)
 
     def add(self, entries: Mapping[Key, Entry]) -> None:
-        """Add copies of entries, and evict the least recently used entries if the cache has more bytes than it may.
+        """Add copies of entries. If the cache then has more bytes than allowed, evict the least recently used entries.
 
         A cached key keeps its entry. An entry of more than an eighth of the allowed bytes is not cached.
         """
@@ -92,7 +92,7 @@ class Flights:
 
         Args:
             keys: the keys.
-            lane: lane of the call that asks. Runs in a slower lane are left out, so that it need not wait for them.
+            lane: lane of the call that asks. Runs in a slower lane are left out, since the call would wait for them.
         """
         return {key: flight for key in keys if (flight := self._flying.get(key)) is not None and flight.lane <= lane}
 

@@ -22,7 +22,8 @@ class Caller:
     Attributes:
         name: the caller's name. The scheduler shares the workers fairly between names.
         lane: the priority class.
-        deadline: seconds of `time.perf_counter`. Work that has not begun by then is dropped. Infinite: no deadline.
+        deadline: seconds of `time.perf_counter`. Waiting texts that cannot be run by then are dropped, and the call
+            fails. Infinite: no deadline.
     """
 
     name: str = ""

@@ -56,7 +56,7 @@ class Engine:
         model, or if `stop` ends the measurement, the size stays as it is.
 
         Args:
-            record: the JSON file that keeps the measurement.
+            record: the JSON file with the last measurement. It is written after a measurement on an idle host.
             stop: returns whether to stop; called between batches.
 
         Returns:
@@ -93,7 +93,7 @@ class Engine:
         return self.registry.find(name, task, field)
 
     def check_room(self, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED if the queue is full, or could not serve the caller by its deadline."""
+        """Raise RESOURCE_EXHAUSTED if the queue is full, or so long that a new call of `caller` misses its deadline."""
         self._scheduler.check_room(caller)
 
     @property

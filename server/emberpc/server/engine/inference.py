@@ -149,7 +149,10 @@ class Inferrer:
         return await self._in_pool(texts, lambda stop: model.tokenizer.count(texts, prompt, stop))
 
     def _turn(self, texts: Sequence[str], lane: Lane) -> asyncio.Semaphore | None:
-        """Return the semaphore that a call must hold while its texts are tokenized; None if they are few and short."""
+        """Return the semaphore that a call must hold while its texts are tokenized; None if none is needed.
+
+        None is needed for texts that have at most 16,384 characters together.
+        """
         if any(len(text) > _MANY_CHARACTERS for text in texts):
             return self._long_turn
         return self._turns[lane] if sum(map(len, texts)) > _TURN_CHARACTERS else None
@@ -201,7 +204,7 @@ class Inferrer:
             times: the times of the call; the times of the steps are added.
 
         Raises:
-            ServiceError: as `infer` does.
+            ServiceError: any error of the tokenizer or the scheduler.
         """
         caller = request.caller
         self._scheduler.check_room(caller)
@@ -237,7 +240,7 @@ class Inferrer:
             times: the times of the call.
 
         Raises:
-            ServiceError: as `TextTokenizer.tokenize` does. The error names all places of an invalid text.
+            ServiceError: INVALID_ARGUMENT, naming all places of each text that cannot be tokenized or is too long.
         """
         tokenizer = request.model.tokenizer
         start = perf_counter()

@@ -208,7 +208,7 @@ class Scheduler:
                 self._backlog.discard(job)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED, and count a refusal, if a call of `tokens` tokens cannot meet its deadline."""
+        """Raise RESOURCE_EXHAUSTED, and count it, if by the measured rates `tokens` tokens end after the deadline."""
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
@@ -273,7 +273,7 @@ class Scheduler:
     def _work_once(self, express: bool) -> bool:
         """Wait for a batch and run it; return False when the server is stopping.
 
-        In a function of its own, the local variables, and so the batch, are freed before the next wait.
+        This function exists so that its local variables, and so the batch, are freed before the next wait.
         """
         batch = self._express_batch() if express else self._next_batch()
         if batch:
@@ -385,7 +385,7 @@ class Scheduler:
     def _leave(self, name: str) -> None:
         """Remove a thread that ends. Unless the server is stopping, the thread died: start another one in its place.
 
-        If that fails, call `on_failure`; if no worker is left, too, the waiting calls fail with UNAVAILABLE.
+        If that fails, call `on_failure`, and, if no worker is left, fail the waiting calls with UNAVAILABLE.
         """
         with self._lock:
             self._alive -= name != "express"

@@ -215,7 +215,7 @@ class TextTokenizer:
         return ids
 
     def _read(self, whole: str, truncation: Truncation, stop: Callable[[], bool]) -> tuple[list[int], str]:
-        """Tokenize a part of a long text that is enough to know whether the text exceeds the length limit.
+        """Tokenize a part of a long text: if possible, enough to know whether the text exceeds the length limit.
 
         The part is the head of the text; with Truncation.START it is the end of the text. It is the whole text, or has
         more tokens than the length limit, or has the most characters that are tokenized in one call.

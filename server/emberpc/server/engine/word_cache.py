@@ -175,10 +175,10 @@ class WordCache:
 
 
 def _may_hold(token: dict[str, Any]) -> str:
-    """Return a regular expression that matches in every text that holds an added token of `tokenizer.json`.
+    """Return a regular expression that matches in every text that holds an added token.
 
-    A token with `normalized` can be written in several ways, which all begin with the same character. The expression
-    then is that character, else the whole token.
+    `token` is the token's entry in `tokenizer.json`. If it says `normalized`, a text can contain the token in several
+    spellings, which all begin with the same character. The expression then is that character, else the whole token.
     """
     content: str = token["content"]
     return re.escape(content[0] if token["normalized"] else content)

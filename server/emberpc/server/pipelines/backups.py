@@ -73,13 +73,13 @@ class CollectionBackups:
 
     @property
     def backups_wait(self) -> bool:
-        """Return whether a caller waits for a backup, since the most backups are under way."""
+        """Return whether a caller waits for a backup, since two backups are under way."""
         return self._backups.waiting > 0
 
     async def backup(self, collection: CollectionBackend, caller: Caller) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of a backup of a collection. The backup ends when the caller leaves.
 
-        While the caller reads, the backup counts among the most backups at a time.
+        Two backups run at a time, and further callers wait. A backup runs until its caller has read all pieces.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if too many callers wait or the disk is full; DEADLINE_EXCEEDED if the

@@ -21,7 +21,8 @@ GROUP_CHARACTERS = 2**16
 #: Most groups of a stream that are embedded at a time. They are enough for a few workers to find texts of similar
 #: length, and fill only a small part of the queue.
 GROUPS = 8
-#: Codes of errors that are not the fault of a text, so that work that stores the vectors must end or be retried.
+#: Codes of errors that are not the fault of a text. Work that stores the vectors ends with such an error or retries,
+#: and does not count the texts as failed.
 SERVER_ERRORS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED})
 #: Seconds for which a group retries while the queue is full; and the shortest and the longest pause between two tries,
 #: in seconds.
@@ -91,8 +92,9 @@ class BulkEmbedder:
     async def _embed(self, texts: Sequence[str], indexes: list[int], group: EmbeddedGroup) -> None:
         """Embed the texts at some indexes, and add their inferences and failures to `group`.
 
-        If an error names texts, these fail, and the others are embedded again. If it names none, each half of the texts
-        is embedded by itself, until the texts that cause the error are found.
+        If an error names texts, these fail, and the others are embedded again. If an error INVALID_ARGUMENT or INTERNAL
+        names no text, each half of the texts is embedded by itself, until the texts that cause the error are found. Any
+        other error, or the error of a single text, fails the texts.
 
         Raises:
             ServiceError: an error with a code of `self.ending`.

@@ -77,7 +77,7 @@ class CollectionAccess:
 
         Args:
             name: name of the collection.
-            work: the work.
+            work: receives the collection, and returns an awaitable of the result.
             has_vectors: whether the work uses vectors of the caller. These belong to the model that the collection has
                 at the start of the call, so the work is not run on a collection with another model.
 
@@ -109,12 +109,14 @@ class CollectionAccess:
     ) -> Result:
         """Run a blocking call on a collection in the pool, and return the result of the call.
 
+        As in `use`, the call runs a second time if the collection is replaced meanwhile.
+
         Args:
             name: name of the collection.
-            work: the blocking call.
+            work: the blocking call; receives the collection.
             caller: the caller; the call is cancelled when the caller leaves or the deadline passes.
             heavy: whether the call may take long.
-            within: slots of which the call holds one while it waits and runs; None: none.
+            within: further slots; the call holds one of them until its thread is free. None: no further slot.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many calls wait;

@@ -74,7 +74,8 @@ class CollectionAnalysis:
             raise invalid("min_score", f"is {least:g}; it must be above 0 and at most 1")
         after = _read_token(page_token)
         pairs = await self._pool.run(lambda: self._pairs(collection, least), caller, heavy=True, within=self._slot)
-        # Writes between two pages do not change which pairs come after the last pair of the page before.
+        # The page starts after the sort key of the last pair of the page before. So it is right even if writes between
+        # the two pages added or removed pairs.
         first = bisect_right(pairs, after, key=lambda pair: pair.order) if after else 0
         page = pairs[first : first + page_size]
         more = first + page_size < len(pairs)
@@ -117,8 +118,8 @@ class CollectionAnalysis:
             full: whether to search for every record by its own vector; otherwise for a random sample.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many calls that may take long wait before the first step;
-                DEADLINE_EXCEEDED if the deadline passed; any other error of `CollectionBackend.verify`.
+            ServiceError: RESOURCE_EXHAUSTED, before the first step, if too many heavy calls wait; DEADLINE_EXCEEDED if
+                the deadline passed; any other error of `CollectionBackend.verify`.
         """
         steps = collection.verify(full=full)
         first = True

@@ -61,7 +61,9 @@ class CollectionManagement:
         self._reembedding = reembedding
 
     async def create(self, spec: CollectionSpec) -> CollectionDescription:
-        """Create and describe a collection. If its spec names a model, it is bound to the served model of that name.
+        """Create a collection, and describe it.
+
+        If the spec names a model, the collection is bound to the fingerprint of the served model of that name.
 
         Args:
             spec: the spec, without the fingerprint; dimensions 0: all dimensions of the model.

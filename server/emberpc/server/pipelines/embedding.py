@@ -1,4 +1,4 @@
-"""Embed, compare, and count the tokens of the texts of one call."""
+"""Embed the texts of one call, compare the texts of one call, and count their tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCORE_BYTES = 4
 
 
 class InputKind(Enum):
-    """What a text is used as. It decides which of the model's prompts is put before the text."""
+    """The use of a text, as a query or as a passage, which decides which prompt of the model is put before the text."""
 
     QUERY = "query"
     PASSAGE = "passage"
@@ -137,7 +137,8 @@ class TextEmbedder:
         model = self._engine.model(model_name, Task.EMBEDDING)
         self._check_texts(texts, "texts")
         checked = CheckedOptions.of(model, options)
-        # The server holds the vectors as float32, whatever the data type of the response.
+        # The server holds the vectors as float32 whatever the data type of the response is, so 4 bytes are counted for
+        # each number.
         size = 4 * len(texts) * (checked.dimensions or model.manifest.dimensions)
         self._limits.check_response(size, "send fewer texts in one call")
         inference = await self._engine.inferrer.infer(

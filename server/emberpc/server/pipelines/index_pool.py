@@ -55,7 +55,7 @@ class IndexPool:
         refuse: bool = True,
         within: Slots | None = None,
     ) -> Result:
-        """Run a blocking call in the pool and return its result. If the caller leaves before it begins, it is not run.
+        """Run a blocking call in the pool, and return its result. A call that has not begun ends if its caller leaves.
 
         Args:
             work: the blocking call.

@@ -42,7 +42,7 @@ class Limits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return the most elements of each repeated field of a request, by the name of the field."""
+        """Return the greatest number of elements of each repeated field of a request, by the name of the field."""
         return {
             **dict.fromkeys(("texts", "records", "items", "sources", "targets", "expected_revisions"), self.max_texts),
             "ids": MAX_IDS,

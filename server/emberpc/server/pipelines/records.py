@@ -49,7 +49,7 @@ class UpsertedRecords:
 
 @dataclass(frozen=True)
 class DeletedRecords:
-    """The result of a delete. If the filter matched no record, `warnings` are sentences that say why, probably."""
+    """The result of a delete, and `warnings`: sentences that give probable reasons why the filter matched no record."""
 
     result: WriteResult
     warnings: Sequence[str]

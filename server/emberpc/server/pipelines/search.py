@@ -181,9 +181,13 @@ class CollectionSearch:
     def _search_words(
         self, collection: CollectionBackend, request: SearchRequest, texts: Sequence[str], caller: Caller
     ) -> Awaitable[list[SearchOutcome]]:
-        """Return the lexical hits of each text, from the pool.
+        """Run a lexical search in the pool, and return the outcome of each query.
 
-        `texts` are the texts of the queries; the other options come from `request`.
+        Args:
+            collection: the collection.
+            request: the options of the search.
+            texts: the text of each query.
+            caller: the caller.
         """
         search = partial(
             collection.search_words,

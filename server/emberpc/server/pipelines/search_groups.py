@@ -57,7 +57,10 @@ class VectorSearch(NamedTuple):
 
     @property
     def heavy(self) -> bool:
-        """Return whether the search may take long: it may read every record, or compare many candidates."""
+        """Return whether the search may take long: it has a filter or a least recall, or more than 100,000 candidates.
+
+        With a filter or a least recall, the search may read every record.
+        """
         candidates = len(self.queries) * max(self.ef, *self.top_k)
         return any(self.conditions) or self.min_recall > 0 or candidates > _MANY_CANDIDATES
 

@@ -43,7 +43,7 @@ _SOME_TEXT = "what a text is about does not matter here, only how many tokens it
 
 @dataclass(frozen=True)
 class Calibration:
-    """The best size of a micro-batch in tokens, and whether the host was busy when it was measured."""
+    """The best size of a micro-batch in tokens, and whether the host was busy during the measurement."""
 
     batch_tokens: int
     busy: bool = False
@@ -125,7 +125,7 @@ def _circumstances(model: Model) -> str:
 
 
 def _is_recent(known: Mapping[str, object]) -> bool:
-    """Return whether a record was measured at most 30 days ago, and not in the future."""
+    """Return whether the measurement in a record is at most 30 days old, and not from the future."""
     measured = known.get("measured")
     return isinstance(measured, float) and 0 <= time() - measured <= _MAX_AGE
 

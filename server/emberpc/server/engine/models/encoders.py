@@ -150,7 +150,7 @@ class Encoder:
 class Encoders:
     """The encoders in use, by fingerprint and length limit. Thread-safe.
 
-    An encoder is in use as long as any object refers to it. After that it is removed here by itself.
+    An encoder is in use as long as any object refers to it. An encoder that is not in use is removed and freed.
     """
 
     def __init__(self) -> None:
@@ -163,7 +163,9 @@ class Encoders:
         return not self._known
 
     def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder], *, fresh: bool = False) -> Encoder:
-        """Return the encoder in use with a fingerprint and a length limit, or load it. Meanwhile other calls wait.
+        """Return the encoder in use with a fingerprint and a length limit, or load it.
+
+        While an encoder is loaded, other calls of this method wait.
 
         Args:
             fingerprint: fingerprint of the models that share the encoder.

@@ -124,7 +124,7 @@ class Loader:
         """Stop serving a model; new calls do not find it.
 
         Returns:
-            A future that is done when the calls that use the model have ended and its memory was returned.
+            A future that is done when the calls that use the model have ended and the model's memory was returned.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name.

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class _Version:
     """A loaded model, and the calls that use the model.
 
-    A version is retired when another version replaces it or the model is unloaded. After that it is freed as soon as no
-    call uses it, and `model` is None.
+    A version is retired when another version replaces it or the model is unloaded. As soon as no call uses a retired
+    version, its model is freed, and `model` is None.
     """
 
     def __init__(self, model: Model) -> None:
@@ -115,7 +115,7 @@ class Registry:
         """Stop serving a model.
 
         Returns:
-            A future that is done when the last call that uses the model has ended and its memory was returned.
+            A future that is done when the calls that use the model have ended and the model's memory was returned.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name.
@@ -261,7 +261,10 @@ class Registry:
         version.gone.set_result(None)
 
     def _return_late(self) -> None:
-        """Return free memory to the system, on the pool, after a model was freed later than its last call ended."""
+        """Return free memory to the system, on a thread of the pool. Called when a model is freed late.
+
+        A model is freed late if an object still refers to it when its last call has ended.
+        """
         with suppress(RuntimeError):  # the pool is shut down, and the process ends
             self._pool.submit(return_memory)
 

@@ -97,7 +97,7 @@ class OnnxSession:
         if hashes is not None and {file: contents.sha256(file) for file in files} != hashes:
             raise SessionError(f"{path} changed since it was loaded")
         self._tables = read_tables(path, contents) if tables is None else tables
-        # ONNX Runtime holds no reference to these values, so they must live as long as the session.
+        # ONNX Runtime holds no reference to the values of the tables, so this object must keep them.
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in self._tables.items()}
         options = _options(threads)
         if cancellation is not None:
