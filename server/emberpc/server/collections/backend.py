@@ -93,7 +93,7 @@ class CollectionBackend(Protocol):
             parts: parts that the records must contain; they may contain more.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong page size, token or filter.
+            ServiceError: INVALID_ARGUMENT for a wrong page size or token.
         """
 
     def count(self, condition: Filter | None = None) -> int:
@@ -124,7 +124,7 @@ class CollectionBackend(Protocol):
             parts: parts that the hits must contain; they may contain more.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong argument or a vector that cannot be searched for.
+            ServiceError: INVALID_ARGUMENT for a wrong option or vector; RESOURCE_EXHAUSTED for hits of too many bytes.
         """
 
     def mismatches(self, condition: Filter) -> list[str]:
@@ -185,7 +185,8 @@ class CollectionBackend(Protocol):
             parts: parts that the hits must contain; they may contain more.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong argument; UNIMPLEMENTED if the backend indexes no words.
+            ServiceError: INVALID_ARGUMENT for a wrong argument; RESOURCE_EXHAUSTED for hits of too many bytes;
+                UNIMPLEMENTED if the backend indexes no words.
         """
 
     def search_both(
@@ -217,8 +218,8 @@ class CollectionBackend(Protocol):
             parts: parts that the hits must contain; they may contain more.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong argument or a vector that cannot be searched for; UNIMPLEMENTED
-                if the backend indexes no words.
+            ServiceError: INVALID_ARGUMENT for a wrong option or vector; RESOURCE_EXHAUSTED for hits of too many bytes;
+                UNIMPLEMENTED if the backend indexes no words.
         """
 
 
@@ -318,7 +319,7 @@ class IndexBackend(Protocol):
         """Change how a collection truncates texts that are too long for its model: `refuse`, `end` or `start`.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for another truncation.
+            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for any other `truncation`.
         """
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
@@ -334,7 +335,7 @@ class IndexBackend(Protocol):
         """
 
     def delete(self, name: str) -> None:
-        """Delete a collection with its files; NOT_FOUND if there is no such collection."""
+        """Delete the collection with a name and all its records; NOT_FOUND if there is no such collection."""
 
     def reembed(
         self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int

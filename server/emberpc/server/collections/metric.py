@@ -40,8 +40,8 @@ _FEW_QUERIES = 8
 def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
     """Raise INVALID_ARGUMENT, naming each vector that cannot be stored or searched for.
 
-    A wrong type, or wrong dimensions, are those of all vectors, so only the first vector is named. hnswlib would corrupt
-    the heap for a vector with too few dimensions, and return nonsense for NaN.
+    A wrong type, or wrong dimensions, are those of all vectors, so only the first vector is named. hnswlib would
+    corrupt the heap for a vector with too few dimensions, and return nonsense for NaN.
 
     Args:
         matrix: the vectors; must be float32 (vectors, dimensions).

@@ -59,7 +59,9 @@ class Fusion(str, Enum):
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """The properties of a collection. They are fixed at its creation, except the truncation and the model.
+    """The properties of a collection. They are fixed at its creation, with two exceptions.
+
+    The truncation can be changed, and a reembedding changes model, fingerprint and dimensions.
 
     Attributes:
         name: name of the collection.

@@ -208,7 +208,7 @@ class Scheduler:
                 self._backlog.discard(job)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED, and count it, if by the measured rates `tokens` tokens end after the deadline."""
+        """Raise RESOURCE_EXHAUSTED, and count it, if a call of `tokens` tokens is estimated to miss its deadline."""
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))

@@ -46,8 +46,8 @@ class TextMessage:
 
     Attributes:
         texts: the texts; may be empty.
-        release: called when the stream keeps nothing large of the message any more: at once if its accepted texts have
-            fewer than 65,536 characters together, otherwise when the last text of the message stops waiting.
+        release: called when the stream keeps nothing large of the message any more: at once if the ids and the accepted
+            texts have fewer than 65,536 characters together, otherwise when the last text stops waiting.
     """
 
     texts: Sequence[StreamText]

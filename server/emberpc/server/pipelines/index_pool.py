@@ -55,7 +55,9 @@ class IndexPool:
         refuse: bool = True,
         within: Slots | None = None,
     ) -> Result:
-        """Run a blocking call in the pool, and return its result. A call that has not begun ends if its caller leaves.
+        """Run a blocking call in the pool, and return its result.
+
+        If the caller leaves before the call begins, the call does not run.
 
         Args:
             work: the blocking call.
