@@ -266,7 +266,7 @@ class ReembeddingBackend(Protocol):
         """Return at most `count` further records to embed, in the order of their writes; empty: there are none now."""
 
     def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the present revisions of records of the source, by id; missing ids are left out."""
+        """Return the present revisions of records of the collection that is reembedded, by id; without missing ids."""
 
     def rewind(self) -> None:
         """Start again at the first record: `next` then returns the records without a new vector."""
@@ -275,10 +275,10 @@ class ReembeddingBackend(Protocol):
         """Store records with their new vectors, float32 (records, dimensions), in the new collection."""
 
     def prune(self) -> None:
-        """Delete the records of the new collection that the source no longer has."""
+        """Delete the records of the new collection that the collection that is reembedded no longer has."""
 
     def is_complete(self) -> bool:
-        """Return whether the new collection has exactly the records of the source. No write may run meanwhile."""
+        """Return whether the new collection has exactly the records of the old one. No write may run meanwhile."""
 
 
 class IndexBackend(Protocol):
@@ -357,9 +357,9 @@ class IndexBackend(Protocol):
         """Return the reembeddings that were unfinished when the index was last closed, to be continued."""
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Replace the source of a reembedding by the new collection, if the new collection has all records.
+        """Replace a collection by the result of its reembedding, if the new vectors of all records are stored.
 
-        Returns whether the source was replaced. If not, there are further records to embed.
+        Returns whether the collection was replaced. If not, there are further records to embed.
         """
 
     def cancel_reembedding(self, name: str) -> None:

@@ -76,7 +76,7 @@ class Flight:
     """A run of the model in progress, on texts whose outputs other calls may use too."""
 
     lane: Lane
-    #: Set at the end of the run. `entries` then holds the outputs; if the run failed, it is empty.
+    #: Set at the end of the run. From then on, `entries` holds the outputs; `entries` is empty if the run failed.
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     entries: dict[Key, Entry] = field(default_factory=dict)
 

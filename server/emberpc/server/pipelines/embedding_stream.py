@@ -218,7 +218,7 @@ class EmbeddingStream:
     def _take_group(self) -> list[_WaitingText]:
         """Remove and return the next group of the waiting texts, the oldest first. At least one text must wait.
 
-        A group has at most `GROUP_TEXTS` texts and `GROUP_CHARACTERS` characters, or is a single longer text.
+        A group has at most 64 texts with at most 65,536 characters together, ids included, or is a single longer text.
         """
         group = [self._take()]
         characters = group[0].characters

@@ -56,7 +56,7 @@ class Limits:
             raise response_too_large(self.max_response_bytes, remedy)
 
     def check_count(self, count: int, field: str, item: str) -> None:
-        """Raise INVALID_ARGUMENT unless a field has at least one item and at most `max_texts`.
+        """Raise INVALID_ARGUMENT unless a field has at least one item, and at most the server's limit of texts.
 
         Args:
             count: number of items.
@@ -69,7 +69,7 @@ class Limits:
             raise invalid(field, f"has {count} {item}s, a call takes at most {self.max_texts}; split it")
 
     def check_ids(self, count: int) -> None:
-        """Raise INVALID_ARGUMENT unless the field `ids` has 1 to `MAX_IDS` items."""
+        """Raise INVALID_ARGUMENT, naming the field `ids`, unless `count`, its number of items, is 1 to 10,000."""
         if not 1 <= count <= MAX_IDS:
             raise invalid("ids", f"has {count} ids; it must have 1 to {MAX_IDS}")
 

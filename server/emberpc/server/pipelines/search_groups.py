@@ -107,7 +107,7 @@ class _Queue:
     heavy: bool
     waiting: deque[tuple[VectorSearch, asyncio.Future[Outcomes]]] = field(default_factory=deque)
     running: int = 0
-    #: Whether one of the running groups still waits for the slot of a heavy call.
+    #: Whether one of the running groups, which are counted in `running`, still waits for a slot of heavy calls.
     queued: bool = False
     #: Seconds of the last group, divided by the number of its queries; 0 before the first group has ended.
     seconds_per_query: float = 0.0

@@ -165,10 +165,19 @@ class Model:
         *,
         fresh: bool,
     ) -> Model:
-        """Load the files of a bundle, and return the model. The outputs are not compared here.
+        """Load the files of a bundle, and return the model. The outputs of the model are not compared here.
 
-        The arguments are those of `load`, and the bundle, the files read so far (`loading`), and an executor that
-        hashes the weights meanwhile (`beside`).
+        Args:
+            name: the name under which the model is served.
+            folder: the bundle or foreign folder.
+            bundle: the manifest and the paths of the files.
+            variant_name: name of the variant; empty: the first.
+            options: options of a foreign model.
+            loading: the files that were read so far.
+            encoders: encoders in use, which the model may share; None: the model gets its own.
+            beside: hashes the weights on other threads meanwhile.
+            fresh: whether to load the weights even if the model could share an encoder. A model with a head shares it
+                in any case.
 
         Raises:
             BundleError: a file is missing, damaged or outside of the folder.
