@@ -109,7 +109,7 @@ class CollectionAccess:
     ) -> Result:
         """Run a blocking call on a collection in the pool, and return the result of the call.
 
-        As in `use`, the call runs a second time if the collection is replaced meanwhile.
+        If the collection is replaced meanwhile, as after a reembedding, the call runs again on the new collection.
 
         Args:
             name: name of the collection.

@@ -107,7 +107,7 @@ class TokenCounts:
 
 
 class TextEmbedder:
-    """Embeds the texts of one call.
+    """Embeds the texts of a call, compares the texts of a call, and counts their tokens.
 
     Args:
         engine: the models.

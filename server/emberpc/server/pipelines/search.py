@@ -280,7 +280,7 @@ class CollectionSearch:
         request: SearchRequest,
         caller: Caller,
     ) -> EmbeddedQueries:
-        """Embed the texts of some queries, and write their vectors into the matrix.
+        """Embed the texts of some queries, write their vectors into the matrix, and return the model and the inference.
 
         Args:
             matrix: vectors of all queries, float32 (queries, dimensions); the rows in `rows` are set.

@@ -59,7 +59,8 @@ class VectorSearch(NamedTuple):
     def heavy(self) -> bool:
         """Return whether the search may take long: it has a filter or a least recall, or more than 100,000 candidates.
 
-        With a filter or a least recall, the search may read every record.
+        The number of candidates is the number of queries times the greatest of ef and all values of `top_k`. With a
+        filter or a least recall, the search may read every record.
         """
         candidates = len(self.queries) * max(self.ef, *self.top_k)
         return any(self.conditions) or self.min_recall > 0 or candidates > _MANY_CANDIDATES

@@ -41,7 +41,10 @@ class LoadCancellation:
         return self._cancelled
 
     def cancel(self) -> None:
-        """Make the session that is being loaded fail, and all sessions that are loaded later with this object."""
+        """Make the session that is being loaded fail, and all sessions that are loaded later with this object.
+
+        With ONNX Runtime before 1.22, this has no effect on the sessions.
+        """
         with self._lock:
             self._cancelled = True
             if self._loading is not None:
