@@ -28,21 +28,25 @@ class _ClassifierKind:
 class _ClassifierKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ClassifierKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     CLASSIFIER_KIND_UNSPECIFIED: _ClassifierKind.ValueType  # 0
-    """Not stated."""
+    """The kind is not stated. The server never sends this value."""
     CLASSIFIER_KIND_FINE_TUNED: _ClassifierKind.ValueType  # 1
     """A bundle that was fine-tuned offline."""
     CLASSIFIER_KIND_EXAMPLES: _ClassifierKind.ValueType  # 2
-    """Learnt in the server from examples, on an embedding model."""
+    """Learnt in the server from examples, on an embedding model. Planned: the
+    server does not send this value yet.
+    """
 
 class ClassifierKind(_ClassifierKind, metaclass=_ClassifierKindEnumTypeWrapper):
     """Kind of a classifier."""
 
 CLASSIFIER_KIND_UNSPECIFIED: ClassifierKind.ValueType  # 0
-"""Not stated."""
+"""The kind is not stated. The server never sends this value."""
 CLASSIFIER_KIND_FINE_TUNED: ClassifierKind.ValueType  # 1
 """A bundle that was fine-tuned offline."""
 CLASSIFIER_KIND_EXAMPLES: ClassifierKind.ValueType  # 2
-"""Learnt in the server from examples, on an embedding model."""
+"""Learnt in the server from examples, on an embedding model. Planned: the
+server does not send this value yet.
+"""
 Global___ClassifierKind: _TypeAlias = ClassifierKind  # noqa: Y015
 
 class _ExampleStrategy:
@@ -54,42 +58,52 @@ class _ExampleStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Examp
     EXAMPLE_STRATEGY_UNSPECIFIED: _ExampleStrategy.ValueType  # 0
     """The server chooses a strategy by the number of examples."""
     EXAMPLE_STRATEGY_ZERO_SHOT: _ExampleStrategy.ValueType  # 1
-    """By the similarity of the text to the label's description only."""
+    """By the cosine of the vectors of the text and of the label's description.
+    Examples are not used.
+    """
     EXAMPLE_STRATEGY_NEAREST: _ExampleStrategy.ValueType  # 2
-    """By a vote of the nearest examples."""
+    """By a vote of the examples that are nearest to the text."""
     EXAMPLE_STRATEGY_CENTROIDS: _ExampleStrategy.ValueType  # 3
-    """By the similarity of the text to the mean of each label's examples."""
+    """By the cosine of the text's vector and the mean vector of each label's
+    examples.
+    """
     EXAMPLE_STRATEGY_LINEAR: _ExampleStrategy.ValueType  # 4
-    """By logistic regression on the vectors."""
+    """By logistic regression on the vectors of the examples."""
 
 class ExampleStrategy(_ExampleStrategy, metaclass=_ExampleStrategyEnumTypeWrapper):
-    """How a classifier made from examples chooses a label."""
+    """How a classifier made from examples chooses a label. Planned: the server does
+    not use this enum yet.
+    """
 
 EXAMPLE_STRATEGY_UNSPECIFIED: ExampleStrategy.ValueType  # 0
 """The server chooses a strategy by the number of examples."""
 EXAMPLE_STRATEGY_ZERO_SHOT: ExampleStrategy.ValueType  # 1
-"""By the similarity of the text to the label's description only."""
+"""By the cosine of the vectors of the text and of the label's description.
+Examples are not used.
+"""
 EXAMPLE_STRATEGY_NEAREST: ExampleStrategy.ValueType  # 2
-"""By a vote of the nearest examples."""
+"""By a vote of the examples that are nearest to the text."""
 EXAMPLE_STRATEGY_CENTROIDS: ExampleStrategy.ValueType  # 3
-"""By the similarity of the text to the mean of each label's examples."""
+"""By the cosine of the text's vector and the mean vector of each label's
+examples.
+"""
 EXAMPLE_STRATEGY_LINEAR: ExampleStrategy.ValueType  # 4
-"""By logistic regression on the vectors."""
+"""By logistic regression on the vectors of the examples."""
 Global___ExampleStrategy: _TypeAlias = ExampleStrategy  # noqa: Y015
 
 @_typing.final
 class Label(_message.Message):
-    """A label and its description."""
+    """A label of a classifier, and its description."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The label."""
+    """The label, as Classify returns it."""
     description: _builtins.str
-    """Description in words of the texts that have this label. It is used if there
-    are few examples.
+    """Description in words of the texts that have this label, for classifiers
+    made from few examples. Empty for a fine-tuned classifier.
     """
     def __init__(
         self,
@@ -107,7 +121,7 @@ Global___Label: _TypeAlias = Label  # noqa: Y015
 
 @_typing.final
 class Classifier(_message.Message):
-    """A classifier."""
+    """A classifier, described by the manifest of its bundle."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -149,29 +163,35 @@ class Classifier(_message.Message):
     FINE_TUNING_STRATEGY_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier: letters, digits, `.`, `_` and `-`."""
+    """Name under which the server serves the classifier: 1 to 128 letters,
+    digits, `.`, `_` and `-`, the first a letter or digit.
+    """
     kind: Global___ClassifierKind.ValueType
-    """Kind of the classifier."""
+    """Kind of the classifier. FINE_TUNED in this version of the server."""
     multi_label: _builtins.bool
-    """Whether a text may have several labels."""
+    """Whether a text may have several labels, or none."""
     collection: _builtins.str
-    """EXAMPLES: the collection that contains its examples."""
+    """EXAMPLES: name of the collection that contains the examples. Empty for
+    other classifiers.
+    """
     strategy: Global___ExampleStrategy.ValueType
-    """EXAMPLES: how it chooses a label."""
+    """EXAMPLES: how the classifier chooses a label."""
     example_count: _builtins.int
-    """EXAMPLES: number of examples that it was fitted to."""
+    """EXAMPLES: number of examples that the classifier was fitted to."""
     temperature: _builtins.float
-    """The logits are divided by this before they become probabilities. 1: the
-    probabilities are as trained.
+    """Number above 0 by which logits are divided before they become
+    probabilities. 1: the probabilities are as trained.
     """
     rejection_threshold: _builtins.float
-    """If `rejects`: a text is rejected if its best logit, before the division by
-    the temperature, is below this.
+    """Used only if `rejects`: a text is rejected if its best logit, before the
+    division by the temperature, is below this number.
     """
     rejects: _builtins.bool
     """Whether texts that seem to have none of the labels are rejected."""
     base_model: _builtins.str
-    """FINE_TUNED: the base model that was fine-tuned, as the bundle states it."""
+    """FINE_TUNED: name of the base model that was fine-tuned, as the bundle
+    states it. Empty: the bundle does not state it.
+    """
     fine_tuning_strategy: _builtins.str
     """FINE_TUNED: the strategy of the export, such as `linear`. Empty: the bundle
     does not state it.
@@ -180,27 +200,29 @@ class Classifier(_message.Message):
     """The most tokens of a text, special tokens and prompt included."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model that it runs."""
+        """Name, revision and fingerprints of the model that the classifier runs."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Its labels."""
+        """Labels of the classifier, in the order of its logits."""
 
     @_builtins.property
     def fit_time(self) -> _timestamp_pb2.Timestamp:
-        """Time of the last fit. FINE_TUNED: time of the export; unset if the bundle
-        does not state it.
+        """FINE_TUNED: time of the export; unset if the bundle does not state it.
+        EXAMPLES: time of the last fit.
         """
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Quality measured on held-out data, such as `accuracy` or `ece`."""
+        """Figures of quality by name, such as `accuracy` or `ece`, measured on
+        held-out texts at export. Empty: the bundle states none.
+        """
 
     @_builtins.property
     def thresholds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """If `multi_label`: item i is the threshold of `labels[i]`. A text gets the
-        label if the probability is at least this. Empty for a single-label
-        classifier, which gives the best label.
+        """If `multi_label`: item i is the threshold of `labels[i]`, in [0, 1]. A text
+        gets the label if the label's probability is at least this. Empty for a
+        single-label classifier, which gives each text its best label.
         """
 
     def __init__(
@@ -245,22 +267,28 @@ class ClassifyRequest(_message.Message):
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     classifier: _builtins.str
-    """Name of the classifier. Empty: the only classifier of the server; an error
-    if there are several.
+    """Name of the classifier. Empty: the only classifier of the server;
+    INVALID_ARGUMENT if there are several.
     """
     top_k: _builtins.int
-    """The most labels to return for each text, best first. 0: all."""
+    """The most labels to return in `scores` for each text, best first; at least
+    0. 0: all labels.
+    """
     truncation: _types_pb2.Truncation.ValueType
-    """Treatment of texts with too many tokens. Default: REFUSE."""
+    """Treatment of texts with more tokens than the classifier reads. Default:
+    REFUSE.
+    """
     nearest_examples: _builtins.int
-    """EXAMPLES: number of nearest examples to return with each text as the
-    reason for its labels, at most 20.
+    """EXAMPLES: number of nearest examples to return with each text. Must be 0
+    for a fine-tuned classifier, which has no examples (FAILED_PRECONDITION).
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, from 1 to the server's limit, none empty."""
+        """The texts, from 1 to `ServerLimits.max_texts` (default 4096). None may be
+        empty or have only white space.
+        """
 
     def __init__(
         self,
@@ -282,7 +310,7 @@ Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
 
 @_typing.final
 class LabelScore(_message.Message):
-    """A label with its probability."""
+    """A label with its probability for a text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -310,7 +338,7 @@ Global___LabelScore: _TypeAlias = LabelScore  # noqa: Y015
 
 @_typing.final
 class NearestExample(_message.Message):
-    """An example near to the classified text."""
+    """An example near to a classified text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -319,13 +347,13 @@ class NearestExample(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     record_id: _builtins.str
-    """Id of the record."""
+    """Id of the record that is the example."""
     label: _builtins.str
     """Label of the record."""
     text: _builtins.str
     """Text of the record."""
     score: _builtins.float
-    """Cosine similarity in [-1, 1]."""
+    """Cosine of the vectors of the record and of the classified text, in [-1, 1]."""
     def __init__(
         self,
         *,
@@ -344,7 +372,7 @@ Global___NearestExample: _TypeAlias = NearestExample  # noqa: Y015
 
 @_typing.final
 class Classification(_message.Message):
-    """Result for one text."""
+    """Result of Classify for one text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -354,15 +382,20 @@ class Classification(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
     rejected: _builtins.bool
-    """Whether the text seems to have none of the labels."""
+    """Whether the text seems to have none of the labels: its best logit is below
+    the rejection threshold of the classifier.
+    """
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:
-        """Labels with probabilities, best first, at most `top_k`."""
+        """Labels with probabilities, best first: all labels, or `top_k` of the
+        request if that is fewer. Also filled if the text is rejected.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The predicted label. In a multi-label classifier: the labels above their
-        thresholds. Empty if `rejected`.
+        """The predicted labels, best first. Single-label classifier: the best label.
+        Multi-label classifier: the labels whose probabilities are at least their
+        thresholds, which may be none. Empty if the text is rejected.
         """
 
     @_builtins.property
@@ -371,7 +404,9 @@ class Classification(_message.Message):
 
     @_builtins.property
     def nearest_examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearestExample]:
-        """The nearest examples, if the request asks for them."""
+        """EXAMPLES: the nearest examples, if the request asks for them. Always empty
+        for a fine-tuned classifier.
+        """
 
     def __init__(
         self,
@@ -401,7 +436,7 @@ class ClassifyResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]:
-        """Item i is the result for `texts[i]`."""
+        """Item i is the result for `texts[i]` of the request."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -409,7 +444,7 @@ class ClassifyResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Time of each step."""
+        """Wall time of each step of the call."""
 
     def __init__(
         self,
@@ -435,7 +470,7 @@ class ListClassifiersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most classifiers to return, at most 1000. 0: 100."""
+    """The most classifiers to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -464,7 +499,7 @@ class ListClassifiersResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def classifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classifier]:
-        """Classifiers, by name."""
+        """Classifiers of this page, sorted by name."""
 
     def __init__(
         self,
@@ -488,8 +523,8 @@ class GetClassifierRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier. Empty: the only classifier of the server; an error
-    if there are several.
+    """Name of the classifier. Empty: the only classifier of the server;
+    INVALID_ARGUMENT if there are several.
     """
     def __init__(
         self,
@@ -513,7 +548,7 @@ class GetClassifierResponse(_message.Message):
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifier(self) -> Global___Classifier:
-        """The classifier."""
+        """The classifier that the request names."""
 
     def __init__(
         self,
@@ -530,7 +565,7 @@ Global___GetClassifierResponse: _TypeAlias = GetClassifierResponse  # noqa: Y015
 
 @_typing.final
 class CreateClassifierRequest(_message.Message):
-    """Request of ClassificationService.CreateClassifier."""
+    """Request of ClassificationService.CreateClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -540,22 +575,22 @@ class CreateClassifierRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier."""
+    """Name of the new classifier."""
     model: _builtins.str
-    """The embedding model. Empty: the model of the collection, or the only
-    embedding model of the server.
+    """Name of the embedding model. Empty: the model of the collection, or the
+    only embedding model of the server.
     """
     collection: _builtins.str
-    """The collection of its examples. Empty: the server creates a collection
-    with the name of the classifier.
+    """Name of the collection that contains the examples. Empty: the server
+    creates a collection with the name of the classifier.
     """
     strategy: Global___ExampleStrategy.ValueType
-    """How it chooses a label. Default: the server decides by the number of
-    examples.
+    """How the new classifier chooses a label. Default: the server decides by the
+    number of examples.
     """
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Its labels. The labels of the examples are added."""
+        """Labels of the new classifier. The labels of the examples are added."""
 
     def __init__(
         self,
@@ -576,14 +611,14 @@ Global___CreateClassifierRequest: _TypeAlias = CreateClassifierRequest  # noqa: 
 
 @_typing.final
 class CreateClassifierResponse(_message.Message):
-    """Response of ClassificationService.CreateClassifier."""
+    """Response of ClassificationService.CreateClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifier(self) -> Global___Classifier:
-        """The classifier."""
+        """The classifier that was created."""
 
     def __init__(
         self,
@@ -600,7 +635,7 @@ Global___CreateClassifierResponse: _TypeAlias = CreateClassifierResponse  # noqa
 
 @_typing.final
 class UpdateClassifierRequest(_message.Message):
-    """Request of ClassificationService.UpdateClassifier."""
+    """Request of ClassificationService.UpdateClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -609,12 +644,12 @@ class UpdateClassifierRequest(_message.Message):
     REMOVE_LABELS_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier."""
+    """Name of the classifier to change."""
     strategy: Global___ExampleStrategy.ValueType
-    """New strategy. Unspecified: no change."""
+    """The new strategy of the classifier. Unspecified: the strategy stays."""
     @_builtins.property
     def upsert_labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Labels to add, and labels with a new description."""
+        """Labels to add, and existing labels with a new description."""
 
     @_builtins.property
     def remove_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -638,14 +673,14 @@ Global___UpdateClassifierRequest: _TypeAlias = UpdateClassifierRequest  # noqa: 
 
 @_typing.final
 class UpdateClassifierResponse(_message.Message):
-    """Response of ClassificationService.UpdateClassifier."""
+    """Response of ClassificationService.UpdateClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifier(self) -> Global___Classifier:
-        """The classifier."""
+        """The classifier after the change."""
 
     def __init__(
         self,
@@ -662,13 +697,13 @@ Global___UpdateClassifierResponse: _TypeAlias = UpdateClassifierResponse  # noqa
 
 @_typing.final
 class DeleteClassifierRequest(_message.Message):
-    """Request of ClassificationService.DeleteClassifier."""
+    """Request of ClassificationService.DeleteClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier."""
+    """Name of the classifier to delete."""
     def __init__(
         self,
         *,
@@ -684,7 +719,7 @@ Global___DeleteClassifierRequest: _TypeAlias = DeleteClassifierRequest  # noqa: 
 
 @_typing.final
 class DeleteClassifierResponse(_message.Message):
-    """Response of ClassificationService.DeleteClassifier."""
+    """Response of ClassificationService.DeleteClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -701,13 +736,13 @@ Global___DeleteClassifierResponse: _TypeAlias = DeleteClassifierResponse  # noqa
 
 @_typing.final
 class FitClassifierRequest(_message.Message):
-    """Request of ClassificationService.FitClassifier."""
+    """Request of ClassificationService.FitClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the classifier."""
+    """Name of the classifier to fit again."""
     def __init__(
         self,
         *,
@@ -723,14 +758,14 @@ Global___FitClassifierRequest: _TypeAlias = FitClassifierRequest  # noqa: Y015
 
 @_typing.final
 class FitClassifierResponse(_message.Message):
-    """Response of ClassificationService.FitClassifier."""
+    """Response of ClassificationService.FitClassifier, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifier(self) -> Global___Classifier:
-        """The classifier, with its new quality figures."""
+        """The classifier after the fit, with its new quality figures."""
 
     def __init__(
         self,
@@ -757,8 +792,8 @@ class Correction(_message.Message):
     """The text."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Its label. Several in a multi-label classifier. None: the text is out of
-        scope.
+        """The right labels of the text: one label, or several in a multi-label
+        classifier. Empty: none of the classifier's labels is right.
         """
 
     def __init__(
@@ -777,14 +812,14 @@ Global___Correction: _TypeAlias = Correction  # noqa: Y015
 
 @_typing.final
 class SubmitCorrectionsRequest(_message.Message):
-    """Request of ClassificationService.SubmitCorrections."""
+    """Request of ClassificationService.SubmitCorrections, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     CORRECTIONS_FIELD_NUMBER: _builtins.int
     classifier: _builtins.str
-    """Name of the classifier."""
+    """Name of the classifier to correct."""
     @_builtins.property
     def corrections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Correction]:
         """Texts with their right labels."""
@@ -805,14 +840,14 @@ Global___SubmitCorrectionsRequest: _TypeAlias = SubmitCorrectionsRequest  # noqa
 
 @_typing.final
 class SubmitCorrectionsResponse(_message.Message):
-    """Response of ClassificationService.SubmitCorrections."""
+    """Response of ClassificationService.SubmitCorrections, which is planned."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORD_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def record_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the records that contain the corrections."""
+        """Ids of the records in which the corrections are stored, in their order."""
 
     def __init__(
         self,

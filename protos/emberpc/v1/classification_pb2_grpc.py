@@ -26,9 +26,14 @@ if _version_not_supported:
 
 
 class ClassificationServiceStub(object):
-    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
-    learns it from label names and examples. Both kinds answer Classify in the
-    same way.
+    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
+    Planned is a second kind, which the server learns from label names and
+    examples: its RPCs fail with UNIMPLEMENTED in this version.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     def __init__(self, channel):
@@ -80,30 +85,49 @@ class ClassificationServiceStub(object):
 
 
 class ClassificationServiceServicer(object):
-    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
-    learns it from label names and examples. Both kinds answer Classify in the
-    same way.
+    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
+    Planned is a second kind, which the server learns from label names and
+    examples: its RPCs fail with UNIMPLEMENTED in this version.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     def Classify(self, request, context):
-        """Classifies texts. Atomic: one invalid text fails the call, and the error
+        """Classifies texts. If one text is invalid, the call fails, and the error
         names the text.
+
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+        long, or a field out of range. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model is not a classifier, no classifier is
+        served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
+        the deadline is too soon, or the response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListClassifiers(self, request, context):
-        """Lists the classifiers of both kinds, by name. A page ends early, before its
-        classifiers have more than 1 MiB.
+        """Lists the served classifiers, sorted by name. A page ends early if its
+        classifiers would have more than 1 MiB together.
+
+        INVALID_ARGUMENT: the page size is out of range, or the page token is not
+        of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
+        a response may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetClassifier(self, request, context):
-        """Returns one classifier. NOT_FOUND: there is no model with the name.
-        FAILED_PRECONDITION: the model is not a classifier.
+        """Returns one classifier.
+
+        NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+        is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
+        is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
+        classifier has more bytes than a response may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +135,7 @@ class ClassificationServiceServicer(object):
 
     def CreateClassifier(self, request, context):
         """Creates a classifier on an embedding model, from label descriptions and
-        the labelled records of a collection.
+        the labelled records of a collection. Planned: fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,27 +143,31 @@ class ClassificationServiceServicer(object):
 
     def UpdateClassifier(self, request, context):
         """Adds, replaces or removes labels of a classifier made from examples.
+        Planned: fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteClassifier(self, request, context):
-        """Deletes a classifier made from examples. Its collection stays.
+        """Deletes a classifier made from examples. The collection of the examples
+        stays. Planned: fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FitClassifier(self, request, context):
-        """Fits a classifier again, to the examples that its collection has now.
+        """Fits a classifier made from examples again, to the examples that its
+        collection has now. Planned: fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitCorrections(self, request, context):
-        """Stores texts with their right labels as examples of the classifier.
+        """Stores texts with their right labels as examples of a classifier. Planned:
+        fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,9 +225,14 @@ def add_ClassificationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClassificationService(object):
-    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
-    learns it from label names and examples. Both kinds answer Classify in the
-    same way.
+    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
+    Planned is a second kind, which the server learns from label names and
+    examples: its RPCs fail with UNIMPLEMENTED in this version.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     @staticmethod

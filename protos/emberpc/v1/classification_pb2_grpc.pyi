@@ -27,9 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClassificationServiceStub:
-    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
-    learns it from label names and examples. Both kinds answer Classify in the
-    same way.
+    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
+    Planned is a second kind, which the server learns from label names and
+    examples: its RPCs fail with UNIMPLEMENTED in this version.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     @_typing.overload
@@ -37,67 +42,121 @@ class ClassificationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClassificationServiceAsyncStub: ...
     Classify: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ClassifyRequest, _classification_pb2.ClassifyResponse]
-    """Classifies texts. Atomic: one invalid text fails the call, and the error
+    """Classifies texts. If one text is invalid, the call fails, and the error
     names the text.
+
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+    long, or a field out of range. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model is not a classifier, no classifier is
+    served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
+    the deadline is too soon, or the response would be too large.
     """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
-    """Lists the classifiers of both kinds, by name. A page ends early, before its
-    classifiers have more than 1 MiB.
+    """Lists the served classifiers, sorted by name. A page ends early if its
+    classifiers would have more than 1 MiB together.
+
+    INVALID_ARGUMENT: the page size is out of range, or the page token is not
+    of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
+    a response may have.
     """
     GetClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]
-    """Returns one classifier. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: the model is not a classifier.
+    """Returns one classifier.
+
+    NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+    is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
+    is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
+    classifier has more bytes than a response may have.
     """
     CreateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]
     """Creates a classifier on an embedding model, from label descriptions and
-    the labelled records of a collection.
+    the labelled records of a collection. Planned: fails with UNIMPLEMENTED.
     """
     UpdateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.UpdateClassifierRequest, _classification_pb2.UpdateClassifierResponse]
-    """Adds, replaces or removes labels of a classifier made from examples."""
+    """Adds, replaces or removes labels of a classifier made from examples.
+    Planned: fails with UNIMPLEMENTED.
+    """
     DeleteClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.DeleteClassifierRequest, _classification_pb2.DeleteClassifierResponse]
-    """Deletes a classifier made from examples. Its collection stays."""
+    """Deletes a classifier made from examples. The collection of the examples
+    stays. Planned: fails with UNIMPLEMENTED.
+    """
     FitClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.FitClassifierRequest, _classification_pb2.FitClassifierResponse]
-    """Fits a classifier again, to the examples that its collection has now."""
+    """Fits a classifier made from examples again, to the examples that its
+    collection has now. Planned: fails with UNIMPLEMENTED.
+    """
     SubmitCorrections: _grpc.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]
-    """Stores texts with their right labels as examples of the classifier."""
+    """Stores texts with their right labels as examples of a classifier. Planned:
+    fails with UNIMPLEMENTED.
+    """
 
 @_typing.type_check_only
 class ClassificationServiceAsyncStub(ClassificationServiceStub):
-    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
-    learns it from label names and examples. Both kinds answer Classify in the
-    same way.
+    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
+    Planned is a second kind, which the server learns from label names and
+    examples: its RPCs fail with UNIMPLEMENTED in this version.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Classify: _aio.UnaryUnaryMultiCallable[_classification_pb2.ClassifyRequest, _classification_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Classifies texts. Atomic: one invalid text fails the call, and the error
+    """Classifies texts. If one text is invalid, the call fails, and the error
     names the text.
+
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+    long, or a field out of range. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model is not a classifier, no classifier is
+    served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
+    the deadline is too soon, or the response would be too large.
     """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
-    """Lists the classifiers of both kinds, by name. A page ends early, before its
-    classifiers have more than 1 MiB.
+    """Lists the served classifiers, sorted by name. A page ends early if its
+    classifiers would have more than 1 MiB together.
+
+    INVALID_ARGUMENT: the page size is out of range, or the page token is not
+    of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
+    a response may have.
     """
     GetClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]  # type: ignore[assignment]
-    """Returns one classifier. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: the model is not a classifier.
+    """Returns one classifier.
+
+    NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+    is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
+    is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
+    classifier has more bytes than a response may have.
     """
     CreateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]  # type: ignore[assignment]
     """Creates a classifier on an embedding model, from label descriptions and
-    the labelled records of a collection.
+    the labelled records of a collection. Planned: fails with UNIMPLEMENTED.
     """
     UpdateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.UpdateClassifierRequest, _classification_pb2.UpdateClassifierResponse]  # type: ignore[assignment]
-    """Adds, replaces or removes labels of a classifier made from examples."""
+    """Adds, replaces or removes labels of a classifier made from examples.
+    Planned: fails with UNIMPLEMENTED.
+    """
     DeleteClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.DeleteClassifierRequest, _classification_pb2.DeleteClassifierResponse]  # type: ignore[assignment]
-    """Deletes a classifier made from examples. Its collection stays."""
+    """Deletes a classifier made from examples. The collection of the examples
+    stays. Planned: fails with UNIMPLEMENTED.
+    """
     FitClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.FitClassifierRequest, _classification_pb2.FitClassifierResponse]  # type: ignore[assignment]
-    """Fits a classifier again, to the examples that its collection has now."""
+    """Fits a classifier made from examples again, to the examples that its
+    collection has now. Planned: fails with UNIMPLEMENTED.
+    """
     SubmitCorrections: _aio.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]  # type: ignore[assignment]
-    """Stores texts with their right labels as examples of the classifier."""
+    """Stores texts with their right labels as examples of a classifier. Planned:
+    fails with UNIMPLEMENTED.
+    """
 
 class ClassificationServiceServicer:
-    """Classifies texts. A classifier is either a fine-tuned bundle, or the server
-    learns it from label names and examples. Both kinds answer Classify in the
-    same way.
+    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
+    Planned is a second kind, which the server learns from label names and
+    examples: its RPCs fail with UNIMPLEMENTED in this version.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     def Classify(
@@ -105,8 +164,14 @@ class ClassificationServiceServicer:
         request: _classification_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.ClassifyResponse, _abc.Awaitable[_classification_pb2.ClassifyResponse]]:
-        """Classifies texts. Atomic: one invalid text fails the call, and the error
+        """Classifies texts. If one text is invalid, the call fails, and the error
         names the text.
+
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+        long, or a field out of range. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model is not a classifier, no classifier is
+        served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
+        the deadline is too soon, or the response would be too large.
         """
 
     def ListClassifiers(
@@ -114,8 +179,12 @@ class ClassificationServiceServicer:
         request: _classification_pb2.ListClassifiersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.ListClassifiersResponse, _abc.Awaitable[_classification_pb2.ListClassifiersResponse]]:
-        """Lists the classifiers of both kinds, by name. A page ends early, before its
-        classifiers have more than 1 MiB.
+        """Lists the served classifiers, sorted by name. A page ends early if its
+        classifiers would have more than 1 MiB together.
+
+        INVALID_ARGUMENT: the page size is out of range, or the page token is not
+        of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
+        a response may have.
         """
 
     def GetClassifier(
@@ -123,8 +192,12 @@ class ClassificationServiceServicer:
         request: _classification_pb2.GetClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.GetClassifierResponse, _abc.Awaitable[_classification_pb2.GetClassifierResponse]]:
-        """Returns one classifier. NOT_FOUND: there is no model with the name.
-        FAILED_PRECONDITION: the model is not a classifier.
+        """Returns one classifier.
+
+        NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+        is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
+        is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
+        classifier has more bytes than a response may have.
         """
 
     def CreateClassifier(
@@ -133,7 +206,7 @@ class ClassificationServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.CreateClassifierResponse, _abc.Awaitable[_classification_pb2.CreateClassifierResponse]]:
         """Creates a classifier on an embedding model, from label descriptions and
-        the labelled records of a collection.
+        the labelled records of a collection. Planned: fails with UNIMPLEMENTED.
         """
 
     def UpdateClassifier(
@@ -141,27 +214,35 @@ class ClassificationServiceServicer:
         request: _classification_pb2.UpdateClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.UpdateClassifierResponse, _abc.Awaitable[_classification_pb2.UpdateClassifierResponse]]:
-        """Adds, replaces or removes labels of a classifier made from examples."""
+        """Adds, replaces or removes labels of a classifier made from examples.
+        Planned: fails with UNIMPLEMENTED.
+        """
 
     def DeleteClassifier(
         self,
         request: _classification_pb2.DeleteClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.DeleteClassifierResponse, _abc.Awaitable[_classification_pb2.DeleteClassifierResponse]]:
-        """Deletes a classifier made from examples. Its collection stays."""
+        """Deletes a classifier made from examples. The collection of the examples
+        stays. Planned: fails with UNIMPLEMENTED.
+        """
 
     def FitClassifier(
         self,
         request: _classification_pb2.FitClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.FitClassifierResponse, _abc.Awaitable[_classification_pb2.FitClassifierResponse]]:
-        """Fits a classifier again, to the examples that its collection has now."""
+        """Fits a classifier made from examples again, to the examples that its
+        collection has now. Planned: fails with UNIMPLEMENTED.
+        """
 
     def SubmitCorrections(
         self,
         request: _classification_pb2.SubmitCorrectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.SubmitCorrectionsResponse, _abc.Awaitable[_classification_pb2.SubmitCorrectionsResponse]]:
-        """Stores texts with their right labels as examples of the classifier."""
+        """Stores texts with their right labels as examples of a classifier. Planned:
+        fails with UNIMPLEMENTED.
+        """
 
 def add_ClassificationServiceServicer_to_server(servicer: ClassificationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

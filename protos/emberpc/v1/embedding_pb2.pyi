@@ -35,28 +35,32 @@ class EmbedRequest(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Empty: the only embedding model of the server; an error
-    if there are several.
+    """Name of the embedding model. Empty: the only embedding model of the server;
+    INVALID_ARGUMENT if there are several.
     """
     input_kind: _types_pb2.InputKind.ValueType
-    """Purpose of the texts. Default: PASSAGE."""
+    """Purpose of the texts, which decides the prompt. Default: PASSAGE."""
     dimensions: _builtins.int
-    """Number of first dimensions to return (Matryoshka), normalized again if
-    `normalize`. 0: all. Otherwise one of the sizes that the model lists.
+    """Number of first dimensions to return (Matryoshka). 0: all dimensions.
+    Otherwise it must be `dimensions` or one of `matryoshka_dimensions` of the
+    model. Shortened vectors are scaled to length 1 again if `normalize`.
     """
     truncation: _types_pb2.Truncation.ValueType
-    """Treatment of texts with too many tokens. Default: REFUSE."""
+    """Treatment of texts with more tokens than the model reads. Default: REFUSE."""
     dtype: _types_pb2.DataType.ValueType
     """Element type of the vectors in the response. Default: FLOAT32."""
     normalize: _builtins.bool
-    """Whether to scale the vectors to length 1. Default: the setting of the
-    model's export.
+    """Whether to scale the vectors to length 1. Default: as the model's export
+    was set. A model whose vectors have length 1 anyway refuses false with
+    INVALID_ARGUMENT.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, from 1 to the server's limit (default 4096), none empty."""
+        """The texts, from 1 to `ServerLimits.max_texts` (default 4096). None may be
+        empty or have only white space.
+        """
 
     def __init__(
         self,
@@ -92,11 +96,11 @@ class EmbedResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def embeddings(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `texts[i]`."""
+        """Row i is the vector of `texts[i]` of the request."""
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i belongs to `texts[i]`."""
+        """Item i has the number of tokens of `texts[i]` of the request."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -104,7 +108,7 @@ class EmbedResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Time of each step."""
+        """Wall time of each step of the call."""
 
     def __init__(
         self,
@@ -124,8 +128,8 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class EmbedStreamConfig(_message.Message):
-    """Settings of one EmbedStream call. The fields have the same meanings as in
-    EmbedRequest.
+    """Settings of one EmbedStream call. The fields have the same meanings as the
+    fields of EmbedRequest with the same names.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -138,20 +142,26 @@ class EmbedStreamConfig(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model."""
+    """Name of the embedding model. Empty: the only embedding model of the server;
+    INVALID_ARGUMENT if there are several.
+    """
     input_kind: _types_pb2.InputKind.ValueType
-    """Purpose of the texts. Default: PASSAGE."""
+    """Purpose of the texts, which decides the prompt. Default: PASSAGE."""
     dimensions: _builtins.int
-    """Number of first dimensions to return. 0: all."""
+    """Number of first dimensions to return (Matryoshka). 0: all dimensions.
+    Otherwise it must be `dimensions` or one of `matryoshka_dimensions` of the
+    model.
+    """
     truncation: _types_pb2.Truncation.ValueType
-    """Treatment of texts with too many tokens. Default: REFUSE, which fails that
-    text only.
+    """Treatment of texts with more tokens than the model reads. Default: REFUSE;
+    then only the text that is too long fails.
     """
     dtype: _types_pb2.DataType.ValueType
     """Element type of the vectors in the responses. Default: FLOAT32."""
     normalize: _builtins.bool
-    """Whether to scale the vectors to length 1. Default: the setting of the
-    model's export.
+    """Whether to scale the vectors to length 1. Default: as the model's export
+    was set. A model whose vectors have length 1 anyway refuses false with
+    INVALID_ARGUMENT.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: BULK."""
@@ -178,16 +188,18 @@ Global___EmbedStreamConfig: _TypeAlias = EmbedStreamConfig  # noqa: Y015
 
 @_typing.final
 class EmbedStreamItem(_message.Message):
-    """One text of a stream."""
+    """One text of an EmbedStream call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """An id that the client chooses. The server returns it with the result."""
+    """An id that the client chooses; the server returns it with the result. A
+    text with an empty id fails alone.
+    """
     text: _builtins.str
-    """The text."""
+    """The text to embed. An empty text fails alone."""
     def __init__(
         self,
         *,
@@ -212,11 +224,15 @@ class EmbedStreamRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def config(self) -> Global___EmbedStreamConfig:
-        """Required in the first message, refused in later messages."""
+        """Settings of the stream. Required in the first message, refused with
+        INVALID_ARGUMENT in later messages.
+        """
 
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedStreamItem]:
-        """Texts to embed."""
+        """Texts to embed, at most `ServerLimits.max_texts` (default 4096) in one
+        message. A message may have none.
+        """
 
     def __init__(
         self,
@@ -234,7 +250,7 @@ Global___EmbedStreamRequest: _TypeAlias = EmbedStreamRequest  # noqa: Y015
 
 @_typing.final
 class EmbedStreamFailure(_message.Message):
-    """Error of one text of a stream."""
+    """Error of one text of an EmbedStream call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -244,7 +260,7 @@ class EmbedStreamFailure(_message.Message):
     """The client's id of the text."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """The error that a unary call with this text would fail with."""
+        """The error with which an Embed call with this text alone would fail."""
 
     def __init__(
         self,
@@ -277,19 +293,21 @@ class EmbedStreamResponse(_message.Message):
 
     @_builtins.property
     def embeddings(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `ids[i]`."""
+        """Row i is the vector of the text with the id `ids[i]`."""
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i belongs to `ids[i]`."""
+        """Item i has the number of tokens of the text with the id `ids[i]`."""
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedStreamFailure]:
-        """Texts that failed."""
+        """Texts that failed, each with its error."""
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model that answers. In the first message only."""
+        """The model that answers. Set only in the first message of the stream, which
+        has no other field.
+        """
 
     def __init__(
         self,
@@ -319,15 +337,17 @@ class CountTokensRequest(_message.Message):
     INPUT_KIND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, which may be a classifier. Empty: the only embedding
-    model of the server, or the only model if no model embeds texts; an error
-    if there are several.
+    model of the server, or the only model if no model embeds texts;
+    INVALID_ARGUMENT if there are several.
     """
     input_kind: _types_pb2.InputKind.ValueType
-    """Purpose of the texts. Default: PASSAGE."""
+    """Purpose of the texts, which decides the prompt that is counted. Default:
+    PASSAGE.
+    """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, from 1 to the server's limit. The count of an empty text is its
-        special tokens.
+        """The texts, from 1 to `ServerLimits.max_texts` (default 4096). A text may be
+        empty: its tokens are the special tokens and the prompt.
         """
 
     def __init__(
@@ -355,10 +375,14 @@ class CountTokensResponse(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The largest number of tokens that the model reads."""
+    """The most tokens of a text that the model reads, special tokens and prompt
+    included.
+    """
     @_builtins.property
     def token_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Item i is the number of tokens of `texts[i]`, before any truncation."""
+        """Item i is the number of tokens of `texts[i]` of the request, before any
+        truncation. Special tokens and prompt are included.
+        """
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -392,21 +416,26 @@ class ComputeSimilarityRequest(_message.Message):
     TARGET_KIND_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model. Empty: the only embedding model of the server."""
+    """Name of the embedding model. Empty: the only embedding model of the server;
+    INVALID_ARGUMENT if there are several.
+    """
     source_kind: _types_pb2.InputKind.ValueType
-    """Purpose of the sources. Default: PASSAGE."""
+    """Purpose of the sources, which decides their prompt. Default: PASSAGE."""
     target_kind: _types_pb2.InputKind.ValueType
-    """Purpose of the targets. Default: PASSAGE."""
+    """Purpose of the targets, which decides their prompt. Default: PASSAGE."""
     truncation: _types_pb2.Truncation.ValueType
-    """Treatment of texts with too many tokens. Default: REFUSE."""
+    """Treatment of texts with more tokens than the model reads. Default: REFUSE."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to compare, none empty."""
+        """Texts to compare with each of `targets`, at least 1. None may be empty or
+        have only white space.
+        """
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to compare the sources with, none empty. Sources and targets together
-        must be within the server's limit of texts per call.
+        """Texts to compare with each of `sources`, at least 1. None may be empty or
+        have only white space. Sources and targets together may be at most
+        `ServerLimits.max_texts` (default 4096).
         """
 
     def __init__(
@@ -445,11 +474,15 @@ class ComputeSimilarityResponse(_message.Message):
     """Number of targets."""
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Cosine similarities in [-1, 1], row-major, `rows` × `columns`."""
+        """Cosine similarities in [-1, 1], row-major, `rows` × `columns`: item
+        i × `columns` + j compares `sources[i]` with `targets[j]`.
+        """
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i belongs to `sources[i]`. The items of the targets follow."""
+        """Numbers of tokens: item i is of `sources[i]`. The items of `targets`
+        follow, in their order.
+        """
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -457,7 +490,9 @@ class ComputeSimilarityResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Time of each step."""
+        """Wall time of each step of the call. Of sources and targets, which are
+        embedded at the same time, each step has the longer time.
+        """
 
     def __init__(
         self,

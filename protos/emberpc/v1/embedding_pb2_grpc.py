@@ -27,6 +27,11 @@ if _version_not_supported:
 
 class EmbeddingServiceStub(object):
     """Embeds texts and compares them.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     def __init__(self, channel):
@@ -59,20 +64,38 @@ class EmbeddingServiceStub(object):
 
 class EmbeddingServiceServicer(object):
     """Embeds texts and compares them.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     def Embed(self, request, context):
-        """Embeds texts and returns the vectors in the order of the texts. Atomic: one
-        invalid text fails the call, and the error names the text.
+        """Embeds texts and returns their vectors in the order of the texts. If one
+        text is invalid, the call fails, and the error names the text.
+
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+        long, or an option that the model does not support. NOT_FOUND: there is no
+        model with the name. FAILED_PRECONDITION: the model does not embed texts,
+        or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+        deadline is too soon, or the response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedStream(self, request_iterator, context):
-        """Embeds any number of texts. The server sends each result as soon as it is
-        ready, in any order. An invalid text fails alone. The first message must
-        have `config`.
+        """Embeds any number of texts. The first request message must have `config`.
+        The first response names the model. The other responses have the results,
+        each as soon as it is ready, in any order. An invalid text, or a text that
+        waits too long for a full queue, fails alone.
+
+        INVALID_ARGUMENT: `config` is missing in the first message or is in a later
+        message, an option is invalid, or a message has too many texts. NOT_FOUND
+        and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
+        when the stream begins, or too many streams are open. UNAVAILABLE: the
+        server stops; send the texts without a result again in a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,13 +104,22 @@ class EmbeddingServiceServicer(object):
     def CountTokens(self, request, context):
         """Counts the tokens of texts, prompt and special tokens included, without
         running the model.
+
+        INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
+        model name though there are several models. NOT_FOUND: there is no model
+        with the name. FAILED_PRECONDITION: no model is served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ComputeSimilarity(self, request, context):
-        """Returns the cosine similarity of each source to each target.
+        """Embeds source texts and target texts, and returns the cosine similarity of
+        each source to each target.
+
+        INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
+        empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
+        as Embed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,6 +158,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class EmbeddingService(object):
     """Embeds texts and compares them.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
     """
 
     @staticmethod

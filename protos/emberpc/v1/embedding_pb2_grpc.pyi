@@ -27,59 +27,129 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EmbeddingServiceStub:
-    """Embeds texts and compares them."""
+    """Embeds texts and compares them.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
-    """Embeds texts and returns the vectors in the order of the texts. Atomic: one
-    invalid text fails the call, and the error names the text.
+    """Embeds texts and returns their vectors in the order of the texts. If one
+    text is invalid, the call fails, and the error names the text.
+
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+    long, or an option that the model does not support. NOT_FOUND: there is no
+    model with the name. FAILED_PRECONDITION: the model does not embed texts,
+    or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+    deadline is too soon, or the response would be too large.
     """
     EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
-    """Embeds any number of texts. The server sends each result as soon as it is
-    ready, in any order. An invalid text fails alone. The first message must
-    have `config`.
+    """Embeds any number of texts. The first request message must have `config`.
+    The first response names the model. The other responses have the results,
+    each as soon as it is ready, in any order. An invalid text, or a text that
+    waits too long for a full queue, fails alone.
+
+    INVALID_ARGUMENT: `config` is missing in the first message or is in a later
+    message, an option is invalid, or a message has too many texts. NOT_FOUND
+    and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
+    when the stream begins, or too many streams are open. UNAVAILABLE: the
+    server stops; send the texts without a result again in a new stream.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.CountTokensRequest, _embedding_pb2.CountTokensResponse]
     """Counts the tokens of texts, prompt and special tokens included, without
     running the model.
+
+    INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
+    model name though there are several models. NOT_FOUND: there is no model
+    with the name. FAILED_PRECONDITION: no model is served.
     """
     ComputeSimilarity: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]
-    """Returns the cosine similarity of each source to each target."""
+    """Embeds source texts and target texts, and returns the cosine similarity of
+    each source to each target.
+
+    INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
+    empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
+    as Embed.
+    """
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
-    """Embeds texts and compares them."""
+    """Embeds texts and compares them.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Embeds texts and returns the vectors in the order of the texts. Atomic: one
-    invalid text fails the call, and the error names the text.
+    """Embeds texts and returns their vectors in the order of the texts. If one
+    text is invalid, the call fails, and the error names the text.
+
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+    long, or an option that the model does not support. NOT_FOUND: there is no
+    model with the name. FAILED_PRECONDITION: the model does not embed texts,
+    or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+    deadline is too soon, or the response would be too large.
     """
     EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
-    """Embeds any number of texts. The server sends each result as soon as it is
-    ready, in any order. An invalid text fails alone. The first message must
-    have `config`.
+    """Embeds any number of texts. The first request message must have `config`.
+    The first response names the model. The other responses have the results,
+    each as soon as it is ready, in any order. An invalid text, or a text that
+    waits too long for a full queue, fails alone.
+
+    INVALID_ARGUMENT: `config` is missing in the first message or is in a later
+    message, an option is invalid, or a message has too many texts. NOT_FOUND
+    and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
+    when the stream begins, or too many streams are open. UNAVAILABLE: the
+    server stops; send the texts without a result again in a new stream.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_embedding_pb2.CountTokensRequest, _embedding_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of texts, prompt and special tokens included, without
     running the model.
+
+    INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
+    model name though there are several models. NOT_FOUND: there is no model
+    with the name. FAILED_PRECONDITION: no model is served.
     """
     ComputeSimilarity: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]  # type: ignore[assignment]
-    """Returns the cosine similarity of each source to each target."""
+    """Embeds source texts and target texts, and returns the cosine similarity of
+    each source to each target.
+
+    INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
+    empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
+    as Embed.
+    """
 
 class EmbeddingServiceServicer:
-    """Embeds texts and compares them."""
+    """Embeds texts and compares them.
+
+    Besides the errors that each RPC lists, every RPC may fail with
+    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    INTERNAL (the server made an error).
+    """
 
     def Embed(
         self,
         request: _embedding_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.EmbedResponse, _abc.Awaitable[_embedding_pb2.EmbedResponse]]:
-        """Embeds texts and returns the vectors in the order of the texts. Atomic: one
-        invalid text fails the call, and the error names the text.
+        """Embeds texts and returns their vectors in the order of the texts. If one
+        text is invalid, the call fails, and the error names the text.
+
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
+        long, or an option that the model does not support. NOT_FOUND: there is no
+        model with the name. FAILED_PRECONDITION: the model does not embed texts,
+        or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+        deadline is too soon, or the response would be too large.
         """
 
     def EmbedStream(
@@ -87,9 +157,16 @@ class EmbeddingServiceServicer:
         request_iterator: _MaybeAsyncIterator[_embedding_pb2.EmbedStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedStreamResponse], _abc.AsyncIterator[_embedding_pb2.EmbedStreamResponse]]:
-        """Embeds any number of texts. The server sends each result as soon as it is
-        ready, in any order. An invalid text fails alone. The first message must
-        have `config`.
+        """Embeds any number of texts. The first request message must have `config`.
+        The first response names the model. The other responses have the results,
+        each as soon as it is ready, in any order. An invalid text, or a text that
+        waits too long for a full queue, fails alone.
+
+        INVALID_ARGUMENT: `config` is missing in the first message or is in a later
+        message, an option is invalid, or a message has too many texts. NOT_FOUND
+        and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
+        when the stream begins, or too many streams are open. UNAVAILABLE: the
+        server stops; send the texts without a result again in a new stream.
         """
 
     def CountTokens(
@@ -99,6 +176,10 @@ class EmbeddingServiceServicer:
     ) -> _typing.Union[_embedding_pb2.CountTokensResponse, _abc.Awaitable[_embedding_pb2.CountTokensResponse]]:
         """Counts the tokens of texts, prompt and special tokens included, without
         running the model.
+
+        INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
+        model name though there are several models. NOT_FOUND: there is no model
+        with the name. FAILED_PRECONDITION: no model is served.
         """
 
     def ComputeSimilarity(
@@ -106,6 +187,12 @@ class EmbeddingServiceServicer:
         request: _embedding_pb2.ComputeSimilarityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.ComputeSimilarityResponse, _abc.Awaitable[_embedding_pb2.ComputeSimilarityResponse]]:
-        """Returns the cosine similarity of each source to each target."""
+        """Embeds source texts and target texts, and returns the cosine similarity of
+        each source to each target.
+
+        INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
+        empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
+        as Embed.
+        """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

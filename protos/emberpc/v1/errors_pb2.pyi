@@ -30,7 +30,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ErrorStatus(_message.Message):
-    """Wire form of google.rpc.Status."""
+    """An error of a call, or of one item of a stream. Wire form of
+    google.rpc.Status.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -38,12 +40,17 @@ class ErrorStatus(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """The gRPC status code."""
+    """The gRPC status code, such as 3 for INVALID_ARGUMENT."""
     message: _builtins.str
-    """The message, in English, for a developer."""
+    """The message, in English, for a developer. At most 600 bytes of UTF-8; `…`
+    replaces the middle of a longer message.
+    """
     @_builtins.property
     def details(self) -> _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]:
-        """Details: BadRequest, ErrorInfo, RetryInfo, RequestInfo."""
+        """Details of the error: ErrorInfo; RequestInfo (except in responses of
+        VerifyCollection); BadRequest if fields of the request are invalid;
+        RetryInfo if a retry can help.
+        """
 
     def __init__(
         self,
@@ -75,7 +82,9 @@ class BadRequest(_message.Message):
         FIELD_FIELD_NUMBER: _builtins.int
         DESCRIPTION_FIELD_NUMBER: _builtins.int
         field: _builtins.str
-        """Path of the field in the request, such as `texts[3]`."""
+        """Path of the field in the request, such as `texts[3]`. Empty in a last item
+        that states how many violations are not listed.
+        """
         description: _builtins.str
         """What is wrong with the field, the limit, and the remedy."""
         def __init__(
@@ -93,7 +102,9 @@ class BadRequest(_message.Message):
     FIELD_VIOLATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def field_violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___BadRequest.FieldViolation]:
-        """All violations that were found, in the order of the request."""
+        """The violations, in the order of the request: the first that fit into 2,000
+        bytes. If others were left out, the last item states their number.
+        """
 
     def __init__(
         self,
@@ -143,7 +154,9 @@ class ErrorInfo(_message.Message):
     """Always `emberpc`."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Values that the message mentions, such as the name of the missing model."""
+        """Values that the message mentions, such as the name of the missing model
+        under the key `model`.
+        """
 
     def __init__(
         self,
@@ -162,14 +175,14 @@ Global___ErrorInfo: _TypeAlias = ErrorInfo  # noqa: Y015
 
 @_typing.final
 class RetryInfo(_message.Message):
-    """Wire form of google.rpc.RetryInfo: when to try again."""
+    """Wire form of google.rpc.RetryInfo: when to retry."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RETRY_DELAY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def retry_delay(self) -> _duration_pb2.Duration:
-        """Wait at least this long."""
+        """Wait at least this long before the retry."""
 
     def __init__(
         self,
@@ -193,9 +206,9 @@ class RequestInfo(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SERVING_DATA_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request id that the server logged."""
+    """The request id that the server logged for the call."""
     serving_data: _builtins.str
-    """Unused."""
+    """Always empty. The field exists because google.rpc.RequestInfo has it."""
     def __init__(
         self,
         *,

@@ -26,37 +26,53 @@ class _ComparisonOperator:
 class _ComparisonOperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComparisonOperator.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     COMPARISON_OPERATOR_UNSPECIFIED: _ComparisonOperator.ValueType  # 0
-    """Refused with INVALID_ARGUMENT."""
+    """No operator is set. Refused with INVALID_ARGUMENT."""
     COMPARISON_OPERATOR_EQUAL: _ComparisonOperator.ValueType  # 1
     """The field equals the value."""
     COMPARISON_OPERATOR_NOT_EQUAL: _ComparisonOperator.ValueType  # 2
     """The field does not equal the value, or is missing."""
     COMPARISON_OPERATOR_LESS: _ComparisonOperator.ValueType  # 3
-    """The field is less than the value; numbers and strings."""
+    """The field is less than the value. The value must be a number or a string;
+    strings are ordered by code points.
+    """
     COMPARISON_OPERATOR_LESS_OR_EQUAL: _ComparisonOperator.ValueType  # 4
-    """The field is less than or equal to the value; numbers and strings."""
+    """The field is less than or equal to the value. The value must be a number or
+    a string; strings are ordered by code points.
+    """
     COMPARISON_OPERATOR_GREATER: _ComparisonOperator.ValueType  # 5
-    """The field is greater than the value; numbers and strings."""
+    """The field is greater than the value. The value must be a number or a
+    string; strings are ordered by code points.
+    """
     COMPARISON_OPERATOR_GREATER_OR_EQUAL: _ComparisonOperator.ValueType  # 6
-    """The field is greater than or equal to the value; numbers and strings."""
+    """The field is greater than or equal to the value. The value must be a number
+    or a string; strings are ordered by code points.
+    """
 
 class ComparisonOperator(_ComparisonOperator, metaclass=_ComparisonOperatorEnumTypeWrapper):
     """Operator of a comparison."""
 
 COMPARISON_OPERATOR_UNSPECIFIED: ComparisonOperator.ValueType  # 0
-"""Refused with INVALID_ARGUMENT."""
+"""No operator is set. Refused with INVALID_ARGUMENT."""
 COMPARISON_OPERATOR_EQUAL: ComparisonOperator.ValueType  # 1
 """The field equals the value."""
 COMPARISON_OPERATOR_NOT_EQUAL: ComparisonOperator.ValueType  # 2
 """The field does not equal the value, or is missing."""
 COMPARISON_OPERATOR_LESS: ComparisonOperator.ValueType  # 3
-"""The field is less than the value; numbers and strings."""
+"""The field is less than the value. The value must be a number or a string;
+strings are ordered by code points.
+"""
 COMPARISON_OPERATOR_LESS_OR_EQUAL: ComparisonOperator.ValueType  # 4
-"""The field is less than or equal to the value; numbers and strings."""
+"""The field is less than or equal to the value. The value must be a number or
+a string; strings are ordered by code points.
+"""
 COMPARISON_OPERATOR_GREATER: ComparisonOperator.ValueType  # 5
-"""The field is greater than the value; numbers and strings."""
+"""The field is greater than the value. The value must be a number or a
+string; strings are ordered by code points.
+"""
 COMPARISON_OPERATOR_GREATER_OR_EQUAL: ComparisonOperator.ValueType  # 6
-"""The field is greater than or equal to the value; numbers and strings."""
+"""The field is greater than or equal to the value. The value must be a number
+or a string; strings are ordered by code points.
+"""
 Global___ComparisonOperator: _TypeAlias = ComparisonOperator  # noqa: Y015
 
 @_typing.final
@@ -70,7 +86,9 @@ class Filter(_message.Message):
 
     Limits: conditions may be nested 32 levels deep. One filter has at most 256
     conditions. All filters of a request have at most 2,000 conditions and 50,000
-    values of memberships together. A field names at most 40 nested keys.
+    values of memberships together. A field has at most 1,000 characters and 40
+    nested keys. No string may contain a NUL character. A request over a limit
+    fails with INVALID_ARGUMENT.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -84,27 +102,27 @@ class Filter(_message.Message):
     EXISTENCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def all(self) -> Global___FilterList:
-        """All of these conditions hold."""
+        """True if all of these conditions are true."""
 
     @_builtins.property
     def any(self) -> Global___FilterList:
-        """At least one of these conditions holds."""
+        """True if at least one of these conditions is true."""
 
     @_builtins.property
     def comparison(self) -> Global___Comparison:
-        """The comparison of the field with a value holds."""
+        """True if the comparison of a field with a value is true."""
 
     @_builtins.property
     def membership(self) -> Global___Membership:
-        """The field equals one of several values."""
+        """True if a field equals one of several values."""
 
     @_builtins.property
     def prefix(self) -> Global___Prefix:
-        """The field is a string that starts with a prefix."""
+        """True if a field is a string that starts with a prefix."""
 
     @_builtins.property
     def existence(self) -> Global___Existence:
-        """The field exists; its value may be null."""
+        """True if a field exists; its value may be null."""
 
     def __init__(
         self,
@@ -152,7 +170,7 @@ Global___FilterList: _TypeAlias = FilterList  # noqa: Y015
 
 @_typing.final
 class FilterValue(_message.Message):
-    """A value to compare a field with."""
+    """A value to compare a field with. Values of different types are never equal."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -161,13 +179,13 @@ class FilterValue(_message.Message):
     BOOL_VALUE_FIELD_NUMBER: _builtins.int
     NULL_VALUE_FIELD_NUMBER: _builtins.int
     string_value: _builtins.str
-    """A string."""
+    """A string without NUL characters."""
     number_value: _builtins.float
-    """A number. Numbers in metadata are doubles."""
+    """A finite number. Numbers in metadata are doubles."""
     bool_value: _builtins.bool
     """A boolean."""
     null_value: _builtins.bool
-    """Null. The boolean that is set here is ignored."""
+    """Null. Both true and false mean null here."""
     def __init__(
         self,
         *,
@@ -188,7 +206,7 @@ Global___FilterValue: _TypeAlias = FilterValue  # noqa: Y015
 
 @_typing.final
 class Comparison(_message.Message):
-    """Compares a field with a value."""
+    """Compares a field of the metadata with a value."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -196,12 +214,12 @@ class Comparison(_message.Message):
     OPERATOR_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """The field."""
+    """Name of the metadata field, such as `author.name`; see Filter."""
     operator: Global___ComparisonOperator.ValueType
-    """The operator."""
+    """The operator. Required."""
     @_builtins.property
     def value(self) -> Global___FilterValue:
-        """The value."""
+        """The value to compare the field with. Required."""
 
     def __init__(
         self,
@@ -220,14 +238,14 @@ Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class Membership(_message.Message):
-    """The field equals one of several values."""
+    """True if a field of the metadata equals one of several values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIELD_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """The field."""
+    """Name of the metadata field, such as `author.name`; see Filter."""
     @_builtins.property
     def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterValue]:
         """The values, at least 1, at most 10,000."""
@@ -248,16 +266,16 @@ Global___Membership: _TypeAlias = Membership  # noqa: Y015
 
 @_typing.final
 class Prefix(_message.Message):
-    """The field is a string that starts with a prefix."""
+    """True if a field of the metadata is a string that starts with a prefix."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIELD_FIELD_NUMBER: _builtins.int
     PREFIX_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """The field."""
+    """Name of the metadata field, such as `author.name`; see Filter."""
     prefix: _builtins.str
-    """The prefix; not empty."""
+    """The prefix, at least one character. Upper and lower case differ."""
     def __init__(
         self,
         *,
@@ -274,13 +292,13 @@ Global___Prefix: _TypeAlias = Prefix  # noqa: Y015
 
 @_typing.final
 class Existence(_message.Message):
-    """The field exists."""
+    """True if a field of the metadata exists."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FIELD_FIELD_NUMBER: _builtins.int
     field: _builtins.str
-    """The field."""
+    """Name of the metadata field, such as `author.name`; see Filter."""
     def __init__(
         self,
         *,

@@ -33,10 +33,10 @@ class _Distance:
 class _DistanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Distance.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
-    """COSINE."""
+    """The default, which is COSINE."""
     DISTANCE_COSINE: _Distance.ValueType  # 1
     """Cosine similarity. The score is in [-1, 1], greater is nearer. A vector of
-    length zero is refused.
+    length zero is refused with INVALID_ARGUMENT.
     """
     DISTANCE_DOT_PRODUCT: _Distance.ValueType  # 2
     """Dot product. The score is the product, greater is nearer."""
@@ -49,10 +49,10 @@ class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
     """The measure that compares two vectors."""
 
 DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
-"""COSINE."""
+"""The default, which is COSINE."""
 DISTANCE_COSINE: Distance.ValueType  # 1
 """Cosine similarity. The score is in [-1, 1], greater is nearer. A vector of
-length zero is refused.
+length zero is refused with INVALID_ARGUMENT.
 """
 DISTANCE_DOT_PRODUCT: Distance.ValueType  # 2
 """Dot product. The score is the product, greater is nearer."""
@@ -69,17 +69,17 @@ class _Durability:
 class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
-    """Not stated."""
+    """The durability is not known, as with Milvus."""
     DURABILITY_SYNCED: _Durability.ValueType  # 1
-    """On disk: written and synchronized before the response."""
+    """The write was on disk and synchronized before the response."""
 
 class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
     """Durability of a write."""
 
 DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
-"""Not stated."""
+"""The durability is not known, as with Milvus."""
 DURABILITY_SYNCED: Durability.ValueType  # 1
-"""On disk: written and synchronized before the response."""
+"""The write was on disk and synchronized before the response."""
 Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
 class _RecordPart:
@@ -89,25 +89,27 @@ class _RecordPart:
 class _RecordPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordPart.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RECORD_PART_UNSPECIFIED: _RecordPart.ValueType  # 0
-    """Refused with INVALID_ARGUMENT."""
+    """No part is named. Refused with INVALID_ARGUMENT."""
     RECORD_PART_TEXT: _RecordPart.ValueType  # 1
-    """`text`."""
+    """The field `text` of the record."""
     RECORD_PART_METADATA: _RecordPart.ValueType  # 2
-    """`metadata`."""
+    """The field `metadata` of the record."""
     RECORD_PART_VECTOR: _RecordPart.ValueType  # 3
-    """The vector. It is in the field `vectors` of the response."""
+    """The vector of the record. It is in the field `vectors` of the response."""
 
 class RecordPart(_RecordPart, metaclass=_RecordPartEnumTypeWrapper):
-    """A part of a record that a response contains."""
+    """A part of a record that a response contains only if the request names it. Id,
+    label, revision and times are always in the response.
+    """
 
 RECORD_PART_UNSPECIFIED: RecordPart.ValueType  # 0
-"""Refused with INVALID_ARGUMENT."""
+"""No part is named. Refused with INVALID_ARGUMENT."""
 RECORD_PART_TEXT: RecordPart.ValueType  # 1
-"""`text`."""
+"""The field `text` of the record."""
 RECORD_PART_METADATA: RecordPart.ValueType  # 2
-"""`metadata`."""
+"""The field `metadata` of the record."""
 RECORD_PART_VECTOR: RecordPart.ValueType  # 3
-"""The vector. It is in the field `vectors` of the response."""
+"""The vector of the record. It is in the field `vectors` of the response."""
 Global___RecordPart: _TypeAlias = RecordPart  # noqa: Y015
 
 class _SearchMode:
@@ -117,31 +119,35 @@ class _SearchMode:
 class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SEARCH_MODE_UNSPECIFIED: _SearchMode.ValueType  # 0
-    """DENSE."""
+    """The default, which is DENSE."""
     SEARCH_MODE_DENSE: _SearchMode.ValueType  # 1
     """Search by vectors."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 2
     """Search by words. A record matches if it has any word of the query; words
-    are stemmed as English. The score is that of BM25. Needs a text query, and
-    no model.
+    are stemmed as English. The score is that of BM25, greater is nearer. Needs
+    a text query, and no model.
     """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
-    """Dense and lexical search, joined as `fusion` states. Needs a text query."""
+    """Dense and lexical search, joined as `fusion` states. Needs a text query and
+    a collection with a model.
+    """
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
     """Mode of a search."""
 
 SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
-"""DENSE."""
+"""The default, which is DENSE."""
 SEARCH_MODE_DENSE: SearchMode.ValueType  # 1
 """Search by vectors."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
 """Search by words. A record matches if it has any word of the query; words
-are stemmed as English. The score is that of BM25. Needs a text query, and
-no model.
+are stemmed as English. The score is that of BM25, greater is nearer. Needs
+a text query, and no model.
 """
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
-"""Dense and lexical search, joined as `fusion` states. Needs a text query."""
+"""Dense and lexical search, joined as `fusion` states. Needs a text query and
+a collection with a model.
+"""
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 class _SearchFusion:
@@ -151,28 +157,28 @@ class _SearchFusion:
 class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFusion.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SEARCH_FUSION_UNSPECIFIED: _SearchFusion.ValueType  # 0
-    """SCORES."""
+    """The default, which is SCORES."""
     SEARCH_FUSION_SCORES: _SearchFusion.ValueType  # 1
-    """The score is the weighted sum of the two scores. Each is scaled first: 1
-    for the best candidate, 0 for the worst.
+    """The score is the weighted sum of the dense and the lexical score. Each is
+    scaled first: 1 for the best candidate of the ranking, 0 for the worst.
     """
     SEARCH_FUSION_RANKS: _SearchFusion.ValueType  # 2
-    """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank). The
-    best candidate of a ranking has rank 1.
+    """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
+    rankings. The best candidate of a ranking has rank 1.
     """
 
 class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
     """How a HYBRID search joins its two rankings."""
 
 SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
-"""SCORES."""
+"""The default, which is SCORES."""
 SEARCH_FUSION_SCORES: SearchFusion.ValueType  # 1
-"""The score is the weighted sum of the two scores. Each is scaled first: 1
-for the best candidate, 0 for the worst.
+"""The score is the weighted sum of the dense and the lexical score. Each is
+scaled first: 1 for the best candidate of the ranking, 0 for the worst.
 """
 SEARCH_FUSION_RANKS: SearchFusion.ValueType  # 2
-"""Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank). The
-best candidate of a ranking has rank 1.
+"""Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
+rankings. The best candidate of a ranking has rank 1.
 """
 Global___SearchFusion: _TypeAlias = SearchFusion  # noqa: Y015
 
@@ -183,7 +189,7 @@ class _SearchStrategy:
 class _SearchStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchStrategy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SEARCH_STRATEGY_UNSPECIFIED: _SearchStrategy.ValueType  # 0
-    """Not stated."""
+    """The strategy is not stated. The server never sends this value."""
     SEARCH_STRATEGY_EXACT: _SearchStrategy.ValueType  # 1
     """All matching vectors were compared with the query. The result is exact."""
     SEARCH_STRATEGY_HNSW: _SearchStrategy.ValueType  # 2
@@ -195,7 +201,7 @@ class SearchStrategy(_SearchStrategy, metaclass=_SearchStrategyEnumTypeWrapper):
     """How a query was answered."""
 
 SEARCH_STRATEGY_UNSPECIFIED: SearchStrategy.ValueType  # 0
-"""Not stated."""
+"""The strategy is not stated. The server never sends this value."""
 SEARCH_STRATEGY_EXACT: SearchStrategy.ValueType  # 1
 """All matching vectors were compared with the query. The result is exact."""
 SEARCH_STRATEGY_HNSW: SearchStrategy.ValueType  # 2
@@ -215,7 +221,9 @@ class HnswParameters(_message.Message):
     m: _builtins.int
     """Links of a node per layer, 4 to 64. 0: 16."""
     ef_construction: _builtins.int
-    """Candidates that an insertion keeps, 16 to 2000. 0: 200."""
+    """Number of candidates that an insertion into the graph keeps, 16 to 2000.
+    0: 200.
+    """
     def __init__(
         self,
         *,
@@ -251,32 +259,40 @@ class Collection(_message.Message):
     REEMBEDDING_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Its name: 1 to 128 letters, digits, `.`, `_` and `-`, starting with a
-    letter or digit.
+    """Name of the collection: 1 to 128 letters, digits, `.`, `_` and `-`, the
+    first a letter or digit.
     """
     model: _builtins.str
-    """The embedding model of its texts. Empty: records must have vectors."""
+    """Name of the model that embeds the texts of records and queries. Empty:
+    there is no model, and records and queries must have vectors.
+    """
     model_fingerprint: _builtins.str
-    """Output only. Fingerprint of the model that made its vectors."""
+    """Output only. Fingerprint (hex) of the model that made the vectors. Empty:
+    the collection has no model.
+    """
     dimensions: _builtins.int
-    """Dimensions of its vectors, at most 16,000. With a model: 0 means the
-    model's dimensions; a smaller number must be one of its Matryoshka sizes.
+    """Number of dimensions of the vectors, 1 to 16,000. With a model: 0 means the
+    model's dimensions; a smaller number must be one of the model's Matryoshka
+    dimensions.
     """
     distance: Global___Distance.ValueType
     """How vectors are compared. Default: COSINE."""
     truncation: _types_pb2.Truncation.ValueType
-    """How the texts of records are truncated, if an upsert states nothing else.
-    Queries do not use this setting, see SearchRequest. Default: REFUSE.
+    """How texts of records that have too many tokens are truncated, if an upsert
+    states nothing else. Queries do not use this setting, see SearchRequest.
+    Default: REFUSE.
     """
     record_count: _builtins.int
     """Output only. Number of records."""
     sequence: _builtins.int
-    """Output only. Sequence number of its last write."""
+    """Output only. Sequence number of the last write to the collection."""
     size_bytes: _builtins.int
-    """Output only. Bytes on disk."""
+    """Output only. Bytes of the collection on disk. 0 with Milvus, where the size
+    is not known.
+    """
     problem: _builtins.str
     """Output only. Why the collection cannot be used, for example because it is
-    damaged. Its counts are 0 then. Empty: it can be used.
+    damaged; its counts are 0 then. Empty: the collection can be used.
     """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
@@ -284,15 +300,19 @@ class Collection(_message.Message):
 
     @_builtins.property
     def indexed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Metadata fields that filters use often."""
+        """Metadata fields that filters use often, at most 16. They get a database
+        index, which makes filters faster and writes slower.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. Time of its creation."""
+        """Output only. Time at which the collection was created."""
 
     @_builtins.property
     def reembedding(self) -> Global___Reembedding:
-        """Output only. The reembedding with another model, if one runs."""
+        """Output only. Progress of the reembedding with another model. Absent: no
+        reembedding runs.
+        """
 
     def __init__(
         self,
@@ -322,7 +342,7 @@ Global___Collection: _TypeAlias = Collection  # noqa: Y015
 
 @_typing.final
 class Reembedding(_message.Message):
-    """Progress of a ReembedCollection."""
+    """Progress of a reembedding, which ReembedCollection starts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -332,18 +352,19 @@ class Reembedding(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The new model."""
+    """Name of the new model."""
     done: _builtins.int
     """Number of records that have new vectors."""
     total: _builtins.int
-    """Number of all records."""
+    """Number of all records of the collection."""
     problem: _builtins.str
     """Why the reembedding waits, for example because records cannot be embedded.
-    It continues when the cause is removed. Empty: it does not wait.
+    It continues when the cause is removed. Empty: the reembedding does not
+    wait.
     """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Time of the start."""
+        """Time at which the reembedding was started."""
 
     def __init__(
         self,
@@ -364,7 +385,9 @@ Global___Reembedding: _TypeAlias = Reembedding  # noqa: Y015
 
 @_typing.final
 class Record(_message.Message):
-    """An item of a collection."""
+    """An item of a collection. The vector is not a field: it is in the field
+    `vectors` of the request or response.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -377,16 +400,22 @@ class Record(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Its id: 1 to 512 bytes of UTF-8 without control characters."""
+    """Id of the record, unique in the collection: 1 to 512 bytes of UTF-8 without
+    control characters.
+    """
     text: _builtins.str
-    """Its text. May be empty if a vector is given."""
+    """Text of the record. May be empty only if the request has vectors."""
     label: _builtins.str
-    """Its label, if it is an example of a classifier: at most 512 bytes of UTF-8."""
+    """Label of the record, if it is an example of a classifier: at most 512 bytes
+    of UTF-8. May be empty.
+    """
     revision: _builtins.int
     """Output only. Sequence number of the last write of this record."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Any JSON object, at most 64 KiB as JSON."""
+        """Metadata of the record: any JSON object, at most 64 KiB as JSON, without NUL
+        characters.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -398,8 +427,9 @@ class Record(_message.Message):
 
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """Time after which the record is deleted: in requests counted from the
-        write, in responses from now. Absent: it is not deleted.
+        """Time after which the record is deleted: in requests counted from the write,
+        more than 0 and at most 100 years; in responses counted from now. Absent:
+        the record is not deleted.
         """
 
     def __init__(
@@ -431,7 +461,9 @@ class WriteReceipt(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Sequence number of the write in its collection. The numbers only grow."""
+    """Sequence number of the write in its collection. Each write has a greater
+    number than the write before.
+    """
     durability: Global___Durability.ValueType
     """Durability of the write."""
     def __init__(
@@ -457,7 +489,7 @@ class CreateCollectionRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection. Its output-only fields are ignored."""
+        """The collection to create. Output-only fields are ignored."""
 
     def __init__(
         self,
@@ -481,7 +513,7 @@ class CreateCollectionResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection as created."""
+        """The collection as it was created, with defaults filled in."""
 
     def __init__(
         self,
@@ -504,7 +536,7 @@ class GetCollectionRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to return."""
     def __init__(
         self,
         *,
@@ -527,7 +559,7 @@ class GetCollectionResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection."""
+        """The collection that the request names."""
 
     def __init__(
         self,
@@ -551,7 +583,7 @@ class ListCollectionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most collections to return, at most 1000. 0: 100."""
+    """The most collections to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -580,7 +612,7 @@ class ListCollectionsResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def collections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Collection]:
-        """Collections, by name."""
+        """Collections of this page, sorted by name."""
 
     def __init__(
         self,
@@ -610,8 +642,8 @@ class UpdateCollectionRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Fields to change. Only `truncation` can be changed. Any other path is
-        refused with INVALID_ARGUMENT.
+        """Fields to change, at least one. Only `truncation` can be changed. Any other
+        path is refused with INVALID_ARGUMENT.
         """
 
     def __init__(
@@ -660,7 +692,7 @@ class DeleteCollectionRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to delete."""
     def __init__(
         self,
         *,
@@ -703,26 +735,28 @@ class UpsertRecordsRequest(_message.Message):
     EXPECTED_REVISIONS_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to write to."""
     truncation: _types_pb2.Truncation.ValueType
     """How texts with too many tokens are truncated. Default: `truncation` of the
-    collection.
+    collection. Ignored if `vectors` is set.
     """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records, from 1 to the server's limit. No id may occur twice."""
+        """The records, from 1 to `ServerLimits.max_texts` (default 4096). No id may
+        occur twice.
+        """
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`, FLOAT32 or FLOAT16. Absent: the server
-        embeds the texts.
+        """Row i is the vector of `records[i]`, FLOAT32 or FLOAT16, with the
+        collection's dimensions. Absent: the collection's model embeds the texts.
         """
 
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """If set: item i must be the present revision of `records[i]`, or 0 if no
-        record may have its id yet. Otherwise the call fails with ABORTED and
-        writes nothing.
+        """Empty: no check. Otherwise item i must be the present revision of
+        `records[i]`, or 0 if no record may have its id yet. If an item differs, the
+        call fails with ABORTED and writes nothing.
         """
 
     def __init__(
@@ -756,18 +790,22 @@ class UpsertRecordsResponse(_message.Message):
     inserted_count: _builtins.int
     """Number of records with new ids."""
     updated_count: _builtins.int
-    """Number of records that replaced another one."""
+    """Number of records that replaced a record with the same id."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
         """Sequence number and durability of the write."""
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i belongs to `records[i]`, if the server embedded it."""
+        """Item i has the number of tokens of the text of `records[i]`. Empty if the
+        request has vectors.
+        """
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Time of each step."""
+        """Wall time of each step of embedding the texts. Absent if the request has
+        vectors.
+        """
 
     def __init__(
         self,
@@ -798,22 +836,28 @@ class UpsertRecordsStreamRequest(_message.Message):
     VECTORS_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection. Required in the first message."""
+    """Name of the collection to write to. Required in the first message; later
+    messages may repeat it.
+    """
     batch_number: _builtins.int
-    """The client's own number of this message, from 1. The numbers must grow."""
+    """The client's own number of this message, at least 1. Each message must have
+    a greater number than the message before.
+    """
     truncation: _types_pb2.Truncation.ValueType
     """How texts of this message with too many tokens are truncated. Default:
-    `truncation` of the collection.
+    `truncation` of the collection. Ignored if `vectors` is set.
     """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records, up to the server's limit. Without records the response is a
-        checkpoint only.
+        """The records, at most `ServerLimits.max_texts` (default 4096). Without
+        records the response is a checkpoint only.
         """
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent: the server embeds the texts."""
+        """Row i is the vector of `records[i]`, FLOAT32 or FLOAT16, with the
+        collection's dimensions. Absent: the collection's model embeds the texts.
+        """
 
     def __init__(
         self,
@@ -845,17 +889,20 @@ class UpsertRecordsStreamResponse(_message.Message):
     UPDATED_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     batch_number: _builtins.int
-    """All records up to and including this message are durable, except those
-    that failed.
+    """Number of the request message that this response answers. All records up to
+    and including that message are durable, except those that failed.
     """
     inserted_count: _builtins.int
     """Number of records with new ids since the previous response."""
     updated_count: _builtins.int
-    """Number of records that replaced another one since the previous response."""
+    """Number of records since the previous response that replaced a record with
+    the same id.
+    """
     model_fingerprint: _builtins.str
-    """Fingerprint of the collection's model; empty if it has none. If it is
-    another one after a stream was opened again, vectors that were made for the
-    first stream do not belong to the collection any more.
+    """Fingerprint (hex) of the collection's model; empty if the collection has no
+    model. If a client resumes in a new stream and the fingerprint has changed,
+    vectors that the client made for the first stream do not belong to the
+    collection any more.
     """
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
@@ -865,7 +912,7 @@ class UpsertRecordsStreamResponse(_message.Message):
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordFailure]:
-        """Records that failed since the previous response."""
+        """Records that failed since the previous response, each with its error."""
 
     def __init__(
         self,
@@ -887,17 +934,19 @@ Global___UpsertRecordsStreamResponse: _TypeAlias = UpsertRecordsStreamResponse  
 
 @_typing.final
 class RecordFailure(_message.Message):
-    """Error of one record."""
+    """Error of one record in a stream, or a problem that VerifyCollection found."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the record."""
+    """Id of the record. Empty: the problem is of the whole collection."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """The error that a unary call with this record would fail with."""
+        """The error. In UpsertRecordsStream: the error with which an UpsertRecords
+        call with this record alone would fail.
+        """
 
     def __init__(
         self,
@@ -923,14 +972,14 @@ class BatchGetRecordsRequest(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to read."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids, 1 to 10,000."""
+        """Ids of the records to return, 1 to 10,000."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
-        """Parts to return. None: text and metadata."""
+        """Parts of the records to return. Empty: text and metadata."""
 
     def __init__(
         self,
@@ -962,11 +1011,13 @@ class BatchGetRecordsResponse(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`, if the request asks for vectors."""
+        """Row i is the vector of `records[i]`. Absent unless the request names the
+        part VECTOR.
+        """
 
     @_builtins.property
     def missing_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids without a record."""
+        """Ids of the request that no record has."""
 
     def __init__(
         self,
@@ -995,14 +1046,14 @@ class DeleteRecordsRequest(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to delete from."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids, at most 10,000."""
+        """Ids of the records to delete, at most 10,000. Empty if `filter` is set."""
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Deletes the records that match."""
+        """Deletes the records that match this filter. Absent if `ids` are given."""
 
     def __init__(
         self,
@@ -1036,7 +1087,9 @@ class DeleteRecordsResponse(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """As ListRecordsResponse.warnings."""
+        """If no record matches the filter: sentences that state which conditions are
+        probably mistakes; see ListRecordsResponse.warnings.
+        """
 
     def __init__(
         self,
@@ -1065,18 +1118,20 @@ class ListRecordsRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to read."""
     page_size: _builtins.int
-    """The most records to return, at most 1000. 0: 100."""
+    """The most records to return, from 0 to 1000. 0: 100. A page has fewer
+    records if their bytes would exceed `ServerLimits.max_response_bytes`.
+    """
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Returns only the records that match."""
+        """Returns only the records that match this filter. Absent: all records."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
-        """Parts to return. None: text and metadata."""
+        """Parts of the records to return. Empty: text and metadata."""
 
     def __init__(
         self,
@@ -1109,16 +1164,20 @@ class ListRecordsResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """Records, by id in byte order."""
+        """Records of this page, sorted by id in byte order."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`, if the request asks for vectors."""
+        """Row i is the vector of `records[i]`. Absent unless the request names the
+        part VECTOR.
+        """
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Conditions of the filter that are probably mistakes, such as a field that
-        no record has, or a number compared with a field that has only strings.
+        """Only on the first page, if no record matches the filter: sentences that
+        state which conditions are probably mistakes, such as a field that no record
+        has, or a number compared with a field that has only strings. The server
+        examines at most 1,000 records for this.
         """
 
     def __init__(
@@ -1146,10 +1205,10 @@ class CountRecordsRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to count."""
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Counts only the records that match."""
+        """Counts only the records that match this filter. Absent: all records."""
 
     def __init__(
         self,
@@ -1174,10 +1233,12 @@ class CountRecordsResponse(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """Number of records."""
+    """Number of records that match, or of all records."""
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """As ListRecordsResponse.warnings."""
+        """If no record matches the filter: sentences that state which conditions are
+        probably mistakes; see ListRecordsResponse.warnings.
+        """
 
     def __init__(
         self,
@@ -1195,7 +1256,7 @@ Global___CountRecordsResponse: _TypeAlias = CountRecordsResponse  # noqa: Y015
 
 @_typing.final
 class SearchQuery(_message.Message):
-    """One query."""
+    """One query of a search."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1206,22 +1267,26 @@ class SearchQuery(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     EF_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """A text. The collection's model embeds it as a QUERY."""
+    """A text. In DENSE and HYBRID mode the collection's model embeds it as a
+    query (InputKind QUERY).
+    """
     record_id: _builtins.str
     """The id of a record. The query is the vector of this record, and the
     record is not among the hits.
     """
     top_k: _builtins.int
-    """Overrides `top_k` of the request."""
+    """The most hits of this query, from 0 to 10,000. 0: `top_k` of the request."""
     ef: _builtins.int
-    """Overrides `ef` of the request."""
+    """Number of candidates of this query, as `ef` of the request. 0: `ef` of the
+    request.
+    """
     @_builtins.property
     def vector(self) -> _types_pb2.Vectors:
         """A vector: one row, FLOAT32 or FLOAT16, of the collection's dimensions."""
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Overrides `filter` of the request."""
+        """Filter of this query. Absent: `filter` of the request."""
 
     def __init__(
         self,
@@ -1262,30 +1327,31 @@ class SearchRequest(_message.Message):
     FUSION_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to search."""
     top_k: _builtins.int
-    """The most hits of each query, at most 10,000. All queries together may
-    return at most 100,000 hits. 0: 10.
+    """The most hits of each query, from 0 to 10,000. 0: 10. All queries together
+    may ask for at most 100,000 hits.
     """
     ef: _builtins.int
-    """Number of candidates that a search of the graph keeps. A greater number is
-    slower and has a higher recall. 0: the server chooses by `top_k`. Not
-    allowed together with `min_recall`.
+    """Number of candidates that a search of the graph keeps, from 0 to 1,000,000.
+    A greater number is slower and has a higher recall. 0: the server chooses by
+    `top_k`. Not allowed together with `min_recall`, or in LEXICAL mode.
     """
     min_recall: _builtins.float
-    """Least recall, in (0, 1]: share of the true nearest records to return. The
-    server chooses `ef`. 0: no least recall.
+    """Least recall: the share, in (0, 1], of the true nearest records that a
+    search returns. The server chooses `ef` to reach it. 0: no least recall. Not
+    allowed in LEXICAL mode.
     """
     mode: Global___SearchMode.ValueType
     """Mode of the search. Default: DENSE."""
     dense_weight: _builtins.float
-    """HYBRID: weight of the dense ranking, in [0, 1]. The weight of the lexical
-    ranking is 1 minus this. Default: 0.5.
+    """HYBRID only: weight of the dense ranking, in [0, 1]. The weight of the
+    lexical ranking is 1 minus this. Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
     fusion: Global___SearchFusion.ValueType
-    """HYBRID: how the two rankings are joined. Default: SCORES."""
+    """HYBRID only: how the two rankings are joined. Default: SCORES."""
     truncation: _types_pb2.Truncation.ValueType
     """How query texts with too many tokens are truncated. TokenUsage states which
     queries were truncated. Default: END.
@@ -1296,11 +1362,11 @@ class SearchRequest(_message.Message):
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Returns only records that match."""
+        """Returns only records that match this filter. Absent: all records."""
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
-        """Parts of the records to return. None: text and metadata."""
+        """Parts of the records to return. Empty: text and metadata."""
 
     def __init__(
         self,
@@ -1337,10 +1403,13 @@ class Hit(_message.Message):
     RECORD_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     score: _builtins.float
-    """How near the hit is to the query. Greater is nearer. See Distance."""
+    """How near the hit is to the query; greater is nearer. The scale depends on
+    the mode: see Distance for DENSE, SearchMode for LEXICAL and SearchFusion
+    for HYBRID.
+    """
     @_builtins.property
     def record(self) -> Global___Record:
-        """The record, with the parts that the request asks for."""
+        """The record, with the parts that the request names."""
 
     def __init__(
         self,
@@ -1368,18 +1437,18 @@ class SearchPlan(_message.Message):
     SHORTFALL_REASON_FIELD_NUMBER: _builtins.int
     LEXICAL_COUNT_FIELD_NUMBER: _builtins.int
     strategy: Global___SearchStrategy.ValueType
-    """How the query was answered."""
+    """How the query was answered. HYBRID: how the dense search was."""
     ef: _builtins.int
     """Number of candidates that the search of the graph kept. 0: the graph was
     not used.
     """
     compared_count: _builtins.int
-    """Number of vectors that were compared one by one."""
+    """Number of vectors that were compared with the query one by one."""
     shortfall_reason: _builtins.str
     """Why there are fewer than `top_k` hits. Empty: there are `top_k` hits."""
     lexical_count: _builtins.int
-    """LEXICAL and HYBRID: number of lexical hits. HYBRID joins them with as many
-    dense hits.
+    """LEXICAL and HYBRID: number of hits of the lexical search, in HYBRID mode
+    before both rankings are joined. DENSE: 0.
     """
     def __init__(
         self,
@@ -1410,11 +1479,13 @@ class SearchResult(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """Hits, nearest first."""
+        """Hits, nearest first, at most `top_k`."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `hits[i]`, if the request asks for vectors."""
+        """Row i is the vector of `hits[i]`. Absent unless the request names the part
+        VECTOR.
+        """
 
     @_builtins.property
     def plan(self) -> Global___SearchPlan:
@@ -1422,7 +1493,9 @@ class SearchResult(_message.Message):
 
     @_builtins.property
     def usage(self) -> _types_pb2.TokenUsage:
-        """Text queries: tokens of the query, and whether it was truncated."""
+        """Tokens of the query's text, and whether it was truncated. Absent if the
+        model did not embed the query.
+        """
 
     def __init__(
         self,
@@ -1456,15 +1529,18 @@ class SearchResponse(_message.Message):
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model that embedded the text queries, if there are any."""
+        """The model that embedded the text queries. Absent if no query was embedded."""
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Time of each step."""
+        """Wall time of each step of the call."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """As ListRecordsResponse.warnings."""
+        """If a query with a filter has no hits: sentences that state which conditions
+        of the first such filter are probably mistakes; see
+        ListRecordsResponse.warnings.
+        """
 
     def __init__(
         self,
@@ -1492,11 +1568,15 @@ class ReembedCollectionRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to reembed."""
     model: _builtins.str
-    """The new model."""
+    """Name of the new model. Empty: the only embedding model of the server;
+    INVALID_ARGUMENT if there are several.
+    """
     dimensions: _builtins.int
-    """Dimensions of the new vectors. 0: the model's dimensions."""
+    """Number of dimensions of the new vectors. 0: the model's dimensions. A
+    smaller number must be one of the model's Matryoshka dimensions.
+    """
     def __init__(
         self,
         *,
@@ -1521,7 +1601,7 @@ class ReembedCollectionResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection, with its `reembedding`."""
+        """The collection, with its `reembedding`, which has just begun."""
 
     def __init__(
         self,
@@ -1544,7 +1624,7 @@ class CancelReembeddingRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection."""
+    """Name of the collection whose reembedding is cancelled."""
     def __init__(
         self,
         *,
@@ -1567,7 +1647,7 @@ class CancelReembeddingResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection."""
+        """The collection after the cancellation, with the model that it had."""
 
     def __init__(
         self,
@@ -1591,10 +1671,10 @@ class VerifyCollectionRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FULL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to verify."""
     full: _builtins.bool
     """Whether to search for every record by its own vector. Default: to search
-    for a random sample of the records.
+    for a random sample of the records. All other checks cover every record.
     """
     def __init__(
         self,
@@ -1621,7 +1701,7 @@ class VerifyCollectionResponse(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     checked_count: _builtins.int
-    """Number of records that were checked."""
+    """Number of records that were checked so far."""
     total_count: _builtins.int
     """Number of all records."""
     done: _builtins.bool
@@ -1654,7 +1734,7 @@ class BackupCollectionRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to back up."""
     def __init__(
         self,
         *,
@@ -1678,11 +1758,11 @@ class BackupCollectionResponse(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next bytes."""
+    """The next bytes of the backup, at most 1 MiB."""
     sha256: _builtins.str
-    """In the last message: SHA-256 (hex) of the whole backup."""
+    """In the last message: SHA-256 (hex) of the whole backup. Otherwise empty."""
     total_bytes: _builtins.int
-    """In the first message: bytes of the whole backup."""
+    """In the first message: bytes of the whole backup. Otherwise 0."""
     def __init__(
         self,
         *,
@@ -1709,11 +1789,15 @@ class RestoreCollectionRequest(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection to create. In the first message."""
+    """Name of the collection to create. Required in the first message; later
+    messages may repeat it.
+    """
     chunk: _builtins.bytes
-    """The next bytes."""
+    """The next bytes of the backup."""
     sha256: _builtins.str
-    """In the last message: SHA-256 (hex) of the whole backup."""
+    """In the last message: SHA-256 (hex) of the whole backup. Empty in all other
+    messages.
+    """
     total_bytes: _builtins.int
     """In the first message: bytes of the whole backup. The server uses it to
     refuse a backup that does not fit on the disk before it is sent. 0: not
@@ -1744,7 +1828,7 @@ class RestoreCollectionResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection."""
+        """The collection that was created from the backup."""
 
     def __init__(
         self,
@@ -1770,11 +1854,11 @@ class FindDuplicatesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to examine."""
     min_score: _builtins.float
-    """Least score of a pair, in (0, 1]. 0: 0.95."""
+    """Least score of a pair, the cosine of both vectors, in (0, 1]. 0: 0.95."""
     page_size: _builtins.int
-    """The most pairs to return, at most 1000. 0: 100."""
+    """The most pairs to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -1795,7 +1879,7 @@ Global___FindDuplicatesRequest: _TypeAlias = FindDuplicatesRequest  # noqa: Y015
 
 @_typing.final
 class DuplicatePair(_message.Message):
-    """Two records that are near to each other."""
+    """Two records whose vectors are near to each other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1803,11 +1887,11 @@ class DuplicatePair(_message.Message):
     SECOND_ID_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     first_id: _builtins.str
-    """Id of the first record."""
+    """Id of the first record: of both ids, the lesser."""
     second_id: _builtins.str
-    """Id of the second record."""
+    """Id of the second record: of both ids, the greater."""
     score: _builtins.float
-    """How near the records are to each other. Greater is nearer."""
+    """Cosine of the vectors of both records, at most 1. Greater is nearer."""
     def __init__(
         self,
         *,
@@ -1835,7 +1919,7 @@ class FindDuplicatesResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___DuplicatePair]:
-        """Pairs, highest score first."""
+        """Pairs of this page, highest score first."""
 
     def __init__(
         self,
@@ -1861,11 +1945,11 @@ class ClusterRecordsRequest(_message.Message):
     CLUSTER_COUNT_FIELD_NUMBER: _builtins.int
     EXAMPLES_PER_CLUSTER_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
-    """Name of the collection."""
+    """Name of the collection to cluster."""
     cluster_count: _builtins.int
-    """Number of clusters, 2 to 1000."""
+    """Number of clusters, 2 to 1000. There may be fewer if some stay empty."""
     examples_per_cluster: _builtins.int
-    """Example records per cluster, at most 100. 0: 5."""
+    """Number of example records per cluster, from 0 to 100. 0: 5."""
     def __init__(
         self,
         *,
@@ -1883,7 +1967,7 @@ Global___ClusterRecordsRequest: _TypeAlias = ClusterRecordsRequest  # noqa: Y015
 
 @_typing.final
 class Cluster(_message.Message):
-    """A group of records that are near to each other."""
+    """A group of records whose vectors are near to each other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1893,7 +1977,9 @@ class Cluster(_message.Message):
     """Number of records in the cluster."""
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records nearest to the centre of the cluster, nearest first."""
+        """The records nearest to the centre of the cluster, nearest first, with text
+        and metadata.
+        """
 
     def __init__(
         self,
@@ -1918,7 +2004,7 @@ class ClusterRecordsResponse(_message.Message):
     CLUSTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def clusters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cluster]:
-        """Clusters, largest first."""
+        """Clusters, most records first."""
 
     def __init__(
         self,

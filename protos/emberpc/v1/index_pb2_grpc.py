@@ -27,6 +27,12 @@ if _version_not_supported:
 
 class IndexServiceStub(object):
     """Stores collections of records and finds the records nearest to a query.
+
+    Besides the errors that each RPC lists, every RPC on a collection may fail
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
+    during the call, or Milvus cannot be reached) and INTERNAL (the database of
+    the collection is damaged, or the server made an error).
     """
 
     def __init__(self, channel):
@@ -134,24 +140,42 @@ class IndexServiceStub(object):
 
 class IndexServiceServicer(object):
     """Stores collections of records and finds the records nearest to a query.
+
+    Besides the errors that each RPC lists, every RPC on a collection may fail
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
+    during the call, or Milvus cannot be reached) and INTERNAL (the database of
+    the collection is damaged, or the server made an error).
     """
 
     def CreateCollection(self, request, context):
         """Creates a collection.
+
+        INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
+        collection has the name. NOT_FOUND: there is no model with the given name.
+        FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
+        the server has its limit of collections, or the disk is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetCollection(self, request, context):
-        """Returns a collection.
+        """Returns the settings and the state of a collection.
+
+        NOT_FOUND: there is no collection with the name. INTERNAL: the collection
+        is damaged and cannot be opened.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCollections(self, request, context):
-        """Lists the collections, by name.
+        """Lists the collections, sorted by name. A collection that cannot be opened
+        is listed too, with its `problem`.
+
+        INVALID_ARGUMENT: the page size is out of range, or the page token is not
+        of this server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,13 +183,18 @@ class IndexServiceServicer(object):
 
     def UpdateCollection(self, request, context):
         """Changes settings of a collection. Only `truncation` can be changed.
+
+        INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
+        value is invalid. NOT_FOUND: there is no collection with the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCollection(self, request, context):
-        """Deletes a collection with all its records.
+        """Deletes a collection with all its records, and cancels its reembedding.
+
+        NOT_FOUND: there is no collection with the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,16 +202,32 @@ class IndexServiceServicer(object):
 
     def UpsertRecords(self, request, context):
         """Inserts records, or replaces those with the same ids. Atomic: all or none.
-        After the response the records survive a crash of the process or the host.
+        With the embedded backend, the records survive a crash of the process or
+        the host after the response.
+
+        INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
+        NOT_FOUND: there is no such collection, or its model is not served.
+        FAILED_PRECONDITION: there are no vectors and the collection has no model,
+        or another model made the collection's vectors. ABORTED: a record has
+        another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+        full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
+        `expected_revisions` and `time_to_live`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpsertRecordsStream(self, request_iterator, context):
-        """Upserts any number of records. Each message is atomic. A response is a
-        checkpoint: it states up to which message all records are durable, so that
-        a client can resume there.
+        """Upserts any number of records. The valid records of a message are written
+        together, all or none; invalid records fail alone. Responses come in the
+        order of the messages. A response is a checkpoint: all records up to its
+        message are durable, so a client can resume there.
+
+        INVALID_ARGUMENT: the first message names no collection, a later message
+        names another, a batch number does not grow, or a message has too many
+        records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
+        RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
+        disk is full. UNAVAILABLE: the server stops; resume in a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,89 +236,155 @@ class IndexServiceServicer(object):
     def BatchGetRecords(self, request, context):
         """Returns records by id, in the order of the request. The response lists the
         ids that were not found.
+
+        INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
+        NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRecords(self, request, context):
-        """Deletes records by id or by filter. Atomic. An id that is not found is not
-        an error.
+        """Deletes records by id or by filter. Atomic: all or none. An id that is not
+        found is not an error.
+
+        INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+        too many ids, or the filter is invalid. NOT_FOUND: there is no collection
+        with the name. RESOURCE_EXHAUSTED: the disk is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRecords(self, request, context):
-        """Lists records by id. All pages together contain each record that exists
-        during the whole listing exactly once, also if other calls write records.
+        """Lists records, sorted by id in byte order. All pages together contain each
+        record that exists during the whole listing exactly once, even if other
+        calls write records meanwhile. Records that are damaged on disk are left
+        out.
+
+        INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
+        NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
+        response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CountRecords(self, request, context):
-        """Counts records.
+        """Counts the records of a collection, or those that match a filter.
+
+        INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
+        with the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Search(self, request, context):
-        """Finds the records nearest to each query.
+        """Finds the records nearest to each query. Records that are damaged on disk
+        are left out.
+
+        INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
+        field. NOT_FOUND: there is no such collection, its model is not served, or
+        a query names a record that does not exist. FAILED_PRECONDITION: a query is
+        a text and the collection has no model, or another model made the
+        collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+        too soon, or the response would be too large. DATA_LOSS: the word index, or
+        a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
+        not support `min_recall`, LEXICAL and HYBRID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReembedCollection(self, request, context):
-        """Replaces the vectors of a collection by those of another model, computed in
-        the background from its stored texts. Searches use the old vectors until
-        all new vectors exist. Collection.reembedding states the progress.
+        """Starts to replace the vectors of a collection by those of another model,
+        computed from the stored texts, and returns at once. The work runs in the
+        background and continues after a restart of the server. Searches use the
+        old vectors until all new vectors exist. Collection.reembedding states the
+        progress.
+
+        NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
+        model does not support the dimensions. FAILED_PRECONDITION: the model does
+        not embed texts, nothing would change, a reembedding runs already, or
+        records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
+        the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelReembedding(self, request, context):
-        """Cancels a ReembedCollection. The old vectors stay.
+        """Cancels the reembedding of a collection. The collection keeps its model and
+        its vectors. Nothing happens if no reembedding runs.
+
+        NOT_FOUND: there is no collection with the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VerifyCollection(self, request, context):
-        """Checks that every record exists and is undamaged, and that a search finds
-        the records: a sample of them, or all.
+        """Checks that every record exists and is undamaged, and that a search by its
+        own vector finds the record: for a sample of the records, or for all. The
+        responses state the progress and the problems that were found.
+
+        NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
+        is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BackupCollection(self, request, context):
-        """Returns a backup of a collection: one consistent file, sent in chunks.
+        """Returns a backup of a collection: one file with one state of the
+        collection, sent in chunks. Writes and searches continue meanwhile.
+
+        NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
+        many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+        minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
+        Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RestoreCollection(self, request_iterator, context):
-        """Creates a collection from the chunks of a backup.
+        """Creates a collection from the chunks of a backup. The server checks the
+        whole backup first. If the call fails, nothing remains.
+
+        INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
+        undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+        has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
+        backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
+        disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
+        sends nothing for a minute, or for 15 seconds while others wait.
+        UNIMPLEMENTED: the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FindDuplicates(self, request, context):
-        """Finds pairs of records whose score is at least a given value.
+        """Finds pairs of records whose vectors have at least a given cosine, whatever
+        the distance of the collection is. At most 100,000 pairs are found.
+
+        INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
+        there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClusterRecords(self, request, context):
-        """Groups the records of a collection into clusters and returns examples of
-        each cluster.
+        """Groups the records of a collection into clusters by their vectors (k-means)
+        and returns examples of each cluster.
+
+        INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
+        collection with the name. RESOURCE_EXHAUSTED: the response would be too
+        large. UNIMPLEMENTED: the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -387,6 +498,12 @@ def add_IndexServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class IndexService(object):
     """Stores collections of records and finds the records nearest to a query.
+
+    Besides the errors that each RPC lists, every RPC on a collection may fail
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
+    during the call, or Milvus cannot be reached) and INTERNAL (the database of
+    the collection is damaged, or the server made an error).
     """
 
     @staticmethod

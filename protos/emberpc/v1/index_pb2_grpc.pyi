@@ -27,168 +27,431 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IndexServiceStub:
-    """Stores collections of records and finds the records nearest to a query."""
+    """Stores collections of records and finds the records nearest to a query.
+
+    Besides the errors that each RPC lists, every RPC on a collection may fail
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
+    during the call, or Milvus cannot be reached) and INTERNAL (the database of
+    the collection is damaged, or the server made an error).
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> IndexServiceAsyncStub: ...
     CreateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.CreateCollectionRequest, _index_pb2.CreateCollectionResponse]
-    """Creates a collection."""
+    """Creates a collection.
+
+    INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
+    collection has the name. NOT_FOUND: there is no model with the given name.
+    FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
+    the server has its limit of collections, or the disk is full.
+    """
     GetCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.GetCollectionRequest, _index_pb2.GetCollectionResponse]
-    """Returns a collection."""
+    """Returns the settings and the state of a collection.
+
+    NOT_FOUND: there is no collection with the name. INTERNAL: the collection
+    is damaged and cannot be opened.
+    """
     ListCollections: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]
-    """Lists the collections, by name."""
+    """Lists the collections, sorted by name. A collection that cannot be opened
+    is listed too, with its `problem`.
+
+    INVALID_ARGUMENT: the page size is out of range, or the page token is not
+    of this server.
+    """
     UpdateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]
-    """Changes settings of a collection. Only `truncation` can be changed."""
+    """Changes settings of a collection. Only `truncation` can be changed.
+
+    INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
+    value is invalid. NOT_FOUND: there is no collection with the name.
+    """
     DeleteCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]
-    """Deletes a collection with all its records."""
+    """Deletes a collection with all its records, and cancels its reembedding.
+
+    NOT_FOUND: there is no collection with the name.
+    """
     UpsertRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]
     """Inserts records, or replaces those with the same ids. Atomic: all or none.
-    After the response the records survive a crash of the process or the host.
+    With the embedded backend, the records survive a crash of the process or
+    the host after the response.
+
+    INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
+    NOT_FOUND: there is no such collection, or its model is not served.
+    FAILED_PRECONDITION: there are no vectors and the collection has no model,
+    or another model made the collection's vectors. ABORTED: a record has
+    another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+    full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
+    `expected_revisions` and `time_to_live`.
     """
     UpsertRecordsStream: _grpc.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]
-    """Upserts any number of records. Each message is atomic. A response is a
-    checkpoint: it states up to which message all records are durable, so that
-    a client can resume there.
+    """Upserts any number of records. The valid records of a message are written
+    together, all or none; invalid records fail alone. Responses come in the
+    order of the messages. A response is a checkpoint: all records up to its
+    message are durable, so a client can resume there.
+
+    INVALID_ARGUMENT: the first message names no collection, a later message
+    names another, a batch number does not grow, or a message has too many
+    records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
+    RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
+    disk is full. UNAVAILABLE: the server stops; resume in a new stream.
     """
     BatchGetRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]
     """Returns records by id, in the order of the request. The response lists the
     ids that were not found.
+
+    INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
+    NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
     """
     DeleteRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]
-    """Deletes records by id or by filter. Atomic. An id that is not found is not
-    an error.
+    """Deletes records by id or by filter. Atomic: all or none. An id that is not
+    found is not an error.
+
+    INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+    too many ids, or the filter is invalid. NOT_FOUND: there is no collection
+    with the name. RESOURCE_EXHAUSTED: the disk is full.
     """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]
-    """Lists records by id. All pages together contain each record that exists
-    during the whole listing exactly once, also if other calls write records.
+    """Lists records, sorted by id in byte order. All pages together contain each
+    record that exists during the whole listing exactly once, even if other
+    calls write records meanwhile. Records that are damaged on disk are left
+    out.
+
+    INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
+    NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
+    response would be too large.
     """
     CountRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]
-    """Counts records."""
+    """Counts the records of a collection, or those that match a filter.
+
+    INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
+    with the name.
+    """
     Search: _grpc.UnaryUnaryMultiCallable[_index_pb2.SearchRequest, _index_pb2.SearchResponse]
-    """Finds the records nearest to each query."""
+    """Finds the records nearest to each query. Records that are damaged on disk
+    are left out.
+
+    INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
+    field. NOT_FOUND: there is no such collection, its model is not served, or
+    a query names a record that does not exist. FAILED_PRECONDITION: a query is
+    a text and the collection has no model, or another model made the
+    collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+    too soon, or the response would be too large. DATA_LOSS: the word index, or
+    a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
+    not support `min_recall`, LEXICAL and HYBRID.
+    """
     ReembedCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]
-    """Replaces the vectors of a collection by those of another model, computed in
-    the background from its stored texts. Searches use the old vectors until
-    all new vectors exist. Collection.reembedding states the progress.
+    """Starts to replace the vectors of a collection by those of another model,
+    computed from the stored texts, and returns at once. The work runs in the
+    background and continues after a restart of the server. Searches use the
+    old vectors until all new vectors exist. Collection.reembedding states the
+    progress.
+
+    NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
+    model does not support the dimensions. FAILED_PRECONDITION: the model does
+    not embed texts, nothing would change, a reembedding runs already, or
+    records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
+    the backend is Milvus.
     """
     CancelReembedding: _grpc.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]
-    """Cancels a ReembedCollection. The old vectors stay."""
+    """Cancels the reembedding of a collection. The collection keeps its model and
+    its vectors. Nothing happens if no reembedding runs.
+
+    NOT_FOUND: there is no collection with the name.
+    """
     VerifyCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]
-    """Checks that every record exists and is undamaged, and that a search finds
-    the records: a sample of them, or all.
+    """Checks that every record exists and is undamaged, and that a search by its
+    own vector finds the record: for a sample of the records, or for all. The
+    responses state the progress and the problems that were found.
+
+    NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
+    is Milvus.
     """
     BackupCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]
-    """Returns a backup of a collection: one consistent file, sent in chunks."""
+    """Returns a backup of a collection: one file with one state of the
+    collection, sent in chunks. Writes and searches continue meanwhile.
+
+    NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+    damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
+    many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+    minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
+    Milvus.
+    """
     RestoreCollection: _grpc.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]
-    """Creates a collection from the chunks of a backup."""
+    """Creates a collection from the chunks of a backup. The server checks the
+    whole backup first. If the call fails, nothing remains.
+
+    INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
+    undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+    has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
+    backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
+    disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
+    sends nothing for a minute, or for 15 seconds while others wait.
+    UNIMPLEMENTED: the backend is Milvus.
+    """
     FindDuplicates: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]
-    """Finds pairs of records whose score is at least a given value."""
+    """Finds pairs of records whose vectors have at least a given cosine, whatever
+    the distance of the collection is. At most 100,000 pairs are found.
+
+    INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
+    there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
+    """
     ClusterRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]
-    """Groups the records of a collection into clusters and returns examples of
-    each cluster.
+    """Groups the records of a collection into clusters by their vectors (k-means)
+    and returns examples of each cluster.
+
+    INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
+    collection with the name. RESOURCE_EXHAUSTED: the response would be too
+    large. UNIMPLEMENTED: the backend is Milvus.
     """
 
 @_typing.type_check_only
 class IndexServiceAsyncStub(IndexServiceStub):
-    """Stores collections of records and finds the records nearest to a query."""
+    """Stores collections of records and finds the records nearest to a query.
+
+    Besides the errors that each RPC lists, every RPC on a collection may fail
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
+    during the call, or Milvus cannot be reached) and INTERNAL (the database of
+    the collection is damaged, or the server made an error).
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.CreateCollectionRequest, _index_pb2.CreateCollectionResponse]  # type: ignore[assignment]
-    """Creates a collection."""
+    """Creates a collection.
+
+    INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
+    collection has the name. NOT_FOUND: there is no model with the given name.
+    FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
+    the server has its limit of collections, or the disk is full.
+    """
     GetCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.GetCollectionRequest, _index_pb2.GetCollectionResponse]  # type: ignore[assignment]
-    """Returns a collection."""
+    """Returns the settings and the state of a collection.
+
+    NOT_FOUND: there is no collection with the name. INTERNAL: the collection
+    is damaged and cannot be opened.
+    """
     ListCollections: _aio.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]  # type: ignore[assignment]
-    """Lists the collections, by name."""
+    """Lists the collections, sorted by name. A collection that cannot be opened
+    is listed too, with its `problem`.
+
+    INVALID_ARGUMENT: the page size is out of range, or the page token is not
+    of this server.
+    """
     UpdateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]  # type: ignore[assignment]
-    """Changes settings of a collection. Only `truncation` can be changed."""
+    """Changes settings of a collection. Only `truncation` can be changed.
+
+    INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
+    value is invalid. NOT_FOUND: there is no collection with the name.
+    """
     DeleteCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]  # type: ignore[assignment]
-    """Deletes a collection with all its records."""
+    """Deletes a collection with all its records, and cancels its reembedding.
+
+    NOT_FOUND: there is no collection with the name.
+    """
     UpsertRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]  # type: ignore[assignment]
     """Inserts records, or replaces those with the same ids. Atomic: all or none.
-    After the response the records survive a crash of the process or the host.
+    With the embedded backend, the records survive a crash of the process or
+    the host after the response.
+
+    INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
+    NOT_FOUND: there is no such collection, or its model is not served.
+    FAILED_PRECONDITION: there are no vectors and the collection has no model,
+    or another model made the collection's vectors. ABORTED: a record has
+    another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+    full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
+    `expected_revisions` and `time_to_live`.
     """
     UpsertRecordsStream: _aio.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]  # type: ignore[assignment]
-    """Upserts any number of records. Each message is atomic. A response is a
-    checkpoint: it states up to which message all records are durable, so that
-    a client can resume there.
+    """Upserts any number of records. The valid records of a message are written
+    together, all or none; invalid records fail alone. Responses come in the
+    order of the messages. A response is a checkpoint: all records up to its
+    message are durable, so a client can resume there.
+
+    INVALID_ARGUMENT: the first message names no collection, a later message
+    names another, a batch number does not grow, or a message has too many
+    records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
+    RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
+    disk is full. UNAVAILABLE: the server stops; resume in a new stream.
     """
     BatchGetRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]  # type: ignore[assignment]
     """Returns records by id, in the order of the request. The response lists the
     ids that were not found.
+
+    INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
+    NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
     """
     DeleteRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]  # type: ignore[assignment]
-    """Deletes records by id or by filter. Atomic. An id that is not found is not
-    an error.
+    """Deletes records by id or by filter. Atomic: all or none. An id that is not
+    found is not an error.
+
+    INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+    too many ids, or the filter is invalid. NOT_FOUND: there is no collection
+    with the name. RESOURCE_EXHAUSTED: the disk is full.
     """
     ListRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]  # type: ignore[assignment]
-    """Lists records by id. All pages together contain each record that exists
-    during the whole listing exactly once, also if other calls write records.
+    """Lists records, sorted by id in byte order. All pages together contain each
+    record that exists during the whole listing exactly once, even if other
+    calls write records meanwhile. Records that are damaged on disk are left
+    out.
+
+    INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
+    NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
+    response would be too large.
     """
     CountRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]  # type: ignore[assignment]
-    """Counts records."""
+    """Counts the records of a collection, or those that match a filter.
+
+    INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
+    with the name.
+    """
     Search: _aio.UnaryUnaryMultiCallable[_index_pb2.SearchRequest, _index_pb2.SearchResponse]  # type: ignore[assignment]
-    """Finds the records nearest to each query."""
+    """Finds the records nearest to each query. Records that are damaged on disk
+    are left out.
+
+    INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
+    field. NOT_FOUND: there is no such collection, its model is not served, or
+    a query names a record that does not exist. FAILED_PRECONDITION: a query is
+    a text and the collection has no model, or another model made the
+    collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+    too soon, or the response would be too large. DATA_LOSS: the word index, or
+    a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
+    not support `min_recall`, LEXICAL and HYBRID.
+    """
     ReembedCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]  # type: ignore[assignment]
-    """Replaces the vectors of a collection by those of another model, computed in
-    the background from its stored texts. Searches use the old vectors until
-    all new vectors exist. Collection.reembedding states the progress.
+    """Starts to replace the vectors of a collection by those of another model,
+    computed from the stored texts, and returns at once. The work runs in the
+    background and continues after a restart of the server. Searches use the
+    old vectors until all new vectors exist. Collection.reembedding states the
+    progress.
+
+    NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
+    model does not support the dimensions. FAILED_PRECONDITION: the model does
+    not embed texts, nothing would change, a reembedding runs already, or
+    records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
+    the backend is Milvus.
     """
     CancelReembedding: _aio.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]  # type: ignore[assignment]
-    """Cancels a ReembedCollection. The old vectors stay."""
+    """Cancels the reembedding of a collection. The collection keeps its model and
+    its vectors. Nothing happens if no reembedding runs.
+
+    NOT_FOUND: there is no collection with the name.
+    """
     VerifyCollection: _aio.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]  # type: ignore[assignment]
-    """Checks that every record exists and is undamaged, and that a search finds
-    the records: a sample of them, or all.
+    """Checks that every record exists and is undamaged, and that a search by its
+    own vector finds the record: for a sample of the records, or for all. The
+    responses state the progress and the problems that were found.
+
+    NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
+    is Milvus.
     """
     BackupCollection: _aio.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]  # type: ignore[assignment]
-    """Returns a backup of a collection: one consistent file, sent in chunks."""
+    """Returns a backup of a collection: one file with one state of the
+    collection, sent in chunks. Writes and searches continue meanwhile.
+
+    NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+    damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
+    many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+    minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
+    Milvus.
+    """
     RestoreCollection: _aio.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]  # type: ignore[assignment]
-    """Creates a collection from the chunks of a backup."""
+    """Creates a collection from the chunks of a backup. The server checks the
+    whole backup first. If the call fails, nothing remains.
+
+    INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
+    undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+    has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
+    backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
+    disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
+    sends nothing for a minute, or for 15 seconds while others wait.
+    UNIMPLEMENTED: the backend is Milvus.
+    """
     FindDuplicates: _aio.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
-    """Finds pairs of records whose score is at least a given value."""
+    """Finds pairs of records whose vectors have at least a given cosine, whatever
+    the distance of the collection is. At most 100,000 pairs are found.
+
+    INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
+    there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
+    """
     ClusterRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]  # type: ignore[assignment]
-    """Groups the records of a collection into clusters and returns examples of
-    each cluster.
+    """Groups the records of a collection into clusters by their vectors (k-means)
+    and returns examples of each cluster.
+
+    INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
+    collection with the name. RESOURCE_EXHAUSTED: the response would be too
+    large. UNIMPLEMENTED: the backend is Milvus.
     """
 
 class IndexServiceServicer:
-    """Stores collections of records and finds the records nearest to a query."""
+    """Stores collections of records and finds the records nearest to a query.
+
+    Besides the errors that each RPC lists, every RPC on a collection may fail
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
+    during the call, or Milvus cannot be reached) and INTERNAL (the database of
+    the collection is damaged, or the server made an error).
+    """
 
     def CreateCollection(
         self,
         request: _index_pb2.CreateCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CreateCollectionResponse, _abc.Awaitable[_index_pb2.CreateCollectionResponse]]:
-        """Creates a collection."""
+        """Creates a collection.
+
+        INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
+        collection has the name. NOT_FOUND: there is no model with the given name.
+        FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
+        the server has its limit of collections, or the disk is full.
+        """
 
     def GetCollection(
         self,
         request: _index_pb2.GetCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.GetCollectionResponse, _abc.Awaitable[_index_pb2.GetCollectionResponse]]:
-        """Returns a collection."""
+        """Returns the settings and the state of a collection.
+
+        NOT_FOUND: there is no collection with the name. INTERNAL: the collection
+        is damaged and cannot be opened.
+        """
 
     def ListCollections(
         self,
         request: _index_pb2.ListCollectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListCollectionsResponse, _abc.Awaitable[_index_pb2.ListCollectionsResponse]]:
-        """Lists the collections, by name."""
+        """Lists the collections, sorted by name. A collection that cannot be opened
+        is listed too, with its `problem`.
+
+        INVALID_ARGUMENT: the page size is out of range, or the page token is not
+        of this server.
+        """
 
     def UpdateCollection(
         self,
         request: _index_pb2.UpdateCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.UpdateCollectionResponse, _abc.Awaitable[_index_pb2.UpdateCollectionResponse]]:
-        """Changes settings of a collection. Only `truncation` can be changed."""
+        """Changes settings of a collection. Only `truncation` can be changed.
+
+        INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
+        value is invalid. NOT_FOUND: there is no collection with the name.
+        """
 
     def DeleteCollection(
         self,
         request: _index_pb2.DeleteCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.DeleteCollectionResponse, _abc.Awaitable[_index_pb2.DeleteCollectionResponse]]:
-        """Deletes a collection with all its records."""
+        """Deletes a collection with all its records, and cancels its reembedding.
+
+        NOT_FOUND: there is no collection with the name.
+        """
 
     def UpsertRecords(
         self,
@@ -196,7 +459,16 @@ class IndexServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.UpsertRecordsResponse, _abc.Awaitable[_index_pb2.UpsertRecordsResponse]]:
         """Inserts records, or replaces those with the same ids. Atomic: all or none.
-        After the response the records survive a crash of the process or the host.
+        With the embedded backend, the records survive a crash of the process or
+        the host after the response.
+
+        INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
+        NOT_FOUND: there is no such collection, or its model is not served.
+        FAILED_PRECONDITION: there are no vectors and the collection has no model,
+        or another model made the collection's vectors. ABORTED: a record has
+        another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+        full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
+        `expected_revisions` and `time_to_live`.
         """
 
     def UpsertRecordsStream(
@@ -204,9 +476,16 @@ class IndexServiceServicer:
         request_iterator: _MaybeAsyncIterator[_index_pb2.UpsertRecordsStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.UpsertRecordsStreamResponse], _abc.AsyncIterator[_index_pb2.UpsertRecordsStreamResponse]]:
-        """Upserts any number of records. Each message is atomic. A response is a
-        checkpoint: it states up to which message all records are durable, so that
-        a client can resume there.
+        """Upserts any number of records. The valid records of a message are written
+        together, all or none; invalid records fail alone. Responses come in the
+        order of the messages. A response is a checkpoint: all records up to its
+        message are durable, so a client can resume there.
+
+        INVALID_ARGUMENT: the first message names no collection, a later message
+        names another, a batch number does not grow, or a message has too many
+        records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
+        RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
+        disk is full. UNAVAILABLE: the server stops; resume in a new stream.
         """
 
     def BatchGetRecords(
@@ -216,6 +495,10 @@ class IndexServiceServicer:
     ) -> _typing.Union[_index_pb2.BatchGetRecordsResponse, _abc.Awaitable[_index_pb2.BatchGetRecordsResponse]]:
         """Returns records by id, in the order of the request. The response lists the
         ids that were not found.
+
+        INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
+        NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
         """
 
     def DeleteRecords(
@@ -223,8 +506,12 @@ class IndexServiceServicer:
         request: _index_pb2.DeleteRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.DeleteRecordsResponse, _abc.Awaitable[_index_pb2.DeleteRecordsResponse]]:
-        """Deletes records by id or by filter. Atomic. An id that is not found is not
-        an error.
+        """Deletes records by id or by filter. Atomic: all or none. An id that is not
+        found is not an error.
+
+        INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+        too many ids, or the filter is invalid. NOT_FOUND: there is no collection
+        with the name. RESOURCE_EXHAUSTED: the disk is full.
         """
 
     def ListRecords(
@@ -232,8 +519,14 @@ class IndexServiceServicer:
         request: _index_pb2.ListRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListRecordsResponse, _abc.Awaitable[_index_pb2.ListRecordsResponse]]:
-        """Lists records by id. All pages together contain each record that exists
-        during the whole listing exactly once, also if other calls write records.
+        """Lists records, sorted by id in byte order. All pages together contain each
+        record that exists during the whole listing exactly once, even if other
+        calls write records meanwhile. Records that are damaged on disk are left
+        out.
+
+        INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
+        NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
+        response would be too large.
         """
 
     def CountRecords(
@@ -241,23 +534,46 @@ class IndexServiceServicer:
         request: _index_pb2.CountRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CountRecordsResponse, _abc.Awaitable[_index_pb2.CountRecordsResponse]]:
-        """Counts records."""
+        """Counts the records of a collection, or those that match a filter.
+
+        INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
+        with the name.
+        """
 
     def Search(
         self,
         request: _index_pb2.SearchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.SearchResponse, _abc.Awaitable[_index_pb2.SearchResponse]]:
-        """Finds the records nearest to each query."""
+        """Finds the records nearest to each query. Records that are damaged on disk
+        are left out.
+
+        INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
+        field. NOT_FOUND: there is no such collection, its model is not served, or
+        a query names a record that does not exist. FAILED_PRECONDITION: a query is
+        a text and the collection has no model, or another model made the
+        collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+        too soon, or the response would be too large. DATA_LOSS: the word index, or
+        a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
+        not support `min_recall`, LEXICAL and HYBRID.
+        """
 
     def ReembedCollection(
         self,
         request: _index_pb2.ReembedCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ReembedCollectionResponse, _abc.Awaitable[_index_pb2.ReembedCollectionResponse]]:
-        """Replaces the vectors of a collection by those of another model, computed in
-        the background from its stored texts. Searches use the old vectors until
-        all new vectors exist. Collection.reembedding states the progress.
+        """Starts to replace the vectors of a collection by those of another model,
+        computed from the stored texts, and returns at once. The work runs in the
+        background and continues after a restart of the server. Searches use the
+        old vectors until all new vectors exist. Collection.reembedding states the
+        progress.
+
+        NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
+        model does not support the dimensions. FAILED_PRECONDITION: the model does
+        not embed texts, nothing would change, a reembedding runs already, or
+        records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
+        the backend is Milvus.
         """
 
     def CancelReembedding(
@@ -265,15 +581,23 @@ class IndexServiceServicer:
         request: _index_pb2.CancelReembeddingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CancelReembeddingResponse, _abc.Awaitable[_index_pb2.CancelReembeddingResponse]]:
-        """Cancels a ReembedCollection. The old vectors stay."""
+        """Cancels the reembedding of a collection. The collection keeps its model and
+        its vectors. Nothing happens if no reembedding runs.
+
+        NOT_FOUND: there is no collection with the name.
+        """
 
     def VerifyCollection(
         self,
         request: _index_pb2.VerifyCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.VerifyCollectionResponse], _abc.AsyncIterator[_index_pb2.VerifyCollectionResponse]]:
-        """Checks that every record exists and is undamaged, and that a search finds
-        the records: a sample of them, or all.
+        """Checks that every record exists and is undamaged, and that a search by its
+        own vector finds the record: for a sample of the records, or for all. The
+        responses state the progress and the problems that were found.
+
+        NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
+        is Milvus.
         """
 
     def BackupCollection(
@@ -281,29 +605,56 @@ class IndexServiceServicer:
         request: _index_pb2.BackupCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.BackupCollectionResponse], _abc.AsyncIterator[_index_pb2.BackupCollectionResponse]]:
-        """Returns a backup of a collection: one consistent file, sent in chunks."""
+        """Returns a backup of a collection: one file with one state of the
+        collection, sent in chunks. Writes and searches continue meanwhile.
+
+        NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
+        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
+        many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+        minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
+        Milvus.
+        """
 
     def RestoreCollection(
         self,
         request_iterator: _MaybeAsyncIterator[_index_pb2.RestoreCollectionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.RestoreCollectionResponse, _abc.Awaitable[_index_pb2.RestoreCollectionResponse]]:
-        """Creates a collection from the chunks of a backup."""
+        """Creates a collection from the chunks of a backup. The server checks the
+        whole backup first. If the call fails, nothing remains.
+
+        INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
+        undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+        has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
+        backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
+        disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
+        sends nothing for a minute, or for 15 seconds while others wait.
+        UNIMPLEMENTED: the backend is Milvus.
+        """
 
     def FindDuplicates(
         self,
         request: _index_pb2.FindDuplicatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.FindDuplicatesResponse, _abc.Awaitable[_index_pb2.FindDuplicatesResponse]]:
-        """Finds pairs of records whose score is at least a given value."""
+        """Finds pairs of records whose vectors have at least a given cosine, whatever
+        the distance of the collection is. At most 100,000 pairs are found.
+
+        INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
+        there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
+        """
 
     def ClusterRecords(
         self,
         request: _index_pb2.ClusterRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ClusterRecordsResponse, _abc.Awaitable[_index_pb2.ClusterRecordsResponse]]:
-        """Groups the records of a collection into clusters and returns examples of
-        each cluster.
+        """Groups the records of a collection into clusters by their vectors (k-means)
+        and returns examples of each cluster.
+
+        INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
+        collection with the name. RESOURCE_EXHAUSTED: the response would be too
+        large. UNIMPLEMENTED: the backend is Milvus.
         """
 
 def add_IndexServiceServicer_to_server(servicer: IndexServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,21 +27,21 @@ class _ModelTask:
 class _ModelTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelTask.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MODEL_TASK_UNSPECIFIED: _ModelTask.ValueType  # 0
-    """Not stated."""
+    """The task is not stated, as while a model is loaded."""
     MODEL_TASK_EMBEDDING: _ModelTask.ValueType  # 1
-    """Turns texts into vectors."""
+    """The model turns texts into vectors."""
     MODEL_TASK_CLASSIFICATION: _ModelTask.ValueType  # 2
-    """Assigns labels to texts."""
+    """The model assigns labels to texts."""
 
 class ModelTask(_ModelTask, metaclass=_ModelTaskEnumTypeWrapper):
     """Task of a model."""
 
 MODEL_TASK_UNSPECIFIED: ModelTask.ValueType  # 0
-"""Not stated."""
+"""The task is not stated, as while a model is loaded."""
 MODEL_TASK_EMBEDDING: ModelTask.ValueType  # 1
-"""Turns texts into vectors."""
+"""The model turns texts into vectors."""
 MODEL_TASK_CLASSIFICATION: ModelTask.ValueType  # 2
-"""Assigns labels to texts."""
+"""The model assigns labels to texts."""
 Global___ModelTask: _TypeAlias = ModelTask  # noqa: Y015
 
 class _ModelState:
@@ -51,29 +51,37 @@ class _ModelState:
 class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
-    """Not stated."""
+    """The state is not stated. The server never sends this value."""
     MODEL_STATE_LOADING: _ModelState.ValueType  # 1
     """The server checks the model and warms it up."""
     MODEL_STATE_READY: _ModelState.ValueType  # 2
     """The server serves the model."""
     MODEL_STATE_UNLOADING: _ModelState.ValueType  # 3
-    """The last calls of the model finish."""
+    """The last calls that use the model finish. This version of the server never
+    sends the value: ListModels does not list such a model.
+    """
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
-    """The model could not be loaded."""
+    """The model could not be loaded. This version of the server never sends the
+    value: LoadModel and ReloadModel fail with an error instead.
+    """
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """State of a model."""
 
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
-"""Not stated."""
+"""The state is not stated. The server never sends this value."""
 MODEL_STATE_LOADING: ModelState.ValueType  # 1
 """The server checks the model and warms it up."""
 MODEL_STATE_READY: ModelState.ValueType  # 2
 """The server serves the model."""
 MODEL_STATE_UNLOADING: ModelState.ValueType  # 3
-"""The last calls of the model finish."""
+"""The last calls that use the model finish. This version of the server never
+sends the value: ListModels does not list such a model.
+"""
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
-"""The model could not be loaded."""
+"""The model could not be loaded. This version of the server never sends the
+value: LoadModel and ReloadModel fail with an error instead.
+"""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
@@ -123,54 +131,68 @@ class Model(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     CLASSIFIER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name under which the server serves it: letters, digits, `.`, `_` and `-`."""
+    """Name under which the server serves the model: 1 to 128 letters, digits,
+    `.`, `_` and `-`, the first a letter or digit.
+    """
     task: Global___ModelTask.ValueType
-    """Its task."""
+    """Task of the model."""
     state: Global___ModelState.ValueType
-    """Its state."""
+    """State of the model: LOADING in messages that state the progress of
+    LoadModel and ReloadModel, otherwise READY.
+    """
     base_model: _builtins.str
-    """Name of the model that it was exported from."""
+    """Name of the model from which this model was exported."""
     revision: _builtins.str
-    """Revision of the weights."""
+    """Revision of the model's weights, as the bundle states it."""
     fingerprint: _builtins.str
-    """Fingerprint (hex) of all bytes that decide its vectors."""
+    """Fingerprint (hex) of all bytes that decide the model's vectors; see
+    ModelVersion.
+    """
     dimensions: _builtins.int
-    """Dimensions of its vectors."""
+    """Number of dimensions of the model's vectors."""
     pooling: _builtins.str
     """The rule that makes one vector of the vectors of a text's tokens: `mean`,
     `cls`, `max` or `lasttoken`.
     """
     normalized: _builtins.bool
-    """Whether its vectors have length 1."""
+    """Whether the model's vectors have length 1."""
     max_tokens: _builtins.int
     """The most tokens of a text, special tokens and prompt included."""
     query_prompt: _builtins.str
-    """Text that the server puts before a query."""
+    """Prompt: text that the server puts before a query. May be empty."""
     passage_prompt: _builtins.str
-    """Text that the server puts before a passage."""
+    """Prompt: text that the server puts before a passage. May be empty."""
     multi_label: _builtins.bool
     """CLASSIFICATION: whether a text may have several labels."""
     variant: _builtins.str
-    """The served ONNX file of the bundle, such as `fp32`."""
+    """The served variant: one of the bundle's ONNX files, such as `fp32`."""
     size_bytes: _builtins.int
-    """Size of that file in bytes."""
+    """Size in bytes of the ONNX file of the served variant."""
     classifier_fingerprint: _builtins.str
-    """CLASSIFICATION: as ModelVersion.classifier_fingerprint."""
+    """CLASSIFICATION: fingerprint (hex) of all that decides the labels; see
+    ModelVersion. Empty for an embedding model.
+    """
     @_builtins.property
     def matryoshka_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Smaller sizes to which its vectors may be shortened."""
+        """Smaller numbers of dimensions to which the model's vectors may be
+        shortened.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """CLASSIFICATION: its labels, in the order of its scores."""
+        """CLASSIFICATION: labels of the classifier, in the order of its logits. Empty
+        for an embedding model.
+        """
 
     @_builtins.property
     def load_time(self) -> _timestamp_pb2.Timestamp:
-        """Time at which it was loaded."""
+        """Time at which the server loaded the model."""
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Quality measured at export, such as `parity.cosine_min` or `accuracy`."""
+        """Figures of quality by name, measured at export, such as
+        `parity.cosine_min` or `accuracy`. Empty: the bundle states none.
+        """
 
     def __init__(
         self,
@@ -213,7 +235,7 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most models to return, at most 1000. 0: 100."""
+    """The most models to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -242,7 +264,7 @@ class ListModelsResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """Models, by name."""
+        """Models of this page, sorted by name."""
 
     def __init__(
         self,
@@ -266,7 +288,9 @@ class GetModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the model."""
+    """Name of the model. Empty: the only model of the server; INVALID_ARGUMENT if
+    there are several.
+    """
     def __init__(
         self,
         *,
@@ -289,7 +313,7 @@ class GetModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model."""
+        """The model that the request names."""
 
     def __init__(
         self,
@@ -314,12 +338,16 @@ class LoadModelRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name under which to serve it."""
+    """Name under which to serve the new model: 1 to 128 letters, digits, `.`, `_`
+    and `-`, the first a letter or digit. No model may have this name.
+    """
     path: _builtins.str
-    """The folder of the bundle, relative to the server's models directory."""
+    """The folder of the bundle, relative to the server's models directory. No
+    part may start with a dot or be a symbolic link.
+    """
     variant: _builtins.str
-    """The variant to serve. Empty: the one that the server's settings name for
-    this model name. If they name none, the first variant, fp32.
+    """The variant to serve. Empty: the variant that the server's settings name
+    for this model name. If they name none, the first variant, fp32.
     """
     def __init__(
         self,
@@ -345,10 +373,10 @@ class LoadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The present step, for people to read."""
+    """Name of the present stage, for people to read. `ready` in the last message."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """Name and state of the model. In the last message: all fields."""
+        """The model: only name and state, or all fields in the last message."""
 
     def __init__(
         self,
@@ -374,13 +402,13 @@ class ReloadModelRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the model."""
+    """Name of the served model to replace."""
     path: _builtins.str
-    """Another folder to load it from, relative to the server's models directory.
-    Empty: the same folder.
+    """Another folder to load the model from, relative to the server's models
+    directory. Empty: the folder from which the model was loaded.
     """
     variant: _builtins.str
-    """The variant to serve. Empty: the one that is served now."""
+    """The variant to serve. Empty: the variant that is served now."""
     def __init__(
         self,
         *,
@@ -405,10 +433,10 @@ class ReloadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The present step, for people to read."""
+    """Name of the present stage, for people to read. `ready` in the last message."""
     @_builtins.property
     def model(self) -> Global___Model:
-        """Name and state of the model. In the last message: all fields."""
+        """The model: only name and state, or all fields in the last message."""
 
     def __init__(
         self,
@@ -432,7 +460,7 @@ class UnloadModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the model."""
+    """Name of the served model to unload."""
     def __init__(
         self,
         *,

@@ -67,7 +67,11 @@ class ModelServiceServicer(object):
     """
 
     def ListModels(self, request, context):
-        """Lists the models, by name.
+        """Lists the served models, sorted by name. A page ends early if its models
+        would have more than 1 MiB together.
+
+        INVALID_ARGUMENT: the page size is out of range, or the page token is not
+        of this server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,16 +79,26 @@ class ModelServiceServicer(object):
 
     def GetModel(self, request, context):
         """Returns one model.
+
+        NOT_FOUND: there is no model with the name. INVALID_ARGUMENT: the name is
+        empty, and there are several models. FAILED_PRECONDITION: the name is
+        empty, and no model is served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a bundle under a new name: the server checks it, warms it up and then
-        serves it. Changes of models run one after the other, and are finished even
-        if the caller cancels. PERMISSION_DENIED unless the server allows changes
-        of its models.
+        """Loads a bundle under a new name: the server checks the bundle, warms the
+        model up and then serves it. The responses state the progress. Changes of
+        models run one after the other, and are finished even if the caller
+        cancels.
+
+        PERMISSION_DENIED: the server does not let callers change its models (flag
+        --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
+        no folder in the models directory. ALREADY_EXISTS: a model has the name.
+        FAILED_PRECONDITION: the server has no models directory, or cannot serve
+        the bundle.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,18 +106,25 @@ class ModelServiceServicer(object):
 
     def ReloadModel(self, request, context):
         """Replaces a model by the bundle that is now in its folder, or by another
-        one. Calls in flight finish on the old model. If the new bundle is invalid
-        (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
-        LoadModel.
+        bundle. Calls in flight finish on the old model. The responses state the
+        progress. If the call fails, the old model stays.
+
+        PERMISSION_DENIED: the server does not let callers change its models (flag
+        --model-admin). NOT_FOUND: there is no model with the name.
+        INVALID_ARGUMENT: the path names no folder in the models directory.
+        FAILED_PRECONDITION: a path is given and the server has no models
+        directory, or the server cannot serve the new bundle.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Stops serving a model. New calls do not find it. The server responds when
-        the model's calls in flight have finished. PERMISSION_DENIED as for
-        LoadModel.
+        """Stops serving a model. New calls do not find the model. The server responds
+        when the calls in flight that use the model have finished.
+
+        PERMISSION_DENIED: the server does not let callers change its models (flag
+        --model-admin). NOT_FOUND: there is no model with the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,25 +34,48 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists the models, by name."""
+    """Lists the served models, sorted by name. A page ends early if its models
+    would have more than 1 MiB together.
+
+    INVALID_ARGUMENT: the page size is out of range, or the page token is not
+    of this server.
+    """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """Returns one model."""
+    """Returns one model.
+
+    NOT_FOUND: there is no model with the name. INVALID_ARGUMENT: the name is
+    empty, and there are several models. FAILED_PRECONDITION: the name is
+    empty, and no model is served.
+    """
     LoadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Loads a bundle under a new name: the server checks it, warms it up and then
-    serves it. Changes of models run one after the other, and are finished even
-    if the caller cancels. PERMISSION_DENIED unless the server allows changes
-    of its models.
+    """Loads a bundle under a new name: the server checks the bundle, warms the
+    model up and then serves it. The responses state the progress. Changes of
+    models run one after the other, and are finished even if the caller
+    cancels.
+
+    PERMISSION_DENIED: the server does not let callers change its models (flag
+    --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
+    no folder in the models directory. ALREADY_EXISTS: a model has the name.
+    FAILED_PRECONDITION: the server has no models directory, or cannot serve
+    the bundle.
     """
     ReloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
     """Replaces a model by the bundle that is now in its folder, or by another
-    one. Calls in flight finish on the old model. If the new bundle is invalid
-    (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
-    LoadModel.
+    bundle. Calls in flight finish on the old model. The responses state the
+    progress. If the call fails, the old model stays.
+
+    PERMISSION_DENIED: the server does not let callers change its models (flag
+    --model-admin). NOT_FOUND: there is no model with the name.
+    INVALID_ARGUMENT: the path names no folder in the models directory.
+    FAILED_PRECONDITION: a path is given and the server has no models
+    directory, or the server cannot serve the new bundle.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
-    """Stops serving a model. New calls do not find it. The server responds when
-    the model's calls in flight have finished. PERMISSION_DENIED as for
-    LoadModel.
+    """Stops serving a model. New calls do not find the model. The server responds
+    when the calls in flight that use the model have finished.
+
+    PERMISSION_DENIED: the server does not let callers change its models (flag
+    --model-admin). NOT_FOUND: there is no model with the name.
     """
 
 @_typing.type_check_only
@@ -61,25 +84,48 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models, by name."""
+    """Lists the served models, sorted by name. A page ends early if its models
+    would have more than 1 MiB together.
+
+    INVALID_ARGUMENT: the page size is out of range, or the page token is not
+    of this server.
+    """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """Returns one model."""
+    """Returns one model.
+
+    NOT_FOUND: there is no model with the name. INVALID_ARGUMENT: the name is
+    empty, and there are several models. FAILED_PRECONDITION: the name is
+    empty, and no model is served.
+    """
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a bundle under a new name: the server checks it, warms it up and then
-    serves it. Changes of models run one after the other, and are finished even
-    if the caller cancels. PERMISSION_DENIED unless the server allows changes
-    of its models.
+    """Loads a bundle under a new name: the server checks the bundle, warms the
+    model up and then serves it. The responses state the progress. Changes of
+    models run one after the other, and are finished even if the caller
+    cancels.
+
+    PERMISSION_DENIED: the server does not let callers change its models (flag
+    --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
+    no folder in the models directory. ALREADY_EXISTS: a model has the name.
+    FAILED_PRECONDITION: the server has no models directory, or cannot serve
+    the bundle.
     """
     ReloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
     """Replaces a model by the bundle that is now in its folder, or by another
-    one. Calls in flight finish on the old model. If the new bundle is invalid
-    (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
-    LoadModel.
+    bundle. Calls in flight finish on the old model. The responses state the
+    progress. If the call fails, the old model stays.
+
+    PERMISSION_DENIED: the server does not let callers change its models (flag
+    --model-admin). NOT_FOUND: there is no model with the name.
+    INVALID_ARGUMENT: the path names no folder in the models directory.
+    FAILED_PRECONDITION: a path is given and the server has no models
+    directory, or the server cannot serve the new bundle.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Stops serving a model. New calls do not find it. The server responds when
-    the model's calls in flight have finished. PERMISSION_DENIED as for
-    LoadModel.
+    """Stops serving a model. New calls do not find the model. The server responds
+    when the calls in flight that use the model have finished.
+
+    PERMISSION_DENIED: the server does not let callers change its models (flag
+    --model-admin). NOT_FOUND: there is no model with the name.
     """
 
 class ModelServiceServicer:
@@ -90,24 +136,40 @@ class ModelServiceServicer:
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists the models, by name."""
+        """Lists the served models, sorted by name. A page ends early if its models
+        would have more than 1 MiB together.
+
+        INVALID_ARGUMENT: the page size is out of range, or the page token is not
+        of this server.
+        """
 
     def GetModel(
         self,
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """Returns one model."""
+        """Returns one model.
+
+        NOT_FOUND: there is no model with the name. INVALID_ARGUMENT: the name is
+        empty, and there are several models. FAILED_PRECONDITION: the name is
+        empty, and no model is served.
+        """
 
     def LoadModel(
         self,
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.LoadModelResponse], _abc.AsyncIterator[_model_pb2.LoadModelResponse]]:
-        """Loads a bundle under a new name: the server checks it, warms it up and then
-        serves it. Changes of models run one after the other, and are finished even
-        if the caller cancels. PERMISSION_DENIED unless the server allows changes
-        of its models.
+        """Loads a bundle under a new name: the server checks the bundle, warms the
+        model up and then serves it. The responses state the progress. Changes of
+        models run one after the other, and are finished even if the caller
+        cancels.
+
+        PERMISSION_DENIED: the server does not let callers change its models (flag
+        --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
+        no folder in the models directory. ALREADY_EXISTS: a model has the name.
+        FAILED_PRECONDITION: the server has no models directory, or cannot serve
+        the bundle.
         """
 
     def ReloadModel(
@@ -116,9 +178,14 @@ class ModelServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.ReloadModelResponse], _abc.AsyncIterator[_model_pb2.ReloadModelResponse]]:
         """Replaces a model by the bundle that is now in its folder, or by another
-        one. Calls in flight finish on the old model. If the new bundle is invalid
-        (FAILED_PRECONDITION), the old model stays. PERMISSION_DENIED as for
-        LoadModel.
+        bundle. Calls in flight finish on the old model. The responses state the
+        progress. If the call fails, the old model stays.
+
+        PERMISSION_DENIED: the server does not let callers change its models (flag
+        --model-admin). NOT_FOUND: there is no model with the name.
+        INVALID_ARGUMENT: the path names no folder in the models directory.
+        FAILED_PRECONDITION: a path is given and the server has no models
+        directory, or the server cannot serve the new bundle.
         """
 
     def UnloadModel(
@@ -126,9 +193,11 @@ class ModelServiceServicer:
         request: _model_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
-        """Stops serving a model. New calls do not find it. The server responds when
-        the model's calls in flight have finished. PERMISSION_DENIED as for
-        LoadModel.
+        """Stops serving a model. New calls do not find the model. The server responds
+        when the calls in flight that use the model have finished.
+
+        PERMISSION_DENIED: the server does not let callers change its models (flag
+        --model-admin). NOT_FOUND: there is no model with the name.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

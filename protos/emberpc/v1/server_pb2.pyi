@@ -54,8 +54,8 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional features of this server, such as `model_admin` or
-        `index_backend:embedded`.
+        """Optional features of this server: `index_backend:embedded` or
+        `index_backend:milvus`; `model_admin` if callers may change the models.
         """
 
     def __init__(
@@ -98,42 +98,44 @@ class ServerLimits(_message.Message):
     MAX_COLLECTIONS_FIELD_NUMBER: _builtins.int
     MAX_ELEMENTS_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
-    """Bytes of one request message."""
+    """Limit of the bytes of one request message."""
     max_response_bytes: _builtins.int
-    """Bytes of one response message."""
+    """Limit of the bytes of one response message."""
     max_texts: _builtins.int
-    """Texts or records in one call, or in one message of a stream."""
+    """Limit of the texts or records in one call, or in one message of a stream."""
     max_text_bytes: _builtins.int
-    """Bytes (UTF-8) of one text."""
+    """Limit of the bytes (UTF-8) of one text."""
     max_queue_tokens: _builtins.int
-    """Tokens that may wait for inference."""
+    """Limit of the tokens that wait in the queue, of all calls together."""
     max_id_bytes: _builtins.int
-    """Bytes (UTF-8) of a record's id."""
+    """Limit of the bytes (UTF-8) of a record's id."""
     max_label_bytes: _builtins.int
-    """Bytes (UTF-8) of a record's label."""
+    """Limit of the bytes (UTF-8) of a record's label."""
     max_metadata_bytes: _builtins.int
-    """Bytes of a record's metadata as JSON."""
+    """Limit of the bytes of a record's metadata as JSON (UTF-8)."""
     max_queries: _builtins.int
-    """Queries of one Search."""
+    """Limit of the queries of one Search."""
     max_top_k: _builtins.int
-    """Hits of one query."""
+    """Limit of the hits of one query."""
     max_hits: _builtins.int
-    """Hits of all queries of one Search."""
+    """Limit of the hits of all queries of one Search together."""
     max_ids: _builtins.int
-    """Ids of one BatchGetRecords or DeleteRecords."""
+    """Limit of the ids of one BatchGetRecords or DeleteRecords."""
     max_page_size: _builtins.int
-    """Items of one page of a List RPC."""
+    """Limit of the items of one page of a List RPC or of FindDuplicates."""
     max_filter_conditions: _builtins.int
-    """Conditions of one filter."""
+    """Limit of the conditions of one filter."""
     max_request_conditions: _builtins.int
-    """Conditions of all filters of one request."""
+    """Limit of the conditions of all filters of one request together."""
     max_filter_values: _builtins.int
-    """Values of all memberships of all filters of one request."""
+    """Limit of the values of all memberships of all filters of one request."""
     max_collections: _builtins.int
-    """Collections on the server. At this number, creating and restoring fail."""
+    """Limit of the collections on the server. At this number, CreateCollection
+    and RestoreCollection fail with RESOURCE_EXHAUSTED.
+    """
     max_elements: _builtins.int
-    """List items, map entries and unknown fields of all messages within one
-    request message, such as the values of its metadata.
+    """Limit of the list items, map entries and unknown fields of all messages
+    within one request message, such as the values of its metadata.
     """
     def __init__(
         self,

@@ -34,7 +34,9 @@ class ServerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
-    """Returns the server's version, limits and features."""
+    """Returns the server's version, limits and features. The response is the same
+    as long as the server runs. No error of its own.
+    """
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
@@ -42,7 +44,9 @@ class ServerServiceAsyncStub(ServerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    """Returns the server's version, limits and features."""
+    """Returns the server's version, limits and features. The response is the same
+    as long as the server runs. No error of its own.
+    """
 
 class ServerServiceServicer:
     """Describes the server."""
@@ -52,6 +56,8 @@ class ServerServiceServicer:
         request: _server_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.GetServerInfoResponse, _abc.Awaitable[_server_pb2.GetServerInfoResponse]]:
-        """Returns the server's version, limits and features."""
+        """Returns the server's version, limits and features. The response is the same
+        as long as the server runs. No error of its own.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -66,11 +66,13 @@ class _InputKind:
 class _InputKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     INPUT_KIND_UNSPECIFIED: _InputKind.ValueType  # 0
-    """The default that the RPC states. PASSAGE if the RPC states none."""
+    """The default that the field of the request states. PASSAGE if the field
+    states none.
+    """
     INPUT_KIND_QUERY: _InputKind.ValueType  # 1
-    """A question or a search phrase."""
+    """A query: a question or a search phrase."""
     INPUT_KIND_PASSAGE: _InputKind.ValueType  # 2
-    """A text that is stored, found or compared."""
+    """A passage: a text that is stored, found or compared."""
 
 class InputKind(_InputKind, metaclass=_InputKindEnumTypeWrapper):
     """Purpose of a text. It decides which prompt of the model the server puts
@@ -78,11 +80,13 @@ class InputKind(_InputKind, metaclass=_InputKindEnumTypeWrapper):
     """
 
 INPUT_KIND_UNSPECIFIED: InputKind.ValueType  # 0
-"""The default that the RPC states. PASSAGE if the RPC states none."""
+"""The default that the field of the request states. PASSAGE if the field
+states none.
+"""
 INPUT_KIND_QUERY: InputKind.ValueType  # 1
-"""A question or a search phrase."""
+"""A query: a question or a search phrase."""
 INPUT_KIND_PASSAGE: InputKind.ValueType  # 2
-"""A text that is stored, found or compared."""
+"""A passage: a text that is stored, found or compared."""
 Global___InputKind: _TypeAlias = InputKind  # noqa: Y015
 
 class _Truncation:
@@ -92,9 +96,11 @@ class _Truncation:
 class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TRUNCATION_UNSPECIFIED: _Truncation.ValueType  # 0
-    """The default that the RPC states. REFUSE if the RPC states none."""
+    """The default that the field of the request states. REFUSE if the field
+    states none.
+    """
     TRUNCATION_REFUSE: _Truncation.ValueType  # 1
-    """Fail with INVALID_ARGUMENT. The error names the item and its number of
+    """Fail with INVALID_ARGUMENT. The error names the text and its number of
     tokens.
     """
     TRUNCATION_END: _Truncation.ValueType  # 2
@@ -106,9 +112,11 @@ class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
     """Treatment of a text that has more tokens than the model reads."""
 
 TRUNCATION_UNSPECIFIED: Truncation.ValueType  # 0
-"""The default that the RPC states. REFUSE if the RPC states none."""
+"""The default that the field of the request states. REFUSE if the field
+states none.
+"""
 TRUNCATION_REFUSE: Truncation.ValueType  # 1
-"""Fail with INVALID_ARGUMENT. The error names the item and its number of
+"""Fail with INVALID_ARGUMENT. The error names the text and its number of
 tokens.
 """
 TRUNCATION_END: Truncation.ValueType  # 2
@@ -132,7 +140,8 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
     """Urgency of a call. The server may delay bulk work in favour of interactive
-    work, but never interactive work in favour of bulk work.
+    work, but never interactive work in favour of bulk work. A large call is bulk
+    work, whatever the request states.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
@@ -161,9 +170,9 @@ class Vectors(_message.Message):
     rows: _builtins.int
     """Number of vectors."""
     dimensions: _builtins.int
-    """Dimensions of each vector."""
+    """Number of dimensions of each vector."""
     dtype: Global___DataType.ValueType
-    """Element type. Unspecified means FLOAT32."""
+    """Element type of `data`. Unspecified means FLOAT32."""
     @_builtins.property
     def scales(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """INT8 only: one scale per row. Vector i is row i of `data` times `scales[i]`."""
@@ -196,7 +205,7 @@ class TokenUsage(_message.Message):
     tokens: _builtins.int
     """Number of tokens that the model read, special tokens and prompt included."""
     truncated: _builtins.bool
-    """Whether the text was truncated."""
+    """Whether the text had more tokens than the model reads, and was truncated."""
     def __init__(
         self,
         *,
@@ -224,7 +233,7 @@ class ModelVersion(_message.Message):
     name: _builtins.str
     """Name under which the server serves the model."""
     revision: _builtins.str
-    """Revision of the weights, as the bundle states it."""
+    """Revision of the model's weights, as the bundle states it."""
     fingerprint: _builtins.str
     """Fingerprint (hex) of all bytes that decide the model's vectors: weights,
     tokenizer, pooling, prompts, dimensions, normalization. Classifiers on the
@@ -265,13 +274,15 @@ class Timings(_message.Message):
     INFER_SECONDS_FIELD_NUMBER: _builtins.int
     LOOKUP_SECONDS_FIELD_NUMBER: _builtins.int
     tokenize_seconds: _builtins.float
-    """Tokenizing the texts."""
+    """Seconds of tokenizing the texts."""
     queue_seconds: _builtins.float
-    """Waiting for a free worker."""
+    """Seconds of waiting for a free worker."""
     infer_seconds: _builtins.float
-    """Running the model."""
+    """Seconds of running the model."""
     lookup_seconds: _builtins.float
-    """Searching the index and reading records. 0 if the call does neither."""
+    """Seconds of searching the index and reading records. 0 if the call does
+    neither.
+    """
     def __init__(
         self,
         *,
