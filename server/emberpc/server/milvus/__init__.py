@@ -1,4 +1,4 @@
-"""The index backend on Milvus, for collections beyond one machine. Needs the extra `milvus`; imports no services."""
+"""The index backend on Milvus, for collections that are too large for one host. Needs the extra `milvus` (pymilvus)."""
 
 from emberpc.server.milvus.backend import MilvusIndex
 

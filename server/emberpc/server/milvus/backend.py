@@ -21,14 +21,16 @@ from emberpc.server.paging import decode_token, encode_token
 
 
 class MilvusIndex:
-    """All collections of a database of Milvus, as `emberpc.server.index.Index` documents them.
+    """All collections of a Milvus database; an `IndexBackend`. Safe to use from several threads.
 
     Milvus also stores the specs, so several servers may use one database. Each server reads the spec whenever a
-    collection is requested, since another server may have deleted and created it again.
+    collection is requested, since another server may have deleted the collection and created it again.
+
+    Every method that calls Milvus raises the `ServiceError` of `Connection.call` if the call fails.
 
     Args:
         uri: address of Milvus, such as `http://milvus:19530`.
-        token: `user:password` or an API key; empty: none.
+        token: `user:password` or an API key; empty: Milvus requires neither.
 
     Raises:
         ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access.
@@ -37,11 +39,18 @@ class MilvusIndex:
     def __init__(self, uri: str, token: str = "") -> None:
         self._connection = Connection(uri, token)
         self._lock = threading.Lock()
-        #: Collections used before: each must have one object only, which serializes its writes.
+        #: The collections that were used so far, by name. Each has only one object, whose lock serializes its writes.
         self._known: dict[str, MilvusCollection] = {}
 
     def create(self, spec: CollectionSpec) -> MilvusCollection:
-        """Create a collection."""
+        """Create a collection in Milvus with its HNSW index, and load it.
+
+        If a step fails, the collection is deleted again.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a spec that is invalid or that Milvus does not support; ALREADY_EXISTS if
+                a collection has the name.
+        """
         spec.check()
         created = datetime.now(timezone.utc)
         arguments = schema.creation(spec, created)
@@ -50,7 +59,8 @@ class MilvusIndex:
         try:
             self._call(spec.name, "create_collection", **arguments)
         except ServiceError as error:
-            # Another server created it first: Milvus has one code for this and for all unexpected errors.
+            # Another server may have created the collection since. Milvus reports that with the code of an unexpected
+            # error.
             if error.code is Code.INTERNAL and self._exists(spec.name):
                 raise collection_exists(spec.name) from error
             raise
@@ -62,7 +72,11 @@ class MilvusIndex:
         return collection
 
     def get(self, name: str) -> MilvusCollection:
-        """Return a collection."""
+        """Return the collection `name` with its present spec. At the first use, Milvus loads the collection.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no collection with that name.
+        """
         spec, created = self._existing(name)
         return self._at_hand(spec, created) or self._keep(spec, created)
 
@@ -70,7 +84,18 @@ class MilvusIndex:
         """Return None: only Milvus knows the present spec of a collection."""
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
-        """Return a page of specs, sorted by name, and the token of the next page, empty after the last."""
+        """Return a page of the specs of the collections, sorted by name, and the token of the next page.
+
+        Args:
+            page_size: most specs of the page, 1 to 1000. There are fewer if a collection is deleted meanwhile.
+            page_token: token of the page; empty: the first page.
+
+        Returns:
+            The specs, and the token of the next page; empty for the last page.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a page size out of range or a wrong token.
+        """
         check_page_size(page_size)
         after = decode_token(page_token)
         listed = self._connection.call("listing the collections", "list_collections")
@@ -80,19 +105,38 @@ class MilvusIndex:
         return [found[0] for found in described if found is not None], token
 
     def update(self, name: str, truncation: str) -> None:
-        """Set how a collection truncates over-long texts."""
+        """Set how the collection `name` truncates texts with too many tokens.
+
+        Args:
+            name: name of the collection.
+            truncation: `refuse`, `end` or `start`.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no collection with that name; INVALID_ARGUMENT for another truncation.
+        """
         spec, created = self._existing(name)
         self._alter(replace(spec, truncation=truncation), created)
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> MilvusCollection:
-        """Bind a collection to another fingerprint of its model if it has the fingerprint `legacy`; return it."""
+        """Bind the collection `name` to `fingerprint` if it is bound to the fingerprint `legacy` of the same model.
+
+        Returns:
+            The collection, whether it was bound to another fingerprint or not.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no collection with that name.
+        """
         spec, created = self._existing(name)
         if spec.model_fingerprint == legacy:
             self._alter(replace(spec, model_fingerprint=fingerprint), created)
         return self.get(name)
 
     def delete(self, name: str) -> None:
-        """Delete a collection."""
+        """Delete the collection `name` with its records.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no collection with that name.
+        """
         self._existing(name)
         with self._lock:
             self._known.pop(name, None)
@@ -101,43 +145,47 @@ class MilvusIndex:
     def reembed(
         self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int
     ) -> ReembeddingBackend:
-        """Raise UNIMPLEMENTED."""
+        """Raise UNIMPLEMENTED: this backend does not support reembedding."""
         remedy = "make a collection under the new model, and import this one's export there with --text-only"
         raise unsupported("ReembedCollection", BACKEND, remedy)
 
     def reembeddings(self) -> list[ReembeddingBackend]:
-        """Return an empty list: there are no re-embeddings."""
+        """Return an empty list: this backend does not support reembedding."""
         return []
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Raise UNIMPLEMENTED."""
+        """Raise UNIMPLEMENTED: this backend does not support reembedding."""
         raise unsupported("ReembedCollection", BACKEND, "use the embedded index")
 
     def cancel_reembedding(self, name: str) -> None:
-        """Do nothing: there are no re-embeddings."""
+        """Do nothing: this backend does not support reembedding, so there is none to cancel."""
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
         """Raise UNIMPLEMENTED: a backup is a database of the embedded index."""
         raise unsupported("RestoreCollection", BACKEND, "restore it to an embedded index, and move it by export")
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return an empty dict: to repeat a search exactly, the server would need all vectors."""
+        """Return an empty dict: this backend probes no searches, since an exact search would read all vectors."""
         return {}
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Close the connection."""
+        """Close the connection to Milvus at once, whatever `deadline` is; return True."""
         self._connection.close()
         return True
 
     def _keep(self, spec: CollectionSpec, created: datetime) -> MilvusCollection:
-        """Make Milvus load a collection, and keep its object."""
+        """Make Milvus load a collection, and return its object. Another thread may have added the object first."""
         collection = MilvusCollection(self._connection, spec, created)
         collection.load()
         with self._lock:
             return self._known_as(spec, created) or self._known.setdefault(spec.name, collection)
 
     def _at_hand(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
-        """Return the updated object of a known collection; None if another collection has the name now."""
+        """Return the object of a collection that was used before, with its spec set to `spec`.
+
+        None if the collection was not used before, or if another collection has the name now: then the object is
+        dropped.
+        """
         with self._lock:
             return self._known_as(spec, created)
 
@@ -150,7 +198,11 @@ class MilvusIndex:
         return known
 
     def _alter(self, spec: CollectionSpec, created: datetime) -> None:
-        """Change the spec of a collection; only the fields that `MilvusCollection.adopt` allows."""
+        """Change the spec of a collection in Milvus and in its object.
+
+        Only truncation and model fingerprint may change, see `MilvusCollection.adopt`. INVALID_ARGUMENT for an invalid
+        spec.
+        """
         spec.check()
         self._call(spec.name, "alter_collection_properties", properties=schema.properties(spec, created))
         self._at_hand(spec, created)
@@ -159,14 +211,14 @@ class MilvusIndex:
         return bool(self._call(name, "has_collection"))
 
     def _existing(self, name: str) -> tuple[CollectionSpec, datetime]:
-        """Return spec and creation time of a collection; raise NOT_FOUND if it does not exist."""
+        """Return spec and creation time of the collection `name`; raise NOT_FOUND if it does not exist."""
         found = self._describe(name)
         if found is None:
             raise no_collection(name)
         return found
 
     def _describe(self, name: str) -> tuple[CollectionSpec, datetime] | None:
-        """Return spec and creation time of a collection; None if it does not exist or is not emberpc's."""
+        """Return spec and creation time of the collection `name`; None if it is missing or not created by emberpc."""
         if not schema.is_possible(name):
             return None
         try:
@@ -178,7 +230,7 @@ class MilvusIndex:
         return schema.read_description(described)
 
     def _call(self, name: str, method: str, **arguments: Any) -> Any:
-        """Call a method of `MilvusClient` about a collection."""
+        """Call a method of `MilvusClient` with the Milvus name of the collection `name`; see `Connection.call`."""
         return self._connection.call(
             f"collection {name!r}", method, collection_name=schema.milvus_name(name), **arguments
         )

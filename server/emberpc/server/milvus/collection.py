@@ -1,4 +1,4 @@
-"""A collection in Milvus."""
+"""One collection in Milvus: write, read and search its records."""
 
 from __future__ import annotations
 
@@ -43,16 +43,21 @@ _DENSE = "search by DENSE, or use the embedded index"
 
 
 class MilvusCollection:
-    """A collection in Milvus, as `emberpc.server.index.Collection` documents it. Safe to use from several threads.
+    """A collection in Milvus; a `CollectionBackend`. Safe to use from several threads.
 
-    Differences: a write is as durable as Milvus's own log. `expected_revisions` is not supported, since Milvus has no
-    conditional write. Sequences are microseconds since 1970, so that they grow over restarts without being stored. The
-    number of new ids, and the creation times of records, are read just before a write.
+    It differs from a collection of the embedded backend:
+
+    - A write is as durable as Milvus's own log.
+    - `expected_revisions` is not supported, since Milvus has no conditional write.
+    - Sequences are microseconds since 1970, so that they grow over restarts without being stored.
+    - The number of new ids, and the creation times of records, are read just before a write.
+
+    Every method that calls Milvus raises the `ServiceError` of `Connection.call` if the call fails.
 
     Args:
         connection: the connection to Milvus.
         spec: the spec of the collection.
-        created: when it was created.
+        created: when the collection was created.
     """
 
     def __init__(self, connection: Connection, spec: CollectionSpec, created: datetime) -> None:
@@ -63,10 +68,10 @@ class MilvusCollection:
         self._sequence = 0
 
     def adopt(self, spec: CollectionSpec) -> bool:
-        """Replace the spec by the present one, if only its model binding or truncation has changed.
+        """Replace the object's spec by `spec`, the present one, if only model fingerprint or truncation differ.
 
         Returns:
-            Whether it was replaced; otherwise another collection has the name now.
+            Whether the spec was replaced. If not, another collection has the name now.
         """
         changed = replace(self.spec, model_fingerprint=spec.model_fingerprint, truncation=spec.truncation)
         if changed == spec:
@@ -74,17 +79,31 @@ class MilvusCollection:
         return changed == spec
 
     def info(self) -> CollectionInfo:
-        """Return the state; the sequence is that of this server's last write, and the size on disk is not known (0)."""
+        """Return record count, sequence and creation time.
+
+        The sequence is that of the last write by this server since its start; 0 if it has not written. The size on disk
+        is not known and is 0.
+        """
         return CollectionInfo(self.count(), self._sequence, self.created, 0)
 
     def load(self) -> None:
-        """Make Milvus load the collection, which must precede other reads."""
+        """Make Milvus load the collection. Milvus refuses reads of a collection that is not loaded."""
         self._reader.call("load_collection")
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
     ) -> WriteResult:
-        """Insert records or replace those with the same ids, by one message to Milvus."""
+        """Insert records or replace those with the same ids, by one message to Milvus.
+
+        Args:
+            records: the records.
+            vectors: float32 (records, dimensions).
+            expected_revisions: must be None.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a record or vector that is invalid or too large for Milvus; UNIMPLEMENTED
+                for `expected_revisions`, or a record with a time to live.
+        """
         documents = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
         if len(vectors) != len(records):
@@ -110,19 +129,22 @@ class MilvusCollection:
         return WriteResult(sequence, len(records) - len(created), len(created), synced=False)
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id, by one message to Milvus; missing ids are ignored."""
+        """Delete the records with the given ids, by one message to Milvus; ids without a record are ignored."""
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.by_id(ids, [schema.ID])])
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a filter, by their ids, by one message to Milvus."""
+        """Delete the records that meet the filter `condition`, by one message to Milvus that has their ids."""
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in their order."""
+        """Return the records with the given ids, in the order of `ids`; ids without a record are left out.
+
+        `parts` is ignored: each record has text and metadata. Each has its vector only if `with_vectors`.
+        """
         rows = self._reader.by_id(ids, schema.fields(with_vectors=with_vectors))
         found = {record.id: record for record in map(schema.stored, rows)}
         return [found[record_id] for record_id in ids if record_id in found]
@@ -136,7 +158,21 @@ class MilvusCollection:
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of records by id in byte order, and the token of the next page, empty after the last."""
+        """Return a page of the records, sorted by id in byte order, and the token of the next page.
+
+        Args:
+            page_size: most records of the page, 1 to 1000.
+            page_token: token of the page; empty: the first page.
+            with_vectors: whether the records have their vectors.
+            condition: the filter; None: all records.
+            parts: ignored; the records have text and metadata.
+
+        Returns:
+            The records, and the token of the next page; empty for the last page.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a page size out of range or a wrong token.
+        """
         check_page_size(page_size)
         after = decode_token(page_token)
         rows = self._reader.walk(schema.fields(with_vectors=with_vectors), condition, after=after, batch=page_size + 1)
@@ -145,7 +181,7 @@ class MilvusCollection:
         return records[:page_size], encode_token(records[page_size - 1].id) if more else ""
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records, or of those that meet a filter."""
+        """Return the number of records that meet the filter `condition`; None: of all records."""
         return self._reader.count(condition)
 
     def search(
@@ -162,8 +198,25 @@ class MilvusCollection:
     ) -> list[SearchOutcome]:
         """Search for the records nearest to each query.
 
-        The plan says HNSW if Milvus searched; Milvus does not report which of its segments have no graph yet. If few
-        records meet a filter, or the graph finds too few of them, the server compares their vectors.
+        The plan says HNSW if Milvus searched; Milvus does not report which of its segments have no graph yet. If at
+        most 2,000 records meet a filter, the server compares their vectors with the query. The server also does so if
+        the graph finds too few records and there are at most 100,000.
+
+        Args:
+            queries: float32 (queries, dimensions).
+            top_k: most hits of each query, 1 to 10,000: one number, or a number for each query.
+            ef: candidates that a search of the graph keeps; 0: chosen by `top_k`.
+            min_recall: must be 0.
+            exclude_ids: for each query the id of a record that is no hit, or None; empty: no query has one.
+            with_vectors: whether hits have their vectors.
+            conditions: the filter of each query, None for a query without; empty: no query has a filter.
+            parts: ignored; hits have text and metadata.
+
+        Returns:
+            The outcome of each query, in the order of the queries.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a query or number that is invalid; UNIMPLEMENTED for `min_recall`.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -181,24 +234,28 @@ class MilvusCollection:
         return [outcomes[row] for row in range(len(queries))]
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return why a filter without matches probably matches nothing, by the metadata of the first records."""
+        """Return sentences that say why no record matches a filter, by the metadata of the first 1,000 records.
+
+        Args:
+            condition: a filter that no record matches.
+        """
         rows = self._reader.walk([schema.ID, "metadata"], batch=MISMATCH_RECORDS)
         return mismatches(condition, (schema.metadata(row) for row in islice(rows, MISMATCH_RECORDS)))
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Raise UNIMPLEMENTED: the server has no second copy to compare with."""
+        """Raise UNIMPLEMENTED: Milvus has the only copy of the records, so there is nothing to compare with."""
         raise unsupported("VerifyCollection", BACKEND, "use what Milvus offers for that")
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Raise UNIMPLEMENTED: the collection has no file of its own."""
+        """Raise UNIMPLEMENTED: a collection in Milvus has no file that the server could copy."""
         raise unsupported("BackupCollection", BACKEND, "use `emberpc collection export`")
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Raise UNIMPLEMENTED: the server would need all vectors."""
+        """Raise UNIMPLEMENTED: the server would have to read all vectors from Milvus."""
         raise unsupported("FindDuplicates", BACKEND, _COPY)
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Raise UNIMPLEMENTED: the server would need all vectors."""
+        """Raise UNIMPLEMENTED: the server would have to read all vectors from Milvus."""
         raise unsupported("ClusterRecords", BACKEND, _COPY)
 
     def search_words(
@@ -210,7 +267,7 @@ class MilvusCollection:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Raise UNIMPLEMENTED: words are not indexed."""
+        """Raise UNIMPLEMENTED: this backend has no word index, so there is no lexical search."""
         raise unsupported("mode LEXICAL", BACKEND, _DENSE)
 
     def search_both(
@@ -227,11 +284,11 @@ class MilvusCollection:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Raise UNIMPLEMENTED: words are not indexed."""
+        """Raise UNIMPLEMENTED: this backend has no word index, so there is no hybrid search."""
         raise unsupported("mode HYBRID", BACKEND, _DENSE)
 
     def _delete(self, present: Sequence[str]) -> WriteResult:
-        """Delete existing records; the caller holds the lock."""
+        """Delete the records with the ids `present`, which all exist; the caller holds the write lock."""
         if present:
             self._reader.call("delete", filter=schema.one_of(present))
             self._sequence = self._next_sequence()
@@ -242,5 +299,5 @@ class MilvusCollection:
 
 
 def _now() -> int:
-    """Return microseconds since 1970."""
+    """Return the present time in microseconds since 1970."""
     return time.time_ns() // 1000

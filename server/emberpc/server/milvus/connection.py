@@ -16,26 +16,34 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Limit of the seconds to connect, at the start and after a lost connection.
+#: Limit of the seconds to connect to Milvus, at the start of the server and after a lost connection.
 _CONNECT_SECONDS = 5.0
-#: Limit of the seconds of one call, set on the channel: pymilvus would take it as the time for which it retries a call
-#: that cannot reach Milvus.
+#: Limit of the seconds of one call to Milvus. It is set on the gRPC channel: as an argument of a call, pymilvus would
+#: take it as the time for which to retry a call that cannot reach Milvus.
 _CALL_SECONDS = 120
 _OPTIONS = {
     "grpc.service_config": json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{_CALL_SECONDS}s"}]}),
-    # A new connection is tried at once, without the delay after a failed one to the same address.
+    # Without this, gRPC delays a new connection to an address after a connection to the same address has failed.
     "grpc.use_local_subchannel_pool": 1,
-    # Milvus may drop a connection that is pinged too often without calls.
+    # No HTTP/2 pings while there are no calls: Milvus may close a connection with too many of them.
     "grpc.keepalive_permit_without_calls": 0,
 }
-#: One retry, on a new connection: by default pymilvus retries 75 times.
+#: Number of retries of a call, each on a new connection. By default pymilvus retries 75 times.
 _RETRIES = 1
+#: Seconds after which a caller may retry a call that failed because Milvus was not ready or too busy.
 _BACK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """The error for a code of Milvus; `said` is the message after the name of the operation."""
+    """How a failure of Milvus is reported to the caller of emberpc.
+
+    Attributes:
+        code: status code of the `ServiceError`.
+        reason: reason of the `ServiceError`, for programs.
+        said: the message, which follows the name of the operation.
+        retry_after: seconds after which the caller may retry; None: a retry cannot help.
+    """
 
     code: Code
     reason: str
@@ -68,7 +76,8 @@ NOT_LOADED = "MILVUS_NOT_LOADED"
 _UNLOADED = _Failure(Code.UNAVAILABLE, NOT_LOADED, "Milvus has not loaded the collection yet; try again", _BACK_SECONDS)
 _UNKNOWN = _Failure(Code.INTERNAL, "MILVUS_FAILED", "Milvus failed")
 
-#: By Milvus's own codes (numbers) and gRPC's; all others are `_UNKNOWN`.
+#: The failure for each error code: gRPC's status codes, and Milvus's own codes (numbers). All other codes are
+#: `_UNKNOWN`.
 _FAILURES: dict[object, _Failure] = {
     grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
     grpc.StatusCode.CANCELLED: _UNREACHABLE,
@@ -76,7 +85,7 @@ _FAILURES: dict[object, _Failure] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: _TOO_LARGE,
     grpc.StatusCode.UNAUTHENTICATED: _REFUSED,
     grpc.StatusCode.PERMISSION_DENIED: _REFUSED,
-    2: _UNREACHABLE,  # of Milvus's own codes, and pymilvus's for a connection that does not come up
+    2: _UNREACHABLE,  # also pymilvus's code for a connection that cannot be opened
     3: _FULL,
     4: _BUSY,
     7: _FULL,
@@ -95,15 +104,16 @@ class Connection:
     """A connection to Milvus that reconnects by itself. Safe to use from several threads.
 
     Args:
-        uri: address of Milvus, such as `http://milvus:19530`, or `https://…` for TLS; a database is its path.
-        token: `user:password` or an API key; empty: none.
+        uri: address of Milvus, such as `http://milvus:19530`, or `https://…` for TLS. The path, if there is one, is the
+            name of a database.
+        token: `user:password` or an API key; empty: Milvus requires neither.
 
     Raises:
         ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access.
     """
 
     def __init__(self, uri: str, token: str = "") -> None:
-        # pymilvus logs each failure with its own stack; it is logged here once.
+        # Without this, pymilvus logs each failure with its stack. `translated` logs each failure once.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         with translated("connecting"):
             self._client: Any = MilvusClient(
@@ -112,15 +122,16 @@ class Connection:
         self._closed = False
 
     def call(self, doing: str, method: str, **arguments: Any) -> Any:
-        """Call a method of `MilvusClient`.
+        """Call a method of `MilvusClient` and return its result.
 
         Args:
-            doing: name of the operation in error messages.
+            doing: name of the operation in error messages and in the log.
             method: name of the method.
-            arguments: its arguments.
+            arguments: arguments of the method.
 
         Raises:
-            ServiceError: it failed; `_FAILURES` maps the errors.
+            ServiceError: UNAVAILABLE if the connection is closed, or Milvus cannot be reached or does not answer within
+                120 s; otherwise the error that `_FAILURES` has for the code of the failure, else INTERNAL.
         """
         if self._closed:
             raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
@@ -128,7 +139,7 @@ class Connection:
             return getattr(self._client, method)(**arguments, retry_times=_RETRIES)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; later calls fail with UNAVAILABLE. Closing twice is allowed."""
         if not self._closed:
             self._closed = True
             self._client.close()
@@ -136,13 +147,13 @@ class Connection:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Translate errors of pymilvus and gRPC to `ServiceError`.
+    """Translate an error of pymilvus or gRPC in the block to a `ServiceError`, and log the original error.
 
     Args:
-        doing: name of the operation in error messages.
+        doing: name of the operation in the message of the error and in the log.
 
     Raises:
-        ServiceError: instead of those; the log has the details.
+        ServiceError: the error that `_FAILURES` has for the code of the original error; INTERNAL for all other codes.
     """
     try:
         yield
@@ -158,7 +169,10 @@ def translated(doing: str) -> Iterator[None]:
 
 
 def _failure(error: MilvusException | grpc.RpcError) -> _Failure:
-    """Return the failure for an error by its code, or by that of its cause; some errors of pymilvus have no code."""
+    """Return the failure for the code of an error or, if that code is not in `_FAILURES`, of one of its causes.
+
+    Some errors of pymilvus have no code of their own. `_UNKNOWN` if no error of the chain has a known code.
+    """
     cause: BaseException | None = error
     seen = set[int]()  # the causes of an error that pymilvus raises again can lead back to it
     while cause is not None and id(cause) not in seen:

@@ -1,4 +1,7 @@
-"""Literals of Milvus's expressions; milvus-lite has no parameters."""
+"""Write string literals of Milvus's filter expressions.
+
+Values are written into the expression: milvus-lite does not support expressions with parameters.
+"""
 
 from __future__ import annotations
 
@@ -6,5 +9,5 @@ _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\
 
 
 def quoted(text: str) -> str:
-    """Return a text as a literal."""
+    """Return a text as a string literal of a Milvus expression: in double quotes, with escapes."""
     return f'"{text.translate(_ESCAPES)}"'

@@ -1,4 +1,4 @@
-"""Reads of a collection in Milvus."""
+"""Read the records of a collection in Milvus: by id, in the order of ids, by number and by vector."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from emberpc.server.errors import ServiceError
 from emberpc.server.milvus import schema, terms
 from emberpc.server.milvus.connection import NOT_LOADED, Connection
 
-#: Ids in one expression.
+#: Limit of the ids in one filter expression of Milvus; more ids take several calls.
 _IDS_AT_ONCE = 1000
-#: Rows that one call to Milvus reads when `Reader.walk` reads all records in order.
+#: Rows that one call to Milvus returns when `Reader.walk` reads all records in the order of their ids.
 _ROWS_AT_ONCE = 1000
 
 Result = TypeVar("Result")
 
 
 class Reader:
-    """Reads a collection, including all acknowledged writes. Safe to use from several threads.
+    """Reads a collection in Milvus. Reads include all acknowledged writes. Safe to use from several threads.
+
+    Every method raises the `ServiceError` of `Connection.call`. The reads also raise DEADLINE_EXCEEDED if the call that
+    this thread runs is cancelled.
 
     Args:
         connection: the connection to Milvus.
@@ -34,11 +37,14 @@ class Reader:
         self._name = schema.milvus_name(spec.name)
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Call a method of `MilvusClient` about the collection; see `Connection.call`."""
+        """Call a method of `MilvusClient` with the collection's name and other arguments; see `Connection.call`."""
         return self._connection.call(f"collection {self.spec.name!r}", method, collection_name=self._name, **arguments)
 
     def by_id(self, ids: Sequence[str], output: list[str]) -> Iterator[dict[str, Any]]:
-        """Yield some fields of the existing records among the ids."""
+        """Yield the fields `output` of the records with the given ids, in no particular order.
+
+        Ids without a record are left out. A repeated id yields one record.
+        """
         distinct = list(dict.fromkeys(ids))
         for start in range(0, len(distinct), _IDS_AT_ONCE):
             yield from self._query(filter=schema.one_of(distinct[start : start + _IDS_AT_ONCE]), output_fields=output)
@@ -55,11 +61,11 @@ class Reader:
         """Yield some fields of the records that meet a filter, in byte order of ids.
 
         Args:
-            output: the fields.
+            output: names of the fields. `metadata` may be yielded too if the filter needs it.
             condition: the filter; None: all records.
-            after: the id after which to begin.
-            batch: rows of one call.
-            among: an expression of Milvus that the records must meet too.
+            after: only records with greater ids are yielded; empty: all records.
+            batch: rows that one call to Milvus returns.
+            among: a filter expression of Milvus that the records must meet too; empty: none.
         """
         clause = clause_of(condition)
         while True:
@@ -67,7 +73,7 @@ class Reader:
                 filter=terms.both(schema.behind(after), clause.expression, among),
                 output_fields=[*output, "metadata"] if clause.doubtful else output,
                 limit=batch,
-                # As pymilvus's own iterator does: the first rows by primary key, of all segments.
+                # As pymilvus's own iterator does. Milvus then returns the rows with the least ids of all segments.
                 iterator="True",
                 reduce_stop_for_best=True,
             )
@@ -80,7 +86,7 @@ class Reader:
             after = rows[-1][schema.ID]
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records that meet a condition."""
+        """Return the number of records that meet the filter `condition`; None: of all records."""
         clause = clause_of(condition)
         if not clause.doubtful:
             return self.count_expression(clause.expression)
@@ -88,11 +94,22 @@ class Reader:
         return certain + sum(1 for _ in self.walk([schema.ID], condition, among=clause.doubtful))
 
     def count_expression(self, expression: str) -> int:
-        """Return the number of records that meet an expression of Milvus."""
+        """Return the number of records that meet a filter expression of Milvus; empty: of all records."""
         return int(self._query(filter=expression, output_fields=["count(*)"])[0]["count(*)"])
 
     def nearest(self, queries: Matrix, limit: int, ef: int, expression: str, output: list[str]) -> list[Any]:
-        """Search in Milvus; return its hits for each query, nearest first."""
+        """Search the HNSW index of Milvus for the records nearest to each query.
+
+        Args:
+            queries: float32 (queries, dimensions).
+            limit: most hits of each query.
+            ef: number of candidates that the search keeps.
+            expression: a filter expression of Milvus that hits must meet; empty: none.
+            output: names of the fields that hits have.
+
+        Returns:
+            For each query the hits of pymilvus, nearest first.
+        """
         return self._loaded(
             lambda: list(
                 self.call(
@@ -112,10 +129,10 @@ class Reader:
         return self._loaded(lambda: list(self.call("query", consistency_level="Strong", **arguments)))
 
     def _loaded(self, read: Callable[[], Result]) -> Result:
-        """Run a read; if Milvus no longer has the collection loaded, as after a restart, load it and retry.
+        """Run a read. If the collection is not loaded, as after a restart of Milvus, load it and run the read again.
 
         Raises:
-            ServiceError: besides those of Milvus, DEADLINE_EXCEEDED if the call of this thread is cancelled.
+            ServiceError: the error of the read; DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
         """
         cancellation.check()
         try:
@@ -128,7 +145,7 @@ class Reader:
 
 
 def clause_of(condition: Filter | None) -> terms.Clause:
-    """Compile a filter to Milvus's expressions."""
+    """Compile a filter to filter expressions of Milvus. None, no filter, becomes the clause that all records meet."""
     return terms.EVERYTHING if condition is None else terms.compile_filter(condition)
 
 

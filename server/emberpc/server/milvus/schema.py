@@ -1,4 +1,4 @@
-"""Names, schemas and rows of collections in Milvus."""
+"""Convert names, specs and records of collections to Milvus's names, schemas and rows, and back."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from emberpc.server.names import NAME
 
 #: Prefix that marks emberpc's collections in a Milvus database.
 _PREFIX = "emberpc_"
-#: Milvus's names have letters, digits and `_` only.
+#: Replacements of the characters that Milvus does not allow in names, where only letters, digits and `_` are allowed.
+#: `_` is replaced too, since it begins a replacement.
 _ESCAPES = {"_": "_u", ".": "_d", "-": "_h"}
 _UNESCAPES = {escape: character for character, escape in _ESCAPES.items()}
+#: Milvus's limit of the characters of a collection's name.
 _MAX_NAME = 255
+#: Key of the property of a Milvus collection that has the spec and the creation time.
 _PROPERTY = "emberpc.collection"
 
-#: Milvus's limit for a string, in bytes.
+#: Milvus's limit of the bytes (UTF-8) of a string, and so of a record's text and label.
 MAX_TEXT_BYTES = 65_535
+#: Bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
 _MAX_ID_BYTES = 512
 _MAX_METADATA_BYTES = 65_536
-#: Milvus has no vectors of one dimension.
+#: Least dimensions of a vector in Milvus.
 _MIN_DIMENSIONS = 2
-#: Under COSINE Milvus squares lengths in float32, where the squares of shorter vectors become zero.
+#: Least length of a vector under COSINE. Milvus squares lengths in float32, where the square of a lesser length may
+#: become zero.
 _MIN_LENGTH = 1e-15
 
 VECTOR = "vector"
@@ -40,10 +45,10 @@ _METRICS = {Distance.COSINE: "COSINE", Distance.DOT_PRODUCT: "IP", Distance.EUCL
 
 
 def milvus_name(name: str) -> str:
-    """Return the name of a collection in Milvus.
+    """Return the name that the collection `name` has in Milvus: the prefix, and the name with escaped characters.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if it would be too long there.
+        ServiceError: INVALID_ARGUMENT if the name in Milvus would have more than 255 characters.
     """
     escaped = _escaped(name)
     if len(escaped) > _MAX_NAME:
@@ -55,12 +60,12 @@ def milvus_name(name: str) -> str:
 
 
 def is_possible(name: str) -> bool:
-    """Return whether a name is valid and not too long for Milvus."""
+    """Return whether `name` is a valid name of a collection, and not too long for Milvus when it is escaped."""
     return bool(NAME.fullmatch(name)) and len(_escaped(name)) <= _MAX_NAME
 
 
 def own_name(escaped: str) -> str | None:
-    """Return the name that `milvus_name` escaped; None if it has not made this name."""
+    """Return the collection's name for its name in Milvus; None if `milvus_name` cannot have returned `escaped`."""
     if not escaped.startswith(_PREFIX):
         return None
     name, rest = "", escaped[len(_PREFIX) :]
@@ -74,10 +79,10 @@ def own_name(escaped: str) -> str | None:
 
 
 def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
-    """Return the arguments of `create_collection`.
+    """Return the arguments of `MilvusClient.create_collection`, without the name, for a new collection.
 
-    The spec is stored both in the description, which every Milvus keeps, and in a property, since milvus-lite keeps no
-    descriptions.
+    The spec and the creation time are stored twice: in the description, which a Milvus server always keeps, and in a
+    property, since milvus-lite does not keep descriptions.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if Milvus does not support the spec.
@@ -103,14 +108,17 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     return {
         "schema": schema,
         "properties": properties(spec, created),
-        # One shard, so that a batch is one message in Milvus's log.
+        # With one shard, all records of a write are one message in Milvus's log, so the write is atomic.
         "num_shards": 1,
         "consistency_level": "Strong",
     }
 
 
 def properties(spec: CollectionSpec, created: datetime) -> dict[str, str]:
-    """Return the properties of a collection; reading prefers them to the description."""
+    """Return the properties of a collection in Milvus: its spec and creation time as JSON.
+
+    `read_description` prefers the properties to the description: a change of the spec is written only to them.
+    """
     return {_PROPERTY: _about(spec, created)}
 
 
@@ -119,7 +127,7 @@ def _about(spec: CollectionSpec, created: datetime) -> str:
 
 
 def graph(spec: CollectionSpec) -> Any:
-    """Return the parameters of the HNSW index of a collection's vectors."""
+    """Return the parameters with which Milvus builds the HNSW index of a collection's vectors."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index(
         field_name=VECTOR,
@@ -131,7 +139,10 @@ def graph(spec: CollectionSpec) -> Any:
 
 
 def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetime] | None:
-    """Return spec and creation time of a collection; None if it is not emberpc's."""
+    """Return spec and creation time from the result of `MilvusClient.describe_collection`.
+
+    None if emberpc did not create the collection, or the stored spec is damaged.
+    """
     text = (described.get("properties") or {}).get(_PROPERTY) or described.get("description") or ""
     try:
         about = json.loads(text)
@@ -143,7 +154,18 @@ def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetim
 def check_fit(
     records: Sequence[NewRecord], found_terms: Sequence[Sequence[str]], vectors: Matrix, distance: Distance
 ) -> None:
-    """Raise INVALID_ARGUMENT, naming each record that is valid but too large for Milvus."""
+    """Check that Milvus can store valid records.
+
+    Args:
+        records: the records.
+        found_terms: the terms of each record's metadata, see `terms.terms`.
+        vectors: the vectors of the records, float32 (records, dimensions).
+        distance: the distance of the collection.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT, naming each record whose text or label is too long, whose metadata has too many
+            terms, or whose vector is too short.
+    """
     violations = []
     for i, record in enumerate(records):
         for field, text in (("text", record.text), ("label", record.label)):
@@ -177,7 +199,17 @@ def row(
     created: int,
     updated: int,
 ) -> dict[str, Any]:
-    """Return a record as a row of Milvus; times in microseconds since 1970."""
+    """Return a record as a row of Milvus: its values by field name.
+
+    Args:
+        record: the record.
+        document: the record's metadata as JSON.
+        found_terms: the terms of the metadata, see `terms.terms`.
+        vector: float32 (dimensions,).
+        revision: revision of the record.
+        created: creation time in microseconds since 1970.
+        updated: time of this write in microseconds since 1970.
+    """
     return {
         ID: record.id,
         "text": record.text,
@@ -192,12 +224,12 @@ def row(
 
 
 def fields(*, with_vectors: bool) -> list[str]:
-    """Return the fields that `stored` needs."""
+    """Return the names of the fields that `stored` reads from a row; with the vector only if `with_vectors`."""
     return [*_FIELDS, VECTOR] if with_vectors else _FIELDS
 
 
 def stored(found: dict[str, Any]) -> StoredRecord:
-    """Convert a row of Milvus to a record."""
+    """Convert a row of Milvus, with the fields that `fields` returns, to a record."""
     return StoredRecord(
         id=found[ID],
         text=found["text"],
@@ -211,29 +243,32 @@ def stored(found: dict[str, Any]) -> StoredRecord:
 
 
 def metadata(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a row of Milvus."""
+    """Return the metadata of a row of Milvus as Python objects."""
     value = found["metadata"]
     return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
 
 
 def _document(found: dict[str, Any]) -> str:
-    """Return the metadata of a row of Milvus as JSON."""
+    """Return the metadata of a row of Milvus as JSON text."""
     value = found["metadata"]
     return value.strip() if isinstance(value, str) else json.dumps(metadata(found), ensure_ascii=False)
 
 
 def behind(record_id: str) -> str:
-    """Return the expression for the records whose ids follow an id in byte order; all follow the empty id."""
+    """Return the filter expression for the records whose ids are greater, in byte order; all are greater than ""."""
     return f"{ID} > {quoted(record_id)}"
 
 
 def one_of(ids: Sequence[str]) -> str:
-    """Return the expression for the records of some ids."""
+    """Return the filter expression of Milvus that the records with the given ids meet."""
     return f"{ID} in [{', '.join(map(quoted, ids))}]"
 
 
 def score(distance: Distance, value: float) -> float:
-    """Convert a distance of Milvus to a score; greater is nearer."""
+    """Convert `value`, the distance that Milvus reports for a hit, to a score; greater is nearer.
+
+    Under EUCLIDEAN, Milvus reports the square of the distance. Otherwise it reports the score.
+    """
     return -(max(value, 0.0) ** 0.5) if distance is Distance.EUCLIDEAN else value
 
 

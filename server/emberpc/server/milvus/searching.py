@@ -15,24 +15,35 @@ from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutco
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.reading import Reader, clause_of
 
-#: Limit of the hits of one call of Milvus, whose response has at most 100 MB.
+#: Limit of the hits of all queries of one call to Milvus. A response of Milvus may have at most 100 MB.
 _HITS_AT_ONCE = 10_000
-#: As in the embedded backend.
+#: If a request sets no ef: ef is twice the number of hits, and at least 200, as in the embedded backend.
 _MIN_EF, _EF_PER_HIT = 200, 2
-#: Limits of Milvus.
+#: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
-#: Hits to request for each wanted hit if a filter has doubtful records.
+#: If a filter has doubtful records (`terms.Clause`), Milvus is asked for this many times the wanted hits, since the
+#: server then drops those that do not match.
 _DOUBT = 4
-#: Up to this many records that meet a filter are compared in the server: exact, and Milvus's graph finds few of them.
+#: If at most this many records meet a filter, the server compares all their vectors with the query. The result is then
+#: exact, while Milvus's graph finds only few of so rare records.
 _FEW = 2000
-#: Up to this many records are compared in the server if the graph found too few.
+#: If the graph found too few hits, and at most this many records meet the filter, the server compares their vectors.
 _MANY = 100_000
+#: Number of vectors that the server holds in memory and compares at a time.
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Request:
-    """Queries, float32 (queries, dimensions), and for each its top_k and the id to leave out."""
+    """Queries with the same ef.
+
+    Attributes:
+        queries: float32 (queries, dimensions).
+        top_k: most hits of each query.
+        exclude: for each query the id of a record that is no hit, or None.
+        ef: candidates that a search of the graph keeps; 0: chosen by `top_k`.
+        with_vectors: whether hits have their vectors.
+    """
 
     queries: Matrix
     top_k: Sequence[int]
@@ -41,7 +52,7 @@ class Request:
     with_vectors: bool
 
     def only(self, rows: Sequence[int]) -> Request:
-        """Return the request with only the queries of these rows."""
+        """Return a copy of the request with only the queries whose indexes are in `rows`."""
         rows = list(rows)
         return replace(
             self,
@@ -52,10 +63,10 @@ class Request:
 
 
 class Searcher:
-    """Answers queries with the same filter.
+    """Answers queries on one collection that have the same filter.
 
     Args:
-        reader: the collection.
+        reader: reads the collection.
         condition: the filter; None: no filter.
     """
 
@@ -66,7 +77,11 @@ class Searcher:
         self._clause = clause_of(condition)
 
     def search(self, request: Request) -> list[SearchOutcome]:
-        """Answer every query of a request."""
+        """Return the outcome of each query of a request, in the order of the queries; errors are those of `Reader`.
+
+        If few records meet the filter, the server compares their vectors. Otherwise Milvus searches, with a greater ef
+        the fewer records meet the filter. Queries for which Milvus finds too few hits are then compared as well.
+        """
         widening = 1.0
         if self._condition is not None:
             matching = self._reader.count_expression(self._clause.expression)
@@ -83,7 +98,12 @@ class Searcher:
         return [outcomes[row] for row in range(len(request.queries))]
 
     def _ask(self, request: Request, widening: float) -> list[SearchOutcome | None]:
-        """Search in Milvus; None for a query for which its graph found too few hits."""
+        """Search in Milvus; return the outcome of each query, or None where the server should compare vectors instead.
+
+        Args:
+            request: the queries.
+            widening: factor of ef: the number of all records, divided by that of the records that meet the filter.
+        """
         wanted = max(request.top_k) + 1
         keep = max(int((request.ef or max(_MIN_EF, _EF_PER_HIT * wanted)) * widening), wanted)
         limit = min(wanted * _DOUBT if self._clause.doubtful else wanted, _MAX_LIMIT)
@@ -98,7 +118,17 @@ class Searcher:
         ]
 
     def _hits(self, found: Sequence[Any], k: int, exclude: str | None, plan: Plan) -> SearchOutcome | None:
-        """Convert hits of Milvus; None if there are too few and the server can compare the records itself."""
+        """Convert the hits of Milvus for one query to an outcome.
+
+        Args:
+            found: hits of pymilvus, nearest first.
+            k: most hits of the outcome.
+            exclude: id of a record that is no hit; None: none.
+            plan: how Milvus searched.
+
+        Returns:
+            The outcome; None if there are too few hits, and few enough records for the server to compare all of them.
+        """
         candidates = [(schema.stored(hit["entity"]), schema.score(self._distance, hit["distance"])) for hit in found]
         if self._condition is not None and self._clause.doubtful:
             candidates = [each for each in candidates if matches(self._condition, each[0].metadata)]
@@ -111,7 +141,7 @@ class Searcher:
         return self._outcome(hits, k, plan, left_out=len(hits) < len(candidates))
 
     def _compare(self, request: Request) -> list[SearchOutcome]:
-        """Compare the queries with all vectors that meet the filter: slow and exact."""
+        """Compare the queries with the vectors of all records that meet the filter. This is slow, but exact."""
         k = max(request.top_k) + 1
         prepared = prepare(request.queries, self._distance)
         best: list[list[tuple[float, str]]] = [[] for _ in prepared]
@@ -167,11 +197,14 @@ def _score(found: tuple[float, str]) -> float:
 
 
 def _blocks(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield rows of queries that share a call: their top_k are similar, and the hits within the limit."""
+    """Yield groups of queries for one call to Milvus each, as indexes of `sizes`, the top_k of all queries.
+
+    In a group, the greatest top_k is at most twice the least, and the hits of all queries are within a call's limit.
+    """
     order = np.argsort(np.array(sizes), kind="stable").tolist()
     block: list[int] = []
     for row in order:
-        # All queries of a call cost as much as the one with the greatest top_k.
+        # Milvus searches for the greatest top_k of a call with every query of the call.
         if block and ((len(block) + 1) * sizes[row] > _HITS_AT_ONCE or sizes[row] > 2 * sizes[block[0]]):
             yield block
             block = []

@@ -1,10 +1,16 @@
-"""Compilation of filters to expressions of Milvus over terms, which are stored beside the metadata.
+"""Compile filters to filter expressions of Milvus. The expressions use terms, which are stored beside the metadata.
 
-Conditions on JSON differ from emberpc's filters and between engines: for null, missing fields, lists, and `true`
-against 1. An array of strings means the same everywhere. So each record has terms that state: a field exists; it is or
-contains a value of a kind; it is or contains this exact value. Equality, membership and existence need terms only.
-Order and prefixes compare JSON, only in records whose terms state that a string or a number exists. If a list contains
-it, the record is doubtful, and `matches` decides.
+Milvus and milvus-lite compare JSON values in other ways than emberpc's filters, and differ from each other: for null,
+for missing fields, for lists, and for `true` and 1. An array of strings means the same in both. So each record has an
+array of terms. A term states one fact about a metadata field:
+
+- the field exists;
+- its value is, or is a list that contains, a value of a kind (`kind_of`), such as a string;
+- its value is, or is a list that contains, this exact value.
+
+Equality, membership and existence need terms only. Comparisons by order and prefixes read the JSON, but only of records
+whose terms state that the field is a string or a number. If the field is a list with a string or a number, Milvus
+cannot decide: the record is doubtful, and the server decides by `filters.matches`.
 """
 
 from __future__ import annotations
@@ -32,22 +38,26 @@ from emberpc.server.collections.filters import (
 )
 from emberpc.server.milvus.literals import quoted
 
+#: Name of the field of a Milvus row that has the terms.
 FIELD = "terms"
-#: Limit of the items in an array of Milvus.
+#: Milvus's limit of the items of an array, and so of the terms of a record.
 MAX_TERMS = 4096
+#: Bytes of a term: a hash in hexadecimal.
 TERM_BYTES = 16
 
-#: Keys and prefixes that Milvus and milvus-lite both read literally.
+#: Patterns of the metadata keys and of the prefixes that Milvus and milvus-lite both take literally, without escapes.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]+")
 _PLAIN_PREFIX = re.compile(r'[^%_\\"\'\x00-\x1f]+')
 
 
 @dataclass(frozen=True)
 class Clause:
-    """A filter as expressions: all matching records meet `expression`; records that meet it match unless `doubtful`.
+    """A filter as filter expressions of Milvus.
 
-    Records that meet `doubtful` must be checked by `matches`. An empty `expression` is met by all records, an empty
-    `doubtful` by none.
+    Attributes:
+        expression: all records that match the filter meet this expression; empty: all records meet it.
+        doubtful: of the records that meet `expression`, those that meet this one may not match the filter, so
+            `filters.matches` must check them; empty: no record is doubtful.
     """
 
     expression: str
@@ -58,16 +68,16 @@ EVERYTHING = Clause("")
 
 
 def terms(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the terms of a record."""
+    """Return the terms of a record's metadata, without repetition, in the order of the strings."""
     return sorted(set(_terms(metadata, ())))
 
 
 def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
-    """Compile a filter to Milvus's expressions.
+    """Compile a filter, or its negation, to filter expressions of Milvus.
 
     Args:
         condition: the filter.
-        met: whether the filter must be met; if not, its negation.
+        met: True: compile the filter; False: compile its negation.
     """
     if isinstance(condition, Not):
         return compile_filter(condition.condition, met=not met)
@@ -86,12 +96,16 @@ def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
 
 
 def both(*expressions: str) -> str:
-    """Return the conjunction of expressions; empty ones are left out."""
+    """Join expressions by AND. Empty expressions are left out; the result is empty if all are."""
     return " and ".join(f"({each})" for each in expressions if each)
 
 
 def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool) -> Clause:
-    """Compile a comparison by order, or a prefix."""
+    """Compile a comparison by order or a prefix on the nested keys `path`; its negation unless `met`.
+
+    Records whose field is a list with a value of the kind are doubtful. So are records whose field is a value of the
+    kind, if Milvus and milvus-lite may compare it in different ways, and for every negation.
+    """
     kind = "string" if isinstance(condition, Prefix) else kind_of(condition.value)
     is_one, holds_one = _has([_term(path, kind)]), _has([_term(path, "list", kind)])
     compared = _compared(condition, path) if met else ""
@@ -102,7 +116,10 @@ def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool
 
 
 def _compared(condition: Comparison | Prefix, path: tuple[str, ...]) -> str:
-    """Return the comparison of a string or a number as JSON; empty if engines may read it differently."""
+    """Return the expression that compares the metadata field with the nested keys `path`.
+
+    Empty if the keys or the value have characters that Milvus and milvus-lite may read in different ways.
+    """
     if not all(_PLAIN_KEY.fullmatch(key) for key in path):
         return ""
     field = "metadata" + "".join(f'["{key}"]' for key in path)
@@ -154,12 +171,15 @@ def _terms(value: Any, path: tuple[str, ...]) -> Iterator[str]:
 def _value_term(path: tuple[str, ...], value: Value) -> str:
     kind = kind_of(value)
     if isinstance(value, (int, float)) and kind == "number":
-        # As Python compares them: 1 is 1.0, and 0.0 is -0.0.
+        # Equal numbers must have the same term: 1 and 1.0, and 0.0 and -0.0.
         whole = int(value) if value == int(value) else None
         return _term(path, "equal", kind, repr(value) if whole is None else str(whole))
     return _term(path, "equal", kind, json.dumps(value))
 
 
 def _term(path: tuple[str, ...], *about: str) -> str:
-    """Return a term: a hash, since Milvus limits the length of strings in arrays."""
+    """Return the term for a fact `about` the field with the nested keys `path`.
+
+    The term is a hash of 16 hexadecimal digits, since Milvus limits the length of strings in arrays.
+    """
     return blake2b(json.dumps([path, *about]).encode(), digest_size=TERM_BYTES // 2).hexdigest()
