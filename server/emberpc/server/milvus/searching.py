@@ -25,7 +25,7 @@ _MAX_EF, _MAX_LIMIT = 32_768, 16_384
 #: server then drops those that do not match.
 _DOUBT = 4
 #: If at most this many records meet a filter, the server compares all their vectors with the query. The result is then
-#: exact, while Milvus's graph finds only few of so rare records.
+#: exact, while a search of Milvus's graph would find only some of these records.
 _FEW = 2000
 #: If the graph found too few hits, and at most this many records meet the filter, the server compares their vectors.
 _MANY = 100_000

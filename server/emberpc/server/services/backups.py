@@ -1,4 +1,4 @@
-"""BackupCollection and RestoreCollection: send and receive a collection as one file, and end callers that stall."""
+"""BackupCollection and RestoreCollection: send and receive a collection as one file, and end calls that stall."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from emberpc.server.statuses import status_of
 from emberpc.v1 import index_pb2 as pb
 from emberpc.wire import status
 
-#: Holds references to tasks: the event loop holds none.
+#: The tasks that end stalled calls. A reference is kept here until a task is done, since the event loop keeps only weak
+#: references, and a task without another reference may be collected before it runs.
 _tasks: set[asyncio.Task[None]] = set()
 
 
 async def backup_responses(
     backups: CollectionBackups, open_collection: Callable[[], Awaitable[CollectionBackend]], context: requests.Context
 ) -> AsyncIterator[pb.BackupCollectionResponse]:
-    """Yield the responses of a BackupCollection; the first has the size of the backup.
+    """Yield the responses of a BackupCollection. The first has the size of the backup, the last its SHA-256.
+
+    A caller that does not read a response for `backups.stall_seconds` gets DEADLINE_EXCEEDED; while other callers wait
+    for a backup, already after `backups.contended_seconds`.
 
     Args:
         backups: the pipeline.
@@ -31,8 +35,7 @@ async def backup_responses(
         context: the context of the call.
 
     Raises:
-        ServiceError: as `open_collection` and `CollectionBackups.backup` do. A caller that reads nothing for long gets
-            DEADLINE_EXCEEDED.
+        ServiceError: as `open_collection` and `CollectionBackups.backup` do.
     """
     first = True
     async with aclosing(backups.backup(await open_collection(), requests.caller(context))) as pieces:
@@ -46,7 +49,7 @@ async def backup_responses(
 async def restore(
     backups: CollectionBackups, messages: AsyncIterator[pb.RestoreCollectionRequest]
 ) -> CollectionBackend:
-    """Restore a collection from the messages of a call; errors are those of `CollectionBackups.restore`."""
+    """Create a collection from the messages of a RestoreCollection; errors are those of `CollectionBackups.restore`."""
     return await backups.restore(messages, _restore_message)
 
 
@@ -60,13 +63,14 @@ def _ended_after(
 ) -> Iterator[None]:
     """End the call with DEADLINE_EXCEEDED if the block, in which the caller reads a response, lasts too long.
 
-    The handler is cancelled at once. The caller gets the error when it reads again.
+    The running task, which is the handler of the call, is cancelled at once. The caller gets the error when it reads
+    again.
 
     Args:
         seconds: how long the block may last.
         context: the context of the call.
-        contended: returns whether other callers wait for the slot of this one.
-        contended_seconds: how long the block may last if so; checked at this interval.
+        contended: returns whether other callers wait for the slot that this call holds.
+        contended_seconds: how long the block may last while other callers wait; `contended` is called at this interval.
     """
     handler = asyncio.current_task()
     loop = asyncio.get_running_loop()
@@ -86,7 +90,8 @@ def _ended_after(
         _tasks.add(task)
         task.add_done_callback(_tasks.discard)
         if handler is not None:
-            # After the task's first step: gRPC sends no status of a handler that was cancelled before.
+            # The handler is cancelled after the first step of `task`: gRPC sends no status for a handler that was
+            # cancelled before.
             loop.call_soon(handler.cancel)
 
     timer = loop.call_later(contended_seconds, check)
@@ -98,11 +103,11 @@ def _ended_after(
 
 
 async def _abort(seconds: float, context: requests.Context) -> None:
-    """End a call whose caller has read nothing for some seconds."""
+    """End a call with the DEADLINE_EXCEEDED error for a caller that has read nothing for `seconds` seconds."""
     request_id = requests.request_id(context)
     message = f"nothing was read for {seconds:g} s, so the call was ended; begin again, and read without a pause"
     error_status = status_of(ServiceError(Code.DEADLINE_EXCEEDED, message, reason="STALLED"), request_id)
     details = (status.DETAILS_KEY, error_status.SerializeToString()), (status.REQUEST_ID_KEY, request_id)
-    # `abort` always raises, and another error if the caller has left.
+    # `abort` always raises: AbortError, or another error of gRPC if the caller has left. The call has ended either way.
     with suppress(grpc.aio.BaseError):
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message, details)

@@ -14,12 +14,15 @@ from emberpc.server.services import replies, requests
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 
-#: Bytes of a reply beside the only classifier in it, its page token included: a name has at most 128 characters.
+#: Limit of the bytes of a response besides its only classifier. Most of these bytes are the page token, which encodes a
+#: name of at most 128 characters.
 _REPLY_BYTES = 1024
 
 
 class ClassificationService(classification_pb2_grpc.ClassificationServiceServicer):
-    """Serves the fine-tuned classifiers of an engine.
+    """Implements the ClassificationService of classification.proto for fine-tuned classifiers.
+
+    The methods for classifiers made from examples are not implemented: their calls fail with UNIMPLEMENTED.
 
     Args:
         engine: the models.
@@ -32,7 +35,10 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         self._classifier = TextClassifier(engine, limits)
 
     async def Classify(self, request: pb.ClassifyRequest, context: requests.Context) -> pb.ClassifyResponse:
-        """Classify texts."""
+        """Classify the texts of a request, and return labels, probabilities and token usage of each text.
+
+        Errors are those of `TextClassifier.classify`; INVALID_ARGUMENT, too, for an unknown truncation or priority.
+        """
         classification_request = ClassificationRequest(
             request.classifier,
             request.texts,
@@ -52,26 +58,34 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
     async def ListClassifiers(
         self, request: pb.ListClassifiersRequest, context: requests.Context
     ) -> pb.ListClassifiersResponse:
-        """List the classifiers by name."""
+        """Return a page of the served classifiers, sorted by name.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong page size or page token; RESOURCE_EXHAUSTED if the first
+                classifier of the page alone has more bytes than a response may have.
+        """
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         models = [model for model in self._engine.models() if model.manifest.task is Task.CLASSIFICATION]
         max_bytes = min(replies.MAX_PAGE_BYTES, self._limits.max_response_bytes - _REPLY_BYTES)
         page, token = replies.model_page(models, after, size, max_bytes, describe)
-        for description in page[:1]:  # only the first may have more bytes than a page
+        for description in page[:1]:  # only the first classifier of a page may have more than `max_bytes`
             self._check_size(description)
         return pb.ListClassifiersResponse(classifiers=page, next_page_token=token)
 
     async def GetClassifier(
         self, request: pb.GetClassifierRequest, context: requests.Context
     ) -> pb.GetClassifierResponse:
-        """Return one classifier."""
+        """Return the classifier `request.name`; errors are those of `Engine.model`.
+
+        RESOURCE_EXHAUSTED if the classifier has more bytes than a response may have.
+        """
         description = describe(self._engine.model(request.name, Task.CLASSIFICATION, "name"))
         self._check_size(description)
         return pb.GetClassifierResponse(classifier=description)
 
     def _check_size(self, description: pb.Classifier) -> None:
-        """Raise RESOURCE_EXHAUSTED if a reply with this classifier alone would be over the limit."""
+        """Raise RESOURCE_EXHAUSTED if a response with this classifier alone would exceed `max_response_bytes`."""
         self._limits.check_response(
             description.ByteSize() + _REPLY_BYTES,
             f"the labels of {description.name!r} are too long; start the server with a higher --max-response-bytes",
@@ -79,7 +93,14 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
 
 
 def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k: int) -> pb.Classification:
-    """Return the result for text `row`, with its best `top_k` labels; 0 returns all."""
+    """Return the result for one text.
+
+    Args:
+        decisions: the decisions on all texts of the call.
+        row: index of the text.
+        manifest: the manifest of the classifier.
+        top_k: most labels in `scores`, best first; 0: all labels.
+    """
     scores, ranking, given = decisions.probabilities[row], decisions.ranking[row], decisions.labels[row]
     return pb.Classification(
         scores=[pb.LabelScore(label=manifest.labels[i], score=float(scores[i])) for i in ranking[: top_k or None]],
@@ -89,7 +110,10 @@ def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k:
 
 
 def describe(model: Model) -> pb.Classifier:
-    """Return the description of a fine-tuned classifier, which is in its manifest."""
+    """Return the message that describes a fine-tuned classifier, from its manifest.
+
+    `fit_time` stays unset if the manifest has no valid ISO time.
+    """
     manifest = model.manifest
     rule = manifest.decision_rule
     description = pb.Classifier(
@@ -107,7 +131,7 @@ def describe(model: Model) -> pb.Classifier:
         fine_tuning_strategy=manifest.strategy,
         max_tokens=manifest.max_tokens,
     )
-    # The manifest states the time as text, which another tool may have written in another form.
+    # The manifest states the time as text. A bundle that another tool wrote may have a text that is no ISO time.
     with suppress(ValueError, OverflowError):
         description.fit_time.FromDatetime(datetime.fromisoformat(manifest.created))
     return description

@@ -25,7 +25,7 @@ _DTYPES = frozenset(types_pb2.DataType.values())
 
 
 class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
-    """Serves the embedding models of an engine.
+    """Implements the EmbeddingService of embedding.proto.
 
     Args:
         engine: the models.
@@ -38,7 +38,10 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         self._embedder = TextEmbedder(engine, limits)
 
     async def Embed(self, request: pb.EmbedRequest, context: requests.Context) -> pb.EmbedResponse:
-        """Embed texts."""
+        """Embed the texts of a request, and return their vectors in the order of the texts.
+
+        Errors are those of `TextEmbedder.embed`; INVALID_ARGUMENT, too, for an unknown enum value.
+        """
         options = _options(request)
         caller = requests.caller(context, request.priority)
         embedded = await self._embedder.embed(request.model, list(request.texts), options, caller)
@@ -52,16 +55,18 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     async def EmbedStream(
         self, request_iterator: AsyncIterator[pb.EmbedStreamRequest], context: requests.Context
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
-        """Embed a corpus of any size; the first response has the model only.
+        """Embed the texts of a stream of any length; yield the results in the order in which they are ready.
+
+        The first response has only the model. An invalid text fails alone: its error is in a response.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the first message has no config, or a later one has one; as
-                `EmbeddingStream` does.
+            ServiceError: INVALID_ARGUMENT if the first message has no config, a later message has a config, or the
+                config has an unknown enum value; as `EmbeddingStream` and its methods `add` and `run` do.
         """
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("config"):
             raise invalid("config", "is missing; the first message of a stream must have a config")
-        # Copied, since a message within another keeps all of it: the first one may have many texts.
+        # A copy, since a reference to `first.config` would keep the whole message `first` with its texts in memory.
         config, request_id = pb.EmbedStreamConfig(), requests.request_id(context)
         config.CopyFrom(first.config)
         options = _options(config, "config.")
@@ -75,7 +80,10 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 yield _group_response(group, config.dtype, request_id)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: requests.Context) -> pb.CountTokensResponse:
-        """Count the tokens of texts."""
+        """Return the number of tokens of each text, before truncation; errors are those of `TextEmbedder.count_tokens`.
+
+        INVALID_ARGUMENT, too, for an unknown input kind.
+        """
         kind = requests.input_kind(request.input_kind)
         counted = await self._embedder.count_tokens(request.model, request.texts, kind)
         return pb.CountTokensResponse(
@@ -87,7 +95,10 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     async def ComputeSimilarity(
         self, request: pb.ComputeSimilarityRequest, context: requests.Context
     ) -> pb.ComputeSimilarityResponse:
-        """Compare each source with each target."""
+        """Return the cosine similarity of each source text to each target text.
+
+        Errors are those of `TextEmbedder.similarities`; INVALID_ARGUMENT, too, for an unknown input kind or truncation.
+        """
         similarity_request = SimilarityRequest(
             request.model,
             request.sources,
@@ -106,14 +117,14 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
 
 
 def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") -> EmbeddingOptions:
-    """Read embedding options from a message, and check its data type.
+    """Read the embedding options of a message. The element type `dtype` is only checked, it is no option.
 
     Args:
         message: the message.
-        path: prefix of the names of its fields, for errors.
+        path: path of the message in the request, with a dot at the end, such as `config.`; for errors.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT for a value that this server does not know.
+        ServiceError: INVALID_ARGUMENT for an enum value that this server does not know.
     """
     if message.dtype not in _DTYPES:
         raise invalid(f"{path}dtype", f"is {message.dtype}, which is not a DataType")
@@ -126,12 +137,15 @@ def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") ->
 
 
 def _text_message(messages: AsyncIterator[pb.EmbedStreamRequest], message: pb.EmbedStreamRequest) -> TextMessage:
-    """Read the latest message of a stream."""
+    """Convert `message`, the latest of the stream `messages`, to the message of the pipeline.
+
+    The bytes of the message stay counted in `max_in_flight_bytes` until the pipeline releases it.
+    """
     return TextMessage([StreamText(item.id, item.text) for item in message.items], requests.hold(messages).release)
 
 
 def _later_message(messages: AsyncIterator[pb.EmbedStreamRequest], message: pb.EmbedStreamRequest) -> TextMessage:
-    """Read the latest message of a stream that is not its first; INVALID_ARGUMENT if it has a config."""
+    """Convert a message that is not the first, as `_text_message` does; INVALID_ARGUMENT if it has a config."""
     if message.HasField("config"):
         raise invalid("config", "is set again; only the first message of a stream may have a config")
     return _text_message(messages, message)
@@ -152,12 +166,13 @@ def _group_response(
 
 
 def _with_scores(scores: npt.NDArray[np.float32]) -> pb.ComputeSimilarityResponse:
-    """Return a response with scores, float32 (rows, columns).
+    """Return a response with only the field `scores`, from a float32 array (rows, columns).
 
     The message is parsed from bytes: protobuf copies an array number by number, which takes half a second for four
     million numbers and holds the interpreter's lock.
     """
     data = scores.astype("<f4").tobytes()
     field = pb.ComputeSimilarityResponse.DESCRIPTOR.fields_by_name["scores"].number
-    # A tag and a length, see https://protobuf.dev/programming-guides/encoding/: packed numbers have wire type 2.
+    # The bytes are tag, length and data, see https://protobuf.dev/programming-guides/encoding/. A packed list of numbers
+    # has wire type 2.
     return pb.ComputeSimilarityResponse.FromString(bytes([field << 3 | 2]) + varint(len(data)) + data)

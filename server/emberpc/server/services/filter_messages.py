@@ -1,4 +1,4 @@
-"""Read the messages of filter.proto, and check them against the limits of filters."""
+"""Convert the filter messages of filter.proto to `collections.filters`, and check the limits of filters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EQUALITIES = (filters.Operator.EQUAL, filters.Operator.NOT_EQUAL)
 
 
 def read_filter(message: pb.Filter, path: str = "filter") -> filters.Filter:
-    """Read the filter of a request that has no other one.
+    """Convert the only filter of a request.
 
     Args:
         message: the filter.
@@ -35,14 +35,23 @@ def read_filter(message: pb.Filter, path: str = "filter") -> filters.Filter:
 
 
 class FilterReader:
-    """Reads the filters of one request, and checks the limits of their conditions and values together."""
+    """Converts the filters of one request, and limits the conditions and values of all of them together."""
 
     def __init__(self) -> None:
         self._conditions = 0
         self._values = 0
 
     def read(self, message: pb.Filter, path: str) -> filters.Filter:
-        """Read a filter; arguments and errors are those of `read_filter`."""
+        """Convert the next filter of the request, and count its conditions and values.
+
+        Args:
+            message: the filter.
+            path: path of the filter in the request, for errors.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT, naming the part that is wrong or exceeds a limit; or if all filters so far
+                have more than 2,000 conditions or 50,000 values of memberships.
+        """
         reader = _Reader(path)
         found = reader.read(message, path, 1)
         self._conditions += reader.conditions
@@ -57,7 +66,11 @@ class FilterReader:
 
 
 class _Reader:
-    """Reads one filter, and counts its conditions and the values of its memberships."""
+    """Converts one filter, and counts its conditions and the values of its memberships.
+
+    Args:
+        path: path of the filter in the request, for errors about the whole filter.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -65,7 +78,16 @@ class _Reader:
         self.values = 0
 
     def read(self, message: pb.Filter, path: str, depth: int) -> filters.Filter:
-        """Read a condition at a nesting depth; the filter itself has depth 1."""
+        """Convert one condition, with those nested in it.
+
+        Args:
+            message: the condition.
+            path: path of the condition in the request, for errors.
+            depth: nesting depth of the condition; the filter itself has depth 1.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT, naming the part that is wrong or exceeds a limit.
+        """
         if depth > filters.MAX_DEPTH:
             raise invalid(path, f"is nested more than {filters.MAX_DEPTH} levels deep; make the filter flatter")
         self.conditions += 1

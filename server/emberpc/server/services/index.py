@@ -39,21 +39,24 @@ from emberpc.server.statuses import status_of
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 
-#: Serialize responses with more hits in the pool: a record that was not returned before takes some 10 µs, so a large
-#: response would block the event loop.
+#: Number of hits of a Search response above which the response is serialized in the pool. A record that was not
+#: returned before takes about 10 µs, so a large response would block the event loop for milliseconds.
 _MANY_HITS = 200
-#: The same for the characters of their metadata as JSON, which take 0.1 µs each.
+#: Characters of the metadata (JSON) of all hits above which a Search response is serialized in the pool. A character
+#: takes about 0.1 µs.
 _MUCH_METADATA = 64 * 1024
-#: The methods that return serialized bytes: their responses have records.
+#: The methods whose responses have records. They return the serialized response, not a message.
 _WITH_RECORDS = ("BatchGetRecords", "ListRecords", "Search", "ClusterRecords")
 
 
 class IndexService(index_pb2_grpc.IndexServiceServicer):
-    """Serves an index; the models of an engine embed texts.
+    """Implements the IndexService of index.proto on an index backend.
+
+    A method that fails raises a `ServiceError` with one of the status codes that index.proto lists for the RPC.
 
     Args:
-        engine: the models.
-        index: the collections.
+        engine: the models, which embed texts of records and queries.
+        index: the index backend, which stores the collections.
         pool: runs the blocking calls of the index.
         limits: limits of a call.
         reembedding: the reembedding jobs.
@@ -76,20 +79,23 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: requests.Context
     ) -> pb.CreateCollectionResponse:
-        """Create a collection."""
+        """Create a collection and return it as created; errors are those of `CollectionManagement.create`.
+
+        INVALID_ARGUMENT, too, for a distance or truncation that this server does not know.
+        """
         created = await self._management.create(read_collection(request.collection))
         return pb.CreateCollectionResponse(collection=collection_message(created))
 
     async def GetCollection(
         self, request: pb.GetCollectionRequest, context: requests.Context
     ) -> pb.GetCollectionResponse:
-        """Describe a collection."""
+        """Return settings and state of the collection `request.name`; NOT_FOUND if there is no such collection."""
         return pb.GetCollectionResponse(collection=collection_message(await self._management.get(request.name)))
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: requests.Context
     ) -> pb.ListCollectionsResponse:
-        """List the collections in the order of their names."""
+        """Return a page of the collections, sorted by name; INVALID_ARGUMENT for a wrong page size or page token."""
         size = requests.page_size(request.page_size)
         descriptions, token = await self._management.page(size, request.page_token)
         return pb.ListCollectionsResponse(collections=map(collection_message, descriptions), next_page_token=token)
@@ -97,7 +103,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def UpdateCollection(
         self, request: pb.UpdateCollectionRequest, context: requests.Context
     ) -> pb.UpdateCollectionResponse:
-        """Change settings of a collection."""
+        """Change the truncation of a collection, and return the changed collection.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if `update_mask` is empty or names another field, or the truncation is
+                unknown; NOT_FOUND if there is no such collection.
+        """
         if not request.update_mask.paths:
             raise invalid("update_mask", "is empty; name the fields to change, such as truncation")
         for i, path in enumerate(request.update_mask.paths):
@@ -110,14 +121,18 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def DeleteCollection(
         self, request: pb.DeleteCollectionRequest, context: requests.Context
     ) -> pb.DeleteCollectionResponse:
-        """Delete a collection."""
+        """Delete a collection and cancel its reembedding; NOT_FOUND if there is no such collection."""
         await self._management.delete(request.name)
         return pb.DeleteCollectionResponse()
 
     async def UpsertRecords(
         self, request: pb.UpsertRecordsRequest, context: requests.Context
     ) -> pb.UpsertRecordsResponse:
-        """Insert or replace records."""
+        """Insert or replace records, and return their numbers and the receipt of the write.
+
+        The texts are embedded unless the request has vectors; the response then has no usages and timings. Errors are
+        those of `RecordWriter.upsert`.
+        """
         given = request.HasField("vectors")
         upsert_request = UpsertRequest(
             collection=request.collection,
@@ -140,10 +155,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def UpsertRecordsStream(
         self, request_iterator: AsyncIterator[pb.UpsertRecordsStreamRequest], context: requests.Context
     ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
-        """Insert or replace the records of a corpus of any size; each response is a checkpoint.
+        """Insert or replace the records of a stream of any length; yield a response for each message.
+
+        A response is a checkpoint: all records up to its message are written, except those that failed.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the first message names no collection; as `UpsertStream` does.
+            ServiceError: INVALID_ARGUMENT if the first message names no collection; NOT_FOUND if there is no such
+                collection; as `UpsertStream.add` and `UpsertStream.run` do.
         """
         first = await anext(request_iterator, None)
         if first is None or not first.collection:
@@ -153,7 +171,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         stream = UpsertStream(self._engine, self._limits, self._pool, self._reembedding, collection, caller, request_id)
         read = partial(self._upsert_message, request_iterator)
         stream.add(read(first))
-        del first  # not kept until the end of the stream
+        del first  # its memory is freed before the end of the stream
         async with aclosing(stream.run(request_iterator, read)) as batches:
             async for batch in batches:
                 yield _batch_response(batch, collection.spec.model_fingerprint, request_id)
@@ -161,7 +179,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def BatchGetRecords(  # type: ignore[override]
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
     ) -> bytes:
-        """Return records by their ids; returns serialized bytes, see `add_index_service`."""
+        """Return a serialized BatchGetRecordsResponse with the records of the given ids, see `add_index_service`.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for unknown parts or a wrong number of ids; NOT_FOUND if there is no such
+                collection; as `record_replies.batch_get` does.
+        """
         parts = RequestedParts(request.parts)
         self._limits.check_ids(len(request.ids))
         return await self._access.call(
@@ -173,7 +196,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def DeleteRecords(
         self, request: pb.DeleteRecordsRequest, context: requests.Context
     ) -> pb.DeleteRecordsResponse:
-        """Delete records by id or by filter."""
+        """Delete the records with given ids, or those that match a filter; return their number and the receipt.
+
+        Errors are those of `RecordWriter.delete`; INVALID_ARGUMENT, too, for a wrong filter.
+        """
         condition, caller = _filter(request), requests.caller(context)
         deleted = await self._writer.delete(request.collection, request.ids, condition, caller)
         return pb.DeleteRecordsResponse(
@@ -185,7 +211,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ListRecords(  # type: ignore[override]
         self, request: pb.ListRecordsRequest, context: requests.Context
     ) -> bytes:
-        """List records in the order of their ids; returns serialized bytes, see `add_index_service`."""
+        """Return a serialized ListRecordsResponse: a page of records by id, see `add_index_service`.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT for a wrong filter, part, page size or page token; NOT_FOUND if there is no
+                such collection; as `record_replies.page` does.
+        """
         condition, parts = _filter(request), RequestedParts(request.parts)
         size, token = requests.page_size(request.page_size), request.page_token
         return await self._access.call(
@@ -196,7 +227,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
-        """Count records."""
+        """Return the number of records that match the filter, or of all records.
+
+        INVALID_ARGUMENT for a wrong filter, NOT_FOUND if there is no such collection.
+        """
         condition = _filter(request)
         return await self._access.call(
             request.collection,
@@ -206,7 +240,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
-        """Search the records nearest to each query; returns serialized bytes, see `add_index_service`."""
+        """Return a serialized SearchResponse: the records nearest to each query, see `add_index_service`.
+
+        Errors are those of `read_search_request` and `CollectionSearch.search`; RESOURCE_EXHAUSTED if the response
+        would be too large.
+        """
         caller = requests.caller(context, request.priority)
         parts = RequestedParts.of(request.parts)
         results = await self._search.search(request.collection, read_search_request(request, parts), caller)
@@ -216,7 +254,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
-        """Check that every record is present and undamaged, and that searches find it."""
+        """Check that every record is present and undamaged, and that searches find records; yield the progress.
+
+        Errors are those of `CollectionAnalysis.verify`; NOT_FOUND if there is no such collection.
+        """
         collection = await self._access.open(request.name)
         async with aclosing(self._analysis.verify(collection, requests.caller(context), full=request.full)) as steps:
             async for step in steps:
@@ -225,13 +266,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     def BackupCollection(
         self, request: pb.BackupCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.BackupCollectionResponse]:
-        """Send a collection as one file."""
+        """Return an iterator over the chunks of a backup; arguments and errors are those of `backup_responses`."""
         return backups.backup_responses(self._backups, lambda: self._access.open(request.name), context)
 
     async def RestoreCollection(
         self, request_iterator: AsyncIterator[pb.RestoreCollectionRequest], context: requests.Context
     ) -> pb.RestoreCollectionResponse:
-        """Create a collection from the file of a backup."""
+        """Create a collection from the chunks of a backup, and return it; errors are those of `backups.restore`."""
         collection = await backups.restore(self._backups, request_iterator)
         description = await self._management.describe(collection)
         return pb.RestoreCollectionResponse(collection=collection_message(description))
@@ -239,7 +280,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def FindDuplicates(
         self, request: pb.FindDuplicatesRequest, context: requests.Context
     ) -> pb.FindDuplicatesResponse:
-        """Return pairs of records with similar vectors."""
+        """Return a page of the pairs of records whose vectors have at least a given cosine, greatest cosine first.
+
+        Errors are those of `CollectionAnalysis.find_duplicates`; NOT_FOUND if there is no such collection.
+        """
         size, caller = requests.page_size(request.page_size), requests.caller(context)
         page = await self._access.use(
             request.collection,
@@ -258,7 +302,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ClusterRecords(  # type: ignore[override]
         self, request: pb.ClusterRecordsRequest, context: requests.Context
     ) -> bytes:
-        """Cluster the records by their vectors; returns serialized bytes, see `add_index_service`."""
+        """Return a serialized ClusterRecordsResponse: clusters of the records' vectors, see `add_index_service`.
+
+        Errors are those of `CollectionAnalysis.clusters`; NOT_FOUND if there is no such collection;
+        RESOURCE_EXHAUSTED if the response would be too large.
+        """
         count, examples, caller = request.cluster_count, request.examples_per_cluster, requests.caller(context)
         found = await self._access.use(
             request.collection, lambda collection: self._analysis.clusters(collection, count, examples, caller)
@@ -268,14 +316,20 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
     ) -> pb.ReembedCollectionResponse:
-        """Start to reembed a collection with another model, in the background."""
+        """Start to reembed a collection with another model in the background, and return the collection at once.
+
+        Errors are those of `ReembeddingJobs.start`; NOT_FOUND if there is no such collection.
+        """
         description = await self._management.reembed(request.name, request.model, request.dimensions)
         return pb.ReembedCollectionResponse(collection=collection_message(description))
 
     async def CancelReembedding(
         self, request: pb.CancelReembeddingRequest, context: requests.Context
     ) -> pb.CancelReembeddingResponse:
-        """Cancel the reembedding of a collection, which keeps its model."""
+        """Cancel the reembedding of a collection, if one runs, and return the collection; it keeps its model.
+
+        NOT_FOUND if there is no such collection.
+        """
         description = await self._management.cancel_reembedding(request.name)
         return pb.CancelReembeddingResponse(collection=collection_message(description))
 
@@ -285,7 +339,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     def _upsert_message(
         self, messages: AsyncIterator[pb.UpsertRecordsStreamRequest], message: pb.UpsertRecordsStreamRequest
     ) -> UpsertMessage:
-        """Read the latest message of an UpsertRecordsStream; its records and vectors are read later."""
+        """Convert `message`, the latest of the stream `messages`, to the message of the pipeline.
+
+        Its records and vectors are read later, in the pool. INVALID_ARGUMENT for an unknown truncation.
+        """
         held = requests.hold(messages)
         count, given = len(message.records), message.HasField("vectors")
         embedded = count > 0 and not given
@@ -306,7 +363,7 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
 
 
 def _is_large(outcomes: Sequence[SearchOutcome]) -> bool:
-    """Return whether serializing the outcomes of a search may take long."""
+    """Return whether the outcomes of a search are so many that serializing them would block the event loop."""
     records = [record for outcome in outcomes for record, _ in outcome.hits]
     return len(records) > _MANY_HITS or sum(len(record.document) for record in records) > _MUCH_METADATA
 
@@ -326,23 +383,23 @@ def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> 
 
 
 def add_index_service(service: IndexService, server: Any) -> None:
-    """Register the service with a server, as the generated function does.
+    """Register an IndexService with a gRPC server, as the generated `add_IndexServiceServicer_to_server` does.
 
-    The methods of `_WITH_RECORDS` return serialized bytes, so they get no serializer.
+    In addition, the methods of `_WITH_RECORDS` get no serializer, since they return serialized bytes.
     """
     index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _WithoutSerializers(server)))
 
 
 class _WithoutSerializers:
-    """Registers the methods of the service with a server, those whose responses have records without a serializer."""
+    """Stands in for a gRPC server in generated code; registers the methods of `_WITH_RECORDS` without a serializer."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Do nothing: generated code gives the same methods to `add_registered_method_handlers` by name."""
+        """Do nothing: generated code also passes the same methods to `add_registered_method_handlers`."""
 
     def add_registered_method_handlers(self, name: str, methods: dict[str, Any]) -> None:
-        """Register the methods."""
+        """Register `methods`, the handlers by method name, with the server; `name` is that of the service."""
         changed = {method: methods[method]._replace(response_serializer=None) for method in _WITH_RECORDS}
         self._server.add_registered_method_handlers(name, {**methods, **changed})

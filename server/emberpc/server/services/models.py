@@ -1,4 +1,4 @@
-"""ModelService: describe, load, reload and unload models."""
+"""ModelService: list, describe, load, reload and unload models."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TASKS = {
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """Describes the models of an engine, and loads, reloads and unloads them.
+    """Implements the ModelService of model.proto.
 
     Args:
         engine: the models.
         loader: loads, reloads and unloads models.
-        admin: whether callers may do so.
+        admin: whether callers may load, reload and unload models. If not, these calls fail with PERMISSION_DENIED.
     """
 
     def __init__(self, engine: Engine, loader: Loader, *, admin: bool) -> None:
@@ -35,20 +35,23 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._admin = admin
 
     async def ListModels(self, request: pb.ListModelsRequest, context: requests.Context) -> pb.ListModelsResponse:
-        """List the models in the order of their names."""
+        """Return a page of the models, sorted by name; INVALID_ARGUMENT for a wrong page size or page token."""
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         page, token = replies.model_page(self._engine.models(), after, size, replies.MAX_PAGE_BYTES, describe)
         return pb.ListModelsResponse(models=page, next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: requests.Context) -> pb.GetModelResponse:
-        """Describe one model."""
+        """Return the description of the model `request.name`; errors are those of `Engine.model`."""
         return pb.GetModelResponse(model=describe(self._engine.model(request.name, field="name")))
 
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: requests.Context
     ) -> AsyncIterator[pb.LoadModelResponse]:
-        """Load a bundle and serve it under a new name."""
+        """Load a bundle and serve it under a new name; yield the progress, and at the end the served model.
+
+        Errors are those of `Loader.load`; PERMISSION_DENIED if callers may not change models.
+        """
         self._check_admin()
         async for model, stage in self._follow(
             request.name, lambda on_stage: self._loader.load(request.name, request.path, request.variant, on_stage)
@@ -58,7 +61,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ReloadModel(
         self, request: pb.ReloadModelRequest, context: requests.Context
     ) -> AsyncIterator[pb.ReloadModelResponse]:
-        """Load a bundle and serve it under the name of a served model; it may be the changed bundle of that model."""
+        """Replace a served model by the bundle in its folder or in another; yield the progress, then the new model.
+
+        Errors are those of `Loader.reload`, and then the old model stays; PERMISSION_DENIED if callers may not change
+        models.
+        """
         self._check_admin()
         async for model, stage in self._follow(
             request.name, lambda on_stage: self._loader.reload(request.name, request.path, request.variant, on_stage)
@@ -66,7 +73,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             yield pb.ReloadModelResponse(model=model, stage=stage)
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: requests.Context) -> pb.UnloadModelResponse:
-        """Stop serving a model, and wait until its calls in flight are done."""
+        """Stop serving a model, and wait until the calls that use it have ended and its memory was returned.
+
+        NOT_FOUND if no model has the name; PERMISSION_DENIED if callers may not change models.
+        """
         self._check_admin()
         closed = await asyncio.wrap_future(self._loader.submit(lambda: self._loader.unload(request.name)))
         await asyncio.shield(asyncio.wrap_future(closed))
@@ -81,14 +91,21 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             )
 
     async def _follow(self, name: str, change: Callable[[OnStage], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
-        """Run a change of a model, and yield its progress. The change runs to its end even if the caller leaves.
+        """Run a change of a model in the loader, and yield its progress.
+
+        The change runs to its end even if the caller leaves.
 
         Args:
             name: name of the model.
-            change: changes the model; it calls its argument with the name of each stage that begins.
+            change: changes the model and returns the new one. It calls its argument with the name of each stage as the
+                stage begins.
 
         Yields:
-            The model with state LOADING and the name of a stage; at the end, the served model and `ready`.
+            For each stage, a message with only the name and the state LOADING, and the name of the stage; at the end,
+            the description of the served model and `ready`.
+
+        Raises:
+            ServiceError: as `change` does.
         """
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[str | None] = asyncio.Queue()
@@ -105,7 +122,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
 
 def describe(model: Model) -> pb.Model:
-    """Return the description of a model."""
+    """Return the message that describes a served model, with state READY."""
     manifest = model.manifest
     description = pb.Model(
         name=model.name,

@@ -1,6 +1,7 @@
-"""Serialize records, each by itself, so that only one of them exists as Python objects or as messages at a time.
+"""Serialize records one after the other, so that only one of them exists as a message at a time.
 
-As messages, 400 records with 15 kB of nested metadata each took 340 MB until their response was serialized.
+If all records of a response exist as messages, 400 records with 15 kB of nested metadata each take 340 MB until the
+response is serialized.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from emberpc.server.collections.types import NO_METADATA, StoredRecord
 from emberpc.server.services.index_messages import RequestedParts, set_timestamp
 from emberpc.v1 import index_pb2 as pb
 
-# Tags of fields: number and wire type, see https://protobuf.dev/programming-guides/encoding/.
-#: Field 1 with a length: Struct.fields, the key of such a field, ListValue.values, and the records of responses.
+# Tags of protobuf fields, which have the number and the wire type, see
+# https://protobuf.dev/programming-guides/encoding/.
+#: Tag of a field with number 1 and a length: `Struct.fields`, the key in an entry of `Struct.fields`,
+#: `ListValue.values`, `Hit.record`, and the records, results or clusters of responses.
 FIRST = b"\x0a"
-#: Field 2 with a length: the value of a field of a Struct, Cluster.examples.
+#: Tag of a field with number 2 and a length: the value in an entry of `Struct.fields`, and `Cluster.examples`.
 SECOND = b"\x12"
-#: Record.metadata: number 3, then a length.
+#: Tag of `Record.metadata`: number 3, with a length.
 _METADATA = b"\x1a"
-# The kinds of google.protobuf.Value.
+# The values of a google.protobuf.Value: for null, false and true the whole message, for the others the tag.
 _NULL = b"\x08\x00"
 _NUMBER = b"\x11"
 _TEXT = b"\x1a"
@@ -33,7 +36,10 @@ _double = struct.Struct("<d").pack
 
 
 def record_bytes(record: StoredRecord, parts: RequestedParts) -> bytes:
-    """Serialize a record as the message `Record`."""
+    """Serialize a record as the message `Record`, with the text and metadata that `parts` names; never with its vector.
+
+    The time to live is the time from now until the record expires, at least 1 ms.
+    """
     message = pb.Record()
     message.id = record.id
     message.label = record.label
@@ -55,7 +61,7 @@ def record_bytes(record: StoredRecord, parts: RequestedParts) -> bytes:
 def struct_bytes(metadata: Mapping[str, Any]) -> bytes:
     """Serialize a JSON object as the message `google.protobuf.Struct`.
 
-    For a record with 15 kB of metadata this takes half the time of filling a message, and a tenth of its memory.
+    For 15 kB of metadata this takes half the time of filling and serializing a message, and a tenth of the memory.
     """
     pieces: list[bytes] = []
     for name, value in metadata.items():
@@ -92,12 +98,15 @@ def _values(values: Sequence[Any]) -> bytes:
 
 
 def length_delimited(tag: bytes, data: bytes) -> bytes:
-    """Return a field of variable length: its tag, the length and the data."""
+    """Return the bytes of a protobuf field with a length: the tag, the length of `data` as a varint, and `data`."""
     return tag + varint(len(data)) + data
 
 
 def varint(number: int) -> bytes:
-    """Encode a number >= 0 as a varint: seven bits a byte, the lowest first; all bytes but the last have bit 8 set."""
+    """Encode a number >= 0 as a varint of protobuf.
+
+    Each byte has seven bits of the number, the lowest seven first. The highest bit of a byte is 1 if more bytes follow.
+    """
     if number <= 0x7F:
         return _SINGLE_BYTES[number]
     encoded = bytearray()

@@ -1,8 +1,8 @@
-"""Write the responses of IndexService that have records, within the limit of a response.
+"""Build the responses of IndexService that have records, and some others, within the limit of a response.
 
-Responses with records are serialized bytes, see `record_bytes`.
+Responses with records are returned as serialized bytes, see `record_bytes`.
 
-`batch_get`, `page` and `count` read the records too: they block, so they run in the pool.
+`batch_get`, `page` and `count` also read from the collection. They block, so callers run them in the pool.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ _REMEDY = "ask for fewer records"
 
 
 def batch_get(collection: CollectionBackend, ids: Sequence[str], parts: RequestedParts, limits: Limits) -> bytes:
-    """Return a serialized BatchGetRecordsResponse: the records with some ids.
+    """Read records by id, and return a serialized BatchGetRecordsResponse. Blocks.
+
+    Args:
+        collection: the collection.
+        ids: ids of the records. The records are in this order; a repeated id repeats its record.
+        parts: the parts of the records to return.
+        limits: has the limit of the response's bytes.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
+        ServiceError: RESOURCE_EXHAUSTED if the response would be too large; as `CollectionBackend.get` does.
     """
     _check_vectors(collection, len(ids), parts, limits)
     records = collection.get(ids, with_vectors=parts.vector, parts=parts.record_parts)
@@ -44,10 +50,18 @@ def page(
     parts: RequestedParts,
     limits: Limits,
 ) -> bytes:
-    """Return a serialized ListRecordsResponse: a page of records; fewer than `size` if their texts are long.
+    """Read a page of records by id, and return a serialized ListRecordsResponse. Blocks.
+
+    Args:
+        collection: the collection.
+        size: most records of the page. There are fewer if their bytes reach the limit of a response.
+        token: token of the page; empty: the first page.
+        condition: the filter; None: all records. If no record of the first page matches, the response has warnings.
+        parts: the parts of the records to return.
+        limits: has the limit of the response's bytes.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
+        ServiceError: RESOURCE_EXHAUSTED if the response would be too large; as `CollectionBackend.page` does.
     """
     _check_vectors(collection, size, parts, limits)
     records, next_token = collection.page(
@@ -60,13 +74,16 @@ def page(
 
 
 def count(collection: CollectionBackend, condition: Filter | None) -> pb.CountRecordsResponse:
-    """Return the number of records that match a filter; None: of all records."""
+    """Count the records that match the filter `condition`; None: all records. Blocks.
+
+    The response has warnings if there is a filter and no record matches.
+    """
     found = collection.count(condition)
     return pb.CountRecordsResponse(count=found, warnings=filter_warnings(collection, condition, found))
 
 
 def clusters(found: Sequence[Cluster], limits: Limits) -> bytes:
-    """Return a serialized ClusterRecordsResponse: clusters with their examples.
+    """Return a serialized ClusterRecordsResponse with the clusters `found`; examples have text and metadata.
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
@@ -83,7 +100,7 @@ def clusters(found: Sequence[Cluster], limits: Limits) -> bytes:
 
 
 def verification(step: Verified) -> pb.VerifyCollectionResponse:
-    """Return the progress of a verification and the problems that its last step found."""
+    """Return the response for one step of a verification: the progress, and the problems that this step found."""
     failures = [
         pb.RecordFailure(
             id=problem.id,
@@ -109,7 +126,17 @@ def _with_records(
     limits: Limits,
     rest: pb.BatchGetRecordsResponse | pb.ListRecordsResponse,
 ) -> bytes:
-    """Serialize a response of records and other fields. A record that was requested several times counts each time."""
+    """Serialize a response.
+
+    Args:
+        records: the records of the response. A repeated record counts each time for the limit.
+        parts: the parts of the records to return; with vectors, `rest` gets them.
+        limits: has the limit of the response's bytes.
+        rest: the other fields of the response.
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if the records have more bytes than a response may have.
+    """
     pieces: list[bytes] = []
     size = 0
     for record in records:

@@ -1,4 +1,4 @@
-"""Write the parts of a response that several services have: pages, model, token usages, timings, receipt of a write."""
+"""Build the parts of responses that several services have: pages, models, token usages, timings, write receipts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from emberpc.server.engine import Inference, Model
 from emberpc.server.paging import encode_token
 from emberpc.v1 import classification_pb2, index_pb2, model_pb2, types_pb2
 
-#: A page of models has at most this many bytes, or a single model: models with many labels would exceed the limit of
-#: a message.
+#: Limit of the bytes of the models on a page of ListModels or ListClassifiers. A page with one model may have more.
+#: Without this limit, a page of classifiers with many labels could exceed the limit of a message.
 MAX_PAGE_BYTES = 2**20
 
 Description = TypeVar("Description", model_pb2.Model, classification_pb2.Classifier)
@@ -20,14 +20,14 @@ Description = TypeVar("Description", model_pb2.Model, classification_pb2.Classif
 def model_page(
     models: Sequence[Model], after: str, size: int, max_bytes: int, describe: Callable[[Model], Description]
 ) -> tuple[list[Description], str]:
-    """Return the descriptions of one page of models, and the token of the next page; empty if there is none.
+    """Return the descriptions of one page of models, and the token of the next page; empty for the last page.
 
     Args:
-        models: all models of the list, by name.
-        after: the page starts after this name.
+        models: all models, sorted by name.
+        after: the page has only models with greater names; empty: the first page.
         size: most models of the page.
-        max_bytes: most bytes of their descriptions; the first one may have more.
-        describe: returns the description of a model, which has its name.
+        max_bytes: most bytes of the descriptions together. The first description of a page may have more.
+        describe: returns the description of a model, a message with a field `name`.
     """
     remaining = [model for model in models if model.name > after]
     page: list[Description] = []
@@ -42,7 +42,7 @@ def model_page(
 
 
 def model_version(model: Model) -> types_pb2.ModelVersion:
-    """Return name, revision and fingerprints of a model."""
+    """Return the message with name, revision and fingerprints of a model."""
     return types_pb2.ModelVersion(
         name=model.name,
         revision=model.manifest.revision,
@@ -52,13 +52,19 @@ def model_version(model: Model) -> types_pb2.ModelVersion:
 
 
 def usages(inference: Inference) -> Iterable[types_pb2.TokenUsage]:
-    """Yield the token usage of each text."""
+    """Yield the token usage of each text of an inference, in the order of the texts."""
     for tokens, truncated in zip(inference.tokens, inference.truncated, strict=True):
         yield types_pb2.TokenUsage(tokens=tokens, truncated=truncated)
 
 
 def timings(inferences: Sequence[Inference], lookup_seconds: float = 0.0) -> types_pb2.Timings:
-    """Return the timings of a call; of concurrent inferences, the longest of each step."""
+    """Return the timings of a call, in seconds.
+
+    Args:
+        inferences: the inferences of the call, which ran concurrently. Each step has the longest time of them; 0 if
+            there are none.
+        lookup_seconds: wall time of searching the index and reading records.
+    """
     return types_pb2.Timings(
         tokenize_seconds=max((each.tokenize_seconds for each in inferences), default=0.0),
         queue_seconds=max((each.queue_seconds for each in inferences), default=0.0),
@@ -68,6 +74,6 @@ def timings(inferences: Sequence[Inference], lookup_seconds: float = 0.0) -> typ
 
 
 def receipt(result: WriteResult) -> index_pb2.WriteReceipt:
-    """Return the receipt of a write: its sequence, and whether it is synced to disk."""
+    """Return the receipt of a write: its sequence, and its durability, which is unspecified unless known as synced."""
     durability = index_pb2.DURABILITY_SYNCED if result.synced else index_pb2.DURABILITY_UNSPECIFIED
     return index_pb2.WriteReceipt(sequence=result.sequence, durability=durability)

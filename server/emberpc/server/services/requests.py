@@ -1,4 +1,4 @@
-"""Read the caller of a request, and fields that several requests have."""
+"""Read the caller and the request id of a call, and the fields that several request messages have."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from emberpc.server.pipelines.embedding import InputKind
 from emberpc.v1 import types_pb2
 from emberpc.wire import status
 
+#: Items of a page if the request does not state a number.
 DEFAULT_PAGE_SIZE = 100
 
-#: gRPC's context of a call. The services use none of its type parameters.
+#: Type of gRPC's context of a call. `Any`: the services do not need its type parameters, the request and the response.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _TRUNCATIONS: dict[types_pb2.Truncation.ValueType, Truncation] = {
@@ -40,16 +41,21 @@ _LANES: dict[types_pb2.Priority.ValueType, Lane | None] = {
 
 
 def request_id(context: Context) -> str:
-    """Return the request id, which `handlers` has put into the trailing metadata."""
+    """Return the request id of a call, which `handlers` has put into the trailing metadata; empty if it is missing."""
     trailing = dict(tuple(context.trailing_metadata() or ()))
     return str(trailing.get(status.REQUEST_ID_KEY, ""))
 
 
 def hold(messages: AsyncIterator[Any]) -> HeldMessage:
-    """Keep the latest message of a stream counted in `max_in_flight_bytes` until it is released.
+    """Keep the latest message of a request stream counted in `max_in_flight_bytes` until it is released.
+
+    Call this at most once for a message.
 
     Args:
         messages: the stream as `handlers` gives it to a service.
+
+    Returns:
+        The number of bytes of the message, and the function that releases it.
     """
     return cast(HoldingStream, messages).hold()
 
@@ -60,12 +66,14 @@ def caller(
     default: Lane = Lane.INTERACTIVE,
     field: str = "priority",
 ) -> Caller:
-    """Return the caller of a request: its peer, its priority and its deadline.
+    """Return the caller of a call: the peer's address, the lane, and the deadline.
+
+    The deadline is in seconds of `time.perf_counter`; infinity if the call has none.
 
     Args:
         context: the context of the call.
-        priority: the priority that the request asks for.
-        default: the lane if the request asks for no priority.
+        priority: the priority that the request states.
+        default: the lane if the request states no priority.
         field: path of the priority in the request, for errors.
 
     Raises:
@@ -78,7 +86,11 @@ def caller(
 
 
 def truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation") -> Truncation:
-    """Return the engine's value for a truncation; REFUSE if it is not set.
+    """Convert the truncation of a request to the engine's enum; REFUSE if the request states none.
+
+    Args:
+        value: the truncation in the request.
+        field: path of the truncation in the request, for errors.
 
     Raises:
         ServiceError: INVALID_ARGUMENT for a value that this server does not know.
@@ -87,7 +99,7 @@ def truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation")
 
 
 def optional_truncation(value: types_pb2.Truncation.ValueType, field: str = "truncation") -> Truncation | None:
-    """Return the engine's value for a truncation as `truncation` does, but None if it is not set."""
+    """Convert the truncation of a request as `truncation` does, with its errors; None if the request states none."""
     if value == types_pb2.TRUNCATION_UNSPECIFIED:
         return None
     if value not in _TRUNCATIONS:
@@ -96,7 +108,11 @@ def optional_truncation(value: types_pb2.Truncation.ValueType, field: str = "tru
 
 
 def input_kind(value: types_pb2.InputKind.ValueType, field: str = "input_kind") -> InputKind:
-    """Return the kind of an input; PASSAGE if it is not set.
+    """Convert the input kind of a request; PASSAGE if the request states none.
+
+    Args:
+        value: the input kind in the request.
+        field: path of the input kind in the request, for errors.
 
     Raises:
         ServiceError: INVALID_ARGUMENT for a kind that this server does not know.
@@ -107,10 +123,10 @@ def input_kind(value: types_pb2.InputKind.ValueType, field: str = "input_kind") 
 
 
 def page_size(value: int) -> int:
-    """Return the number of items of a page; 100 if it is not set.
+    """Return the most items of a page for the `page_size` of a request; 100 for 0.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if it is negative or above 1000.
+        ServiceError: INVALID_ARGUMENT if `value` is negative or above 1000.
     """
     if not 0 <= value <= MAX_PAGE_SIZE:
         raise invalid("page_size", f"is {value}; it must be 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")

@@ -1,4 +1,4 @@
-"""Read a SearchRequest, and check its fields."""
+"""Convert the message SearchRequest to the request of the search pipeline, and check its fields."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ _FUSIONS = {
 
 
 def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> SearchRequest:
-    """Read a search request.
+    """Convert a SearchRequest message, and fill in the defaults.
+
+    Not checked here but later: texts, dimensions of vectors, and the range of `min_recall`.
 
     Args:
         request: the message.
-        parts: the parts of records that it asks for.
+        parts: the parts of records that the request names.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the field, for a value out of range or one that the mode does not use.
+        ServiceError: INVALID_ARGUMENT, naming the field, for a value that is out of range or unknown, or for a field
+            that is set though the mode does not use it.
     """
     sizes = _check(request)
     mode = _check_mode(request)
@@ -57,7 +60,11 @@ def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> Sea
 
 
 def _check(request: pb.SearchRequest) -> list[int]:
-    """Return the `top_k` of each query; raise INVALID_ARGUMENT for a number out of range."""
+    """Check the number of queries, and `top_k` and `ef` of the request and of each query; return each query's `top_k`.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if a number is out of range, or all queries together ask for too many hits.
+    """
     queries = request.queries
     if not 1 <= len(queries) <= MAX_QUERIES:
         raise invalid("queries", f"has {len(queries)} queries; it must have 1 to {MAX_QUERIES}")
@@ -82,7 +89,12 @@ def _wrong_top_k(common: int, own: Sequence[int]) -> ServiceError:
 
 
 def _check_mode(request: pb.SearchRequest) -> SearchMode:
-    """Return the mode; raise INVALID_ARGUMENT for an unknown one, or for fields that it does not use."""
+    """Return the mode of a request, and check the fields that depend on the mode.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT for an unknown mode or fusion, a `dense_weight` outside [0, 1], or a field that
+            is set though the mode does not use it.
+    """
     mode = _MODES.get(request.mode)
     if mode is None:
         raise invalid("mode", f"is {request.mode}, which is not a SearchMode; use DENSE, LEXICAL or HYBRID")
@@ -104,10 +116,16 @@ def _check_mode(request: pb.SearchRequest) -> SearchMode:
 
 
 def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) -> list[Query]:
-    """Read the queries of a request.
+    """Convert the queries of a request.
+
+    Args:
+        request: the message.
+        mode: mode of the search.
+        sizes: `top_k` of each query.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a query is empty, or has no text though the mode searches by words.
+        ServiceError: INVALID_ARGUMENT if a query is not set, has no text though the mode is LEXICAL or HYBRID, or has a
+            block of vectors that is not a single float vector.
     """
     queries = []
     for i, (query, top_k) in enumerate(zip(request.queries, sizes, strict=True)):
@@ -127,7 +145,11 @@ def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) 
 
 
 def _conditions(request: pb.SearchRequest) -> list[Filter | None]:
-    """Read the filter of each query: its own, or the request's; empty if no query has one."""
+    """Return the filter of each query: its own, else that of the request, else None. Empty if no query has a filter.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT for a wrong filter, or too many conditions or values in all filters together.
+    """
     reader = FilterReader()
     common = reader.read(request.filter, "filter") if request.HasField("filter") else None
     own = [query.HasField("filter") for query in request.queries]

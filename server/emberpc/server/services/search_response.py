@@ -1,7 +1,7 @@
-"""Serialize a SearchResponse from bytes that are kept with the records.
+"""Serialize a SearchResponse from the serialized bytes of its records, which records keep.
 
-A protobuf message takes a microsecond for each of its fields, and ten hits have a hundred fields. A record that was
-returned before keeps its serialized bytes.
+To fill a protobuf message takes a microsecond for each field, and ten hits have a hundred fields. So a record that was
+returned before keeps its serialized bytes for the next response.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from emberpc.server.services.record_bytes import FIRST, length_delimited, record
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
-# Tags of fields: number and wire type, see https://protobuf.dev/programming-guides/encoding/.
-#: SearchResult.plan: number 3, then a length.
+# Tags of protobuf fields, which have the number and the wire type, see
+# https://protobuf.dev/programming-guides/encoding/.
+#: Tag of `SearchResult.plan`: number 3, with a length.
 _PLAN = b"\x1a"
-#: Hit.score: number 2, eight bytes.
+#: Tag of `Hit.score`: number 2, a value of eight bytes.
 _SCORE = b"\x11"
 _SCORE_BYTES = 8
 
@@ -42,8 +43,11 @@ def search_response(
 
     Args:
         results: the results.
-        parts: the parts of records that the request asks for.
-        check: raises an error if a response with this number of bytes is too large.
+        parts: the parts of records that the request names.
+        check: called with the number of bytes so far; raises an error if that is over the limit.
+
+    Raises:
+        ServiceError: as `check` does.
     """
     response, embedded = pb.SearchResponse(warnings=results.warnings), results.embedded
     usages: list[types_pb2.TokenUsage | None] = []
@@ -69,11 +73,14 @@ def response_bytes(
     """Serialize a SearchResponse.
 
     Args:
-        outcomes: the outcome of each query, which become the results.
+        outcomes: the outcome of each query; each becomes a result.
         parts: the parts of records that hits have.
-        rest: the other fields of the response.
-        usages: the token usage of each query, None for queries that are no texts; empty if there are none.
-        check: raises an error if a response with this number of bytes is too large.
+        rest: the other fields of the response: model, timings and warnings.
+        usages: the token usage of each query, None for a query that was not embedded; empty if none was.
+        check: called with the number of bytes so far; raises an error if that is over the limit.
+
+    Raises:
+        ServiceError: as `check` does.
     """
     pieces: list[bytes] = []
     size = 0
@@ -99,9 +106,9 @@ def _result(outcome: SearchOutcome, parts: RequestedParts, usage: types_pb2.Toke
 
 
 def _hit_up_to_score(record: StoredRecord, parts: RequestedParts) -> bytes:
-    """Serialize a hit without the eight bytes of its score, which come last.
+    """Serialize the message `Hit` of a record, up to the tag of the score; the caller appends the score's eight bytes.
 
-    The record keeps these bytes, unless it expires: then its remaining time to live changes with each response.
+    The record keeps the result for later responses, unless the record has a time to live: the remaining time changes.
     """
     hit = length_delimited(FIRST, record_bytes(record, parts)) + _SCORE
     prefix = FIRST + varint(len(hit) + _SCORE_BYTES) + hit

@@ -22,11 +22,11 @@ from emberpc.v1 import server_pb2_grpc
 
 
 class ServerService(server_pb2_grpc.ServerServiceServicer):
-    """Describes the server.
+    """Implements the ServerService of server.proto.
 
     Args:
         limits: limits of a call.
-        features: optional capabilities of the server, such as `model_admin`.
+        features: names of the optional features of this server, such as `model_admin`.
     """
 
     def __init__(self, limits: Limits, features: Sequence[str]) -> None:
@@ -58,5 +58,5 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: requests.Context
     ) -> pb.GetServerInfoResponse:
-        """Return the server's version, limits and features."""
+        """Return the server's version, limits and features: the same message for each call."""
         return self._response
