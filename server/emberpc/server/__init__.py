@@ -2,9 +2,10 @@
 
 import os
 
-# grpc reads both variables when any module of this package first imports it.
-# Without this, gRPC's core logs its own line about each failure. The server logs a better line already.
+# The library grpc reads both variables when it is first imported, so they are set before any module of this package.
+# Without this variable, gRPC's core logs a line about each failure, beside the more precise line of this server.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-# gRPC's fork handlers stop and restart its threads, in this process and in the child process that writes a snapshot.
-# With them, about one in a hundred of those child processes aborted. The child process never calls gRPC.
+# Turns off gRPC's fork handlers, which stop and restart gRPC's threads in this process and in a forked child process.
+# With them, about one in a hundred of the child processes that write a snapshot aborted. These processes do not call
+# gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -1,4 +1,4 @@
-"""Build the gRPC server from its parts, run it until a signal, and stop it."""
+"""Build the gRPC server from its parts, run it until SIGTERM or SIGINT, and stop it."""
 
 from __future__ import annotations
 
@@ -42,28 +42,34 @@ from emberpc.v1 import (
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two attempts to start missing workers.
+#: Seconds between two attempts to start workers in place of those that died.
 _REVIVAL_SECONDS = 1.0
-#: Seconds until the best size of micro-batches is measured again, if the host was busy. The pause doubles after each
-#: attempt, up to the second value.
+#: Seconds from a failed measurement of the best size of micro-batches to the next. A measurement fails on a busy host.
+#: The first pause has the first number of seconds. Each later pause is twice as long, but not longer than the second.
 _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
-#: Limits of concurrent calls. The first limits the calls of one connection. The other two limit the calls that gRPC
-#: queues before the server accepts them. Above that limit (1,000 by default), gRPC cancels queued calls at random. With
-#: gRPC's defaults, one connection that opened and reset 4,000 calls per second made gRPC cancel health checks of other
-#: callers. gRPC counts a call against the first limit until some time after its response. So from about 0.7
-#: times that number of concurrent callers on, it refuses calls: UNAVAILABLE, "RST_STREAM with error code 7".
+#: gRPC's limits of concurrent calls.
+#:
+#: The first limits the calls of one connection. gRPC counts a call for some time after its response. So if a connection
+#: has more concurrent callers than about 0.7 times the limit, gRPC refuses calls: UNAVAILABLE, "RST_STREAM with error
+#: code 7".
+#:
+#: The other two limit the calls that gRPC queues before the server accepts them. Above the second limit (1,000 by
+#: default), gRPC cancels queued calls at random. With gRPC's defaults, one connection that opened and reset 4,000 calls
+#: per second made gRPC cancel health checks of other callers.
 _CALLS = (
     ("grpc.max_concurrent_streams", 4096),
     ("grpc.server.max_pending_requests", 2**17),
     ("grpc.server.max_pending_requests_hard_limit", 2**18),
 )
-#: Bytes of a stream that gRPC receives before the handler reads them. By default gRPC estimates how much the network
-#: can carry: on a fast network, it held ten messages of 15 MB of a stream whose handler read none.
+#: Bytes of a request stream that gRPC receives before the handler reads them: 1 MiB. By default gRPC estimates this
+#: number from the speed of the network: on a fast network, it held ten messages of 15 MB of a stream whose handler read
+#: none of them.
 _RECEIVE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
-#: HTTP/2 pings. By default, gRPC's server accepts one ping in 300 seconds during a silent call, and closes the
-#: connection (`too_many_pings`) if there are more. emberpc's client sends a ping every 30 seconds. The server sends
-#: pings too, to detect clients that vanished without closing the connection.
+#: Settings of HTTP/2 pings, in milliseconds: least time between two pings of a client; time between two pings of the
+#: server; time in which a client must answer. By default, gRPC's server accepts one ping in 300 seconds during a silent
+#: call, and closes the connection (`too_many_pings`) if there are more. emberpc's client sends a ping every 30 seconds.
+#: The server sends pings to detect clients that vanished without closing the connection.
 _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 60_000),
@@ -95,13 +101,14 @@ async def run(
     Args:
         settings: the settings.
         workers: number of threads that run models.
-        pool: thread pool for all slow work. It needs enough threads to run several slow calls beside short ones.
+        pool: thread pool for all slow work: tokenizing, calls of the index, and measuring models.
         threads: number of threads of the pool, at least 5.
         models: the models to serve; they may still be loading.
         stopping: handles the signals; its deadline limits every wait of the shutdown.
 
     Raises:
-        StartupError: the address is taken, a model cannot be served, or the data directory cannot be used.
+        StartupError: the address is taken, a model cannot be served, the data directory cannot be used, or Milvus
+            cannot be reached.
     """
     loop = asyncio.get_running_loop()
     stopping.listen()
@@ -113,7 +120,7 @@ async def run(
             asyncio.run_coroutine_threadsafe(_revive(engine, workers, statuses), loop)
 
         index = await loop.run_in_executor(pool, _open_index, settings)
-        # The exit stack runs its callbacks in reverse order: users of the index stop before the index is closed.
+        # The exit stack runs its callbacks in reverse order, so all users of the index stop before the index is closed.
         stack.callback(lambda: index.close(stopping.deadline))
         engine = Engine(
             await asyncio.wrap_future(models),
@@ -144,9 +151,11 @@ async def run(
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes, settings.max_streams)
-        # The other threads of the pool: two may open collections, and one measures the models.
+        # Heavy calls get at most half of the threads, less one. The others stay for short calls: of these, two may open
+        # collections, and one measures the best size of micro-batches.
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
-        # This runs before the index is closed: closing blocks the event loop until all calls of the index have ended.
+        # Waits until all calls of the index have ended, while the event loop runs. Closing the index, which follows,
+        # would block the event loop until then.
         stack.push_async_callback(lambda: stopping.finish(index_pool.close()))
         reembedding = ReembeddingJobs(engine, index, index_pool, limits)
         stack.push_async_callback(lambda: stopping.finish(reembedding.close()))
@@ -193,9 +202,9 @@ async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Sto
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:
-    """Retry starting missing workers until all run; the system may refuse new threads for a while.
+    """Start workers in place of those that died; retry until `workers` run, since the system may refuse new threads.
 
-    Health is NOT_SERVING while no worker runs.
+    Sets the health status to NOT_SERVING while no worker runs, and to SERVING otherwise.
     """
     while (alive := engine.revive()) < workers:
         log.error("only %d of %d workers run; trying to start the others", alive, workers)
@@ -206,21 +215,22 @@ async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServi
 
 
 def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
-    """Create the gRPC server and bind its address. An address in use is then reported before any model is loaded.
+    """Create the gRPC server and bind its address, so that an address in use is reported before any model is loaded.
 
     Returns:
-        The server, and its address as HOST:PORT.
+        The server, and its address as HOST:PORT with the real port.
 
     Raises:
-        StartupError: the address is in use, or is not an address of this host.
+        StartupError: the address is in use, is not an address of this host, or no file descriptor is free.
     """
     server = grpc.aio.server(
         options=[
-            # Two servers on one port would share its calls at random; the second must fail instead.
+            # Without this, a second server could listen on the same port, and calls would reach one of them at random.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            # A connection without a handshake is closed, so that silent connections cannot use up all file descriptors.
+            # gRPC closes a connection without a handshake, so that silent connections cannot use up all file
+            # descriptors.
             ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
             *_CALLS,
             *_RECEIVE_AHEAD,
@@ -255,7 +265,10 @@ def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> O
 
 
 async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> None:
-    """Look for changes in the models directory every `seconds` seconds, until the task is cancelled."""
+    """Load, reload and unload changed bundles of the models directory every `seconds` seconds, until cancelled.
+
+    An error is logged, and the next check takes place as usual.
+    """
     while True:
         await asyncio.sleep(seconds)
         try:

@@ -1,7 +1,7 @@
-"""Cancellation of blocking calls: the thread that runs a call regularly checks a condition.
+"""Cancellation of blocking calls: a thread that runs a call regularly checks whether the call is cancelled.
 
-The caller of the blocking code sets the condition for its thread. The store, SQLite and the loops of the index check
-it. A thread without a condition, such as the maintenance thread, is never cancelled.
+The condition is a function that `cancelled_when` sets for the thread that enters it. The store, SQLite and the loops of
+the index check the condition. A thread without a condition, such as the maintenance thread, is never cancelled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emberpc.server.errors import Code, ServiceError
 
 
 class _Thread(threading.local):
-    #: Returns whether the call that this thread runs is cancelled; None: the thread runs no cancellable call.
+    #: The condition of this thread: returns whether its call is cancelled. None: the thread runs no cancellable call.
     stop: Callable[[], bool] | None = None
 
 
@@ -24,10 +24,12 @@ _thread = _Thread()
 
 
 class Cancellation:
-    """Condition that is True after `cancel`, or once the deadline has passed. Safe to use from several threads.
+    """Condition for `cancelled_when`: returns True after `cancel` was called, or after a deadline.
+
+    Safe to use from several threads.
 
     Args:
-        seconds: seconds until the deadline; infinite for no deadline.
+        seconds: seconds from now until the deadline; infinity: no deadline.
     """
 
     def __init__(self, seconds: float = inf) -> None:
@@ -45,10 +47,15 @@ class Cancellation:
 
 @contextmanager
 def cancelled_when(stop: Callable[[], bool]) -> Iterator[None]:
-    """Cancel the code of the `with` block in this thread, as soon as `stop` returns True.
+    """Make `stop` the condition of this thread during the `with` block; the condition before is restored at the end.
+
+    The block itself is not interrupted: code inside it calls `check` or `cancelled`.
+
+    Args:
+        stop: returns whether the call is cancelled.
 
     Raises:
-        ServiceError: DEADLINE_EXCEEDED if `stop` returns True at the start, or from `check` and SQLite later.
+        ServiceError: DEADLINE_EXCEEDED if `stop` returns True at the start.
     """
     before, _thread.stop = _thread.stop, stop
     try:
@@ -59,7 +66,10 @@ def cancelled_when(stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def cancelled() -> bool:
-    """Return whether the call that this thread runs is cancelled. Never raises, so SQLite may call it."""
+    """Return whether the call that this thread runs is cancelled; False if the thread has no condition.
+
+    Raises no error of its own, so SQLite may call this function.
+    """
     stop = _thread.stop
     return stop is not None and stop()
 
@@ -67,14 +77,15 @@ def cancelled() -> bool:
 def check() -> None:
     """Raise DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
 
-    Do not call this between the commit of a write and the update of memory for the same write: they would differ then.
+    Do not call this between the commit of a write and the update of memory for that write: an error there would leave
+    memory and database different.
     """
     if cancelled():
         raise error()
 
 
 def error() -> ServiceError:
-    """Return the error of a cancelled call."""
+    """Return the DEADLINE_EXCEEDED error of a cancelled call."""
     return ServiceError(
         Code.DEADLINE_EXCEEDED,
         "the call was stopped: its caller left, or its deadline passed; ask for less, or set a later deadline",

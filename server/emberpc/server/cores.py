@@ -14,7 +14,10 @@ _V1 = Path("/sys/fs/cgroup/cpu")
 
 
 def usable_cores() -> int:
-    """Return the number of cores of this process's CPU affinity, or the control groups' limit (rounded up) if lower."""
+    """Return the number of cores that this process may use, at least 1.
+
+    This is the lesser of the cores of its CPU affinity and the limit of its control groups, rounded up.
+    """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, quota())))
 
@@ -23,24 +26,28 @@ def quota(own: Path = _OWN, v2: Path = _V2, v1: Path = _V1) -> float:
     """Return the number of cores that this process's control group and all groups above it allow.
 
     Args:
-        own: the file that lists this process's groups: a line per hierarchy, with its number, controllers and path.
+        own: the file that lists the control groups of this process: a line for each hierarchy, with number, controllers
+            and path.
         v2: mount point of control groups version 2.
         v1: mount point of the `cpu` controller of version 1.
 
     Returns:
-        The lowest limit of these groups; infinity if none has a limit.
+        The lowest limit of these groups, which may be a fraction; infinity if none has a limit.
     """
     limits = [math.inf]
     for root, path in _groups(own, v2, v1):
         for folder in (path, *path.parents):
-            # In a container, the path may be the one on the host. Only its root exists inside the container.
+            # In a container, `path` may be that of the group on the host. Then only the root of the hierarchy exists.
             with suppress(OSError, ValueError, ZeroDivisionError):
                 limits.append(_limit(root / folder.relative_to("/"), version_2=root == v2))
     return min(limits)
 
 
 def _groups(own: Path, v2: Path, v1: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Yield, for each version of control groups, its mount point and the path of this process's group below it."""
+    """Yield, for versions 2 and 1 of control groups, the mount point and the path of this process's group below it.
+
+    The path is `/` if the file `own` cannot be read or does not list the version.
+    """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -53,9 +60,13 @@ def _groups(own: Path, v2: Path, v1: Path) -> Iterator[tuple[Path, PurePosixPath
 def _limit(folder: Path, *, version_2: bool) -> float:
     """Return the number of cores that one control group allows; infinity if it has no limit.
 
+    Args:
+        folder: the folder of the group.
+        version_2: whether the group is of version 2; otherwise of version 1.
+
     Raises:
-        OSError: the group or its file does not exist.
-        ValueError, ZeroDivisionError: the file has an unknown content.
+        OSError: the folder or its file with the limit does not exist.
+        ValueError, ZeroDivisionError: the content of the file is not a limit.
     """
     if version_2:
         quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()

@@ -1,4 +1,4 @@
-"""A deadline that several waits share."""
+"""A deadline that several waits, one after another, share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Deadline:
     """The moment by which several waits, one after another, must end.
 
     Args:
-        seconds: seconds from now until the deadline; infinite for no deadline.
+        seconds: seconds from now until the deadline; infinity: no deadline.
     """
 
     def __init__(self, seconds: float = inf) -> None:
@@ -19,13 +19,13 @@ class Deadline:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until the deadline, and 0 after it.
+        """Seconds until the deadline; 0 after the deadline.
 
-        At most `threading.TIMEOUT_MAX`, the longest timeout of a lock.
+        At most `threading.TIMEOUT_MAX`, the longest timeout that locks accept.
         """
         return min(max(self._end - monotonic(), 0.0), threading.TIMEOUT_MAX)
 
     def join(self, thread: threading.Thread) -> bool:
-        """Wait for a thread to end; return whether it ended by the deadline."""
+        """Wait until a thread ends, or until the deadline; return whether the thread has ended."""
         thread.join(self.seconds_left)
         return not thread.is_alive()

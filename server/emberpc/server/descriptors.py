@@ -1,4 +1,4 @@
-"""File descriptors of the process: raise and read the limit, and report that none is free."""
+"""File descriptors of the process: raise and read their limit, and report that no descriptor is free."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ import resource
 
 from emberpc.server.errors import Code, ServiceError
 
-#: `reason` of the error for a call without a free descriptor; programs compare it.
+#: `reason` of the error for a call that needs a file descriptor when none is free. Programs compare it.
 SHORTAGE = "FILES_EXHAUSTED"
 
 
 def raise_limit() -> tuple[int, int]:
-    """Raise the soft limit to the hard limit, if the system allows it; return the soft limits before and after."""
+    """Raise the soft limit of open files to the hard limit, if the system allows that.
+
+    Returns:
+        The soft limit before and after; both are equal if the limit was not raised. -1: no limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # macOS has another, lower limit
+    except (OSError, ValueError):  # macOS refuses values above a system limit that is less than the hard limit
         return soft, soft
     return soft, hard
 
 
 def limit() -> int:
-    """Return the soft limit: the most descriptors that this process may have open."""
+    """Return the soft limit: the most descriptors that this process may have open; 2,147,483,647 for no limit."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 2**31 - 1 if soft == resource.RLIM_INFINITY else soft
 
@@ -34,10 +38,12 @@ def is_shortage(error: OSError) -> bool:
 
 
 def none_free(needed: int = 1) -> bool:
-    """Return whether fewer than `needed` descriptors are free now. For errors of libraries that do not give the cause.
+    """Return whether fewer than `needed` descriptors are free now, by opening and closing that many.
+
+    For errors of libraries that do not state the cause: a lack of descriptors may be the cause.
 
     Args:
-        needed: the most descriptors that the library opens at a time. It has closed them when its error arrives.
+        needed: the most descriptors that the library opens at a time. It has closed them when it reports an error.
     """
     opened: list[int] = []
     try:
@@ -52,7 +58,7 @@ def none_free(needed: int = 1) -> bool:
 
 
 def shortage_at_start() -> str:
-    """Return the problem and the remedy, for the error message of a start that finds no free descriptor."""
+    """Return problem and remedy as text, for the error message of a start that finds no free descriptor."""
     return (
         f"no file descriptor is free (this process may have {limit()} open files); start the server with a higher "
         "limit (ulimit -n, LimitNOFILE of systemd)"
@@ -60,7 +66,7 @@ def shortage_at_start() -> str:
 
 
 def shortage() -> ServiceError:
-    """Return the error of a call for which no file descriptor is free."""
+    """Return the RESOURCE_EXHAUSTED error of a call that needs a file descriptor when none is free; retry after 1 s."""
     return ServiceError(
         Code.RESOURCE_EXHAUSTED,
         f"the server has no free file descriptor (its limit is {limit()}); try again, close connections, lower "

@@ -1,7 +1,8 @@
-"""Count the elements of a request in its bytes, before protobuf decodes it, and refuse too many.
+"""Count the elements of a request in its bytes, before protobuf decodes them, and refuse a request with too many.
 
-protobuf holds the interpreter's lock while it decodes. Decoding 16 MiB of empty records took 2.5 seconds and 900 MB,
-and a single map of 750,000 keys took 5 seconds.
+Elements are list items, map entries and unknown fields. protobuf holds the interpreter's lock while it decodes, so no
+other call runs. To decode 16 MiB of empty records took 2.5 seconds and 900 MB, and a single map of 750,000 keys took
+5 seconds.
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from emberpc.bundle.protobuf import DELIMITED, EIGHT_BYTES, FOUR_BYTES, VARINT, read_field
 from emberpc.server.errors import ServiceError, invalid
 
-#: Requests of fewer bytes are not counted: protobuf decodes them in a few milliseconds.
+#: Bytes of a request below which its elements are not counted: protobuf decodes it in a few milliseconds.
 _SMALL = 64 * 1024
-#: Most fields of the request itself, without the elements of repeated fields that have their own limit.
+#: Most fields and list items of the request itself, without the items of repeated fields that have their own limit.
 _MAX_OTHERS = 1000
-#: Most fields and list items of one message inside a request. Decoding a map takes more than linear time.
+#: Most fields and list items of one message inside a request. The limit is lower than that of the whole request, since
+#: the time to decode a map grows faster than the number of its entries.
 _MAX_ITEMS = 2**16
-#: Most list items, map entries and unknown fields of all messages inside a request. This many decode in 0.1 to 0.4 s.
+#: Most list items, map entries and unknown fields of all messages inside a request together. protobuf decodes this
+#: number in 0.1 to 0.4 s.
 MAX_ELEMENTS = 500_000
 #: Seconds of work between two pauses, in which other calls run. The scan of one message is not interrupted.
 _STEP_SECONDS = 0.002
-#: Keys of the fields `key` and `value` of map entries.
+#: Tags (number and wire type) of the fields `key` and `value` of a map entry, with a string as key, a message as value.
 _ENTRY_KEY, _ENTRY_VALUE = 1 << 3 | DELIMITED, 2 << 3 | DELIMITED
-#: Values of the bytes of a varint except its last byte.
+#: The bytes that are not the last of a varint. Without them, a packed list of varints has one byte for each item.
 _CONTINUED = bytes(range(0x80, 0x100))
+#: Bytes of a value, for the field types with values of a fixed size.
 _FIXED_SIZES = {
     **dict.fromkeys((FieldDescriptor.TYPE_FIXED32, FieldDescriptor.TYPE_SFIXED32, FieldDescriptor.TYPE_FLOAT), 4),
     **dict.fromkeys((FieldDescriptor.TYPE_FIXED64, FieldDescriptor.TYPE_SFIXED64, FieldDescriptor.TYPE_DOUBLE), 8),
 }
-#: Wire types of the fields that are neither messages nor varints.
+#: Wire type of each field type that is neither a message nor a varint.
 _WIRE_TYPES = {
     **{kind: EIGHT_BYTES if size == 8 else FOUR_BYTES for kind, size in _FIXED_SIZES.items()},
     **dict.fromkeys((FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES), DELIMITED),
@@ -42,14 +46,15 @@ _WIRE_TYPES = {
 
 
 class _MessageType:
-    """A message type, with what the scan of its bytes needs.
+    """A message type of protobuf, with the properties that `_scan` needs.
 
     Attributes:
         name: name of the type.
-        fields: for each field number: whether it is repeated, its type if it is a message, and the bytes of an item if
-            it may be a packed list (0 for varints), else None.
-        scalars: keys of one byte of the fields that are neither repeated nor messages.
-        entry_scalars: for entries of a map from strings to messages, `scalars` of these messages; else empty.
+        fields: for each field number: whether the field is repeated; its message type, or None; and the bytes of an
+            item if the field may be a packed list (0 for varints), else None.
+        scalars: tags of the fields that are neither repeated nor messages; only fields whose tag has one byte.
+        entry_scalars: if the type is the entry of a map from strings to messages, `scalars` of these messages; else
+            empty.
     """
 
     __slots__ = ("entry_scalars", "fields", "name", "scalars")
@@ -75,7 +80,12 @@ _Part: TypeAlias = "tuple[_MessageType, int, int]"
 
 
 class _TooManyError(Exception):
-    """A message has more than `most` elements of the field `number`, or, if `number` is 0, of all other fields."""
+    """Raised for a message with too many elements.
+
+    Attributes:
+        number: number of the field that has them; 0: all fields without a limit of their own have them together.
+        most: the limit of the elements.
+    """
 
     def __init__(self, number: int, most: int) -> None:
         super().__init__(number, most)
@@ -109,7 +119,7 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
         raise _too_many_fields(message, error) from None
     yield
     elements, step_end = 0, perf_counter() + _STEP_SECONDS
-    #: Upper limit of the elements of the messages that were not scanned yet.
+    #: The most elements that the messages that were not scanned yet can have, by their sizes.
     unseen = sum((end - start) // 2 for _, start, end in waiting)
     while waiting and elements + unseen > MAX_ELEMENTS:
         kind, start, end = waiting.pop()
@@ -144,7 +154,7 @@ def _type_of(message: Descriptor) -> _MessageType:
 
 
 def _packed(field: FieldDescriptor) -> int | None:
-    """Return the bytes of an item of a field that may be a packed list (0 for varints), or None for other fields."""
+    """Return the bytes of an item if a field may be a packed list (0 for varints); None for all other fields."""
     scalar = field.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE)
     return _FIXED_SIZES.get(field.type, 0) if field.is_repeated and scalar else None
 
@@ -152,21 +162,21 @@ def _packed(field: FieldDescriptor) -> int | None:
 def _scan(
     data: bytes, kind: _MessageType, place: int, end: int, limits: Mapping[int, int], most: int
 ) -> tuple[int, list[_Part]]:
-    """Count the elements of one message, and find the messages inside it.
+    """Count the elements of one message, and find the messages directly inside it.
 
-    The keys and sizes of one byte are read here and not by `read_field`, which takes twice as long.
+    Tags and lengths of one byte are decoded here: `read_field` takes twice as long.
 
     Args:
         data: the whole request.
         kind: type of the message.
-        place: start of the message in the request.
-        end: end of the message in the request.
+        place: index of the message's first byte in the request.
+        end: index after the message's last byte in the request.
         limits: most items of a field, by field number.
         most: most items of all other fields together.
 
     Returns:
-        The number of list items, map entries and unknown fields; and the messages directly inside the message, without
-        those that are empty or hold a single number or string, and without map entries whose values are such messages.
+        The number of list items, map entries and unknown fields, and the messages that must still be scanned. Messages
+        that are empty or have a single number or string need no scan, nor do map entries with such messages as values.
 
     Raises:
         _TooManyError: a limit is exceeded.
@@ -209,15 +219,18 @@ def _scan(
 
 
 def _is_plain_entry(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bool:
-    """Return whether a map entry is a short key and a value that is empty or holds a single number or string.
+    """Return whether a map entry has a short key, and a value that is empty or has a single number or string.
 
-    Most entries of metadata are. An entry in another form counts as not plain, and is scanned.
+    Most entries of metadata are of this kind, and need no scan.
 
     Args:
         data: the whole request.
-        start: start of the entry in the request.
-        end: end of the entry in the request.
-        scalars: `_MessageType.scalars` of the value.
+        start: index of the entry's first byte in the request.
+        end: index after the entry's last byte in the request.
+        scalars: `_MessageType.scalars` of the type of the value.
+
+    Raises:
+        ValueError: the bytes are no valid message.
     """
     if start + 1 >= end or data[start] != _ENTRY_KEY or data[start + 1] >= 0x80:
         return False
@@ -228,7 +241,10 @@ def _is_plain_entry(data: bytes, start: int, end: int, scalars: frozenset[int]) 
 
 
 def _is_scalar(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bool:
-    """Return whether a message holds a single number or string, whose key is one of `scalars`."""
+    """Return whether the message `data[start:end]` has only one field, with one of the tags `scalars`.
+
+    ValueError if the bytes are no valid message.
+    """
     if data[start] not in scalars:
         return False
     if data[start] & 7 == EIGHT_BYTES:
@@ -236,5 +252,6 @@ def _is_scalar(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bo
     return read_field(data, start, end)[3] == end
 
 
-#: Entry of `_MessageType.fields` for a field number that the message type does not have.
+#: Stands for a field number that the message type does not have, in place of an entry of `_MessageType.fields`: the
+#: unknown field counts as repeated.
 _UNKNOWN: tuple[bool, Descriptor | None, int | None] = (True, None, None)

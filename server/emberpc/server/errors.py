@@ -1,9 +1,9 @@
 """Error types of the server: for a failed call, and for a failed start.
 
-Engine, index and services raise `ServiceError`. `statuses` converts it to a gRPC
-status, and only `handlers` ends a call with that status. The message is for the
-caller: it names the item, the limit and the remedy, and never contains the text of
-another exception.
+Engine, index and services raise `ServiceError`. The module `statuses` converts it to a
+gRPC status, and only the module `handlers` ends a call with that status. The message is
+for the caller: it names the item, the limit and the remedy, and never contains the text
+of another exception.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-#: Returns the path of item i of a repeated field, such as `texts[3]`.
+#: Type of a function that returns the path of item i of a repeated field in the request, such as `texts[3]`.
 FieldPath = Callable[[int], str]
 
 
 class Code(Enum):
-    """Cause of a failed call. The values are gRPC's status codes."""
+    """Kind of the error of a failed call: those of gRPC's status codes that the server uses, with gRPC's numbers."""
 
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
@@ -39,14 +39,19 @@ class StartupError(Exception):
 
 @dataclass(frozen=True)
 class Violation:
-    """An invalid field of a request: its path, such as `texts[3]`, and a description of the problem."""
+    """An invalid field of a request.
+
+    Attributes:
+        field: path of the field in the request, such as `texts[3]`.
+        description: the problem, the limit and the remedy.
+    """
 
     field: str
     description: str
 
 
 class ServiceError(Exception):
-    """Error that ends a call, with everything that the caller receives about it.
+    """Error that ends a call, or fails one item of a stream, with all that the caller receives about it.
 
     Args:
         code: the gRPC status code.
@@ -54,7 +59,7 @@ class ServiceError(Exception):
         reason: the cause for programs, in UPPER_SNAKE_CASE; default: the name of the code.
         violations: the invalid fields of the request.
         metadata: the values that the message mentions, for programs.
-        retry_after: seconds to wait before a retry; None if a retry cannot help.
+        retry_after: seconds that the caller should wait before a retry; None: the caller is not asked to retry.
     """
 
     def __init__(
@@ -77,23 +82,27 @@ class ServiceError(Exception):
 
 
 def items_of(field: str, part: str = "") -> FieldPath:
-    """Return a function that maps an item's number to its path.
+    """Return a function that returns the path of item i of a repeated field, for errors.
 
     Args:
-        field: name of a repeated field, such as `texts`; the path of item 3 is `texts[3]`.
-        part: name of a field of each item, such as `text`; the path of item 3 of `records` is `records[3].text`.
+        field: name of the repeated field, such as `texts`: the path of item 3 is `texts[3]`.
+        part: name of a field of each item, such as `text`: the path for item 3 of `records` is `records[3].text`.
+            Empty: the path is that of the item.
     """
     suffix = f".{part}" if part else ""
     return lambda i: f"{field}[{i}]{suffix}"
 
 
 def invalid(field: str, description: str) -> ServiceError:
-    """Return an INVALID_ARGUMENT error about one field of the request."""
+    """Return an INVALID_ARGUMENT error about one field: its path in the request, and the problem with the remedy."""
     return invalid_fields([Violation(field, description)])
 
 
 def invalid_fields(violations: Sequence[Violation]) -> ServiceError:
-    """Return an INVALID_ARGUMENT error about several fields. The message describes the first and counts the others."""
+    """Return an INVALID_ARGUMENT error about one or more fields.
+
+    The message describes the first violation and states the number of the others.
+    """
     first = violations[0]
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
     return ServiceError(
@@ -105,7 +114,7 @@ def invalid_fields(violations: Sequence[Violation]) -> ServiceError:
 
 
 def response_too_large(limit: int, remedy: str) -> ServiceError:
-    """Return the RESOURCE_EXHAUSTED error for a response over a limit in bytes."""
+    """Return the RESOURCE_EXHAUSTED error for a response with more than `limit` bytes; `remedy` ends the message."""
     return ServiceError(
         Code.RESOURCE_EXHAUSTED,
         f"the response would have more than {limit} bytes (the server's max_response_bytes); {remedy}",

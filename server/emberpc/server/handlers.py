@@ -1,6 +1,6 @@
-"""Wrap the handler of every call: assign a request id, decode the request, count its bytes, and report errors.
+"""Wrap the handlers of all methods: assign a request id, decode the request, count its bytes, and report errors.
 
-This includes the calls of gRPC's own services (health and reflection).
+The methods of gRPC's own services (health and reflection) are wrapped too.
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ from emberpc.wire import status
 log = logging.getLogger(__name__)
 
 _STATUS_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
-#: Accepted request ids of callers. They are logged and sent back, so spaces and control characters are refused.
+#: Pattern of the request ids that are accepted from callers: 1 to 128 printable ASCII characters. They are logged and
+#: sent back, so spaces and control characters are not allowed.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-#: A new request id is a random number of this process and a counter. A random number for each call would need a system
-#: call, which releases the interpreter's lock.
+#: The two parts of a new request id: a random number of this process, and a counter. A random number for each call
+#: would need a system call, which releases the interpreter's lock.
 _PROCESS, _numbers = secrets.token_hex(8), count()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Observe = Callable[[str, str, float], None]
-#: Decodes the request of a call: a message, or an iterator over messages.
+#: Type of a function that decodes the request of a call: to a message, or for a stream to an iterator over messages.
 _Read = Callable[[Any, Held], Awaitable[Any]]
 Service = TypeVar("Service")
 
 
 class Handlers:
-    """Registers services with a server.
+    """Registers services with a gRPC server, with wrapped methods.
 
     Each call gets a request id. An exception that a handler raises becomes a
-    gRPC status with details. A method without an implementation raises
-    NotImplementedError in the generated servicer; its status is UNIMPLEMENTED.
-    Any other exception that is not a `ServiceError` is logged with the request
-    id, and the caller receives only that id.
+    gRPC status with details: the status of a `ServiceError`, UNIMPLEMENTED for
+    NotImplementedError (a method that the service does not implement),
+    RESOURCE_EXHAUSTED if no file descriptor is free, and INTERNAL for any other
+    exception. Such an exception is logged with the request id, and the caller
+    receives only that id.
 
     Handlers are wrapped once, when they are registered. An interceptor would
     wrap them again for each call, which takes a tenth of the event loop's time
@@ -65,13 +67,13 @@ class Handlers:
 
     Args:
         server: the gRPC server.
-        observe: called after each call with its method, the name of its status code, and its duration in seconds.
-            None: no function is called.
+        observe: called after each call with the path of the method, the name of the status code, and the duration in
+            seconds. None: no function is called.
         counts: limits of the number of elements of repeated fields, by field name. The elements are counted before
             the request is decoded.
-        max_in_flight_bytes: limit of the bytes of large requests at work and of large responses that callers have
-            not read yet.
-        max_streams: limit of the request streams that are open at the same time.
+        max_in_flight_bytes: limit of the bytes of requests in progress and of responses that callers have not read, if
+            they have 64 KiB or more. Above the limit, large calls fail with RESOURCE_EXHAUSTED.
+        max_streams: limit of the open request streams. Further streams fail with RESOURCE_EXHAUSTED.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Handlers:
     def add_registered_method_handlers(
         self, service: str, methods: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
-        """Wrap the methods of a service and register them with the gRPC server; generated code calls this."""
+        """Wrap `methods`, gRPC's handlers by name, and register them with the server; generated code calls this."""
         wrapped = {name: self._wrap(f"/{service}/{name}", handler) for name, handler in methods.items()}
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, wrapped)])
 
@@ -115,11 +117,11 @@ class Handlers:
         return wrapped
 
     def _unary(self, handler: Any, method: str, read: _Read) -> Any:
-        """Wrap the handler of a method with a single response."""
+        """Return gRPC's handler of a method with a single response, with the behaviour that `Handlers` describes."""
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
         if not inspect.iscoroutinefunction(inner):
             inner = _as_coroutine(inner)
-        #: A method that returns bytes has no serializer.
+        #: Serializes the response. A method that returns serialized bytes has no serializer.
         serialize = handler.response_serializer or (lambda response: response)
 
         async def answer(request: Any, context: Context) -> bytes:
@@ -131,7 +133,7 @@ class Handlers:
         return make(self._awaited(answer, method, read), None, None)
 
     def _stream(self, handler: Any, method: str, read: _Read) -> Any:
-        """Wrap the handler of a method with a response stream."""
+        """Return gRPC's handler of a method with a response stream, with the behaviour that `Handlers` describes."""
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
         wrap = self._awaited if inspect.iscoroutinefunction(inner) else self._iterated
         make = (
@@ -140,7 +142,7 @@ class Handlers:
         return make(wrap(inner, method, read), None, handler.response_serializer)
 
     def _awaited(self, inner: Any, method: str, read: _Read) -> Any:
-        """Wrap a coroutine function that returns the response, or writes its responses to the context."""
+        """Wrap `inner`, a coroutine function that returns the response, or writes the responses to the context."""
 
         async def handle(request: Any, context: Context) -> Any:
             call = self._begin(method, context)
@@ -157,12 +159,12 @@ class Handlers:
         return handle
 
     def _iterated(self, inner: Any, method: str, read: _Read) -> Any:
-        """Wrap a function that returns the responses of a call as an asynchronous generator."""
+        """Wrap `inner`, a function that returns the responses of a call as an asynchronous generator."""
 
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
             call = self._begin(method, context)
             try:
-                # `aclosing` closes the responses as soon as the caller leaves. Work of the stream in flight then stops.
+                # When the caller leaves, `aclosing` closes the generator at once, which stops its work in progress.
                 decoded = await read(request, call.held)
                 del request  # the bytes are not kept beside the message
                 async with aclosing(inner(decoded, context)) as answers:
@@ -179,7 +181,7 @@ class Handlers:
         return _Call(method, context, Held(self._in_flight, self._streams), self._observe)
 
     def _counted(self, response: bytes, context: Context) -> bytes:
-        """Return a response, and count its bytes as unread until the call ends if it is large.
+        """Return a serialized response unchanged. If it is large, count its bytes until the caller has read it.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if too many bytes of large requests and responses are in flight.
@@ -195,12 +197,12 @@ class Handlers:
 
 
 class _Call:
-    """A call in progress. It gets a request id when it begins.
+    """A call in progress. The constructor sets its request id in the trailing metadata.
 
     Args:
         method: path of the method.
         context: gRPC's context of the call.
-        held: counts what the call holds.
+        held: counts the bytes and the stream that the call holds.
         observe: called when the call ends; see `Handlers`.
     """
 
@@ -214,24 +216,24 @@ class _Call:
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, self._request_id),))
 
     def end(self, code: str) -> None:
-        """Release what the call holds, and report its status code and duration."""
+        """Release the bytes and the stream that the call holds; report duration and `code`, the status code's name."""
         self.held.release()
         self._observe(self._method, code, perf_counter() - self._start)
 
     async def fail(self, error: BaseException) -> None:
-        """End the call, and send the status of an error. Return if the call was cancelled or its caller left.
+        """End the call, and send the status of an error. Returns only if the call was cancelled or the caller left.
 
         Raises:
             grpc.aio.AbortError: the status was sent.
         """
-        # First, since the caller may read the metrics as soon as it has the status.
+        # Before the status is sent, since the caller may read the metrics as soon as it has the status.
         self.end(_code_name(error, self._context))
         if isinstance(error, Exception):
             await _abort(error, self._method, self._request_id, self._context)
 
 
 def _code_name(error: BaseException, context: Context) -> str:
-    """Return the name of the status code that a call ends with."""
+    """Return the name of the status code with which a call ends after `error`."""
     if isinstance(error, grpc.aio.AbortError):  # one of gRPC's own services has set the code
         code = context.code()
         return _STATUS_CODES[code].name if isinstance(code, int) else code.name
@@ -252,14 +254,17 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.
         handler: gRPC's handler of the method.
         method: path of the method, such as `/emberpc.v1.EmbeddingService/Embed`.
         counts: limits of the number of elements of repeated fields, by field name.
-        turn: held while a large message is decoded. Eight that are decoded in turns of one step each would let a short
-            call wait for eight steps whenever it waits for one.
+        turn: held while a large message is decoded, so that large messages are decoded one after the other. If eight
+            were decoded step by step in turn, a short call would wait for eight steps and not for one.
     """
     service, _, name = method[1:].partition("/")
     request: Descriptor = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
 
     def decode(data: bytes) -> Iterator[Any]:
-        """Decode a message in steps of a few milliseconds; yield None after each step, and the message last."""
+        """Decode a message in steps of a few milliseconds; yield None after each step, and at the end the message.
+
+        INVALID_ARGUMENT if the bytes are malformed or have too many elements.
+        """
         try:
             yield from count_elements(data, request, counts)
             yield handler.request_deserializer(data)
@@ -283,7 +288,7 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.
 
 
 async def _finished(steps: Iterator[Any]) -> Any:
-    """Run steps until one yields a value that is not None, and return it. Other calls can run between two steps."""
+    """Return the value that the last of `steps` yields; the others yield None. Other calls run between two steps."""
     for value in steps:
         if value is not None:
             return value
@@ -304,18 +309,22 @@ def _malformed(name: str) -> ServiceError:
 class _Decoded:
     """Iterator over the decoded messages of a request stream; a `HoldingStream`.
 
-    This is a class, not a generator: handlers cancel `anext` and call it again, and cancelling it would end a
-    generator.
+    This is a class, not a generator: handlers cancel `anext` and call it again, and a cancelled generator would end.
+
+    Args:
+        messages: the messages as bytes.
+        decode: decodes a message in steps, see `_reader`.
+        held: counts the bytes of the latest message, and has the lock of the stream that decodes.
     """
 
     def __init__(self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]], held: Held) -> None:
         self._messages = aiter(messages)
         self._decode = decode
         self._held = held
-        #: Bytes of the latest message; 0 if the handler holds it.
+        #: Bytes of the latest message, which are released when the next message is read; 0 after `hold`.
         self._size = 0
-        #: The message that an `anext` is decoding (its remaining steps), and the decoded message that was not returned
-        #: yet. Both stay here if that `anext` is cancelled.
+        #: The remaining steps of the message that `anext` decodes, and the decoded message that it has not returned
+        #: yet. Both stay here for the next `anext` if one is cancelled.
         self._begun: Iterator[Any] | None = None
         self._message: Any = None
 
@@ -330,8 +339,8 @@ class _Decoded:
             self._held.add(len(data))
             self._size = len(data)
             self._begun = self._decode(data)
-        # Only one stream decodes at a time, and other calls can run between two messages. So streams never delay a
-        # short call for long.
+        # Only one stream decodes at a time, and other calls can run between two messages. So streams delay a short call
+        # by a single step.
         async with self._held.streams.turn:
             if self._message is None:
                 self._message = await _finished(self._begun)
@@ -340,7 +349,7 @@ class _Decoded:
         return message
 
     def hold(self) -> HeldMessage:
-        """Keep the latest message counted until it is released; to be called once for a message."""
+        """Keep the latest message counted until `release` of the result is called. Call this once for a message."""
         size, self._size = self._size, 0
         return HeldMessage(size, partial(self._held.remove, size))
 
@@ -358,7 +367,7 @@ def _as_coroutine(method: Any) -> Any:
 
 
 def _request_id(context: Context) -> str:
-    """Return the caller's request id if it sent a valid id (1 to 128 printable ASCII characters), else a new id."""
+    """Return the request id of a call: the id that the caller sent, if it is valid (`_REQUEST_ID`), else a new id."""
     for key, value in context.invocation_metadata() or ():
         if key == status.REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
@@ -366,7 +375,7 @@ def _request_id(context: Context) -> str:
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Remove the tracebacks of an error that has been logged, and of the errors that caused it.
+    """Remove the tracebacks of an error that has been logged, and of the errors during which it was raised.
 
     The frames of a traceback refer to the request, and may refer to the error itself. Such a cycle keeps the request in
     memory until the garbage collector runs: 25 refused requests of 15 MiB took 3 GB.
@@ -377,10 +386,10 @@ def _release_frames(error: BaseException | None) -> None:
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
-    """End a call with the gRPC status of an error; log the error if the server caused it.
+    """End a call with the gRPC status of an error. Log the error if it is INTERNAL or a lack of file descriptors.
 
     Raises:
-        grpc.aio.AbortError: always; gRPC ends a call in this way.
+        grpc.aio.AbortError: always; gRPC ends a call by this exception.
     """
     raised = error
     if isinstance(error, grpc.aio.AbortError):

@@ -1,4 +1,4 @@
-"""Limits of what calls hold at a time: bytes of large requests and responses, and open streams of requests."""
+"""Limit the memory that all calls hold together: bytes of large requests and responses, and open request streams."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import NamedTuple, Protocol
 
 from emberpc.server.errors import Code, ServiceError
 
-#: Bytes from which on a message is counted; the number of smaller ones is bounded by other limits.
+#: Least bytes of a message that is counted. The memory of smaller messages is bounded by other limits.
 LARGE = 64 * 1024
+#: Seconds after which a refused caller may retry.
 _RETRY_SECONDS = 1.0
 
 
 class BytesInFlight:
-    """Bytes of the requests at work and of the responses that callers have not read. To be used from one event loop.
+    """Counts the bytes of the requests in progress and of the responses that callers have not read.
 
-    gRPC keeps a response until its caller has read it, and a call that waits keeps its request: 100 calls with
-    responses of 30 MB took 8.7 GB.
+    gRPC keeps a response until its caller has read it, and a call that waits keeps its request. Without a limit, 100
+    calls with responses of 30 MB took 8.7 GB. Use an object from one event loop only.
 
     Args:
-        limit: most bytes; one message alone may have more.
+        limit: most bytes of all messages together; a message may have more if it is the only one.
     """
 
     def __init__(self, limit: int) -> None:
@@ -28,10 +29,11 @@ class BytesInFlight:
         self.total = 0
 
     def add(self, size: int) -> None:
-        """Count a message of `size` bytes in.
+        """Add a message of `size` bytes to the count.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if all messages would have more bytes than the limit.
+            ServiceError: RESOURCE_EXHAUSTED, to be retried after 1 s, if all messages together would have more bytes
+                than the limit and there is another message; the count then stays as it is.
         """
         if self.total and self.total + size > self._limit:
             raise ServiceError(
@@ -45,12 +47,12 @@ class BytesInFlight:
         self.total += size
 
     def remove(self, size: int) -> None:
-        """Count a message of `size` bytes out."""
+        """Subtract a message of `size` bytes from the count."""
         self.total -= size
 
 
 class Streams:
-    """The open streams of requests. To be used from one event loop.
+    """Counts the open request streams. Use an object from one event loop only.
 
     Args:
         limit: most streams that are open at a time.
@@ -59,15 +61,16 @@ class Streams:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.open = 0
-        #: Held by the stream whose message is decoded. If all streams decoded in one round of the event loop, other
-        #: calls would wait for all of them: 60 streams kept health checks waiting for 11 seconds on a busy host.
+        #: Held by the stream whose message is being decoded. If all streams decoded a message in the same iteration of
+        #: the event loop, other calls would wait for all of them: with 60 streams, health checks took 11 seconds on a
+        #: busy host.
         self.turn = asyncio.Semaphore(1)
 
     def add(self) -> None:
-        """Count a stream in.
+        """Add one stream to the count.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the most streams are open.
+            ServiceError: RESOURCE_EXHAUSTED, to be retried after 1 s, if as many streams are open as the limit allows.
         """
         if self.open >= self._limit:
             raise ServiceError(
@@ -80,14 +83,18 @@ class Streams:
         self.open += 1
 
     def remove(self) -> None:
-        """Count a stream out."""
+        """Subtract one stream from the count."""
         self.open -= 1
 
 
 class Held:
-    """What one call holds: the bytes of its request, or of the messages of its stream, and that stream.
+    """Counts what one call holds: the bytes of its request, or its request stream and the bytes of the messages.
 
-    A call that holds fewer than `LARGE` bytes is not counted.
+    The bytes are added to `in_flight` only while the call holds at least `LARGE` bytes.
+
+    Args:
+        in_flight: the count of the bytes of all calls.
+        streams: the count of the streams of all calls.
     """
 
     def __init__(self, in_flight: BytesInFlight, streams: Streams) -> None:
@@ -98,35 +105,35 @@ class Held:
         self._has_stream = False
 
     def open_stream(self) -> None:
-        """Count the call's stream of requests in.
+        """Add the request stream of the call to the count of streams.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED, see `Streams.add`.
+            ServiceError: RESOURCE_EXHAUSTED if too many streams are open.
         """
         self.streams.add()
         self._has_stream = True
 
     def add(self, size: int) -> None:
-        """Count a message of `size` bytes in.
+        """Add a message of `size` bytes to the bytes that the call holds.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED, see `BytesInFlight.add`; then the message is not counted.
+            ServiceError: RESOURCE_EXHAUSTED if all calls would hold too many bytes; the message is not counted then.
         """
         self._set(self._size + size)
 
     def remove(self, size: int) -> None:
-        """Count a message of `size` bytes out."""
+        """Subtract a message of `size` bytes from the bytes that the call holds."""
         self._set(self._size - size)
 
     def release(self) -> None:
-        """Count everything out, at the end of the call."""
+        """Remove the bytes and the stream of the call from the counts; to be called at the end of the call."""
         self._set(0)
         if self._has_stream:
             self._has_stream = False
             self.streams.remove()
 
     def _set(self, size: int) -> None:
-        """Set the bytes that the call holds."""
+        """Set the number of bytes that the call holds, and adjust the count of all calls; fails as `add` does."""
         counted = size if size >= LARGE else 0
         if counted > self._counted:
             self._in_flight.add(counted - self._counted)
@@ -136,11 +143,11 @@ class Held:
 
 
 class HeldMessage(NamedTuple):
-    """A message of a stream that stays counted when the next one is read.
+    """A message of a request stream whose bytes stay counted until it is released.
 
     Attributes:
         size: bytes of the message.
-        release: counts the message out.
+        release: subtracts the bytes of the message from the count. To be called once.
     """
 
     size: int
@@ -148,7 +155,10 @@ class HeldMessage(NamedTuple):
 
 
 class HoldingStream(Protocol):
-    """A stream of messages. A message is counted until the next one is read, or until it is released."""
+    """A request stream whose messages are counted by their bytes.
+
+    The bytes of a message are counted until the next message is read; after `hold`, until the message is released.
+    """
 
     def hold(self) -> HeldMessage:
-        """Keep the latest message counted until it is released; to be called once for a message."""
+        """Keep the latest message counted until `release` of the result is called. Call this once for a message."""

@@ -14,11 +14,11 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """Cache of entries by key that evicts the least recently used entries first. Not safe for concurrent threads.
+    """Cache of values by key that evicts the least recently used entries first. Not safe for concurrent threads.
 
     Args:
-        max_bytes: most bytes of all entries; with 0, nothing is cached.
-        size: returns the bytes of an entry, given its key and value.
+        max_bytes: most bytes of all entries together; 0: nothing is cached.
+        size: returns the bytes of an entry, given key and value.
     """
 
     def __init__(self, max_bytes: int, size: Callable[[K, V], int]) -> None:
@@ -33,11 +33,15 @@ class LruCache(Generic[K, V]):
         return len(self._entries)
 
     def find(self, keys: Sequence[K]) -> dict[K, V]:
-        """Return the cached entries of the given keys; keys that are not cached are left out."""
+        """Return the cached values by key; keys that are not cached are left out. Counts hits and misses."""
         return {key: entry for key, entry in zip(keys, self.each(keys), strict=True) if entry is not None}
 
     def each(self, keys: Sequence[K]) -> list[V | None]:
-        """Return the cached entry of each key in order, None for a key that is not cached. Counts hits and misses."""
+        """Return the cached value of each key, in the order of `keys`; None for a key that is not cached.
+
+        Counts hits and misses, unless the cache was made with `max_bytes` 0. Entries that are found become the most
+        recently used.
+        """
         if not self._max_bytes:
             return [None] * len(keys)
         get, use = self._entries.get, self._entries.move_to_end
@@ -51,7 +55,10 @@ class LruCache(Generic[K, V]):
         return found
 
     def add(self, entries: Mapping[K, V]) -> None:
-        """Add entries, and evict others if all have more than `max_bytes`. Existing keys keep their entries."""
+        """Add values by key, and evict the least recently used entries while all have more than `max_bytes`.
+
+        A key that is cached already keeps its value. An entry of more than an eighth of `max_bytes` is not added.
+        """
         if not self._max_bytes:
             return
         for key, entry in entries.items():

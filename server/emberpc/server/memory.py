@@ -6,33 +6,36 @@ import ctypes
 import os
 import platform
 
-#: Parameters of `mallopt`, with their names and numbers in glibc's malloc.h.
+#: Numbers of the parameters of glibc's function `mallopt`, with their names in malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
-#: Bytes from which glibc requests a block from the system and returns it when it is freed; this is the highest value
-#: that glibc accepts. The largest tensors of a micro-batch have a few megabytes. With glibc's default, each operator
-#: would request and return them: 10,000 page faults per batch, and 25 % more time for a batch of 512 tokens.
+#: Least bytes of a block that glibc requests from the system by itself and returns when it is freed: 32 MiB, the
+#: highest value that glibc accepts. The largest tensors of a micro-batch have a few megabytes. With glibc's default,
+#: each operator of the model would request and return its tensors: 10,000 page faults per micro-batch, and 25 % more
+#: time for a micro-batch of 512 tokens.
 _MMAP_THRESHOLD = 32 * 2**20
-#: Most free bytes at the end of a heap that glibc keeps: about the size of a long text's activations.
+#: Most free bytes that glibc keeps at the end of a heap: 64 MiB, about the size of the model's intermediate results for
+#: a long text.
 _TRIM_THRESHOLD = 64 * 2**20
 
-#: Bytes of a block whose `free` makes glibc trim the end of the heap. glibc does so for blocks of more than 64 KB.
+#: Bytes of a block that `return_memory` allocates and frees: 1 MiB. When a block of more than 64 KB is freed, glibc
+#: trims the end of the heap.
 _LOOKED_AT = 2**20
 
-#: None without glibc: other C libraries do not have these parameters.
+#: The C library of this process; None if it is not glibc, since other C libraries do not have these parameters.
 _LIBRARY = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 if _LIBRARY is not None:
     _LIBRARY.malloc.restype = ctypes.c_void_p
 
 
 def limit_heaps(count: int) -> bool:
-    """Limit the number of glibc's heaps, which all threads share, to `count`. Call this before threads are started.
+    """Limit the number of glibc's heaps to `count`; all threads share them. Call this before threads are started.
 
-    By default glibc creates up to eight heaps per core, and each keeps its own freed memory. Under hostile requests,
-    the server then used 927 MB more than when idle, and 532 MB more with two heaps (`benchmarks/server/hostile.py`, two
-    cores). If the environment variable MALLOC_ARENA_MAX of glibc is set, it has precedence and this does nothing.
+    By default glibc creates at most eight heaps per core, and each keeps its own freed memory. Under hostile requests,
+    the server then used 927 MB more than when idle, and with two heaps 532 MB more (`benchmarks/server/hostile.py`, two
+    cores). If glibc's environment variable MALLOC_ARENA_MAX is set, this function does nothing.
 
     Returns:
         Whether the limit was set; False without glibc or with MALLOC_ARENA_MAX.
@@ -43,10 +46,10 @@ def limit_heaps(count: int) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep the memory that a micro-batch frees for the next micro-batch.
+    """Make glibc keep the memory that a micro-batch frees, for the next micro-batch.
 
     Returns:
-        Whether the parameters were set; False without glibc.
+        Whether glibc accepted the two parameters; False without glibc.
     """
     if _LIBRARY is None:
         return False
@@ -57,9 +60,9 @@ def keep_freed_memory() -> bool:
 def return_memory() -> None:
     """Return the free memory of all heaps to the system. Without glibc, nothing happens.
 
-    For use after a model was unloaded: its weights are too large to keep. `malloc_trim`
-    does not return the free end of a thread's own heap. Only a `free` in that thread
-    does, so this function also frees a block in the calling thread.
+    Call this after a model was unloaded, since its weights are too large to keep.
+    `malloc_trim` does not return the free end of a thread's own heap. Only a `free` in
+    that thread does, so this function also frees a block in the calling thread.
     """
     if _LIBRARY is None:
         return

@@ -1,4 +1,4 @@
-"""Serve the server's figures to Prometheus on a separate address."""
+"""Serve the server's figures (counters and durations) to Prometheus over HTTP, on an address of their own."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from emberpc.server.scraping import App, PageServer
 
 log = logging.getLogger(__name__)
 
-#: Histogram buckets for durations of calls, in seconds: from a cached text to a whole corpus.
+#: Upper bounds of the histogram buckets for the durations of calls, in seconds. A call with a cached text takes about
+#: the least, a call with a whole corpus the greatest.
 _DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
-#: A format's version in a header `Accept` that is not three numbers.
+#: Matches an HTTP header `Accept` that asks for a version of the format other than three numbers of 1 to 4 digits.
 _ODD_VERSION = re.compile(r"version\s*=(?!\d{1,4}\.\d{1,4}\.\d{1,4}\s*(?:[;,]|$))", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Counters and durations of the server's calls, by method."""
+    """Figures of the server's calls by method: number of calls, number of failed calls by status code, durations."""
 
     count: Counter
     failures: Counter
@@ -36,7 +37,7 @@ class Calls:
 
     @classmethod
     def register(cls, registry: CollectorRegistry) -> Calls:
-        """Create the figures and register them with a Prometheus registry."""
+        """Create the figures and register them with a Prometheus registry; return them."""
         return cls(
             Counter("emberpc_request_count", "Calls that ended.", ["method"], registry=registry),
             Counter(
@@ -55,9 +56,9 @@ class Calls:
         """Count a call that ended.
 
         Args:
-            method: path of the method; its last part becomes the label `method`.
-            code: name of the status code, such as `OK`.
-            seconds: duration of the call.
+            method: path of the method; the part after the last `/` becomes the label `method`.
+            code: name of the status code; a call with another code than `OK` counts as failed.
+            seconds: wall time of the call.
         """
         name = method.rpartition("/")[2]
         self.count.labels(name).inc()
@@ -67,13 +68,13 @@ class Calls:
 
 
 class EngineFigures(Collector):
-    """Figures of an engine: micro-batches, queue, workers and cache. They are read at each scrape."""
+    """Figures of an engine: micro-batches, queue, workers, cache, models. Read when Prometheus asks for them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        """Read the current figures; the Prometheus registry calls this."""
+        """Yield the present figures: counters since the start, and gauges. The Prometheus registry calls this."""
         engine, counts = self._engine, self._engine.counts
         totals = {
             "batch_count": ("Micro-batches run.", counts.batches),
@@ -100,13 +101,16 @@ class EngineFigures(Collector):
 
 
 class IndexFigures(Collector):
-    """Recall of searches, as measured by repeating some of them exactly. The figures are read at each scrape."""
+    """Recall of searches by collection, measured by repeating some searches as exact searches.
+
+    The figures are read when Prometheus asks for them.
+    """
 
     def __init__(self, index: IndexBackend) -> None:
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
-        """Read the current figures of each collection; the Prometheus registry calls this."""
+        """Yield recall and number of repeated searches of each collection. The Prometheus registry calls this."""
         recall = GaugeMetricFamily(
             "emberpc_search_recall", "Mean recall of the latest repeated searches.", labels=["collection"]
         )
@@ -128,10 +132,11 @@ def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
         index: the index backend whose figures are served.
 
     Returns:
-        The figures of calls; report each call that ended to its `observe`.
+        The figures of calls, which are empty. The caller must report each call that ended to their `observe`.
 
     Raises:
         OSError: the address is in use, or is not an address of this host.
+        UnicodeError: the host is not a valid name.
     """
     registry = CollectorRegistry()
     registry.register(EngineFigures(engine))
@@ -144,7 +149,10 @@ def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
 
 
 def _page(registry: CollectorRegistry) -> App:
-    """Return the WSGI application of the figures; prometheus_client fails for versions that are not numbers."""
+    """Return the WSGI application that serves the figures of a registry.
+
+    It removes a header `Accept` for which prometheus_client would fail: one whose version is not three numbers.
+    """
     app: App = make_wsgi_app(registry)
 
     def page(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

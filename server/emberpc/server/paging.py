@@ -1,6 +1,7 @@
-"""Page tokens of list calls. A token encodes the last item of the previous page, and is opaque to callers.
+"""Encode and decode page tokens of list calls.
 
-The next page starts after that item. So writes between two pages neither repeat nor skip other items.
+A token encodes the name or id of the last item of the previous page; callers do not interpret it. The next page starts
+after that item. So writes between two pages neither repeat nor skip other items.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from emberpc.server.errors import ServiceError, invalid
 
 #: Most items of a page of any list.
 MAX_PAGE_SIZE = 1000
-#: Longest token in characters. The longest encodes a pair of ids of 512 bytes as JSON, up to six characters per byte.
+#: Limit of the characters of a token that is decoded. The longest token of this server encodes two ids of 512 bytes as
+#: JSON, in which a byte takes at most six characters: about 8,200 characters of base64.
 _MAX_TOKEN = 16 * 1024
 
 
 def encode_token(last: str) -> str:
-    """Return the token of the page that starts after the item `last`."""
+    """Return the token (base64) of the page that starts after the item whose name or id is `last`."""
     return base64.urlsafe_b64encode(last.encode()).decode()
 
 
 def decode_token(token: str) -> str:
-    """Return the item after which a page starts; empty for an empty token, which means the first page.
+    """Return the name or id of the item after which a page starts; empty for an empty token, that of the first page.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if this server cannot have made the token.
+        ServiceError: INVALID_ARGUMENT if the token is too long, is not base64 of UTF-8, or contains control characters.
     """
     if len(token) > _MAX_TOKEN:
         raise wrong_token()
@@ -33,7 +35,7 @@ def decode_token(token: str) -> str:
         last = base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError) as error:
         raise wrong_token() from error
-    # Ids and names contain no control characters.
+    # Ids and names contain no control characters, so the server cannot have made such a token.
     if any(ord(character) < ord(" ") for character in last):
         raise wrong_token()
     return last

@@ -1,6 +1,6 @@
 """Check whether hnswlib runs on this processor.
 
-hnswlib is compiled where it is installed, and may use instructions that this host's processor does not have.
+hnswlib may have been compiled on another host, for instructions that this host's processor does not have.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-#: File in the data directory that records a passed check.
+#: Name of the file in the data directory that records a passed check.
 _MARKER = "hnswlib-checked"
-#: Most seconds that the check may take; after that its result is unknown.
+#: Limit of the seconds of a check. A check that takes longer is stopped, and counts neither as passed nor as failed.
 _SECONDS = 30
-# An import alone is no check: the special instructions are in the distance functions, which only a graph calls.
+# The Python code of the check. To import hnswlib is not enough: the special instructions are in the distance functions,
+# which are called only when a graph is built or searched.
 _CODE = """
 import hnswlib
 for space in ("ip", "l2"):
@@ -36,16 +37,17 @@ _REMEDY = (
 
 
 def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: None) -> str:
-    """Run hnswlib in a child process, unless an earlier check on this processor passed.
+    """Run hnswlib in a child process, unless an earlier check on this processor passed; return what is wrong with it.
 
-    Call this before hnswlib is imported in this process. The first check takes some 0.2 s.
+    Call this before hnswlib is imported in this process. A check takes about 0.2 s.
 
     Args:
-        data_dir: the data directory, which records a passed check. If it does not exist, nothing is recorded.
-        meanwhile: called while the child process runs; not called without one.
+        data_dir: the data directory. A passed check is recorded in a file there, if the directory exists.
+        meanwhile: called while the child process runs; not called if no check is needed.
 
     Returns:
-        The problem and its remedy. Empty if hnswlib works, or if it fails in another way: its import then raises.
+        The problem and its remedy if the processor lacks an instruction. Empty if hnswlib works, if it fails for
+        another reason (the import of hnswlib then raises), or if the check takes too long or cannot be run.
     """
     key = _key()
     marker = data_dir / _MARKER
@@ -53,7 +55,7 @@ def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: No
         if key and marker.read_text(encoding="ascii") == key:
             return ""
     except (OSError, ValueError):
-        pass  # not checked yet
+        pass  # no check has passed yet
     try:
         with subprocess.Popen(  # noqa: S603 - our own code
             [sys.executable, "-c", _CODE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -68,16 +70,17 @@ def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: No
     if status == -signal.SIGILL:
         return _REMEDY
     if status == 0 and key:
-        # The directory may not exist yet, or may be read-only. Then the next start repeats the check.
+        # If the directory does not exist yet or is read-only, the next start of the server repeats the check.
         with suppress(OSError):
             marker.write_text(key, encoding="ascii")
     return ""
 
 
 def _key() -> str:
-    """Return a hash of the hnswlib extension, the Python executable and the processor's flags; empty if one is unknown.
+    """Return a hash (SHA-256, hex) of all that decides whether a check passes.
 
-    A passed check is valid as long as this hash stays the same.
+    This is path, size and time of hnswlib's extension, path of the Python executable, and flags of the processor. A
+    passed check is valid while the hash stays the same. Empty if a part is unknown, as on systems other than Linux.
     """
     try:
         found = importlib.util.find_spec("hnswlib")

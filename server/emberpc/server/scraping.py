@@ -1,4 +1,4 @@
-"""HTTP server for a single page, on one thread. Slow or silent clients cannot block it or use up its connections."""
+"""HTTP server for one WSGI application, on one thread. Slow or silent clients cannot block it for other clients."""
 
 from __future__ import annotations
 
@@ -11,33 +11,38 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Most open connections. A further connection closes the oldest, which must be silent or slow.
+#: Most open connections. A further connection closes the oldest one: a connection lasts so long only if its client is
+#: silent or slow.
 MOST_CONNECTIONS = 64
-#: Most seconds for a client to send its request, and then again to read the response.
+#: Seconds in which a client must send its request. The client then has the same time to read the response.
 _SECONDS = 10.0
 #: Most bytes of a request's head (request line and headers). The body of a request is not read.
 _HEAD_BYTES = 16 * 2**10
 
-#: Most connections that wait to be accepted. asyncio tries to accept this number in a row, even if no file descriptor
-#: is free, and logs each failure.
+#: Most connections that wait to be accepted. It is small since asyncio tries to accept this number one after the other,
+#: even if no file descriptor is free, and logs each failure.
 _BACKLOG = 8
-#: Least seconds between two log lines about connections that could not be accepted.
+#: Least seconds between two log lines about errors, such as a connection that could not be accepted.
 _LOG_SECONDS = 60.0
 
-#: A WSGI application.
+#: Type of a WSGI application.
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class PageServer:
-    """Serve a WSGI application, and close each connection after one response.
+    """HTTP server that serves a WSGI application, and closes each connection after one response.
+
+    The constructor starts the server on a daemon thread, which runs until the process ends.
 
     Args:
         host: the address to listen on.
-        port: the port to listen on; 0 for a free port. The attribute `port` is the real number.
-        app: the application. It runs on the server's only thread, so it must return quickly.
+        port: the port to listen on; 0: a free port. The attribute `port` has the real number.
+        app: the application. It runs on the server's only thread, so it must return quickly. It gets only the method,
+            path, query and headers of a request.
 
     Raises:
         OSError: the address is in use, or is not an address of this host.
+        UnicodeError: the host is not a valid name.
     """
 
     def __init__(self, host: str, port: int, app: App) -> None:
@@ -57,7 +62,12 @@ class PageServer:
             await server.serve_forever()
 
     def _log_now_and_then(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log an error of the event loop, such as no free file descriptor, or of a request; at most one a minute."""
+        """Log an error of the event loop or of a request, unless an error was logged in the last 60 seconds.
+
+        Args:
+            loop: the event loop.
+            context: `message` and `exception` of the error, as asyncio passes them to an exception handler.
+        """
         if loop.time() - self._last_logged >= _LOG_SECONDS:
             self._last_logged = loop.time()
             error = context.get("exception")
@@ -69,8 +79,8 @@ class PageServer:
             oldest = next(iter(self._open))
             del self._open[oldest]
             oldest.transport.abort()
-        # With a limit of 0, `drain` waits until the client has read the whole response. A client that does not read it
-        # in time is disconnected, and the response is dropped.
+        # With a limit of 0, `drain` waits until the whole response has left the buffer. A client that does not read the
+        # response in time is disconnected, and the buffer is freed.
         writer.transport.set_write_buffer_limits(0)
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _SECONDS)
@@ -88,7 +98,10 @@ class PageServer:
             self._open.pop(writer, None)
 
     def _response(self, head: bytes) -> bytes:
-        """Return the bytes of the HTTP response to a request, given its head (request line and headers)."""
+        """Return the bytes of the HTTP response to a request, given the head (request line and headers).
+
+        400 Bad Request if the request line does not have three parts. Errors of the application are raised.
+        """
         line, *fields = head.decode("latin-1").split("\r\n")
         parts = line.split(" ")
         if len(parts) != 3:

@@ -2,7 +2,7 @@
 
 The field `drain_seconds` is the flag `--drain-seconds`, the environment variable
 `EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. Order of precedence: flag,
-environment, file, default. Secrets have no flag.
+environment variable, file, default. Secrets have no flag.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INDEX_BACKENDS = ("embedded", "milvus")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _MILVUS_URI = re.compile(r"https?://[^/@\s]+(/\w*)?")
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-#: Names of the settings' types in error messages; all other types are lists of strings.
+#: Names of the types of settings, for error messages. All other types are lists of strings.
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -35,19 +35,20 @@ _KINDS: dict[Any, str] = {
 }
 
 
-#: Largest value of a numeric setting; as seconds, about a thousand years.
+#: Largest value of a numeric setting without a lower limit of its own. As seconds, it is about a thousand years.
 _MOST = 2**35
-#: Lower limits for some settings: gRPC stores the first two in 32 bits (the second in milliseconds), and threads wait
-#: less than `_MOST` seconds.
+#: Largest values of the settings with a limit below `_MOST`. gRPC stores the first two in 32 bits, the second of them
+#: in milliseconds. The third is limited since a thread cannot wait for `_MOST` seconds.
 _MOST_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,
     "drain_seconds": 2**31 // 1000,
 }
-#: Limit of `workers` for each core. With 512 for each of two cores, single searches took 4 to 25 s.
+#: Limit of the setting `workers` for each core that the process may use. With 512 workers for each of two cores, single
+#: searches took 4 to 25 s.
 _MOST_WORKERS_PER_CORE = 8
-#: Least values of numeric settings; of all others it is 0. gRPC closes a connection whose handshake takes longer than
-#: `handshake_seconds`, and a handshake takes several round trips.
+#: Settings whose least value is 1. The least value of all other numeric settings is 0. `handshake_seconds` is at least
+#: 1 s since gRPC closes a connection whose handshake takes longer, and a handshake takes several round trips.
 _LEAST_BY_NAME = dict.fromkeys(
     (
         *("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes", "max_response_bytes"),
@@ -58,25 +59,25 @@ _LEAST_BY_NAME = dict.fromkeys(
 
 
 class SettingsError(ValueError):
-    """A setting is invalid. The message names the setting, its source and the remedy."""
+    """A setting is invalid. The message names the setting and the remedy, and for a wrong type the source."""
 
 
 def _setting(default: Any, doc: str, form: str = "", *, secret: bool = False) -> Any:
-    """Return a dataclass field for a setting.
+    """Return the dataclass field of a setting.
 
     Args:
-        default: value of the setting if it is not set.
+        default: value of the setting if no source states one.
         doc: help text, for `--help` and the documentation.
-        form: placeholder for the value in `--help`, such as `HOST:PORT`.
-        secret: whether the value is a secret. A secret is never shown, and has no flag: all users of a host can read
-            the flags of its processes.
+        form: placeholder for the value in `--help`, such as `HOST:PORT`; empty: the default placeholder.
+        secret: whether the value is a secret. A secret is not shown in the `repr` of the settings, and has no flag: all
+            users of a host can read the flags of its processes.
     """
     return dataclasses.field(default=default, metadata={"help": doc, "form": form, "secret": secret}, repr=not secret)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a server. `metadata["help"]` of each field is its help text."""
+    """All settings of a server; SettingsError if one is invalid. `metadata["help"]` of each field is its help text."""
 
     model: tuple[str, ...] = _setting(
         (),
@@ -154,10 +155,10 @@ class Settings:
     log_level: str = _setting("info", f"Least severity of log lines: {', '.join(LOG_LEVELS)}.")
 
     def __post_init__(self) -> None:
-        """Check every value.
+        """Check every value, and the values that depend on each other.
 
         Raises:
-            SettingsError: a value is out of range.
+            SettingsError: a value is invalid, or two values contradict each other.
         """
         self._check_numbers()
         self._check_workers()
@@ -178,7 +179,7 @@ class Settings:
         self.named_options()
 
     def _check_numbers(self) -> None:
-        """Check that each number is finite, not too small, and not too large for gRPC, the system or a clock.
+        """Check that each numeric setting is within its limits: `_LEAST_BY_NAME` or 0, and `_MOST_BY_NAME` or `_MOST`.
 
         Raises:
             SettingsError: a number is too small or too large, or NaN.
@@ -196,10 +197,10 @@ class Settings:
                 raise SettingsError(f"{field.name} is {value:g}; it must {bound} (default: {field.default:g})")
 
     def _check_workers(self) -> None:
-        """Check that the cores can run the workers.
+        """Check that there are at most 8 workers for each core that this process may use.
 
         Raises:
-            SettingsError: there are too many workers for the cores that this process may use.
+            SettingsError: there are more workers.
         """
         if self.workers <= _MOST_WORKERS_PER_CORE:
             return
@@ -214,14 +215,14 @@ class Settings:
         """Check the index backend and the address of Milvus.
 
         Raises:
-            SettingsError: the backend is unknown, `milvus_uri` is given without the backend or the other way round, or
-                the URI is invalid or contains a password.
+            SettingsError: the index backend is unknown; `milvus_uri` is set but the backend is not milvus, or the other
+                way round; or the URI is invalid or contains a user and password.
         """
         if self.index_backend not in INDEX_BACKENDS:
             raise SettingsError(f"index_backend is {self.index_backend!r}; it must be {' or '.join(INDEX_BACKENDS)}")
         if (self.index_backend == "milvus") != bool(self.milvus_uri):
             raise SettingsError("index_backend milvus and milvus_uri go together; give both or neither")
-        # pymilvus also accepts user and password in the URI. But the URI is a flag and is shown, so it must hold none.
+        # pymilvus also accepts user and password in the URI. That is refused here: the URI is a flag, and is shown.
         if self.milvus_uri and not _MILVUS_URI.fullmatch(self.milvus_uri):
             raise SettingsError(
                 "milvus_uri must be such as http://milvus:19530 or https://milvus/database, with user and password in "
@@ -229,10 +230,10 @@ class Settings:
             )
 
     def named_models(self) -> dict[str, Path]:
-        """Return the folders of the bundles by model name.
+        """Return the folders of the setting `model` by model name; an entry without a name has the folder's name.
 
         Raises:
-            SettingsError: a name is empty or has other characters than letters, digits, `.`, `_` and `-`.
+            SettingsError: a name is not valid (`names.NAME`).
         """
         models = {}
         for entry in self.model:
@@ -248,11 +249,11 @@ class Settings:
         return models
 
     def named_variants(self) -> dict[str, str]:
-        """Return the chosen variants by model name.
+        """Return the variants of the setting `variant` by model name.
 
         Raises:
-            SettingsError: an entry is not NAME=VARIANT, two entries are for the same model, or there is no model of
-                that name and no models directory where it could be.
+            SettingsError: an entry is not NAME=VARIANT; two entries are for the same model; or the setting `model` has
+                no such name, and there is no models directory in which the model could be.
         """
         models, variants = self.named_models(), {}
         for entry in self.variant:
@@ -269,11 +270,13 @@ class Settings:
         return variants
 
     def named_options(self) -> dict[str, dict[str, str]]:
-        """Return the options of models, as strings, by model name and option name; see `emberpc.bundle.Stated`.
+        """Return the values of the setting `model_option`, by model name and option name; see `emberpc.bundle.Stated`.
+
+        Each model of the setting `model` has an entry, which may be empty. Names and values of options are not checked.
 
         Raises:
-            SettingsError: an entry is not NAME.OPTION=VALUE, or there is no model of that name and no models directory
-                where it could be.
+            SettingsError: an entry is not NAME.OPTION=VALUE; or the setting `model` has no such name, and there is no
+                models directory in which the model could be.
         """
         models: dict[str, dict[str, str]] = {name: {} for name in self.named_models()}
         for entry in self.model_option:
@@ -292,10 +295,10 @@ class Settings:
 
 
 def _check_address(name: str, value: str) -> None:
-    """Check that a setting is HOST:PORT with a port of 0 to 65,535.
+    """Check that `value`, the value of the setting `name`, is HOST:PORT with a port of 0 to 65,535.
 
     Raises:
-        SettingsError: it is not.
+        SettingsError: the value has another form, or the port is too large.
     """
     host, colon, port = value.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit()):
@@ -306,7 +309,12 @@ def _check_address(name: str, value: str) -> None:
 
 @dataclass(frozen=True)
 class LoadedSettings:
-    """Settings, and the source of each by field name: `default`, `flag`, `environment NAME` or `file PATH`."""
+    """Settings, and the source of each setting.
+
+    Attributes:
+        settings: the settings.
+        sources: the source by field name: `default`, `flag`, `environment NAME` or `file PATH`.
+    """
 
     settings: Settings
     sources: dict[str, str]
@@ -322,11 +330,14 @@ def load_settings(
 
     Args:
         overrides: values of the flags by field name; None for a flag that was not given.
-        config_file: the TOML file; default: the file that `EMBERPC_CONFIG` names, if it is set.
+        config_file: the TOML file; None: the file that the environment variable `EMBERPC_CONFIG` names, or no file.
         environ: the environment variables.
 
+    Returns:
+        The settings, and the source of each.
+
     Raises:
-        SettingsError: a value is invalid, the file cannot be read, or the file has an unknown key.
+        SettingsError: a value is invalid, the file cannot be read or is not TOML, or the file has an unknown key.
     """
     if config_file is None and environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"):
         config_file = Path(environ[f"{ENVIRONMENT_PREFIX}CONFIG"])
@@ -349,8 +360,8 @@ def load_settings(
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    # Imported here: on Python 3.10, only the server extra installs tomli, but the command line always imports this
-    # module.
+    # The import is here and not at the top: the command line always imports this module, but on Python 3.10 tomli is
+    # installed only with the extra `server`.
     if sys.version_info >= (3, 11):
         import tomllib  # noqa: PLC0415
     else:
@@ -371,10 +382,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _convert(name: str, hint: Any, value: object, source: str) -> Any:
-    """Convert the value of a flag, a variable or a TOML key to the type of its field.
+    """Convert the value of a flag, an environment variable or a TOML key to the type of a setting.
+
+    Args:
+        name: name of the setting.
+        hint: type of the setting.
+        value: the value: a string, or a value of TOML. A string for a list has commas between the items.
+        source: source of the value, for the error.
 
     Raises:
-        SettingsError: the value does not have that type.
+        SettingsError: the value cannot be converted to that type.
     """
     if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:

@@ -1,4 +1,4 @@
-"""Start the server process. The slow steps run concurrently: imports, loading of models, the check of hnswlib."""
+"""Start the server process. The slow steps run concurrently: imports, loading models, and the check of hnswlib."""
 
 from __future__ import annotations
 
@@ -25,30 +25,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Seconds after which a thread that runs Python must let a waiting thread run (`sys.setswitchinterval`). A short call
-#: changes threads several times: with Python's default of 5 ms, its 99th percentile was 67 ms while another call with
-#: 10,000 texts was tokenized.
+#: changes threads several times, and may wait at each change. With Python's default of 0.005, the 99th percentile of
+#: the latency of short calls was 67 ms while another call with 10,000 texts was tokenized.
 _SWITCH_SECONDS = 0.0005
-#: Pool threads for tokenizing, index and disk, in addition to one per worker. So a few slow calls do not delay others.
+#: Number of threads of the pool in addition to one per worker. The pool runs tokenizing, calls of the index and work on
+#: the disk; with these threads, a few slow calls do not delay other calls.
 _EXTRA_THREADS = 4
-#: Least address space in MiB: for the process, and in addition for each worker, whose thread has its own stack and
-#: heap. With less, a library ends the process by a signal. Measured with two workers: 600 MB are too little, 700 MB
-#: enough.
+#: Least limit of the address space in MiB: for the process, and in addition for each worker, whose thread has its own
+#: stack and heap. With less, a library ends the process by a signal. Measured with two workers: 600 MB are too little,
+#: 700 MB are enough.
 _ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
-#: Least limit of open files. With 20 the data directory cannot be opened, and each open collection takes up to 11.
+#: Least limit of the open files of the process. With a limit of 20 the data directory cannot be opened, and each open
+#: collection has at most 11 open files.
 _OPEN_FILES = 64
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
-    At most two seconds after the drain time, this function returns or ends the process with exit code 0.
+    At most two seconds after the drain time, this function returns or ends the process with exit code 0. It changes the
+    whole process: logging, limits of open files and of heaps, garbage collection, switch interval, signal handlers.
 
     Raises:
         StartupError: there is too little address space, the limit of open files is too low, the address is taken, a
             model cannot be served, the data directory cannot be used, or hnswlib does not run on this processor.
     """
-    # Garbage collection takes an eighth of the start: imports create many objects and no garbage. `run` enables it
-    # again.
+    # Garbage collection takes an eighth of the time of the start, since imports create many objects but no garbage.
+    # `run` turns it on again when the server serves.
     gc.disable()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     before, now = descriptors.raise_limit()
@@ -59,8 +62,8 @@ def serve(settings: Settings) -> None:
     workers = settings.workers or usable_cores()
     _check_address_space(workers)
     limit_heaps(max(2, workers))
-    # Imported before another thread uses it: two threads that import the same modules can see a half-initialized
-    # module.
+    # The module is imported here, before other threads use it: if two threads import the same modules at a time, one
+    # may see a module that is not initialized yet.
     import_module("emberpc.server.engine")
     threads = workers + _EXTRA_THREADS
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pool")
@@ -75,15 +78,16 @@ def serve(settings: Settings) -> None:
 
         asyncio.run(run(settings, workers, pool, threads, models, stopping))
     finally:
-        # Unlike a `with` block of the pool, this waits only until the deadline (without a signal, it has no end).
+        # A `with` block of the pool would wait for its threads without a limit. This waits until the deadline of the
+        # shutdown; only if no signal came, as after a StartupError, there is no deadline.
         stopping.end(pool)
 
 
 def _check_open_files() -> None:
-    """Check that the limit of open files is enough for the server, a collection and some connections.
+    """Check that the process may open at least 64 files: enough for the server, a collection and some connections.
 
     Raises:
-        StartupError: the limit is too low.
+        StartupError: the limit is lower.
     """
     if (limit := descriptors.limit()) < _OPEN_FILES:
         raise StartupError(
@@ -93,10 +97,13 @@ def _check_open_files() -> None:
 
 
 def _check_address_space(workers: int) -> None:
-    """Check that the limit of the process's address space is enough for the server without models.
+    """Check that the limit of the process's address space is enough for the server, without models.
+
+    Args:
+        workers: number of threads that run models.
 
     Raises:
-        StartupError: the limit is too low.
+        StartupError: the limit is less than 640 MiB and 64 MiB for each worker.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     needed = _ADDRESS_SPACE + _ADDRESS_SPACE_OF_WORKER * workers
@@ -109,7 +116,14 @@ def _check_address_space(workers: int) -> None:
 
 
 def _load_models(settings: Settings, pool: Executor) -> Registry:
-    """Load the models that the settings name.
+    """Load the models that the settings name one by one; the bundles in the models directory are loaded later.
+
+    Args:
+        settings: the settings.
+        pool: runs work of the registry, such as freeing the memory of a model.
+
+    Returns:
+        The registry with the models.
 
     Raises:
         StartupError: a model cannot be served, or the models directory does not exist.

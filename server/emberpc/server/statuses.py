@@ -1,4 +1,4 @@
-"""Convert errors of the server to the status message that callers receive, for a call or for one item of a stream."""
+"""Convert errors of the server to the status that callers receive, for a call or for one item of a stream."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status
 
-# gRPC drops a reply whose metadata has more than 8 KiB. The message is sent twice: with up to three bytes for each
-# byte, and in the details, which base64 makes longer by a third. So a message of 600 bytes and details of 2,900 bytes
-# take at most 6.7 KiB.
-#: Most bytes (UTF-8) of an error's message.
+# gRPC drops a response whose trailing metadata has more than 8 KiB. An error's message is sent twice: as gRPC's status
+# message, in which a byte may take three, and in the details, which base64 makes longer by a third. So a message of 600
+# bytes and other details of 2,900 bytes take at most 6.7 KiB together.
+#: Limit of the bytes (UTF-8) of an error's message.
 _MAX_MESSAGE = 600
-#: Most bytes of all field violations of an error, and of the description or the path of a single violation.
+#: Limits of the bytes of all field violations of an error, and of the path and the description of one violation each.
 _MAX_VIOLATIONS = 2000
 _MAX_VIOLATION = 400
-#: Most bytes of one value of an error's metadata, and of all keys and values together.
+#: Limits of the bytes (UTF-8) of one value of an error's metadata, and of all keys and values together.
 _MAX_VALUE = 200
 _MAX_METADATA = 600
 
 
 def status_of(error: ServiceError, request_id: str) -> errors_pb2.ErrorStatus:
-    """Convert an error to a protobuf status: code, message, and details with the request id.
+    """Convert an error to the status message of protobuf: code, message, and details with the request id.
 
-    The log has more about an INTERNAL error, under the same request id. Long texts are shortened.
+    Long texts are shortened, so that gRPC can send the status. The message of an INTERNAL error also says that the log
+    has more about the error under the request id.
     """
     message = error.message
     if error.code is Code.INTERNAL:
@@ -47,7 +48,10 @@ def _details(error: ServiceError, request_id: str) -> list[Message]:
 
 
 def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
-    """Return the field violations of an error: the first that fit, and the number of those that are left out."""
+    """Return the field violations of an error: at least the first, and those after it that fit into 2,000 bytes.
+
+    If violations are left out, a last item without a field states their number.
+    """
     bad = errors_pb2.BadRequest()
     for i, violation in enumerate(error.violations):
         bad.field_violations.add(
@@ -62,7 +66,7 @@ def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
 
 
 def _metadata(error: ServiceError) -> dict[str, str]:
-    """Return the first metadata values of an error that fit in a reply; long values are shortened."""
+    """Return the first metadata values of an error, shortened, that fit into 600 bytes with their keys."""
     fitting, size = {}, 0
     for key, value in error.metadata.items():
         short = _shortened(value, _MAX_VALUE)
@@ -74,11 +78,12 @@ def _metadata(error: ServiceError) -> dict[str, str]:
 
 
 def _shortened(text: str, most: int) -> str:
-    """Return a text of at most `most` bytes (UTF-8).
+    """Return a text of at most `most` bytes (UTF-8): the same text, or for a longer one its start, `…` and its end.
 
-    In a longer text, `…` replaces the middle; the end has the remedy.
+    The end is kept, since the remedy is at the end of a message.
     """
-    # A character has at least one byte, so `most` characters at each end suffice. A text of megabytes is not encoded.
+    # A character has at least one byte, so a text of more than `most` characters is too long. It is not encoded as a
+    # whole, since it may have megabytes.
     if len(text) <= most and len(text.encode(errors="replace")) <= most:
         return text
     half = (most - len("…".encode())) // 2

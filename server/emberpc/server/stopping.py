@@ -1,4 +1,4 @@
-"""Stop the process after SIGTERM or SIGINT within a limited time, even if work still runs."""
+"""Stop the process after SIGTERM or SIGINT within a limited time, even if work is still in progress."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ from emberpc.server.deadlines import Deadline
 
 log = logging.getLogger(__name__)
 
-#: Seconds after the drain time for which the shutdown waits for running work. Then it closes the stores.
+#: Seconds after the drain time in which the shutdown waits for work in progress. Then it closes the stores.
 _WAIT_SECONDS = 1.0
-#: Least seconds for which `Stopping.end` waits for threads, also if the deadline has passed.
+#: Seconds that `Stopping.end` waits for threads at least, even if the deadline has passed.
 _MOMENT_SECONDS = 0.3
-#: Seconds after the drain time at which a watching thread ends the process, even if the shutdown is not complete.
+#: Seconds after the drain time until a watching thread ends the process, even if the shutdown is not complete.
 _END_SECONDS = 1.6
-#: Seconds after the drain time at which faulthandler ends the process. It needs no interpreter lock, so it works even
-#: if one call into a library holds that lock.
+#: Seconds after the drain time until Python's faulthandler ends the process. Unlike the watching thread, it needs no
+#: interpreter lock, so it ends the process even if a call into a library holds that lock.
 _HELD_SECONDS = 2.0
-#: Most seconds for writing the last log lines: the pipe that stderr writes to may have no reader.
+#: Limit of the seconds for writing the last log lines. Without a limit, the process could wait forever: if stderr is a
+#: pipe that nobody reads, a write may block.
 _LOG_SECONDS = 0.2
-#: Name prefixes of daemon threads that call native code. If such a thread runs when the interpreter ends, the process
-#: aborts (SIGABRT). Helper threads of the graph are not listed: each works for a listed thread that waits for it.
+#: Prefixes of the names of the daemon threads that call native code. If such a thread runs when the interpreter ends,
+#: the process aborts (SIGABRT), so the shutdown waits for these threads. Helper threads of the graph are not listed:
+#: each works for a listed thread, which waits for its helpers.
 _NATIVE = ("worker-", "express", "widen", "index-")
 
 
 class Stopping:
-    """Handle the stop signals, and end the process in time after the first one.
+    """Handles SIGTERM and SIGINT, and ends the process in time after the first signal.
 
-    The first signal sets `requested` and `deadline`. A separate thread ends the process if the normal shutdown does not
-    end in time: a call may block the event loop, or a thread may never return from a library.
+    The first signal sets `requested` and `deadline`; later signals are ignored. If the normal shutdown does not end in
+    time, a separate thread ends the process with exit code 0: a call may block the event loop, or a thread may never
+    return from a library.
 
     Args:
-        drain_seconds: seconds that calls in flight get after the signal.
+        drain_seconds: seconds that calls in flight get to finish after the signal.
     """
 
     def __init__(self, drain_seconds: float) -> None:
@@ -50,35 +53,37 @@ class Stopping:
         self._serving = False
         self._begun = False
         self._ended = threading.Event()
-        # A signal handler may interrupt any code, also itself. Of the ways to wake a thread, only SimpleQueue allows
-        # that.
+        # A signal handler may interrupt any code, even itself. Of the ways to wake a thread, only SimpleQueue is safe
+        # there.
         self._signals: SimpleQueue[float] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requested = asyncio.Event()
-        #: The moment until which the shutdown waits for running work. Infinite before the signal.
+        #: The moment until which the shutdown waits for work in progress. Infinite before the first signal.
         self.deadline = Deadline()
 
     @property
     def begun(self) -> bool:
-        """Whether a signal arrived."""
+        """Whether SIGTERM or SIGINT has arrived."""
         return self._begun
 
     def listen(self) -> None:
-        """Install the handlers of SIGTERM and SIGINT. Call this in the main thread, inside the event loop."""
+        """Install the handlers of SIGTERM and SIGINT, and start the thread that watches the shutdown.
+
+        Call this in the main thread, inside the event loop.
+        """
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._watch, name="stopping", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def serving(self) -> None:
-        """Grant the drain time to calls in flight from now on.
-
-        Before this, there are no calls and a stop is immediate.
-        """
+        """Give calls in flight the drain time from now on. Before this call, a signal stops the server at once."""
         self._serving = True
 
     async def finish(self, work: Awaitable[object]) -> None:
-        """Wait until a step of the shutdown ends, or until the deadline. A step that takes longer goes on unwatched.
+        """Wait until `work`, a step of the shutdown, ends, or until the deadline.
+
+        A step that takes longer continues, but nothing waits for it.
 
         Raises:
             Exception: the error of the step, if it failed before the deadline.
@@ -89,14 +94,14 @@ class Stopping:
             each.result()
 
     def end(self, pool: ThreadPoolExecutor) -> None:
-        """Stop the pool and wait for all threads.
+        """Stop the pool, drop its waiting work, and wait for all threads that may call native code.
 
-        If a thread still runs at the deadline, end the process (exit code 0).
-
-        No acknowledged write is lost: a write is on disk before it is acknowledged.
+        If a thread still runs at the deadline, end the process with exit code 0: this method does not return then. No
+        acknowledged write is lost, since a write is on disk before it is acknowledged. Without a signal there is no
+        deadline.
         """
         pool.shutdown(wait=False, cancel_futures=True)
-        # Idle threads, too, need a short time to end.
+        # Even idle threads need a short time to end.
         deadline = Deadline(max(self.deadline.seconds_left, _MOMENT_SECONDS))
         threads = [thread for thread in threading.enumerate() if _counts(thread)]
         if left := [thread.name for thread in threads if not deadline.join(thread)]:
@@ -124,14 +129,17 @@ class Stopping:
 
 
 def _counts(thread: threading.Thread) -> bool:
-    """Return whether the interpreter must wait for a thread before it ends, since the thread may call native code."""
+    """Return whether `Stopping.end` must wait for a thread.
+
+    It waits for all threads except the main thread, the current thread, and daemons that do not call native code.
+    """
     if thread is threading.main_thread() or thread is threading.current_thread():
         return False
     return not thread.daemon or thread.name.startswith(_NATIVE)
 
 
 def _exit(reason: str) -> NoReturn:
-    """Log a reason and end the process with exit code 0, without waiting for threads as a normal exit does."""
+    """Log the reason and end the process at once with exit code 0; a normal exit would wait for threads."""
 
     def write() -> None:
         log.warning("stopping: %s", reason)

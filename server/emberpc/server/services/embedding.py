@@ -173,6 +173,6 @@ def _with_scores(scores: npt.NDArray[np.float32]) -> pb.ComputeSimilarityRespons
     """
     data = scores.astype("<f4").tobytes()
     field = pb.ComputeSimilarityResponse.DESCRIPTOR.fields_by_name["scores"].number
-    # The bytes are tag, length and data, see https://protobuf.dev/programming-guides/encoding/. A packed list of numbers
-    # has wire type 2.
+    # The bytes are tag, length and data, see https://protobuf.dev/programming-guides/encoding/. A packed list of
+    # numbers has wire type 2.
     return pb.ComputeSimilarityResponse.FromString(bytes([field << 3 | 2]) + varint(len(data)) + data)
