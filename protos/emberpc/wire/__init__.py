@@ -1,5 +1,5 @@
-"""The hand-written part of the API: encode and decode vectors and errors.
+"""The hand-written part of the API: encode and decode blocks of vectors, and errors.
 
-Client and server use the same functions, so that their formats always agree.
-This package needs protobuf and numpy only.
+Client and server both use this package, so that their formats always agree. The
+package needs protobuf and numpy only.
 """

@@ -1,7 +1,8 @@
-"""Error details on the wire, in the form every gRPC library uses.
+"""Encode and decode the details of an error in the form that all gRPC libraries use.
 
-A failed call carries a serialised google.rpc.Status in its trailing metadata.
-The messages are those of `errors.proto`, which has the same wire form.
+A failed call has a serialized google.rpc.Status in its trailing metadata. The
+messages here are those of `errors.proto`, which have the same wire form as the
+messages of google.rpc.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from google.protobuf.message import DecodeError, Message
 
 from emberpc.v1 import errors_pb2 as pb
 
-#: Key of the trailing metadata that holds the details.
+#: Key of the trailing metadata whose value is the serialized status of a failed call.
 DETAILS_KEY = "grpc-status-details-bin"
-#: Key of the trailing metadata that tells gRPC itself how many milliseconds to wait before a retry.
+#: Key of the trailing metadata whose value is the number of milliseconds that gRPC's own retries wait before a retry.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
-#: Key of the metadata that carries a request's id, in both directions.
+#: Key of the metadata whose value is the request id: of the metadata that a caller sends, and of the trailing metadata.
 REQUEST_ID_KEY = "x-request-id"
 
 _TYPE_URL = "type.googleapis.com/google.rpc."
@@ -26,12 +27,12 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 def make(code: int, message: str, details: Iterable[Message]) -> pb.ErrorStatus:
-    """Put an error together; in the trailing metadata it travels serialised.
+    """Return the status message of an error.
 
     Args:
         code: the gRPC status code as a number.
-        message: what went wrong, for a developer.
-        details: messages of `errors.proto`.
+        message: the problem, for a developer.
+        details: messages of `errors.proto`, such as `BadRequest`. Each is packed under the type URL of google.rpc.
     """
     status = pb.ErrorStatus(code=code, message=message)
     for detail in details:
@@ -42,7 +43,10 @@ def make(code: int, message: str, details: Iterable[Message]) -> pb.ErrorStatus:
 
 
 def unpack(data: bytes) -> pb.ErrorStatus:
-    """Read a serialised error; an empty status if the bytes are none, since an error must never hide an error."""
+    """Decode a serialized status. If the bytes are not a status, return an empty status.
+
+    This raises no error, since the caller is handling the error of a call already.
+    """
     try:
         return pb.ErrorStatus.FromString(data)
     except DecodeError:
@@ -50,7 +54,7 @@ def unpack(data: bytes) -> pb.ErrorStatus:
 
 
 def detail(status: pb.ErrorStatus, kind: type[Detail]) -> Detail | None:
-    """Return the first detail of a kind, or None if the error has none."""
+    """Return the first detail of the type `kind` of an error; None if there is none or it cannot be decoded."""
     for packed in status.details:
         if packed.type_url == _TYPE_URL + kind.DESCRIPTOR.name:
             try:

@@ -1,4 +1,4 @@
-"""Blocks of vectors on the wire: `emberpc.v1.Vectors` to and from numpy."""
+"""Convert blocks of vectors between numpy arrays and the message `emberpc.v1.Vectors`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _FLOATS: dict[pb.DataType.ValueType, npt.DTypeLike] = {
 
 
 class VectorFormatError(ValueError):
-    """A `Vectors` message contradicts itself; `field` names the part that is wrong."""
+    """The fields of a `Vectors` message contradict each other, or its data type is unknown.
+
+    Args:
+        field: name of the wrong field, such as `data`. It is also an attribute of the error.
+        message: the problem.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -27,16 +32,16 @@ class VectorFormatError(ValueError):
 
 
 def encode(matrix: Matrix, dtype: pb.DataType.ValueType = pb.DATA_TYPE_FLOAT32) -> pb.Vectors:
-    """Pack vectors into one block.
+    """Encode vectors as one block.
 
     Args:
         matrix: float32, shape (rows, dimensions).
-        dtype: element type on the wire; unspecified means FLOAT32. INT8 is
-            symmetric with one scale per row (the row's largest magnitude / 127);
-            BINARY keeps signs only.
+        dtype: element type in the message; unspecified means FLOAT32. INT8 has one
+            scale per row: the row's largest magnitude divided by 127 (1 for a row of
+            zeros). BINARY keeps only the signs.
 
     Returns:
-        The message; `decode` gives back shape (rows, dimensions).
+        The message, which `decode` decodes to an array of the same shape.
 
     Raises:
         VectorFormatError: `dtype` is not one of `DataType`.
@@ -58,15 +63,15 @@ def encode(matrix: Matrix, dtype: pb.DataType.ValueType = pb.DATA_TYPE_FLOAT32) 
 
 
 def decode(block: pb.Vectors) -> Matrix:
-    """Unpack a block of vectors.
+    """Decode a block of vectors.
 
     Returns:
-        float32, shape (rows, dimensions), not writable where it shares the
-        message's memory. BINARY gives -1 and 1.
+        float32, shape (rows, dimensions). FLOAT32 shares the memory of the message, so
+        the array is not writable. BINARY gives -1 and 1.
 
     Raises:
-        VectorFormatError: the block's length, scales or data type contradict
-            its rows and dimensions.
+        VectorFormatError: the numbers of bytes or scales do not agree with rows and
+            dimensions, rows or dimensions are negative, or the data type is unknown.
     """
     rows, dimensions = block.rows, block.dimensions
     if rows < 0 or dimensions < 0:

@@ -83,7 +83,7 @@ class _TooManyError(Exception):
     """Raised for a message with too many elements.
 
     Attributes:
-        number: number of the field that has them; 0: all fields without a limit of their own have them together.
+        number: number of the field with too many elements; 0: all fields without a limit of their own, together.
         most: the limit of the elements.
     """
 
@@ -105,8 +105,9 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
         limits: most elements of repeated fields of the request itself, by field name.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit, if a message inside the request has
-            more than 65,536 fields and list items, or if all of them together have more than `MAX_ELEMENTS`.
+        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit; if the request has more than 1,000
+            other fields and list items; if a message inside the request has more than 65,536 fields and list items; or
+            if all messages inside the request together have more than `MAX_ELEMENTS` elements.
         ValueError: the bytes are no valid message, or contain a group, which no message of emberpc has.
     """
     if len(data) < _SMALL:
@@ -119,7 +120,7 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
         raise _too_many_fields(message, error) from None
     yield
     elements, step_end = 0, perf_counter() + _STEP_SECONDS
-    #: The most elements that the messages that were not scanned yet can have, by their sizes.
+    #: The most elements that all messages in `waiting` together can have: one for every two bytes.
     unseen = sum((end - start) // 2 for _, start, end in waiting)
     while waiting and elements + unseen > MAX_ELEMENTS:
         kind, start, end = waiting.pop()
@@ -252,6 +253,6 @@ def _is_scalar(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bo
     return read_field(data, start, end)[3] == end
 
 
-#: Stands for a field number that the message type does not have, in place of an entry of `_MessageType.fields`: the
-#: unknown field counts as repeated.
+#: Entry that `_scan` uses for a field number that is not in `_MessageType.fields`. It says that the field is repeated,
+#: so that each occurrence counts as an element.
 _UNKNOWN: tuple[bool, Descriptor | None, int | None] = (True, None, None)

@@ -226,7 +226,7 @@ class _Call:
         Raises:
             grpc.aio.AbortError: the status was sent.
         """
-        # Before the status is sent, since the caller may read the metrics as soon as it has the status.
+        # The call is reported before the status is sent: the caller may read the metrics once it has the status.
         self.end(_code_name(error, self._context))
         if isinstance(error, Exception):
             await _abort(error, self._method, self._request_id, self._context)

@@ -11,8 +11,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Most open connections. A further connection closes the oldest one: a connection lasts so long only if its client is
-#: silent or slow.
+#: Most open connections. A further connection closes the oldest connection, which is probably still open because its
+#: client is silent or slow.
 MOST_CONNECTIONS = 64
 #: Seconds in which a client must send its request. The client then has the same time to read the response.
 _SECONDS = 10.0

@@ -103,7 +103,7 @@ def _check_address_space(workers: int) -> None:
         workers: number of threads that run models.
 
     Raises:
-        StartupError: the limit is less than 640 MiB and 64 MiB for each worker.
+        StartupError: the limit is less than 640 MiB plus 64 MiB for each worker.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     needed = _ADDRESS_SPACE + _ADDRESS_SPACE_OF_WORKER * workers

@@ -13,7 +13,7 @@ from emberpc.wire import status
 # bytes and other details of 2,900 bytes take at most 6.7 KiB together.
 #: Limit of the bytes (UTF-8) of an error's message.
 _MAX_MESSAGE = 600
-#: Limits of the bytes of all field violations of an error, and of the path and the description of one violation each.
+#: Limits of the bytes of all field violations of an error; and of the path, and of the description, of one violation.
 _MAX_VIOLATIONS = 2000
 _MAX_VIOLATION = 400
 #: Limits of the bytes (UTF-8) of one value of an error's metadata, and of all keys and values together.

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds after the drain time in which the shutdown waits for work in progress. Then it closes the stores.
 _WAIT_SECONDS = 1.0
-#: Seconds that `Stopping.end` waits for threads at least, even if the deadline has passed.
+#: Least seconds for which `Stopping.end` waits for threads, even if the deadline has passed.
 _MOMENT_SECONDS = 0.3
 #: Seconds after the drain time until a watching thread ends the process, even if the shutdown is not complete.
 _END_SECONDS = 1.6

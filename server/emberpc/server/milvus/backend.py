@@ -81,7 +81,7 @@ class MilvusIndex:
         return self._at_hand(spec, created) or self._keep(spec, created)
 
     def opened(self, name: str) -> MilvusCollection | None:
-        """Return None: only Milvus knows the present spec of a collection."""
+        """Return None, so that callers use `get`: only Milvus knows the present spec of a collection."""
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return a page of the specs of the collections, sorted by name, and the token of the next page.
@@ -161,7 +161,7 @@ class MilvusIndex:
         """Do nothing: this backend does not support reembedding, so there is none to cancel."""
 
     def restore(self, name: str, total: int, accept: Callable[[CollectionSpec], None]) -> RestorationBackend:
-        """Raise UNIMPLEMENTED: a backup is a database of the embedded index."""
+        """Raise UNIMPLEMENTED: a backup is a database of the embedded backend, which Milvus cannot read."""
         raise unsupported("RestoreCollection", BACKEND, "restore it to an embedded index, and move it by export")
 
     def probed(self) -> dict[str, ProbeFigures]:
@@ -174,7 +174,10 @@ class MilvusIndex:
         return True
 
     def _keep(self, spec: CollectionSpec, created: datetime) -> MilvusCollection:
-        """Make Milvus load a collection, and return its object. Another thread may have added the object first."""
+        """Make Milvus load a collection, keep an object of it for later calls, and return the object.
+
+        If another thread has kept an object of the collection meanwhile, that object is returned.
+        """
         collection = MilvusCollection(self._connection, spec, created)
         collection.load()
         with self._lock:
@@ -190,7 +193,7 @@ class MilvusIndex:
             return self._known_as(spec, created)
 
     def _known_as(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
-        """Do the work of `_at_hand`; the caller holds the lock."""
+        """Return the object of a collection that was used before, or None, as `_at_hand`. The caller holds the lock."""
         known = self._known.get(spec.name)
         if known is not None and not (known.created == created and known.adopt(spec)):
             del self._known[spec.name]

@@ -255,7 +255,7 @@ def _document(found: dict[str, Any]) -> str:
 
 
 def behind(record_id: str) -> str:
-    """Return the filter expression for the records whose ids are greater, in byte order; all are greater than ""."""
+    """Return the filter expression that records with greater ids (in byte order) meet; for an empty id all records."""
     return f"{ID} > {quoted(record_id)}"
 
 

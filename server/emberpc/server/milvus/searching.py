@@ -79,8 +79,9 @@ class Searcher:
     def search(self, request: Request) -> list[SearchOutcome]:
         """Return the outcome of each query of a request, in the order of the queries; errors are those of `Reader`.
 
-        If few records meet the filter, the server compares their vectors. Otherwise Milvus searches, with a greater ef
-        the fewer records meet the filter. Queries for which Milvus finds too few hits are then compared as well.
+        If at most 2,000 records meet the filter, the server compares their vectors. Otherwise Milvus searches, with a
+        greater ef the fewer records meet the filter. If Milvus finds too few hits of a query and at most 100,000
+        records meet the filter, the server compares their vectors.
         """
         widening = 1.0
         if self._condition is not None:
@@ -178,7 +179,7 @@ class Searcher:
 
     @cached_property
     def _total(self) -> int:
-        """Number of records that meet the filter."""
+        """Number of records that meet the filter; of all records without a filter. Counted once, at the first use."""
         return self._reader.count(self._condition)
 
     def _outcome(self, hits: list[tuple[StoredRecord, float]], k: int, plan: Plan, *, left_out: bool) -> SearchOutcome:

@@ -55,9 +55,9 @@ class Clause:
     """A filter as filter expressions of Milvus.
 
     Attributes:
-        expression: all records that match the filter meet this expression; empty: all records meet it.
-        doubtful: of the records that meet `expression`, those that meet this one may not match the filter, so
-            `filters.matches` must check them; empty: no record is doubtful.
+        expression: every record that matches the filter meets this expression; empty: every record meets it.
+        doubtful: a record that meets both expressions may or may not match the filter: `filters.matches` must decide. A
+            record that meets only `expression` matches. Empty: no record is doubtful.
     """
 
     expression: str
@@ -68,7 +68,7 @@ EVERYTHING = Clause("")
 
 
 def terms(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the terms of a record's metadata, without repetition, in the order of the strings."""
+    """Return the terms of a record's metadata, sorted, without repetition."""
     return sorted(set(_terms(metadata, ())))
 
 

@@ -74,6 +74,6 @@ def timings(inferences: Sequence[Inference], lookup_seconds: float = 0.0) -> typ
 
 
 def receipt(result: WriteResult) -> index_pb2.WriteReceipt:
-    """Return the receipt of a write: its sequence, and its durability, which is unspecified unless known as synced."""
+    """Return the receipt of a write: its sequence, and SYNCED if the write is known to be on disk, else UNSPECIFIED."""
     durability = index_pb2.DURABILITY_SYNCED if result.synced else index_pb2.DURABILITY_UNSPECIFIED
     return index_pb2.WriteReceipt(sequence=result.sequence, durability=durability)
