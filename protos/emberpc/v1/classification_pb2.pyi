@@ -197,7 +197,9 @@ class Classifier(_message.Message):
     does not state it.
     """
     max_tokens: _builtins.int
-    """The most tokens of a text, special tokens and prompt included."""
+    """The most tokens of a text that the model reads, special tokens and prompt
+    included.
+    """
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
         """Name, revision and fingerprints of the model that the classifier runs."""

@@ -199,7 +199,7 @@ class EmbedStreamItem(_message.Message):
     text with an empty id fails alone.
     """
     text: _builtins.str
-    """The text to embed. An empty text fails alone."""
+    """The text to embed. A text that is empty or too long fails alone."""
     def __init__(
         self,
         *,

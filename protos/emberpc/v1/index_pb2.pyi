@@ -219,7 +219,7 @@ class HnswParameters(_message.Message):
     M_FIELD_NUMBER: _builtins.int
     EF_CONSTRUCTION_FIELD_NUMBER: _builtins.int
     m: _builtins.int
-    """Links of a node per layer, 4 to 64. 0: 16."""
+    """Number of links of a node per layer of the graph, 4 to 64. 0: 16."""
     ef_construction: _builtins.int
     """Number of candidates that an insertion into the graph keeps, 16 to 2000.
     0: 200.

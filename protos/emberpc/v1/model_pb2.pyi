@@ -27,7 +27,7 @@ class _ModelTask:
 class _ModelTaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelTask.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MODEL_TASK_UNSPECIFIED: _ModelTask.ValueType  # 0
-    """The task is not stated, as while a model is loaded."""
+    """The task is not stated, as in the progress of LoadModel and ReloadModel."""
     MODEL_TASK_EMBEDDING: _ModelTask.ValueType  # 1
     """The model turns texts into vectors."""
     MODEL_TASK_CLASSIFICATION: _ModelTask.ValueType  # 2
@@ -37,7 +37,7 @@ class ModelTask(_ModelTask, metaclass=_ModelTaskEnumTypeWrapper):
     """Task of a model."""
 
 MODEL_TASK_UNSPECIFIED: ModelTask.ValueType  # 0
-"""The task is not stated, as while a model is loaded."""
+"""The task is not stated, as in the progress of LoadModel and ReloadModel."""
 MODEL_TASK_EMBEDDING: ModelTask.ValueType  # 1
 """The model turns texts into vectors."""
 MODEL_TASK_CLASSIFICATION: ModelTask.ValueType  # 2
@@ -157,7 +157,9 @@ class Model(_message.Message):
     normalized: _builtins.bool
     """Whether the model's vectors have length 1."""
     max_tokens: _builtins.int
-    """The most tokens of a text, special tokens and prompt included."""
+    """The most tokens of a text that the model reads, special tokens and prompt
+    included.
+    """
     query_prompt: _builtins.str
     """Prompt: text that the server puts before a query. May be empty."""
     passage_prompt: _builtins.str
