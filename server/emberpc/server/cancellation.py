@@ -47,7 +47,7 @@ class Cancellation:
 
 @contextmanager
 def cancelled_when(stop: Callable[[], bool]) -> Iterator[None]:
-    """Make `stop` the condition of this thread during the `with` block; the condition before is restored at the end.
+    """Context manager: make `stop` the condition of this thread in the block, and restore the old one at the end.
 
     The block itself is not interrupted: code inside it calls `check` or `cancelled`.
 

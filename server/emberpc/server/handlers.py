@@ -181,7 +181,7 @@ class Handlers:
         return _Call(method, context, Held(self._in_flight, self._streams), self._observe)
 
     def _counted(self, response: bytes, context: Context) -> bytes:
-        """Return a serialized response unchanged. If it is large, count its bytes until the caller has read it.
+        """Return a serialized response unchanged; if it has 64 KiB or more, count it until the caller has read it.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if too many bytes of large requests and responses are in flight.
@@ -233,7 +233,7 @@ class _Call:
 
 
 def _code_name(error: BaseException, context: Context) -> str:
-    """Return the name of the status code with which a call ends after `error`."""
+    """Return the name of the status code with which a call ends after `error`, such as `NOT_FOUND`."""
     if isinstance(error, grpc.aio.AbortError):  # one of gRPC's own services has set the code
         code = context.code()
         return _STATUS_CODES[code].name if isinstance(code, int) else code.name
@@ -249,6 +249,9 @@ def _code_name(error: BaseException, context: Context) -> str:
 
 def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.Lock) -> _Read:
     """Return the function that decodes the request of a call: one message, or an iterator over messages.
+
+    The function raises INVALID_ARGUMENT for a request that cannot be decoded or has too many elements, and
+    RESOURCE_EXHAUSTED if too many bytes are in flight or too many streams are open.
 
     Args:
         handler: gRPC's handler of the method.

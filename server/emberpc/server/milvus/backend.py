@@ -59,8 +59,8 @@ class MilvusIndex:
         try:
             self._call(spec.name, "create_collection", **arguments)
         except ServiceError as error:
-            # Another server may have created the collection since. Milvus reports that with the code of an unexpected
-            # error.
+            # Another server may have created the collection after the check above. Milvus reports that with its code
+            # for unexpected errors.
             if error.code is Code.INTERNAL and self._exists(spec.name):
                 raise collection_exists(spec.name) from error
             raise

@@ -147,7 +147,7 @@ class Connection:
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Translate an error of pymilvus or gRPC in the block to a `ServiceError`, and log the original error.
+    """Context manager: translate an error of pymilvus or gRPC in the block to a `ServiceError`, and log the original.
 
     Args:
         doing: name of the operation in the message of the error and in the log.

@@ -68,7 +68,7 @@ EVERYTHING = Clause("")
 
 
 def terms(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the terms of a record's metadata, sorted, without repetition."""
+    """Return the terms of a record's metadata (hashes, each of one fact about a field), sorted, without repetition."""
     return sorted(set(_terms(metadata, ())))
 
 

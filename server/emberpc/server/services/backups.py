@@ -61,10 +61,10 @@ def _restore_message(message: pb.RestoreCollectionRequest) -> RestoreMessage:
 def _ended_after(
     seconds: float, context: requests.Context, contended: Callable[[], bool], contended_seconds: float
 ) -> Iterator[None]:
-    """End the call with DEADLINE_EXCEEDED if the block, in which the caller reads a response, lasts too long.
+    """Context manager: end the call with DEADLINE_EXCEEDED if the block lasts too long.
 
-    The running task, which is the handler of the call, is cancelled at once. The caller gets the error when it reads
-    again.
+    In the block, the caller reads a response. The running task, which is the handler of the call, is cancelled at once.
+    The caller gets the error when it reads again.
 
     Args:
         seconds: how long the block may last.
